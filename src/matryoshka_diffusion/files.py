@@ -1,0 +1,123 @@
+"""Files that are whole or absent, the cache folder, and packages that are optional."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import importlib.util
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+
+class MissingExtra(ImportError):
+    """An optional package is not there; the message says which extra to install."""
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, needed: int | None = None
+) -> None:
+    """Let `write` fill a file that appears at `path` complete or not at all.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and only then take the
+    name; the folder reaches the disk last. Whatever interrupts this, an older file at `path`
+    stays as it was and nothing is left beside it (except after kill -9: a hidden `.tmp` file).
+
+    Args:
+        needed: the size of the file in bytes where the caller knows it, for the error.
+
+    Raises:
+        OSError: with the path, the reason and, on a full disk, the bytes needed and free.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {path}: {_reason(error, path, needed)}"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # mostly: it has its name by now
+            temporary.unlink()
+
+
+def _reason(error: OSError, path: Path, needed: int | None) -> str:
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return reason
+    size = "" if needed is None else f"{needed:,} bytes needed, "
+    return f"{reason} ({size}{shutil.disk_usage(path.parent).free:,} bytes free)"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable; Windows cannot open folders and needs no such step."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_folder(*parts: str) -> Path:
+    """The folder `parts` inside $MDM_CACHE (default ~/.cache/matryoshka-diffusion), created.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    root = os.environ.get("MDM_CACHE") or Path.home() / ".cache" / "matryoshka-diffusion"
+    folder = Path(root).expanduser().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot create the cache folder {folder}: {error.strerror}; "
+            "set MDM_CACHE to a folder that can be written",
+        ) from error
+    return folder
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional module.
+
+    Raises:
+        MissingExtra: it is not installed; names the package and the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
+        raise _missing(module, extra, purpose, "" if absent else f" ({error})") from error
+
+
+def package_folder(module: str, extra: str, purpose: str) -> Path:
+    """Where an optional package lies, without running its code. Raises `MissingExtra`."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(module, extra, purpose, "")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _missing(module: str, extra: str, purpose: str, reason: str) -> MissingExtra:
+    package = module.split(".")[0].replace("_", "-")
+    remedy = f'pip install "matryoshka-diffusion[{extra}]"'
+    return MissingExtra(f"{purpose} needs the package {package}{reason}: {remedy}")
+
+
+def digest(text: str) -> str:
+    """32 hexadecimal digits that stand for `text` in the names of cached files."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

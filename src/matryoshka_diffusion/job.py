@@ -1,0 +1,222 @@
+"""From a config to a run that can start: the data is opened and the config completed with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from matryoshka_diffusion.config import (
+    ConfigError,
+    EncoderConfig,
+    LevelConfig,
+    MicroConfig,
+    RunConfig,
+    StageConfig,
+    TextConfig,
+    from_dict,
+    load_config,
+    override,
+    to_yaml,
+)
+from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.pipeline import find_model
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.text.cache import FeatureCache
+from matryoshka_diffusion.text.encoder import load_encoder
+from matryoshka_diffusion.train import checkpoint
+
+MINILM_WIDTH = 384
+
+
+class Job(NamedTuple):
+    """What `train.trainer.train` is given; `encode` is None where there is no text."""
+
+    config: RunConfig
+    source: Source
+    loader: Loader
+    encode: Callable[[Sequence[str]], list[Tensor]] | None
+
+
+def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunConfig:
+    """The config of a preset, of a YAML file or of a run folder, with what the user changed.
+
+    Raises:
+        ConfigError: there is none of that name, or the changes do not fit.
+    """
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        config = load_config(path / "config.yaml")
+    elif path.suffix in (".yaml", ".yml"):
+        config = load_config(path)
+    else:
+        config = preset(name)
+    changes = list(assignments)
+    if data is not None:
+        changes.insert(0, f"data.path={json.dumps(data)}")
+    return override(config, changes)
+
+
+def prepare(config: RunConfig) -> Job:
+    """Open the data, complete the config with what it holds, make loader and encoder.
+
+    The captions' features are computed (or read from the cache) here, so training never waits.
+
+    Raises:
+        ConfigError: the data does not have what the model is conditioned on.
+        ValueError, OSError, MissingExtra: the data or the encoder cannot be used.
+    """
+    source = open_source(config.data, config.model.levels[-1].side)
+    config = complete(config, source)
+    loader = Loader(source, config.train.seed, flip=config.data.flip)
+    encode = None
+    if config.encoder is not None:
+        encode = FeatureCache(load_encoder(config.encoder))
+        encode([*all_captions(source), ""])
+    return Job(config, source, loader, encode)
+
+
+def all_captions(source: Source) -> list[str]:
+    """Every caption of a source once, in order."""
+    texts = (text for index in range(len(source)) for text in source[index].captions)
+    return list(dict.fromkeys(texts))
+
+
+def complete(config: RunConfig, source: Source) -> RunConfig:
+    """Fill in what only the data knows: the names of its classes, captions for a bare model.
+
+    Raises:
+        ConfigError: model and data disagree on channels, classes or captions.
+    """
+    model = config.model
+    has_captions = bool(source[0].captions)
+    if model.channels != source.channels:
+        raise ConfigError(
+            f"model.channels is {model.channels}, but {source.name} has {source.channels}"
+        )
+    if model.text is not None and not has_captions:
+        raise ConfigError(
+            f"model.text is set, but {source.name} has no captions: add NAME.txt beside NAME.png "
+            "or a metadata.jsonl"
+        )
+    if model.classes and model.classes != len(source.classes):
+        raise ConfigError(
+            f"model.classes is {model.classes}, but {source.name} has {len(source.classes)}; "
+            f"add --set model.classes={len(source.classes)}"
+        )
+    data = config.data.model_copy(update={"classes": source.classes})
+    config = config.model_copy(update={"data": data})
+    if model.text is None and not model.classes:
+        config = _conditioned(config, has_captions, len(source.classes))
+    return from_dict(config.model_dump(mode="json"), where="completed config")
+
+
+def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConfig:
+    """A model that no condition was chosen for takes those that its data has."""
+    guided = config.sampling.model_copy(update={"guidance": (2.0,)})
+    model = config.model
+    if has_captions:
+        text = TextConfig(features=MINILM_WIDTH, width=model.embedding)
+        update = {"encoder": EncoderConfig(name="minilm"), "sampling": guided}
+        return config.model_copy(
+            update={"model": model.model_copy(update={"text": text}), **update}
+        )
+    if classes:
+        model = model.model_copy(update={"classes": classes})
+        return config.model_copy(update={"model": model, "sampling": guided})
+    return config
+
+
+# --- growing a trained run ---------------------------------------------------------------------
+
+
+def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) -> RunConfig:
+    """Start a run in `out` whose network is that of `run` with one finer level around it.
+
+    The coarse predictions of the new network are bit-equal to the old ones. `assignments` change
+    the config of the new run, for instance the widths of the new level.
+
+    Raises:
+        ConfigError: the side does not nest on the finest level, or `out` is not empty.
+        FileNotFoundError, ValueError: `run` is no trained model.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give another --out")
+    weights, config = find_model(run)
+    grown = override(_with_level(config, side), list(assignments))
+    small = NestedUNet(config.model)
+    checkpoint.load_weights(small, weights, where=run)
+    net = grow(small, grown.model, seed=grown.train.seed)
+    state = {
+        "images_seen": 0,
+        "steps": 0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+        "seconds": 0.0,
+        "config": grown.model_dump(mode="json"),
+    }
+    snapshot = checkpoint.Snapshot(state, net.state_dict(), dict(net.named_parameters()), {})
+    write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(grown).encode()))
+    checkpoint.save(out / "checkpoints", snapshot, keep=1)
+    return grown
+
+
+def _with_level(config: RunConfig, side: int) -> RunConfig:
+    """The config with a level of `side` on top and one stage of training that has all levels."""
+    last = config.train.stages[-1]
+    levels = (*config.model.levels, next_level(config.model.levels, side))
+    stage = StageConfig(
+        levels=len(levels), images=last.images, batch_size=last.batch_size, lr=last.lr
+    )
+    data = config.model_dump(mode="json")
+    data["name"] = f"{config.name}-{side}"
+    data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
+    data["train"]["stages"] = [stage.model_dump(mode="json")]
+    for values in (
+        data["process"]["weighting"],
+        data["process"]["level_weights"],
+        data["sampling"]["guidance"],
+        data["sampling"]["threshold"],
+    ):
+        if len(values) > 1:  # one for each level: the new one takes the finest one's
+            values.append(values[-1])
+    return from_dict(data, where=f"--to {side}")
+
+
+def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
+    """The paper's pattern for a finer level: widths double inwards, the last block is saved.
+
+    Around S64 this gives exactly the levels of Appendix A.
+
+    Raises:
+        ConfigError: `side` is not the finest side times a power of two.
+    """
+    finest = levels[-1]
+    halvings = (side // finest.side).bit_length() - 1
+    if side <= finest.side or finest.side * 2**halvings != side:
+        wanted = ", ".join(str(finest.side * 2**n) for n in (1, 2, 3))
+        raise ConfigError(f"--to {side}: give {finest.side} times a power of two ({wanted}, ...)")
+    inner, blocks = finest.widths[0], finest.blocks[0]
+    return LevelConfig(
+        side=side,
+        widths=tuple(max(32, inner // 2 ** (halvings - i)) for i in range(halvings + 1)),
+        blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
+        attention=(0,) * (halvings + 1),
+        heads=finest.heads,
+        patch=finest.patch,
+        micro=tuple(_rescaled(micro, side) for micro in finest.micro),
+        shift_ratio=side / levels[0].side,
+        shift_power=finest.shift_power,
+    )
+
+
+def _rescaled(micro: MicroConfig, side: int) -> MicroConfig:
+    """The same condition on a level of another side, as the released models have it."""
+    return micro if micro.ceiling is None else MicroConfig(name=micro.name, ceiling=float(side))

@@ -1,0 +1,152 @@
+"""The bricks: norms, residual block, attention, embeddings. Nothing here knows about nesting."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = 32
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero: the last layer of a residual branch starts as a no-op."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps (stride 1) or halves (stride 2) the side."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+
+
+def norm(width: int) -> nn.GroupNorm:
+    """Group normalisation with 32 groups."""
+    return nn.GroupNorm(GROUPS, width)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    """Linear - SiLU - Linear, for embeddings."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def sinusoid(x: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+    """Sines, then cosines, of x times width / 2 frequencies from 1 down to 1/10000."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device) / half)
+    angles = x.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions; the embedding scales and shifts the features between them."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = norm(inputs)
+        self.conv1 = conv3(inputs, outputs)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(conv3(outputs, outputs))
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(
+        self, h: Float[Tensor, "b inputs y x"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b outputs y x"]:
+        """`embedding` has passed its SiLU already, once for the whole level."""
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        out = self.conv1(F.silu(self.norm1(h)))
+        out = torch.addcmul(shift, self.norm2(out), 1 + scale)
+        return self.skip(h) + self.conv2(self.dropout(F.silu(out)))
+
+
+class Attention(nn.Module):
+    """Self-attention over positions, plus cross-attention to text with the same queries.
+
+    The two results are added. `text` is the width of the text tokens, or None where there is no
+    text. With `feed_forward` a two-layer perceptron follows.
+    """
+
+    def __init__(self, width: int, heads: int, text: int | None, feed_forward: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.text_norm = nn.LayerNorm(text) if text else None
+        self.text_kv = nn.Linear(text, 2 * width) if text else None
+        self.out = zero(nn.Conv2d(width, width, 1))
+        self.feed_forward = _PixelMLP(width) if feed_forward else nn.Identity()
+
+    def forward(
+        self,
+        h: Float[Tensor, "b c y x"],
+        tokens: Float[Tensor, "b n d"] | None,
+        mask: Bool[Tensor, "b n"] | None,
+    ) -> Float[Tensor, "b c y x"]:
+        """`mask` marks the tokens that may be attended to; without one all may."""
+        positions = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)
+        q, k, v = (split_heads(part, self.heads) for part in positions.chunk(3, dim=2))
+        attended = attend(q, k, v, None)
+        if tokens is not None and self.text_kv is not None and self.text_norm is not None:
+            text = self.text_kv(self.text_norm(tokens))
+            k, v = (split_heads(part, self.heads) for part in text.chunk(2, dim=2))
+            attended = attended + attend(q, k, v, mask)
+        attended = attended.transpose(2, 3).flatten(1, 2).view_as(h)
+        return self.feed_forward(h + self.out(attended))
+
+
+class _PixelMLP(nn.Module):
+    """Norm - 1 x 1 to four times the width - GELU - 1 x 1, added to the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.up = nn.Conv2d(width, 4 * width, 1)
+        self.down = nn.Conv2d(4 * width, width, 1)
+
+    def forward(self, h: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+        return h + self.down(F.gelu(self.up(self.norm(h))))
+
+
+class TextLayer(nn.Module):
+    """A pre-norm transformer layer over text tokens (Appendix A's num_lm_attn_layers)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        parts = self.qkv(self.norm1(tokens)).chunk(3, dim=2)
+        q, k, v = (split_heads(part, self.heads) for part in parts)
+        attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        tokens = tokens + self.out(attended)
+        return tokens + self.down(F.gelu(self.up(self.norm2(tokens))))
+
+
+def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n w"]:
+    """Channels as heads of equal width."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attend(
+    q: Float[Tensor, "b heads m w"],
+    k: Float[Tensor, "b heads n w"],
+    v: Float[Tensor, "b heads n w"],
+    mask: Bool[Tensor, "b n"] | None,
+) -> Float[Tensor, "b heads m w"]:
+    """Softmax attention of each query over the keys that `mask` leaves."""
+    allowed = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -1,0 +1,221 @@
+"""One doll of the nest: a UNet cut open in the middle, where the coarser doll goes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from matryoshka_diffusion.config import LevelConfig, ModelConfig
+from matryoshka_diffusion.nn.conditioner import Context
+from matryoshka_diffusion.nn.layers import (
+    Attention,
+    ResidualBlock,
+    conv3,
+    mlp,
+    norm,
+    sinusoid,
+    zero,
+)
+from matryoshka_diffusion.pyramid import pad_rows
+from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
+
+
+class Trail(NamedTuple):
+    """What `encode` leaves behind for `decode`."""
+
+    features: Float[Tensor, "b c y x"]
+    skips: tuple[Tensor, ...]
+    embedding: Float[Tensor, "b e"]
+    context: Context
+
+
+class Level(nn.Module):
+    """A level of the nest: `encode` on the way in, `decode` on the way out.
+
+    `coarse_width` is the width of the next coarser doll's stem, which `inward` feeds and `outward`
+    hears back from. The coarsest level has none: there `inward` is the identity and `middle` may
+    hold blocks.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: LevelConfig,
+        schedule: NoiseSchedule,
+        coarse_width: int | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = schedule
+        self.data_std = model.data_std
+        self.time_input = model.time_input
+        self.frequencies = model.embedding // 4
+        self.time = mlp(self.frequencies, model.embedding)
+        self.micro = nn.ModuleDict(
+            {micro.name: mlp(self.frequencies, model.embedding) for micro in config.micro}
+        )
+        pixels = model.channels * config.patch**2
+        self.unshuffle = nn.PixelUnshuffle(config.patch)
+        self.stem = conv3(pixels, config.widths[0])
+        self.encoder, skips = build_encoder(model, config)
+        core = skips[-1]
+        nested = coarse_width is not None
+        self.inward = zero(conv3(core, coarse_width)) if nested else nn.Identity()
+        self.outward = zero(conv3(coarse_width, core)) if nested else None
+        self.middle = build_middle(model, config, core)
+        self.decoder = build_decoder(model, config, skips)
+        self.norm = norm(config.widths[0])
+        self.head = zero(conv3(config.widths[0], pixels))
+        self.shuffle = nn.PixelShuffle(config.patch)
+
+    def encode(
+        self,
+        z: Float[Tensor, "b c h w"],
+        finer: Float[Tensor, "f k y x"] | None,
+        t: Float[Tensor, " a"],
+        context: Context,
+    ) -> tuple[Float[Tensor, "b k2 y2 x2"], Trail]:
+        """Features for the next coarser level, and the trail that `decode` needs.
+
+        `finer` are the features that the next finer level sends in. It may hold fewer rows than
+        `z`, and `z` fewer than `t`: finer levels hold the first rows of the batch.
+        """
+        rows = len(z)
+        t, context = t[:rows], context.rows(rows)
+        embedding = self.embed(t, context)
+        h = self.stem(self.unshuffle(self.scale(z, t)))
+        if finer is not None:
+            h = h + pad_rows(finer, rows)
+        skips = [h]
+        for layer in self.encoder:
+            h = layer(h, embedding, context)
+            skips.append(h)
+        return self.inward(h), Trail(h, tuple(skips), embedding, context)
+
+    def decode(
+        self, trail: Trail, coarser: Float[Tensor, "a k y x"] | None
+    ) -> tuple[Float[Tensor, "b k2 y2 x2"], Float[Tensor, "b c h w"]]:
+        """Features for the next finer level, and this level's prediction."""
+        h, skips, embedding, context = trail
+        if self.outward is not None and coarser is not None:
+            h = h + self.outward(coarser[: len(h)])
+        for block in self.middle:
+            h = block(h, embedding, context)
+        for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            h = block(torch.cat([h, skip], dim=1), embedding, context)
+        return h, self.shuffle(self.head(F.silu(self.norm(h))))
+
+    def embed(self, t: Float[Tensor, " b"], context: Context) -> Float[Tensor, "b e"]:
+        """Time, micro-conditions, label and pooled text as one vector, after its SiLU."""
+        embedding = self.time(sinusoid(self._steps(t), self.frequencies))
+        for micro in self.config.micro:
+            value = context.micro[micro.name].float()
+            value = value * 1000 if micro.ceiling is None else value.clamp(max=micro.ceiling)
+            embedding = embedding + self.micro[micro.name](sinusoid(value, self.frequencies))
+        if context.embedding is not None:
+            embedding = embedding + context.embedding
+        return F.silu(embedding)
+
+    def _steps(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Time on the scale 0..999 that the sinusoids are made for."""
+        if self.time_input == "step":
+            return 1000.0 * t - 1.0
+        # The level's own log-SNR from +20 (clean) to -20 (noise).
+        return 500.0 - 25.0 * self.schedule.log_snr(t).clamp(-20.0, 20.0)
+
+    def scale(self, z: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]) -> Tensor:
+        """Bring the input to unit scale, in the way that the level's `input_scaling` names."""
+        if self.config.input_scaling == "none":
+            return z
+        if self.config.input_scaling == "std":
+            centred = z - z.mean(dim=(1, 2, 3), keepdim=True)
+            degrees = math.prod(z.shape[1:]) - 1
+            # Unbiased as torch.std, which warns where a level holds no rows.
+            return z / (centred.square().sum(dim=(1, 2, 3), keepdim=True) / degrees).sqrt()
+        alpha, sigma = alpha_sigma(self.schedule.log_snr(t))
+        variance = (alpha * self.data_std).square() + sigma.square()
+        return z * expand(variance.rsqrt(), z)
+
+
+class Block(nn.Module):
+    """A residual block, its attention layers and, in a decoder, the way to twice the side."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: LevelConfig,
+        inputs: int,
+        outputs: int,
+        attention: int,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        text = model.text.width if model.text else None
+        self.residual = ResidualBlock(inputs, outputs, model.embedding, config.dropout)
+        self.attention = nn.ModuleList(
+            Attention(outputs, config.heads, text, config.attention_mlp) for _ in range(attention)
+        )
+        self.up = conv3(outputs, outputs) if up else None
+
+    def forward(
+        self, h: Float[Tensor, "b c y x"], embedding: Float[Tensor, "b e"], context: Context
+    ) -> Float[Tensor, "b c2 y2 x2"]:
+        h = self.residual(h, embedding)
+        for layer in self.attention:
+            h = layer(h, context.tokens, context.mask)
+        return h if self.up is None else self.up(F.interpolate(h, scale_factor=2.0))
+
+
+class Down(nn.Conv2d):
+    """Halve the side by a strided convolution; it ignores what blocks are conditioned on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, stride=2, padding=1)
+
+    def forward(self, h: Tensor, embedding: Tensor, context: Context) -> Tensor:
+        return super().forward(h)
+
+
+def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the width of every skip: the stem's, each block's, each halving's."""
+    layers: list[nn.Module] = []
+    width = config.widths[0]
+    skips = [width]
+    for index, wide in enumerate(config.widths):
+        if index > 0:
+            layers.append(Down(width))
+            skips.append(width)
+        for _ in range(config.blocks[index]):
+            layers.append(Block(model, config, width, wide, config.attention[index]))
+            width = wide
+            skips.append(width)
+    return nn.ModuleList(layers), skips
+
+
+def build_middle(model: ModelConfig, config: LevelConfig, core: int) -> nn.ModuleList:
+    """A block with one attention layer and one without, where nothing coarser is nested."""
+    if not config.middle:
+        return nn.ModuleList()
+    return nn.ModuleList(Block(model, config, core, core, attention) for attention in (1, 0))
+
+
+def build_decoder(model: ModelConfig, config: LevelConfig, skips: list[int]) -> nn.ModuleList:
+    """The way up: one block for every skip, in reverse; the last one before a doubling has it."""
+    blocks: list[nn.Module] = []
+    remaining = list(skips)
+    width = skips[-1]
+    for index in reversed(range(len(config.widths))):
+        wide = config.widths[index]
+        for number in range(config.blocks[index] + 1):
+            up = index > 0 and number == config.blocks[index]
+            inputs = width + remaining.pop()
+            attention = config.attention[index]
+            blocks.append(Block(model, config, inputs, wide, attention, up=up))
+            width = wide
+    assert not remaining, "every skip has its block"
+    return nn.ModuleList(blocks)

@@ -1,0 +1,340 @@
+"""A trained model for people: load it, say what you want, get pictures of every level."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import (
+    ConfigError,
+    RunConfig,
+    SamplingConfig,
+    UsageError,
+    from_dict,
+    load_config,
+)
+from matryoshka_diffusion.data.batch import to_uint8
+from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Thresholded
+from matryoshka_diffusion.diffusion import Process, per_level
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
+from matryoshka_diffusion.text.cache import pad
+from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
+from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.precision import Precision, autocast
+
+UNBOUNDED = (-float("inf"), float("inf"))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures that belong together.
+
+    Attributes:
+        levels: bytes of every level, coarse to fine; the last is the full resolution.
+        captions: what each picture was asked to show.
+        seeds: each picture's own seed; alone or in any batch it gives the same picture.
+        settings: all that is needed to make them again.
+    """
+
+    levels: tuple[UInt8[np.ndarray, "n h w c"], ...]
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+
+    @property
+    def pictures(self) -> UInt8[np.ndarray, "n h w c"]:
+        """The finest level."""
+        return self.levels[-1]
+
+
+class Matryoshka:
+    """A network with its process, its text encoder and its sampling defaults.
+
+    It samples in float32 unless told otherwise: in bf16, which is faster on hardware that has it,
+    a picture depends a little on the batch it is made in.
+
+    Example:
+        >>> model = Matryoshka.load("openmoji")  # doctest: +SKIP
+        >>> model.sample("red apple", n=4).pictures.shape  # doctest: +SKIP
+        (4, 64, 64, 3)
+    """
+
+    def __init__(
+        self,
+        net: NestedUNet,
+        config: RunConfig,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.precision: Precision = precision
+        self.device = torch.device(device)
+        self.net = net.to(self.device).eval()
+        self.config = config
+        self.process = Process.from_config(config.process, net.config)
+        self._encoder: TextEncoder | None = None
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ) -> Matryoshka:
+        """Load a run folder, a folder with a model, or a shipped model by name; paths win.
+
+        Raises:
+            FileNotFoundError: there is none of these; the message says what was looked for.
+            ConfigError, ValueError: the folder does not hold what its config says.
+        """
+        weights, config = find_model(run)
+        levels = config.model.levels[: 1 + max(_places(weights), default=-1)]
+        if not levels:
+            raise ValueError(f"{run}: the weights hold no level of a nest")
+        net = NestedUNet(config.model.model_copy(update={"levels": levels}))
+        checkpoint.load_weights(net, weights, where=str(run))
+        return cls(net, config, device=device, precision=precision)
+
+    @property
+    def resolutions(self) -> tuple[Resolution, ...]:
+        """The grid of every level, coarse to fine."""
+        return tuple(Resolution(level.side, level.side) for level in self.net.config.levels)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        classes: str | int | Sequence[str | int] | None = None,
+        n: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Make `n` pictures for each prompt or class (or `n` in all if there is neither).
+
+        Picture i of the result uses the seed `seed + i`. `settings` replace the run's sampling
+        defaults: `sampler`, `steps`, `guidance`, `grid`, ... (see `SamplingConfig`). `progress`
+        is called with (steps done, steps in all).
+
+        Raises:
+            UsageError: a prompt for a model without text, an unknown class, and so on.
+        """
+        sampling = self.sampling(settings)
+        captions, cond = self.condition(prompts, classes, n)
+        seeds = tuple(range(seed, seed + len(captions)))
+        parts: list[Pyramid] = []
+        chunks = range(0, len(seeds), batch_size)
+        for number, first in enumerate(chunks):
+            rows = slice(first, first + batch_size)
+            state = None
+            for state in self.stream(cond.rows(rows), seeds[rows], sampling):
+                if progress is not None:
+                    progress(number * sampling.steps + state.step, len(chunks) * sampling.steps)
+            assert state is not None, "a config has at least one step"
+            parts.append(state.z)
+        levels = tuple(_to_bytes(torch.cat(level)) for level in zip(*parts, strict=True))
+        recorded = {"model": self.config.name, "seed": seed, **sampling.model_dump(mode="json")}
+        return Samples(levels, captions, seeds, recorded)
+
+    def stream(
+        self, cond: Conditioning, seeds: Sequence[int], sampling: SamplingConfig
+    ) -> Iterator[State]:
+        """The states of a sampler on its way from noise to pictures."""
+        noise = SeededNoise(seeds, self.resolutions, self.net.config.channels, self.device)
+        denoise = self.denoiser(cond.to(self.device), sampling)
+        times = GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
+        options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+        sampler = SAMPLERS[sampling.sampler]
+        yield from sampler(
+            denoise, noise.start(), self.process.schedules, times, noise=noise, **options
+        )
+
+    def denoiser(self, cond: Conditioning, sampling: SamplingConfig) -> Denoiser:
+        """The network under these conditions, guided and thresholded as the settings say."""
+        levels = len(self.net.levels)
+        weights = per_level(sampling.guidance, levels)
+        denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
+        if any(weight != 1.0 for weight in weights):
+            denoise = Guided(
+                denoise,
+                NetworkDenoiser(self._predict, self.process, self.unconditional(cond)),
+                self.process.schedules,
+                weights,
+                sampling.guidance_interval or UNBOUNDED,
+                sampling.rescale,
+            )
+        return Thresholded(denoise, per_level(sampling.threshold, levels))
+
+    def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+        with autocast(self.precision, self.device):
+            return self.net(z, t, cond)
+
+    def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
+        """The run's sampling defaults with some of them replaced."""
+        data = self.config.model_dump(mode="json")
+        for name, value in settings.items():
+            one_value = name in ("guidance", "threshold") and not isinstance(value, list | tuple)
+            data["sampling"][name] = [value] if one_value else value
+        return from_dict(data, where="sampling settings").sampling
+
+    # --- conditions ---
+
+    def condition(
+        self,
+        prompts: str | Sequence[str] | None,
+        classes: str | int | Sequence[str | int] | None,
+        n: int,
+    ) -> tuple[tuple[str, ...], Conditioning]:
+        """One caption and the conditions of each picture: `n` for every prompt or class."""
+        model = self.net.config
+        if prompts is not None and model.text is None:
+            raise UsageError(f"{self.config.name} takes no prompts: {self._takes()}")
+        if classes is not None and not model.classes:
+            raise UsageError(f"{self.config.name} has no classes: {self._takes()}")
+        if model.text is not None:
+            if prompts is None:
+                raise UsageError(f"{self.config.name} needs a prompt (-p on the command line)")
+            wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+            captions = tuple(prompt for prompt in wanted for _ in range(n))
+            tokens, mask = pad([f for f in self.encode(wanted) for _ in range(n)])
+            return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
+        if model.classes:
+            labels = [label for label in self._labels(classes) for _ in range(n)]
+            captions = tuple(self._class_name(label) for label in labels)
+            return captions, Conditioning(labels=torch.tensor(labels), micro=self._micro(captions))
+        captions = ("",) * n
+        return captions, Conditioning(micro=self._micro(captions))
+
+    def unconditional(self, cond: Conditioning) -> Conditioning:
+        """The conditions of guidance's other half: hidden, or the empty caption."""
+        text = self.net.config.text
+        if text is None or text.learned_null:
+            return cond.null()
+        rows = 0 if cond.tokens is None else len(cond.tokens)
+        tokens, mask = pad(self.encode([""]) * rows)
+        return Conditioning(tokens=tokens, mask=mask, micro=cond.micro).to(self.device)
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Text features of captions; the encoder is loaded at the first call."""
+        if self._encoder is None:
+            assert self.config.encoder is not None, "a model of text has an encoder"
+            self._encoder = load_encoder(self.config.encoder)
+        return self._encoder(captions)
+
+    def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Ask for pictures that were at least as large as the finest level before resizing."""
+        side = float(self.net.config.levels[-1].side)
+        names = {micro.name for level in self.net.config.levels for micro in level.micro}
+        return {name: torch.full((len(captions),), side) for name in names}
+
+    def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
+        """Indices of classes given by name or number; all of them if none is given."""
+        if classes is None:
+            return list(range(self.net.config.classes))
+        wanted = [classes] if isinstance(classes, str | int) else list(classes)
+        return [self._label(one) for one in wanted]
+
+    def _label(self, one: str | int) -> int:
+        names = self.config.data.classes
+        if one in names:
+            return names.index(str(one))
+        if str(one).isdigit() and int(one) < self.net.config.classes:
+            return int(one)
+        known = ", ".join(names) if names else f"0 to {self.net.config.classes - 1}"
+        raise UsageError(f"unknown class {one!r}; there are: {known}")
+
+    def _class_name(self, label: int) -> str:
+        names = self.config.data.classes
+        return names[label] if names else str(label)
+
+    def _takes(self) -> str:
+        model = self.net.config
+        if model.text is not None:
+            return "it takes prompts (-p)"
+        return "it takes classes (--class)" if model.classes else "it is unconditional"
+
+
+# --- finding and reading models ----------------------------------------------------------------
+
+
+def find_model(run: str | Path) -> tuple[dict[str, Tensor], RunConfig]:
+    """Weights and config of a run folder, a model folder or a shipped model; see `load`."""
+    path = Path(run)
+    for folder in (path / "model", path):
+        if (folder / "model.safetensors").is_file():
+            return _read_model(folder)
+    if path.is_dir():
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise FileNotFoundError(
+                f"{path}: neither a model nor a checkpoint here; mdm train PRESET --out {path} "
+                "makes one"
+            )
+        snapshot = checkpoint.read(newest)
+        config = from_dict(snapshot.state["config"], where=str(newest))
+        return dict(snapshot.ema), config
+    if path.exists():
+        raise ValueError(f"{path}: not a run folder or a folder with model.safetensors")
+    shipped = shipped_models()
+    if str(run) in shipped:
+        return _read_model(shipped[str(run)])
+    raise FileNotFoundError(
+        f"{run}: no such folder, and no shipped model of that name "
+        f"({', '.join(shipped) or 'none are shipped'})"
+    )
+
+
+def read_config(run: str | Path) -> RunConfig:
+    """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
+    path = Path(run) / "config.yaml"
+    return load_config(path) if path.is_file() else find_model(run)[1]
+
+
+def shipped_models() -> dict[str, Path]:
+    """Folders of the models inside the package, by name."""
+    root = Path(str(resources.files("matryoshka_diffusion"))) / "models"
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return {folder.name: folder for folder in folders if (folder / "model.safetensors").is_file()}
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
+    path = folder / "config.json"
+    try:
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing beside model.safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid JSON ({error})") from error
+    weights = folder / "model.safetensors"
+    try:
+        return load_file(weights), config
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: damaged or no safetensors file ({error})") from error
+
+
+def _places(weights: dict[str, Tensor]) -> Iterator[int]:
+    """The levels that a set of weights has keys of."""
+    for key in weights:
+        place = key.split(".")[1]
+        if key.startswith("levels.") and place.isdigit():
+            yield int(place)
+
+
+def _to_bytes(x: Tensor) -> UInt8[np.ndarray, "n h w c"]:
+    return to_uint8(x.cpu()).permute(0, 2, 3, 1).numpy()

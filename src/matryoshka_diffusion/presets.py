@@ -1,0 +1,320 @@
+"""Named runs. Each is a function that returns a complete `RunConfig`; none does anything else.
+
+The paper's architectures are Appendix A, their training Appendix B. Where the paper is silent the
+comment beside the value says whose choice it is. `mdm info NAME` prints any of them as a table.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from matryoshka_diffusion.config import (
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    LevelConfig,
+    MicroConfig,
+    ModelConfig,
+    ProcessConfig,
+    RunConfig,
+    SamplingConfig,
+    StageConfig,
+    TextConfig,
+    TrainConfig,
+    WeightingConfig,
+)
+
+# --- small runs: real data, a 2-core CPU -------------------------------------------------------
+
+
+def openmoji() -> RunConfig:
+    """Text-to-image on 1,904 captioned OpenMoji pictures, levels {16, 32, 64}: the main job.
+
+    Command: `mdm train openmoji --out runs/openmoji`. About 15 minutes on 2 CPU cores with bf16.
+    It learns its pictures by heart and recalls them by prompt; it does not generalise to unseen
+    combinations.
+    """
+    small = {"patch": 2, "heads": 4, "shift_power": 2.0}
+    model = ModelConfig(
+        levels=(
+            LevelConfig(side=16, widths=(96, 192), blocks=(1, 1), attention=(0, 1), **small),
+            LevelConfig(
+                side=32, widths=(64, 32), blocks=(1, 0), attention=(0, 0), shift_ratio=2.0, **small
+            ),
+            LevelConfig(
+                side=64, widths=(32, 32), blocks=(1, 0), attention=(0, 0), shift_ratio=4.0, **small
+            ),
+        ),
+        embedding=256,
+        text=TextConfig(features=384, width=256),
+    )
+    return RunConfig(
+        name="openmoji",
+        model=model,
+        data=DataConfig(source="openmoji"),
+        encoder=EncoderConfig(name="minilm"),
+        train=_small_training(
+            StageConfig(levels=1, images=74_000, batch_size=64, lr=1e-3),
+            StageConfig(levels=2, images=24_000, batch_size=48, lr=1e-3),
+            StageConfig(levels=3, images=60_000, batch_size=48, lr=1e-3),
+        ),
+        sampling=SamplingConfig(guidance=(3.0,)),
+    )
+
+
+def fashion_mnist() -> RunConfig:
+    """Class-conditional Fashion-MNIST, 60,000 grey pictures padded to 32 pixels, levels {16, 32}.
+
+    Command: `mdm train fashion-mnist --out runs/fashion`. About 8 minutes on 2 CPU cores.
+    """
+    small = {"patch": 2, "heads": 4, "shift_power": 2.0}
+    model = ModelConfig(
+        levels=(
+            LevelConfig(side=16, widths=(64, 128), blocks=(1, 1), attention=(0, 1), **small),
+            LevelConfig(
+                side=32, widths=(64, 64), blocks=(1, 0), attention=(0, 0), shift_ratio=2.0, **small
+            ),
+        ),
+        embedding=256,
+        channels=1,
+        classes=10,
+    )
+    return RunConfig(
+        name="fashion-mnist",
+        model=model,
+        data=DataConfig(source="fashion-mnist", flip=False),
+        train=_small_training(
+            StageConfig(levels=1, images=100_000, batch_size=128, lr=1e-3),
+            StageConfig(levels=2, images=100_000, batch_size=128, lr=1e-3),
+        ),
+        sampling=SamplingConfig(guidance=(2.0,)),
+    )
+
+
+def folder_64() -> RunConfig:
+    """A folder of your own pictures at 64 pixels, levels {16, 32, 64}, without conditions.
+
+    Command: `mdm train folder-64 --data DIR --out runs/mine`. Class sub-folders or captions that
+    the folder holds are found by the command, which completes this preset with them.
+    """
+    base = openmoji()
+    return base.model_copy(
+        update={
+            "name": "folder-64",
+            "model": base.model.model_copy(update={"text": None}),
+            "encoder": None,
+            "data": DataConfig(source="folder", flip=True),
+            "sampling": SamplingConfig(),
+        }
+    )
+
+
+def _small_training(*stages: StageConfig) -> TrainConfig:
+    """Short runs: a high rate, quick averaging, a linear decay at the end."""
+    return TrainConfig(
+        stages=stages,
+        warmup_images=6_400,
+        decay_share=0.2,
+        clip_norm=1.0,
+        ema_decay=0.998,
+    )
+
+
+# --- the paper's architectures (Appendix A) ----------------------------------------------------
+
+
+def s64(*, text: bool) -> LevelConfig:
+    """The base architecture, MDM-S64: most attention at 16 x 16.
+
+    Feed-forward layers after attention and the `scale` micro-condition are the released code's;
+    with them text conditioning gives the 437 M parameters that the paper rounds to 450 M.
+    """
+    return LevelConfig(
+        side=64,
+        widths=(256, 512, 768),
+        blocks=(2, 2, 2),
+        attention=(0, 1, 5),
+        attention_mlp=True,
+        middle=True,
+        micro=_scale(64) if text else (),
+    )
+
+
+def outer(side: int, widths: Sequence[int], *, power: float, text: bool = True) -> LevelConfig:
+    """A level around S64: convolutions only, and a schedule shifted by its side over 64."""
+    blocks = (2,) * (len(widths) - 1) + (1,)
+    return LevelConfig(
+        side=side,
+        widths=tuple(widths),
+        blocks=blocks,
+        attention=(0,) * len(widths),
+        micro=_scale(side) if text else (),
+        shift_ratio=side / 64,
+        shift_power=power,
+    )
+
+
+def _scale(side: int) -> tuple[MicroConfig, ...]:
+    return (MicroConfig(name="scale", ceiling=float(side)),)
+
+
+def nest(*sides: int, text: bool) -> tuple[LevelConfig, ...]:
+    """The levels of MDM-S64..., by their sides."""
+    # The shift's power is the released models' (the paper leaves it open): 1 at 256, 2 at 1024.
+    power = 2.0 if sides[-1] == 1024 else 1.0
+    widths = {
+        (64,): {},
+        (64, 256): {256: (64, 128, 256)},
+        (64, 128, 256): {128: (128, 256), 256: (64, 128)},
+        (64, 256, 1024): {256: (64, 128, 256), 1024: (32, 32, 64)},
+        (64, 128, 256, 512, 1024): {
+            128: (128, 256),
+            256: (64, 128),
+            512: (32, 64),
+            1024: (32, 32),
+        },
+    }[sides]
+    outers = (outer(side, wide, power=power, text=text) for side, wide in widths.items())
+    return (s64(text=text), *outers)
+
+
+# --- the paper's runs (Appendix B) -------------------------------------------------------------
+
+
+def _text_run(name: str, sides: tuple[int, ...], stages: tuple[StageConfig, ...]) -> RunConfig:
+    """CC12M with FLAN-T5-XL features and two self-attention layers on top of them."""
+    model = ModelConfig(
+        levels=nest(*sides, text=True),
+        embedding=1024,
+        text=TextConfig(features=2048, width=1024, layers=2),
+    )
+    return RunConfig(
+        name=name,
+        model=model,
+        process=_V_PREDICTION,
+        data=DataConfig(source="folder"),
+        encoder=EncoderConfig(name="t5", path="google/flan-t5-xl", max_tokens=128),
+        train=_paper_training(stages, condition_dropout=0.1),  # ours: guidance needs it
+        sampling=SamplingConfig(sampler="ddpm", steps=250, guidance=(7.0,), threshold=("dynamic",)),
+    )
+
+
+def _class_run(name: str, sides: tuple[int, ...], stages: tuple[StageConfig, ...]) -> RunConfig:
+    """ImageNet: labels in the time embedding, no cross-attention, labels not dropped."""
+    model = ModelConfig(levels=nest(*sides, text=False), embedding=1024, classes=1000)
+    return RunConfig(
+        name=name,
+        model=model,
+        process=_V_PREDICTION,
+        data=DataConfig(source="folder"),
+        train=_paper_training(stages, condition_dropout=0.0),
+        sampling=SamplingConfig(sampler="ddpm", steps=250, threshold=("dynamic",)),
+    )
+
+
+_V_PREDICTION = ProcessConfig(prediction="v", weighting=(WeightingConfig(name="v"),))
+
+
+def _paper_training(stages: tuple[StageConfig, ...], *, condition_dropout: float) -> TrainConfig:
+    """The default training config of Appendix B."""
+    return TrainConfig(
+        stages=stages,
+        optimizer="adam",
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        warmup_images=30_000 * stages[0].batch_size,
+        clip_norm=2.0,
+        ema_decay=0.9999,
+        precision="bf16",
+        condition_dropout=condition_dropout,
+        log_every_images=100 * stages[0].batch_size,
+        preview_every_images=5_000 * stages[0].batch_size,
+        checkpoint_every_images=5_000 * stages[0].batch_size,
+    )
+
+
+def _stage(levels: int, batch_size: int, steps: int) -> StageConfig:
+    """A stage of the paper: learning rate 1e-4, length in steps.
+
+    The paper trains mixed resolutions within a batch and does not say in what shares; half of the
+    rows at the finest level and the rest spread evenly is ours.
+    """
+    coarse = tuple(0.5 / (levels - 1) for _ in range(levels - 1))
+    return StageConfig(
+        levels=levels,
+        images=steps * batch_size,
+        batch_size=batch_size,
+        lr=1e-4,
+        mix=(*coarse, 0.5) if coarse else (),
+    )
+
+
+def _text_stages(*levels: int) -> tuple[StageConfig, ...]:
+    """CC12M: 64, then 256, then 1024 pixels; `levels` are how many are active in each."""
+    lengths = ((2048, 500_000), (1024, 500_000), (768, 100_000))
+    return tuple(_stage(n, *length) for n, length in zip(levels, lengths, strict=False))
+
+
+def _class_stages(*levels: int) -> tuple[StageConfig, ...]:
+    """ImageNet: 64, then 256 pixels; the paper has no stage at 1024, this one is CC12M's."""
+    lengths = ((512, 300_000), (256, 500_000), (192, 100_000))
+    return tuple(_stage(n, *length) for n, length in zip(levels, lengths, strict=False))
+
+
+def _released(name: str, sides: tuple[int, ...]) -> RunConfig:
+    """The networks of the paper's released checkpoints (no text layers, attention unmasked)."""
+    middle = "std" if len(sides) == 3 else "none"  # only the 1024 model divides, at its 256 level
+    levels = tuple(
+        level.model_copy(update={"input_scaling": scaling})
+        for level, scaling in zip(nest(*sides, text=True), ("none", middle, "none"), strict=False)
+    )
+    model = ModelConfig(
+        levels=levels,
+        embedding=1024,
+        schedule="squared-cosine",
+        text=TextConfig(features=2048, width=2048, masked=False, learned_null=False),
+    )
+    base = _text_run(name, sides, _text_stages(*range(1, len(sides) + 1)))
+    process = ProcessConfig(prediction="v", weighting=(WeightingConfig(name="eps"),))
+    sampling = base.sampling.model_copy(update={"threshold": ("clip",), "grid": "released"})
+    return base.model_copy(update={"model": model, "process": process, "sampling": sampling})
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "openmoji": openmoji,
+    "fashion-mnist": fashion_mnist,
+    "folder-64": folder_64,
+    "cc12m-64": lambda: _text_run("cc12m-64", (64,), _text_stages(1)),
+    "cc12m-256": lambda: _text_run("cc12m-256", (64, 256), _text_stages(1, 2)),
+    "cc12m-256-nest3": lambda: _text_run("cc12m-256-nest3", (64, 128, 256), _text_stages(1, 3)),
+    "cc12m-1024": lambda: _text_run("cc12m-1024", (64, 256, 1024), _text_stages(1, 2, 3)),
+    "cc12m-1024-nest5": lambda: _text_run(
+        "cc12m-1024-nest5", (64, 128, 256, 512, 1024), _text_stages(1, 3, 5)
+    ),
+    "imagenet-64": lambda: _class_run("imagenet-64", (64,), _class_stages(1)),
+    "imagenet-256": lambda: _class_run("imagenet-256", (64, 256), _class_stages(1, 2)),
+    "imagenet-256-nest3": lambda: _class_run(
+        "imagenet-256-nest3", (64, 128, 256), _class_stages(1, 3)
+    ),
+    "imagenet-1024": lambda: _class_run("imagenet-1024", (64, 256, 1024), _class_stages(1, 2, 3)),
+    "imagenet-1024-nest5": lambda: _class_run(
+        "imagenet-1024-nest5", (64, 128, 256, 512, 1024), _class_stages(1, 3, 5)
+    ),
+    "released-64": lambda: _released("released-64", (64,)),
+    "released-256": lambda: _released("released-256", (64, 256)),
+    "released-1024": lambda: _released("released-1024", (64, 256, 1024)),
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The run of that name.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest and lists all.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"unknown preset {name!r} (did you mean {close}?); there are: {known}")
+    return PRESETS[name]()

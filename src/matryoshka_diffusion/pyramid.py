@@ -1,0 +1,99 @@
+"""The pyramid: one picture as a tuple of resolutions, coarse to fine, and D^r that makes it.
+
+`pyramid[0]` is the coarsest level and `pyramid[-1]` the picture itself: the paper's r = 1..R.
+Growing a pyramid appends, so the index of a level never changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Pyramid: TypeAlias = tuple[Tensor, ...]
+"""Levels coarse to fine, each (b_r, c, h_r, w_r). A finer level may hold fewer rows, a prefix."""
+
+
+class Resolution(NamedTuple):
+    """The grid of one level, in pixels."""
+
+    height: int
+    width: int
+
+
+def down_sample(x: Float[Tensor, "b c H W"], resolution: Resolution) -> Float[Tensor, "b c h w"]:
+    """D^r of Section 3.1: the area average of `x` on a coarser grid.
+
+    An average (not bi-linear interpolation, which skips pixels beyond a factor of two) is what
+    makes pooled noise smaller by exactly the pooled area, the fact that schedule shifts rest on.
+
+    Raises:
+        ValueError: the picture's side is no multiple of the level's.
+    """
+    height, width = x.shape[-2:]
+    if height % resolution.height or width % resolution.width:
+        raise ValueError(
+            f"a picture of {height}x{width} cannot be averaged to "
+            f"{resolution.height}x{resolution.width}: its sides must be multiples of the level's"
+        )
+    window = (height // resolution.height, width // resolution.width)
+    return x if window == (1, 1) else F.avg_pool2d(x, window)
+
+
+def build_pyramid(x: Float[Tensor, "b c h w"], resolutions: Sequence[Resolution]) -> Pyramid:
+    """[D^1(x), ..., D^R(x)] for `resolutions` given coarse to fine.
+
+    Example:
+        >>> build_pyramid(torch.ones(2, 3, 8, 8), [Resolution(4, 4), Resolution(8, 8)])[0].shape
+        torch.Size([2, 3, 4, 4])
+    """
+    return tuple(down_sample(x, resolution) for resolution in resolutions)
+
+
+def ragged(pyramid: Pyramid, rows: Sequence[int]) -> Pyramid:
+    """The pyramid in which level r keeps only its first `rows[r]` rows (mixed resolution)."""
+    assert all(a >= b for a, b in itertools.pairwise(rows)), "finer levels hold a prefix"
+    return tuple(level[:count] for level, count in zip(pyramid, rows, strict=True))
+
+
+def rows_of_mix(mix: Sequence[float], first: int, count: int) -> tuple[int, ...]:
+    """How many of the samples `first .. first + count - 1` hold each level, for shares `mix`.
+
+    What is rounded are the counts since the start of the run, so the shares are exact over a run
+    although every batch holds whole rows, and they do not depend on how it is cut into batches.
+    """
+    before, after = (_rows_since_start(mix, total) for total in (first, first + count))
+    return tuple(b - a for a, b in zip(before, after, strict=True))
+
+
+def _rows_since_start(mix: Sequence[float], total: int) -> list[int]:
+    """Of the first `total` samples, how many hold each level.
+
+    The finest level takes its share of all; each coarser one its share of what is left. Every
+    part only grows with `total`, so in any batch a finer level holds no more rows than a coarser.
+    """
+    rows = [0] * len(mix)
+    taken, share_left = 0, 1.0
+    for level in reversed(range(1, len(mix))):
+        share = mix[level] / share_left if share_left > 0 else 0.0
+        taken += _floor((total - taken) * min(share, 1.0))
+        share_left -= mix[level]
+        rows[level] = taken
+    rows[0] = total
+    return rows
+
+
+def _floor(x: float) -> int:
+    """Floor that forgives the last bits of a product such as 0.3 * 10."""
+    return int(x + 1e-6)
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Append zero rows until there are `rows`: what a coarser doll receives from a finer one."""
+    missing = rows - x.shape[0]
+    return x if missing == 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])

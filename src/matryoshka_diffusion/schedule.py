@@ -1,0 +1,154 @@
+"""Noise schedules as curves of log-SNR over time, and their shift by resolution.
+
+A schedule says how much of the picture is left at time t in [0, 1], 0 = clean, as
+lambda(t) = log(alpha_t^2 / sigma_t^2). All schedules preserve the variance: alpha^2 + sigma^2 = 1.
+Shifting by resolution (Section 3.1, after f-DM) is then a subtraction. Times and log-SNRs are
+always of shape (b,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from matryoshka_diffusion.config import ModelConfig
+
+STEPS = 1000
+"""Steps of a tabulated schedule; node k lies at t = k / STEPS."""
+
+
+@runtime_checkable
+class NoiseSchedule(Protocol):
+    """A decreasing curve with log_snr(0) = +inf."""
+
+    def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """log(alpha_t^2 / sigma_t^2), in the precision of `t`."""
+        ...
+
+
+def alpha_sigma(log_snr: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """(alpha, sigma) of the latent z = alpha x + sigma eps; exactly (1, 0) at log-SNR +inf."""
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def expand(per_row: Float[Tensor, " b"], like: Tensor) -> Tensor:
+    """Numbers of shape (b,) as (b, 1, ..., 1) in the precision and place of `like`."""
+    return per_row.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The continuous cosine schedule: alpha = cos(angle), with the angle linear in time.
+
+    The angle stops short of 0 and pi/2 so that log-SNR stays within `bound`, beyond which float32
+    could not tell alpha from 1 or 0; t = 0 itself is clean.
+    """
+
+    bound: float = 15.0
+
+    def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """-2 log tan(angle)."""
+        start, end = math.atan(math.exp(-self.bound / 2)), math.atan(math.exp(self.bound / 2))
+        curve = -2.0 * torch.log(torch.tan(start + t * (end - start)))
+        return torch.where(t > 0, curve, math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A schedule given by its log-SNR at the nodes t = 1/n, ..., n/n.
+
+    Between nodes log-SNR is linear. Below the first node the noise variance is linear instead:
+    log-SNR is infinite at t = 0 and interpolating it would form 0 * inf.
+    """
+
+    nodes: Float[Tensor, " n"]
+
+    def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Interpolated log-SNR."""
+        nodes = self.nodes.to(t)
+        position = t * len(nodes)
+        lower = position.detach().floor().clamp(1, len(nodes) - 1)
+        between = torch.lerp(nodes[lower.long() - 1], nodes[lower.long()], position - lower)
+        variance = torch.sigmoid(-nodes[0]) * position.clamp(0, 1)
+        return torch.where(position < 1, torch.log1p(-variance) - torch.log(variance), between)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """SNR divided by ratio^power: finer levels, whose pixels are redundant, get more noise.
+
+    With ratio s, the side of a level over the side of the coarsest one, pooling s x s divides the
+    noise variance by s^2. With power 2 every level therefore shows the coarse picture equally
+    well; with power 1 a finer level shows it better.
+    """
+
+    base: NoiseSchedule
+    ratio: float
+    power: float
+
+    def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The base curve less power * log(ratio)."""
+        return self.base.log_snr(t) - self.power * math.log(self.ratio)
+
+
+def squared_cosine_table() -> Table:
+    """1000 steps of the squared-cosine alpha-bar (s = 0.008, beta <= 0.999), as released."""
+    k = torch.arange(STEPS + 1, dtype=torch.float64, device="cpu")
+    curve = torch.cos((k / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1.0 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return _from_alpha_bar(torch.cumprod(1.0 - beta, 0))
+
+
+def linear_beta_table() -> Table:
+    """1000 steps of beta from 1e-4 to 0.02 (DDPM)."""
+    beta = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64, device="cpu")
+    return _from_alpha_bar(torch.cumprod(1.0 - beta, 0))
+
+
+def truncated_cosine_table() -> Table:
+    """1000 steps of a cosine whose log-SNR runs from 5 to -5: the released code's `cosine`."""
+    start, end = math.atan(math.exp(-2.5)), math.atan(math.exp(2.5))
+    u = torch.linspace(0.0, 1.0, STEPS, dtype=torch.float64, device="cpu")
+    return Table(-2.0 * torch.log(torch.tan(start + u * (end - start))))
+
+
+def _from_alpha_bar(alpha_bar: Float[Tensor, " n"]) -> Table:
+    return Table(torch.log(alpha_bar) - torch.log1p(-alpha_bar))
+
+
+SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
+    "cosine": Cosine,
+    "squared-cosine": squared_cosine_table,
+    "linear-beta": linear_beta_table,
+    "truncated-cosine": truncated_cosine_table,
+}
+
+
+def build_schedules(model: ModelConfig) -> tuple[NoiseSchedule, ...]:
+    """The schedule of every level, coarse to fine."""
+    base = SCHEDULES[model.schedule]()
+    return tuple(Shifted(base, level.shift_ratio, level.shift_power) for level in model.levels)
+
+
+def log_snr_rate(schedule: NoiseSchedule, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """d log_snr / d t, by differentiating the curve. Finite for t > 0."""
+    with torch.enable_grad():
+        time = t.detach().requires_grad_()
+        (rate,) = torch.autograd.grad(schedule.log_snr(time).sum(), time)
+    return rate
+
+
+def time_of(schedule: NoiseSchedule, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The time at which a schedule has the given log-SNR, by bisection."""
+    low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_clean = schedule.log_snr(middle) > log_snr
+        low, high = torch.where(too_clean, middle, low), torch.where(too_clean, high, middle)
+    return (low + high) / 2

@@ -1,0 +1,115 @@
+"""Hidden states of a transformers encoder, one row for each real token."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.files import require
+
+_PROBE = "Matryoshka: a doll in a doll, 3 levels deep."
+
+
+class HiddenStates:
+    """A frozen encoder and its tokenizer as a `TextEncoder`.
+
+    `key` is made from the weights and the tokenizer themselves, so features in a cache belong to
+    the model wherever it lies, and never to another one that took its place.
+
+    Raises:
+        ConfigError: the model cannot take `max_tokens`.
+        ValueError: the tokenizer gives an empty caption no token at all.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, max_tokens: int) -> None:
+        limit = getattr(model.config, "max_position_embeddings", max_tokens)
+        if max_tokens > limit:
+            raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {name} takes {limit}")
+        self.model = model.eval().requires_grad_(False).float()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.width: int = model.config.hidden_size
+        if not self._tokens([""])["input_ids"].numel():
+            raise ValueError(f"{name}: its tokenizer adds no end token, so '' has no token at all")
+        self.key = f"{name}-{max_tokens}-{self._fingerprint()}"
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
+        """Features of each caption, at most `max_tokens` tokens, on the CPU in float32."""
+        if not captions:
+            return []
+        tokens = self._tokens(list(captions))
+        states = self.model(**tokens).last_hidden_state
+        return [
+            row[real].clone()
+            for row, real in zip(states, tokens["attention_mask"].bool(), strict=True)
+        ]
+
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        tokens = self.tokenizer(
+            captions,
+            max_length=self.max_tokens,
+            truncation=True,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def _fingerprint(self) -> str:
+        """A hash of the beginning of every weight and of how a sentence is cut into tokens."""
+        state = hashlib.blake2b(digest_size=8)
+        state.update(str(self._tokens([_PROBE])["input_ids"].tolist()).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            state.update(f"{name} {tuple(weight.shape)}".encode())
+            state.update(weight.flatten()[:64].numpy().tobytes())
+        return state.hexdigest()
+
+
+def load_states(name: str, model_class: str, path: str, max_tokens: int) -> HiddenStates:
+    """Load a model and its tokenizer from a folder or, unless HF_HUB_OFFLINE is set, the hub.
+
+    Only safetensors are read and no code of the repository is run.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        OSError: nothing usable at `path`, or weights that are not those of `model_class`.
+    """
+    transformers = require("transformers", "text", name)
+    transformers.utils.logging.disable_progress_bar()  # a flash of a bar for local files
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"{path}: no such folder; {_remedy(name)}")
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else path,
+        "local_files_only": folder.is_dir(),
+    }
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model, loading = getattr(transformers, model_class).from_pretrained(
+            **source, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot load {name} from {path}: {reason}; {_remedy(name)}") from error
+    # transformers would go on with random weights; the pooler is not used here
+    if missing := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
+        raise OSError(
+            f"{path} is no {name} encoder: {len(missing)} weights are missing, "
+            f"first {missing[0]}; {_remedy(name)}"
+        )
+    return HiddenStates(name.lower(), model, tokenizer, max_tokens)
+
+
+def _remedy(name: str) -> str:
+    return (
+        f"encoder.path takes a folder with {name}'s config.json, model.safetensors and "
+        "tokenizer.json, or the id of such a model on the hub"
+    )

@@ -1,0 +1,92 @@
+"""Progressive training (Section 3.3) as data: what every optimizer step of a run is given.
+
+Time is the number of images seen. A step is a pure function of where it starts, so a resumed run
+goes through the same steps as one that never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.pyramid import rows_of_mix
+
+
+class Step(NamedTuple):
+    """One optimizer step: the samples `first .. end - 1` of the run.
+
+    Attributes:
+        stage: index into `train.stages`.
+        first: images seen before the step; also the global number of its first sample.
+        rows: how many samples hold each active level, coarse to fine; finer ones are a prefix.
+        lr: learning rate.
+        ends_stage: True for the last step of its stage.
+    """
+
+    stage: int
+    first: int
+    rows: tuple[int, ...]
+    lr: float
+    ends_stage: bool
+
+    @property
+    def count(self) -> int:
+        """Images in the step: every one has the coarsest level."""
+        return self.rows[0]
+
+    @property
+    def end(self) -> int:
+        """Images seen after the step."""
+        return self.first + self.count
+
+
+def steps(train: TrainConfig, images_seen: int = 0) -> Iterator[Step]:
+    """The steps from `images_seen` to the end of the run."""
+    while images_seen < train.images:
+        step = step_at(train, images_seen)
+        yield step
+        images_seen = step.end
+
+
+def step_at(train: TrainConfig, images_seen: int) -> Step:
+    """The step that starts after `images_seen`; it is cut so that its stage ends exactly."""
+    index = stage_at(train, images_seen)
+    stage = train.stages[index]
+    left = sum(s.images for s in train.stages[: index + 1]) - images_seen
+    count = min(stage.batch_size, left)
+    mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
+    rows = rows_of_mix(mix, images_seen, count)
+    lr = learning_rate(train, images_seen, count)
+    return Step(index, images_seen, rows, lr, ends_stage=count == left)
+
+
+def stage_at(train: TrainConfig, number: int) -> int:
+    """Index of the stage that image `number` (counted from 0) of the run is in."""
+    ends = accumulate(stage.images for stage in train.stages)
+    return next(index for index, end in enumerate(ends) if number < end)
+
+
+def learning_rate(train: TrainConfig, images_seen: int, count: int) -> float:
+    """The stage's rate, times a linear warm-up, times the linear decay that ends the run.
+
+    Warm-up restarts with every stage that adds levels, because their weights are new. It counts
+    the images after the step and the decay those before, so that no step has rate zero.
+    """
+    index = stage_at(train, images_seen)
+    levels = [0, *(stage.levels for stage in train.stages)]
+    grown = max(i for i in range(index + 1) if levels[i + 1] > levels[i])
+    start = sum(stage.images for stage in train.stages[:grown])
+    warm = min(1.0, (images_seen + count - start) / max(train.warmup_images, 1))
+    left = (train.images - images_seen) / max(train.decay_share * train.images, 1.0)
+    return train.stages[index].lr * warm * min(1.0, left)
+
+
+def active_model(config: RunConfig, images_seen: int) -> ModelConfig:
+    """The nest that the last of `images_seen` images was shown to: the model's first levels.
+
+    A finished run has the levels of its last stage, which may be fewer than `model.levels`.
+    """
+    stage = config.train.stages[stage_at(config.train, max(images_seen - 1, 0))]
+    return config.model.model_copy(update={"levels": config.model.levels[: stage.levels]})

@@ -1,0 +1,57 @@
+"""The moving average of the weights, which is what samples are drawn from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+class Ema:
+    """An average of a network's parameters over the last 1 / (1 - decay) steps, by name.
+
+    Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps; otherwise the
+    average would consist of initial weights for thousands of steps. It is kept in float32.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+        self.extend(net)
+
+    def extend(self, net: nn.Module) -> None:
+        """Take in parameters that are new, at their live values; the others keep their average."""
+        known, live = self.weights, dict(net.named_parameters())
+        assert known.keys() <= live.keys(), "networks only grow"
+        self.weights = {
+            name: known[name] if name in known else value.detach().clone().float()
+            for name, value in live.items()
+        }
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, steps: int) -> None:
+        """Move towards the live weights; `steps` is the number of optimizer steps before."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        live = [value.float() for value in net.parameters()]
+        get_ema_multi_avg_fn(decay)(list(self.weights.values()), live, None)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the averages; the names must be those of the parameters."""
+        assert weights.keys() == self.weights.keys()
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+
+    @torch.no_grad()
+    def network(self, net: Net) -> Net:
+        """A frozen copy of `net` in eval mode that holds the averaged weights."""
+        averaged = copy.deepcopy(net).eval().requires_grad_(False)
+        for name, value in averaged.named_parameters():
+            value.copy_(self.weights[name])
+        return averaged

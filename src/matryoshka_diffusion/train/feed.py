@@ -1,0 +1,146 @@
+"""All that a step is given besides the weights: pictures, times, noise, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, ragged
+from matryoshka_diffusion.rng import normal, stratified, uniform
+from matryoshka_diffusion.text.cache import pad
+from matryoshka_diffusion.train.curriculum import Step
+
+Encode = Callable[[Sequence[str]], list[Tensor]]
+"""Captions -> the features of each one's tokens, (n, d)."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where pictures come from: the samples n = first .. first + count - 1 of the run."""
+
+    def batch(self, first: int, count: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of the loss for one step, and what its samples are called.
+
+    `x` and `noise` may be ragged; everything else has a row for each sample. `ids` are global
+    sample numbers and `keys` the source's names, for reports of trouble.
+    """
+
+    step: Step
+    x: Pyramid
+    noise: Pyramid
+    t: Float[Tensor, " b"]
+    cond: Conditioning
+    ids: tuple[int, ...]
+    keys: tuple[str, ...]
+
+    def every(self, stride: int, offset: int) -> Inputs:
+        """Rows offset, offset + stride, ...: a micro-batch with its share of the finer rows."""
+        rows = slice(offset, None, stride)
+        return Inputs(
+            step=self.step,
+            x=tuple(level[rows] for level in self.x),
+            noise=tuple(level[rows] for level in self.noise),
+            t=self.t[rows],
+            cond=self.cond.rows(rows),
+            ids=self.ids[rows],
+            keys=self.keys[rows],
+        )
+
+
+class Feed:
+    """Makes the inputs of any step, a pure function of the run's seed and the step.
+
+    It does nothing that needs the network, so it runs in the loader's thread while the network is
+    busy; on an accelerator that includes the copy to the device.
+
+    Raises:
+        ValueError: a level asks for a micro-condition that the data does not have, or for text
+            without an encoder.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        loader: Batches,
+        encode: Encode | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._config, self._loader, self._encode, self._device = config, loader, encode, device
+        self._micro = {m.name for level in config.model.levels for m in level.micro}
+        if unknown := self._micro - {"scale"}:
+            raise ValueError(
+                f"model.levels[].micro: the data has no {min(unknown)!r}, only 'scale', the side "
+                "of the original picture"
+            )
+        if config.model.text is not None and encode is None:
+            raise ValueError("model.text is set, but training was given no text encoder")
+
+    def __call__(self, step: Step) -> Inputs:
+        """The inputs of `step`."""
+        batch = self._loader.batch(step.first, step.count)
+        seed, levels = self._config.train.seed, self._config.model.levels[: len(step.rows)]
+        resolutions = [Resolution(level.side, level.side) for level in levels]
+        x = ragged(build_pyramid(batch.picture, resolutions), step.rows)
+        noise = tuple(
+            torch.stack([normal(seed, "noise", n, r, shape=level.shape[1:]) for n in ids])
+            if (ids := batch.ids[: len(level)].tolist())
+            else torch.zeros_like(level)
+            for r, level in enumerate(x)
+        )
+        return Inputs(
+            step=step,
+            x=self._placed(x),
+            noise=self._placed(noise),
+            t=stratified(seed, "t", batch.ids).float().to(self._device),
+            cond=self._conditions(batch).to(self._device),
+            ids=tuple(batch.ids.tolist()),
+            keys=batch.keys,
+        )
+
+    def _conditions(self, batch: Batch) -> Conditioning:
+        """Labels, text and micro-conditions; some rows are hidden, because guidance needs a null.
+
+        A network without a learned null gets the empty caption in its place.
+        """
+        train, model = self._config.train, self._config.model
+        dropped = uniform(train.seed, "condition-dropout", batch.ids.tolist())
+        dropped = dropped < train.condition_dropout
+        has_null = model.text is None or model.text.learned_null
+        tokens = mask = None
+        if self._encode is not None and model.text is not None:
+            captions = [
+                caption if has_null or not drop else ""
+                for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)
+            ]
+            tokens, mask = pad(self._encode(captions))
+        return Conditioning(
+            labels=self._labels(batch) if model.classes else None,
+            tokens=tokens,
+            mask=mask,
+            micro=dict.fromkeys(self._micro, batch.original_side),
+            dropped=dropped if has_null else None,
+        )
+
+    def _labels(self, batch: Batch) -> Int[Tensor, " b"]:
+        known = 0 if batch.labels is None else int(batch.labels.max()) + 1
+        if batch.labels is None or known > self._config.model.classes:
+            raise ValueError(
+                f"model.classes is {self._config.model.classes}, but the data has "
+                f"{f'at least {known}' if known else 'none'}"
+            )
+        return batch.labels
+
+    def _placed(self, pyramid: Pyramid) -> Pyramid:
+        return tuple(level.to(self._device) for level in pyramid)

@@ -1,0 +1,105 @@
+"""The folder of a run: what was asked, where it ran. The same command finds its run again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka_diffusion.config import ConfigError, RunConfig, load_config, to_yaml
+from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.train.precision import resolve_precision
+
+
+def open_run(folder: Path, asked: RunConfig, device: torch.device) -> RunConfig:
+    """Begin a run in `folder`, or find the one that `asked` began there.
+
+    Returns:
+        The resolved config, in which what `auto` left open is decided. A resumed run keeps the
+        decisions of its start, so moving it to other hardware does not change its numbers.
+
+    Raises:
+        ConfigError: the folder belongs to a run of another config, or holds files of no run.
+        OSError: it cannot be written.
+    """
+    path = folder / "config.yaml"
+    begun = load_config(path) if path.exists() else None
+    if begun is not None:
+        _check_same_run(folder, begun, asked)
+    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise ConfigError(
+            f"{folder} holds files but no run (there is no config.yaml): give another --out"
+        )
+    config = begun or asked
+    config = with_precision(config, resolve_precision(config.train.precision, device))
+    if config != begun:  # new, or prepared for a first start
+        write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
+    _note_start(folder / "environment.json", device)
+    return config
+
+
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
+    """The config with its precision decided."""
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"train": train})
+
+
+def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
+    if asked.train.precision == "auto":
+        asked = with_precision(asked, begun.train.precision)
+    there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (begun, asked))
+    different = [path for path in {**there, **here} if there.get(path) != here.get(path)]
+    if different:
+        told = "; ".join(
+            f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
+            for path in different[:3]
+        )
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ConfigError(
+            f"{folder} holds a run of another config: {told}{more}; give another --out, or drop "
+            "the override to continue that run"
+        )
+
+
+def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings and lists with its path, such as train.stages[0].lr."""
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from _leaves(value, f"{path}.{key}".removeprefix("."))
+    elif isinstance(data, list) and data:
+        for index, value in enumerate(data):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, data
+
+
+def _note_start(path: Path, device: torch.device) -> None:
+    """Add this start of the run to the list of where it was computed."""
+    starts = json.loads(path.read_text("utf-8")) if path.exists() else []
+    starts.append(
+        {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "matryoshka-diffusion": _package_version(),
+            "python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    text = json.dumps(starts, indent=1).encode()
+    write_atomically(path, lambda file: file.write(text))
+
+
+def _package_version() -> str:
+    try:
+        return version("matryoshka-diffusion")
+    except PackageNotFoundError:  # run from its source
+        return "unknown"

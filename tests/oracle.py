@@ -1,0 +1,137 @@
+"""Truth without a network: Gaussian pictures, whose posterior mean over all levels is closed form.
+
+For x ~ N(mu, S) and z^r = alpha^r D^r x + sigma^r eps^r, the posterior of x given *all* levels is
+Gaussian. Its mean is affine in z, so every sampler that uses it is an affine map of its noise, and
+pushing 0 and the unit vectors through such a map gives the mean and covariance of what it draws,
+exactly. Everything is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import Prediction
+from matryoshka_diffusion.diffusion import Network
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid
+from matryoshka_diffusion.schedule import NoiseSchedule, Shifted
+
+
+@dataclass(frozen=True)
+class GaussianPictures:
+    """Pictures of one channel and one row, x ~ N(mean, covariance), seen through schedules.
+
+    Called with (z, t) it is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    resolutions: tuple[Resolution, ...]
+    schedules: tuple[NoiseSchedule, ...]
+
+    @cached_property
+    def pools(self) -> tuple[Tensor, ...]:
+        """D^r as matrices, by averaging the unit vectors."""
+        units = torch.eye(len(self.mean), dtype=torch.float64)[:, None, None]
+        return tuple(level.flatten(1).T for level in build_pyramid(units, self.resolutions))
+
+    @cached_property
+    def precision(self) -> Tensor:
+        """S^-1."""
+        return self.covariance.inverse()
+
+    def posterior_covariance(self, t: Tensor) -> Tensor:
+        """Cov[x | z_t], (b, n, n): prior precision plus that of each level's observation."""
+        precision = self.precision
+        for pool, schedule in zip(self.pools, self.schedules, strict=True):
+            precision = precision + schedule.log_snr(t).exp()[:, None, None] * (pool.T @ pool)
+        return precision.inverse()
+
+    def __call__(self, z: Pyramid, t: Tensor) -> Pyramid:
+        times, which = t.unique(return_inverse=True)  # one solve for each time, however many rows
+        evidence = (self.precision @ self.mean).expand(len(t), -1)
+        for z_r, pool, schedule in zip(z, self.pools, self.schedules, strict=True):
+            log_snr = schedule.log_snr(t)
+            gain = log_snr.sigmoid().sqrt() / (-log_snr).sigmoid()  # alpha / sigma^2
+            evidence = evidence + gain[:, None] * (z_r.flatten(1) @ pool)
+        x = torch.einsum("bij,bj->bi", self.posterior_covariance(times)[which], evidence)
+        return tuple((x @ pool.T).view_as(z_r) for z_r, pool in zip(z, self.pools, strict=True))
+
+    def as_network(self, prediction: Prediction) -> Network:
+        """The same estimates as what a network of this kind would return."""
+
+        def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+            return tuple(
+                prediction_of(prediction, x_r, z_r, schedule.log_snr(t))
+                for x_r, z_r, schedule in zip(self(z, t), z, self.schedules, strict=True)
+            )
+
+        return net
+
+
+def prediction_of(kind: Prediction, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+    """An estimate of x written as an estimate of x, eps or v = alpha eps - sigma x."""
+    alpha, sigma = (
+        part.sqrt().view(-1, 1, 1, 1) for part in (log_snr.sigmoid(), (-log_snr).sigmoid())
+    )
+    eps = (z - alpha * x) / sigma
+    return {"x0": x, "eps": eps, "v": alpha * eps - sigma * x}[kind]
+
+
+def small_world(base: NoiseSchedule) -> GaussianPictures:
+    """Levels of 1, 2 and 4 pixels; neighbours are correlated, the mean is not zero."""
+    place = torch.arange(4, dtype=torch.float64)
+    return GaussianPictures(
+        mean=torch.tensor([0.5, -0.2, 0.1, 0.3], dtype=torch.float64),
+        covariance=0.25 * torch.exp(-(place[:, None] - place).abs() / 2),
+        resolutions=(Resolution(1, 1), Resolution(1, 2), Resolution(1, 4)),
+        schedules=tuple(Shifted(base, ratio, power=2.0) for ratio in (1.0, 2.0, 4.0)),
+    )
+
+
+# --- pushing Gaussians through samplers ---------------------------------------------------------
+
+
+class UnitNoise:
+    """A `NoiseSource` whose row i is unit vector i - 1 of all numbers that a sampler draws.
+
+    Row 0 is all zeros. With `steps = 0` only the start is counted, and steps add nothing.
+    """
+
+    def __init__(self, resolutions: Sequence[Resolution], steps: int) -> None:
+        self.shapes = [(1, side.height, side.width) for side in resolutions]
+        self.sizes = [side.height * side.width for side in resolutions]
+        self.steps = steps
+        self.rows = 1 + sum(self.sizes) * (1 + steps)
+
+    def __call__(self, purpose: str, step: int, level: int) -> Tensor:
+        noise = torch.zeros(self.rows, self.sizes[level], dtype=torch.float64)
+        if step <= self.steps:
+            first = 1 + sum(self.sizes) * step + sum(self.sizes[:level])
+            noise[first : first + self.sizes[level]].fill_diagonal_(1.0)
+        return noise.view(-1, *self.shapes[level])
+
+    def start(self) -> Pyramid:
+        return tuple(self("start", 0, level) for level in range(len(self.sizes)))
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of an affine map of standard normal numbers, from its values at units."""
+    flat = rows.flatten(1)
+    columns = flat[1:] - flat[0]
+    return flat[0], columns.T @ columns
+
+
+def stacked(pyramid: Pyramid) -> Tensor:
+    """All levels of each row in one vector."""
+    return torch.cat([level.flatten(1) for level in pyramid], dim=1)
+
+
+def no_noise(purpose: str, step: int, level: int) -> Tensor:
+    """A `NoiseSource` for samplers that must not draw."""
+    raise AssertionError(f"a deterministic sampler drew noise at step {step}")

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from matryoshka_diffusion.config import from_dict
+from matryoshka_diffusion.train.checkpoint import (
+    FILES,
+    MANIFEST,
+    CheckpointError,
+    Snapshot,
+    check_same,
+    export_weights,
+    load_weights,
+    newest,
+    read,
+    save,
+)
+from tiny_run import tiny_config
+
+
+def snapshot(images_seen: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(images_seen)
+    weights = {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.zeros(3)}
+    return Snapshot(
+        state={"images_seen": images_seen, "steps": 7, "seconds": 0.1},
+        weights=weights,
+        ema={name: value + 1 for name, value in weights.items()},
+        optimizer={"a.weight.step": torch.tensor(7.0), "a.weight.exp_avg": torch.ones(3, 4)},
+    )
+
+
+def assert_equal(one: Snapshot, other: Snapshot) -> None:
+    assert one.state == other.state
+    for part in ("weights", "ema", "optimizer"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_is_read(tmp_path):
+    path = save(tmp_path / "checkpoints", snapshot(640), keep=2)
+    assert path == tmp_path / "checkpoints" / "0000000640"
+    assert names(path) == sorted([*FILES, MANIFEST])
+    assert newest(path.parent) == path
+    assert_equal(read(path), snapshot(640))
+
+
+def test_tensors_of_any_layout_are_saved(tmp_path):
+    weights = {"w": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)}
+    path = save(tmp_path, Snapshot({"images_seen": 1}, weights, {"w": weights["w"].mT}, {}), keep=1)
+    assert torch.equal(read(path).weights["w"], weights["w"])
+    assert torch.equal(read(path).ema["w"], weights["w"].mT)
+
+
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+    assert newest(tmp_path / "absent") is None
+    (tmp_path / ".0000000008.tmp").mkdir()  # a save that was killed
+    assert newest(tmp_path) is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for images_seen in (8, 16, 100, 24000):
+        save(tmp_path, snapshot(images_seen), keep=2)
+    assert names(tmp_path) == ["0000000100", "0000024000"]
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, empty, flip_a_bit])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_torn_checkpoint_is_ignored(tmp_path, name, damage):
+    good, torn = (save(tmp_path, snapshot(n), keep=2) for n in (8, 16))
+    damage(torn / name)
+    with pytest.warns(UserWarning, match="0000000016 is ignored"):
+        assert newest(tmp_path) == good
+    # The run goes on from there and comes to the torn one's place again.
+    assert save(tmp_path, snapshot(16), keep=2) == torn
+    assert newest(tmp_path) == torn
+    assert_equal(read(torn), snapshot(16))
+
+
+def test_a_torn_checkpoint_never_displaces_a_complete_one(tmp_path):
+    torn = save(tmp_path, snapshot(100), keep=1)
+    truncate(torn / FILES[0])
+    good = save(tmp_path, snapshot(50), keep=1)
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert newest(tmp_path) == good
+
+
+def test_only_torn_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
+    remove(save(tmp_path, snapshot(8), keep=1) / MANIFEST)
+    with (
+        pytest.warns(UserWarning, match=r"manifest.json is missing"),
+        pytest.raises(CheckpointError, match="no complete checkpoint"),
+    ):
+        newest(tmp_path)
+
+
+def test_a_complete_checkpoint_is_not_written_again(tmp_path):
+    path = save(tmp_path, snapshot(8), keep=1)
+    before = path.stat().st_ino
+    save(tmp_path, snapshot(8), keep=1)
+    assert path.stat().st_ino == before
+
+
+class Killed(BaseException):
+    """kill -9, as far as it can be had within a process."""
+
+
+def kill_after(patch: pytest.MonkeyPatch, moment: int) -> None:
+    """Let so many steps happen on the disk, then raise `Killed`, and let nothing happen after."""
+    left = moment
+
+    def counted(real: Callable[..., Any], raises: bool) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            if left == 0 and raises:
+                raise Killed
+            left -= raises
+            return real(*args, **options) if left else None
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "mkdir"):
+        patch.setattr(os, name, counted(getattr(os, name), raises=True))
+    patch.setattr(shutil, "rmtree", counted(shutil.rmtree, raises=False))
+    patch.setattr(Path, "unlink", counted(Path.unlink, raises=False))
+
+
+def test_killed_at_any_moment_of_a_save_the_last_checkpoint_stands(tmp_path, monkeypatch):
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        save(folder, snapshot(8), keep=1)
+        with monkeypatch.context() as patch:
+            kill_after(patch, moment)
+            try:
+                save(folder, snapshot(16), keep=1)
+                whole = True
+            except Killed:
+                whole = False
+        found = newest(folder)
+        assert found is not None
+        assert found.name == "0000000016" or not whole
+        assert_equal(read(found), snapshot(int(found.name)))
+        save(folder, snapshot(24), keep=1)
+        assert names(folder) == ["0000000024"]
+        if whole:
+            break
+    assert moment > 10, "files, folders and the rename are moments of their own"
+
+
+def test_a_disk_that_takes_no_more_is_loud_and_harmless(tmp_path):
+    good = save(tmp_path, snapshot(8), keep=1)
+    large = Snapshot({"images_seen": 16}, {"w": torch.zeros(10, 1000)}, {}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"0000000016 of 40,000 bytes: File too large"):
+            save(tmp_path, large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == [good.name]
+    assert newest(tmp_path) == good
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_any_failure_of_the_disk_names_path_and_reason(tmp_path, monkeypatch, code):
+    good = save(tmp_path, snapshot(8), keep=1)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            save(tmp_path, snapshot(16), keep=1)
+    assert caught.value.errno == code
+    assert str(tmp_path / "0000000016") in str(caught.value)
+    assert names(tmp_path) == [good.name]
+
+
+def test_a_place_that_is_no_folder_is_an_error_with_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/checkpoints/0000000008"):
+        save(tmp_path / "file" / "checkpoints", snapshot(8), keep=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("0.bias"), "0.bias is missing"),
+        (lambda w: w.update({"9.bias": torch.zeros(1)}), "9.bias is not in the network"),
+        (
+            lambda w: w.update({"0.weight": torch.zeros(2, 2)}),
+            r"0.weight is \(2, 2\), the network's \(2, 3\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, told):
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    weights = {name: torch.full_like(value, 9.0) for name, value in before.items()}
+    change(weights)
+    with pytest.raises(CheckpointError, match=f"here does not fit the network: .*{told}"):
+        load_weights(net, weights, where="here")
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+
+
+def test_many_differences_are_counted_not_listed():
+    expected = {str(n): torch.zeros(1) for n in range(10)}
+    with pytest.raises(CheckpointError, match="2 is missing and 7 more"):
+        check_same(expected, {}, where="here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exported_weights_and_config_are_read_back(tmp_path, dtype):
+    weights = snapshot(1).weights
+    export_weights(tmp_path / "model", weights, tiny_config(), dtype=dtype)
+    assert names(tmp_path / "model") == ["config.json", "model.safetensors"]
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], value.to(dtype)) for name, value in weights.items())
+    text = (tmp_path / "model" / "config.json").read_text("utf-8")
+    assert from_dict(json.loads(text)) == tiny_config()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matryoshka_diffusion.config import StageConfig, TrainConfig
+from matryoshka_diffusion.train.curriculum import active_model, stage_at, step_at, steps
+from tiny_run import tiny_config
+
+
+def stage(levels: int, images: int, batch_size: int = 4, lr: float = 1.0, mix=()) -> StageConfig:
+    return StageConfig(levels=levels, images=images, batch_size=batch_size, lr=lr, mix=mix)
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> TrainConfig:
+    """Up to four stages of up to three levels, some of them with mixed resolutions."""
+    levels = sorted(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    stages = []
+    for count in levels:
+        weights = draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
+        mix = tuple(weight / sum(weights) for weight in weights) if sum(weights) else ()
+        stages.append(stage(count, draw(st.integers(1, 60)), draw(st.integers(1, 17)), mix=mix))
+    return TrainConfig(stages=tuple(stages), warmup_images=draw(st.integers(0, 40)))
+
+
+@given(trainings())
+def test_steps_tile_the_run_and_stages_end_exactly(train):
+    plan = list(steps(train))
+    assert plan[0].first == 0
+    assert plan[-1].end == train.images
+    assert all(a.end == b.first for a, b in itertools.pairwise(plan))
+    for index, config in enumerate(train.stages):
+        inside = [step for step in plan if step.stage == index]
+        assert sum(step.count for step in inside) == config.images
+        assert [step.ends_stage for step in inside] == [False] * (len(inside) - 1) + [True]
+        assert all(step.count == config.batch_size for step in inside[:-1])
+
+
+@given(trainings(), st.data())
+def test_a_resumed_run_goes_through_the_same_steps(train, data):
+    plan = list(steps(train))
+    done = data.draw(st.integers(0, len(plan)))
+    assert list(steps(train, plan[done].first if done < len(plan) else train.images)) == plan[done:]
+
+
+@given(trainings())
+def test_finer_levels_hold_a_prefix(train):
+    for step in steps(train):
+        assert len(step.rows) == train.stages[step.stage].levels
+        assert all(a >= b >= 0 for a, b in itertools.pairwise(step.rows))
+
+
+def test_mixed_resolution_shares_are_exact_over_a_stage():
+    train = TrainConfig(stages=(stage(3, 4800, batch_size=48, mix=(0.5, 0.3, 0.2)),))
+    rows = [step.rows for step in steps(train)]
+    assert [sum(level) for level in zip(*rows, strict=True)] == [4800, 2400, 960]
+
+
+def test_without_a_mix_every_row_has_every_level():
+    train = TrainConfig(stages=(stage(3, 10, batch_size=4),))
+    assert [step.rows for step in steps(train)] == [(4, 4, 4), (4, 4, 4), (2, 2, 2)]
+
+
+def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
+    train = TrainConfig(
+        stages=(stage(1, 100, 10, lr=1.0), stage(2, 100, 10, lr=0.5), stage(2, 200, 10, lr=0.25)),
+        warmup_images=40,
+        decay_share=0.25,
+    )
+    rates = {step.first: step.lr for step in steps(train)}
+    assert [rates[n] for n in (0, 10, 20, 30, 40, 90)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [rates[n] for n in (100, 110, 130, 190)] == [0.125, 0.25, 0.5, 0.5]
+    assert rates[200] == rates[290] == 0.25, "a stage without new levels has no warm-up"
+    # 400 images in all, so the last 100 decay; the last step still moves.
+    assert [rates[n] for n in (300, 310, 350, 390)] == pytest.approx(
+        [0.25, 0.225, 0.125, 0.025], rel=1e-12
+    )
+
+
+def test_without_warm_up_and_decay_the_rate_is_the_stages():
+    train = TrainConfig(stages=(stage(1, 12, lr=0.3), stage(2, 12, lr=0.1)))
+    assert [step.lr for step in steps(train)] == [0.3] * 3 + [0.1] * 3
+
+
+def test_a_stage_holds_its_last_image_and_not_the_next():
+    train = TrainConfig(stages=(stage(1, 10), stage(2, 5)))
+    assert [stage_at(train, n) for n in (0, 9, 10, 14)] == [0, 0, 1, 1]
+    assert step_at(train, 8) == (0, 8, (2,), 1.0, True)
+
+
+def test_the_active_nest_is_that_of_the_last_image():
+    config = tiny_config()
+    levels = {n: len(active_model(config, n).levels) for n in (0, 4, 24, 28, 48)}
+    assert levels == {0: 1, 4: 1, 24: 1, 28: 2, 48: 2}
+    assert active_model(config, 48) == config.model

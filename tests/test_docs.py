@@ -1,0 +1,188 @@
+"""What the README tells people to type works: its `mdm` commands run, in order, but smaller.
+
+The commands of all ```sh blocks that start with `mdm` run one after the other in one folder, so
+that a later one finds what an earlier one made. A command that trains is shrunk by `--set`
+arguments from the table `SHRUNK`. A command that is not known here fails its test: teach `smaller`
+to shrink it, do not skip it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matryoshka_diffusion.config import override
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.sheet import save_png
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+PHOTOS = "photos"
+"""The folder of the reader's own pictures in the README's examples."""
+
+SECONDS = 300
+
+
+def stages(count: int) -> str:
+    """Training of two steps with one level, then with two, ... up to `count`."""
+    one = "{{levels: {n}, images: 8, batch_size: 4, lr: 0.001}}"
+    return f"train.stages=[{', '.join(one.format(n=n) for n in range(1, count + 1))}]"
+
+
+SMALL = (
+    "model.embedding=32",
+    "model.levels[0].widths=[32, 32]",
+    "model.levels[-1].widths=[32, 32]",
+    "train.warmup_images=0",
+    "sampling.steps=2",
+)
+SHRUNK: dict[str, tuple[str, ...]] = {
+    "openmoji": (*SMALL, "model.text.width=32", stages(3)),
+    "fashion-mnist": (*SMALL, stages(2)),
+    "folder-64": (*SMALL, stages(3)),
+}
+GROWN = ("train.stages[-1].images=8", "train.stages[-1].batch_size=4")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `mdm` command in the ```sh blocks of Markdown text."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in split if words and words[0] == "mdm"]
+
+
+def smaller(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with what shrinks the command.
+
+    Raises:
+        LookupError: this file does not know the command.
+    """
+    match arguments:
+        case _ if "--help" in arguments:
+            extra = []
+        case ["data" | "info" | "sample", *_]:
+            extra = []
+        case ["eval", *_]:
+            extra = ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
+        case ["grow", *_]:
+            extra = settings(GROWN)
+        case ["train", run, *_] if run.startswith("runs/"):
+            extra = []  # an earlier command made it, smaller
+        case ["train", name, *_] if name in SHRUNK:
+            extra = settings(SHRUNK[name])
+        case ["demo", *_]:
+            extra = settings(SHRUNK["openmoji"])
+        case _:
+            raise LookupError(f"tests/test_docs.py cannot shrink `mdm {shlex.join(arguments)}`")
+    return [*arguments, *extra]
+
+
+def settings(assignments: Sequence[str]) -> list[str]:
+    return [word for assignment in assignments for word in ("--set", assignment)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The reader's working folder, with some pictures of their own."""
+    path = tmp_path_factory.mktemp("reader")
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (8, 80, 72, 3))):
+        save_png(picture.astype(np.uint8), path / PHOTOS / f"{number}.png", None)
+    return path
+
+
+@pytest.mark.parametrize("arguments", commands(README), ids=shlex.join)
+def test_a_command_of_the_readme_runs(arguments, folder):
+    if "fashion-mnist" in shlex.join(arguments) and not FASHION_MNIST.exists():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    main = "from matryoshka_diffusion.cli import main; raise SystemExit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", main, *smaller(arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def test_the_readme_shows_how_to_train_and_how_to_sample():
+    assert {"train", "sample"} <= {arguments[0] for arguments in commands(README) if arguments}
+
+
+def test_make_goals_in_the_documents_exist():
+    goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        shown = set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE))
+        assert shown
+        assert shown <= goals, name
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_links_between_the_files_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+# --- the mechanism itself ----------------------------------------------------------------------
+
+
+def test_commands_are_found_in_sh_blocks_only():
+    text = """
+```sh
+pip install .          # not ours
+mdm train openmoji --out runs/a   # a comment
+mdm sample runs/a \\
+    -p "red apple"
+```
+```python
+mdm = 3
+```
+mdm info openmoji
+```sh
+mdm info openmoji
+```
+"""
+    assert commands(text) == [
+        ["train", "openmoji", "--out", "runs/a"],
+        ["sample", "runs/a", "-p", "red apple"],
+        ["info", "openmoji"],
+    ]
+
+
+def test_what_takes_long_is_shrunk_and_the_rest_is_not():
+    for arguments in (["sample", "runs/a"], ["train", "--help"], ["train", "runs/a"]):
+        assert smaller(arguments) == arguments
+    for arguments in (["train", "openmoji", "--out", "x"], ["demo", "--out", "x"]):
+        assert smaller(arguments) == [*arguments, *settings(SHRUNK["openmoji"])]
+    assert smaller(["grow", "runs/a"]) == ["grow", "runs/a", *settings(GROWN)]
+    assert smaller(["eval", "x", "-n", "9"]) == ["eval", "x", "-n", "9", "--steps", "2", "-n", "8"]
+    assert "-n" not in smaller(["eval", "x"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["train", "mystery"], ["conjure"], ["--out", "x"]], ids=shlex.join
+)
+def test_an_unknown_command_is_an_error(arguments):
+    with pytest.raises(LookupError, match=r"cannot shrink `mdm"):
+        smaller(arguments)
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_shrunk_presets_are_valid_and_small(name):
+    config = override(preset(name), list(SHRUNK[name]))
+    assert config.train.images <= 24
+    assert config.train.stages[-1].levels == len(config.model.levels)

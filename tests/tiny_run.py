@@ -1,0 +1,119 @@
+"""A run so small that training tests take seconds, and a command line for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.config import (
+    DataConfig,
+    EncoderConfig,
+    LevelConfig,
+    MicroConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    TextConfig,
+    TrainConfig,
+)
+from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.rng import stream
+
+CAPTIONS = ("red", "a green square", "blue thing", "")
+
+
+def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
+    """Levels of 8 and 16 pixels with text; 6 steps of the first level, then 6 of both."""
+    settings: dict[str, Any] = {
+        "stages": (
+            StageConfig(levels=1, images=24, batch_size=4, lr=1e-2),
+            StageConfig(levels=2, images=24, batch_size=4, lr=1e-2, mix=(0.5, 0.5)),
+        ),
+        "precision": "fp32",
+        "warmup_images": 8,
+        "decay_share": 0.25,
+        "weight_decay": 0.01,
+        "ema_decay": 0.9,
+        "condition_dropout": 0.3,
+        "log_every_images": 1,
+        "checkpoint_every_images": 8,
+    }
+    inner = LevelConfig(
+        side=8,
+        widths=(32,),
+        blocks=(1,),
+        attention=(1,),
+        heads=2,
+        dropout=dropout,
+        micro=(MicroConfig(name="scale", ceiling=64.0),),
+    )
+    outer = LevelConfig(side=16, widths=(32, 32), blocks=(1, 1), attention=(0, 0), dropout=dropout)
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(
+            levels=(inner, outer),
+            embedding=32,
+            text=TextConfig(features=8, width=32, heads=2),
+        ),
+        data=DataConfig(source="folder", path="."),
+        encoder=EncoderConfig(name="minilm"),
+        train=TrainConfig(**(settings | train)),
+    )
+
+
+class TinyPictures:
+    """A loader of smooth random pictures, a pure function of the sample number."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        ids = range(first, first + count)
+        coarse = torch.stack(
+            [torch.from_numpy(stream(0, "picture", n % 16).random((3, 4, 4))).float() for n in ids]
+        )
+        return Batch(
+            picture=torch.nn.functional.interpolate(coarse, size=(16, 16)) * 2 - 1,
+            captions=tuple(CAPTIONS[n % len(CAPTIONS)] for n in ids),
+            labels=None,
+            original_side=torch.tensor([16.0 + n % 16 for n in ids]),
+            ids=torch.tensor(ids),
+            keys=tuple(f"picture-{n % 16}" for n in ids),
+        )
+
+
+def encode(captions: Sequence[str]) -> list[Tensor]:
+    """Features of a caption: a fixed random vector for each word, and one for its end."""
+    return [
+        torch.stack(
+            [
+                torch.from_numpy(stream(0, f"word {word}").random(8)).float()
+                for word in (*caption.split(), "</s>")
+            ]
+        )
+        for caption in captions
+    ]
+
+
+def main(folder: str) -> None:
+    """Train in `folder` as a process of its own, which waits for a line on stdin at every step."""
+    from matryoshka_diffusion.train.signals import Stopped
+    from matryoshka_diffusion.train.trainer import train
+
+    def wait(view: object) -> None:
+        print("waiting", flush=True)
+        sys.stdin.readline()
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        train(tiny_config(), TinyPictures(), Path(folder), encode=encode, hooks=[(1, wait)])
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.code) from None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
