@@ -261,7 +261,7 @@ def sample(net: NestedUNet, labels: Tensor, z: Pyramid, steps: int, guidance: fl
 
 # --- 5. A toy data set, a strip of pictures, and the run ---------------------------------------
 def draw(labels: Tensor) -> Tensor:
-    """Discs, squares and triangles in four colours, anywhere on pale grounds, in [-1, 1]."""
+    """Discs, squares and triangles in four colours, anywhere on white, in [-1, 1]."""
     side, b = NEST[-1].side, len(labels)
     axis = (2 * torch.arange(side) + 1) / side - 1
     place, size = torch.rand(2, b, 1, 1) - 0.5, 0.35 + 0.2 * torch.rand(b, 1, 1)
@@ -271,8 +271,7 @@ def draw(labels: Tensor) -> Tensor:
     triangle = torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.6 * size
     distance = torch.stack([disc, square, triangle])[labels % 3, torch.arange(b)]
     cover = (0.5 - distance * side / 2).clamp(0, 1)[:, None]  # smooth edges, one pixel wide
-    colour, ground = COLOURS[labels // 3, :, None, None], 0.7 + 0.3 * torch.rand(b, 3, 1, 1)
-    return 2 * torch.lerp(ground.expand(-1, -1, side, side), colour, cover) - 1
+    return 1 - 2 * cover * (1 - COLOURS[labels // 3, :, None, None])
 
 
 def write_ppm(path: Path, rows: Pyramid, zoom: int = 96) -> None:

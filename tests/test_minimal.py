@@ -8,6 +8,7 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def randomised(net: NestedUNet) -> NestedUNet:
     return net.eval()
 
 
-def nest(example: ModuleType, depth: int) -> nn.Module:
+def nest(example: ModuleType, depth: int) -> Any:
     """The example's network, grown to a depth."""
     with torch.random.fork_rng(devices=[]):
         net = example.NestedUNet()
@@ -199,7 +200,7 @@ def test_the_same_weights_and_noise_give_the_library_s_pictures(
 def test_growing_changes_nothing_inside(example):
     x, _, labels, t = batch(example, 3)
     net = nest(example, 2)
-    torch.nn.init.normal_(net.levels[0].head.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(net.levels[0].head.weight, generator=torch.Generator().manual_seed(0))
     before = net(x[:2], t, labels)
     known = set(net.state_dict())
     with torch.random.fork_rng(devices=[]):

@@ -149,17 +149,17 @@ def demo(options: argparse.Namespace) -> None:
 def _train(config: Any, out: Path, device: str) -> Path:
     """Train with previews; returns the finished model's folder."""
     from matryoshka_diffusion import job
-    from matryoshka_diffusion.hooks import Preview
+    from matryoshka_diffusion.hooks import Preview, preview_prompts
     from matryoshka_diffusion.train.trainer import train as run
 
     ready = job.prepare(config)
-    previews = Preview(ready.config, ready.source, device)
+    prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
     finished = run(
         ready.config,
         ready.loader,
         out,
         encode=ready.encode,
-        hooks=[(ready.config.train.preview_every_images, previews)],
+        hooks=[(ready.config.train.preview_every_images, Preview(prompts, device))],
         device=device,
     )
     print(f"trained: {finished}; mdm sample {out} draws from it")

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from matryoshka_diffusion import sheet
-from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -26,14 +25,12 @@ def preview_prompts(source: Source, count: int = PREVIEWS) -> list[str]:
 class Preview:
     """Samples of every level side by side, drawn with the averaged weights and fixed seeds.
 
-    Files are `previews/<images seen>.png` in the run's folder.
+    Files are `previews/<images seen>.png` in the run's folder. `prompts` are for models with text;
+    others show their first classes, or whatever they draw.
     """
 
-    def __init__(self, config: RunConfig, source: Source, device: torch.device | str) -> None:
-        self.device = device
-        self.prompts: Sequence[str] | None = None
-        if config.model.text is not None:
-            self.prompts = preview_prompts(source)
+    def __init__(self, prompts: Sequence[str] | None, device: torch.device | str) -> None:
+        self.prompts, self.device = prompts, device
 
     def __call__(self, view: View) -> Path:
         model = Matryoshka(view.averaged(), view.config, device=self.device)

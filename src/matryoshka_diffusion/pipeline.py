@@ -50,7 +50,7 @@ class Samples:
         settings: all that is needed to make them again.
     """
 
-    levels: tuple[UInt8[np.ndarray, "n h w c"], ...]
+    levels: tuple[UInt8[np.ndarray, "n _ _ c"], ...]
     captions: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: dict[str, Any]

@@ -1,0 +1,120 @@
+"""From a config to a run that can start, and from a trained run to a larger one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_diffusion import job
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ConfigError, override
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import find_model
+from matryoshka_diffusion.presets import nest, preset
+from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.train.trainer import train
+from tiny_run import TinyPictures, encode, tiny_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train(tiny_config(), TinyPictures(), folder, encode=encode)
+    return folder
+
+
+def photos(folder, *, classes=(), captions=()):
+    random = np.random.default_rng(0)
+    for number in range(4):
+        name = f"{classes[number % len(classes)]}/{number}" if classes else str(number)
+        save_png(random.integers(0, 256, (70, 64, 3), dtype=np.uint8), folder / f"{name}.png", None)
+        if captions:
+            (folder / f"{name}.txt").write_text(captions[number % len(captions)])
+    return folder
+
+
+def test_a_config_is_found_by_preset_file_and_run_folder(trained, tmp_path):
+    assert job.find_config("openmoji", None, []) == preset("openmoji")
+    run = job.find_config(str(trained), None, [])
+    assert run.name == "tiny"
+    (tmp_path / "mine.yaml").write_text((trained / "config.yaml").read_text())
+    changed = job.find_config(str(tmp_path / "mine.yaml"), "64", ["train.seed=7"])
+    assert changed.data.path == "64"  # a folder may have a number for a name
+    assert changed.train.seed == 7
+    with pytest.raises(ConfigError, match="did you mean openmoji"):
+        job.find_config("openmojo", None, [])
+
+
+def test_a_bare_model_takes_the_conditions_that_its_data_has(tmp_path):
+    config = job.find_config("folder-64", "", [])
+    for part, folder in (
+        ("none", photos(tmp_path / "plain")),
+        ("classes", photos(tmp_path / "classes", classes=("cat", "dog"))),
+        ("text", photos(tmp_path / "captions", captions=("a cat", "a dog"))),
+    ):
+        found = override(config, [f'data.path="{folder}"'])
+        completed = job.complete(found, job.open_source(found.data, 64))
+        assert (completed.model.text is not None) == (part == "text")
+        assert completed.model.classes == (2 if part == "classes" else 0)
+        assert completed.data.classes == (("cat", "dog") if part == "classes" else ())
+        assert completed.sampling.guidance == ((1.0,) if part == "none" else (2.0,))
+        assert job.complete(completed, job.open_source(found.data, 64)) == completed
+
+
+def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
+    folder = photos(tmp_path, classes=("cat", "dog"))
+    for changes, message in (
+        (["model.classes=3"], r"has 2; add --set model\.classes=2"),
+        (["model.channels=1"], "model.channels is 1"),
+    ):
+        config = job.find_config("folder-64", str(folder), changes)
+        with pytest.raises(ConfigError, match=message):
+            job.complete(config, job.open_source(config.data, 64))
+    config = job.find_config("cc12m-64", str(folder), [])
+    with pytest.raises(ConfigError, match="has no captions"):
+        job.complete(config, job.open_source(config.data, 64))
+
+
+def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_path):
+    out = tmp_path / "grown"
+    config = job.grow_run(str(trained), 32, out, ["train.stages[0].images=8"])
+    assert [level.side for level in config.model.levels] == [8, 16, 32]
+    weights, small_config = find_model(trained)
+    small, large = NestedUNet(small_config.model).eval(), NestedUNet(config.model).eval()
+    small.load_state_dict(weights)
+    large.load_state_dict(find_model(out)[0])
+    z = tuple(torch.randn(2, 3, side, side) for side in (8, 16, 32))
+    cond = Conditioning(tokens=torch.randn(2, 3, 8), micro={"scale": torch.full((2,), 16.0)})
+    t = torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        before, after = small(z[:2], t, cond), large(z, t, cond)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
+
+    class Larger(TinyPictures):
+        def batch(self, first, count):
+            batch = super().batch(first, count)
+            picture = torch.nn.functional.interpolate(batch.picture, size=(32, 32))
+            return type(batch)(**{**vars(batch), "picture": picture})
+
+    again = job.find_config(str(out), None, [])
+    assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
+
+
+def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):
+    with pytest.raises(ConfigError, match="not empty"):
+        job.grow_run(str(trained), 32, trained)
+    for side in (16, 24, 8, 48):
+        with pytest.raises(ConfigError, match=r"16 times a power of two \(32, 64, 128"):
+            job.grow_run(str(trained), side, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_next_level_follows_the_papers_pattern():
+    levels = nest(64, 256, 1024, text=True)
+    for count in (1, 2):
+        expected = levels[count]
+        grown = job.next_level(levels[:count], expected.side)
+        power = {"shift_power": expected.shift_power}
+        assert grown.model_copy(update=power) == expected

@@ -1,0 +1,86 @@
+"""Measuring a model against its training pictures: with a model whose samples are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_diffusion import measure
+from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.pipeline import Samples
+
+
+def source(count=40, captions=None):
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    texts = captions or [f"picture {i}" for i in range(count)]
+    return Pictures("test", pictures, range(count), texts, [16] * count, [(c,) for c in texts])
+
+
+class Recall:
+    """A model that draws the training picture of its prompt, but `misses` for some prompts."""
+
+    def __init__(self, known, misses=()):
+        self.known = {known[i].captions[0]: known[i].picture for i in range(len(known))}
+        self.misses = set(misses)
+        self.net = torch.nn.Module()
+        self.net.config = type("Config", (), {"text": True, "classes": 0})()
+        self.config = type("Config", (), {"name": "recall"})()
+        self.asked = []
+
+    def sampling(self, settings):
+        return type("Sampling", (), {"steps": settings.get("steps", 1)})()
+
+    def sample(self, prompts, *, seed=0, progress=None, **settings):
+        self.asked.append((len(prompts), seed, settings))
+        black = np.zeros((16, 16, 3), np.uint8)
+        pictures = np.stack(
+            [black if p in self.misses else self.known.get(p, black) for p in prompts]
+        )
+        coarse = pictures[:, ::2, ::2]
+        return Samples((coarse, pictures), tuple(prompts), tuple(range(len(prompts))), {})
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """The stand-in model is no Matryoshka; call the functions below their type checks."""
+    for name in ("retrieval", "sheet", "frechet", "_samples", "_conditions"):
+        function = getattr(measure, name)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        monkeypatch.setattr(measure, name, function)
+
+
+def test_retrieval_asks_for_captions_and_counts_what_comes_back():
+    known = source()
+    assert measure.retrieval(Recall(known), known).first == 1.0
+    missed = measure.retrieval(Recall(known, misses=["picture 3", "picture 5"]), known)
+    assert missed.count == 40
+    assert 0.9 < missed.first < 1.0
+
+
+def test_the_frechet_distance_of_the_training_pictures_to_themselves_is_nothing():
+    known = source()
+
+    def features(pictures):
+        return pictures.reshape(len(pictures), -1)[:, :5].astype(float)
+
+    same = measure.frechet(Recall(known), known, features, count=40)
+    assert same == pytest.approx(0.0, abs=1e-6)
+    model = Recall(known, misses=[f"picture {i}" for i in range(20)])
+    worse = measure.frechet(model, known, features, count=70, steps=3)
+    pictures = measure.all_pictures(known)
+    drawn = np.stack([pictures[i % 40] * (i % 40 >= 20) for i in range(70)])
+    expected = frechet_distance(Moments.of(features(pictures)), Moments.of(features(drawn)))
+    assert worse == pytest.approx(expected, rel=1e-9)
+    assert [(n, s - measure.SEED) for n, s, _ in model.asked] == [(64, 0), (6, 64)]
+    assert model.asked[0][2] == {"steps": 3}
+
+
+def test_the_sheet_shows_known_and_unseen_prompts_and_needs_the_captions():
+    known = source(24, [*measure.SHEET_PROMPTS, "a", "b", "c", "d"])
+    page = measure.sheet(Recall(known), known)
+    assert page.size[0] > page.size[1] / 2
+    with pytest.raises(ValueError, match="has no caption 'red apple'"):
+        measure.sheet(Recall(source()), source())

@@ -1,0 +1,174 @@
+"""A trained model for people: what is loaded, what may be asked, and that seeds own pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_diffusion.config import ConfigError, UsageError
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.train.checkpoint import export_weights
+from tiny_run import encode, tiny_config
+
+
+class Words:
+    """The tiny run's features behind the protocol of text encoders."""
+
+    key, width = "words", 8
+
+    def __call__(self, captions):
+        return encode(captions)
+
+
+def randomised(config):
+    """A network whose zero-initialised layers have weights too, so that every part speaks."""
+    net = NestedUNet(config.model, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def text_model(**sampling):
+    config = tiny_config(dropout=0.0)
+    changed = config.sampling.model_copy(update={"steps": 4, "guidance": (2.0,), **sampling})
+    config = config.model_copy(update={"sampling": changed})
+    model = Matryoshka(randomised(config), config)
+    model._encoder = Words()
+    return model
+
+
+def class_model():
+    config = tiny_config(dropout=0.0)
+    model = config.model.model_copy(update={"text": None, "classes": 3})
+    data = config.data.model_copy(update={"classes": ("cat", "dog", "eel")})
+    config = config.model_copy(update={"model": model, "encoder": None, "data": data})
+    return Matryoshka(randomised(config), config)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    config = tiny_config()
+    net = randomised(config)
+    export_weights(tmp_path / "run" / "model", net.state_dict(), config)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddim", "ddpm"])
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler):
+    model = text_model(sampler=sampler)
+    together = model.sample("red", n=16, seed=3)
+    alone = model.sample("red", n=1, seed=8)
+    cut = model.sample("red", n=16, seed=3, batch_size=5)
+    for many, one, parts in zip(together.levels, alone.levels, cut.levels, strict=True):
+        assert np.abs(many[5].astype(int) - one[0]).max() <= 1
+        assert np.abs(many.astype(int) - parts).max() <= 1
+    assert len(np.unique(together.pictures, axis=0)) == 16
+
+
+def test_every_level_comes_back_coarse_to_fine_with_captions_seeds_and_settings():
+    samples = text_model().sample(["red", "blue"], n=2, seed=10, steps=3)
+    assert [level.shape for level in samples.levels] == [(4, 8, 8, 3), (4, 16, 16, 3)]
+    assert samples.captions == ("red", "red", "blue", "blue")
+    assert samples.seeds == (10, 11, 12, 13)
+    assert samples.settings["steps"] == 3
+    assert samples.settings["sampler"] == "dpmpp-2m"
+    json.dumps(samples.settings)
+
+
+def test_prompts_guidance_and_classes_change_the_picture():
+    model = text_model()
+    base = model.sample("red").pictures
+    assert (base != model.sample("green thing").pictures).any()
+    assert (base != model.sample("red", guidance=5.0).pictures).any()
+    classes = class_model().sample(classes=["cat", 1], steps=3, guidance=2.0)
+    assert classes.captions == ("cat", "dog")
+    assert (classes.pictures[0] != classes.pictures[1]).any()
+
+
+def test_a_network_without_a_null_is_guided_by_the_empty_caption():
+    config = tiny_config(dropout=0.0)
+    assert config.model.text is not None
+    text = config.model.text.model_copy(update={"learned_null": False})
+    model_config = config.model.model_copy(update={"text": text})
+    config = config.model_copy(update={"model": model_config})
+    model = Matryoshka(randomised(config), config)
+    model._encoder = Words()
+    plain = model.sample("red", steps=3).pictures
+    assert (plain != model.sample("red", steps=3, guidance=4.0).pictures).any()
+    assert (
+        model.sample("", steps=3, guidance=4.0).pictures == model.sample("", steps=3).pictures
+    ).all()
+
+
+def test_progress_counts_all_steps_of_all_batches():
+    told = []
+    text_model().sample("red", n=3, batch_size=2, steps=2, progress=lambda *x: told.append(x))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (text_model, {}, "needs a prompt"),
+        (text_model, {"prompts": "a", "classes": "cat"}, "has no classes: it takes prompts"),
+        (class_model, {"prompts": "a"}, "takes no prompts: it takes classes"),
+        (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
+        (class_model, {"classes": 3}, "unknown class 3"),
+        (
+            class_model,
+            {"smapler": "ddim"},
+            r"sampling.smapler: unknown key \(did you mean sampling",
+        ),
+        (class_model, {"steps": 0}, "sampling.steps"),
+        (
+            class_model,
+            {"guidance": (1.0, 2.0, 3.0)},
+            "sampling.guidance has 3 entries; give 1 or 2",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said(make, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        make().sample(**arguments)
+
+
+def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):
+    model = Matryoshka.load(exported)
+    model._encoder = Words()
+    assert model.sample("red", steps=2).pictures.shape == (1, 16, 16, 3)
+    weights = exported / "model" / "model.safetensors"
+    data = weights.read_bytes()
+    for cut in (0, 5, 100, len(data) - 1):
+        weights.write_bytes(data[:cut])
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+            Matryoshka.load(exported)
+    weights.write_bytes(data)
+    config = exported / "model" / "config.json"
+    text = config.read_text()
+    config.write_text(text[:50])
+    with pytest.raises(ConfigError, match="no valid JSON"):
+        Matryoshka.load(exported)
+    other = json.loads(text)
+    other["model"]["levels"][1]["widths"] = [64, 32]
+    config.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"does not fit the network: .*levels\.1"):
+        Matryoshka.load(exported)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
+        Matryoshka.load(exported)
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder, and no shipped model"):
+        find_model("nowhere")
+    with pytest.raises(FileNotFoundError, match="neither a model nor a checkpoint"):
+        find_model(tmp_path)
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a run folder"):
+        find_model(tmp_path / "x.bin")
