@@ -284,7 +284,7 @@ def write_ppm(path: Path, rows: Pyramid, zoom: int = 96) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Matryoshka diffusion on coloured shapes.")
-    parser.add_argument("--steps", type=int, default=300, help="training steps at each depth")
+    parser.add_argument("--steps", type=int, default=400, help="training steps at each depth")
     parser.add_argument("--out", type=Path, default=Path("minimal_matryoshka.ppm"))
     options = parser.parse_args(arguments)
     torch.manual_seed(0)

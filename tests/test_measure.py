@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
 
 from matryoshka_diffusion import measure
 from matryoshka_diffusion.data.batch import Pictures
@@ -24,13 +26,12 @@ class Recall:
     def __init__(self, known, misses=()):
         self.known = {known[i].captions[0]: known[i].picture for i in range(len(known))}
         self.misses = set(misses)
-        self.net = torch.nn.Module()
-        self.net.config = type("Config", (), {"text": True, "classes": 0})()
-        self.config = type("Config", (), {"name": "recall"})()
+        self.net = SimpleNamespace(config=SimpleNamespace(text=True, classes=0))
+        self.config = SimpleNamespace(name="recall")
         self.asked = []
 
     def sampling(self, settings):
-        return type("Sampling", (), {"steps": settings.get("steps", 1)})()
+        return SimpleNamespace(steps=settings.get("steps", 1))
 
     def sample(self, prompts, *, seed=0, progress=None, **settings):
         self.asked.append((len(prompts), seed, settings))
@@ -40,6 +41,10 @@ class Recall:
         )
         coarse = pictures[:, ::2, ::2]
         return Samples((coarse, pictures), tuple(prompts), tuple(range(len(prompts))), {})
+
+
+def recall(known, misses=()) -> Any:
+    return Recall(known, misses)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +59,8 @@ def _unchecked(monkeypatch):
 
 def test_retrieval_asks_for_captions_and_counts_what_comes_back():
     known = source()
-    assert measure.retrieval(Recall(known), known).first == 1.0
-    missed = measure.retrieval(Recall(known, misses=["picture 3", "picture 5"]), known)
+    assert measure.retrieval(recall(known), known).first == 1.0
+    missed = measure.retrieval(recall(known, misses=["picture 3", "picture 5"]), known)
     assert missed.count == 40
     assert 0.9 < missed.first < 1.0
 
@@ -66,9 +71,9 @@ def test_the_frechet_distance_of_the_training_pictures_to_themselves_is_nothing(
     def features(pictures):
         return pictures.reshape(len(pictures), -1)[:, :5].astype(float)
 
-    same = measure.frechet(Recall(known), known, features, count=40)
+    same = measure.frechet(recall(known), known, features, count=40)
     assert same == pytest.approx(0.0, abs=1e-6)
-    model = Recall(known, misses=[f"picture {i}" for i in range(20)])
+    model = recall(known, misses=[f"picture {i}" for i in range(20)])
     worse = measure.frechet(model, known, features, count=70, steps=3)
     pictures = measure.all_pictures(known)
     drawn = np.stack([pictures[i % 40] * (i % 40 >= 20) for i in range(70)])
@@ -80,7 +85,7 @@ def test_the_frechet_distance_of_the_training_pictures_to_themselves_is_nothing(
 
 def test_the_sheet_shows_known_and_unseen_prompts_and_needs_the_captions():
     known = source(24, [*measure.SHEET_PROMPTS, "a", "b", "c", "d"])
-    page = measure.sheet(Recall(known), known)
+    page = measure.sheet(recall(known), known)
     assert page.size[0] > page.size[1] / 2
     with pytest.raises(ValueError, match="has no caption 'red apple'"):
-        measure.sheet(Recall(source()), source())
+        measure.sheet(recall(source()), source())

@@ -124,8 +124,15 @@ def test_growing_keeps_every_weight_and_adds_only_the_new_levels(small: int, lar
     assert new == {f"levels.{place}" for place in range(small, large)}
 
 
+def test_a_level_starts_the_same_whatever_it_is_nested_on():
+    """Initial weights depend on the seed and the place only, not on what was drawn before."""
+    one = NestedUNet(nest(2), seed=5).state_dict()
+    other = NestedUNet(nest(3, core={"blocks": (2, 2)}, text=TEXT), seed=5).state_dict()
+    own = [key for key in one if key.startswith("levels.1.")]
+    assert all(torch.equal(one[key], other[key]) for key in own)
+
+
 def test_a_grown_level_starts_as_if_it_had_always_been_there():
-    """Initial weights depend on the seed and the place only, not on what was built before."""
     together = NestedUNet(nest(3), seed=5).state_dict()
     grown = grow(NestedUNet(nest(1), seed=5), nest(3), seed=5).state_dict()
     assert all(torch.equal(together[key], grown[key]) for key in together)
@@ -266,7 +273,7 @@ def test_a_dropped_row_shows_neither_its_text_nor_its_label():
 def test_the_null_caption_does_not_depend_on_how_long_the_caption_was(masked: bool, layers: int):
     text = TEXT.model_copy(update={"masked": masked, "layers": layers})
     net = wake(NestedUNet(nest(1, text=text)))
-    mask = torch.arange(5) < torch.tensor([5, 2, 3, 1])[:, None]
+    mask = torch.arange(5) < torch.tensor([5, 2, 3, 0])[:, None]  # one has no word at all
     long = Conditioning(tokens=words(tokens=5), mask=mask).null()
     short = Conditioning(tokens=words(tokens=2)).null()
     torch.testing.assert_close(run(net, long), run(net, short))

@@ -32,7 +32,7 @@ _HOMES = {
     "dpmpp_2m": "sample",
     "build_schedules": "schedule",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.conditioning import Conditioning as Conditioning
