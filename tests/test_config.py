@@ -187,9 +187,12 @@ def test_a_config_is_never_written_to():
         ("model.levels.0.attention", [1], r"levels\[0\]: attention needs one entry for each of"),
         ("model.levels.0.side", 9, r"levels\[0\]: side 9 is not divisible by .* = 2"),
         ("model.levels.0.patch", 3, r"levels\[0\]: side 8 is not divisible by .* = 6"),
+        ("model.levels.0.heads", 5, r"levels\[0\]: heads 5 does not divide the attending width 64"),
+        ("model.text", {"features": 8, "width": 32, "layers": 1, "heads": 3}, r"heads 3 does not"),
+        ("model.levels.0.micro", [{"name": "a.b"}], r"micro\[0\]\.name: String should match"),
         # levels of a model
         ("model.levels", [], r"model: levels needs at least one level"),
-        ("model.levels.0.widths", [32, 33], r"levels\[0\]\.widths: 33 is not a multiple of 32"),
+        ("model.levels.0.widths", [33, 64], r"levels\[0\]\.widths: 33 is not a multiple of 32"),
         ("model.levels.1.side", 32, r"levels\[1\] does not nest on levels\[0\].*side 16, .* at 8"),
         (
             "model.levels.1.side",
@@ -203,6 +206,8 @@ def test_a_config_is_never_written_to():
         ("train.stages.0.levels", 3, r"stages must not shrink the nest; their levels are \[3, 2\]"),
         ("train.stages.1.levels", 3, r"train\.stages\[1\]: mix needs one share for each of the 3"),
         ("train.stages.1.mix", [0.5, 0.6], r"train\.stages\[1\]: mix sums to 1\.1, not to 1"),
+        ("train.betas", [0.9, 1.0], r"train\.betas\[1\]: Input should be less than 1"),
+        ("sampling", {"guidance_interval": [5.0, -5.0]}, r"sampling: guidance_interval needs a low"),
         # parts of a run
         ("encoder", None, "model.text and encoder go together"),
         ("model.text", None, "model.text and encoder go together"),

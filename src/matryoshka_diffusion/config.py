@@ -29,6 +29,7 @@ from pydantic import (
 
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 Prediction = Literal["x0", "eps", "v"]
@@ -77,7 +78,7 @@ class MicroConfig(Strict):
     multiplied by 1000.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z_]+$")]
     ceiling: PositiveFloat | None = None
 
 
@@ -122,6 +123,11 @@ class LevelConfig(Strict):
                 raise ValueError(
                     f"{name} needs one entry for each of the {len(self.widths)} widths"
                 )
+        attending = [w for w, count in zip(self.widths, self.attention, strict=True) if count]
+        attending += [self.widths[-1]] if self.middle else []
+        for width in attending:
+            if width % self.heads:
+                raise ValueError(f"heads {self.heads} does not divide the attending width {width}")
         step = self.patch * 2 ** (len(self.widths) - 1)
         if self.side % step:
             raise ValueError(f"side {self.side} is not divisible by patch x halvings = {step}")
@@ -141,6 +147,12 @@ class TextConfig(Strict):
     heads: PositiveInt = 8
     masked: bool = True
     learned_null: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextConfig:
+        if self.layers and self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
 
 
 class ModelConfig(Strict):
@@ -258,7 +270,7 @@ class TrainConfig(Strict):
     stages: tuple[StageConfig, ...]
     seed: Natural = 0
     optimizer: Literal["adam", "adamw"] = "adamw"
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_images: Natural = 0
@@ -299,6 +311,12 @@ class SamplingConfig(Strict):
     rescale: Share = 0.0
     threshold: tuple[Threshold, ...] = ("clip",)
     eta: Share = 0.0
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> SamplingConfig:
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError("guidance_interval needs a lower log-SNR before a higher one")
+        return self
 
 
 class RunConfig(Strict):

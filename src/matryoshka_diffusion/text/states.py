@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,14 @@ class HiddenStates:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
-        """Features of each caption, at most `max_tokens` tokens, on the CPU in float32."""
+        """Features of each caption, at most `max_tokens` tokens, on the CPU in float32.
+
+        Longer captions are cut, with one warning for all of them.
+        """
         if not captions:
             return []
         tokens = self._tokens(list(captions))
+        self._warn_of_cuts(captions, tokens["attention_mask"].sum(1).tolist())
         states = self.model(**tokens).last_hidden_state
         return [
             row[real].clone()
@@ -62,6 +67,16 @@ class HiddenStates:
             return_tensors="pt",
         )
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def _warn_of_cuts(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
+        full = [c for c, n in zip(captions, lengths, strict=True) if n == self.max_tokens]
+        cut = [c for c in full if len(self.tokenizer(c)["input_ids"]) > self.max_tokens]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(captions)} captions have more than {self.max_tokens} tokens "
+                f"and were cut there, first {cut[0][:40]!r}...",
+                stacklevel=3,
+            )
 
     def _fingerprint(self) -> str:
         """A hash of the beginning of every weight and of how a sentence is cut into tokens."""
