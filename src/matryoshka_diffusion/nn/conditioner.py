@@ -75,6 +75,10 @@ class TextTower(nn.Module):
         )
         self.pool = nn.Linear(config.width, embedding, bias=False)
         self.null = nn.Parameter(torch.randn(config.features)) if config.learned_null else None
+        # Keep the variance of the features: torch's default would make the caption three times
+        # quieter than it is, and a small network slow to hear it.
+        for linear in (self.project, self.pool):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(
         self, cond: Conditioning
