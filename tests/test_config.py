@@ -102,7 +102,7 @@ def runs(draw):
             embedding=8 * draw(st.integers(1, 64)),
             schedule=draw(st.sampled_from(["cosine", "linear-beta"])),
             text=cfg.TextConfig(features=16, width=32) if has_text else None,
-            classes=draw(st.integers(0, 1000)),
+            classes=0 if has_text else draw(st.integers(0, 1000)),
         ),
         process=cfg.ProcessConfig(level_weights=weights),
         data=cfg.DataConfig(source="folder", path=draw(st.sampled_from([None, "1e3", "~", "no"]))),
@@ -207,8 +207,13 @@ def test_a_config_is_never_written_to():
         ("train.stages.1.levels", 3, r"train\.stages\[1\]: mix needs one share for each of the 3"),
         ("train.stages.1.mix", [0.5, 0.6], r"train\.stages\[1\]: mix sums to 1\.1, not to 1"),
         ("train.betas", [0.9, 1.0], r"train\.betas\[1\]: Input should be less than 1"),
-        ("sampling", {"guidance_interval": [5.0, -5.0]}, r"sampling: guidance_interval needs a low"),
+        (
+            "sampling",
+            {"guidance_interval": [5.0, -5.0]},
+            r"sampling: guidance_interval needs a low",
+        ),
         # parts of a run
+        ("model.classes", 3, "a run has captions or classes, not both"),
         ("encoder", None, "model.text and encoder go together"),
         ("model.text", None, "model.text and encoder go together"),
         ("sampling", {"guidance": [1.0] * 3}, r"sampling\.guidance has 3 entries; give 1 or 2"),

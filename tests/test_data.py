@@ -26,7 +26,7 @@ from matryoshka_diffusion.data.batch import Pictures, Source, to_float, to_uint8
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.images import PictureError, read_picture
-from matryoshka_diffusion.data.loader import Loader, prefetch
+from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.openmoji import openmoji
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.data.store import look_ahead, stored_pictures
@@ -160,13 +160,6 @@ def test_a_source_without_words_or_classes_gives_empty_captions_and_no_labels():
     batch = Loader(source, 0).batch(0, 3)
     assert (batch.captions, batch.labels) == (("", "", ""), None)
     assert batch.picture.shape == (3, 1, 4, 4)
-
-
-def test_prefetched_batches_are_the_loader_s():
-    loader = Loader(toy(5), 0)
-    spans = [(0, 3), (3, 4), (20, 1)]
-    ahead = list(prefetch(loader, spans))
-    assert all(equal(loader.batch(*span), x) for span, x in zip(spans, ahead, strict=True))
 
 
 # --- looking ahead ---------------------------------------------------------------------------

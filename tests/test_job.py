@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import find_model
 from matryoshka_diffusion.presets import nest, preset
 from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -41,7 +44,7 @@ def test_a_config_is_found_by_preset_file_and_run_folder(trained, tmp_path):
     assert run.name == "tiny"
     (tmp_path / "mine.yaml").write_text((trained / "config.yaml").read_text())
     changed = job.find_config(str(tmp_path / "mine.yaml"), "64", ["train.seed=7"])
-    assert changed.data.path == "64"  # a folder may have a number for a name
+    assert changed.data.path == str(Path("64").resolve())  # a folder may have a number for a name
     assert changed.train.seed == 7
     with pytest.raises(ConfigError, match="did you mean openmoji"):
         job.find_config("openmojo", None, [])
@@ -65,6 +68,8 @@ def test_a_bare_model_takes_the_conditions_that_its_data_has(tmp_path):
 
 def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
     folder = photos(tmp_path, classes=("cat", "dog"))
+    chosen = job.find_config("folder-64", str(folder), ["sampling.guidance=[4.0]"])
+    assert job.complete(chosen, job.open_source(chosen.data, 64)).sampling.guidance == (4.0,)
     for changes, message in (
         (["model.classes=3"], r"has 2; add --set model\.classes=2"),
         (["model.channels=1"], "model.channels is 1"),
@@ -109,6 +114,30 @@ def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_pa
         with pytest.raises(ConfigError, match=r"16 times a power of two \(32, 64, 128"):
             job.grow_run(str(trained), side, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_next_level_keeps_the_shift_that_its_nest_has():
+    levels = preset("openmoji").model.levels
+    assert [level.shift_ratio for level in levels] == [2.0, 4.0, 8.0]
+    assert job.next_level(levels, 256).shift_ratio == 32.0
+
+
+def test_a_run_that_is_still_growing_is_not_grown(tmp_path):
+    config = tiny_config()
+    small = NestedUNet(config.model.first(1))
+    export_weights(tmp_path / "run" / "model", small.state_dict(), config)
+    with pytest.raises(ConfigError, match="has reached 1 of its 2 levels: finish it first"):
+        job.grow_run(str(tmp_path / "run"), 32, tmp_path / "x")
+
+
+def test_an_encoder_of_another_width_is_refused(tmp_path):
+    folder = photos(tmp_path, captions=("a cat",))
+    changes = ["model.text={features: 2048, width: 64}", "encoder={name: minilm}"]
+    config = job.find_config("folder-64", str(folder), changes)
+    with pytest.raises(
+        ConfigError, match=r"encoder gives 384: add --set model\.text\.features=384"
+    ):
+        job.prepare(config)
 
 
 def test_the_next_level_follows_the_papers_pattern():

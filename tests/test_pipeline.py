@@ -38,9 +38,7 @@ def text_model(**sampling):
     config = tiny_config(dropout=0.0)
     changed = config.sampling.model_copy(update={"steps": 4, "guidance": (2.0,), **sampling})
     config = config.model_copy(update={"sampling": changed})
-    model = Matryoshka(randomised(config), config)
-    model._encoder = Words()
-    return model
+    return Matryoshka(randomised(config), config, encoder=Words())
 
 
 def class_model():
@@ -48,6 +46,13 @@ def class_model():
     model = config.model.model_copy(update={"text": None, "classes": 3})
     data = config.data.model_copy(update={"classes": ("cat", "dog", "eel")})
     config = config.model_copy(update={"model": model, "encoder": None, "data": data})
+    return Matryoshka(randomised(config), config)
+
+
+def plain_model():
+    config = tiny_config(dropout=0.0)
+    model = config.model.model_copy(update={"text": None})
+    config = config.model_copy(update={"model": model, "encoder": None})
     return Matryoshka(randomised(config), config)
 
 
@@ -86,7 +91,13 @@ def test_prompts_guidance_and_classes_change_the_picture():
     base = model.sample("red").pictures
     assert (base != model.sample("green thing").pictures).any()
     assert (base != model.sample("red", guidance=5.0).pictures).any()
-    classes = class_model().sample(classes=["cat", 1], steps=3, guidance=2.0)
+    for setting in ({"rescale": 0.7}, {"guidance_interval": (-1.0, 1.0)}):
+        assert (base != model.sample("red", **setting).pictures).any()
+    noisy = model.sample("red", sampler="ddim", eta=1.0).pictures
+    assert (noisy != model.sample("red", sampler="ddim").pictures).any()
+    outside = model.sample("red", guidance_interval=(90.0, 91.0)).pictures
+    assert (outside == model.sample("red", guidance=1.0).pictures).all()
+    classes = class_model().sample(classes=["Cat", 1], steps=3, guidance=2.0)
     assert classes.captions == ("cat", "dog")
     assert (classes.pictures[0] != classes.pictures[1]).any()
 
@@ -97,8 +108,7 @@ def test_a_network_without_a_null_is_guided_by_the_empty_caption():
     text = config.model.text.model_copy(update={"learned_null": False})
     model_config = config.model.model_copy(update={"text": text})
     config = config.model_copy(update={"model": model_config})
-    model = Matryoshka(randomised(config), config)
-    model._encoder = Words()
+    model = Matryoshka(randomised(config), config, encoder=Words())
     plain = model.sample("red", steps=3).pictures
     assert (plain != model.sample("red", steps=3, guidance=4.0).pictures).any()
     assert (
@@ -120,6 +130,8 @@ def test_progress_counts_all_steps_of_all_batches():
         (class_model, {"prompts": "a"}, "takes no prompts: it takes classes"),
         (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
         (class_model, {"classes": 3}, "unknown class 3"),
+        (text_model, {"prompts": "a \ud800"}, "not UTF-8"),
+        (plain_model, {"guidance": 2.0}, "is unconditional: nothing guides it"),
         (
             class_model,
             {"smapler": "ddim"},

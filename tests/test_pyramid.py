@@ -111,9 +111,15 @@ def test_any_batches_of_a_span_hold_the_same_rows(mix, first, counts):
 
 
 @given(mixes(), st.integers(0, 10**7))
-def test_the_shares_of_a_run_are_exact_to_a_row(mix, images):
+def test_the_shares_of_a_run_are_exact_to_a_row_a_level(mix, images):
     for level, rows in enumerate(rows_of_mix(mix, 0, images)):
-        assert abs(rows - images * sum(mix[level:])) < 1.001
+        assert abs(rows - images * sum(mix[level:])) < len(mix)
+
+
+@given(mixes(), st.integers(0, 10**7), st.integers(1, 3))
+def test_a_finer_level_never_holds_more_rows_however_small_the_batch(mix, first, count):
+    rows = rows_of_mix(mix, first, count)
+    assert list(rows) == sorted(rows, reverse=True)
 
 
 def test_the_extreme_mixes_are_all_or_nothing():

@@ -89,7 +89,9 @@ def test_only_real_tokens_are_kept(minilm, t5_folder):
 @pytest.mark.parametrize("name", ["minilm", "t5"])
 def test_long_captions_are_cut_to_max_tokens(name, minilm, t5_folder):
     encoder = minilm if name == "minilm" else t5(t5_folder)
-    with pytest.warns(UserWarning, match=r"1 of 2 captions have more than 32 tokens .*'apple apple"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 captions have more than 32 tokens .*'apple apple"
+    ):
         short, features = encoder(["apple", "apple " * 10_000])
     assert len(short) < len(features) == 32
     with pytest.warns(UserWarning, match="1 of 1 captions"):

@@ -611,14 +611,14 @@ def show(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO) -> str:
 def test_a_terminal_gets_a_bar(monkeypatch):
     told = show(monkeypatch, Terminal())
     assert "\r" in told
-    for part in ("28.0/48.0", "images/s", "stage 2/2", "8px 0.2500 16px 0.5000", "data wait 25%"):
+    for part in ("28.0/48.0", "images/s", "2/2 8:0.2500 16:0.5000", "wait 25%"):
         assert part in told
 
 
 def test_a_log_file_gets_plain_lines(monkeypatch):
     told = show(monkeypatch, io.StringIO())
     assert re.fullmatch(
-        r"4 of 48 images, 10 images/s, 0:04 left, stage 2/2, loss 8px 0\.2500 16px 0\.5000, "
-        r"data wait 25%\n",
+        r"4 of 48 images, 10 images/s, 0:04 left, 2/2 8:0\.2500 16:0\.5000 "
+        r"wait 25%\n",
         told,
     )

@@ -70,7 +70,8 @@ def sample(options: argparse.Namespace) -> None:
         )
     folder = options.out or gallery.default_folder(options.model, samples)
     gallery.save(samples, folder)
-    print(f"{len(samples.captions)} pictures: {folder}, all of them in {folder / 'grid.png'}")
+    count = len(samples.captions)
+    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / 'grid.png'}")
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -82,23 +83,17 @@ def grow(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.config import ConfigError
     from matryoshka_diffusion.info import describe
     from matryoshka_diffusion.pipeline import read_config
-    from matryoshka_diffusion.presets import PRESETS, preset
+    from matryoshka_diffusion.presets import preset
 
-    config = preset(options.name) if options.name in PRESETS else None
-    if config is None:
-        try:
-            config = read_config(options.name)
-        except FileNotFoundError:
-            preset(options.name)  # names the nearest preset
-            raise ConfigError(f"{options.name}: no preset, no run") from None
-    print(describe(config))
+    config = read_config if Path(options.name).exists() else preset
+    print(describe(config(options.name)))
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job, measure
+    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.pipeline import Matryoshka
 
     model = Matryoshka.load(
@@ -106,6 +101,8 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     source = job.open_source(model.config.data, model.resolutions[-1].height)
     settings = _sampling(options)
+    if model.net.config.text is None and not options.n:
+        raise UsageError(f"{options.model} has no prompts to retrieve: give -n for the distance")
     if model.net.config.text is not None:
         with _Bar("prompt retrieval", "steps") as bar:
             found = measure.retrieval(model, source, progress=bar, **settings)
@@ -125,8 +122,17 @@ def data_check(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import describe
 
-    config = job.find_config(options.preset, options.data, options.set)
-    print(describe(job.open_source(config.data, config.model.levels[-1].side)))
+    allowed = job.find_config(options.preset, options.data, options.set).data.max_bad_fraction
+    everything = [*options.set, "data.max_bad_fraction=1.0"]
+    config = job.find_config(options.preset, options.data, everything)
+    source = job.open_source(config.data, config.model.levels[-1].side)
+    print(describe(source))
+    bad, total = len(source.bad), len(source) + len(source.bad)
+    if bad > allowed * total:
+        raise ValueError(
+            f"training would refuse this: {bad} of {total} files are bad, and "
+            f"data.max_bad_fraction is {allowed:g}"
+        )
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -149,20 +155,24 @@ def demo(options: argparse.Namespace) -> None:
 def _train(config: Any, out: Path, device: str) -> Path:
     """Train with previews; returns the finished model's folder."""
     from matryoshka_diffusion import job
+    from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.hooks import Preview, preview_prompts
+    from matryoshka_diffusion.train.run_folder import refuse_foreign
     from matryoshka_diffusion.train.trainer import train as run
 
+    refuse_foreign(out)
     ready = job.prepare(config)
+    print(summary(ready.source))
     prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
     finished = run(
         ready.config,
         ready.loader,
         out,
         encode=ready.encode,
-        hooks=[(ready.config.train.preview_every_images, Preview(prompts, device))],
+        hooks=[(ready.config.train.preview_every_images, Preview(prompts, ready.encode, device))],
         device=device,
     )
-    print(f"trained: {finished}; mdm sample {out} draws from it")
+    print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
     return finished
 
 
@@ -185,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
     command.add_argument("--data", metavar="DIR", help="folder of pictures")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
+    _add_device(command)
     _add_set(command)
 
     command = _add(commands, "sample", sample, "make pictures with a trained model")
@@ -214,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add(commands, "eval", evaluate, "measure a model against its training pictures")
     command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
     command.add_argument(
-        "-n", type=int, default=0, help="samples for the Fréchet distance (0: leave it away)"
+        "-n", type=_positive, help="measure the Fréchet distance of so many samples, too"
     )
     _add_sampling(command)
 
@@ -227,6 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "demo", demo, "train openmoji and show what it learnt")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
+    _add_device(command)
     _add_set(command)
     return parser
 
@@ -236,9 +248,12 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -248,9 +263,20 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
+    _add_device(command)
     command.add_argument("--sampler", choices=SAMPLERS)
     command.add_argument("--steps", type=_positive)
     command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument(
+        "--interval",
+        dest="guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="guide only between these log-SNRs",
+    )
+    command.add_argument("--rescale", type=float, metavar="SHARE", help="of guidance, 0 to 1")
+    command.add_argument("--eta", type=float, help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     command.add_argument("--grid", choices=GRIDS, help="times that the sampler visits")
     command.add_argument("--threshold", choices=THRESHOLDS)
     command.add_argument("--batch-size", type=_positive, default=64)
@@ -259,7 +285,10 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
-    names = ("sampler", "steps", "guidance", "grid", "threshold")
+    names = (
+        *("sampler", "steps", "grid", "threshold", "eta"),
+        *("guidance", "guidance_interval", "rescale"),
+    )
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
@@ -325,13 +354,18 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _one_line(error: object) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        error = error.strerror  # our own, without the number before it
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say(text: str, status: int) -> int:
     """One line on stderr; returns the status."""
-    prefix = "" if text.startswith("mdm") else "mdm: "
-    print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    text = text if text.startswith("mdm") else f"mdm: {text}"
+    if "tqdm" in sys.modules:  # a bar may be on the screen
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
     return status
 
 

@@ -167,6 +167,15 @@ class ModelConfig(Strict):
     text: TextConfig | None = None
     classes: Natural = 0
 
+    @property
+    def micro_names(self) -> frozenset[str]:
+        """The micro-conditions that any level asks for."""
+        return frozenset(micro.name for level in self.levels for micro in level.micro)
+
+    def first(self, levels: int) -> ModelConfig:
+        """The nest of the first `levels` levels."""
+        return self.model_copy(update={"levels": self.levels[:levels]})
+
     @model_validator(mode="after")
     def _levels_nest(self) -> ModelConfig:
         if not self.levels:
@@ -347,6 +356,10 @@ class RunConfig(Strict):
         for path, values in per_level.items():
             if len(values) not in (1, levels):
                 raise ValueError(f"{path} has {len(values)} entries; give 1 or {levels}")
+        if self.model.text is not None and self.model.classes:
+            raise ValueError(
+                "model.text and model.classes: a run has captions or classes, not both"
+            )
         if (self.model.text is None) != (self.encoder is None):
             raise ValueError("model.text and encoder go together: give both or neither")
         return self

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
+    LevelConfig,
     ModelConfig,
     Prediction,
     ProcessConfig,
@@ -62,9 +63,20 @@ class Process:
         return cls(
             schedules=build_schedules(model),
             prediction=process.prediction,
-            weightings=per_level(process.weighting, levels),
+            weightings=tuple(
+                _follow_shift(weighting, level)
+                for weighting, level in zip(
+                    per_level(process.weighting, levels), model.levels, strict=True
+                )
+            ),
             level_weights=per_level(process.level_weights, levels),
         )
+
+
+def _follow_shift(weighting: WeightingConfig, level: LevelConfig) -> WeightingConfig:
+    """The bias of `sigmoid` is a place on the schedule; where that is shifted, it moves along."""
+    shift = level.shift_power * math.log(level.shift_ratio)
+    return weighting.model_copy(update={"bias": weighting.bias - shift})
 
 
 def per_level(values: tuple[T, ...], levels: int) -> tuple[T, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,14 @@ else:
 
 
 def default_folder(run: str, samples: Samples) -> Path:
-    """`samples/<first caption>-seed<n>` inside the run's folder, or here for a shipped model."""
+    """`samples/<first caption>-seed<n>` inside the run's folder, or here for a shipped model.
+
+    Where that is taken, `-2`, `-3`, ... is appended: older samples stay.
+    """
     root = Path(run) if Path(run).is_dir() else Path()
-    name = _slug(samples.captions[0]) or "samples"
-    return root / "samples" / f"{name}-seed{samples.seeds[0]}"
+    name = f"{_slug(samples.captions[0]) or 'samples'}-seed{samples.seeds[0]}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (root / "samples" / one for one in names) if not path.exists())
 
 
 def save(samples: Samples, folder: Path) -> None:
@@ -29,7 +34,8 @@ def save(samples: Samples, folder: Path) -> None:
         OSError: a file cannot be written; names it.
     """
     for i, (picture, caption) in enumerate(zip(samples.pictures, samples.captions, strict=True)):
-        settings = {**samples.settings, "seed": samples.seeds[i], "caption": caption}
+        own = {"captions": [caption], "seeds": [samples.seeds[i]]}
+        settings = {**samples.settings, **own}
         name = "-".join(part for part in (f"{i:03d}", _slug(caption)) if part)
         sheet.save_png(picture, folder / f"{name}.png", settings)
     sheet.save_png(grid(samples), folder / "grid.png", samples.settings)

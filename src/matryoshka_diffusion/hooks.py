@@ -11,6 +11,7 @@ from matryoshka_diffusion import sheet
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.trainer import View
 
 PREVIEWS = 8
@@ -29,11 +30,16 @@ class Preview:
     others show their first classes, or whatever they draw.
     """
 
-    def __init__(self, prompts: Sequence[str] | None, device: torch.device | str) -> None:
-        self.prompts, self.device = prompts, device
+    def __init__(
+        self,
+        prompts: Sequence[str] | None,
+        encoder: TextEncoder | None,
+        device: torch.device | str,
+    ) -> None:
+        self.prompts, self.encoder, self.device = prompts, encoder, device
 
     def __call__(self, view: View) -> Path:
-        model = Matryoshka(view.averaged(), view.config, device=self.device)
+        model = Matryoshka(view.averaged(), view.config, encoder=self.encoder, device=self.device)
         if self.prompts is not None:
             samples = model.sample(self.prompts)
         elif view.config.model.classes:

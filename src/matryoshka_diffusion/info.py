@@ -51,14 +51,14 @@ def describe(config: RunConfig) -> str:
 
 def forward_flops(model: ModelConfig, levels: int) -> int:
     """FLOPs (two for each multiply-add) of one forward pass of one picture, first `levels` only."""
-    part = model.model_copy(update={"levels": model.levels[:levels]})
+    part = model.first(levels)
     with torch.device("meta"):
         net = NestedUNet(part)
         z = tuple(torch.empty(1, model.channels, level.side, level.side) for level in part.levels)
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
             tokens=torch.empty(1, TEXT_TOKENS, model.text.features) if model.text else None,
-            micro={micro.name: torch.ones(1) for level in part.levels for micro in level.micro},
+            micro={name: torch.ones(1) for name in part.micro_names},
         )
         with FlopCounterMode(display=False) as counter:
             net(z, torch.ones(1), cond)
@@ -106,7 +106,7 @@ def _list_shares(mix: tuple[float, ...]) -> str:
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width; numbers (all but the first four columns) to the right."""
+    """Columns of equal width; words to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from torch import Tensor
 
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -15,6 +13,7 @@ from matryoshka_diffusion.config import (
     LevelConfig,
     MicroConfig,
     RunConfig,
+    SamplingConfig,
     StageConfig,
     TextConfig,
     from_dict,
@@ -27,7 +26,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
-from matryoshka_diffusion.pipeline import find_model
+from matryoshka_diffusion.pipeline import count_levels, find_model
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
@@ -42,7 +41,7 @@ class Job(NamedTuple):
     config: RunConfig
     source: Source
     loader: Loader
-    encode: Callable[[Sequence[str]], list[Tensor]] | None
+    encode: FeatureCache | None
 
 
 def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunConfig:
@@ -60,7 +59,8 @@ def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunC
         config = preset(name)
     changes = list(assignments)
     if data is not None:
-        changes.insert(0, f"data.path={json.dumps(data)}")
+        # Absolute, so that the run is found to be the same from any folder.
+        changes.insert(0, f"data.path={json.dumps(str(Path(data).expanduser().resolve()))}")
     return override(config, changes)
 
 
@@ -79,8 +79,17 @@ def prepare(config: RunConfig) -> Job:
     encode = None
     if config.encoder is not None:
         encode = FeatureCache(load_encoder(config.encoder))
+        _check_width(config, encode.width)
         encode([*all_captions(source), ""])
     return Job(config, source, loader, encode)
+
+
+def _check_width(config: RunConfig, width: int) -> None:
+    if config.model.text is not None and config.model.text.features != width:
+        raise ConfigError(
+            f"model.text.features is {config.model.text.features}, but the encoder gives {width}: "
+            f"add --set model.text.features={width}"
+        )
 
 
 def all_captions(source: Source) -> list[str]:
@@ -120,8 +129,9 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
 
 def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConfig:
     """A model that no condition was chosen for takes those that its data has."""
-    guided = config.sampling.model_copy(update={"guidance": (2.0,)})
-    model = config.model
+    model, guided = config.model, config.sampling
+    if guided.guidance == SamplingConfig().guidance:  # else somebody chose it
+        guided = guided.model_copy(update={"guidance": (2.0,)})
     if has_captions:
         text = TextConfig(features=MINILM_WIDTH, width=model.embedding)
         update = {"encoder": EncoderConfig(name="minilm"), "sampling": guided}
@@ -150,6 +160,9 @@ def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) ->
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: give another --out")
     weights, config = find_model(run)
+    reached, levels = count_levels(weights), len(config.model.levels)
+    if reached < levels:
+        raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
     grown = override(_with_level(config, side), list(assignments))
     small = NestedUNet(config.model)
     checkpoint.load_weights(small, weights, where=run)
@@ -212,7 +225,7 @@ def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
         heads=finest.heads,
         patch=finest.patch,
         micro=tuple(_rescaled(micro, side) for micro in finest.micro),
-        shift_ratio=side / levels[0].side,
+        shift_ratio=finest.shift_ratio * side / finest.side,
         shift_power=finest.shift_power,
     )
 

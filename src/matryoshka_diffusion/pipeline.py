@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -78,6 +78,7 @@ class Matryoshka:
         net: NestedUNet,
         config: RunConfig,
         *,
+        encoder: TextEncoder | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
     ) -> None:
@@ -86,7 +87,7 @@ class Matryoshka:
         self.net = net.to(self.device).eval()
         self.config = config
         self.process = Process.from_config(config.process, net.config)
-        self._encoder: TextEncoder | None = None
+        self._encoder = encoder
 
     @classmethod
     def load(
@@ -103,10 +104,7 @@ class Matryoshka:
             ConfigError, ValueError: the folder does not hold what its config says.
         """
         weights, config = find_model(run)
-        levels = config.model.levels[: 1 + max(_places(weights), default=-1)]
-        if not levels:
-            raise ValueError(f"{run}: the weights hold no level of a nest")
-        net = NestedUNet(config.model.model_copy(update={"levels": levels}))
+        net = NestedUNet(config.model.first(count_levels(weights)))
         checkpoint.load_weights(net, weights, where=str(run))
         return cls(net, config, device=device, precision=precision)
 
@@ -149,7 +147,13 @@ class Matryoshka:
             assert state is not None, "a config has at least one step"
             parts.append(state.z)
         levels = tuple(_to_bytes(torch.cat(level)) for level in zip(*parts, strict=True))
-        recorded = {"model": self.config.name, "seed": seed, **sampling.model_dump(mode="json")}
+        recorded = {
+            "model": self.config.name,
+            "captions": captions,
+            "seeds": seeds,
+            "precision": self.precision,
+            **sampling.model_dump(mode="json"),
+        }
         return Samples(levels, captions, seeds, recorded)
 
     def stream(
@@ -171,6 +175,8 @@ class Matryoshka:
         weights = per_level(sampling.guidance, levels)
         denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
         if any(weight != 1.0 for weight in weights):
+            if cond.labels is None and cond.tokens is None:
+                raise UsageError(f"{self.config.name} is unconditional: nothing guides it (--cfg)")
             denoise = Guided(
                 denoise,
                 NetworkDenoiser(self._predict, self.process, self.unconditional(cond)),
@@ -211,6 +217,8 @@ class Matryoshka:
             if prompts is None:
                 raise UsageError(f"{self.config.name} needs a prompt (-p on the command line)")
             wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+            if any("\ud800" <= letter <= "\udfff" for prompt in wanted for letter in prompt):
+                raise UsageError("a prompt is not UTF-8")
             captions = tuple(prompt for prompt in wanted for _ in range(n))
             tokens, mask = pad([f for f in self.encode(wanted) for _ in range(n)])
             return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
@@ -240,8 +248,7 @@ class Matryoshka:
     def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Ask for pictures that were at least as large as the finest level before resizing."""
         side = float(self.net.config.levels[-1].side)
-        names = {micro.name for level in self.net.config.levels for micro in level.micro}
-        return {name: torch.full((len(captions),), side) for name in names}
+        return {name: torch.full((len(captions),), side) for name in self.net.config.micro_names}
 
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
         """Indices of classes given by name or number; all of them if none is given."""
@@ -252,8 +259,9 @@ class Matryoshka:
 
     def _label(self, one: str | int) -> int:
         names = self.config.data.classes
-        if one in names:
-            return names.index(str(one))
+        folded = [name.casefold() for name in names]
+        if str(one).casefold() in folded:
+            return folded.index(str(one).casefold())
         if str(one).isdigit() and int(one) < self.net.config.classes:
             return int(one)
         known = ", ".join(names) if names else f"0 to {self.net.config.classes - 1}"
@@ -328,12 +336,16 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         raise ValueError(f"{weights}: damaged or no safetensors file ({error})") from error
 
 
-def _places(weights: dict[str, Tensor]) -> Iterator[int]:
-    """The levels that a set of weights has keys of."""
-    for key in weights:
-        place = key.split(".")[1]
-        if key.startswith("levels.") and place.isdigit():
-            yield int(place)
+def count_levels(weights: Mapping[str, Tensor]) -> int:
+    """How many levels weights are for. A run that is still growing has not reached them all.
+
+    Raises:
+        ValueError: none.
+    """
+    places = [key.split(".")[1] for key in weights if key.startswith("levels.")]
+    if not places:
+        raise ValueError("these weights hold no level of a nest")
+    return 1 + max(int(place) for place in places if place.isdigit())
 
 
 def _to_bytes(x: Tensor) -> UInt8[np.ndarray, "n h w c"]:

@@ -124,6 +124,7 @@ def _small_training(*stages: StageConfig) -> TrainConfig:
         decay_share=0.2,
         clip_norm=1.0,
         ema_decay=0.998,
+        preview_every_images=12_000,
     )
 
 

@@ -10,6 +10,15 @@ from matryoshka_diffusion.data.batch import BadFile, Source
 _SHOWN = 20
 
 
+def summary(source: Source) -> str:
+    """One line: what training is about to see."""
+    conditions = f"{len(source.classes)} classes" if source.classes else "no captions, no classes"
+    if source[0].captions:
+        conditions = "captions"
+    bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
+    return f"{source.name}: {len(source):,} pictures of {source.side} px, {conditions}{bad}"
+
+
 def describe(source: Source) -> str:
     """Lines for people: counts, sizes, classes or captions, and the files left out with reasons."""
     sides, labels, captions = [], Counter(), []

@@ -6,14 +6,12 @@ number of processes cannot change what the model is shown.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
-from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.rng import stream
 
 
@@ -62,10 +60,3 @@ class Loader:
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return stream(seed, "order", epoch).permutation(size)
-
-
-def prefetch(
-    loader: Loader, spans: Iterable[tuple[int, int]], depth: int = 2
-) -> Generator[Batch, None, None]:
-    """The batches of `spans` (first, count), made up to `depth` ahead in a background thread."""
-    return look_ahead(lambda span: loader.batch(*span), spans, workers=1, depth=depth)

@@ -37,7 +37,7 @@ class Conditioner(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.micro = {micro.name for level in config.levels for micro in level.micro}
+        self.micro = config.micro_names
         self.text = TextTower(config.text, config.embedding) if config.text else None
         # The last row stands for a label that is hidden.
         self.label = nn.Embedding(config.classes + 1, config.embedding) if config.classes else None

@@ -68,9 +68,14 @@ class HiddenStates:
         )
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
+    def _longer(self, caption: str) -> list[int]:
+        """The tokens of a caption, one more than are used at the most."""
+        longest = self.max_tokens + 1
+        return self.tokenizer(caption, max_length=longest, truncation=True)["input_ids"]
+
     def _warn_of_cuts(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
         full = [c for c, n in zip(captions, lengths, strict=True) if n == self.max_tokens]
-        cut = [c for c in full if len(self.tokenizer(c)["input_ids"]) > self.max_tokens]
+        cut = [c for c in full if len(self._longer(c)) > self.max_tokens]
         if cut:
             warnings.warn(
                 f"{len(cut)} of {len(captions)} captions have more than {self.max_tokens} tokens "

@@ -89,4 +89,4 @@ def active_model(config: RunConfig, images_seen: int) -> ModelConfig:
     A finished run has the levels of its last stage, which may be fewer than `model.levels`.
     """
     stage = config.train.stages[stage_at(config.train, max(images_seen - 1, 0))]
-    return config.model.model_copy(update={"levels": config.model.levels[: stage.levels]})
+    return config.model.first(stage.levels)

@@ -78,7 +78,7 @@ class Feed:
         device: torch.device | str = "cpu",
     ) -> None:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
-        self._micro = {m.name for level in config.model.levels for m in level.micro}
+        self._micro = config.model.micro_names
         if unknown := self._micro - {"scale"}:
             raise ValueError(
                 f"model.levels[].micro: the data has no {min(unknown)!r}, only 'scale', the side "

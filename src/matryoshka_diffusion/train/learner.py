@@ -87,9 +87,7 @@ class Learner:
         if levels == len(self.net.levels):
             return
         memory = moments(self.optimizer, self.net)
-        model = self.config.model
-        model = model.model_copy(update={"levels": model.levels[:levels]})
-        self.net = grow(self.net, model, seed=self.config.train.seed)
+        self.net = grow(self.net, self.config.model.first(levels), seed=self.config.train.seed)
         self.ema.extend(self.net)
         self._prepare()
         load_moments(self.optimizer, self.net, memory)

@@ -152,13 +152,12 @@ class Display:
     def _text(self) -> str:
         recent = summary(self._recent)
         losses = " ".join(
-            f"{level.side}px {'-' if loss is None else format(loss, '.4f')}"
+            f"{level.side}:{'-' if loss is None else format(loss, '.4f')}"
             for level, loss in zip(
                 self._config.model.levels, recent["loss_per_level"], strict=False
             )
         )
         stages = len(self._config.train.stages)
-        return (
-            f"stage {recent['stage'] + 1}/{stages}, loss {losses}, "
-            f"data wait {recent['data_wait']:.0%}"
-        )
+        wait = recent["data_wait"]
+        waiting = f" wait {wait:.0%}" if wait >= 0.05 else ""
+        return f"{recent['stage'] + 1}/{stages} {losses}{waiting}"

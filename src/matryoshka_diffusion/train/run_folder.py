@@ -45,6 +45,18 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device) -> RunConfig:
     return config
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise `ConfigError` if the folder holds files that are no run, `OSError` if it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give another --out")
+    if (folder / "config.yaml").exists() or not folder.exists():
+        return
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ConfigError(
+            f"{folder} holds files but no run (there is no config.yaml): give another --out"
+        )
+
+
 def with_precision(config: RunConfig, precision: str) -> RunConfig:
     """The config with its precision decided."""
     train = config.train.model_copy(update={"precision": precision})

@@ -53,3 +53,4 @@ class Interrupts:
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
+        os.write(2, b"\nmdm: stopping after this step, saving first; again leaves at once\n")
