@@ -50,9 +50,9 @@ def openmoji() -> RunConfig:
                 **small,
             ),
             LevelConfig(side=32, widths=(64, 32), blocks=(0, 0), shift_ratio=4.0, **outer),
-            LevelConfig(side=64, widths=(32, 32), blocks=(1, 0), shift_ratio=8.0, **outer),
+            LevelConfig(side=64, widths=(32, 32), blocks=(0, 0), shift_ratio=8.0, **outer),
         ),
-        embedding=256,
+        embedding=512,
         text=TextConfig(features=384, width=256),
     )
     return RunConfig(
@@ -61,9 +61,9 @@ def openmoji() -> RunConfig:
         data=DataConfig(source="openmoji"),
         encoder=EncoderConfig(name="minilm"),
         train=_small_training(
-            StageConfig(levels=1, images=72_000, batch_size=32, lr=2e-3),
-            StageConfig(levels=2, images=16_000, batch_size=32, lr=2e-3),
-            StageConfig(levels=3, images=36_000, batch_size=32, lr=2e-3, mix=(0.3, 0.1, 0.6)),
+            StageConfig(levels=1, images=84_000, batch_size=64, lr=2e-3),
+            StageConfig(levels=2, images=20_000, batch_size=48, lr=2e-3),
+            StageConfig(levels=3, images=56_000, batch_size=48, lr=2e-3, mix=(0.4, 0.1, 0.5)),
         ),
         sampling=SamplingConfig(guidance=(3.0,)),
     )
@@ -120,8 +120,8 @@ def _small_training(*stages: StageConfig) -> TrainConfig:
     """Short runs: a high rate, quick averaging, a linear decay at the end."""
     return TrainConfig(
         stages=stages,
-        warmup_images=3_200,
-        decay_share=0.2,
+        warmup_images=6_400,
+        decay_share=0.3,
         clip_norm=1.0,
         ema_decay=0.998,
         preview_every_images=12_000,

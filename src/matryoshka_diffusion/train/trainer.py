@@ -87,7 +87,7 @@ def train(
     feed = Feed(config, loader, encode, device)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
-    inputs = cast("Generator[Inputs]", look_ahead(feed, todo, workers=1, depth=2))
+    inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
     with Interrupts() as interrupts, Display(config, run.images_seen) as display, closing(inputs):
         for entry in run.learn(inputs):
             run.log(entry)
@@ -105,6 +105,19 @@ def train(
     weights = learner.ema.network(learner.net).state_dict()
     checkpoint.export_weights(folder / "model", weights, config)
     return folder / "model"
+
+
+def _alone(feed: Feed) -> Callable[[Step], Inputs]:
+    """The feed without helpers of its own: they would wait busily on the network's cores.
+
+    Torch counts threads for each thread that calls it, so the network keeps its own.
+    """
+
+    def inputs(step: Step) -> Inputs:
+        torch.set_num_threads(1)
+        return feed(step)
+
+    return inputs
 
 
 class Run:
