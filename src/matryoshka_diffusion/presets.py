@@ -31,7 +31,8 @@ from matryoshka_diffusion.config import (
 def openmoji() -> RunConfig:
     """Text-to-image on 1,904 captioned OpenMoji pictures, levels {16, 32, 64}: the main job.
 
-    Command: `mdm train openmoji --out runs/openmoji`. About 15 minutes on 2 CPU cores with bf16.
+    Command: `mdm train openmoji --out runs/openmoji`. About 12 minutes on 2 CPU cores with bf16;
+    prompt retrieval then is about 0.8 nearest and 0.94 among five.
     It learns its pictures by heart and recalls them by prompt; it does not generalise to unseen
     combinations.
     """
@@ -72,7 +73,7 @@ def openmoji() -> RunConfig:
 def fashion_mnist() -> RunConfig:
     """Class-conditional Fashion-MNIST, 60,000 grey pictures padded to 32 pixels, levels {16, 32}.
 
-    Command: `mdm train fashion-mnist --out runs/fashion`. About 8 minutes on 2 CPU cores.
+    Command: `mdm train fashion-mnist --out runs/fashion`. About 7 minutes on 2 CPU cores.
     """
     small = {"patch": 2, "heads": 4, "shift_power": 2.0}
     model = ModelConfig(
@@ -91,8 +92,8 @@ def fashion_mnist() -> RunConfig:
         model=model,
         data=DataConfig(source="fashion-mnist", flip=False),
         train=_small_training(
-            StageConfig(levels=1, images=100_000, batch_size=128, lr=1e-3),
-            StageConfig(levels=2, images=100_000, batch_size=128, lr=1e-3),
+            StageConfig(levels=1, images=90_000, batch_size=128, lr=1e-3),
+            StageConfig(levels=2, images=60_000, batch_size=128, lr=1e-3),
         ),
         sampling=SamplingConfig(guidance=(2.0,)),
     )
