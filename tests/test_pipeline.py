@@ -10,7 +10,7 @@ import torch
 
 from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.pipeline import Matryoshka, count_levels, find_model
 from matryoshka_diffusion.train.checkpoint import export_weights
 from tiny_run import encode, tiny_config
 
@@ -174,6 +174,12 @@ def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
         Matryoshka.load(exported)
+
+
+@pytest.mark.parametrize("keys", [[], ["conditioner.null"], ["levels.x.stem"]])
+def test_weights_without_a_level_are_no_model(keys):
+    with pytest.raises(ValueError, match="no level of a nest"):
+        count_levels(dict.fromkeys(keys, torch.zeros(1)))
 
 
 def test_what_is_no_model_is_said(tmp_path):

@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 Features = Callable[[UInt8[np.ndarray, "b h w c"]], np.ndarray]
 
 SHEET_PROMPTS = (
-    # Plain things that a stranger can name, fixed before any model was trained on them.
+    # Plain things that a stranger can name, chosen by hand before any sample was seen.
     "red apple", "banana", "cat face", "dog face", "sunflower", "umbrella", "airplane", "bicycle",
     "hamburger", "ice cream", "snowman", "guitar", "soccer ball", "key", "crown", "cactus",
     "fish", "butterfly", "alarm clock", "flag of Japan",

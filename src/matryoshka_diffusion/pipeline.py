@@ -340,12 +340,13 @@ def count_levels(weights: Mapping[str, Tensor]) -> int:
     """How many levels weights are for. A run that is still growing has not reached them all.
 
     Raises:
-        ValueError: none.
+        ValueError: they hold no level at all.
     """
     places = [key.split(".")[1] for key in weights if key.startswith("levels.")]
-    if not places:
+    numbers = [int(place) for place in places if place.isdigit()]
+    if not numbers:
         raise ValueError("these weights hold no level of a nest")
-    return 1 + max(int(place) for place in places if place.isdigit())
+    return 1 + max(numbers)
 
 
 def _to_bytes(x: Tensor) -> UInt8[np.ndarray, "n h w c"]:

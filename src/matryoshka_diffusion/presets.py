@@ -32,14 +32,14 @@ def openmoji() -> RunConfig:
     """Text-to-image on 1,904 captioned OpenMoji pictures, levels {16, 32, 64}: the main job.
 
     Command: `mdm train openmoji --out runs/openmoji`. About 12 minutes on 2 CPU cores with bf16;
-    prompt retrieval then is about 0.8 nearest and 0.94 among five.
+    prompt retrieval then was 0.805 nearest and 0.945 among five (one run, seed 0).
     It learns its pictures by heart and recalls them by prompt; it does not generalise to unseen
     combinations.
     """
     small = {"patch": 2, "heads": 4, "shift_power": 2.0}
     outer = {"attention": (0, 0), **small}
     # The ratios are twice the sides': which picture a caption means is learnt under noise that
-    # hides the picture, so that is where a short run should spend its time.
+    # hides the picture. A reasoned choice; its effect was not measured on its own.
     model = ModelConfig(
         levels=(
             LevelConfig(

@@ -75,8 +75,8 @@ class TextTower(nn.Module):
         )
         self.pool = nn.Linear(config.width, embedding, bias=False)
         self.null = nn.Parameter(torch.randn(config.features)) if config.learned_null else None
-        # Keep the variance of the features: torch's default would make the caption three times
-        # quieter than it is, and a small network slow to hear it.
+        # Keep the variance of the features, which torch's default divides by three in each of the
+        # two layers, so that a caption starts about as loud as the time it is added to.
         for linear in (self.project, self.pool):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 

@@ -108,7 +108,7 @@ def train(
 
 
 def _alone(feed: Feed) -> Callable[[Step], Inputs]:
-    """The feed without helpers of its own: they would wait busily on the network's cores.
+    """The feed without helper threads of its own, which would compete for the network's cores.
 
     Torch counts threads for each thread that calls it, so the network keeps its own.
     """
