@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from matryoshka_diffusion.sheet import save_png
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RELEASED = (ROOT / "docs" / "released-checkpoints.md").read_text(encoding="utf-8")
+TINY_CHECKPOINT = ROOT / "tests" / "data" / "reference" / "vis_model_nested32.pth"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 PHOTOS = "photos"
 """The folder of the reader's own pictures in the README's examples."""
@@ -70,8 +73,12 @@ def smaller(arguments: Sequence[str]) -> list[str]:
     match arguments:
         case _ if "--help" in arguments:
             extra = []
-        case ["data" | "info" | "sample", *_]:
+        case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
+            extra = ["--steps", "2", "--text-encoder", "t5"]
+        case ["data" | "info" | "sample" | "convert", *_]:
             extra = []
+        case ["export", *_]:
+            extra = ["--text-encoder", "t5"]
         case ["eval", *_]:
             extra = ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
         case ["grow", *_]:
@@ -104,6 +111,21 @@ def folder(tmp_path_factory):
 def test_a_command_of_the_readme_runs(arguments, folder):
     if "fashion-mnist" in shlex.join(arguments) and not FASHION_MNIST.exists():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    run(arguments, folder)
+
+
+@pytest.mark.parametrize("arguments", commands(RELEASED), ids=shlex.join)
+def test_a_command_for_released_checkpoints_runs(arguments, folder, tiny_t5):
+    """With a small file of the same make in the place of the large ones."""
+    for side in (64, 256, 1024):
+        path = folder / f"vis_model_{side}x{side}.pth"
+        if not path.exists():
+            shutil.copy(TINY_CHECKPOINT, path)
+            shutil.copytree(tiny_t5, folder / "t5", dirs_exist_ok=True)
+    run(arguments, folder)
+
+
+def run(arguments, folder):
     main = "from matryoshka_diffusion.cli import main; raise SystemExit(main())"
     result = subprocess.run(
         [sys.executable, "-c", main, *smaller(arguments)],
@@ -130,7 +152,9 @@ def test_make_goals_in_the_documents_exist():
         assert shown <= goals, name
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/released-checkpoints.md"]
+)
 def test_links_between_the_files_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):

@@ -116,6 +116,31 @@ def test_a_network_without_a_null_is_guided_by_the_empty_caption():
     ).all()
 
 
+def test_a_negative_prompt_takes_the_place_of_no_prompt():
+    model = text_model(steps=2, guidance=(3.0,))
+    plain = model.sample("red", n=2)
+    led = model.sample("red", n=2, negative="blue thing")
+    assert (led.pictures != plain.pictures).any()
+    assert led.settings["negative"] == "blue thing"
+    nowhere = model.sample("red", n=2, negative="red")
+    unguided = model.sample("red", n=2, guidance=1.0)
+    assert np.abs(nowhere.pictures.astype(int) - unguided.pictures).max() <= 1
+
+
+def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
+    config = text_model().config
+    assert config.model.text is not None
+    text = config.model.text.model_copy(update={"masked": False, "learned_null": False})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
+    model = Matryoshka(randomised(config), config, encoder=Words())
+    prompts = ["red", "a green square", "blue thing", "red red red"]
+    settings = {"steps": 2, "guidance": 2.0}
+    together = model.sample(prompts, seed=5, **settings)
+    for place, prompt in enumerate(prompts):
+        alone = model.sample(prompt, seed=5 + place, **settings)
+        assert np.abs(alone.pictures[0].astype(int) - together.pictures[place]).max() <= 1
+
+
 def test_progress_counts_all_steps_of_all_batches():
     told = []
     text_model().sample("red", n=3, batch_size=2, steps=2, progress=lambda *x: told.append(x))
@@ -131,6 +156,8 @@ def test_progress_counts_all_steps_of_all_batches():
         (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
         (class_model, {"classes": 3}, "unknown class 3"),
         (text_model, {"prompts": "a \ud800"}, "not UTF-8"),
+        (text_model, {"prompts": "a", "negative": "b", "guidance": 1.0}, "needs guidance"),
+        (class_model, {"negative": "b", "guidance": 2.0}, "takes no negative prompt: it takes cl"),
         (plain_model, {"guidance": 2.0}, "is unconditional: nothing guides it"),
         (
             class_model,
@@ -188,5 +215,5 @@ def test_what_is_no_model_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a model nor a checkpoint"):
         find_model(tmp_path)
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="not a run folder"):
+    with pytest.raises(ValueError, match=r"x\.bin: it is no checkpoint"):
         find_model(tmp_path / "x.bin")

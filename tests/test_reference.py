@@ -30,7 +30,7 @@ from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.released import convert_state_dict, model_config
+from matryoshka_diffusion.released import convert_state_dict, load_released
 from matryoshka_diffusion.sample import ddim, ddpm, last, released_grid
 from matryoshka_diffusion.schedule import SCHEDULES, Shifted
 
@@ -59,15 +59,7 @@ def tensors(name: str) -> dict[str, Tensor]:
 @cache
 def network(name: str) -> NestedUNet:
     described: dict[str, Any] = json.loads(recording(f"{name}.json").read_text())
-    config = model_config(
-        described["unet_config"],
-        described["resolutions"],
-        shift_power=1.0,
-        schedule="squared-cosine",
-    )
-    net = NestedUNet(config).eval()
-    net.load_state_dict(convert_state_dict(tensors(f"{name}.weights"), config))
-    return net
+    return load_released(tensors(f"{name}.weights"), described)[0]
 
 
 def relative(found: Tensor, recorded: Tensor) -> float:

@@ -19,6 +19,7 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.text import cache as cache_module
 from matryoshka_diffusion.text.cache import FeatureCache, pad
 from matryoshka_diffusion.text.encoder import load_encoder
+from matryoshka_diffusion.text.t5 import T5States
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 
@@ -37,7 +38,10 @@ def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
             single="$A </s>", special_tokens=[("</s>", 1)]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>" if end else None,
+        unk_token="<unk>",
     )
 
 
@@ -113,6 +117,44 @@ def test_t5_is_transformers_own(t5_folder):
     tokens = transformers.AutoTokenizer.from_pretrained(t5_folder)("red apple", return_tensors="pt")
     expected = model(input_ids=tokens["input_ids"]).last_hidden_state[0]
     torch.testing.assert_close(t5(t5_folder)(["red apple"])[0], expected)
+
+
+def best_cut(caption: str, scores: dict[str, float]) -> list[str]:
+    """The released code's tokens: the best cut of a caption after a space, by dynamic programming.
+
+    It cannot be cut where a character is unknown; the released code leaves such characters out.
+    """
+    text = "".join(c for c in f" {caption}".replace(" ", "▁") if c in scores)
+    best: list[tuple[float, list[str]]] = [(0.0, [])]
+    for end in range(1, len(text) + 1):
+        cuts = [
+            (best[start][0] + scores[text[start:end]], [*best[start][1], text[start:end]])
+            for start in range(end)
+            if text[start:end] in scores
+        ]
+        best.append(max(cuts, key=lambda cut: cut[0]))
+    return [*best[-1][1], "</s>"]
+
+
+@pytest.mark.parametrize(
+    "caption", ["red apple", "", "a red apple on the table", "readapple", "red ☃ apple", "a" * 40]
+)
+def test_t5_cuts_captions_as_the_released_models_were_trained(caption, t5_copy):
+    pieces = ["▁red", "▁apple", "▁a", "▁on", "▁the", "▁table", "re", "apple", *"▁relapontdbh"]
+    scores = dict.fromkeys(["<pad>", "</s>", "<unk>"], 0.0)
+    scores |= {piece: -1.0 - 0.37 * number for number, piece in enumerate(dict.fromkeys(pieces))}
+    core = Tokenizer(models.Unigram(list(scores.items()), unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(t5_copy)
+    transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=len(scores), d_model=8, d_kv=4, d_ff=8, num_layers=1)
+    ).save_pretrained(t5_copy)
+    encoder = t5(t5_copy, max_tokens=16)
+    assert isinstance(encoder, T5States)
+    (ids,) = encoder._tokens([caption])["input_ids"].tolist()
+    assert encoder.tokenizer.convert_ids_to_tokens(ids) == best_cut(caption, scores)[:16]
 
 
 def test_the_key_goes_with_the_model_not_with_its_place(t5_folder, t5_copy):

@@ -32,6 +32,8 @@ _HOMES = {
     "dpmpp_2m": "sample",
     "build_schedules": "schedule",
 }
+# Needs an extra, so `from matryoshka_diffusion import *` leaves it alone.
+_OF_EXTRAS = {"MDMPipeline": "export.pipeline"}
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.diffusion import Process as Process
     from matryoshka_diffusion.diffusion import diffuse as diffuse
     from matryoshka_diffusion.diffusion import matryoshka_loss as matryoshka_loss
+    from matryoshka_diffusion.export.pipeline import MDMPipeline as MDMPipeline
     from matryoshka_diffusion.nn.nested import NestedUNet as NestedUNet
     from matryoshka_diffusion.nn.nested import grow as grow
     from matryoshka_diffusion.pipeline import Matryoshka as Matryoshka
@@ -58,9 +61,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = _HOMES.get(name) or _OF_EXTRAS.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,9 @@ from typing import Any, NoReturn
 SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
+FORMATS = ("mdm", "diffusers")
+DTYPES = ("fp32", "bf16")
+_MODEL = "run folder, model folder, released .pth or shipped model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +58,20 @@ def sample(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
 
-    model = Matryoshka.load(
-        options.model, device=_device(options.device), precision=options.precision
-    )
-    with _Bar("sampling", "steps") as bar:
+    once = f"converting {options.model}, once"
+    with _Bar(once, "B", unit_scale=True, announce=True) as bar:
+        model = Matryoshka.load(
+            options.model,
+            device=_device(options.device),
+            precision=options.precision,
+            text_encoder=options.text_encoder,
+            progress=bar,
+        )
+    with _Bar("sampling", " steps") as bar:
         samples = model.sample(
             options.prompt,
             classes=options.classes,
+            negative=options.negative,
             n=options.n,
             seed=options.seed,
             batch_size=options.batch_size,
@@ -83,12 +93,41 @@ def grow(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.info import describe
+    from matryoshka_diffusion.info import describe, describe_released
     from matryoshka_diffusion.pipeline import read_config
     from matryoshka_diffusion.presets import preset
 
-    config = read_config if Path(options.name).exists() else preset
-    print(describe(config(options.name)))
+    path = Path(options.name)
+    if path.is_file():
+        print(describe_released(path))
+    else:
+        print(describe((read_config if path.exists() else preset)(options.name)))
+
+
+def convert(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    with _Bar("converting", "B", unit_scale=True) as bar:
+        config = job.convert_released(
+            options.file, options.out, text_encoder=options.text_encoder, progress=bar
+        )
+    print(f"{options.out}: {config.name}; mdm sample {options.out} -p TEXT draws with it")
+
+
+def export(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    if options.format == "diffusers":
+        from matryoshka_diffusion.export import write_diffusers
+        from matryoshka_diffusion.pipeline import Matryoshka
+
+        job.refuse_full(options.out)
+        model = Matryoshka.load(options.model, text_encoder=options.text_encoder)
+        write_diffusers(model, options.out)
+        print(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
+    else:
+        job.export_model(options.model, options.out, options.dtype, options.text_encoder)
+        print(f"{options.out}: mdm sample {options.out} draws with it")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -104,14 +143,14 @@ def evaluate(options: argparse.Namespace) -> None:
     if model.net.config.text is None and not options.n:
         raise UsageError(f"{options.model} has no prompts to retrieve: give -n for the distance")
     if model.net.config.text is not None:
-        with _Bar("prompt retrieval", "steps") as bar:
+        with _Bar("prompt retrieval", " steps") as bar:
             found = measure.retrieval(model, source, progress=bar, **settings)
         print(found)
     if options.n:
         from matryoshka_diffusion.eval.features import NAME, EffNetLite0
 
         features = EffNetLite0(_device(options.device))
-        with _Bar(NAME, "steps") as bar:
+        with _Bar(NAME, " steps") as bar:
             distance = measure.frechet(
                 model, source, features, count=options.n, progress=bar, **settings
             )
@@ -144,10 +183,10 @@ def demo(options: argparse.Namespace) -> None:
     finished = _train(config, options.out, device)
     model = Matryoshka.load(finished, device=device)
     source = job.open_source(model.config.data, model.resolutions[-1].height)
-    with _Bar("24 prompts", "steps") as bar:
+    with _Bar("24 prompts", " steps") as bar:
         page = measure.sheet(model, source, progress=bar)
     path = gallery.save_page(page, options.out / "sheet.png", model.config.name)
-    with _Bar("prompt retrieval", "steps") as bar:
+    with _Bar("prompt retrieval", " steps") as bar:
         print(measure.retrieval(model, source, progress=bar))
     print(f"24 prompts at every level, beside the real pictures: {path}")
 
@@ -199,8 +238,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(command)
 
     command = _add(commands, "sample", sample, "make pictures with a trained model")
-    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument("model", metavar="RUN", help=_MODEL)
     command.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    command.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
     command.add_argument(
         "--class",
         dest="classes",
@@ -211,19 +251,32 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("-n", type=_positive, default=1, help="pictures for each prompt or class")
     command.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i")
     command.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the pictures go")
+    _add_text_encoder(command)
     _add_sampling(command)
 
+    command = _add(commands, "convert", convert, "turn a released checkpoint into a model folder")
+    command.add_argument("file", type=Path, metavar="FILE", help="vis_model_64x64.pth, ...")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    _add_text_encoder(command)
+
+    command = _add(commands, "export", export, "write a model for sharing, or for diffusers")
+    command.add_argument("model", metavar="RUN", help=_MODEL)
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    command.add_argument("--format", choices=FORMATS, default="mdm")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
+    _add_text_encoder(command)
+
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
-    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument("model", metavar="RUN", help=_MODEL)
     command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     _add_set(command)
 
     command = _add(commands, "info", info, "show a preset or a model, level by level")
-    command.add_argument("name", metavar="PRESET|RUN")
+    command.add_argument("name", metavar="PRESET|RUN|FILE")
 
     command = _add(commands, "eval", evaluate, "measure a model against its training pictures")
-    command.add_argument("model", metavar="RUN", help="run folder, model folder or shipped model")
+    command.add_argument("model", metavar="RUN", help=_MODEL)
     command.add_argument(
         "-n", type=_positive, help="measure the Fréchet distance of so many samples, too"
     )
@@ -254,6 +307,12 @@ def _add(
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def _add_text_encoder(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text-encoder", metavar="PATH", help="folder or hub id to take the text encoder from"
+    )
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -308,18 +367,26 @@ def _positive(text: str) -> int:
 class _Bar:
     """A progress bar as a callable for (done, total)."""
 
-    def __init__(self, what: str, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=what, unit=f" {unit}", leave=False, disable=not sys.stderr.isatty())
+    def __init__(self, what: str, unit: str, *, announce: bool = False, **options: Any) -> None:
+        self._announce = announce  # one line where there is no terminal to draw a bar on
+        self._options = {"desc": what, "unit": unit, "leave": False, **options}
+        self._bar: Any = None
 
     def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:  # it appears with the first step, if there is one
+            from tqdm import tqdm
+
+            shown = sys.stderr.isatty()
+            if self._announce and not shown:
+                _say(self._options["desc"], 0)
+            self._bar = tqdm(total=total, disable=not shown, **self._options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

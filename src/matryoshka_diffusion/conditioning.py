@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Conditioning:
         """The conditions of some rows."""
         return self.map(lambda x: x[selection])
 
+    def trimmed(self) -> Conditioning:
+        """The same conditions without padding that no row needs."""
+        if self.tokens is None or self.mask is None:
+            return self
+        longest = int(self.mask.sum(1).max())
+        return replace(self, tokens=self.tokens[:, :longest], mask=self.mask[:, :longest])
+
     def drop(self, rows: Bool[Tensor, " b"]) -> Conditioning:
         """Hide label and text of the marked rows (classifier-free guidance needs such rows)."""
         hidden = rows if self.dropped is None else self.dropped | rows
@@ -62,3 +70,22 @@ class Conditioning:
             if value is not None:
                 return torch.ones(value.shape[0], dtype=torch.bool, device=value.device)
         raise ValueError("there is nothing to guide by: the conditioning has no label and no text")
+
+
+def equally_long(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Both with as many tokens, padded with zeros: networks may attend to padding."""
+    if a.tokens is None or b.tokens is None:
+        return a, b
+    longest = max(a.tokens.shape[1], b.tokens.shape[1])
+    return _padded(a, longest), _padded(b, longest)
+
+
+def _padded(cond: Conditioning, length: int) -> Conditioning:
+    assert cond.tokens is not None, "`equally_long` has seen to it"
+    missing = length - cond.tokens.shape[1]
+    if not missing:
+        return cond
+    mask = cond.tokens.new_ones(cond.tokens.shape[:2], dtype=torch.bool)
+    mask = mask if cond.mask is None else cond.mask
+    tokens = functional.pad(cond.tokens, (0, 0, 0, missing))
+    return replace(cond, tokens=tokens, mask=functional.pad(mask, (0, missing)))

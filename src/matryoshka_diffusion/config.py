@@ -38,6 +38,7 @@ InputScaling = Literal["none", "std", "analytic"]
 Threshold = Literal["none", "clip", "dynamic"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
+Pixels = Literal["symmetric", "released"]
 SourceName = Literal["openmoji", "fashion-mnist", "folder"]
 EncoderName = Literal["minilm", "t5"]
 
@@ -233,13 +234,15 @@ class ProcessConfig(Strict):
 class DataConfig(Strict):
     """Where the pictures come from. `path` is for sources that live in a folder of the user's.
 
-    `classes` are the names that the data was found to have; a run fills them in.
+    `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
+    bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
     """
 
     source: SourceName
     path: str | None = None
     classes: tuple[str, ...] = ()
     flip: bool = False
+    pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
 
 

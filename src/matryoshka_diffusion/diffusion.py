@@ -90,7 +90,10 @@ def per_level(values: tuple[T, ...], levels: int) -> tuple[T, ...]:
 def diffuse(
     x: Pyramid, noise: Pyramid, t: Float[Tensor, " b"], schedules: Sequence[NoiseSchedule]
 ) -> Pyramid:
-    """z^r_t = alpha^r_t D^r(x) + sigma^r_t eps^r: a draw from q(z_t | x), Eq. 1 and 2."""
+    """z^r_t = alpha^r_t x^r + sigma^r_t eps^r with x^r = D^r(x): a draw from q(z_t | x), Eq. 1, 2.
+
+    `x` is the pyramid already; every level follows its own schedule at the shared t.
+    """
     z = []
     for x_r, noise_r, schedule in zip(x, noise, schedules, strict=True):
         alpha, sigma = alpha_sigma(schedule.log_snr(t[: len(x_r)]))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.released import read_released
 from matryoshka_diffusion.schedule import build_schedules
 
 HEADER = ("level", "size", "widths", "blocks", "attention", "parameters", "GFLOP", "log-SNR(0.5)")
@@ -47,6 +51,16 @@ def describe(config: RunConfig) -> str:
     return "\n".join(
         [f"{config.name}: {total / 1e6:.1f} M parameters", *_align(rows), *_about(config)]
     )
+
+
+def describe_released(path: Path) -> str:
+    """A released checkpoint's nest, and the run configuration that lies in the file."""
+    released = read_released(path)
+    settings = released.weights.settings
+    if settings is None:
+        return describe(released.config)
+    text = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=100)
+    return f"{describe(released.config)}\n\nrun configuration in {path.name}:\n{text}".rstrip()
 
 
 def forward_flops(model: ModelConfig, levels: int) -> int:

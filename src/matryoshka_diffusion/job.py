@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -25,9 +28,10 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.nn.nested import NestedUNet, grow
-from matryoshka_diffusion.pipeline import count_levels, find_model
+from matryoshka_diffusion.nn.nested import grow
+from matryoshka_diffusion.pipeline import Progress, count_levels, find_model, with_encoder
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.released import convert, read_released
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
@@ -75,7 +79,8 @@ def prepare(config: RunConfig) -> Job:
     """
     source = open_source(config.data, config.model.levels[-1].side)
     config = complete(config, source)
-    loader = Loader(source, config.train.seed, flip=config.data.flip)
+    data = config.data
+    loader = Loader(source, config.train.seed, flip=data.flip, pixels=data.pixels)
     encode = None
     if config.encoder is not None:
         encode = FeatureCache(load_encoder(config.encoder))
@@ -144,6 +149,51 @@ def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConf
     return config
 
 
+# --- models for others -------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None) -> None:
+    """Write what sampling with `run` needs, and nothing else, into the folder `out`.
+
+    Raises:
+        ConfigError: `out` is not empty.
+        FileNotFoundError, ValueError: `run` is no trained model.
+    """
+    refuse_full(out)
+    weights, config = find_model(run)
+    if text_encoder is not None:
+        config = with_encoder(config, text_encoder)
+    checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
+
+
+def refuse_full(out: Path) -> None:
+    """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give another --out")
+
+
+# --- released checkpoints ----------------------------------------------------------------------
+
+
+def convert_released(
+    file: Path, out: Path, *, text_encoder: str | None = None, progress: Progress | None = None
+) -> RunConfig:
+    """Turn a checkpoint of the paper's release into a model folder.
+
+    Raises:
+        ConfigError: `out` is not empty.
+        FileNotFoundError, ValueError: `file` is no such checkpoint.
+    """
+    refuse_full(out)
+    released = read_released(file)
+    if text_encoder is not None:
+        released = replace(released, config=with_encoder(released.config, text_encoder))
+    convert(released, out, progress=progress)
+    return released.config
+
+
 # --- growing a trained run ---------------------------------------------------------------------
 
 
@@ -157,15 +207,13 @@ def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) ->
         ConfigError: the side does not nest on the finest level, or `out` is not empty.
         FileNotFoundError, ValueError: `run` is no trained model.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: give another --out")
+    refuse_full(out)
     weights, config = find_model(run)
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
     grown = override(_with_level(config, side), list(assignments))
-    small = NestedUNet(config.model)
-    checkpoint.load_weights(small, weights, where=run)
+    small = checkpoint.load_network(config.model, weights, where=run)
     net = grow(small, grown.model, seed=grown.train.seed)
     state = {
         "images_seen": 0,

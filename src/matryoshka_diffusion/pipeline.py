@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion import hub
+from matryoshka_diffusion.conditioning import Conditioning, equally_long
 from matryoshka_diffusion.config import (
     ConfigError,
     RunConfig,
@@ -30,12 +31,14 @@ from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Thr
 from matryoshka_diffusion.diffusion import Process, per_level
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.released import converted, read_released
 from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.precision import Precision, autocast
 
+Progress = Callable[[int, int], None]
 UNBOUNDED = (-float("inf"), float("inf"))
 
 
@@ -96,17 +99,65 @@ class Matryoshka:
         *,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        text_encoder: str | None = None,
+        progress: Progress | None = None,
     ) -> Matryoshka:
         """Load a run folder, a folder with a model, or a shipped model by name; paths win.
+
+        A checkpoint of the paper's release is loaded, too; it is converted once into the cache,
+        with `progress` called with (bytes done, bytes in all). `text_encoder` is a folder or hub
+        id to take the encoder from instead of the config's.
 
         Raises:
             FileNotFoundError: there is none of these; the message says what was looked for.
             ConfigError, ValueError: the folder does not hold what its config says.
         """
-        weights, config = find_model(run)
-        net = NestedUNet(config.model.first(count_levels(weights)))
-        checkpoint.load_weights(net, weights, where=str(run))
+        weights, config = find_model(run, progress=progress)
+        if text_encoder is not None:
+            config = with_encoder(config, text_encoder)
+        model = config.model.first(count_levels(weights))
+        net = checkpoint.load_network(model, weights, where=str(run))
         return cls(net, config, device=device, precision=precision)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, **options: Any
+    ) -> Matryoshka:
+        """What `load` loads, or else a model of the Hugging Face hub by its id.
+
+        `revision` is a branch, tag or commit on the hub; `options` are those of `load`.
+
+        Raises:
+            OSError: the hub does not give it.
+        """
+        name = str(source)
+        if Path(source).exists() or name in shipped_models() or name.count("/") != 1:
+            return cls.load(source, **options)
+        return cls.load(hub.download(name, revision), **options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        license: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model with a card that says how to use it; returns its address.
+
+        Paths of this computer are not shared. The token is that of `hf auth login` if none is
+        given.
+        """
+        return hub.push(
+            self.net.state_dict(),
+            self.config,
+            repository,
+            dtype=dtype,
+            license=license,
+            private=private,
+            token=token,
+        )
 
     @property
     def resolutions(self) -> tuple[Resolution, ...]:
@@ -118,15 +169,17 @@ class Matryoshka:
         prompts: str | Sequence[str] | None = None,
         *,
         classes: str | int | Sequence[str | int] | None = None,
+        negative: str | None = None,
         n: int = 1,
         seed: int = 0,
         batch_size: int = 64,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:
         """Make `n` pictures for each prompt or class (or `n` in all if there is neither).
 
-        Picture i of the result uses the seed `seed + i`. `settings` replace the run's sampling
+        Picture i of the result uses the seed `seed + i`. Guidance leads away from the prompt
+        `negative` (by default: from a hidden prompt). `settings` replace the run's sampling
         defaults: `sampler`, `steps`, `guidance`, `grid`, ... (see `SamplingConfig`). `progress`
         is called with (steps done, steps in all).
 
@@ -137,31 +190,60 @@ class Matryoshka:
         captions, cond = self.condition(prompts, classes, n)
         seeds = tuple(range(seed, seed + len(captions)))
         parts: list[Pyramid] = []
-        chunks = range(0, len(seeds), batch_size)
-        for number, first in enumerate(chunks):
-            rows = slice(first, first + batch_size)
+        batches = self.batches(cond, len(seeds), batch_size)
+        for number, rows in enumerate(batches):
+            chosen = [seeds[row] for row in rows.tolist()]
             state = None
-            for state in self.stream(cond.rows(rows), seeds[rows], sampling):
+            for state in self.stream(cond.rows(rows).trimmed(), chosen, sampling, negative):
                 if progress is not None:
-                    progress(number * sampling.steps + state.step, len(chunks) * sampling.steps)
+                    progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
             parts.append(state.z)
-        levels = tuple(_to_bytes(torch.cat(level)) for level in zip(*parts, strict=True))
+        order = torch.cat(batches).argsort()
+        levels = tuple(
+            to_uint8(torch.cat(level)[order.to(level[0].device)].cpu(), self.config.data.pixels)
+            .permute(0, 2, 3, 1)
+            .numpy()
+            for level in zip(*parts, strict=True)
+        )
         recorded = {
             "model": self.config.name,
             "captions": captions,
             "seeds": seeds,
+            **({} if negative is None else {"negative": negative}),
             "precision": self.precision,
             **sampling.model_dump(mode="json"),
         }
         return Samples(levels, captions, seeds, recorded)
 
+    def batches(
+        self, cond: Conditioning, count: int, batch_size: int
+    ) -> list[Int[Tensor, " rows"]]:
+        """Numbers of the rows that are sampled together.
+
+        A network that attends to padding gives a picture that depends on how much of it there is:
+        there, only texts of equal length share a batch.
+        """
+        text = self.net.config.text
+        if text is None or text.masked or cond.mask is None:
+            return list(torch.arange(count).split(batch_size))
+        lengths = cond.mask.sum(1).cpu()
+        return [
+            rows
+            for length in lengths.unique()
+            for rows in (lengths == length).nonzero()[:, 0].split(batch_size)
+        ]
+
     def stream(
-        self, cond: Conditioning, seeds: Sequence[int], sampling: SamplingConfig
+        self,
+        cond: Conditioning,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        negative: str | Sequence[str] | None = None,
     ) -> Iterator[State]:
         """The states of a sampler on its way from noise to pictures."""
         noise = SeededNoise(seeds, self.resolutions, self.net.config.channels, self.device)
-        denoise = self.denoiser(cond.to(self.device), sampling)
+        denoise = self.denoiser(cond.to(self.device), sampling, negative)
         times = GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
         options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
         sampler = SAMPLERS[sampling.sampler]
@@ -169,17 +251,26 @@ class Matryoshka:
             denoise, noise.start(), self.process.schedules, times, noise=noise, **options
         )
 
-    def denoiser(self, cond: Conditioning, sampling: SamplingConfig) -> Denoiser:
+    def denoiser(
+        self,
+        cond: Conditioning,
+        sampling: SamplingConfig,
+        negative: str | Sequence[str] | None = None,
+    ) -> Denoiser:
         """The network under these conditions, guided and thresholded as the settings say."""
         levels = len(self.net.levels)
         weights = per_level(sampling.guidance, levels)
-        denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
-        if any(weight != 1.0 for weight in weights):
+        if all(weight == 1.0 for weight in weights):
+            if negative is not None:
+                raise UsageError("a negative prompt needs guidance: give a weight (--cfg)")
+            denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
+        else:
             if cond.labels is None and cond.tokens is None:
                 raise UsageError(f"{self.config.name} is unconditional: nothing guides it (--cfg)")
+            cond, without = equally_long(cond, self.unconditional(cond, negative))
             denoise = Guided(
-                denoise,
-                NetworkDenoiser(self._predict, self.process, self.unconditional(cond)),
+                NetworkDenoiser(self._predict, self.process, cond),
+                NetworkDenoiser(self._predict, self.process, without),
                 self.process.schedules,
                 weights,
                 sampling.guidance_interval or UNBOUNDED,
@@ -220,7 +311,7 @@ class Matryoshka:
             if any("\ud800" <= letter <= "\udfff" for prompt in wanted for letter in prompt):
                 raise UsageError("a prompt is not UTF-8")
             captions = tuple(prompt for prompt in wanted for _ in range(n))
-            tokens, mask = pad([f for f in self.encode(wanted) for _ in range(n)])
+            tokens, mask = self._features(captions)
             return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
         if model.classes:
             labels = [label for label in self._labels(classes) for _ in range(n)]
@@ -229,21 +320,37 @@ class Matryoshka:
         captions = ("",) * n
         return captions, Conditioning(micro=self._micro(captions))
 
-    def unconditional(self, cond: Conditioning) -> Conditioning:
-        """The conditions of guidance's other half: hidden, or the empty caption."""
+    def unconditional(
+        self, cond: Conditioning, negative: str | Sequence[str] | None = None
+    ) -> Conditioning:
+        """The conditions of guidance's other half: hidden, the empty caption, or `negative`.
+
+        `negative` is one text for all rows or one for each.
+        """
         text = self.net.config.text
-        if text is None or text.learned_null:
+        if negative is not None and text is None:
+            raise UsageError(f"{self.config.name} takes no negative prompt: {self._takes()}")
+        if negative is None and (text is None or text.learned_null):
             return cond.null()
         rows = 0 if cond.tokens is None else len(cond.tokens)
-        tokens, mask = pad(self.encode([""]) * rows)
+        texts = (
+            [negative or ""] * rows if negative is None or isinstance(negative, str) else negative
+        )
+        tokens, mask = self._features(texts)
         return Conditioning(tokens=tokens, mask=mask, micro=cond.micro).to(self.device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Text features of captions; the encoder is loaded at the first call."""
         if self._encoder is None:
             assert self.config.encoder is not None, "a model of text has an encoder"
-            self._encoder = load_encoder(self.config.encoder)
+            self._encoder = load_encoder(self.config.encoder, self.device)
         return self._encoder(captions)
+
+    def _features(self, texts: Sequence[str]) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
+        """Features of texts, each different one encoded once, padded to the longest."""
+        different = list(dict.fromkeys(texts))
+        features = dict(zip(different, self.encode(different), strict=True))
+        return pad([features[text] for text in texts])
 
     def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Ask for pictures that were at least as large as the finest level before resizing."""
@@ -281,9 +388,13 @@ class Matryoshka:
 # --- finding and reading models ----------------------------------------------------------------
 
 
-def find_model(run: str | Path) -> tuple[dict[str, Tensor], RunConfig]:
-    """Weights and config of a run folder, a model folder or a shipped model; see `load`."""
+def find_model(
+    run: str | Path, *, progress: Progress | None = None
+) -> tuple[dict[str, Tensor], RunConfig]:
+    """Weights and config of a run or model folder, a released file or a shipped model."""
     path = Path(run)
+    if path.is_file():
+        return _read_model(converted(path, progress=progress))
     for folder in (path / "model", path):
         if (folder / "model.safetensors").is_file():
             return _read_model(folder)
@@ -297,8 +408,6 @@ def find_model(run: str | Path) -> tuple[dict[str, Tensor], RunConfig]:
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
         return dict(snapshot.ema), config
-    if path.exists():
-        raise ValueError(f"{path}: not a run folder or a folder with model.safetensors")
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -310,8 +419,23 @@ def find_model(run: str | Path) -> tuple[dict[str, Tensor], RunConfig]:
 
 def read_config(run: str | Path) -> RunConfig:
     """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
-    path = Path(run) / "config.yaml"
-    return load_config(path) if path.is_file() else find_model(run)[1]
+    path = Path(run)
+    if path.is_file():
+        return read_released(path).config
+    written = path / "config.yaml"
+    return load_config(written) if written.is_file() else find_model(run)[1]
+
+
+def with_encoder(config: RunConfig, path: str) -> RunConfig:
+    """The config with its text encoder taken from a folder or hub id.
+
+    Raises:
+        UsageError: the model has no text.
+    """
+    if config.encoder is None:
+        raise UsageError(f"{config.name} has no text encoder that --text-encoder could replace")
+    encoder = config.encoder.model_copy(update={"path": path})
+    return config.model_copy(update={"encoder": encoder})
 
 
 def shipped_models() -> dict[str, Path]:
@@ -347,7 +471,3 @@ def count_levels(weights: Mapping[str, Tensor]) -> int:
     if not numbers:
         raise ValueError("these weights hold no level of a nest")
     return 1 + max(numbers)
-
-
-def _to_bytes(x: Tensor) -> UInt8[np.ndarray, "n h w c"]:
-    return to_uint8(x.cpu()).permute(0, 2, 3, 1).numpy()

@@ -286,7 +286,10 @@ def _released(name: str, sides: tuple[int, ...]) -> RunConfig:
     base = _text_run(name, sides, _text_stages(*range(1, len(sides) + 1)))
     process = ProcessConfig(prediction="v", weighting=(WeightingConfig(name="eps"),))
     sampling = base.sampling.model_copy(update={"threshold": ("clip",), "grid": "released"})
-    return base.model_copy(update={"model": model, "process": process, "sampling": sampling})
+    data = base.data.model_copy(update={"pixels": "released"})
+    return base.model_copy(
+        update={"model": model, "process": process, "sampling": sampling, "data": data}
+    )
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

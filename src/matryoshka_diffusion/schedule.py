@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -67,7 +67,7 @@ class Table:
     log-SNR is infinite at t = 0 and interpolating it would form 0 * inf.
     """
 
-    nodes: Float[Tensor, " n"]
+    nodes: Float[Tensor, " n"] = field(repr=False)
 
     def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Interpolated log-SNR."""

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from matryoshka_diffusion.config import Pixels
+
 
 class BadFile(NamedTuple):
     """A file that was left out, and why."""
@@ -121,11 +123,23 @@ class Batch:
     keys: tuple[str, ...]
 
 
-def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Bytes as numbers in [-1, 1]: x / 127.5 - 1."""
-    return torch.tensor(pixels, dtype=torch.float32).div_(127.5).sub_(1.0)
+def to_float(
+    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
+) -> Float[Tensor, "*shape"]:
+    """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or as released weights expect them."""
+    x = torch.tensor(pixels, dtype=torch.float32)
+    if convention == "released":
+        return x.sub_(127.0).div_(128.0)
+    return x.div_(127.5).sub_(1.0)
 
 
-def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """The nearest bytes to numbers in [-1, 1]; what lies outside is clamped."""
-    return ((x.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(
+    x: Float[Tensor, "*shape"], convention: Pixels = "symmetric"
+) -> UInt8[Tensor, "*shape"]:
+    """The nearest bytes to numbers in [-1, 1]; what lies outside is clamped.
+
+    The released code cuts off where this rounds; both invert their `to_float` exactly.
+    """
+    scaled = (x.float() + 1.0) * 127.5
+    whole = scaled.floor() if convention == "released" else scaled.round()
+    return whole.clamp(0, 255).to(torch.uint8)

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from matryoshka_diffusion.config import Pixels
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
 from matryoshka_diffusion.rng import stream
 
@@ -18,14 +19,18 @@ from matryoshka_diffusion.rng import stream
 class Loader:
     """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
-    With `flip`, every other picture on average is mirrored left to right.
+    With `flip`, every other picture on average is mirrored left to right. `pixels` is how bytes
+    become numbers.
     """
 
-    def __init__(self, source: Source, seed: int, *, flip: bool = False) -> None:
+    def __init__(
+        self, source: Source, seed: int, *, flip: bool = False, pixels: Pixels = "symmetric"
+    ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
         self.source = source
         self.seed = seed
         self.flip = flip
+        self.pixels: Pixels = pixels
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples n = first .. first + count - 1."""
@@ -35,7 +40,7 @@ class Loader:
             [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
         )
         return Batch(
-            picture=to_float(pictures).permute(0, 3, 1, 2).contiguous(),
+            picture=to_float(pictures, self.pixels).permute(0, 3, 1, 2).contiguous(),
             captions=tuple(self._one(x.captions, n) for x, n in zip(examples, ids, strict=True)),
             labels=torch.tensor([x.label for x in examples]) if self.source.classes else None,
             original_side=torch.tensor([float(x.original_side) for x in examples]),

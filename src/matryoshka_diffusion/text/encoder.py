@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka_diffusion.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from matryoshka_diffusion.text.states import HiddenStates
 
 
 @runtime_checkable
@@ -22,8 +26,8 @@ class TextEncoder(Protocol):
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]: ...
 
 
-def load_encoder(config: EncoderConfig) -> TextEncoder:
-    """The encoder that `config` names, on the CPU.
+def load_encoder(config: EncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    """The encoder that `config` names. It is on `device` while it encodes, else on the CPU.
 
     Raises:
         MissingExtra: an optional package is not installed.
@@ -33,7 +37,15 @@ def load_encoder(config: EncoderConfig) -> TextEncoder:
     if config.name == "minilm":
         from matryoshka_diffusion.text.minilm import minilm
 
-        return minilm(config.max_tokens, config.path)
+        return minilm(config.max_tokens, config.path, device=device)
     from matryoshka_diffusion.text.t5 import t5
 
-    return t5(config.max_tokens, config.path)
+    return t5(config.max_tokens, config.path, device=device)
+
+
+def states_of(config: EncoderConfig) -> type[HiddenStates]:
+    """The class that makes an encoder of a loaded model and its tokenizer."""
+    from matryoshka_diffusion.text.states import HiddenStates
+    from matryoshka_diffusion.text.t5 import T5States
+
+    return T5States if config.name == "t5" else HiddenStates

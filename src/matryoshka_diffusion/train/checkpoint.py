@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import ModelConfig, RunConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
+from matryoshka_diffusion.nn.nested import NestedUNet
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
@@ -168,6 +169,19 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -
     """
     check_same(net.state_dict(), weights, where=where)
     net.load_state_dict(weights)
+
+
+def load_network(model: ModelConfig, weights: Mapping[str, Tensor], *, where: str) -> NestedUNet:
+    """A network that holds `weights`, in float32 and without a second copy of them.
+
+    Raises:
+        CheckpointError: keys or shapes differ; lists the first differences.
+    """
+    with torch.device("meta"):
+        net = NestedUNet(model)
+    check_same(net.state_dict(), weights, where=where)
+    net.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    return net
 
 
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:

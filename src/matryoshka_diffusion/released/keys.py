@@ -1,4 +1,4 @@
-"""The paper's released networks in this project's terms: their configuration and their keys.
+"""Where every key of a released network belongs in ours.
 
 The released code nests from the outside in (`inner_unet.inner_unet...`); here levels are a flat
 list from coarse to fine. The mapping is explicit and total: a key that it does not know is an
@@ -8,13 +8,12 @@ error, so a checkpoint never half-loads.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar
 
-from torch import Tensor
+from matryoshka_diffusion.config import LevelConfig, ModelConfig
 
-from matryoshka_diffusion.config import LevelConfig, MicroConfig, ModelConfig, TextConfig
-
+T = TypeVar("T")
 INNER = "inner_unet."
 
 _LEVEL_KEYS = {
@@ -47,68 +46,15 @@ _ATTENTION_KEYS = {
 }
 
 
-def model_config(
-    unet: Mapping[str, Any], sides: Sequence[int], *, shift_power: float, schedule: Any
-) -> ModelConfig:
-    """The `ModelConfig` of a released `unet_config`.
-
-    Args:
-        unet: the mapping, with the coarser network in its `inner_config`.
-        sides: side of every level in pixels, finest first as in the released files.
-        shift_power: power of the shift by resolution: 1 in the 64 and 256 models, 2 at 1024.
-        schedule: name of the schedule, as in `ModelConfig.schedule`.
-    """
-    nest = [unet]
-    while "inner_config" in nest[-1]:
-        nest.append(nest[-1]["inner_config"])
-    core = nest[-1]
-    levels = [
-        _level_config(part, side, side / sides[-1], shift_power, innermost=part is core)
-        for part, side in zip(nest, sides, strict=True)
-    ]
-    text = TextConfig(
-        features=unet["conditioning_feature_dim"],
-        width=core["conditioning_feature_proj_dim"],
-        layers=core["num_lm_head_layers"],
-        masked=bool(core["masked_cross_attention"]),
-        learned_null=False,
-    )
-    return ModelConfig(
-        levels=tuple(reversed(levels)),
-        embedding=core["temporal_dim"] or 4 * core["resolution_channels"][0],
-        schedule=schedule,
-        text=text,
-    )
-
-
-def _level_config(
-    unet: Mapping[str, Any], side: int, ratio: float, power: float, *, innermost: bool
-) -> LevelConfig:
-    name, ceiling = unet["micro_conditioning"].split(":")
-    normalised = not innermost and not unet["skip_normalization"]
-    return LevelConfig(
-        side=side,
-        widths=tuple(unet["resolution_channels"]),
-        blocks=tuple(unet["num_resnets_per_resolution"]),
-        attention=tuple(unet["num_attention_layers"]),
-        attention_mlp=unet["resnet_config"]["use_attention_ffn"],
-        middle=not unet["skip_mid_blocks"],
-        input_scaling="std" if normalised else "none",
-        micro=(MicroConfig(name=name, ceiling=float(ceiling)),),
-        shift_ratio=ratio,
-        shift_power=power,
-    )
-
-
-def convert_state_dict(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Rename the keys of a released network to those of `NestedUNet(model)`.
+def convert_state_dict(state: Mapping[str, T], model: ModelConfig) -> dict[str, T]:
+    """Rename the keys of a released network to those of `NestedUNet(model)`; values stay.
 
     Loading the result strictly then finds keys that are missing or too many.
 
     Raises:
         ValueError: a key that no released network has, or two keys for one place.
     """
-    converted: dict[str, Tensor] = {}
+    converted: dict[str, T] = {}
     for key, value in state.items():
         place = _convert(key, model)
         if place in converted:

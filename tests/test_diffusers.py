@@ -1,0 +1,624 @@
+"""A model as a pipeline of diffusers: the same pictures, the usual calls, nothing half-loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers.callbacks import PipelineCallback
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from matryoshka_diffusion.config import EncoderConfig, RunConfig, from_dict
+from matryoshka_diffusion.export import lockstep, write_diffusers
+from matryoshka_diffusion.export.network import MDMNetwork
+from matryoshka_diffusion.export.pipeline import MDMPipeline
+from matryoshka_diffusion.export.seeds import seeds_of
+from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.hub import without_paths
+from matryoshka_diffusion.pipeline import Matryoshka
+from test_pipeline import class_model, plain_model, randomised
+from test_text import tokenizer
+from tiny_run import tiny_config
+
+PROMPTS = ["red apple", "a green doll on the table"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def text_config(encoder: EncoderConfig, features: int, **text) -> RunConfig:
+    config = tiny_config(dropout=0.0)
+    data = config.model_dump(mode="json")
+    data["model"]["text"] |= {"features": features, **text}
+    data["encoder"] = encoder.model_dump(mode="json")
+    data["sampling"] |= {"steps": 3, "guidance": [2.0]}
+    return from_dict(data)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """The config of a two-layer T5 with random weights."""
+    folder = tmp_path_factory.mktemp("t5")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
+        )
+        transformers.T5EncoderModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return EncoderConfig(name="t5", path=str(folder))
+
+
+def text_model(t5, **text):
+    config = text_config(t5, 16, **text)
+    return Matryoshka(randomised(config), config)
+
+
+def exported(model, folder):
+    write_diffusers(model, folder)
+    return quiet(MDMPipeline.from_pretrained(folder))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def model(t5):
+    return text_model(t5)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "export"
+    write_diffusers(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return quiet(MDMPipeline.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def class_pipe():
+    return quiet(MDMPipeline.from_matryoshka(class_model()))
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def arrays(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def same(output, samples):
+    """Whether a pipeline's PIL pictures are the bytes of native samples, on every level."""
+    levels = [
+        arrays(level).reshape(n.shape)
+        for level, n in zip(output.levels, samples.levels, strict=True)
+    ]
+    return all((a == b).all() for a, b in zip(levels, samples.levels, strict=True))
+
+
+# --- the same pictures -------------------------------------------------------------------------
+
+
+def test_an_export_makes_the_pictures_of_the_native_sampler(model, pipe):
+    native = model.sample(PROMPTS, n=2, seed=7)
+    output = pipe(PROMPTS, num_images_per_prompt=2, generator=seed(7))
+    assert same(output, native)
+    assert output.images is output.levels[-1]
+    assert [image.size for image in output.levels[0]] == [(8, 8)] * 4
+    assert not same(pipe(PROMPTS, num_images_per_prompt=2, generator=seed(8)), native)
+
+
+@pytest.mark.parametrize(
+    ("make", "native", "call"),
+    [
+        (class_model, {"classes": ["Cat", 2], "n": 2}, {"class_labels": ["Cat", 2]}),
+        (class_model, {"guidance": 2.0, "n": 2}, {"guidance_scale": 2.0}),
+        (plain_model, {"n": 2}, {}),
+    ],
+)
+def test_models_without_text_are_exported_without_an_encoder(make, native, call, tmp_path):
+    pipe = exported(make(), tmp_path / "export")
+    output = pipe(**call, num_inference_steps=2, num_images_per_prompt=2, generator=seed(7))
+    assert same(output, make().sample(**native, steps=2, seed=7))
+    assert pipe.text_encoder is pipe.tokenizer is None
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "model_index.json",
+        "network",
+    ]
+
+
+def test_every_setting_of_sampling_arrives(model, pipe):
+    for settings in (
+        {"sampler": "ddim", "eta": 1.0},
+        {"sampler": "ddpm", "grid": "log-snr"},
+        {"guidance": (1.0, 3.0), "threshold": ("dynamic", "none")},
+        {"guidance_interval": (-1.0, 1.0), "rescale": 0.7},
+    ):
+        call = {
+            {"guidance": "guidance_scale"}.get(name, name): value
+            for name, value in settings.items()
+        }
+        native = model.sample("red", seed=7, steps=4, **settings)
+        assert same(pipe("red", num_inference_steps=4, generator=seed(7), **call), native)
+        assert not same(pipe("red", num_inference_steps=4, generator=seed(7)), native)
+
+
+def test_guidance_leads_away_from_a_negative_prompt(model, pipe):
+    native = model.sample(PROMPTS, seed=7, negative="table")
+    assert same(pipe(PROMPTS, negative_prompt="table", generator=seed(7)), native)
+    assert not same(pipe(PROMPTS, generator=seed(7)), native)
+
+
+def test_each_prompt_may_have_its_negative_prompt(model, pipe):
+    negatives = ["table", "apple on a doll"]
+    together = pipe(PROMPTS, negative_prompt=negatives, num_images_per_prompt=2, generator=seed(7))
+    for index, (prompt, negative) in enumerate(zip(PROMPTS, negatives, strict=True)):
+        alone = model.sample(prompt, n=2, seed=7 + 2 * index, negative=negative).pictures
+        part = arrays(together.images)[2 * index :][:2].astype(int)
+        assert np.abs(part - alone).max() <= 1
+        assert np.abs(part - model.sample(prompt, n=2, seed=7 + 2 * index).pictures).max() > 1
+
+
+@pytest.mark.parametrize("negative", [None, ["doll", "a table"]])
+def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, negative):
+    model = text_model(t5, masked=False, learned_null=False)
+    pipe = quiet(MDMPipeline.from_matryoshka(model))
+    prompts = [PROMPTS[1], PROMPTS[0]]
+    output = pipe(prompts, negative_prompt=negative, generator=seed(7))
+    for index, prompt in enumerate(prompts):
+        text = None if negative is None else negative[index]
+        alone = model.sample(prompt, seed=7 + index, negative=text).pictures[0]
+        assert np.abs(np.asarray(output.images[index]).astype(int) - alone).max() <= 1
+    if negative is None:
+        assert same(output, model.sample(prompts, seed=7))
+
+
+def test_many_pictures_are_cut_into_batches_as_natively(model, pipe, monkeypatch):
+    monkeypatch.setattr(lockstep, "BATCH_SIZE", 2)
+    output = pipe(PROMPTS[0], num_images_per_prompt=5, generator=seed(7))
+    assert same(output, model.sample(PROMPTS[0], n=5, seed=7, batch_size=2))
+
+
+def test_minilm_is_exported_as_a_bert(tmp_path):
+    config = text_config(EncoderConfig(name="minilm"), 384)
+    model = Matryoshka(randomised(config), config)
+    pipe = exported(model, tmp_path / "export")
+    assert isinstance(pipe.text_encoder, transformers.BertModel)
+    assert same(pipe(PROMPTS, generator=seed(7)), model.sample(PROMPTS, seed=7))
+    (tmp_path / "export" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*tokenizer\.json"):
+        MDMPipeline.from_pretrained(tmp_path / "export")
+
+
+# --- generators --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 7, -5, 2**63, 2**64 - 1, -(2**63)])
+def test_a_fresh_generator_stands_for_its_seed(number):
+    first = seed(number).initial_seed()
+    assert first == number % 2**64
+    assert seeds_of(seed(number), 3) == (first, first + 1, first + 2)
+    assert seeds_of([seed(number), seed(3)], 2) == (first, 3)
+
+
+def test_a_used_generator_gives_other_pictures_in_a_reproducible_way(model, pipe):
+    generator, again = seed(7), seed(7)
+    calls = [seeds_of(generator, 2) for _ in range(3)]
+    assert calls == [seeds_of(again, 2) for _ in range(3)]
+    assert len(set(calls)) == 3
+    used = seed(7)
+    torch.rand(1, generator=used)
+    assert seeds_of(used, 2) != seeds_of(seed(7), 2)
+    assert seeds_of([again] * 3, 3)[0] != seeds_of([again] * 3, 3)[1]
+    assert not same(pipe("red", generator=generator), model.sample("red", seed=7))
+
+
+def test_each_picture_may_have_its_own_generator(model, pipe):
+    output = pipe("red", num_images_per_prompt=2, generator=[seed(12), seed(4)])
+    for image, number in zip(output.images, (12, 4), strict=True):
+        alone = model.sample("red", seed=number).pictures[0]
+        assert np.abs(np.asarray(image).astype(int) - alone).max() <= 1
+
+
+def test_without_a_generator_the_global_one_counts():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = seeds_of(None, 2), seeds_of(None, 2)
+        torch.manual_seed(0)
+        assert seeds_of(None, 2) == first
+    assert first != second
+    assert first[1] == first[0] + 1
+
+
+# --- calls as users of diffusers expect them ---------------------------------------------------
+
+
+def test_all_forms_of_a_picture_hold_the_same_bytes(model, pipe):
+    native = model.sample("red", n=2, seed=7)
+    call = {"num_images_per_prompt": 2, "generator": None}
+    forms = {
+        form: pipe("red", **call | {"generator": seed(7)}, output_type=form).levels
+        for form in ("pil", "np", "pt", "latent")
+    }
+    for level, expected in enumerate(native.levels):
+        assert isinstance(forms["pil"][level][0], Image.Image)
+        assert (arrays(forms["pil"][level]) == expected).all()
+        assert ((forms["np"][level] * 255).round() == expected).all()
+        assert torch.equal(
+            forms["pt"][level], torch.from_numpy(forms["np"][level]).permute(0, 3, 1, 2)
+        )
+        assert torch.allclose(
+            forms["latent"][level].clamp(-1, 1), forms["pt"][level] * 2 - 1, atol=1 / 255 + 1e-6
+        )
+    images, levels = pipe("red", generator=seed(7), return_dict=False)
+    assert images is levels[-1]
+
+
+def test_grey_pictures_are_grey():
+    base = class_model().config
+    config = base.model_copy(update={"model": base.model.model_copy(update={"channels": 1})})
+    model = Matryoshka(randomised(config), config)
+    output = quiet(MDMPipeline.from_matryoshka(model))(class_labels=1, generator=seed(7))
+    assert output.images[0].mode == "L"
+    assert same(output, model.sample(classes=1, seed=7))
+
+
+def test_a_callback_sees_every_step_and_may_return_nothing(pipe):
+    seen = []
+
+    def look(pipeline, step, t, tensors):
+        assert pipeline is pipe
+        seen.append((step, t, [x.shape for x in tensors["estimates"]], sorted(tensors)))
+
+    call = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["estimates"]}
+    output = pipe("red", num_inference_steps=4, generator=seed(7), output_type="np", **call)
+    assert [step for step, *_ in seen] == [0, 1, 2, 3]
+    assert [round(t, 6) for _, t, *_ in seen] == [0.75, 0.5, 0.25, 0.0]
+    assert all(x[2:] == ([(1, 3, 8, 8), (1, 3, 16, 16)], ["estimates"]) for x in seen)
+    plain = pipe("red", num_inference_steps=4, generator=seed(7), output_type="np")
+    assert (output.images == plain.images).all()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("batch_size", [64, 1])
+def test_latents_that_a_callback_replaces_are_gone_on_from(pipe, monkeypatch, in_place, batch_size):
+    """Sampling that is given another seed's latents half-way ends at the other seed's picture."""
+    monkeypatch.setattr(lockstep, "BATCH_SIZE", batch_size)
+    call = {"prompt": ["red", "doll"], "num_inference_steps": 4, "sampler": "ddim"}
+    kept = {}
+
+    def keep(pipeline, step, t, tensors):
+        kept[step] = tuple(z.clone() for z in tensors["latents"])
+        return {}
+
+    def swap(pipeline, step, t, tensors):
+        if step != 1:
+            return tensors
+        if in_place:
+            for z, new in zip(tensors["latents"], kept[step], strict=True):
+                z.copy_(new)
+            return None
+        return {"latents": kept[step]}
+
+    other = pipe(**call, generator=seed(40), callback_on_step_end=keep)
+    swapped = pipe(**call, generator=seed(7), callback_on_step_end=swap)
+    untouched = pipe(**call, generator=seed(7))
+    assert (arrays(swapped.images) == arrays(other.images)).all()
+    assert (arrays(swapped.images) != arrays(untouched.images)).any()
+
+
+def test_latents_replaced_after_the_last_step_are_the_pictures(pipe):
+    def black(pipeline, step, t, tensors):
+        return {"latents": [torch.full_like(z, -1.0) for z in tensors["latents"]]}
+
+    output = pipe("red", callback_on_step_end=black)
+    assert not arrays(output.images).any()
+
+
+def test_latents_of_other_shapes_are_refused(pipe):
+    def shrink(pipeline, step, t, tensors):
+        return {"latents": tensors["latents"][:1]}
+
+    with pytest.raises(ValueError, match="callback's latents are of shapes"):
+        pipe("red", callback_on_step_end=shrink)
+
+
+def test_a_callback_can_stop_and_the_next_call_is_whole(model, pipe):
+    steps, kept = [], []
+
+    def stop(pipeline, step, t, tensors):
+        steps.append(step)
+        kept.append(tensors["latents"][-1].clone())
+        pipeline._interrupt = step == 1
+        return tensors
+
+    call = {"num_inference_steps": 4, "generator": seed(7), "output_type": "latent"}
+    stopped = pipe("red", **call, callback_on_step_end=stop).images
+    assert steps == [0, 1]
+    assert torch.equal(stopped, kept[1])
+    whole = pipe("red", num_inference_steps=4, generator=seed(7))
+    assert same(whole, model.sample("red", seed=7, steps=4))
+
+
+class Cut(PipelineCallback):
+    """Black latents from half of the steps on, written as diffusers' own callbacks are."""
+
+    @property
+    def tensor_inputs(self):
+        return ["latents", "estimates"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index >= pipeline.num_timesteps / 2:
+            black = tuple(-torch.ones_like(x) for x in callback_kwargs["estimates"])
+            callback_kwargs["latents"] = black
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers_say_what_they_need(pipe):
+    output = pipe("red", num_inference_steps=2, callback_on_step_end=Cut())
+    assert not arrays(output.images).any()
+
+
+def test_progress_is_shown_unless_it_is_disabled(folder, capsys):
+    pipe = MDMPipeline.from_pretrained(folder)
+    capsys.readouterr()
+    pipe("red", num_inference_steps=3)
+    assert "3/3" in capsys.readouterr().err
+    quiet(pipe)("red", num_inference_steps=3)
+    assert not capsys.readouterr().err
+
+
+def test_two_calls_of_one_pipeline_do_not_know_of_each_other(model, pipe):
+    first = pipe(PROMPTS, generator=seed(7))
+    pipe("red", num_inference_steps=2, guidance_scale=1.0, generator=seed(3))
+    assert same(pipe(PROMPTS, generator=seed(7)), model.sample(PROMPTS, seed=7))
+    assert (arrays(first.images) == model.sample(PROMPTS, seed=7).pictures).all()
+
+
+# --- what cannot be asked for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs a prompt"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": "a", "class_labels": "cat"}, "has no classes"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"prompt": "a", "num_inference_steps": 0}, r"sampling\.steps"),
+        ({"prompt": "a", "output_type": "jpg"}, "'jpg': there are pil, np, pt, latent"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 texts for 2 prompts"),
+        ({"prompt": "a", "negative_prompt": ["c", "d"]}, "2 texts for 1 prompts"),
+        ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1.0}, "needs guidance"),
+        ({"prompt": "a", "generator": [seed(0), seed(1)]}, "2 generators for 1 pictures"),
+        ({"prompt": "a", "smapler": "ddim"}, r"smapler: unknown key \(did you mean"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "there is no 'noise'"),
+    ],
+)
+def test_what_a_model_of_text_cannot_do_is_said(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a"}, "takes no prompts: it takes classes"),
+        ({"class_labels": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
+        ({"negative_prompt": "a", "guidance_scale": 2.0}, "takes no negative prompt"),
+    ],
+)
+def test_what_a_model_of_classes_cannot_do_is_said(class_pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        class_pipe(**arguments)
+
+
+def test_an_unconditional_model_is_not_guided():
+    with pytest.raises(ValueError, match="is unconditional"):
+        quiet(MDMPipeline.from_matryoshka(plain_model()))(guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("name", ["steps", "guidance"])
+def test_a_setting_has_one_name(pipe, name):
+    with pytest.raises(TypeError, match=f"{name} is no argument of the pipeline"):
+        pipe("red", **{name: 2})
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_the_whole_config_and_safetensors_only(model, folder, pipe):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "MDMPipeline"
+    assert index["network"] == ["matryoshka_diffusion.export.network", "MDMNetwork"]
+    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+    assert pipe.network.run_config == without_paths(model.config)
+    assert pipe.network.run_config.encoder.path is None, "it was a folder of this computer"
+    names = {path.name for path in folder.rglob("*") if path.stat().st_size > 10_000}
+    assert all(name.endswith((".safetensors", ".json")) for name in names)
+    assert (folder / "network" / WEIGHTS).is_file()
+
+
+def test_a_pipeline_can_be_saved_again(model, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = quiet(MDMPipeline.from_pretrained(tmp_path))
+    assert same(again("red", generator=seed(7)), model.sample("red", seed=7))
+
+
+def test_a_run_that_has_not_grown_to_all_levels_is_exported_as_it_is(tmp_path):
+    config = plain_model().config
+    small = config.model_copy(update={"model": config.model.first(1)})
+    model = Matryoshka(randomised(small), config)
+    pipe = exported(model, tmp_path / "export")
+    output = pipe(generator=seed(7))
+    assert len(output.levels) == 1
+    assert same(output, model.sample(seed=7))
+    assert pipe.network.run_config == without_paths(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_give_nearly_the_same_pictures(folder, model, dtype):
+    native = model.sample("red", seed=7).pictures.astype(int)
+    loaded = quiet(MDMPipeline.from_pretrained(folder, dtype=dtype))
+    moved = quiet(MDMPipeline.from_pretrained(folder)).to(dtype)
+    for pipe in (loaded, moved):
+        assert pipe.network.dtype == pipe.text_encoder.dtype == dtype
+        image = np.asarray(pipe("red", generator=seed(7)).images[0])
+        assert np.abs(image - native[0]).mean() < 8
+        assert (image != native[0]).any()
+        assert pipe.text_encoder.dtype == dtype
+
+
+def test_the_network_loads_alone(folder, model):
+    network = MDMNetwork.from_pretrained(folder / "network")
+    assert not network.training
+    for name, value in model.net.state_dict().items():
+        assert torch.equal(network.net.state_dict()[name], value)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="no empty folder"):
+        write_diffusers(plain_model(), tmp_path)
+    with pytest.raises(FileExistsError, match="no empty folder"):
+        write_diffusers(plain_model(), tmp_path / "precious")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    (tmp_path / "empty").mkdir()
+    write_diffusers(plain_model(), tmp_path / "empty")
+    assert (tmp_path / "empty" / "model_index.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_to_its_end_does_not_appear(tmp_path, monkeypatch):
+    def fill_the_disk(*_arguments, **_options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(
+        "diffusers.models.modeling_utils.safetensors.torch.save_file", fill_the_disk
+    )
+    with pytest.raises(OSError, match=r"cannot write .*export: No space left"):
+        write_diffusers(plain_model(), tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "model_index.json",
+        "network",
+        "network/config.json",
+        f"network/{WEIGHTS}",
+        "text_encoder",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_folder_that_lacks_something_is_refused(copy, lost):
+    path = copy / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises((OSError, ValueError)):
+        MDMPipeline.from_pretrained(copy)
+
+
+def test_what_is_no_folder_is_said(tmp_path):
+    for path in (tmp_path / "none", "somebody/model"):
+        with pytest.raises(FileNotFoundError, match=r"no such folder; .*snapshot_download"):
+            MDMPipeline.from_pretrained(path)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "tokenizer", "network"])
+def test_an_index_that_lacks_a_component_is_refused(copy, component):
+    path = copy / "model_index.json"
+    index = json.loads(path.read_text())
+    index[component] = [None, None]
+    path.write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"it needs a text_encoder and its tokenizer|\['network'\]|network"
+    ):
+        MDMPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("component", ["network", "text_encoder"])
+@pytest.mark.parametrize("damage", ["missing", "surplus", "shape", "truncated"])
+def test_weights_that_do_not_fit_are_refused(copy, component, damage):
+    (path,) = (copy / component).glob("*.safetensors")
+    weights = load_file(path)
+    name = max(weights)
+    if damage == "missing":
+        del weights[name]
+    elif damage == "shape":
+        weights[name] = torch.zeros(2, 3)
+    elif damage == "surplus":
+        weights["surplus"] = torch.zeros(1)
+    save_file(weights, path, {"format": "pt"})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises((ValueError, OSError)):
+        MDMPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("component", ["network", "text_encoder"])
+def test_pickles_are_not_read(copy, component, monkeypatch):
+    (path,) = (copy / component).glob("*.safetensors")
+    name = "pytorch_model" if component == "text_encoder" else path.stem
+    torch.save(load_file(path), path.with_name(f"{name}.bin"))
+    path.unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(OSError, match="no file named"):
+        MDMPipeline.from_pretrained(copy)
+    if component == "network":
+        with pytest.raises(OSError, match="no file named"):
+            MDMNetwork.from_pretrained(copy / component)
+
+
+def test_a_damaged_tokenizer_is_refused(copy):
+    path = copy / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises((ValueError, OSError)):
+        MDMPipeline.from_pretrained(copy)
+
+
+def test_a_config_that_makes_no_sense_is_refused(copy):
+    path = copy / "network" / "config.json"
+    config = json.loads(path.read_text())
+    config["run"]["model"]["embeding"] = 32
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"network's config\.json: model\.embeding: unknown key"):
+        MDMPipeline.from_pretrained(copy)
+
+
+def test_components_that_do_not_belong_together_are_refused(pipe, class_pipe):
+    with pytest.raises(ValueError, match="takes no text: leave out"):
+        MDMPipeline(class_pipe.network, pipe.text_encoder, pipe.tokenizer)
+    with pytest.raises(ValueError, match="takes text: it needs"):
+        MDMPipeline(pipe.network)
+    wide = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1)
+    with pytest.raises(ValueError, match="text features of 16 numbers; the text encoder gives 8"):
+        MDMPipeline(pipe.network, transformers.T5EncoderModel(wide), pipe.tokenizer)
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+def test_a_missing_package_names_its_extra(monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "matryoshka_diffusion.export.pipeline")
+    with pytest.raises(MissingExtra, match=rf"package {package}: pip install .*\[diffusers\]"):
+        write_diffusers(plain_model(), tmp_path / "export")

@@ -1,0 +1,108 @@
+"""The hub: what is uploaded, what is fetched, and that paths of this computer stay here."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+
+from matryoshka_diffusion.pipeline import Matryoshka
+from test_pipeline import class_model, plain_model, text_model
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A hub that is a folder: repositories by name."""
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, name, private, exist_ok):
+            assert exist_ok
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            return f"https://hub.test/{name}{'?private' if private else ''}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            for path in folder_path.iterdir():
+                (tmp_path / repo_id / path.name).write_bytes(path.read_bytes())
+
+    def snapshot_download(name, revision, allow_patterns):
+        if not (tmp_path / name).is_dir() or revision == "lost":
+            raise OSError(f"404: {name}@{revision}")
+        assert "README.md" not in allow_patterns
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return tmp_path
+
+
+def test_a_model_goes_there_and_back(site):
+    model = class_model()
+    assert model.push_to_hub("me/dolls", private=True) == "https://hub.test/me/dolls?private"
+    back = Matryoshka.from_pretrained("me/dolls", revision="main")
+    assert back.config.model == model.config.model
+    assert (back.sample(classes="cat").pictures == model.sample(classes="cat").pictures).all()
+
+
+def test_weights_may_be_halved(site):
+    model = plain_model()
+    model.push_to_hub("me/full")
+    model.push_to_hub("me/half", dtype=torch.bfloat16)
+    full, half = (
+        (site / "me" / name / "model.safetensors").stat().st_size for name in ("full", "half")
+    )
+    assert half < 0.6 * full
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "call"),
+    [
+        (text_model, "text-to-image", 'model.sample("a prompt", n=4)'),
+        (class_model, "unconditional-image-generation", "model.sample(classes=0, n=4)"),
+        (plain_model, "unconditional-image-generation", "model.sample(n=4)"),
+    ],
+)
+def test_the_card_says_what_it_is_and_how_to_call_it(make, task, call, site):
+    make().push_to_hub("me/dolls", license="cc-by-sa-4.0")
+    card = (site / "me" / "dolls" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == task
+    assert header["license"] == "cc-by-sa-4.0"
+    assert 'from_pretrained("me/dolls")' in card
+    assert call in card
+    assert "8, 16" in card
+
+
+def test_paths_of_this_computer_are_not_shared(site, tmp_path):
+    model = text_model()
+    data = model.config.data.model_copy(update={"path": "/home/me/secret"})
+    assert model.config.encoder is not None
+    encoder = model.config.encoder.model_copy(update={"path": str(tmp_path)})
+    model.config = model.config.model_copy(update={"data": data, "encoder": encoder})
+    with pytest.warns(UserWarning, match="is a local folder and is not uploaded"):
+        model.push_to_hub("me/dolls")
+    written = json.loads((site / "me" / "dolls" / "config.json").read_text())
+    assert written["data"]["path"] is None
+    assert written["encoder"]["path"] is None
+    for path in (site / "me" / "dolls").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_folders_come_before_the_hub(site, tmp_path, monkeypatch):
+    plain_model().push_to_hub("me/dolls")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    assert Matryoshka.from_pretrained("me/dolls").config.name == "tiny"
+
+
+def test_what_the_hub_does_not_give_is_one_clear_error(site):
+    for name, revision in (("me/lost", None), ("me/dolls", "lost")):
+        with pytest.raises(OSError, match=rf"^{name}: no folder here.*404"):
+            Matryoshka.from_pretrained(name, revision=revision)
+    with pytest.raises(FileNotFoundError, match="no shipped model of that name"):
+        Matryoshka.from_pretrained("nothing")
