@@ -83,7 +83,7 @@ def without_paths(config: RunConfig) -> RunConfig:
 
 
 def _is_here(path: str) -> bool:
-    return Path(path).expanduser().exists()
+    return path.startswith(("/", "~", ".")) or Path(path).exists()
 
 
 def model_card(config: RunConfig, repository: str, *, license: str | None = None) -> str:
@@ -102,6 +102,12 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
         "class": "model.sample(classes=0, n=4)",
         "nothing": "model.sample(n=4)",
     }[takes]
+    origin = (
+        "Converted from the checkpoint of the paper's release."
+        if config.name.startswith("released-")
+        else f"Trained on {config.train.images:,} images of the source `{config.data.source}` as "
+        "`config.json`\nsays."
+    )
     sides = ", ".join(str(level.side) for level in model.levels)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
@@ -120,7 +126,6 @@ samples = {call}
 samples.pictures  # uint8, (pictures, height, width, channels); samples.levels holds all sides
 ```
 
-Trained on {config.train.images:,} images of the source `{config.data.source}` as `config.json`
-says. What the pictures show, whom they belong to and what the model must not be used for, only
+{origin} What the pictures show, whom they belong to and what the model must not be used for, only
 the person who trained it can say: please do, here.
 """

@@ -56,11 +56,18 @@ def describe(config: RunConfig) -> str:
 def describe_released(path: Path) -> str:
     """A released checkpoint's nest, and the run configuration that lies in the file."""
     released = read_released(path)
-    settings = released.weights.settings
-    if settings is None:
+    others = released.weights.described()
+    if not others:
         return describe(released.config)
-    text = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=100)
-    return f"{describe(released.config)}\n\nrun configuration in {path.name}:\n{text}".rstrip()
+    text = yaml.dump(others, Dumper=_Plain, sort_keys=False, default_flow_style=None, width=100)
+    return f"{describe(released.config)}\n\nwhat else is in {path.name}:\n{text}".rstrip()
+
+
+class _Plain(yaml.SafeDumper):
+    """Values that occur twice are written twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def forward_flops(model: ModelConfig, levels: int) -> int:

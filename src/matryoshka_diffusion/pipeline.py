@@ -91,6 +91,7 @@ class Matryoshka:
         self.config = config
         self.process = Process.from_config(config.process, net.config)
         self._encoder = encoder
+        self._alone: dict[str, Tensor] = {}
 
     @classmethod
     def load(
@@ -333,18 +334,24 @@ class Matryoshka:
         if negative is None and (text is None or text.learned_null):
             return cond.null()
         rows = 0 if cond.tokens is None else len(cond.tokens)
-        texts = (
-            [negative or ""] * rows if negative is None or isinstance(negative, str) else negative
-        )
-        tokens, mask = self._features(texts)
+        texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
+        tokens, mask = pad([self._feature(text) for text in texts])
         return Conditioning(tokens=tokens, mask=mask, micro=cond.micro).to(self.device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Text features of captions; the encoder is loaded at the first call."""
         if self._encoder is None:
             assert self.config.encoder is not None, "a model of text has an encoder"
-            self._encoder = load_encoder(self.config.encoder, self.device)
+            self._encoder = load_encoder(
+                self.config.encoder, self.device, half=self.precision == "bf16"
+            )
         return self._encoder(captions)
+
+    def _feature(self, text: str) -> Float[Tensor, "n d"]:
+        """Features of one text, kept: the empty caption is asked for in every batch."""
+        if text not in self._alone:
+            (self._alone[text],) = self.encode([text])
+        return self._alone[text]
 
     def _features(self, texts: Sequence[str]) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
         """Features of texts, each different one encoded once, padded to the longest."""
@@ -392,7 +399,7 @@ def find_model(
     run: str | Path, *, progress: Progress | None = None
 ) -> tuple[dict[str, Tensor], RunConfig]:
     """Weights and config of a run or model folder, a released file or a shipped model."""
-    path = Path(run)
+    path = _folder_of(Path(run))
     if path.is_file():
         return _read_model(converted(path, progress=progress))
     for folder in (path / "model", path):
@@ -419,11 +426,17 @@ def find_model(
 
 def read_config(run: str | Path) -> RunConfig:
     """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
-    path = Path(run)
+    path = _folder_of(Path(run))
     if path.is_file():
         return read_released(path).config
     written = path / "config.yaml"
     return load_config(written) if written.is_file() else find_model(run)[1]
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of a model that is named by its weights file; else the path itself."""
+    ours = path.name == "model.safetensors" and path.with_name("config.json").is_file()
+    return path.parent if ours else path
 
 
 def with_encoder(config: RunConfig, path: str) -> RunConfig:
@@ -434,7 +447,10 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
     """
     if config.encoder is None:
         raise UsageError(f"{config.name} has no text encoder that --text-encoder could replace")
-    encoder = config.encoder.model_copy(update={"path": path})
+    folder = Path(path).expanduser()
+    # Absolute, so that it means the same from everywhere; else it is an id of the hub.
+    where = str(folder.resolve()) if folder.is_dir() else path
+    encoder = config.encoder.model_copy(update={"path": where})
     return config.model_copy(update={"encoder": encoder})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def write_diffusers(model: Matryoshka, folder: Path) -> None:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is no empty folder: name a new one")
-    unfinished = folder.with_name(f".{folder.name}.tmp")
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         MDMPipeline.from_matryoshka(model).save_pretrained(unfinished)
         if folder.exists():

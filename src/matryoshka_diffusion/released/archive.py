@@ -6,7 +6,9 @@ a large checkpoint is converted without ever being in memory as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from matryoshka_diffusion.released.pickled import (
     TensorRecord,
     plain,
     read_pickle,
+    short,
+    shown,
     tensors,
 )
 
@@ -37,16 +41,14 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_SAFE_DTYPES = {
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
 _PIECE = 2**24
-_HEADER_LIMIT = 16 * 2**20
+_HEADER_LIMIT = 4 * 2**20
+_MOST_ENTRIES = 20_000
+# Whatever the libraries make of damaged bytes.
+_DAMAGE = (
+    *(zipfile.BadZipFile, SafetensorError, struct.error, EOFError),
+    *(ValueError, RuntimeError, OverflowError, NotImplementedError, MemoryError, KeyError),
+)
 
 
 @runtime_checkable
@@ -54,20 +56,29 @@ class Weights(Protocol):
     """Tensors by name whose shapes are known before their numbers are read.
 
     `settings` is the run configuration that lies beside them, as plain values; None without one.
+    `described` is whatever lies beside them, for people.
     """
 
     @property
     def settings(self) -> Mapping[str, Any] | None: ...
     def __iter__(self) -> Iterator[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> str: ...
     def read(self, name: str) -> Tensor: ...
+    def described(self) -> Mapping[str, Any]: ...
 
 
-class Loaded:
-    """Tensors that are in memory already; reading one copies it."""
+class _Bare:
+    """Weights with nothing beside them."""
 
     settings = None
+
+    def described(self) -> Mapping[str, Any]:
+        return {}
+
+
+class Loaded(_Bare):
+    """Tensors that are in memory already; reading one copies it."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
@@ -78,8 +89,8 @@ class Loaded:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().clone()
@@ -97,10 +108,19 @@ def open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
+    with clear_errors(path):
         return SafetensorsFile(path) if path.suffix == ".safetensors" else PthFile(path)
+
+
+@contextlib.contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the bytes of a file becomes one `BrokenFile` that names it."""
+    try:
+        yield
     except BrokenFile as error:
         raise BrokenFile(f"{path}: {error}") from error
+    except _DAMAGE as error:
+        raise BrokenFile(f"{path}: it is damaged ({short(str(error))})") from error
 
 
 class PthFile:
@@ -121,10 +141,13 @@ class PthFile:
         self.tree = read_pickle(self._bytes("data.pkl"))
         if self._has("byteorder") and self._bytes("byteorder") != b"little":
             raise BrokenFile("it was written by a big-endian machine, which is not supported")
-        state = self.tree.get("state_dict", self.tree) if isinstance(self.tree, dict) else None
-        self._tensors = dict(tensors(state))
+        if not isinstance(self.tree, dict):
+            raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
+        self._state = self.tree.get("state_dict", self.tree)
+        self._tensors = dict(tensors(self._state))
         for name, record in self._tensors.items():
             self._check(name, record)
+        self._check_total()
         self.settings = _settings(self.tree)
 
     def __iter__(self) -> Iterator[str]:
@@ -133,8 +156,8 @@ class PthFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        return _dtype(self._tensors[name])
+    def dtype(self, name: str) -> str:
+        return str(_dtype(self._tensors[name]))
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own.
@@ -143,17 +166,26 @@ class PthFile:
             BrokenFile: its bytes are not those that were written.
         """
         record = self._tensors[name]
-        data = bytearray(self._storage(record).file_size)
-        try:
+        dtype = _dtype(record)
+        with clear_errors(self.path):
+            data = bytearray(self._storage(record).file_size)
             with self._zip.open(self._storage(record)) as file:
                 _fill(file, data)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise BrokenFile(f"{self.path}: {name} is damaged ({error})") from error
         if not data:
-            return torch.empty(record.shape, dtype=_dtype(record))
-        count = len(data) // _dtype(record).itemsize
-        flat = torch.frombuffer(data, dtype=_dtype(record), count=count)
+            return torch.empty(record.shape, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
         return flat.as_strided(record.shape, record.stride, record.offset).contiguous()
+
+    def described(self) -> Mapping[str, Any]:
+        """Everything in the file but its tensors, for people."""
+        others = {} if self._state is self.tree else self.tree
+        return shown({key: part for key, part in others.items() if part is not self._state})
+
+    def _check_total(self) -> None:
+        """Refuse tensors that share storages: a small file could stand for any amount."""
+        total = sum(math.prod(r.shape) * _dtype(r).itemsize for r in self._tensors.values())
+        if total > self.path.stat().st_size:
+            raise BrokenFile(f"its tensors have {total:,} bytes, more than the file")
 
     def _check(self, name: str, record: TensorRecord) -> None:
         """Refuse a tensor that reaches beyond its storage, or a storage beyond its file."""
@@ -164,14 +196,14 @@ class PthFile:
         last = record.offset + sum(extents) + 1 if numel else record.offset
         held = self._storage(record).file_size // _dtype(record).itemsize
         if max(last, numel) > held:
-            raise BrokenFile(f"{name} needs more numbers than the file holds")
+            raise BrokenFile(f"{short(name)} needs more numbers than the file holds")
 
     def _storage(self, record: TensorRecord) -> zipfile.ZipInfo:
         key = f"{self._root}/data/{record.storage.key}"
         try:
             return _stored(self._zip.getinfo(key), self.path)
         except KeyError:
-            raise BrokenFile(f"the storage {key} is missing") from None
+            raise BrokenFile(f"the storage {short(key)} is missing") from None
 
     def _has(self, name: str) -> bool:
         return f"{self._root}/{name}" in self._zip.NameToInfo
@@ -180,26 +212,28 @@ class PthFile:
         info = _stored(self._zip.getinfo(f"{self._root}/{name}"), self.path)
         if info.file_size > _HEADER_LIMIT:
             raise BrokenFile(f"{name} has {info.file_size:,} bytes, which is too large")
-        try:
-            return self._zip.read(info)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise BrokenFile(f"{name} is damaged ({error})") from error
+        return self._zip.read(info)
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        archive = zipfile.ZipFile(path)
+    except _DAMAGE as error:
         raise BrokenFile(
             "it is no checkpoint of torch.save, or the download was cut short; the released ones "
             "are zip files"
         ) from error
+    if len(archive.namelist()) > _MOST_ENTRIES:
+        raise BrokenFile(f"it has more than {_MOST_ENTRIES:,} entries")
+    return archive
 
 
 def _root(archive: zipfile.ZipFile) -> str:
     found = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise BrokenFile("it is a zip file, but no checkpoint of torch.save (no data.pkl in it)")
+        raise BrokenFile(
+            f"it is a zip file, but no checkpoint of torch.save ({len(found)} data.pkl in it)"
+        )
     return found[0].removesuffix("/data.pkl")
 
 
@@ -235,20 +269,20 @@ def _settings(tree: Any) -> Mapping[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-class SafetensorsFile:
+class SafetensorsFile(_Bare):
     """A `.safetensors` file. It holds no run configuration."""
-
-    settings = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-            self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise BrokenFile(f"it is damaged or no safetensors file ({error})") from error
-        if not self._slices:
-            raise BrokenFile("it holds no tensor")
+        with open(path, "rb") as file:
+            (header,) = struct.unpack("<Q", file.read(8))
+        if header > _HEADER_LIMIT:
+            raise BrokenFile(f"it is no safetensors file, or its header of {header:,} is too large")
+        self._file = safe_open(path, framework="pt")
+        names = self._file.keys()
+        if not 0 < len(names) <= _MOST_ENTRIES:
+            raise BrokenFile(f"it holds {len(names):,} tensors")
+        self._slices = {name: self._file.get_slice(name) for name in names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)
@@ -256,8 +290,9 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())
 
-    def dtype(self, name: str) -> torch.dtype:
-        return _SAFE_DTYPES.get(self._slices[name].get_dtype(), torch.uint8)
+    def dtype(self, name: str) -> str:
+        kind = self._slices[name].get_dtype()
+        return "torch.float32" if kind == "F32" else kind
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)

@@ -15,6 +15,7 @@ from matryoshka_diffusion.released.load import Released, read_released
 
 Progress = Callable[[int, int], None]
 _ALIGNMENT = 8
+_FORM = 1  # raised when what is converted changes, so that older conversions are made anew
 
 
 def convert(released: Released, folder: Path, *, progress: Progress | None = None) -> None:
@@ -39,8 +40,11 @@ def convert(released: Released, folder: Path, *, progress: Progress | None = Non
                 progress(done, total)
 
     write_atomically(folder / "config.json", lambda file: file.write(text))
-    # The weights come last: a folder that has them is complete.
-    write_atomically(folder / "model.safetensors", write, needed=len(header) + total)
+    try:  # the weights come last: a folder that has them is complete
+        write_atomically(folder / "model.safetensors", write, needed=len(header) + total)
+    except BaseException:
+        (folder / "config.json").unlink()
+        raise
 
 
 def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
@@ -62,8 +66,14 @@ def converted(path: Path, *, progress: Progress | None = None) -> Path:
         ValueError, OSError: as `read_released` and `convert`.
     """
     status = path.stat()
-    made_of = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    made_of = f"{_FORM} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     folder = cache_folder("released", digest(made_of))
     if not (folder / "model.safetensors").is_file():
-        convert(read_released(path), folder, progress=progress)
+        released = read_released(path)
+        try:
+            convert(released, folder, progress=progress)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}; MDM_CACHE may name another folder for the cache"
+            ) from error
     return folder

@@ -15,6 +15,7 @@ from matryoshka_diffusion.config import LevelConfig, ModelConfig
 
 T = TypeVar("T")
 INNER = "inner_unet."
+LONGEST = 500
 
 _LEVEL_KEYS = {
     "conv_in": "stem",
@@ -56,6 +57,8 @@ def convert_state_dict(state: Mapping[str, T], model: ModelConfig) -> dict[str, 
     """
     converted: dict[str, T] = {}
     for key, value in state.items():
+        if not isinstance(key, str) or len(key) > LONGEST:
+            raise ValueError(f"{ascii(key)[:60]}: not a key of a network")
         place = _convert(key, model)
         if place in converted:
             raise ValueError(f"{key}: another key has its place {place} already")
@@ -67,7 +70,9 @@ def _convert(key: str, model: ModelConfig) -> str:
     try:
         return _parse(key, model)
     except (KeyError, IndexError, ZeroDivisionError):  # a stage or layer that the config lacks
-        raise ValueError(f"{key}: not a key of the released network of this config") from None
+        raise ValueError(
+            f"{ascii(key)[1:-1]}: not a key of the released network of this config"
+        ) from None
 
 
 def _parse(key: str, model: ModelConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.config import ModelConfig, RunConfig
+from matryoshka_diffusion.config import ConfigError, ModelConfig, RunConfig
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
@@ -81,10 +81,13 @@ def read_released(
     opened = open_weights(weights)
     where = "the weights" if isinstance(weights, Mapping) else str(weights)
     settings = opened.settings if config is None else config
-    if settings is not None and "unet_config" in settings:
-        run = run_config(settings, text_dim=text_dim)
+    if isinstance(settings, Mapping) and "unet_config" in settings:
+        try:
+            run = run_config(settings, text_dim=text_dim)
+        except ConfigError as error:
+            raise ConfigError(f"{'config' if config else where}: {error}") from error
     elif config is not None:
-        raise ValueError("config: no run configuration of the released code (no unet_config)")
+        raise ConfigError("config: no run configuration of the released code (no unet_config)")
     else:
         run = _recognise(opened, text_dim, where)
     return Released(opened, run, _match(opened, run.model, where))
@@ -108,20 +111,27 @@ def _match(weights: Weights, model: ModelConfig, where: str) -> dict[str, str]:
         BrokenFile: they do not; names the first differences.
     """
     keys = list(weights)
-    layers = sum(sum(level.blocks) + sum(level.attention) for level in model.levels)
-    if layers > len(keys):  # before building a network that a hostile file made up
-        raise BrokenFile(f"{where}: {layers} blocks and layers, but only {len(keys)} tensors")
+    if _layers(model) > max(2_000, len(keys)):  # a network that a hostile file made up
+        raise BrokenFile(f"{where}: its configuration has {_layers(model):,} layers")
     try:
         names = convert_state_dict(dict(zip(keys, keys, strict=True)), model)
         with torch.device("meta"):
             expected = NestedUNet(model).state_dict()
             found = {name: torch.empty(weights.shape(key)) for name, key in names.items()}
         check_same(expected, found, where=where)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise BrokenFile(
-            f"{where} is none of the released networks, or not that of its config: {error}"
+            f"{where} is none of the released networks, or not that of its config: "
+            f"{str(error).splitlines()[0][:300]}"
         ) from error
     for key in keys:
-        if weights.dtype(key) != torch.float32:
+        if weights.dtype(key) != "torch.float32":
             raise BrokenFile(f"{where}: {key} is {weights.dtype(key)}, not torch.float32")
     return names
+
+
+def _layers(model: ModelConfig) -> int:
+    text = 0 if model.text is None else model.text.layers
+    return text + sum(
+        len(level.widths) + sum(level.blocks) + sum(level.attention) for level in model.levels
+    )

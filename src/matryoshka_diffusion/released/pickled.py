@@ -16,7 +16,11 @@ from typing import Any
 
 LARGEST = 16 * 2**20
 """Bytes of a pickle. The released checkpoints with all their state have less than one million."""
-STEPS = 300_000
+BUDGET = 400_000
+"""Instructions, and elements that are copied: what a file may cost, however few bytes it has."""
+LONGEST_NAME = 1_000
+LARGEST_COUNT = 2**48
+HIGHEST_RANK = 8
 
 _CONSTANTS = frozenset(
     (
@@ -33,7 +37,7 @@ class BrokenFile(ValueError):
     """A file that is not what its name says; the message says what is wrong."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Record:
     """What a pickle asked to be made of a class or function: its name and what it was given.
 
@@ -48,6 +52,9 @@ class Record:
     args: tuple[Any, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
     items: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # never what it holds: that may hold itself
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,7 @@ def read_pickle(data: bytes) -> Any:
 def _run(machine: _Machine, data: bytes) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes in damaged texts
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if step == STEPS:
-                raise BrokenFile(f"its pickle has more than {STEPS:,} instructions")
+        for opcode, argument, _ in pickletools.genops(data):
             machine.run(opcode.name, argument)
     return machine.result()
 
@@ -110,6 +115,13 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.budget = BUDGET
+
+    def charge(self, cost: int) -> None:
+        """Count work: a value in the memo can be copied again and again by one instruction."""
+        self.budget -= cost
+        if self.budget < 0:
+            raise BrokenFile(f"its pickle takes more than {BUDGET:,} steps")
 
     def result(self) -> Any:
         """What is left when the program stops."""
@@ -118,6 +130,7 @@ class _Machine:
 
     def run(self, name: str, argument: Any) -> None:
         """Carry out one instruction."""
+        self.charge(1)
         if name in _CONSTANTS:
             self.stack.append(argument)
         elif name in _FIXED:
@@ -185,7 +198,7 @@ class _Machine:
     # --- what the real machine would import and call ---
 
     def _global(self, argument: str) -> None:
-        self.stack.append(_Symbol(argument.replace(" ", ".")))
+        self.stack.append(_Symbol(_text(argument).replace(" ", ".")))
 
     def _stack_global(self, _: Any) -> None:
         module, name = self._last(2)
@@ -193,12 +206,16 @@ class _Machine:
 
     def _reduce(self, _: Any) -> None:
         symbol, args = self._last(2)
+        self.charge(len(args))
+        for value in args:  # tuples of sizes, the items of a set
+            self.charge(len(value) if isinstance(value, (list, tuple, set)) else 0)
         self.stack.append(_made(symbol, args))
 
     _newobj = _reduce
 
     def _newobj_ex(self, _: Any) -> None:
         symbol, args, named = self._last(3)
+        self.charge(len(args) + len(named))
         self.stack.append(Record(symbol.name, tuple(args), dict(named)))
 
     def _build(self, _: Any) -> None:
@@ -207,6 +224,7 @@ class _Machine:
         if isinstance(target, Record):
             for part in state if isinstance(state, tuple) else (state,):
                 if isinstance(part, dict):
+                    self.charge(len(part))
                     target.fields.update(part)
 
     def _binpersid(self, _: Any) -> None:
@@ -269,8 +287,10 @@ def _made(symbol: Any, args: Any) -> Any:
         storage, offset, shape, stride, *_ = args
         if not isinstance(storage, Storage):
             raise BrokenFile("its pickle has a tensor without a storage")
-        sizes = tuple(map(_count, shape))
-        return TensorRecord(storage, _count(offset), sizes, tuple(map(_count, stride)))
+        if len(shape) > HIGHEST_RANK or len(shape) != len(stride):
+            raise BrokenFile("its pickle has a tensor whose shape and stride do not fit")
+        sizes, steps = (tuple(map(_count, numbers)) for numbers in (shape, stride))
+        return TensorRecord(storage, _count(offset), sizes, steps)
     if name == "torch._utils._rebuild_parameter":
         return args[0]
     return Record(name, args)
@@ -299,57 +319,93 @@ def _add_pairs(target: Any, values: list[Any]) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key of a mapping. Nested tuples are refused: hashing them can take for ever."""
-    flat = isinstance(value, tuple) and all(isinstance(part, _SCALARS) for part in value)
-    if not (flat or isinstance(value, (*_SCALARS, Record))):
-        raise BrokenFile(f"its pickle has a {type(value).__name__} as a key")
-    return value
+    """A key of a mapping.
+
+    Only what hashes quickly whatever it holds is kept; anything else is written down as a text,
+    because hashing a nested tuple, or many chosen integers, can take for ever.
+    """
+    small = isinstance(value, int) and abs(value) < LARGEST_COUNT
+    return value if small or isinstance(value, (str, type(None))) else f"<{type(value).__name__}>"
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise BrokenFile("its pickle has a name that is no text")
+    if not isinstance(value, str) or len(value) > LONGEST_NAME:
+        raise BrokenFile("its pickle has a name that is no text or too long")
     return value
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise BrokenFile("its pickle has a size that is no number")
+    if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+        raise BrokenFile("its pickle has a size that is no number, or too large")
     return value
+
+
+def short(value: Any, length: int = 80) -> str:
+    """A name out of a file for a message: printable, and no longer than a line."""
+    text = ascii(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 # --- showing what was read ---------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
-    """Records as mappings of their fields, tensors as `...`, for showing and for reading configs.
+    """Values for reading a configuration: records as mappings of their fields.
 
     A record that only holds one argument, such as a member of an enumeration, is that argument.
 
     Raises:
         BrokenFile: it is too large to be a configuration (a few bytes can describe billions).
     """
-    return _Plain().convert(value, depth=12)
+    return _Plain(names=False).convert(value, depth=12)
+
+
+def shown(value: Any) -> Any:
+    """Values for people: as `plain`, but with the names of all classes and functions.
+
+    Raises:
+        BrokenFile: it is too large to be shown.
+    """
+    return _Plain(names=True).convert(value, depth=12)
 
 
 class _Plain:
-    """A conversion that gives up after so many values."""
+    """A conversion that gives up after so many values and letters."""
 
-    def __init__(self, budget: int = 20_000) -> None:
-        self.budget = budget
+    def __init__(self, *, names: bool) -> None:
+        self.names = names
+        self.budget = 100_000
 
     def convert(self, value: Any, depth: int) -> Any:
-        self.budget -= 1
-        if self.budget < 0 or depth == 0:
-            raise BrokenFile("its run configuration is too large or too deep to be one")
+        self._charge(1, depth)
         if isinstance(value, Record):
-            only_argument = len(value.args) == 1 and not value.fields
-            return self.convert(value.args[0] if only_argument else value.fields, depth - 1)
+            return self._record(value, depth)
         if isinstance(value, dict):
-            return {str(key): self.convert(part, depth - 1) for key, part in value.items()}
+            return {self._scalar(key): self.convert(part, depth - 1) for key, part in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self.convert(part, depth - 1) for part in value]
+        return self._scalar(value)
+
+    def _record(self, value: Record, depth: int) -> Any:
+        if not self.names:
+            only_argument = len(value.args) == 1 and not value.fields
+            return self.convert(value.args[0] if only_argument else value.fields, depth - 1)
+        arguments = [self.convert(part, depth - 1) for part in value.args]
+        call = f"{value.name}({', '.join(short(part, 500) for part in arguments)})"
+        fields = self.convert(value.fields, depth - 1)
+        return {"<made by>": call, **fields} if fields else call
+
+    def _scalar(self, value: Any) -> Any:
+        if isinstance(value, (str, bytes)):
+            self._charge(len(value), 1)
+        if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+            return "<a huge number>"
         return value if isinstance(value, _SCALARS) else "..."
+
+    def _charge(self, cost: int, depth: int) -> None:
+        self.budget -= cost
+        if self.budget < 0 or depth == 0:
+            raise BrokenFile("its run configuration is too large or too deep to be one")
 
 
 def tensors(value: Any) -> Iterator[tuple[str, TensorRecord]]:
@@ -362,5 +418,5 @@ def tensors(value: Any) -> Iterator[tuple[str, TensorRecord]]:
         raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
     for name, part in value.items():
         if not isinstance(name, str) or not isinstance(part, TensorRecord):
-            raise BrokenFile(f"its state_dict has {name!r}, which is no tensor with a name")
+            raise BrokenFile(f"its state_dict has {short(name)}, which is no tensor with a name")
         yield name, part

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from matryoshka_diffusion.config import (
     ConfigError,
     LevelConfig,
@@ -48,6 +50,14 @@ _UNUSED_IN_NETWORKS = {
     "skip_inner_unet_input": False,
     "interp_conditioning": False,
 }
+_UNUSED_IN_BLOCKS = {"num_groups_norm": 32}
+_UNUSED_IN_PROCESSES = {
+    "model_output_scale": 0,
+    "use_vdm_loss_weights": False,
+    "use_random_interp": False,
+    "random_downsample": False,
+    "mid_downsample": False,
+}
 _UNUSED_IN_SAMPLERS = {
     "num_diffusion_steps": 1000,
     "reproject_signal": False,
@@ -56,6 +66,7 @@ _UNUSED_IN_SAMPLERS = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
 }
+_LARGEST = 2**16  # of any number in a network's configuration
 
 
 def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
@@ -73,8 +84,11 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
     """
     try:
         nest = list(_nest(settings["unet_config"]))
-        sampler = settings.get("diffusion_config", {}).get("sampler_config", {})
+        diffusion = settings.get("diffusion_config") or {}
+        sampler = diffusion.get("sampler_config") or {}
         _refuse_others(sampler, _UNUSED_IN_SAMPLERS)
+        _refuse_others(diffusion, _UNUSED_IN_PROCESSES)
+        weights = _level_weights(diffusion.get("multi_res_weights"))
         sides = settings.get("resolutions") or [_scale(unet)[1] for unet in nest]
         shifted = sampler.get("schedule_shifted", True)
         model = model_config(
@@ -87,12 +101,13 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
         target = _TARGETS[_member(sampler, "loss_target_type", "DDPM")]
         prediction = _PREDICTIONS[_member(sampler, "prediction_type", "V_PREDICTION")]
         threshold = _THRESHOLDS[_member(sampler, "threshold_function", "CLIP")]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"no run configuration of the released code ({type(error).__name__}: {error})"
-        ) from error
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        raise ConfigError(f"its network cannot be built: {_first(error)}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise ConfigError(f"no run configuration of the released code ({reason})") from error
     base = preset("released-64")
     stage = base.train.stages[-1].model_copy(update={"levels": len(nest), "mix": ()})
     return base.model_copy(
@@ -100,7 +115,11 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
             "name": f"released-{sides[0]}",
             "model": model,
             "process": base.process.model_copy(
-                update={"prediction": prediction, "weighting": (WeightingConfig(name=target),)}
+                update={
+                    "prediction": prediction,
+                    "weighting": (WeightingConfig(name=target),),
+                    "level_weights": weights,
+                }
             ),
             "sampling": base.sampling.model_copy(update={"threshold": (threshold,)}),
             "train": base.train.model_copy(update={"stages": (stage,)}),
@@ -149,8 +168,15 @@ def model_config(
 
 def _nest(unet: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The networks of a nest, finest first."""
+    masked = None
     while True:
         _refuse_others(unet, _UNUSED_IN_NETWORKS)
+        _refuse_others(unet["resnet_config"], _UNUSED_IN_BLOCKS)
+        _refuse_large(unet)
+        if any(unet["num_attention_layers"]):
+            if masked not in (None, unet["masked_cross_attention"]):
+                raise ConfigError("masked_cross_attention differs between levels that attend")
+            masked = unet["masked_cross_attention"]
         yield unet
         if "inner_config" not in unet:
             return
@@ -168,6 +194,7 @@ def _level_config(
         blocks=tuple(unet["num_resnets_per_resolution"]),
         attention=tuple(unet["num_attention_layers"]),
         attention_mlp=unet["resnet_config"]["use_attention_ffn"],
+        dropout=float(unet["resnet_config"].get("dropout") or 0.0),
         middle=not unet["skip_mid_blocks"],
         input_scaling="std" if normalised else "none",
         micro=(MicroConfig(name=name, ceiling=float(ceiling)),),
@@ -179,6 +206,8 @@ def _level_config(
 def _scale(unet: Mapping[str, Any]) -> tuple[str, int]:
     """Name and ceiling of the micro-condition, such as `scale:64`."""
     name, ceiling = unet["micro_conditioning"].split(":")
+    if not 0 < int(ceiling[:6]) <= _LARGEST or len(ceiling) > 6:
+        raise ConfigError(f"micro_conditioning is {_short(unet['micro_conditioning'])}")
     return name, int(ceiling)
 
 
@@ -194,9 +223,34 @@ def _member(sampler: Mapping[str, Any], name: str, default: str) -> str:
     return str(sampler.get(name, default)).upper()
 
 
+def _level_weights(weights: Any) -> tuple[float, ...]:
+    """`16:4:1`, finest first as in the released files, as weights from coarse to fine."""
+    return tuple(float(weight) for weight in reversed(weights.split(":"))) if weights else (1.0,)
+
+
 def _refuse_others(part: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, value in expected.items():
-        if (part.get(name) or value) != value:
+        found = part.get(name)
+        unused = not found if value in (None, False) else found in (None, value)
+        if not unused:
             raise ConfigError(
-                f"{name} is {part[name]!r}: no released model uses this, and it is not supported"
+                f"{name} is {_short(found)}: no released model uses this, and it is not supported"
             )
+
+
+def _refuse_large(unet: Mapping[str, Any]) -> None:
+    """A hostile file can ask for a network of any size."""
+    values = [value for name, value in unet.items() if name != "inner_config"]
+    numbers = [n for value in values for n in (value if isinstance(value, list) else [value])]
+    if any(isinstance(n, int | float) and abs(n) > _LARGEST for n in numbers):
+        raise ConfigError("unet_config holds a number that no network of the released code has")
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {_short(first['msg'])}"
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if not isinstance(value, Exception) else ascii(str(value))
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -26,8 +26,12 @@ class TextEncoder(Protocol):
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]: ...
 
 
-def load_encoder(config: EncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
+def load_encoder(
+    config: EncoderConfig, device: torch.device | str = "cpu", *, half: bool = False
+) -> TextEncoder:
     """The encoder that `config` names. It is on `device` while it encodes, else on the CPU.
+
+    With `half` a T5, which may be large, has weights in bf16; features are float32 in any case.
 
     Raises:
         MissingExtra: an optional package is not installed.
@@ -40,7 +44,7 @@ def load_encoder(config: EncoderConfig, device: torch.device | str = "cpu") -> T
         return minilm(config.max_tokens, config.path, device=device)
     from matryoshka_diffusion.text.t5 import t5
 
-    return t5(config.max_tokens, config.path, device=device)
+    return t5(config.max_tokens, config.path, device=device, half=half)
 
 
 def states_of(config: EncoderConfig) -> type[HiddenStates]:

@@ -27,7 +27,7 @@ class HiddenStates:
     the model wherever it lies, and never to another one that took its place.
 
     The model is on `device` only while it encodes: a large one would take the room that sampling
-    needs. On a GPU that multiplies bf16 it does so in bf16.
+    needs. With `half` its weights are bf16, in half the memory.
 
     Raises:
         ConfigError: the model cannot take `max_tokens`.
@@ -42,6 +42,7 @@ class HiddenStates:
         max_tokens: int,
         *,
         device: torch.device | str = "cpu",
+        half: bool = False,
     ) -> None:
         limit = getattr(model.config, "max_position_embeddings", max_tokens)
         if max_tokens > limit:
@@ -54,7 +55,7 @@ class HiddenStates:
             raise ValueError(f"{name}: its tokenizer adds no end token, so '' has no token at all")
         self.key = f"{name}-{max_tokens}-{self._fingerprint()}"
         self.device = torch.device(device)
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        if half:
             self.model = self.model.bfloat16()
             self.key += "-bf16"
 
@@ -124,6 +125,7 @@ def load_states(
     *,
     make: type[HiddenStates] = HiddenStates,
     device: torch.device | str = "cpu",
+    half: bool = False,
 ) -> HiddenStates:
     """Load a model and its tokenizer from a folder or, unless HF_HUB_OFFLINE is set, the hub.
 
@@ -156,7 +158,7 @@ def load_states(
             f"{path} is no {name} encoder: {len(missing)} weights are missing, "
             f"first {missing[0]}; {_remedy(name)}"
         )
-    return make(name.lower(), model, tokenizer, max_tokens, device=device)
+    return make(name.lower(), model, tokenizer, max_tokens, device=device, half=half)
 
 
 def _remedy(name: str) -> str:

@@ -36,7 +36,13 @@ class T5States(HiddenStates):
         return [token for token in tokens if token is not None and token != unknown]
 
 
-def t5(max_tokens: int, path: str | None, *, device: torch.device | str = "cpu") -> HiddenStates:
+def t5(
+    max_tokens: int,
+    path: str | None,
+    *,
+    device: torch.device | str = "cpu",
+    half: bool = False,
+) -> HiddenStates:
     """The T5 encoder in a folder or on the hub.
 
     Raises:
@@ -47,4 +53,6 @@ def t5(max_tokens: int, path: str | None, *, device: torch.device | str = "cpu")
             "encoder.path is not set: name a folder with a T5, or a model on the hub such as "
             "google/flan-t5-xl"
         )
-    return load_states("T5", "T5EncoderModel", path, max_tokens, make=T5States, device=device)
+    return load_states(
+        "T5", "T5EncoderModel", path, max_tokens, make=T5States, device=device, half=half
+    )
