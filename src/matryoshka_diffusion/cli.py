@@ -159,14 +159,17 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def data_check(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
-    from matryoshka_diffusion.data.check import describe
+    from matryoshka_diffusion.data.check import contact_sheet, describe
+    from matryoshka_diffusion.sheet import save_png
 
     allowed = job.find_config(options.preset, options.data, options.set).data.max_bad_fraction
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = job.find_config(options.preset, options.data, everything)
     source = job.open_source(config.data, config.model.levels[-1].side)
     print(describe(source))
-    bad, total = len(source.bad), len(source) + len(source.bad)
+    if options.sheet is not None:
+        save_png(contact_sheet(source), options.sheet, None)
+    bad, total = len(source.bad), source.total
     if bad > allowed * total:
         raise ValueError(
             f"training would refuse this: {bad} of {total} files are bad, and "
@@ -232,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "train", train, "train a preset, or continue a run")
     command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
-    command.add_argument("--data", metavar="DIR", help="folder of pictures")
+    command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
     _add_device(command)
     _add_set(command)
@@ -285,8 +288,11 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="look at data before training")
     checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = _add(checks, "check", data_check, "say what was understood of a data set")
-    command.add_argument("data", metavar="DIR", nargs="?", help="folder of pictures")
+    command.add_argument(
+        "data", metavar="DATA", nargs="?", help="folder, tar shards, parquet files or hf:NAME"
+    )
     command.add_argument("--preset", default="folder-64", help="whose data and side (folder-64)")
+    command.add_argument("--sheet", type=Path, metavar="FILE.png", help="show 64 of the pictures")
     _add_set(command)
 
     command = _add(commands, "demo", demo, "train openmoji and show what it learnt")

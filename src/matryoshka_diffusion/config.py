@@ -39,7 +39,7 @@ Threshold = Literal["none", "clip", "dynamic"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
-SourceName = Literal["openmoji", "fashion-mnist", "folder"]
+SourceName = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
 EncoderName = Literal["minilm", "t5"]
 
 
@@ -232,7 +232,9 @@ class ProcessConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where the pictures come from. `path` is for sources that live in a folder of the user's.
+    """Where the pictures come from.
+
+    `path` is for what the user brings: a folder, a pattern of shards or parquet files, `hf:NAME`.
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.

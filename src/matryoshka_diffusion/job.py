@@ -26,7 +26,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import grow
 from matryoshka_diffusion.pipeline import Progress, count_levels, find_model, with_encoder
@@ -64,8 +64,8 @@ def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunC
     changes = list(assignments)
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
-        changes.insert(0, f"data.path={json.dumps(str(Path(data).expanduser().resolve()))}")
-    return override(config, changes)
+        changes.insert(0, f"data.path={json.dumps(absolute(data))}")
+    return with_source(override(config, changes))
 
 
 def prepare(config: RunConfig) -> Job:
@@ -99,7 +99,7 @@ def _check_width(config: RunConfig, width: int) -> None:
 
 def all_captions(source: Source) -> list[str]:
     """Every caption of a source once, in order."""
-    texts = (text for index in range(len(source)) for text in source[index].captions)
+    texts = (text for captions in source.captions or () for text in captions)
     return list(dict.fromkeys(texts))
 
 
@@ -110,7 +110,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         ConfigError: model and data disagree on channels, classes or captions.
     """
     model = config.model
-    has_captions = bool(source[0].captions)
+    has_captions = bool(source.captions)
     if model.channels != source.channels:
         raise ConfigError(
             f"model.channels is {model.channels}, but {source.name} has {source.channels}"
@@ -170,6 +170,8 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
 
 def refuse_full(out: Path) -> None:
     """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give another --out")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: give another --out")
 

@@ -41,7 +41,14 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Square pictures in a fixed order. `classes` is empty where there are none."""
+    """Square pictures in a fixed order.
+
+    Attributes:
+        captions: one tuple a picture, known without decoding any; None where there are none.
+        classes: their names; empty where there are none.
+        bad: what is left out; pictures that are decoded on demand may still join it.
+        total: how many files or samples were looked at, good or bad.
+    """
 
     @property
     def name(self) -> str: ...
@@ -50,16 +57,21 @@ class Source(Protocol):
     @property
     def channels(self) -> int: ...
     @property
+    def captions(self) -> Sequence[tuple[str, ...]] | None: ...
+    @property
     def classes(self) -> tuple[str, ...]: ...
     @property
     def bad(self) -> tuple[BadFile, ...]: ...
+    @property
+    def total(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+    def many(self, indices: Sequence[int]) -> list[Example]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The one implementation of `Source`: an array, usually memory-mapped, and columns beside it.
+    """A `Source` that is an array, usually memory-mapped, and columns beside it.
 
     Attributes:
         name: for people, such as "openmoji".
@@ -89,6 +101,11 @@ class Pictures:
         """1 for grey, 3 for colour."""
         return self.array.shape[3]
 
+    @property
+    def total(self) -> int:
+        """Good and bad pictures."""
+        return len(self.rows) + len(self.bad)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -100,6 +117,10 @@ class Pictures:
             key=self.keys[index],
             original_side=self.original_sides[index],
         )
+
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        """The examples at `indices`."""
+        return [self[index] for index in indices]
 
 
 @dataclass(frozen=True)

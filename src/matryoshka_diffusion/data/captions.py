@@ -12,6 +12,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 MAX_SIDECAR_BYTES = 65_536
 
 
+class CaptionError(ValueError):
+    """A caption that cannot be used; the message is the reason."""
+
+
 class Captions(NamedTuple):
     """What was found. Pictures are named by their path inside the folder, with forward slashes.
 
@@ -52,13 +56,39 @@ def find_captions(folder: Path, names: Sequence[str]) -> Captions | None:
 
 
 def _add(found: Captions, name: str, texts: Sequence[str]) -> None:
+    try:
+        found.of[name] = found.of.get(name, ()) + clean(texts)
+    except CaptionError as error:
+        found.bad[name] = str(error)
+
+
+# --- one caption -----------------------------------------------------------------------------
+
+
+def clean(texts: Sequence[str]) -> tuple[str, ...]:
+    """The captions in `texts` with single blanks between their words.
+
+    Raises:
+        CaptionError: there are none, or they were no UTF-8 and hold surrogates.
+    """
     captions = tuple(" ".join(text.split()) for text in texts if text.strip())
     if not captions:
-        found.bad[name] = "its caption is empty"
-    elif any("\ud800" <= character <= "\udfff" for text in captions for character in text):
-        found.bad[name] = "its caption is not UTF-8"
-    else:
-        found.of[name] = found.of.get(name, ()) + captions
+        raise CaptionError("its caption is empty")
+    if any("\ud800" <= character <= "\udfff" for text in captions for character in text):
+        raise CaptionError("its caption is not UTF-8")
+    return captions
+
+
+def lines(data: bytes) -> list[str]:
+    """The lines of a text file; bytes that are not UTF-8 become surrogates, for `clean` to find."""
+    return data.decode("utf-8-sig", "surrogateescape").splitlines()
+
+
+def texts_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row of JSON or of a table holds as `text` or `caption`: one text or several."""
+    texts = row.get("text", row.get("caption"))
+    texts = texts if isinstance(texts, list) else [texts]
+    return tuple(text for text in texts if isinstance(text, str))
 
 
 # --- text files beside the pictures ----------------------------------------------------------
@@ -78,7 +108,7 @@ def _add_sidecar(found: Captions, name: str, path: Path) -> None:
     if len(data) > MAX_SIDECAR_BYTES:
         found.bad[name] = f"{path.name} is longer than {MAX_SIDECAR_BYTES:,} bytes"
         return
-    _add(found, name, data.decode("utf-8-sig", "surrogateescape").splitlines())
+    _add(found, name, lines(data))
 
 
 # --- metadata files --------------------------------------------------------------------------
@@ -120,7 +150,4 @@ def _entry(row: Any) -> tuple[str, tuple[str, ...]]:
     """The picture a row names and its captions; empty where the row lacks them."""
     if not isinstance(row, Mapping) or not isinstance(row.get("file_name"), str):
         return "", ()
-    texts = row.get("text", row.get("caption"))
-    texts = texts if isinstance(texts, list) else [texts]
-    name = PurePosixPath(row["file_name"]).as_posix()  # "./a.png" is "a.png"
-    return name, tuple(text for text in texts if isinstance(text, str))
+    return PurePosixPath(row["file_name"]).as_posix(), texts_of(row)  # "./a.png" is "a.png"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from matryoshka_diffusion.data.batch import BadFile, Source
+from PIL.Image import Image
+
+from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.sheet import grid
 
 _SHOWN = 20
+_AT_A_TIME = 256
+_COLUMNS, _CELL = 8, 96
 
 
 def summary(source: Source) -> str:
     """One line: what training is about to see."""
     conditions = f"{len(source.classes)} classes" if source.classes else "no captions, no classes"
-    if source[0].captions:
+    if source.captions:
         conditions = "captions"
     bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
     return f"{source.name}: {len(source):,} pictures of {source.side} px, {conditions}{bad}"
@@ -22,8 +27,7 @@ def summary(source: Source) -> str:
 def describe(source: Source) -> str:
     """Lines for people: counts, sizes, classes or captions, and the files left out with reasons."""
     sides, labels, captions = [], Counter(), []
-    for index in range(len(source)):
-        example = source[index]
+    for example in _examples(source):
         sides.append(example.original_side)
         labels[example.label] += 1
         captions.append(example.captions)
@@ -38,6 +42,32 @@ def describe(source: Source) -> str:
     lines.append(f"  captions  {_captions(captions)}")
     lines.append(f"  bad files {len(source.bad)}")
     return "\n".join([*lines, *_bad_files(source.bad)])
+
+
+def contact_sheet(source: Source, count: int = 64) -> Image:
+    """At most `count` pictures, spread evenly over the source, beside their captions or classes."""
+    shown = min(count, len(source))
+    examples = source.many([place * len(source) // shown for place in range(shown)])
+    pictures = [example.picture for example in examples]
+    words = [_words(example, source.classes) for example in examples]
+    title = f"{source.name}: {shown} of {len(source):,} pictures"
+    if any(words):
+        rows = [[picture] for picture in pictures]
+        return grid(rows, captions=words, title=title, cell=_CELL, blocks=_COLUMNS)
+    rows = [pictures[start : start + _COLUMNS] for start in range(0, shown, _COLUMNS)]
+    return grid(rows, title=title, cell=_CELL)
+
+
+def _words(example: Example, classes: Sequence[str]) -> str:
+    if example.captions:
+        return example.captions[0]
+    return "" if example.label is None else classes[example.label]
+
+
+def _examples(source: Source) -> Iterator[Example]:
+    """All of them, a bounded number at a time."""
+    for start in range(0, len(source), _AT_A_TIME):
+        yield from source.many(range(start, min(start + _AT_A_TIME, len(source))))
 
 
 def _original_sides(sides: Sequence[int], side: int) -> str:

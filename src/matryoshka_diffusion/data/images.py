@@ -7,6 +7,7 @@ first frame is taken.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
+OTHER_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"})
+"""Pictures, too, but refused: they are reported, not passed over."""
 MIN_SIDE = 8
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
@@ -65,7 +68,20 @@ def read_picture(path: Path, side: int) -> Picture:
         raise PictureError(f"cannot be read ({error.strerror})") from error
 
 
-def _decode(file: BinaryIO, side: int) -> Picture:
+def decode_picture(data: bytes, side: int) -> Picture:
+    """`read_picture` for the bytes of a file.
+
+    Raises:
+        PictureError: as `read_picture`.
+    """
+    if not data:
+        raise PictureError("it is empty")
+    if len(data) > MAX_BYTES:
+        raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
+    return _decode(io.BytesIO(data), side)
+
+
+def _decode(file: BinaryIO | io.BytesIO, side: int) -> Picture:
     try:
         image = Image.open(file, formats=FORMATS)
         _judge(*image.size)

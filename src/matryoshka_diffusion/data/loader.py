@@ -35,7 +35,7 @@ class Loader:
     def batch(self, first: int, count: int) -> Batch:
         """The samples n = first .. first + count - 1."""
         ids = range(first, first + count)
-        examples = [self.source[self._index(n)] for n in ids]
+        examples = self.source.many([self._index(n) for n in ids])
         pictures = np.stack(
             [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
         )

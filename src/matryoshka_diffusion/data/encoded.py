@@ -1,0 +1,156 @@
+"""From a catalogue of encoded pictures to a source: decoded once if they are few, else on demand.
+
+Up to `DECODED_ONCE` pictures go into an array on disk, which makes later epochs cheap. A larger set
+would fill the disk: its pictures are decoded when they are asked for, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from matryoshka_diffusion.data.bad import refuse_too_many
+from matryoshka_diffusion.data.batch import BadFile, Example, Pictures, Source
+from matryoshka_diffusion.data.decoded import decode_once, workers
+from matryoshka_diffusion.data.images import PictureError
+from matryoshka_diffusion.data.samples import Catalogue, class_names, judged
+from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.files import cache_folder, digest
+
+DECODED_ONCE = 20_000
+"""Pictures; at 256 pixels a side they take 4 GB."""
+
+
+def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float) -> Source:
+    """The good samples of a catalogue in its order, cut square and resized to `side` pixels.
+
+    Raises:
+        ValueError: there are no samples, or more than `max_bad_fraction` of them are bad. Of a set
+            that is decoded on demand, the same error comes when that many have turned out bad.
+        OSError: the cache cannot be written.
+    """
+    if not catalogue.samples:
+        raise ValueError(f"{catalogue.name} holds no picture")
+    samples = judged(catalogue.samples, catalogue.classes)
+    bad = [BadFile(sample.key, sample.flaw) for sample in samples if sample.flaw]
+    refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
+    rows = [n for n, sample in enumerate(samples) if not sample.flaw]
+    kept = [samples[row] for row in rows]
+    good = replace(
+        catalogue,
+        samples=kept,
+        read=lambda n, side: catalogue.read(rows[n], side),
+        classes=class_names(kept, catalogue.classes),
+    )
+    if len(kept) > DECODED_ONCE:
+        return PicturesOnDemand(good, side, bad, max_bad_fraction)
+    return _decoded(good, side, bad, max_bad_fraction)
+
+
+def _decoded(
+    good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float
+) -> Pictures:
+    samples = good.samples
+    decoded = decode_once(
+        cache_folder("decoded", digest(f"{good.name} at {side}")),
+        "\n".join([good.state, *(sample.key for sample in samples)]),
+        len(samples),
+        lambda n: good.read(n, side),
+        side,
+        f"decoding at {side} px",
+    )
+    found = (BadFile(samples[n].key, reason) for n, reason in decoded.bad.items())
+    all_bad = sorted([*bad, *found])
+    refuse_too_many(good.name, all_bad, len(samples) + len(bad), max_bad_fraction)
+    rows = [row for row in range(len(samples)) if row not in decoded.bad]
+    sides = [samples[row].original_side or decoded.original_sides[row] for row in rows]
+    captions = [samples[row].captions for row in rows]
+    labels = [label for row in rows if (label := samples[row].label) is not None]
+    return Pictures(
+        name=good.name,
+        array=decoded.pictures,
+        rows=rows,
+        keys=[samples[row].key for row in rows],
+        original_sides=sides,
+        captions=captions if captions[0] else None,
+        labels=labels or None,
+        classes=good.classes,
+        bad=tuple(all_bad),
+    )
+
+
+class PicturesOnDemand:
+    """A `Source` that decodes a picture whenever it is asked for.
+
+    A picture that turns out bad is replaced by the next good one, so what is at an index depends
+    on the data alone: not on what was read before, nor on the number of threads.
+    """
+
+    channels = 3
+
+    def __init__(
+        self, good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float
+    ) -> None:
+        captions = [sample.captions for sample in good.samples]
+        self.name, self.side, self.classes = good.name, side, good.classes
+        self.captions = captions if captions[0] else None
+        self._samples, self._read = good.samples, good.read
+        self._known_bad, self._max_bad_fraction = tuple(bad), max_bad_fraction
+        self._found_bad: dict[int, BadFile] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def bad(self) -> tuple[BadFile, ...]:
+        """What was refused at the start, and what has turned out bad since."""
+        return tuple(sorted([*self._known_bad, *self._found_bad.values()]))
+
+    @property
+    def total(self) -> int:
+        """Samples, good or bad."""
+        return len(self._samples) + len(self._known_bad)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Example:
+        for n in self._from(range(len(self))[index]):
+            try:
+                picture = self._read(n, self.side)
+            except PictureError as error:
+                self._put_aside(n, str(error))
+                continue
+            sample = self._samples[n]
+            return Example(
+                picture=picture.pixels,
+                captions=sample.captions,
+                label=sample.label,
+                key=sample.key,
+                original_side=sample.original_side or picture.original_side,
+            )
+        raise ValueError(f"{self.name}: not one of its pictures can be read")
+
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        """The examples at `indices`, decoded in several threads."""
+        return list(look_ahead(self.__getitem__, indices, workers=workers(), depth=len(indices)))
+
+    def _from(self, index: int) -> Iterator[int]:
+        """The index and, after it, those that stand in for it."""
+        for step in range(len(self)):
+            n = (index + step) % len(self)
+            if n not in self._found_bad:
+                yield n
+
+    def _put_aside(self, n: int, reason: str) -> None:
+        with self._lock:
+            if n in self._found_bad:
+                return
+            self._found_bad[n] = BadFile(self._samples[n].key, reason)
+            bad = self.bad
+        warnings.warn(
+            f"{self._samples[n].key}: {reason}; the next good picture stands in for it "
+            f"({len(bad)} bad so far)",
+            stacklevel=3,
+        )
+        refuse_too_many(self.name, bad, self.total, self._max_bad_fraction)
