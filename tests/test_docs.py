@@ -73,6 +73,8 @@ def smaller(arguments: Sequence[str]) -> list[str]:
     match arguments:
         case _ if "--help" in arguments:
             extra = []
+        case _ if "--dry-run" in arguments:
+            extra = []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
             extra = ["--steps", "2", "--text-encoder", "t5"]
         case ["data" | "info" | "sample" | "convert", *_]:

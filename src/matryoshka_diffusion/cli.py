@@ -48,10 +48,28 @@ def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
     config = job.find_config(options.preset, options.data, options.set)
+    if options.dry_run:
+        return _plan(config)
     out = options.out or _own_folder(options.preset)
     if out is None:
         raise SystemExit(_say("mdm train: give the run's folder with --out", 2))
     _train(config, out, _device(options.device))
+    return None
+
+
+def _plan(config: Any) -> None:
+    """Say what a run would be, and what its data looks like if it was named."""
+    from matryoshka_diffusion import job
+    from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.info import describe_plan
+
+    source = None
+    if config.data.source != "folder" or config.data.path is not None:
+        source = job.open_source(config.data, config.model.levels[-1].side)
+        config = job.complete(config, source)
+    print(describe_plan(config, None if source is None else len(source)))
+    if source is not None:
+        print(summary(source))
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -237,6 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what training would take, and stop"
+    )
     _add_device(command)
     _add_set(command)
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig
+from matryoshka_diffusion.costs import (
+    BYTES_PER_PARAMETER,
+    activation_bytes,
+    count_parameters,
+    forward_flops,
+)
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.released import read_released
 from matryoshka_diffusion.schedule import build_schedules
 
 HEADER = ("level", "size", "widths", "blocks", "attention", "parameters", "GFLOP", "log-SNR(0.5)")
-
-TEXT_TOKENS = 64
-"""Tokens of text that FLOPs are counted with."""
 
 
 def describe(config: RunConfig) -> str:
@@ -70,25 +70,50 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def forward_flops(model: ModelConfig, levels: int) -> int:
-    """FLOPs (two for each multiply-add) of one forward pass of one picture, first `levels` only."""
-    part = model.first(levels)
-    with torch.device("meta"):
-        net = NestedUNet(part)
-        z = tuple(torch.empty(1, model.channels, level.side, level.side) for level in part.levels)
-        cond = Conditioning(
-            labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
-            tokens=torch.empty(1, TEXT_TOKENS, model.text.features) if model.text else None,
-            micro={name: torch.ones(1) for name in part.micro_names},
-        )
-        with FlopCounterMode(display=False) as counter:
-            net(z, torch.ones(1), cond)
-    return counter.get_total_flops()
+def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
+    """The nest, and what each stage of its training takes: steps, arithmetic, memory and data.
+
+    Memory is estimated: weights, gradients, moments and average exactly, activations as
+    `costs.activation_bytes` counts them, halved for bf16.
+
+    Args:
+        pictures: how many there are to train on, if that is known.
+    """
+    lines = [describe(config)]
+    for place, stage in enumerate(config.train.stages, start=1):
+        with torch.device("meta"):
+            net = NestedUNet(config.model.first(stage.levels))
+        fixed = BYTES_PER_PARAMETER * count_parameters(net)
+        each = activation_bytes(config.model, stage.levels) // 2
+        work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
+        rows = -(-stage.batch_size // config.train.accumulate)
+        steps = -(-stage.images // stage.batch_size)
+        lines += [
+            f"stage {place}: {steps:,} steps of {stage.batch_size:,}, "
+            f"{_teraflops(work)} a step at most",
+            f"  memory in bf16, about: {_gigabytes(fixed)} + {_gigabytes(each)} a picture; "
+            f"{_gigabytes(fixed + rows * each)} on one device, "
+            f"{_gigabytes(fixed + -(-rows // 8) * each)} on each of 8",
+        ]
+    return "\n".join([*lines, _data_needed(config, pictures)])
 
 
-def count_parameters(module: nn.Module) -> int:
-    """How many numbers a module learns."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def _data_needed(config: RunConfig, pictures: int | None) -> str:
+    model, images = config.model, config.train.images
+    beside = "captions" if model.text else "classes" if model.classes else "nothing"
+    epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
+    return (
+        f"data: pictures of {model.levels[-1].side} pixels or more, with {beside} beside them; "
+        f"{images:,} are seen{epochs}"
+    )
+
+
+def _teraflops(count: int) -> str:
+    return f"{count / 1e12:,.0f} TFLOP" if count > 1e14 else f"{count / 1e12:.3g} TFLOP"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"
 
 
 def _size(level: LevelConfig) -> str:

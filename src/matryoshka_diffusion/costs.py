@@ -1,0 +1,64 @@
+"""What a network costs, counted on tensors that have shapes and no numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ModelConfig
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pyramid import Pyramid
+
+TEXT_TOKENS = 64
+"""Tokens of text that costs are counted with."""
+
+BYTES_PER_PARAMETER = 20
+"""Weight, gradient, two moments and the average, in float32."""
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers a module learns."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def forward_flops(model: ModelConfig, levels: int) -> int:
+    """FLOPs (two for each multiply-add) of one forward pass of one picture, first `levels` only."""
+    net, z, t, cond = _one_picture(model.first(levels))
+    with FlopCounterMode(display=False) as counter:
+        net(z, t, cond)
+    return counter.get_total_flops()
+
+
+def activation_bytes(model: ModelConfig, levels: int) -> int:
+    """Bytes that one picture's forward pass keeps for its backward pass, in float32.
+
+    In bf16 it is about half. Without recomputation, and without what kernels use in between.
+    """
+    net, z, t, cond = _one_picture(model.first(levels))
+    weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        outputs = net(z, t, cond)
+        del outputs
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def _one_picture(model: ModelConfig) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
+    with torch.device("meta"):
+        net = NestedUNet(model)
+        z = tuple(torch.empty(1, model.channels, level.side, level.side) for level in model.levels)
+        cond = Conditioning(
+            labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
+            tokens=torch.empty(1, TEXT_TOKENS, model.text.features) if model.text else None,
+            micro={name: torch.ones(1) for name in model.micro_names},
+        )
+        return net, z, torch.ones(1), cond
