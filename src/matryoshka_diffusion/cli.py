@@ -219,19 +219,18 @@ def _train(config: Any, out: Path, device: str) -> Path:
     from matryoshka_diffusion.hooks import Preview, preview_prompts
     from matryoshka_diffusion.train.run_folder import refuse_foreign
     from matryoshka_diffusion.train.trainer import train as run
+    from matryoshka_diffusion.watch import HeldOutLoss
 
     refuse_foreign(out)
     ready = job.prepare(config)
     print(summary(ready.source))
     prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
-    finished = run(
-        ready.config,
-        ready.loader,
-        out,
-        encode=ready.encode,
-        hooks=[(ready.config.train.preview_every_images, Preview(prompts, ready.encode, device))],
-        device=device,
-    )
+    every = ready.config.train.preview_every_images
+    hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
+    if ready.held_out is not None:
+        watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
+        hooks.append((every, watch))
+    finished = run(ready.config, ready.loader, out, encode=ready.encode, hooks=hooks, device=device)
     print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
     return finished
 

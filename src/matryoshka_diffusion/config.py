@@ -238,6 +238,7 @@ class DataConfig(Strict):
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
+    `held_out` is the share of pictures that are not trained on, whose loss is logged.
     """
 
     source: SourceName
@@ -246,6 +247,7 @@ class DataConfig(Strict):
     flip: bool = False
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
+    held_out: BelowOne = 0.0
 
 
 class EncoderConfig(Strict):

@@ -27,6 +27,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
+from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import grow
 from matryoshka_diffusion.pipeline import Progress, count_levels, find_model, with_encoder
@@ -40,10 +41,14 @@ MINILM_WIDTH = 384
 
 
 class Job(NamedTuple):
-    """What `train.trainer.train` is given; `encode` is None where there is no text."""
+    """What `train.trainer.train` is given; `encode` is None where there is no text.
+
+    `source` is what is trained on, `held_out` what is not (None if all of it is).
+    """
 
     config: RunConfig
     source: Source
+    held_out: Source | None
     loader: Loader
     encode: FeatureCache | None
 
@@ -80,13 +85,15 @@ def prepare(config: RunConfig) -> Job:
     source = open_source(config.data, config.model.levels[-1].side)
     config = complete(config, source)
     data = config.data
+    captions = all_captions(source)
+    source, held_out = split(source, data.held_out)
     loader = Loader(source, config.train.seed, flip=data.flip, pixels=data.pixels)
     encode = None
     if config.encoder is not None:
         encode = FeatureCache(load_encoder(config.encoder))
         _check_width(config, encode.width)
-        encode([*all_captions(source), ""])
-    return Job(config, source, loader, encode)
+        encode([*captions, ""])
+    return Job(config, source, held_out, loader, encode)
 
 
 def _check_width(config: RunConfig, width: int) -> None:

@@ -201,7 +201,7 @@ def _text_run(name: str, sides: tuple[int, ...], stages: tuple[StageConfig, ...]
         name=name,
         model=model,
         process=_V_PREDICTION,
-        data=DataConfig(source="folder"),
+        data=DataConfig(source="folder", held_out=0.001),
         encoder=EncoderConfig(name="t5", path="google/flan-t5-xl", max_tokens=128),
         train=_paper_training(stages, condition_dropout=0.1),  # ours: guidance needs it
         sampling=SamplingConfig(sampler="ddpm", steps=250, guidance=(7.0,), threshold=("dynamic",)),

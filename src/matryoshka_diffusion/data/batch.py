@@ -44,6 +44,7 @@ class Source(Protocol):
     """Square pictures in a fixed order.
 
     Attributes:
+        keys: what each picture is called.
         captions: one tuple a picture, known without decoding any; None where there are none.
         classes: their names; empty where there are none.
         bad: what is left out; pictures that are decoded on demand may still join it.
@@ -56,6 +57,8 @@ class Source(Protocol):
     def side(self) -> int: ...
     @property
     def channels(self) -> int: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
     @property
     def captions(self) -> Sequence[tuple[str, ...]] | None: ...
     @property

@@ -96,6 +96,7 @@ class PicturesOnDemand:
         captions = [sample.captions for sample in good.samples]
         self.name, self.side, self.classes = good.name, side, good.classes
         self.captions = captions if captions[0] else None
+        self.keys = [sample.key for sample in good.samples]
         self._samples, self._read = good.samples, good.read
         self._known_bad, self._max_bad_fraction = tuple(bad), max_bad_fraction
         self._found_bad: dict[int, BadFile] = {}

@@ -51,7 +51,8 @@ class View:
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Every so many images (0: never), and at the end of the run: what to call.
 
-A hook may draw from torch's global generator, since training does not. If it raises, the run is
+A dict that it returns becomes a line of metrics. A hook may draw from torch's global generator,
+since training does not. If it raises, the run is
 saved first and then stops with that error; the same command goes on after the hook's place.
 """
 
@@ -188,10 +189,12 @@ class Run:
         for every, hook in hooks:
             if every and (_passes(step, every) or step.end == self.config.train.images):
                 try:
-                    hook(view)
+                    found = hook(view)
                 except BaseException:
                     self.save()
                     raise
+                if isinstance(found, dict):
+                    self._metrics.write({"images_seen": step.end, **found})
 
     def should_save(self, step: Step) -> bool:
         """True at every interval and at the end of the run."""

@@ -1,0 +1,89 @@
+"""A share of the pictures that training never sees, so that learning by heart shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.files import digest
+
+_DIGITS = 13
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples of a source, in its order. A `Source` itself."""
+
+    source: Source
+    indices: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def side(self) -> int:
+        return self.source.side
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]] | None:
+        captions = self.source.captions
+        return None if captions is None else [captions[index] for index in self.indices]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @property
+    def bad(self) -> tuple[BadFile, ...]:
+        return self.source.bad
+
+    @property
+    def total(self) -> int:
+        return self.source.total
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [self.source.keys[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.indices[index]]
+
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        return self.source.many([self.indices[index] for index in indices])
+
+
+def split(source: Source, share: float) -> tuple[Source, Source | None]:
+    """The pictures to learn from, and about a `share` of all that are held out (None for 0).
+
+    The key of a picture decides alone, so it stays on its side when others come or go, in any
+    order and on any machine.
+
+    Raises:
+        ConfigError: a side would be empty.
+    """
+    if share == 0.0:
+        return source, None
+    held = [_place(key) < share for key in source.keys]
+    seen, unseen = ([n for n, is_held in enumerate(held) if is_held == side] for side in (0, 1))
+    if not seen or not unseen:
+        raise ConfigError(
+            f"data.held_out is {share:g}, which takes {len(unseen)} of the {len(source):,} "
+            f"pictures of {source.name}: there must be some on either side "
+            "(--set data.held_out=0 trains on all)"
+        )
+    return Part(source, seen), Part(source, unseen)
+
+
+def _place(key: str) -> float:
+    """A number in [0, 1) that belongs to a key."""
+    return int(digest(key)[:_DIGITS], 16) / 16**_DIGITS
