@@ -111,7 +111,7 @@ def test_a_run_resumes_bit_for_bit_in_bf16_too(tmp_path):
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_a_signalled_process_loses_nothing(whole, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, tiny_run.__file__, str(tmp_path / "run")],

@@ -1,7 +1,8 @@
 """The command `mdm`: parse, build, call. What happens is in the functions that it calls.
 
 Everything heavy is imported by the command that needs it, so that `mdm --help` answers at once.
-Exit status: 0 done, 1 failed, 2 asked for something that cannot be, 130 / 143 stopped and saved.
+Exit status: 0 done, 1 failed, 2 asked for something that cannot be, 130 / 143 / 138 stopped
+by Ctrl-C / SIGTERM / SIGUSR1 and saved.
 """
 
 from __future__ import annotations

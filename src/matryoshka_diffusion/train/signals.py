@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a question that the training loop asks between two steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    SIGNALS.append(signal.SIGUSR1)  # what clusters send some time before they end a job
+
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved. `code` is the exit status: 130 or 143."""
+    """Training was asked to stop and has saved. `code` is the exit status: 130, 143 or 138."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -18,7 +22,7 @@ class Stopped(Exception):
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM is only noted; a second one leaves at once.
+    """While entered, the first of `SIGNALS` is only noted; a second one leaves at once.
 
     Leaving at once loses nothing that is saved: checkpoints appear whole or not at all. Python
     lets only the main thread handle signals; in another one this does nothing.
@@ -36,7 +40,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
