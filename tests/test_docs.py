@@ -27,6 +27,7 @@ from matryoshka_diffusion.sheet import save_png
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELEASED = (ROOT / "docs" / "released-checkpoints.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 TINY_CHECKPOINT = ROOT / "tests" / "data" / "reference" / "vis_model_nested32.pth"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 PHOTOS = "photos"
@@ -79,14 +80,18 @@ def smaller(arguments: Sequence[str]) -> list[str]:
             extra = ["--steps", "2", "--text-encoder", "t5"]
         case ["data" | "info" | "sample" | "convert" | "plot", *_]:
             extra = []
-        case ["export", *_]:
-            extra = ["--text-encoder", "t5"]
+        case ["export", model, *_]:
+            extra = ["--text-encoder", "t5"] if model.startswith("mdm-") else []
         case ["eval", *_]:
             extra = ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
         case ["grow", *_]:
             extra = settings(GROWN)
         case ["train", run, *_] if run.startswith("runs/"):
             extra = []  # an earlier command made it, smaller
+        case ["train", "mine", *_]:
+            extra = settings(("train.stages[0].images=4", "train.stages[0].batch_size=2"))
+        case ["train", name, *_] if "--init" in arguments:
+            extra = settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
         case ["train", name, *_] if name in SHRUNK:
             extra = settings(SHRUNK[name])
         case ["demo", *_]:
@@ -102,8 +107,17 @@ def settings(assignments: Sequence[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The reader's working folder, with some pictures of their own."""
-    path = tmp_path_factory.mktemp("reader")
+    """The working folder of the README's reader, with some pictures of their own."""
+    return with_photos(tmp_path_factory.mktemp("reader"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The working folder of somebody who reads about training."""
+    return with_photos(tmp_path_factory.mktemp("trainer"))
+
+
+def with_photos(path):
     for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (8, 80, 72, 3))):
         save_png(picture.astype(np.uint8), path / PHOTOS / f"{number}.png", None)
     return path
@@ -125,6 +139,11 @@ def test_a_command_for_released_checkpoints_runs(arguments, folder, tiny_t5):
             shutil.copy(TINY_CHECKPOINT, path)
             shutil.copytree(tiny_t5, folder / "t5", dirs_exist_ok=True)
     run(arguments, folder)
+
+
+@pytest.mark.parametrize("arguments", commands(TRAINING), ids=shlex.join)
+def test_a_command_for_training_runs(arguments, photos):
+    run(arguments, photos)
 
 
 def run(arguments, folder):
@@ -155,7 +174,14 @@ def test_make_goals_in_the_documents_exist():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/released-checkpoints.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/released-checkpoints.md",
+        "docs/training.md",
+    ],
 )
 def test_links_between_the_files_lead_somewhere(document):
     path = ROOT / document

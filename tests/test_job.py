@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,53 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
     again = job.find_config(str(out), None, [])
     assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
+
+
+def with_init(config, init, levels=2):
+    stage = config.train.stages[-1].model_copy(update={"levels": levels, "images": 8, "mix": ()})
+    changed = config.train.model_copy(update={"init": str(init), "stages": (stage,)})
+    return config.model_copy(update={"train": changed})
+
+
+def test_a_warm_start_keeps_every_bit_and_happens_once(trained, tmp_path):
+    weights, config = find_model(trained)
+    out, config = tmp_path / "tuned", with_init(config, trained)
+    job.warm_start(config, out)
+    begun = find_model(out)[0]
+    assert begun.keys() == weights.keys()
+    assert all(torch.equal(begun[name], weights[name]) for name in weights)
+    train(config, TinyPictures(), out, encode=encode)
+    tuned = find_model(out)[0]
+    assert any(not torch.equal(tuned[name], weights[name]) for name in weights)
+    job.warm_start(config, out)
+    again = find_model(out)[0]
+    assert all(torch.equal(again[name], tuned[name]) for name in weights)
+
+
+def test_a_warm_start_whose_saving_was_cut_short_is_made_again(trained, tmp_path):
+    weights, config = find_model(trained)
+    out, config = tmp_path / "tuned", with_init(config, trained)
+    job.warm_start(config, out)
+    shutil.rmtree(out / "checkpoints")  # the config is written first
+    job.warm_start(config, out)
+    assert torch.equal(find_model(out)[0]["levels.0.head.bias"], weights["levels.0.head.bias"])
+
+
+def test_a_warm_start_may_have_more_levels_but_no_other_ones(trained, tmp_path):
+    config = find_model(trained)[1]
+    small = NestedUNet(config.model.first(1), seed=3)
+    export_weights(tmp_path / "small", small.state_dict(), config)
+    job.warm_start(with_init(config, tmp_path / "small"), tmp_path / "grown")
+    grown = find_model(tmp_path / "grown")[0]
+    assert all(torch.equal(grown[name], value) for name, value in small.state_dict().items())
+    assert any(name.startswith("levels.1.") for name in grown)
+    other = config.model_copy(update={"model": config.model.model_copy(update={"embedding": 64})})
+    for bad in (with_init(other, trained), with_init(config, trained, levels=1)):
+        with pytest.raises(ConfigError, match=r"train\.init: .* is not the beginning"):
+            job.warm_start(bad, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    job.warm_start(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists(), "without init there is nothing to do"
 
 
 def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):

@@ -28,6 +28,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.released import convert, load_released, read_released
 from matryoshka_diffusion.released.pickled import BrokenFile, Record, plain, read_pickle
+from matryoshka_diffusion.sheet import save_png
 
 FILE = Path(__file__).parent / "data" / "reference" / "vis_model_nested32.pth"
 WEIGHTS = FILE.with_name("nested32.weights.safetensors")
@@ -530,6 +531,26 @@ def test_a_released_file_is_sampled_from_at_once(tiny_t5, tmp_path, monkeypatch,
         out = ("-o", tmp_path / sampler)
         mdm("sample", tmp_path / "model", "-p", "a blue jay", *common[2:], *extra, *out)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_released_checkpoint_is_tuned_on_pictures_of_ones_own(tiny_t5, tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    for number in range(4):
+        save_png(np.full((40, 40, 3), 60 * number, np.uint8), tmp_path / f"d/{number}.png", None)
+        (tmp_path / f"d/{number}.txt").write_text("a blue jay")
+    changes = (
+        f"encoder.path={tiny_t5}",
+        "train.stages[0].images=4",
+        "train.stages[0].batch_size=2",
+        "sampling.steps=1",
+    )
+    settings = [word for change in changes for word in ("--set", change)]
+    mdm("train", FILE, "--data", tmp_path / "d", "--out", tmp_path / "run", *settings)
+    net, _ = load_released(FILE)
+    tuned = Matryoshka.load(tmp_path / "run").net.state_dict()
+    changes = [(tuned[name] - value).norm() for name, value in net.state_dict().items()]
+    assert sum(changes) > 0
+    assert max(changes) < 1, "it started from the released weights"
 
 
 def test_a_released_file_goes_to_diffusers(tiny_t5, tmp_path, monkeypatch):

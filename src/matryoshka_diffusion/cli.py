@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.find_config(options.preset, options.data, options.set)
+    config = job.find_config(options.preset, options.data, options.set, options.init)
     if options.dry_run:
         return _plan(config)
     out = options.out or _own_folder(options.preset)
@@ -232,6 +232,7 @@ def _train(config: Any, out: Path, device: str) -> Path:
     refuse_foreign(out)
     ready = job.prepare(config)
     print(summary(ready.source))
+    job.warm_start(ready.config, out)
     prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
     every = ready.config.train.preview_every_images
     hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
@@ -259,9 +260,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = _add(commands, "train", train, "train a preset, or continue a run")
-    command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
+    command.add_argument(
+        "preset", metavar="PRESET", help="preset, YAML file, run folder, or model to tune"
+    )
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
+    command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
     )

@@ -281,10 +281,15 @@ class StageConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """How the weights are learnt. Lengths are counted in images seen, not in steps."""
+    """How the weights are learnt. Lengths are counted in images seen, not in steps.
+
+    `init` is a model to start from instead of random weights: a run or model folder, a released
+    checkpoint or a shipped model, whose levels are the first ones of this run's.
+    """
 
     stages: tuple[StageConfig, ...]
     seed: Natural = 0
+    init: str | None = None
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8

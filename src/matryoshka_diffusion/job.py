@@ -12,6 +12,7 @@ import torch
 
 from matryoshka_diffusion.config import (
     ConfigError,
+    DataConfig,
     EncoderConfig,
     LevelConfig,
     MicroConfig,
@@ -19,6 +20,7 @@ from matryoshka_diffusion.config import (
     SamplingConfig,
     StageConfig,
     TextConfig,
+    TrainConfig,
     from_dict,
     load_config,
     override,
@@ -29,13 +31,20 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.nn.nested import grow
-from matryoshka_diffusion.pipeline import Progress, count_levels, find_model, with_encoder
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.pipeline import (
+    Progress,
+    count_levels,
+    find_model,
+    read_config,
+    with_encoder,
+)
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.released import convert, read_released
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.curriculum import active_model
 
 MINILM_WIDTH = 384
 
@@ -53,8 +62,10 @@ class Job(NamedTuple):
     encode: FeatureCache | None
 
 
-def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunConfig:
-    """The config of a preset, of a YAML file or of a run folder, with what the user changed.
+def find_config(
+    name: str, data: str | None, assignments: Sequence[str], init: str | None = None
+) -> RunConfig:
+    """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -64,13 +75,37 @@ def find_config(name: str, data: str | None, assignments: Sequence[str]) -> RunC
         config = load_config(path / "config.yaml")
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
+    elif path.is_file() or (path / "config.json").is_file():
+        config = _tuning(path)
     else:
         config = preset(name)
     changes = list(assignments)
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
         changes.insert(0, f"data.path={json.dumps(absolute(data))}")
+    if init is not None:
+        where = Path(init).expanduser()
+        changes.append(f"train.init={json.dumps(str(where.resolve()) if where.exists() else init)}")
     return with_source(override(config, changes))
+
+
+def _tuning(model: Path) -> RunConfig:
+    """A model's config with a short training of all its levels that starts from its weights.
+
+    Batch, rate and length are conventions for a few thousand pictures; nothing was measured.
+    """
+    config = read_config(model)
+    stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=2e-5)
+    train = TrainConfig(
+        stages=(stage,),
+        init=str(model.expanduser().resolve()),
+        warmup_images=2_000,
+        ema_decay=0.999,
+        condition_dropout=config.train.condition_dropout,
+    )
+    data = DataConfig(source="folder", pixels=config.data.pixels)
+    update = {"name": f"{config.name}-tuned", "train": train, "data": data}
+    return config.model_copy(update=update)
 
 
 def prepare(config: RunConfig) -> Job:
@@ -223,19 +258,47 @@ def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) ->
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
     grown = override(_with_level(config, side), list(assignments))
     small = checkpoint.load_network(config.model, weights, where=run)
-    net = grow(small, grown.model, seed=grown.train.seed)
+    _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
+    return grown
+
+
+def warm_start(config: RunConfig, out: Path) -> None:
+    """Put the weights of `train.init` into a run that has no checkpoint yet.
+
+    All of them are used, and the levels they belong to compute what they did, bit for bit; levels
+    that the first stage has beyond them are new.
+
+    Raises:
+        ConfigError: the model is another one than this run's first levels.
+        FileNotFoundError, ValueError: there is no such model.
+    """
+    init = config.train.init
+    if init is None or checkpoint.newest(out / "checkpoints") is not None:
+        return
+    weights, old = find_model(init)
+    small = checkpoint.load_network(old.model.first(count_levels(weights)), weights, where=init)
+    try:
+        net = grow(small, active_model(config, 0), seed=config.train.seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.init: {init} is not the beginning of this run's first stage ({error})"
+        ) from error
+    _begin(config, net, out)
+
+
+def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
+    """A run in `out` that starts from `net` and has seen no image."""
     state = {
         "images_seen": 0,
         "steps": 0,
         "skipped": 0,
         "skipped_in_a_row": 0,
         "seconds": 0.0,
-        "config": grown.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
     }
     snapshot = checkpoint.Snapshot(state, net.state_dict(), dict(net.named_parameters()), {})
-    write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(grown).encode()))
+    write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
     checkpoint.save(out / "checkpoints", snapshot, keep=1)
-    return grown
 
 
 def _with_level(config: RunConfig, side: int) -> RunConfig:
