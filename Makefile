@@ -21,7 +21,7 @@ demo: $(VENV)/.user
 	$(BIN)/mdm demo --out runs/demo
 
 fashion: $(VENV)/.user
-	$(BIN)/mdm train fashion-mnist --out runs/fashion-mnist
+	$(BIN)/mdm train fashion-mnist --out runs/fashion
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
