@@ -25,7 +25,7 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, plain_model, randomised
-from test_text import tokenizer
+from test_text import save_t5
 from tiny_run import tiny_config
 
 PROMPTS = ["red apple", "a green doll on the table"]
@@ -44,14 +44,7 @@ def text_config(encoder: EncoderConfig, features: int, **text) -> RunConfig:
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     """The config of a two-layer T5 with random weights."""
-    folder = tmp_path_factory.mktemp("t5")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.T5Config(
-            vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
-        )
-        transformers.T5EncoderModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    folder = save_t5(tmp_path_factory.mktemp("t5"))
     return EncoderConfig(name="t5", path=str(folder))
 
 

@@ -31,7 +31,6 @@ from matryoshka_diffusion.released.pickled import BrokenFile, Record, plain, rea
 from matryoshka_diffusion.sheet import save_png
 
 FILE = Path(__file__).parent / "data" / "reference" / "vis_model_nested32.pth"
-WEIGHTS = FILE.with_name("nested32.weights.safetensors")
 CONFIG = json.loads(FILE.with_name("nested32.json").read_text())
 
 
@@ -76,7 +75,7 @@ def test_every_way_to_give_the_weights_loads_the_same_network(tmp_path):
     save_file(tensors(), tmp_path / "weights.safetensors")
     torch.save(tensors(), tmp_path / "bare.pth")
     first, process = load_released(FILE)
-    for weights in (WEIGHTS, tensors(), tmp_path / "weights.safetensors", tmp_path / "bare.pth"):
+    for weights in (FILE, tensors(), tmp_path / "weights.safetensors", tmp_path / "bare.pth"):
         net, other = load_released(weights, CONFIG)
         assert net.config == first.config
         assert other.prediction == process.prediction == "v"
@@ -143,7 +142,7 @@ def test_another_width_of_text_is_given_by_hand(tmp_path):
 )
 def test_the_process_follows_the_run_configuration(change, expected):
     config = {**CONFIG, "diffusion_config": {"sampler_config": change}}
-    run = read_released(WEIGHTS, config).config
+    run = read_released(FILE, config).config
     assert expected == (
         run.model.schedule,
         run.process.prediction,
@@ -169,12 +168,12 @@ def test_what_no_released_model_uses_is_refused(part, change, message):
     else:
         config[part] = {**CONFIG[part], **change}
     with pytest.raises(ValueError, match=message):
-        read_released(WEIGHTS, config)
+        read_released(FILE, config)
 
 
 def test_a_config_that_is_none_is_refused():
     with pytest.raises(ValueError, match="no unet_config"):
-        load_released(WEIGHTS, {"model": "nested"})
+        load_released(FILE, {"model": "nested"})
 
 
 def test_released_pixels_go_there_and_back():
@@ -343,14 +342,14 @@ def test_a_hostile_configuration_is_one_clear_error(change, message):
     if "unet_config" in change:
         config["unet_config"] = {**CONFIG["unet_config"], **change["unet_config"]}
     with pytest.raises(ValueError, match=message) as caught:
-        load_released(WEIGHTS, config)
+        load_released(FILE, config)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
 
 
 def test_level_weights_are_turned_from_coarse_to_fine():
     config = {**CONFIG, "diffusion_config": {"multi_res_weights": "4:1"}}
-    assert load_released(WEIGHTS, config)[1].level_weights == (1.0, 4.0)
+    assert load_released(FILE, config)[1].level_weights == (1.0, 4.0)
 
 
 def test_tensors_that_share_their_numbers_are_refused(tmp_path):
@@ -364,7 +363,7 @@ def test_a_network_of_too_many_layers_is_not_built():
     unet = {**CONFIG["unet_config"], "inner_config": {**CONFIG["unet_config"]["inner_config"]}}
     unet["inner_config"]["num_lm_head_layers"] = 60_000
     with pytest.raises(BrokenFile, match=r"60,0\d\d layers"):
-        read_released(WEIGHTS, {**CONFIG, "unet_config": unet})
+        read_released(FILE, {**CONFIG, "unet_config": unet})
 
 
 def test_a_file_that_is_not_there():

@@ -48,7 +48,10 @@ def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
     """A two-layer T5 with random weights, saved as any T5 is."""
-    folder = tmp_path_factory.mktemp("t5")
+    return save_t5(tmp_path_factory.mktemp("t5"))
+
+
+def save_t5(folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.T5Config(

@@ -12,7 +12,7 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
 from matryoshka_diffusion.eval.retrieval import Retrieval, prompt_retrieval
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,6 @@ else:
 RETRIEVAL_CAPTIONS = 128
 SEED = 1_000_000  # far from the seeds that people try, so that nobody tunes on these samples
 
-Progress = Callable[[int, int], None]
 Features = Callable[[UInt8[np.ndarray, "b h w c"]], np.ndarray]
 
 SHEET_PROMPTS = (

@@ -21,6 +21,7 @@ from matryoshka_diffusion.config import (
     WeightingName,
 )
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.released.pickled import short
 
 # Members of the released enumerations: by name in its YAML files, by number in its pickles.
 _SCHEDULES: dict[str, ScheduleName] = {
@@ -106,7 +107,7 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"its network cannot be built: {_first(error)}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {_short(error)}"
+        reason = f"{type(error).__name__}: {short(str(error))}"
         raise ConfigError(f"no run configuration of the released code ({reason})") from error
     base = preset("released-64")
     stage = base.train.stages[-1].model_copy(update={"levels": len(nest), "mix": ()})
@@ -207,7 +208,7 @@ def _scale(unet: Mapping[str, Any]) -> tuple[str, int]:
     """Name and ceiling of the micro-condition, such as `scale:64`."""
     name, ceiling = unet["micro_conditioning"].split(":")
     if not 0 < int(ceiling[:6]) <= _LARGEST or len(ceiling) > 6:
-        raise ConfigError(f"micro_conditioning is {_short(unet['micro_conditioning'])}")
+        raise ConfigError(f"micro_conditioning is {short(unet['micro_conditioning'])}")
     return name, int(ceiling)
 
 
@@ -234,7 +235,7 @@ def _refuse_others(part: Mapping[str, Any], expected: Mapping[str, Any]) -> None
         unused = not found if value in (None, False) else found in (None, value)
         if not unused:
             raise ConfigError(
-                f"{name} is {_short(found)}: no released model uses this, and it is not supported"
+                f"{name} is {short(found)}: no released model uses this, and it is not supported"
             )
 
 
@@ -248,9 +249,4 @@ def _refuse_large(unet: Mapping[str, Any]) -> None:
 
 def _first(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {_short(first['msg'])}"
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if not isinstance(value, Exception) else ascii(str(value))
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return f"{'.'.join(map(str, first['loc']))}: {short(first['msg'])}"
