@@ -78,7 +78,7 @@ def test_previews_show_every_class_at_every_level(model, tmp_path):
     config = trained.config.model_copy(
         update={"sampling": trained.config.sampling.model_copy(update={"steps": 2})}
     )
-    view = View(config, tmp_path, 1234, trained.net, lambda: trained.net)
+    view = View(config, tmp_path, 1234, lambda: trained.net)
     path = Preview(None, None, "cpu")(view)
     assert path == tmp_path / "previews" / "0000001234.png"
     with Image.open(path) as page:

@@ -60,18 +60,6 @@ def test_new_parameters_start_as_they_are_and_old_averages_stay():
         assert torch.equal(ema.weights[name], before.get(name, value))
 
 
-def test_its_network_is_a_frozen_copy_in_eval_mode():
-    model = net()
-    ema = Ema(model, 0.0)
-    averaged = ema.network(model)
-    assert model.training
-    assert not any(module.training for module in averaged.modules())
-    assert not any(value.requires_grad for value in averaged.parameters())
-    nn.init.zeros_(averaged.get_parameter("0.weight"))
-    assert model.get_parameter("0.weight").any()
-    assert ema.weights["0.weight"].any()
-
-
 def test_load_takes_values_not_storage():
     model = net()
     ema, other = Ema(model, 0.9), Ema(net(seed=1), 0.9)

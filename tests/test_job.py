@@ -99,8 +99,8 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
 
     class Larger(TinyPictures):
-        def batch(self, first, count):
-            batch = super().batch(first, count)
+        def batch(self, ids):
+            batch = super().batch(ids)
             picture = torch.nn.functional.interpolate(batch.picture, size=(32, 32))
             return type(batch)(**{**vars(batch), "picture": picture})
 

@@ -119,7 +119,7 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path, pa):
 def test_classes_may_be_yes_and_no_but_not_numbers_and_words(tmp_path, pa):
     write(tmp_path / "0.parquet", {"image": [encode(0), encode(1)], "label": [True, False]})
     source = parquet(str(tmp_path / "0.parquet"), 16, 0.0)
-    labels = Loader(source, 0).batch(0, 2).labels
+    labels = Loader(source, 0).batch(range(2)).labels
     assert labels is not None
     assert labels.dtype == torch.int64
     assert source.classes == ("0", "1")

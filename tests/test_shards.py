@@ -144,8 +144,8 @@ def test_several_shards_are_one_set_and_the_order_is_the_loader_s(tmp_path, on_d
     assert isinstance(source, Source)
     assert keys(source) == [f"{n // 4:03}.tar:{n:05}" for n in range(12)]
     loader = Loader(source, seed=1)
-    whole = loader.batch(0, 24)
-    parts = [Loader(source, seed=1).batch(first, 6) for first in (18, 6, 0, 12)]
+    whole = loader.batch(range(24))
+    parts = [Loader(source, seed=1).batch(range(first, first + 6)) for first in (18, 6, 0, 12)]
     assert parts[1].keys == whole.keys[6:12]
     assert sorted(whole.keys[:12]) == sorted(whole.keys[12:]) == keys(source)
     for key, caption, picture in zip(whole.keys, whole.captions, whole.picture, strict=True):
@@ -181,9 +181,9 @@ def test_folders_and_other_members_are_passed_over(tmp_path):
 
 def test_training_is_shown_the_same_whether_decoded_once_or_on_demand(tmp_path, monkeypatch):
     path = str(write(tmp_path / "s.tar", captioned(7)))
-    once = Loader(shards(path, 16, 0.0), 3, flip=True).batch(5, 20)
+    once = Loader(shards(path, 16, 0.0), 3, flip=True).batch(range(5, 25))
     monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
-    on_demand = Loader(shards(path, 16, 0.0), 3, flip=True).batch(5, 20)
+    on_demand = Loader(shards(path, 16, 0.0), 3, flip=True).batch(range(5, 25))
     assert (once.picture == on_demand.picture).all()
     assert (once.keys, once.captions) == (on_demand.keys, on_demand.captions)
     assert (once.original_side == on_demand.original_side).all()

@@ -65,7 +65,7 @@ def test_an_empty_side_is_refused(share):
 
 
 def view(net: NestedUNet, tmp_path) -> View:
-    return View(tiny_config(), tmp_path, 0, net, lambda: net)
+    return View(tiny_config(), tmp_path, 0, lambda: net)
 
 
 def test_the_loss_is_the_same_at_every_call_and_follows_the_weights(tmp_path):
@@ -91,7 +91,7 @@ def test_training_never_sees_what_is_held_out(tmp_path):
     config = job.find_config("folder-64", str(tmp_path), ["data.held_out=0.25"])
     ready = job.prepare(config)
     assert ready.held_out is not None
-    shown = set(ready.loader.batch(0, 4 * len(ready.source)).keys)
+    shown = set(ready.loader.batch(range(4 * len(ready.source))).keys)
     assert shown == set(ready.source.keys)
     assert not shown & set(ready.held_out.keys)
     assert len(ready.source) + len(ready.held_out) == 40

@@ -69,8 +69,7 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
 class TinyPictures:
     """A loader of smooth random pictures, a pure function of the sample number."""
 
-    def batch(self, first: int, count: int) -> Batch:
-        ids = range(first, first + count)
+    def batch(self, ids: range) -> Batch:
         coarse = torch.stack(
             [torch.from_numpy(stream(0, "picture", n % 16).random((3, 4, 4))).float() for n in ids]
         )

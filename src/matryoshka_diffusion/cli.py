@@ -8,6 +8,7 @@ by Ctrl-C / SIGTERM / SIGUSR1 and saved.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,12 +20,15 @@ GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
+PARALLEL = ("ddp", "fsdp")
+RANK_TIMEOUT = 60
 _MODEL = "run folder, model folder, released .pth or shipped model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = build_parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show_warning
     try:
         options.run(options)
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "code", None)  # train.signals.Stopped, without importing torch
         if not isinstance(code, int):
             raise
-        return _say(_one_line(error), code)
+        return _say(_one_line(error), code) if _leads() else code
     return 0
 
 
@@ -54,7 +58,11 @@ def train(options: argparse.Namespace) -> None:
     out = options.out or _own_folder(options.preset)
     if out is None:
         raise SystemExit(_say("mdm train: give the run's folder with --out", 2))
-    _train(config, out, _device(options.device))
+    if options.gpus > 1 and "RANK" not in os.environ:
+        from matryoshka_diffusion.train.launch import launch
+
+        raise SystemExit(launch(options.gpus, options.arguments))
+    _train(config, out, options.device, options.parallel, options.rank_timeout)
     return None
 
 
@@ -220,27 +228,41 @@ def demo(options: argparse.Namespace) -> None:
     print(f"24 prompts at every level, beside the real pictures: {path}")
 
 
-def _train(config: Any, out: Path, device: str) -> Path:
-    """Train with previews; returns the finished model's folder."""
+def _train(
+    config: Any, out: Path, device: str, parallel: Any = "ddp", rank_timeout: int = RANK_TIMEOUT
+) -> Path:
+    """Train with previews, as one of the ranks; returns the finished model's folder."""
+    import torch
+
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.hooks import Preview, preview_prompts
+    from matryoshka_diffusion.train.ranks import compare_data
     from matryoshka_diffusion.train.run_folder import refuse_foreign
     from matryoshka_diffusion.train.trainer import train as run
+    from matryoshka_diffusion.train.world import joined, rank_device
     from matryoshka_diffusion.watch import HeldOutLoss
 
-    refuse_foreign(out)
-    ready = job.prepare(config)
-    print(summary(ready.source))
-    job.warm_start(ready.config, out)
-    prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
-    every = ready.config.train.preview_every_images
-    hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
-    if ready.held_out is not None:
-        watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
-        hooks.append((every, watch))
-    finished = run(ready.config, ready.loader, out, encode=ready.encode, hooks=hooks, device=device)
-    print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
+    device = rank_device(_device(device))
+    with joined(torch.device(device), parallel, rank_timeout) as world:
+        world.once(lambda: refuse_foreign(out))
+        with world.first("data"):
+            ready = job.prepare(config)
+        compare_data(world, ready.source.keys)
+        world.once(lambda: job.warm_start(ready.config, out))
+        prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
+        every = ready.config.train.preview_every_images
+        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
+        if ready.held_out is not None:
+            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
+            hooks.append((every, watch))
+        if world.leads:
+            print(summary(ready.source))
+        given = {"encode": ready.encode, "hooks": hooks, "device": device, "world": world}
+        finished = run(ready.config, ready.loader, out, **given)
+        if world.leads:
+            previews = f"with previews in {out / 'previews'}; draw with mdm sample {out}"
+            print(f"trained: {finished}, {previews}")
     return finished
 
 
@@ -268,6 +290,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
+    )
+    command.add_argument("--gpus", type=_positive, default=1, metavar="N", help="of this machine")
+    command.add_argument(
+        "--parallel", choices=PARALLEL, default="ddp", help="each GPU has the network, or a share"
+    )
+    command.add_argument(
+        "--rank-timeout",
+        type=_positive,
+        default=RANK_TIMEOUT,
+        metavar="SECONDS",
+        help=f"a rank that is silent for so long is dead ({RANK_TIMEOUT})",
     )
     _add_device(command)
     _add_set(command)
@@ -447,6 +480,11 @@ def _device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _leads() -> bool:
+    """Whether this process speaks for all: it is alone, or rank 0 of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _own_folder(name: str) -> Path | None:
     """A run folder that is trained further needs no --out."""
     return Path(name) if (Path(name) / "config.yaml").is_file() else None
@@ -471,6 +509,8 @@ def _one_line(error: object) -> str:
 def _say(text: str, status: int) -> int:
     """One line on stderr; returns the status."""
     text = text if text.startswith("mdm") else f"mdm: {text}"
+    if not _leads():
+        text = text.replace("mdm: ", f"mdm: rank {os.environ['RANK']}: ", 1)
     if "tqdm" in sys.modules:  # a bar may be on the screen
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:

@@ -128,7 +128,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive samples of a run.
+    """Some samples of a run.
 
     Attributes:
         picture: numbers in [-1, 1].

@@ -1,7 +1,7 @@
 """The loader: which picture, caption and flip sample n of a run gets, and nothing else.
 
-A batch is a pure function of (seed, first, count), so resuming, another batch size or another
-number of processes cannot change what the model is shown.
+A batch is a pure function of (seed, ids), so resuming, another batch size or another number of
+processes cannot change what the model is shown.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class Loader:
         self.flip = flip
         self.pixels: Pixels = pixels
 
-    def batch(self, first: int, count: int) -> Batch:
-        """The samples n = first .. first + count - 1."""
-        ids = range(first, first + count)
+    def batch(self, ids: range) -> Batch:
+        """The samples with these global numbers n."""
         examples = self.source.many([self._index(n) for n in ids])
         pictures = np.stack(
             [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]

@@ -4,6 +4,9 @@ A checkpoint is a folder `<images seen>/` of safetensors and JSON. It is written
 name, every file reaches the disk, the manifest with sizes and hashes comes last, and then the
 folder takes its name: a power cut or kill -9 at any moment leaves older checkpoints as they were.
 What does not match its manifest is never loaded.
+
+Ranks that hold shards write one file each, side by side. A tensor is its pieces put together along
+the first axis, in the order of the manifest, whoever reads it: the number of ranks may change.
 """
 
 from __future__ import annotations
@@ -13,22 +16,25 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ModelConfig, RunConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.train.world import World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
+"""What rank 0 writes; other ranks with shards add `weights.2.safetensors` and so on."""
 
 
 class CheckpointError(ValueError):
@@ -55,37 +61,32 @@ class Snapshot:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = None) -> Path:
     """Add a checkpoint to `folder`, then remove the oldest until `keep` are left.
+
+    A collective: every rank of `world` writes what it alone holds, rank 0 all the rest.
 
     Raises:
         OSError: it could not be written; names the path, the reason and the bytes needed. Nothing
             is left of it and older checkpoints are untouched.
     """
+    world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
-    if not target.exists() or _flaw(target):
-        _write(target, snapshot)
-    for old in _newest_first(folder, up_to=target)[keep:]:
-        shutil.rmtree(old)
+    if world.once(lambda: not target.exists() or _flaw(target) is not None):
+        _write(target, snapshot, world)
+    if world.leads:
+        for old in _newest_first(folder, up_to=target)[keep:]:
+            shutil.rmtree(old)
     return target
 
 
-def _write(target: Path, snapshot: Snapshot) -> None:
+def _write(target: Path, snapshot: Snapshot, world: World) -> None:
     temporary = target.parent / f".{target.name}.tmp"
     try:
-        for stale in target.parent.glob(".*.tmp"):  # of a process that was killed while saving
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-        manifest = {}
-        for name, data in zip(FILES, _contents(snapshot), strict=True):
-            write_atomically(temporary / name, lambda file, data=data: file.write(data))
-            manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        text = json.dumps(manifest, indent=1).encode()
-        write_atomically(temporary / MANIFEST, lambda file: file.write(text))
-        if target.exists():
-            shutil.rmtree(target)  # `save` found it to be torn
-        os.rename(temporary, target)
-        sync_folder(target.parent)
+        world.once(lambda: _begin(temporary))
+        written = world.each(lambda: _write_parts(temporary, snapshot, world))
+        manifest = {name: entry for files in written for name, entry in files.items()}
+        world.once(lambda: _finish(temporary, target, manifest))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(
@@ -94,14 +95,52 @@ def _write(target: Path, snapshot: Snapshot) -> None:
             "older checkpoints are untouched, and the same command continues from the newest",
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if world.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _contents(snapshot: Snapshot) -> Iterator[bytes]:
-    """What belongs into `FILES`, one at a time to spare memory."""
+def _begin(temporary: Path) -> None:
+    for stale in temporary.parent.glob(".*.tmp"):  # of a process that was killed while saving
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+
+
+def _write_parts(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; returns their entries in the manifest."""
+    entries = {}
+    for name, data in _contents(snapshot, world):
+        write_atomically(folder / name, lambda file, data=data: file.write(data))
+        entries[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return entries
+
+
+def _finish(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1).encode()
+    write_atomically(temporary / MANIFEST, lambda file: file.write(text))
+    if target.exists():
+        shutil.rmtree(target)  # `save` found it to be torn
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+
+
+def _contents(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
+    """This rank's files, one at a time to spare memory."""
     for name in TENSORS:
-        yield _to_bytes(getattr(snapshot, name))
-    yield json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
+        pieces = _pieces(getattr(snapshot, name), world)
+        if pieces or world.leads:
+            place = "" if world.leads else f".{world.rank + 1}"
+            yield f"{name}{place}.safetensors", _to_bytes(pieces)
+    if world.leads:
+        yield STATE, json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
+
+
+def _pieces(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this rank writes: its shards, if any of the tensor falls to it, and once the rest."""
+    return {
+        name: local(value)
+        for name, value in tensors.items()
+        if (local(value).numel() > 0 if is_sharded(value) else world.leads)
+    }
 
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -111,7 +150,11 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _bytes(snapshot: Snapshot) -> int:
-    return sum(x.nbytes for name in TENSORS for x in getattr(snapshot, name).values())
+    return sum(
+        value.numel() * value.element_size()
+        for name in TENSORS
+        for value in getattr(snapshot, name).values()
+    )
 
 
 def export_weights(
@@ -157,8 +200,46 @@ def newest(folder: Path) -> Path | None:
 
 def read(path: Path) -> Snapshot:
     """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
-    tensors = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in TENSORS}
+    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    tensors = {
+        name: Stored([path / file for file in manifest if file.split(".")[0] == name])
+        for name in TENSORS
+    }
     return Snapshot(state=json.loads((path / STATE).read_text("utf-8")), **tensors)
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors in safetensors files, each read when it is asked for and put together of its pieces.
+
+    So restoring a run takes the memory of the run and of one tensor, not that of the files, too.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._pieces: dict[str, list[tuple[Path, list[int]]]] = {}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is no mapping
+                    piece = (path, file.get_slice(name).get_shape())
+                    self._pieces.setdefault(name, []).append(piece)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = []
+        for path, _ in self._pieces[name]:
+            # Pages of an open file count as memory once they were read, so it is closed again.
+            with safe_open(path, "pt") as file:
+                pieces.append(file.get_tensor(name))
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def shape(self, name: str) -> torch.Size:
+        """A tensor's shape, without reading it."""
+        first, *rest = (shape for _, shape in self._pieces[name])
+        return torch.Size([first[0] + sum(shape[0] for shape in rest), *first[1:]] if first else [])
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
@@ -193,9 +274,9 @@ def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, w
     missing = [f"{name} is missing" for name in expected if name not in found]
     surplus = [f"{name} is not in the network" for name in found if name not in expected]
     shapes = [
-        f"{name} is {tuple(found[name].shape)}, the network's {tuple(value.shape)}"
+        f"{name} is {tuple(shape)}, the network's {tuple(value.shape)}"
         for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
+        if name in found and (shape := _shape(found, name)) != value.shape
     ]
     if problems := missing + surplus + shapes:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -203,6 +284,10 @@ def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, w
             f"{where} does not fit the network: {'; '.join(problems[:3])}{more}; "
             "it belongs to another config or version"
         )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    return tensors.shape(name) if isinstance(tensors, Stored) else tensors[name].shape
 
 
 def _newest_first(folder: Path, up_to: Path | None = None) -> list[Path]:
@@ -215,7 +300,7 @@ def _flaw(path: Path) -> str | None:
     """Why the checkpoint is not complete; None if it is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        for name in FILES:
+        for name in {**dict.fromkeys(FILES), **manifest}:
             if manifest[name] != _fingerprint(path / name):
                 return f"{name} is not what {MANIFEST} says"
     except FileNotFoundError as error:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-Net = TypeVar("Net", bound=nn.Module)
+from matryoshka_diffusion.train.world import fill, local
 
 
 class Ema:
     """An average of a network's parameters over the last 1 / (1 - decay) steps, by name.
 
     Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps; otherwise the
-    average would consist of initial weights for thousands of steps. It is kept in float32.
+    average would consist of initial weights for thousands of steps. It is kept in float32, and
+    sharded where the network is: each rank averages its own part.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
@@ -38,20 +37,11 @@ class Ema:
     def update(self, net: nn.Module, steps: int) -> None:
         """Move towards the live weights; `steps` is the number of optimizer steps before."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        live = [value.float() for value in net.parameters()]
-        get_ema_multi_avg_fn(decay)(list(self.weights.values()), live, None)
+        live = [local(value).float() for value in net.parameters()]
+        averages = [local(value) for value in self.weights.values()]
+        get_ema_multi_avg_fn(decay)(averages, live, None)
 
-    @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the averages; the names must be those of the parameters."""
         assert weights.keys() == self.weights.keys()
-        for name, value in self.weights.items():
-            value.copy_(weights[name])
-
-    @torch.no_grad()
-    def network(self, net: Net) -> Net:
-        """A frozen copy of `net` in eval mode that holds the averaged weights."""
-        averaged = copy.deepcopy(net).eval().requires_grad_(False)
-        for name, value in averaged.named_parameters():
-            value.copy_(self.weights[name])
-        return averaged
+        fill(self.weights, weights)

@@ -17,6 +17,7 @@ from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, rag
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.train.curriculum import Step
+from matryoshka_diffusion.train.world import World
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
 """Captions -> the features of each one's tokens, (n, d)."""
@@ -24,14 +25,14 @@ Encode = Callable[[Sequence[str]], list[Tensor]]
 
 @runtime_checkable
 class Batches(Protocol):
-    """Where pictures come from: the samples n = first .. first + count - 1 of the run."""
+    """Where pictures come from: the samples of the run that have these numbers n."""
 
-    def batch(self, first: int, count: int) -> Batch: ...
+    def batch(self, ids: range) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of the loss for one step, and what its samples are called.
+    """The arguments of the loss for a rank's part of one step, and what its samples are called.
 
     `x` and `noise` may be ragged; everything else has a row for each sample. `ids` are global
     sample numbers and `keys` the source's names, for reports of trouble.
@@ -47,7 +48,10 @@ class Inputs:
 
     def every(self, stride: int, offset: int) -> Inputs:
         """Rows offset, offset + stride, ...: a micro-batch with its share of the finer rows."""
-        rows = slice(offset, None, stride)
+        return self.rows(slice(offset, None, stride))
+
+    def rows(self, rows: slice) -> Inputs:
+        """Some of the rows, with what they have of the finer levels."""
         return Inputs(
             step=self.step,
             x=tuple(level[rows] for level in self.x),
@@ -60,7 +64,7 @@ class Inputs:
 
 
 class Feed:
-    """Makes the inputs of any step, a pure function of the run's seed and the step.
+    """Makes a rank's inputs of any step, a pure function of the run's seed, the step and the rank.
 
     It does nothing that needs the network, so it runs in the loader's thread while the network is
     busy; on an accelerator that includes the copy to the device.
@@ -76,8 +80,10 @@ class Feed:
         loader: Batches,
         encode: Encode | None = None,
         device: torch.device | str = "cpu",
+        world: World | None = None,
     ) -> None:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
+        self._world = world or World()
         self._micro = config.model.micro_names
         if unknown := self._micro - {"scale"}:
             raise ValueError(
@@ -88,14 +94,27 @@ class Feed:
             raise ValueError("model.text is set, but training was given no text encoder")
 
     def __call__(self, step: Step) -> Inputs:
-        """The inputs of `step`."""
-        batch = self._loader.batch(step.first, step.count)
+        """The inputs of `step` for this rank.
+
+        A rank may have no row of the finer levels, or none at all. It still walks through the
+        network with its zero rows, so that every rank is at the same collective.
+        """
+        if mine := self._world.mine(range(step.first, step.end)):
+            return self._inputs(step, mine)
+        return self._inputs(step, range(step.first, step.first + 1)).rows(slice(0))
+
+    def _inputs(self, step: Step, ids: range) -> Inputs:
+        batch = self._loader.batch(ids)
         seed, levels = self._config.train.seed, self._config.model.levels[: len(step.rows)]
         resolutions = [Resolution(level.side, level.side) for level in levels]
-        x = ragged(build_pyramid(batch.picture, resolutions), step.rows)
+        # Finer levels hold the first rows of the step, hence the first of each rank's.
+        rows = [sum(n < step.first + count for n in ids) for count in step.rows]
+        x = ragged(build_pyramid(batch.picture, resolutions), rows)
         noise = tuple(
-            torch.stack([normal(seed, "noise", n, r, shape=level.shape[1:]) for n in ids])
-            if (ids := batch.ids[: len(level)].tolist())
+            torch.stack(
+                [normal(seed, "noise", n, r, shape=level.shape[1:]) for n in ids[: len(level)]]
+            )
+            if len(level)
             else torch.zeros_like(level)
             for r, level in enumerate(x)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
@@ -19,9 +19,10 @@ from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
+from matryoshka_diffusion.train.checkpoint import Snapshot, check_same, load_network
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
+from matryoshka_diffusion.train.engine import build_engine
 from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
@@ -31,6 +32,7 @@ from matryoshka_diffusion.train.optim import (
     set_learning_rate,
 )
 from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.world import World, fill, whole
 
 PATIENCE = 20
 """Steps in a row that may be skipped because they are not finite."""
@@ -62,21 +64,29 @@ class Outcome(NamedTuple):
 class Learner:
     """The network, its average and the optimizer's memory: the part of a run that is saved.
 
-    `config` is a resolved one (see `run_folder.open_run`).
+    `config` is a resolved one (see `run_folder.open_run`). Every rank of `world` has a learner;
+    they take each step together and come to the same outcome.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, images_seen: int = 0) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        images_seen: int = 0,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.device, self.world = config, device, world or World()
         self.progress = Progress(images_seen)
         model = active_model(config, images_seen)
-        self.net = NestedUNet(model, seed=config.train.seed).to(device)
+        self._prepare(NestedUNet(model, seed=config.train.seed).to(device))
         self.ema = Ema(self.net, config.train.ema_decay)
-        self._prepare()
 
-    def _prepare(self) -> None:
-        """Build what depends on which levels there are and holds no state yet."""
-        self.process = Process.from_config(self.config.process, self.net.config)
-        self.optimizer = build_optimizer(self.net, self.config.train)
+    def _prepare(self, net: NestedUNet) -> None:
+        """Take a network, and build what depends on which levels it has and holds no state yet."""
+        self.net = net
+        self.engine = build_engine(net, self.world, self.device)
+        self.process = Process.from_config(self.config.process, net.config)
+        self.optimizer = build_optimizer(net, self.config.train)
 
     def grow(self, levels: int) -> None:
         """Go on with the first `levels` levels; does nothing if they are there already.
@@ -87,9 +97,10 @@ class Learner:
         if levels == len(self.net.levels):
             return
         memory = moments(self.optimizer, self.net)
-        self.net = grow(self.net, self.config.model.first(levels), seed=self.config.train.seed)
+        small = self.network(dict(self.net.named_parameters()))
+        larger = grow(small, self.config.model.first(levels), seed=self.config.train.seed)
+        self._prepare(larger.train())
         self.ema.extend(self.net)
-        self._prepare()
         load_moments(self.optimizer, self.net, memory)
 
     # --- one step --------------------------------------------------------------------------
@@ -103,8 +114,10 @@ class Learner:
         step, progress = inputs.step, self.progress
         loss = self._gradient(inputs)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
-        # One transfer, hence one wait for the device, a step.
-        total, grad_norm, *per_level = torch.stack([loss.total, norm, *loss.per_level]).tolist()
+        losses = self.world.sum(torch.stack([loss.total, *loss.per_level]))
+        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, so
+        # they decide alike whether the step is taken.
+        grad_norm, total, *per_level = torch.cat([whole(norm).view(1), losses]).tolist()
         if math.isfinite(total) and math.isfinite(grad_norm):
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
@@ -113,7 +126,7 @@ class Learner:
             return Outcome(total, tuple(per_level), grad_norm)
         in_a_row = progress.skipped_in_a_row + 1
         self.progress = Progress(step.end, progress.steps, progress.skipped + 1, in_a_row)
-        culprits = _culprits(inputs, loss.per_example)
+        culprits = self._culprits(inputs, loss.per_example)
         if in_a_row >= PATIENCE:
             raise NotFinite(
                 f"{PATIENCE} steps in a row, up to {step.end:,} images, had an infinite or NaN "
@@ -125,8 +138,9 @@ class Learner:
     def _gradient(self, inputs: Inputs) -> Loss:
         """Leave the gradient of the step's loss in the parameters.
 
-        The batch goes through in `accumulate` parts, each divided by the row counts of the
-        whole, so that the parts add up to what the undivided batch gives.
+        A rank's share of the batch goes through in `accumulate` parts, each divided by the row
+        counts of the whole batch, so that all parts of all ranks add up to what the undivided
+        batch gives. The loss that is returned is this rank's part.
         """
         step, train = inputs.step, self.config.train
         self.net.train()
@@ -135,17 +149,20 @@ class Learner:
         parts, per_example = [], torch.zeros_like(inputs.t)
         for offset in range(num_parts):
             micro = inputs.every(num_parts, offset)
-            with _torch_seeded(self.device, train.seed, "network", step.first, offset):
-                loss = matryoshka_loss(
-                    self._network,
-                    micro.x,
-                    micro.cond,
-                    micro.t,
-                    micro.noise,
-                    process=self.process,
-                    counts=step.rows,
-                )
-            loss.total.backward()
+            place = self.world.rank + offset * self.world.size  # of its first row in the batch
+            with self.engine.micro_batch(last=offset == num_parts - 1):
+                with _torch_seeded(self.device, train.seed, "network", step.first, place):
+                    loss = matryoshka_loss(
+                        self._network,
+                        micro.x,
+                        micro.cond,
+                        micro.t,
+                        micro.noise,
+                        process=self.process,
+                        counts=step.rows,
+                    )
+                # The engine averages gradients over the ranks; they are to be summed.
+                (loss.total * self.world.size).backward()
             parts.append(Loss(*(part.detach() for part in loss)))
             per_example[offset::num_parts] = parts[-1].per_example
         return Loss(
@@ -157,7 +174,16 @@ class Learner:
     def _network(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """The network in the run's precision; the loss around it stays float32."""
         with autocast(self.config.train.precision, self.device):
-            return self.net(z, t, cond)
+            return self.engine(z, t, cond)
+
+    def _culprits(
+        self, inputs: Inputs, per_example: Float[Tensor, " b"]
+    ) -> tuple[tuple[int, str], ...]:
+        """All ranks' samples whose loss is not finite; every one if only the gradient is not."""
+        samples = list(zip(inputs.ids, inputs.keys, per_example.isfinite().tolist(), strict=True))
+        everyone = sorted(itertools.chain.from_iterable(self.world.gather(samples)))
+        bad = [(number, key) for number, key, finite in everyone if not finite]
+        return tuple(bad or [(number, key) for number, key, _ in everyone])
 
     # --- saving and restoring --------------------------------------------------------------
 
@@ -166,14 +192,33 @@ class Learner:
         config = self.config.model_dump(mode="json")
         return Snapshot(
             state={**asdict(self.progress), "seconds": seconds, "config": config},
-            weights=self.net.state_dict(),
+            weights=dict(self.net.named_parameters()),
             ema=self.ema.weights,
             optimizer=moments(self.optimizer, self.net),
         )
 
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights, put together from all ranks; a collective."""
+        return {name: whole(value) for name, value in self.ema.weights.items()}
+
+    def network(self, weights: Mapping[str, Tensor]) -> NestedUNet:
+        """A frozen copy of the network, in eval mode, with copies of these weights.
+
+        A collective if they are sharded.
+        """
+        copies = {name: whole(value).detach().clone() for name, value in weights.items()}
+        net = load_network(self.net.config, copies, where="a copy of the network")
+        return net.eval().requires_grad_(False)
+
     @classmethod
     def restore(
-        cls, config: RunConfig, device: torch.device, snapshot: Snapshot, *, where: str
+        cls,
+        config: RunConfig,
+        device: torch.device,
+        snapshot: Snapshot,
+        *,
+        where: str,
+        world: World | None = None,
     ) -> Learner:
         """The learner that a snapshot was taken of; `where` names it in errors.
 
@@ -181,12 +226,12 @@ class Learner:
             CheckpointError: it does not fit the config. It is checked whole before any is used.
         """
         progress = Progress(**{f.name: snapshot.state[f.name] for f in fields(Progress)})
-        learner = cls(config, device, progress.images_seen)
+        learner = cls(config, device, progress.images_seen, world)
         net, memory = learner.net, snapshot.optimizer
         check_same(net.state_dict(), snapshot.weights, where=f"{where}: weights")
         check_same(dict(net.named_parameters()), snapshot.ema, where=f"{where}: ema")
         check_same(moment_shapes(net, memory), memory, where=f"{where}: optimizer")
-        net.load_state_dict(snapshot.weights)
+        fill(dict(net.named_parameters()), snapshot.weights)
         learner.ema.load(snapshot.ema)
         load_moments(learner.optimizer, net, memory)
         learner.progress = progress
@@ -198,13 +243,6 @@ def describe(culprits: Sequence[tuple[int, str]]) -> str:
     told = ", ".join(f"{number} ({key})" for number, key in culprits[:4])
     more = f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
     return f"samples {told}{more}"
-
-
-def _culprits(inputs: Inputs, per_example: Float[Tensor, " b"]) -> tuple[tuple[int, str], ...]:
-    """The samples whose own loss is not finite; all of them if only the gradient is not."""
-    samples = tuple(zip(inputs.ids, inputs.keys, strict=True))
-    bad = (~per_example.isfinite()).tolist()
-    return tuple(itertools.compress(samples, bad)) if any(bad) else samples
 
 
 @contextmanager

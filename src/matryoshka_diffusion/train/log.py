@@ -100,15 +100,16 @@ def _is_within(line: bytes, images_seen: int) -> bool:
 class Display:
     """Progress for people on stderr: images/s, time left, loss of each level, waiting for data.
 
-    A bar on a terminal; elsewhere (a log file, CI) a plain line now and then.
+    A bar on a terminal; elsewhere (a log file, CI) a plain line now and then. Nothing unless
+    `shown`: of several ranks one speaks.
     """
 
-    def __init__(self, config: RunConfig, images_seen: int) -> None:
+    def __init__(self, config: RunConfig, images_seen: int, *, shown: bool = True) -> None:
         from tqdm import tqdm  # with everything it imports, only where something is trained
 
         self._config = config
         self._recent: deque[Entry] = deque(maxlen=50)
-        self._plain = not sys.stderr.isatty()
+        self._shown, self._plain = shown, not sys.stderr.isatty()
         self._told = time.monotonic()
         self._bar = tqdm(
             total=config.train.images,
@@ -117,7 +118,7 @@ class Display:
             unit_scale=True,
             dynamic_ncols=True,
             smoothing=0.05,
-            disable=self._plain,
+            disable=self._plain or not shown,
         )
 
     def __enter__(self) -> Display:
@@ -133,6 +134,8 @@ class Display:
 
     def show(self, entry: Entry) -> None:
         """Take in a step; tell if it is time."""
+        if not self._shown:
+            return
         self._recent.append(entry)
         train, now = self._config.train, time.monotonic()
         if not self._plain:

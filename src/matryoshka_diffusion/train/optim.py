@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import TrainConfig
+from matryoshka_diffusion.train.world import is_sharded, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -50,9 +51,16 @@ def load_moments(
     for name, parameter in net.named_parameters():
         if f"{name}.step" in memory:
             optimizer.state[parameter] = {
-                moment: memory[f"{name}.{moment}"].to(parameter.device, torch.float32, copy=True)
-                for moment in MOMENTS
+                moment: _beside(parameter, memory[f"{name}.{moment}"]) for moment in MOMENTS
             }
+
+
+def _beside(parameter: Tensor, moment: Tensor) -> Tensor:
+    """A copy of a moment where its parameter is, sharded as that is; step counts are not."""
+    moment = moment.to(parameter.device, torch.float32, copy=True)
+    if moment.ndim == 0 or is_sharded(moment):
+        return moment
+    return sharded_like(moment, parameter)
 
 
 def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.precision import resolve_precision
 
 
-def open_run(folder: Path, asked: RunConfig, device: torch.device) -> RunConfig:
+def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
     """Begin a run in `folder`, or find the one that `asked` began there.
 
     Returns:
@@ -41,7 +41,7 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device) -> RunConfig:
     config = with_precision(config, resolve_precision(config.train.precision, device))
     if config != begun:  # new, or prepared for a first start
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
-    _note_start(folder / "environment.json", device)
+    _note_start(folder / "environment.json", device, ranks)
     return config
 
 
@@ -92,7 +92,7 @@ def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, data
 
 
-def _note_start(path: Path, device: torch.device) -> None:
+def _note_start(path: Path, device: torch.device, ranks: int) -> None:
     """Add this start of the run to the list of where it was computed."""
     starts = json.loads(path.read_text("utf-8")) if path.exists() else []
     starts.append(
@@ -103,6 +103,7 @@ def _note_start(path: Path, device: torch.device) -> None:
             "torch": str(torch.__version__),
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "ranks": ranks,
             "threads": torch.get_num_threads(),
         }
     )

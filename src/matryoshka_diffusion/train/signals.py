@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,11 +16,14 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved. `code` is the exit status: 130, 143 or 138."""
+    """Training was asked to stop and has saved. `code` is the exit status: 130, 143 or 138.
 
-    def __init__(self, message: str, code: int) -> None:
+    That is 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = 128 + number
 
 
 class Interrupts:
@@ -26,17 +31,14 @@ class Interrupts:
 
     Leaving at once loses nothing that is saved: checkpoints appear whole or not at all. Python
     lets only the main thread handle signals; in another one this does nothing.
+
+    Attributes:
+        received: the number of the first signal; 0 so far.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received = 0
         self._before: dict[signal.Signals, Any] = {}
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it."""
-        assert self.received is not None
-        return 128 + self.received
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -54,7 +56,21 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             os._exit(128 + number)
-        self.received = signal.Signals(number)
+        self.received = number
         os.write(2, b"\nmdm: stopping after this step, saving first; again leaves at once\n")
+
+
+@contextmanager
+def unswayed() -> Iterator[None]:
+    """Let the signals pass unheard, for the seconds that it takes to say why a run ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

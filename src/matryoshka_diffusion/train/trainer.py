@@ -25,8 +25,10 @@ from matryoshka_diffusion.train.curriculum import Step, steps
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
+from matryoshka_diffusion.train.ranks import compare_ranks
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
+from matryoshka_diffusion.train.world import World
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,12 @@ class View:
         config: the resolved config.
         folder: the run's folder, to put files into.
         images_seen: where the run is.
-        net: the network in training; use it without changing it.
         averaged: makes a frozen copy in eval mode that holds the averaged weights.
     """
 
     config: RunConfig
     folder: Path
     images_seen: int
-    net: NestedUNet
     averaged: Callable[[], NestedUNet]
 
 
@@ -54,6 +54,7 @@ Hook: TypeAlias = tuple[int, Callable[[View], object]]
 A dict that it returns becomes a line of metrics. A hook may draw from torch's global generator,
 since training does not. If it raises, the run is
 saved first and then stops with that error; the same command goes on after the hook's place.
+Hooks are called on rank 0; the other ranks wait.
 """
 
 
@@ -65,12 +66,14 @@ def train(
     encode: Encode | None = None,
     hooks: Sequence[Hook] = (),
     device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> Path:
     """Train in the run folder `folder`, or go on with the run that is there.
 
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        world: the ranks that train together, from `world.joined`; all of them call this.
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -78,33 +81,35 @@ def train(
     Raises:
         ConfigError: `folder` holds another run, or something else.
         CheckpointError: the run's checkpoints cannot be used.
-        Stopped: after SIGINT or SIGTERM; the run is saved.
+        Stopped: a rank got SIGINT, SIGTERM or SIGUSR1; the run is saved.
+        RanksDiffer: the ranks were given different data or configs, or the same samples.
         NotFinite: the loss has not been finite for many steps.
         OSError: something could not be written.
     """
-    device = torch.device(device)
-    config = open_run(folder, config, device)
-    run = Run(config, folder, device)
-    feed = Feed(config, loader, encode, device)
+    device, world = torch.device(device), world or World()
+    config = world.once(lambda: open_run(folder, config, device, world.size))
+    run = Run(config, folder, device, world)
+    feed = Feed(config, loader, encode, device, world)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
     inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
-    with Interrupts() as interrupts, Display(config, run.images_seen) as display, closing(inputs):
+    display = Display(config, run.images_seen, shown=world.leads)
+    with Interrupts() as interrupts, display, closing(inputs):
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
             run.call(hooks, entry.step)
-            stopping = interrupts.received is not None  # asked once: it may change at any time
-            saved = run.save() if stopping or run.should_save(entry.step) else None
-            if stopping:
+            # Asked once, since it may change at any time, and of all ranks: they stop together.
+            signal = world.highest(interrupts.received)
+            saved = run.save() if signal or run.should_save(entry.step) else None
+            if signal:
                 raise Stopped(
                     f"stopped at {entry.step.end:,} of {config.train.images:,} images and saved "
                     f"{saved}; the same command continues from there",
-                    interrupts.exit_code,
+                    signal,
                 )
-    learner = run.learner
-    weights = learner.ema.network(learner.net).state_dict()
-    checkpoint.export_weights(folder / "model", weights, config)
+    weights = run.learner.averaged()
+    world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
     return folder / "model"
 
 
@@ -122,19 +127,19 @@ def _alone(feed: Feed) -> Callable[[Step], Inputs]:
 
 
 class Run:
-    """A learner and the folder that its progress is written to."""
+    """A learner and the folder that its progress is written to, by rank 0."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device) -> None:
-        self.config, self.folder = config, folder
-        seconds, path = 0.0, checkpoint.newest(folder / "checkpoints")
+    def __init__(self, config: RunConfig, folder: Path, device: torch.device, world: World) -> None:
+        self.config, self.folder, self.world = config, folder, world
+        seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         if path is None:
-            self.learner = Learner(config, device)
+            self.learner = Learner(config, device, world=world)
         else:
             snapshot = checkpoint.read(path)
-            self.learner = Learner.restore(config, device, snapshot, where=str(path))
+            self.learner = Learner.restore(config, device, snapshot, where=str(path), world=world)
             seconds = snapshot.state["seconds"]
         self._began = time.monotonic() - seconds
-        self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen)
+        self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen) if world.leads else None
         self._entries: list[Entry] = []
 
     @property
@@ -143,9 +148,12 @@ class Run:
 
     def learn(self, inputs: Iterable[Inputs]) -> Iterator[Entry]:
         """Take one step after the other, growing the network where its stage asks for it."""
-        asked = time.perf_counter()
+        asked, compared = time.perf_counter(), False
         for given in inputs:
             begun = time.perf_counter()
+            if not compared:
+                compare_ranks(self.world, self.config, given)
+                compared = True
             self.learner.grow(levels=len(given.step.rows))
             outcome = self.learner.learn(given)
             done = time.perf_counter()
@@ -155,7 +163,7 @@ class Run:
     def log(self, entry: Entry) -> None:
         """Take a step into the metrics, and warn of one that was skipped."""
         self._entries.append(entry)
-        if entry.outcome.culprits:
+        if entry.outcome.culprits and self.world.leads:
             warnings.warn(
                 f"step skipped at {entry.step.first:,} images: the loss or its gradient is not "
                 f"finite; {describe(entry.outcome.culprits)}",
@@ -166,7 +174,7 @@ class Run:
 
     def _close_line(self) -> None:
         """Write a line about the steps since the last one."""
-        if self._entries:
+        if self._entries and self._metrics is not None:
             line = {
                 "step": self.learner.progress.steps,
                 **summary(self._entries),
@@ -174,27 +182,35 @@ class Run:
                 "seconds": self.seconds,
             }
             self._metrics.write(line)
-            self._entries.clear()
+        self._entries.clear()
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
-        """Call the hooks that are due; if one fails, save before its error goes on."""
-        learner = self.learner
-        view = View(
-            config=self.config,
-            folder=self.folder,
-            images_seen=step.end,
-            net=learner.net,
-            averaged=lambda: learner.ema.network(learner.net),
-        )
-        for every, hook in hooks:
-            if every and (_passes(step, every) or step.end == self.config.train.images):
-                try:
-                    found = hook(view)
-                except BaseException:
-                    self.save()
-                    raise
-                if isinstance(found, dict):
-                    self._metrics.write({"images_seen": step.end, **found})
+        """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
+        ends = step.end == self.config.train.images
+        due = [hook for every, hook in hooks if every and (ends or _passes(step, every))]
+        if not due:
+            return
+        learner, error = self.learner, None
+        weights = learner.averaged()  # of all ranks
+        view = View(self.config, self.folder, step.end, lambda: learner.network(weights))
+        if self.world.leads:
+            error = self._failure(due, view)
+        if self.world.highest(int(error is not None)):
+            self.save()
+            raise error or RuntimeError("a hook failed on rank 0")
+
+    def _failure(
+        self, hooks: Sequence[Callable[[View], object]], view: View
+    ) -> BaseException | None:
+        """Call hooks, log what they find, and return the error that one of them raised."""
+        for hook in hooks:
+            try:
+                found = hook(view)
+            except BaseException as error:  # noqa: BLE001, raised again once all ranks have saved
+                return error
+            if isinstance(found, dict) and self._metrics is not None:
+                self._metrics.write({"images_seen": view.images_seen, **found})
+        return None
 
     def should_save(self, step: Step) -> bool:
         """True at every interval and at the end of the run."""
@@ -208,6 +224,7 @@ class Run:
             self.folder / "checkpoints",
             self.learner.snapshot(self.seconds),
             keep=self.config.train.keep_checkpoints,
+            world=self.world,
         )
 
     @property

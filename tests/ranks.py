@@ -1,0 +1,147 @@
+"""Several ranks of a tiny training: how tests start them, and what they do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka_diffusion.config import StageConfig
+from matryoshka_diffusion.train.world import World
+from tiny_run import TinyPictures, encode, tiny_config
+
+ROOT = Path(__file__).parent.parent
+STAGES = (
+    StageConfig(levels=1, images=24, batch_size=4, lr=1e-3),
+    # One row of four has the finest level, so one rank of two has none; the last step has one row.
+    StageConfig(levels=2, images=21, batch_size=4, lr=1e-3, mix=(0.75, 0.25)),
+)
+
+
+def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """This file in `size` processes that are told of each other as torchrun does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_ranks(size: int, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Do `jobs` on `size` ranks, which must succeed; returns what each said on stderr."""
+    processes = start_ranks(size, json.dumps(list(jobs)))
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
+    return said
+
+
+def main(jobs: str, rank_timeout: str = "20") -> None:
+    from matryoshka_diffusion.train.signals import Stopped
+    from matryoshka_diffusion.train.world import joined
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    with joined(torch.device("cpu"), "ddp", int(rank_timeout)) as world:
+        for job in json.loads(jobs):
+            with suppress(Stopped):
+                train_tiny(replace(world, parallel=job.pop("parallel", "ddp")), **job)
+
+
+class SameRows(World):
+    def mine(self, numbers: range) -> range:
+        return numbers[:: self.size]
+
+
+def train_tiny(
+    world: Any,
+    folder: str,
+    stop_at: int | None = None,
+    stop_rank: int = 0,
+    break_at: int | None = None,
+    fail_at: int | None = None,
+    same_rows: bool = False,
+    pace: float = 0.0,
+    accumulate: int = 1,
+) -> None:
+    """A training whose samples, times and noise are written down as they are learnt.
+
+    Args:
+        stop_at: images after which rank `stop_rank` gets a SIGTERM.
+        break_at: number of a sample whose picture is NaN.
+        fail_at: number of a sample that raises an error.
+        same_rows: whether every rank takes rank 0's samples.
+        pace: seconds that a step takes at least.
+    """
+    from matryoshka_diffusion.train.learner import Learner
+    from matryoshka_diffusion.train.trainer import train
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    record = open(Path(folder) / f".seen-{world.rank}.jsonl", "a")  # noqa: SIM115
+    learn = Learner.learn
+
+    def recorded(self: Any, inputs: Any) -> Any:
+        for row, n in enumerate(inputs.ids):
+            noise = [level[row].numpy().tobytes() for level in inputs.noise if row < len(level)]
+            digest = hashlib.sha256(b"".join(noise)).hexdigest()
+            record.write(json.dumps([n, inputs.keys[row], inputs.t[row].item(), digest]) + "\n")
+        if break_at in inputs.ids:
+            inputs.x[0][inputs.ids.index(break_at)] = float("nan")
+        record.flush()
+        if fail_at in inputs.ids:
+            raise ValueError(f"sample {fail_at} is bad")
+        time.sleep(pace)
+        outcome = learn(self, inputs)
+        if inputs.step.end == stop_at and world.rank == stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    Learner.learn = recorded
+    if same_rows:
+        world = SameRows(**vars(world))
+    config = tiny_config(dropout=0.0, stages=STAGES, accumulate=accumulate)
+    try:
+        train(config, TinyPictures(), Path(folder), encode=encode, world=world)
+    finally:
+        Learner.learn = learn
+        record.close()
+
+
+def seen(folder: Path) -> list[list[Any]]:
+    """What all ranks together have learnt from: number, key, time and noise, sorted."""
+    lines = [
+        json.loads(line)
+        for path in folder.glob(".seen-*.jsonl")
+        for line in path.read_text("utf-8").splitlines()
+    ]
+    return sorted(lines)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""Several ranks compute what one does: promises 4 to 8 where they are about more than one."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matryoshka_diffusion.train.checkpoint import load_network, newest, read
+from matryoshka_diffusion.train.curriculum import step_at
+from matryoshka_diffusion.train.feed import Feed
+from matryoshka_diffusion.train.ranks import RanksDiffer, compare_data, compare_ranks
+from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.train.world import World
+from ranks import STAGES, run_ranks, seen, start_ranks, train_tiny
+from tiny_run import TinyPictures, encode, tiny_config
+
+TRAIN = tiny_config(stages=STAGES).train
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train_tiny(World(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks, in several forms, beside each other in one folder."""
+    folder = tmp_path_factory.mktemp("together")
+    for parallel in ("ddp", "fsdp"):
+        with pytest.raises(Stopped):
+            train_tiny(World(), f"{folder}/{parallel}-stopped", stop_at=8)
+    jobs: list[dict[str, Any]] = [
+        {"folder": f"{folder}/{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")
+    ]
+    for parallel in ("ddp", "fsdp"):
+        parts = {"folder": f"{folder}/{parallel}-parts", "parallel": parallel, "accumulate": 2}
+        broken = {"folder": f"{folder}/{parallel}-broken", "parallel": parallel, "break_at": 13}
+        stopped = {"folder": f"{folder}/{parallel}-stopped", "parallel": parallel}
+        jobs += [parts, broken, {**stopped, "stop_at": 28, "stop_rank": 1}]
+    run_ranks(2, jobs)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp", "ddp-parts", "fsdp-parts"])
+def test_two_ranks_have_the_losses_of_one(alone, together, form):
+    one, two = losses(alone), losses(together / form)
+    assert len(one) == len(two) == 12
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-5)
+    assert seen(together / form) == seen(alone)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_end_with_the_network_of_one(alone, together, parallel):
+    """Weights themselves may differ where they do not matter: biases before a norm."""
+    given = Feed(tiny_config(stages=STAGES), TinyPictures(), encode)(step_at(TRAIN, 40))
+    predictions = []
+    for folder in (alone, together / parallel):
+        weights = load_file(folder / "model" / "model.safetensors")
+        net = load_network(tiny_config(dropout=0.0).model, weights, where="here")
+        with torch.no_grad():
+            predictions.append(net(given.x, given.t, given.cond))
+    for one, two in zip(*predictions, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_each_rank_writes_its_shards_and_any_reader_puts_them_together(alone, together):
+    last = {name: newest(together / name / "checkpoints") for name in ("ddp", "fsdp")}
+    one, ddp, fsdp = (newest(alone / "checkpoints"), last["ddp"], last["fsdp"])
+    assert one
+    assert ddp
+    assert fsdp
+    names = [sorted(path.name for path in place.glob("*.safetensors")) for place in (ddp, fsdp)]
+    assert names[0] == ["ema.safetensors", "optimizer.safetensors", "weights.safetensors"]
+    assert names[1] == sorted([*names[0], *(name.replace(".", ".2.", 1) for name in names[0])])
+    sizes = [
+        (fsdp / name).stat().st_size for name in ("weights.safetensors", "weights.2.safetensors")
+    ]
+    assert sizes[1] > 0.9 * sizes[0], "the ranks hold halves"
+    for part in ("weights", "ema", "optimizer"):
+        mine, theirs = getattr(read(one), part), getattr(read(fsdp), part)
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert theirs.shape(name) == mine[name].shape == theirs[name].shape
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_sample_that_breaks_one_rank_makes_all_skip_the_step(alone, together, parallel, tmp_path):
+    with pytest.warns(UserWarning, match="samples 13 "):
+        train_tiny(World(), str(tmp_path), break_at=13)
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for folder in (tmp_path, together / f"{parallel}-broken")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert one["skipped"] == two["skipped"] == (one["images_seen"] > 12)
+        assert one["step"] == two["step"]
+        assert (two["loss"] is None) == (one["loss"] is None) == (one["images_seen"] == 16)
+        if one["loss"] is not None:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_from_one_rank_to_two_and_back(alone, together, parallel):
+    """Stopped alone at 8, on two ranks at 28 (by a signal to one of them), and ended alone."""
+    folder = together / f"{parallel}-stopped"
+    assert newest(folder / "checkpoints") == folder / "checkpoints" / "0000000028"
+    train_tiny(World(), str(folder))
+    assert seen(folder) == seen(alone), "nothing is skipped, repeated or drawn anew"
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
+    starts = json.loads((folder / "environment.json").read_text("utf-8"))
+    assert [start["ranks"] for start in starts] == [1, 2, 1]
+
+
+# --- what can go wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_rank_is_named_and_ends_the_others(tmp_path, number):
+    ranks = start_ranks(2, json.dumps([{"folder": str(tmp_path), "pace": 0.3}]), "2")
+    record = tmp_path / ".seen-1.jsonl"
+    while not record.exists() or not record.read_text("utf-8"):
+        time.sleep(0.1)
+        assert ranks[0].poll() is None, ranks[0].communicate()
+    ranks[1].send_signal(number)
+    _, said = ranks[0].communicate(timeout=60)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert re.search("rank 1 (does not answer any more|has given no sign of life for 2 s)", said)
+    assert "the same command continues" in said
+
+
+def test_a_rank_that_fails_tells_the_others_why(tmp_path):
+    ranks = start_ranks(2, json.dumps([{"folder": str(tmp_path), "fail_at": 9}]))
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "ValueError: sample 9 is bad" in said[1]
+    assert "DeadRank: rank 1 has left: ValueError: sample 9 is bad" in said[0]
+
+
+def test_ranks_with_the_same_samples_are_refused(tmp_path):
+    ranks = start_ranks(2, json.dumps([{"folder": str(tmp_path), "same_rows": True}]))
+    for rank in ranks:
+        assert "ranks 0 and 1 were given the same sample or noise (0)" in rank.communicate()[1]
+        assert rank.returncode == 1
+    assert not seen(tmp_path), "nothing was learnt"
+
+
+def found(*others: Any) -> Any:
+    """A world of which the ranks gather these values."""
+
+    class Told(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, *others]
+
+    return Told(0, 1 + len(others))
+
+
+def test_ranks_of_different_runs_or_data_are_refused():
+    config = tiny_config(stages=STAGES)
+    inputs = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 0))
+    with pytest.raises(RanksDiffer, match="rank 1 was started with another config"):
+        compare_ranks(found(("other", (99,), ["-"])), config, inputs)
+    compare_data(found(), ["a", "b"])
+    with pytest.raises(RanksDiffer, match=r"rank 1 was given other data.*3 pictures and 2"):
+        compare_data(found((3, "-")), ["a", "b"])
