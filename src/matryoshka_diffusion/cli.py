@@ -73,6 +73,28 @@ def _plan(config: Any) -> None:
         print(summary(source))
 
 
+def embed(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+    from matryoshka_diffusion.text.plan import duration, size
+
+    config = job.find_config(options.preset, options.data, options.set)
+    texts, cache = job.captions_to_embed(
+        config,
+        _device(options.device),
+        text_encoder=options.text_encoder,
+        precision=options.precision,
+    )
+    plan = cache.plan(texts)
+    print(plan.describe())
+    plan.refuse_full_disk()
+    if plan.missing:
+        print(f"about {duration(cache.seconds(plan))}", flush=True)
+    with _Bar("encoding", " captions") as bar:
+        cache.add(plan.missing, bar)
+    stored = f"{len(cache.chunks):,} captions, {size(cache.chunks.bytes)}"
+    print(f"{cache.folder}: features of {stored}; training with this encoder reads them")
+
+
 def sample(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
@@ -230,8 +252,11 @@ def _train(config: Any, out: Path, device: str) -> Path:
     from matryoshka_diffusion.watch import HeldOutLoss
 
     refuse_foreign(out)
-    ready = job.prepare(config)
+    with _Bar("encoding captions", " captions") as bar:
+        ready = job.prepare(config, device, progress=bar)
     print(summary(ready.source))
+    if ready.text:
+        print(ready.text)
     job.warm_start(ready.config, out)
     prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
     every = ready.config.train.preview_every_images
@@ -268,6 +293,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
+    )
+    _add_device(command)
+    _add_set(command)
+
+    command = _add(commands, "embed", embed, "store the text features of a data set's captions")
+    command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
+    command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
+    _add_text_encoder(command)
+    command.add_argument(
+        "--precision", choices=("auto", *DTYPES), help="of the encoder, if not that of the run"
     )
     _add_device(command)
     _add_set(command)
