@@ -19,6 +19,7 @@ GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
+LOGS = ("tensorboard", "wandb")
 _MODEL = "run folder, model folder, released .pth or shipped model"
 
 
@@ -54,7 +55,7 @@ def train(options: argparse.Namespace) -> None:
     out = options.out or _own_folder(options.preset)
     if out is None:
         raise SystemExit(_say("mdm train: give the run's folder with --out", 2))
-    _train(config, out, _device(options.device))
+    _train(config, out, _device(options.device), options.log)
     return None
 
 
@@ -242,16 +243,18 @@ def demo(options: argparse.Namespace) -> None:
     print(f"24 prompts at every level, beside the real pictures: {path}")
 
 
-def _train(config: Any, out: Path, device: str) -> Path:
+def _train(config: Any, out: Path, device: str, logs: Sequence[str] = ()) -> Path:
     """Train with previews; returns the finished model's folder."""
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.hooks import Preview, preview_prompts
     from matryoshka_diffusion.train.run_folder import refuse_foreign
+    from matryoshka_diffusion.train.sinks import find_sink
     from matryoshka_diffusion.train.trainer import train as run
     from matryoshka_diffusion.watch import HeldOutLoss
 
     refuse_foreign(out)
+    sinks = [find_sink(name) for name in dict.fromkeys(logs)]
     with _Bar("encoding captions", " captions") as bar:
         ready = job.prepare(config, device, progress=bar)
     print(summary(ready.source))
@@ -264,7 +267,15 @@ def _train(config: Any, out: Path, device: str) -> Path:
     if ready.held_out is not None:
         watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
         hooks.append((every, watch))
-    finished = run(ready.config, ready.loader, out, encode=ready.encode, hooks=hooks, device=device)
+    finished = run(
+        ready.config,
+        ready.loader,
+        out,
+        encode=ready.encode,
+        hooks=hooks,
+        sinks=sinks,
+        device=device,
+    )
     print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
     return finished
 
@@ -293,6 +304,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
+    )
+    command.add_argument(
+        "--log", choices=LOGS, action="append", default=[], help="tell these, too (extras)"
     )
     _add_device(command)
     _add_set(command)

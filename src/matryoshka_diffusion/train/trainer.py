@@ -27,6 +27,7 @@ from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
+from matryoshka_diffusion.train.sinks import Log, OpenSink
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class View:
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Every so many images (0: never), and at the end of the run: what to call.
 
-A dict that it returns becomes a line of metrics. A hook may draw from torch's global generator,
+A dict that it returns becomes a line of metrics, the path of a picture goes to the sinks under
+the name of its folder. A hook may draw from torch's global generator,
 since training does not. If it raises, the run is
 saved first and then stops with that error; the same command goes on after the hook's place.
 """
@@ -64,6 +66,7 @@ def train(
     *,
     encode: Encode | None = None,
     hooks: Sequence[Hook] = (),
+    sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
 ) -> Path:
     """Train in the run folder `folder`, or go on with the run that is there.
@@ -71,6 +74,7 @@ def train(
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        sinks: where metrics and pictures go besides the run's folder.
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -84,12 +88,17 @@ def train(
     """
     device = torch.device(device)
     config = open_run(folder, config, device)
-    run = Run(config, folder, device)
+    run = Run(config, folder, device, sinks)
     feed = Feed(config, loader, encode, device)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
     inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
-    with Interrupts() as interrupts, Display(config, run.images_seen) as display, closing(inputs):
+    with (
+        closing(run.metrics),
+        Interrupts() as interrupts,
+        Display(config, run.images_seen) as display,
+        closing(inputs),
+    ):
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
@@ -124,7 +133,13 @@ def _alone(feed: Feed) -> Callable[[Step], Inputs]:
 class Run:
     """A learner and the folder that its progress is written to."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: torch.device,
+        sinks: Sequence[OpenSink] = (),
+    ) -> None:
         self.config, self.folder = config, folder
         seconds, path = 0.0, checkpoint.newest(folder / "checkpoints")
         if path is None:
@@ -134,7 +149,8 @@ class Run:
             self.learner = Learner.restore(config, device, snapshot, where=str(path))
             seconds = snapshot.state["seconds"]
         self._began = time.monotonic() - seconds
-        self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen)
+        others = [open_sink(folder, config, self.images_seen) for open_sink in sinks]
+        self.metrics = Log(Metrics(folder / "metrics.jsonl", self.images_seen), others)
         self._entries: list[Entry] = []
 
     @property
@@ -173,7 +189,7 @@ class Run:
                 "skipped": self.learner.progress.skipped,
                 "seconds": self.seconds,
             }
-            self._metrics.write(line)
+            self.metrics.write(line)
             self._entries.clear()
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
@@ -194,7 +210,9 @@ class Run:
                     self.save()
                     raise
                 if isinstance(found, dict):
-                    self._metrics.write({"images_seen": step.end, **found})
+                    self.metrics.write({"images_seen": step.end, **found})
+                elif isinstance(found, Path):
+                    self.metrics.picture(found.parent.name, found, step.end)
 
     def should_save(self, step: Step) -> bool:
         """True at every interval and at the end of the run."""
