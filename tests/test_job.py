@@ -248,6 +248,8 @@ def test_features_of_a_large_set_are_made_in_the_feed(tmp_path, own_cache, tiny_
     stored, _ = given()
     assert list(own_cache.glob("*/*.safetensors"))
     assert fly.tokens is not None
+    assert fly.mask is not None
+    assert stored.mask is not None
     torch.testing.assert_close(fly.tokens, stored.tokens, rtol=1e-4, atol=1e-5)
     assert torch.equal(fly.mask, stored.mask)
 

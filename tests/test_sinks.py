@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
@@ -52,7 +53,9 @@ def train_twice(folder, *names):
 
     with pytest.raises(Pulled):
         start((1, pull))
-    shutil.rmtree(newest(folder / "checkpoints"))  # as if there had been no time to save
+    last = newest(folder / "checkpoints")
+    assert last is not None
+    shutil.rmtree(last)  # as if there had been no time to save
     start()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -221,12 +224,11 @@ def test_a_real_offline_run_of_wandb_holds_the_curves(tmp_path, monkeypatch):
     sink.picture("previews", path, 16)
     sink.write({"images_seen": 32, "loss": 0.125, "loss_per_level": [None]})
     sink.close()
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    records_of = importlib.import_module("wandb.proto.wandb_internal_pb2")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for data in records(file):
-        record = Record()
+        record = records_of.Record()
         record.ParseFromString(data)
         for item in record.history.item:
             key = item.key or "/".join(item.nested_key)

@@ -199,6 +199,7 @@ class Watched(torch.nn.Module):
 def test_threads_take_turns(t5_folder):
     """Previews encode while the feed does, and a tokenizer is no thing to share."""
     inner = t5(t5_folder)
+    assert isinstance(inner, T5States)
     watched = Watched(inner.model)
     encoder = T5States("t5", watched, inner.tokenizer, 32, stay=True)
     expected = inner(CAPTIONS)
@@ -226,6 +227,7 @@ class Travelling(torch.nn.Module):
 @pytest.mark.parametrize("stay", [False, True])
 def test_an_encoder_that_stays_leaves_the_device_only_to_rest(t5_folder, stay):
     inner = t5(t5_folder)
+    assert isinstance(inner, T5States)
     model = Travelling(inner.model)
     encoder = T5States("t5", model, inner.tokenizer, 32, device="cpu:0", stay=stay)
     encoder(CAPTIONS)

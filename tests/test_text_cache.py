@@ -65,6 +65,12 @@ def filled(folder, captions, dtype=torch.float32):
     return FeatureCache(Counting(dtype), folder)
 
 
+def asked_of(cache) -> Counting:
+    """The encoder of a cache, for what it was asked."""
+    assert isinstance(cache.encoder, Counting)
+    return cache.encoder
+
+
 def chunks(folder):
     return sorted(folder.glob("*.safetensors"))
 
@@ -77,7 +83,7 @@ def test_what_was_stored_is_read_and_not_encoded(tmp_path, dtype):
     cache = filled(tmp_path, ["a", "bb", "", "a"], dtype)
     asked = ["", "bb", "a", "bb"]
     assert right(asked, cache(asked))
-    assert cache.encoder.asked == []
+    assert asked_of(cache).asked == []
     assert len(cache.chunks) == 3
     assert cache([]) == []
     assert (cache.key, cache.width) == ("counting", 3)
@@ -87,9 +93,9 @@ def test_what_was_not_stored_is_encoded_once_a_batch_and_not_stored(tmp_path):
     cache = filled(tmp_path, ["a", ""])
     asked = ["new", "a", "new", "", "newer"]
     assert right(asked, cache(asked))
-    assert cache.encoder.asked == ["new", "newer"]
+    assert asked_of(cache).asked == ["new", "newer"]
     assert right(["new"], cache(["new"]))
-    assert cache.encoder.asked == ["new", "newer", "new"]
+    assert asked_of(cache).asked == ["new", "newer", "new"]
     assert len(chunks(tmp_path)) == 1
 
 
@@ -97,8 +103,8 @@ def test_a_caption_is_stored_once_and_the_encoder_then_rests(tmp_path):
     cache = FeatureCache(Counting(), tmp_path)
     cache.add(["b", "a", "", "b", "ccc"])
     cache.add(["ccc", "new", "a"])
-    assert sorted(cache.encoder.asked) == ["", "a", "b", "ccc", "new"]
-    assert cache.encoder.rested == 2
+    assert sorted(asked_of(cache).asked) == ["", "a", "b", "ccc", "new"]
+    assert asked_of(cache).rested == 2
     cache.add(["new"])
     assert len(chunks(tmp_path)) == 2
 
@@ -133,7 +139,7 @@ def test_captions_of_like_length_are_encoded_together(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_BATCH", 2)
     cache = FeatureCache(Counting(), tmp_path)
     cache.add(["long one", "a", "long two", "b"])
-    assert cache.encoder.asked == ["a", "b", "long one", "long two"]
+    assert asked_of(cache).asked == ["a", "b", "long one", "long two"]
 
 
 def test_two_processes_may_fill_one_cache(tmp_path):
@@ -145,7 +151,7 @@ def test_two_processes_may_fill_one_cache(tmp_path):
     other.add(["b", "c", "d"])  # it has not seen the one's new chunk
     again = FeatureCache(Counting(), tmp_path)
     assert right(["d", "c", "b", "a"], again(["d", "c", "b", "a"]))
-    assert again.encoder.asked == []
+    assert asked_of(again).asked == []
     assert len(again.chunks) == 4
 
 
@@ -183,7 +189,7 @@ def test_a_corrupt_chunk_is_made_again_with_a_warning(tmp_path, damage):
         cache = FeatureCache(Counting(), tmp_path)
     cache.add(["a", "keep", "b"])
     assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
-    assert sorted(cache.encoder.asked) == ["a", "b"]
+    assert sorted(asked_of(cache).asked) == ["a", "b"]
     assert broken.read_bytes() == whole
 
 
@@ -230,7 +236,7 @@ def test_kill_9_costs_one_chunk_at_most(tmp_path, at, time, whole):
     cache = FeatureCache(Counting(), tmp_path)
     assert len(cache.chunks) == whole * 10
     cache.add(CAPTIONS_TO_KILL)
-    assert len(cache.encoder.asked) == 40 - whole * 10
+    assert len(asked_of(cache).asked) == 40 - whole * 10
     assert right(CAPTIONS_TO_KILL, FeatureCache(Counting(), tmp_path)(CAPTIONS_TO_KILL))
 
 
@@ -246,7 +252,7 @@ def test_an_error_keeps_the_chunks_before_it(tmp_path, monkeypatch):
     cache = FeatureCache(Failing(), tmp_path)
     with pytest.raises(RuntimeError, match="out of memory"):
         cache.add(["a", "b", "c", "d"])
-    assert cache.encoder.rested == 1
+    assert asked_of(cache).rested == 1
     assert right(["a", "b"], filled(tmp_path, [])(["a", "b"]))
 
 
@@ -294,10 +300,10 @@ def test_the_time_is_that_of_a_sample_of_like_captions(tmp_path, monkeypatch):
     captions = [f"{n:03}" + "x" * (n % 11) for n in range(990)]  # 8 letters each on average
     cache = FeatureCache(Slow(), tmp_path)
     assert cache.seconds(cache.plan(captions)) == pytest.approx(8 * 990, rel=0.05)
-    assert len(cache.encoder.asked) == 65
+    assert len(asked_of(cache).asked) == 65
     few = FeatureCache(Slow(), tmp_path / "few")
     assert few.seconds(few.plan(captions[:20])) > 0
-    assert len(few.encoder.asked) == 3, "a tenth of them, and the first"
+    assert len(asked_of(few).asked) == 3, "a tenth of them, and the first"
 
 
 def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch):
