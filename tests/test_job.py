@@ -269,9 +269,12 @@ def test_embed_stores_what_training_then_reads(tmp_path, own_cache, tiny_t5, cap
     folder = photos(tmp_path / "photos", captions=("a jay", "red", "a jay", "blue"))
     config = text_config(folder, "nowhere", precision="fp32")
     (tmp_path / "mine.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
     embed = ["embed", str(tmp_path / "mine.yaml"), "--text-encoder", str(tiny_t5)]
     assert cli.main(embed) == 0
-    shown = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert re.fullmatch(r"mdm: encoding: 4 of 4, .* captions/s, 0 s left\n", said.err)
+    shown = said.out.splitlines()
     assert shown[0] == "4 different captions, 0 of them stored already"
     assert shown[1].startswith("about 2.2 tokens each: ")
     assert shown[3] == "about 0 s"

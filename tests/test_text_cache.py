@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -253,6 +254,23 @@ def test_an_error_keeps_the_chunks_before_it(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         cache.add(["a", "b", "c", "d"])
     assert asked_of(cache).rested == 1
+    assert right(["a", "b"], filled(tmp_path, [])(["a", "b"]))
+
+
+def test_a_disk_that_fills_up_is_loud_and_keeps_the_chunks_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_CHUNK", 2)
+    cache = FeatureCache(Counting(), tmp_path)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_after_the_first(done, _):
+        if done == 4:
+            monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(OSError, match=rf"{tmp_path}/.*No space left.* bytes needed, .* free"):
+        cache.add(["a", "b", "c", "d"], fill_after_the_first)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     assert right(["a", "b"], filled(tmp_path, [])(["a", "b"]))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ THRESHOLDS = ("none", "clip", "dynamic")
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
 LOGS = ("tensorboard", "wandb")
+PLAIN_SECONDS = 30.0
 _MODEL = "run folder, model folder, released .pth or shipped model"
 
 
@@ -90,7 +92,7 @@ def embed(options: argparse.Namespace) -> None:
     plan.refuse_full_disk()
     if plan.missing:
         print(f"about {duration(cache.seconds(plan))}", flush=True)
-    with _Bar("encoding", " captions") as bar:
+    with _Bar("encoding", " captions", tell=True) as bar:
         cache.add(plan.missing, bar)
     stored = f"{len(cache.chunks):,} captions, {size(cache.chunks.bytes)}"
     print(f"{cache.folder}: features of {stored}; training with this encoder reads them")
@@ -255,7 +257,7 @@ def _train(config: Any, out: Path, device: str, logs: Sequence[str] = ()) -> Pat
 
     refuse_foreign(out)
     sinks = [find_sink(name) for name in dict.fromkeys(logs)]
-    with _Bar("encoding captions", " captions") as bar:
+    with _Bar("encoding", " captions", tell=True) as bar:
         ready = job.prepare(config, device, progress=bar)
     print(summary(ready.source))
     if ready.text:
@@ -456,10 +458,17 @@ def _positive(text: str) -> int:
 
 
 class _Bar:
-    """A progress bar as a callable for (done, total)."""
+    """A progress bar as a callable for (done, total).
 
-    def __init__(self, what: str, unit: str, *, announce: bool = False, **options: Any) -> None:
-        self._announce = announce  # one line where there is no terminal to draw a bar on
+    Where there is no terminal to draw it on: with `announce` one line at first, with `tell` one
+    line now and then.
+    """
+
+    def __init__(
+        self, what: str, unit: str, *, announce: bool = False, tell: bool = False, **options: Any
+    ) -> None:
+        self._announce, self._tell = announce, tell
+        self._began = self._told = time.monotonic()
         self._options = {"desc": what, "unit": unit, "leave": False, **options}
         self._bar: Any = None
 
@@ -480,6 +489,18 @@ class _Bar:
             self._bar = tqdm(total=total, disable=not shown, **self._options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+        if self._tell and self._bar.disable:
+            self._say_now_and_then(done, total)
+
+    def _say_now_and_then(self, done: int, total: int) -> None:
+        from matryoshka_diffusion.text.plan import duration
+
+        now = time.monotonic()
+        if now - self._told >= PLAIN_SECONDS:
+            self._told, rate = now, done / (now - self._began)
+            what, unit = self._options["desc"], self._options["unit"].strip()
+            left = duration((total - done) / rate)
+            _say(f"{what}: {done:,} of {total:,}, {rate:.3g} {unit}/s, {left} left", 0)
 
 
 def _device(name: str) -> str:
