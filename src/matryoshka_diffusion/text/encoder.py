@@ -26,12 +26,34 @@ class TextEncoder(Protocol):
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]: ...
 
 
+@runtime_checkable
+class Storable(TextEncoder, Protocol):
+    """An encoder whose features can be stored.
+
+    `dtype` holds them exactly. `token_counts` are those of whole captions, up to one more than
+    `max_tokens`, of which features exist. `rest` leaves the device until the next call.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def max_tokens(self) -> int: ...
+    def token_counts(self, captions: Sequence[str]) -> list[int]: ...
+    def rest(self) -> None: ...
+
+
 def load_encoder(
-    config: EncoderConfig, device: torch.device | str = "cpu", *, half: bool = False
-) -> TextEncoder:
+    config: EncoderConfig,
+    device: torch.device | str = "cpu",
+    *,
+    half: bool = False,
+    stay: bool = False,
+) -> Storable:
     """The encoder that `config` names. It is on `device` while it encodes, else on the CPU.
 
     With `half` a T5, which may be large, has weights in bf16; features are float32 in any case.
+    With `stay` the encoder is meant for batch after batch: it leaves the device only when told
+    to rest, and says only once that it cuts captions.
 
     Raises:
         MissingExtra: an optional package is not installed.
@@ -41,10 +63,10 @@ def load_encoder(
     if config.name == "minilm":
         from matryoshka_diffusion.text.minilm import minilm
 
-        return minilm(config.max_tokens, config.path, device=device)
+        return minilm(config.max_tokens, config.path, device=device, stay=stay)
     from matryoshka_diffusion.text.t5 import t5
 
-    return t5(config.max_tokens, config.path, device=device, half=half)
+    return t5(config.max_tokens, config.path, device=device, half=half, stay=stay)
 
 
 def states_of(config: EncoderConfig) -> type[HiddenStates]:

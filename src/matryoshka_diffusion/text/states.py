@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ class HiddenStates:
     `key` is made from the weights and the tokenizer themselves, so features in a cache belong to
     the model wherever it lies, and never to another one that took its place.
 
-    The model is on `device` only while it encodes: a large one would take the room that sampling
-    needs. With `half` its weights are bf16, in half the memory.
+    The model is on `device` only while it encodes, because a large one would take the room that
+    sampling needs; with `stay`, for encoding batch after batch, until `rest` is called. With
+    `half` its weights are bf16, in half the memory. Several threads may call it.
 
     Raises:
         ConfigError: the model cannot take `max_tokens`.
@@ -43,6 +45,7 @@ class HiddenStates:
         *,
         device: torch.device | str = "cpu",
         half: bool = False,
+        stay: bool = False,
     ) -> None:
         limit = getattr(model.config, "max_position_embeddings", max_tokens)
         if max_tokens > limit:
@@ -55,6 +58,9 @@ class HiddenStates:
             raise ValueError(f"{name}: its tokenizer adds no end token, so '' has no token at all")
         self.key = f"{name}-{max_tokens}-{self._fingerprint()}"
         self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self._stay, self._told_of_cuts = stay, False
+        self._one_at_a_time = threading.Lock()  # tokenizers cannot be shared between threads
         if half:
             self.model = self.model.bfloat16()
             self.key += "-bf16"
@@ -63,14 +69,26 @@ class HiddenStates:
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
         """Features of each caption, at most `max_tokens` tokens, on the CPU in float32.
 
-        Longer captions are cut, with one warning for all of them.
+        Longer captions are cut, with one warning for all of them (for all calls with `stay`).
         """
-        self.model.to(self.device)
-        try:
-            chunks = (captions[first : first + _BATCH] for first in range(0, len(captions), _BATCH))
-            return [features for chunk in chunks for features in self._encode(list(chunk))]
-        finally:
+        with self._one_at_a_time:
+            self.model.to(self.device)
+            try:
+                batches = (captions[n : n + _BATCH] for n in range(0, len(captions), _BATCH))
+                return [features for batch in batches for features in self._encode(list(batch))]
+            finally:
+                if not self._stay:
+                    self.model.to("cpu")
+
+    def rest(self) -> None:
+        """Leave the device until the next call."""
+        with self._one_at_a_time:
             self.model.to("cpu")
+
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """The tokens of each caption, up to one more than `max_tokens`: that one is cut off."""
+        with self._one_at_a_time:
+            return [min(len(self._longer(caption)), self.max_tokens + 1) for caption in captions]
 
     def _encode(self, captions: list[str]) -> list[Float[Tensor, "_ d"]]:
         tokens = self._tokens(captions)
@@ -98,9 +116,12 @@ class HiddenStates:
         return self.tokenizer(caption, max_length=longest, truncation=True)["input_ids"]
 
     def _warn_of_cuts(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
+        if self._stay and self._told_of_cuts:
+            return
         full = [c for c, n in zip(captions, lengths, strict=True) if n == self.max_tokens]
         cut = [c for c in full if len(self._longer(c)) > self.max_tokens]
         if cut:
+            self._told_of_cuts = True
             warnings.warn(
                 f"{len(cut)} of {len(captions)} captions have more than {self.max_tokens} tokens "
                 f"and were cut there, first {cut[0][:40]!r}...",
@@ -126,6 +147,7 @@ def load_states(
     make: type[HiddenStates] = HiddenStates,
     device: torch.device | str = "cpu",
     half: bool = False,
+    stay: bool = False,
 ) -> HiddenStates:
     """Load a model and its tokenizer from a folder or, unless HF_HUB_OFFLINE is set, the hub.
 
@@ -158,7 +180,7 @@ def load_states(
             f"{path} is no {name} encoder: {len(missing)} weights are missing, "
             f"first {missing[0]}; {_remedy(name)}"
         )
-    return make(name.lower(), model, tokenizer, max_tokens, device=device, half=half)
+    return make(name.lower(), model, tokenizer, max_tokens, device=device, half=half, stay=stay)
 
 
 def _remedy(name: str) -> str:

@@ -42,6 +42,7 @@ def t5(
     *,
     device: torch.device | str = "cpu",
     half: bool = False,
+    stay: bool = False,
 ) -> HiddenStates:
     """The T5 encoder in a folder or on the hub.
 
@@ -53,6 +54,5 @@ def t5(
             "encoder.path is not set: name a folder with a T5, or a model on the hub such as "
             "google/flan-t5-xl"
         )
-    return load_states(
-        "T5", "T5EncoderModel", path, max_tokens, make=T5States, device=device, half=half
-    )
+    options = {"device": device, "half": half, "stay": stay}
+    return load_states("T5", "T5EncoderModel", path, max_tokens, make=T5States, **options)

@@ -28,6 +28,7 @@ from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
 from matryoshka_diffusion.train.ranks import compare_ranks
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
+from matryoshka_diffusion.train.sinks import Log, OpenSink
 from matryoshka_diffusion.train.world import World
 
 
@@ -51,7 +52,8 @@ class View:
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Every so many images (0: never), and at the end of the run: what to call.
 
-A dict that it returns becomes a line of metrics. A hook may draw from torch's global generator,
+A dict that it returns becomes a line of metrics, the path of a picture goes to the sinks under
+the name of its folder. A hook may draw from torch's global generator,
 since training does not. If it raises, the run is
 saved first and then stops with that error; the same command goes on after the hook's place.
 Hooks are called on rank 0; the other ranks wait.
@@ -65,6 +67,7 @@ def train(
     *,
     encode: Encode | None = None,
     hooks: Sequence[Hook] = (),
+    sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
     world: World | None = None,
 ) -> Path:
@@ -73,6 +76,7 @@ def train(
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        sinks: where metrics and pictures go besides the run's folder.
         world: the ranks that train together, from `world.joined`; all of them call this.
 
     Returns:
@@ -88,13 +92,17 @@ def train(
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    run = Run(config, folder, device, world)
+    run = Run(config, folder, device, world, sinks)
     feed = Feed(config, loader, encode, device, world)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
     inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
-    display = Display(config, run.images_seen, shown=world.leads)
-    with Interrupts() as interrupts, display, closing(inputs):
+    with (
+        closing(run.metrics),
+        Interrupts() as interrupts,
+        Display(config, run.images_seen, shown=world.leads) as display,
+        closing(inputs),
+    ):
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
@@ -129,7 +137,14 @@ def _alone(feed: Feed) -> Callable[[Step], Inputs]:
 class Run:
     """A learner and the folder that its progress is written to, by rank 0."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: torch.device,
+        world: World,
+        sinks: Sequence[OpenSink] = (),
+    ) -> None:
         self.config, self.folder, self.world = config, folder, world
         seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         if path is None:
@@ -139,7 +154,10 @@ class Run:
             self.learner = Learner.restore(config, device, snapshot, where=str(path), world=world)
             seconds = snapshot.state["seconds"]
         self._began = time.monotonic() - seconds
-        self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen) if world.leads else None
+        self.metrics = Log()
+        if world.leads:
+            others = [open_sink(folder, config, self.images_seen) for open_sink in sinks]
+            self.metrics = Log(Metrics(folder / "metrics.jsonl", self.images_seen), others)
         self._entries: list[Entry] = []
 
     @property
@@ -174,15 +192,15 @@ class Run:
 
     def _close_line(self) -> None:
         """Write a line about the steps since the last one."""
-        if self._entries and self._metrics is not None:
+        if self._entries:
             line = {
                 "step": self.learner.progress.steps,
                 **summary(self._entries),
                 "skipped": self.learner.progress.skipped,
                 "seconds": self.seconds,
             }
-            self._metrics.write(line)
-        self._entries.clear()
+            self.metrics.write(line)
+            self._entries.clear()
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
         """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
@@ -203,13 +221,15 @@ class Run:
         self, hooks: Sequence[Callable[[View], object]], view: View
     ) -> BaseException | None:
         """Call hooks, log what they find, and return the error that one of them raised."""
-        for hook in hooks:
-            try:
+        try:
+            for hook in hooks:
                 found = hook(view)
-            except BaseException as error:  # noqa: BLE001, raised again once all ranks have saved
-                return error
-            if isinstance(found, dict) and self._metrics is not None:
-                self._metrics.write({"images_seen": view.images_seen, **found})
+                if isinstance(found, dict):
+                    self.metrics.write({"images_seen": view.images_seen, **found})
+                elif isinstance(found, Path):
+                    self.metrics.picture(found.parent.name, found, view.images_seen)
+        except BaseException as error:  # noqa: BLE001, raised again once all ranks have saved
+            return error
         return None
 
     def should_save(self, step: Step) -> bool:

@@ -1,0 +1,172 @@
+"""Curves and pictures for others to show: TensorBoard, Weights & Biases, whatever is a `Sink`.
+
+Sinks are chosen for each start of a run, not in its config: they change nothing that is learnt.
+`metrics.jsonl` is written in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.files import require, write_atomically
+from matryoshka_diffusion.train.log import Metrics
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes lines of metrics, as they are in `metrics.jsonl`, and pictures that lie in files.
+
+    The x axis is images seen: `line["images_seen"]`.
+    """
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+    def picture(self, name: str, path: Path, images_seen: int) -> None: ...
+    def close(self) -> None: ...
+
+
+OpenSink: TypeAlias = Callable[[Path, RunConfig, int], Sink]
+"""Opens a sink for (run folder, resolved config, images seen so far).
+
+A run that resumes goes back to its checkpoint: what was told beyond `images_seen` is told again,
+and the sink sees to it that no curve has it twice.
+"""
+
+
+class Log:
+    """The metrics of a run, and all other sinks, as one; of several ranks, rank 0 has them."""
+
+    def __init__(self, metrics: Metrics | None = None, sinks: Sequence[Sink] = ()) -> None:
+        self._metrics, self._sinks = metrics, sinks
+
+    def write(self, line: dict[str, Any]) -> None:
+        """A line for everyone."""
+        if self._metrics is not None:
+            self._metrics.write(line)
+        for sink in self._sinks:
+            sink.write(line)
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        """A picture, which lies in the run's folder, for those who show it elsewhere."""
+        for sink in self._sinks:
+            sink.picture(name, path, images_seen)
+
+    def close(self) -> None:
+        """Let every sink finish."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by the names of their curves: `loss`, `loss_per_level/0`, ...
+
+    What is null (all steps were skipped) has no point, and lists of samples are no curve.
+    """
+    found = {}
+    for name, value in line.items():
+        values = {name: value}
+        if isinstance(value, list):
+            values = {f"{name}/{n}": x for n, x in enumerate(value) if name.endswith("_per_level")}
+        found |= {key: float(x) for key, x in values.items() if isinstance(x, int | float)}
+    found.pop("images_seen", None)  # the axis
+    return found
+
+
+class TensorBoard:
+    """Event files in `RUN/tensorboard`; `tensorboard --logdir RUN` shows them."""
+
+    def __init__(self, folder: Path, config: RunConfig, images_seen: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        # TensorBoard drops what earlier files say from this step on.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["images_seen"])
+        self._writer.flush()
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, images_seen, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run of Weights & Biases for a run folder, however often it is resumed.
+
+    Nothing leaves the machine unless the environment asks for it: with WANDB_API_KEY or
+    WANDB_MODE=online the run is sent as it goes, else it is kept in `RUN/wandb`, from where
+    `wandb sync` sends it. Neither code nor the terminal's text is taken.
+
+    `RUN/wandb/run.json` remembers the run's id and how far it was told, so that what a resumed
+    run tells again (the same numbers, since resuming is exact) is passed over.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, images_seen: int) -> None:
+        self._wandb: Any = require("wandb", "wandb", "--log wandb")
+        self._path = folder / "wandb" / "run.json"
+        self._note = {"id": secrets.token_hex(8), "images_seen": 0}
+        if self._path.exists():
+            self._note = json.loads(self._path.read_text("utf-8"))
+        self._told = self._note["images_seen"]
+        self._remember(self._told)
+        online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "matryoshka-diffusion"),
+                name=folder.resolve().name,
+                id=self._note["id"],
+                resume="allow",
+                dir=str(folder),
+                mode=os.environ.get("WANDB_MODE", online),
+                config=config.model_dump(mode="json"),
+                allow_val_change=True,
+                save_code=False,
+                settings=self._wandb.Settings(console="off", disable_git=True),
+            )
+        except self._wandb.Error as error:
+            raise OSError(
+                f"--log wandb: {error}; with WANDB_MODE=offline the run is kept in {folder}"
+            ) from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._tell(scalars(line), line["images_seen"])
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        self._tell({name: self._wandb.Image(str(path))}, images_seen)
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _tell(self, values: dict[str, Any], images_seen: int) -> None:
+        if images_seen > self._told:
+            self._run.log(values, step=images_seen)
+            self._remember(images_seen)
+
+    def _remember(self, images_seen: int) -> None:
+        self._note["images_seen"] = images_seen
+        text = json.dumps(self._note).encode()
+        write_atomically(self._path, lambda file: file.write(text))
+
+
+SINKS: dict[str, OpenSink] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+"""By the names of the packages and of the extras that bring them."""
+
+
+def find_sink(name: str) -> OpenSink:
+    """The sink of that name. Raises `MissingExtra` at once if its package is not installed."""
+    require(name, name, f"--log {name}")
+    return SINKS[name]

@@ -1,0 +1,52 @@
+"""Previews: the same prompts and seeds every time, drawn with the averaged weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.hooks import Preview, preview_prompts
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.sheet import SETTINGS_KEY
+from matryoshka_diffusion.train.trainer import View
+from test_pipeline import Words, text_model
+
+
+def drawn(folder, averaged):
+    """The pixels of a preview, and what it says about itself."""
+    config = text_model(steps=2).config
+    view = View(config, folder, 64, lambda: averaged)
+    with Image.open(Preview(["red", "blue thing"], Words(), "cpu")(view)) as page:
+        return np.asarray(page), json.loads(page.info[SETTINGS_KEY])
+
+
+def test_a_preview_shows_the_averaged_weights_and_nothing_else(tmp_path):
+    trained = text_model().net
+    fresh = NestedUNet(trained.config, seed=2)
+    page, settings = drawn(tmp_path / "a", trained)
+    again, _ = drawn(tmp_path / "b", trained)
+    other, _ = drawn(tmp_path / "c", fresh)
+    np.testing.assert_array_equal(page, again)
+    assert (page != other).any()
+    assert settings["images_seen"] == 64
+    assert settings["captions"] == ["red", "blue thing"]
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_the_prompts_of_previews_are_the_same_every_time(count):
+    source = Pictures(
+        name="toy",
+        array=np.zeros((count, 8, 8, 3), np.uint8),
+        rows=range(count),
+        keys=[str(n) for n in range(count)],
+        original_sides=[8] * count,
+        captions=[(f"caption {n}", "another") for n in range(count)],
+    )
+    prompts = preview_prompts(source)
+    assert prompts == preview_prompts(source)
+    assert len(set(prompts)) == min(count, 8)
+    assert all(prompt.startswith("caption") for prompt in prompts)

@@ -1,0 +1,278 @@
+"""Other places that a run's curves and pictures go to say what the run's own folder says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import struct
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from matryoshka_diffusion import cli
+from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.train.checkpoint import newest
+from matryoshka_diffusion.train.sinks import SINKS, find_sink, scalars
+from matryoshka_diffusion.train.trainer import train
+from tiny_run import TinyPictures, encode, tiny_config
+
+
+def draw(view):
+    """A hook that draws something else each time."""
+    path = view.folder / "previews" / f"{view.images_seen}.png"
+    save_png(np.full((4, 4, 3), view.images_seen, np.uint8), path, None)
+    return path
+
+
+def report(view):
+    """A hook that measures something."""
+    return {"seen_loss_per_level": [view.images_seen / 2, 1.0]}
+
+
+class Pulled(Exception):
+    """The plug was."""
+
+
+def train_twice(folder, *names):
+    """A run that dies four images after a checkpoint, and then goes on from that checkpoint."""
+    config = tiny_config(checkpoint_every_images=16)
+    sinks = [find_sink(name) for name in names]
+
+    def pull(view):
+        if view.images_seen == 36:
+            raise Pulled
+
+    def start(*hooks):
+        hooks = [(16, draw), (16, report), *hooks]
+        return train(config, TinyPictures(), folder, encode=encode, hooks=hooks, sinks=sinks)
+
+    with pytest.raises(Pulled):
+        start((1, pull))
+    last = newest(folder / "checkpoints")
+    assert last is not None
+    shutil.rmtree(last)  # as if there had been no time to save
+    start()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curves(lines):
+    """What should be drawn: the points of each curve, by its name."""
+    found = {}
+    for line in lines:
+        for name, value in scalars(line).items():
+            found.setdefault(name, []).append((line["images_seen"], value))
+    return found
+
+
+def test_a_line_is_split_into_curves():
+    line = {
+        "images_seen": 8,
+        "stage": 1,
+        "loss": 0.5,
+        "grad_norm": None,
+        "loss_per_level": [0.25, None, 1],
+        "skipped_ids": [3, 4],
+    }
+    assert scalars(line) == {
+        "stage": 1.0,
+        "loss": 0.5,
+        "loss_per_level/0": 0.25,
+        "loss_per_level/2": 1.0,
+    }
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_what_the_metrics_say_and_nothing_twice(tmp_path):
+    lines = train_twice(tmp_path, "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    expected = curves(lines)
+    assert {"loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= expected.keys()
+    assert {"loss_per_level/1", "seen_loss_per_level/0"} <= expected.keys()
+    assert set(events.Tags()["scalars"]) == expected.keys()
+    for name, points in expected.items():
+        shown = events.Scalars(name)
+        assert [event.step for event in shown] == [step for step, _ in points]
+        values = np.array([value for _, value in points])
+        np.testing.assert_array_equal([event.value for event in shown], values.astype(np.float32))
+    assert [event.step for event in events.Images("previews")] == [16, 32, 48]
+
+
+# --- Weights & Biases --------------------------------------------------------------------------
+
+
+class Told(ModuleType):
+    """A stand-in for the package that writes down what it is told."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.starts, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.starts.append(options)
+        return SimpleNamespace(log=self.log, finish=self.finish)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+    def Settings(self, **options):
+        return options
+
+    def Image(self, path):
+        return Path(path).name
+
+
+@pytest.fixture
+def told(monkeypatch):
+    module = Told()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def test_wandb_is_told_what_the_metrics_say_and_nothing_twice(tmp_path, told):
+    lines = train_twice(tmp_path / "run", "wandb")
+    first, second = told.starts
+    assert first["id"] == second["id"]
+    assert (first["resume"], first["mode"], first["name"]) == ("allow", "offline", "run")
+    assert first["config"]["train"]["stages"][0]["images"] == 24
+    assert not first["save_code"]
+    assert first["settings"] == {"console": "off", "disable_git": True}
+    assert told.finished == 2, "after an error, too"
+    steps = [step for step, _ in told.logged]
+    assert steps == sorted(steps)
+    pictures = [values["previews"] for _, values in told.logged if "previews" in values]
+    assert pictures == ["16.png", "32.png", "48.png"]
+    clocks = ("images_per_second", "data_wait", "seconds")  # differ where a step was done again
+    shown = {}
+    for step, values in told.logged:
+        for name, value in values.items():
+            shown.setdefault(name, []).append((step, value))
+    expected = curves(lines)
+    assert shown.keys() - {"previews"} == expected.keys()
+    for name, points in expected.items():
+        if name not in clocks:
+            assert shown[name] == points, name
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "x"}, "online"),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "online"}, "online"),
+    ],
+)
+def test_wandb_sends_only_where_the_environment_asks_for_it(
+    tmp_path, told, monkeypatch, environment, mode
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    SINKS["wandb"](tmp_path, tiny_config(), 0)
+    assert told.starts[0]["mode"] == mode
+
+
+def test_wandb_s_own_errors_are_one_line_with_a_remedy(tmp_path, told, monkeypatch):
+    def refuse(**_):
+        raise told.Error("no such host")
+
+    monkeypatch.setattr(told, "init", refuse)
+    with pytest.raises(OSError, match=r"--log wandb: no such host; with WANDB_MODE=offline .*kept"):
+        SINKS["wandb"](tmp_path, tiny_config(), 0)
+
+
+def records(path):
+    """The records of a file in LevelDB's log format, after the 7 bytes of the package's own."""
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # padding at the end of a block
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # full, or the last of several
+            yield whole
+            whole = b""
+
+
+def finished(path):
+    """The records of a run, read once its last one is there: its writer is a process of its own."""
+    kind = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    for _ in range(300):
+        found = [kind.FromString(data) for data in records(path)]
+        if found and found[-1].HasField("exit"):
+            return found
+        time.sleep(0.1)
+    raise AssertionError("the run was not ended within 30 s")
+
+
+def test_a_real_offline_run_of_wandb_holds_the_curves(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    sink = find_sink("wandb")(tmp_path, tiny_config(), 0)
+    path = tmp_path / "picture.png"
+    save_png(np.zeros((4, 4, 3), np.uint8), path, None)
+    sink.write({"images_seen": 16, "loss": 0.5, "loss_per_level": [0.25]})
+    sink.picture("previews", path, 16)
+    sink.write({"images_seen": 32, "loss": 0.125, "loss_per_level": [None]})
+    sink.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = {}
+    for record in finished(file):
+        for item in record.history.item:
+            key = item.key or "/".join(item.nested_key)
+            found.setdefault(key, []).append((record.history.step.num, json.loads(item.value_json)))
+    assert found["loss"] == [(16, 0.5), (32, 0.125)]
+    assert found["loss_per_level/0"] == [(16, 0.25)]
+    assert [step for step, _ in found["previews/path"]] == [16], found.keys()
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/previews*.png"))) == 1
+
+
+# --- choosing them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_missing_package_is_said_before_anything_begins(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    remedy = rf"--log {name} needs the package {name}: pip install .*\[{name}\]"
+    with pytest.raises(MissingExtra, match=remedy):
+        find_sink(name)
+    out = tmp_path / "run"
+    assert cli.main(["train", "openmoji", "--out", str(out), "--log", name]) == 1
+    assert f'pip install "matryoshka-diffusion[{name}]"' in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_neither_is_imported_unless_asked_for(tmp_path, monkeypatch):
+    for name in SINKS:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now is an error
+    train(tiny_config(), TinyPictures(), tmp_path, encode=encode, hooks=[(16, draw)])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "checkpoints",
+        "model",
+        "previews",
+    ]
+
+
+def test_the_command_line_offers_every_sink():
+    assert set(cli.LOGS) == set(SINKS)
