@@ -1,0 +1,91 @@
+"""Every preset, shrunk: it trains, grows through all its stages, and samples from what it learnt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.rng import normal, uniform
+from matryoshka_diffusion.train.checkpoint import load_network
+from matryoshka_diffusion.train.trainer import train
+from test_presets import every_preset, revalidated, shrunk
+
+ROWS = 8
+
+
+def short(name: str) -> RunConfig:
+    """The preset with its nest shrunk and two steps in each stage; shares and precision stay."""
+    run = preset(name)
+    stages = tuple(
+        stage.model_copy(update={"images": 2 * ROWS, "batch_size": ROWS})
+        for stage in run.train.stages
+    )
+    often = {"log_every_images": 1, "checkpoint_every_images": ROWS, "warmup_images": ROWS}
+    learning = run.train.model_copy(update={"stages": stages, **often})
+    return revalidated(
+        run.model_copy(update={"model": shrunk(run.model), "train": learning}),
+    )
+
+
+class Smooth:
+    """Pictures of smooth colours with all that any preset is conditioned on."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.model = config.model
+
+    def batch(self, ids: range) -> Batch:
+        side, channels = self.model.levels[-1].side, self.model.channels
+        coarse = [normal(0, "picture", n, shape=(channels, 2, 2)).clamp(-1, 1) for n in ids]
+        picture = torch.nn.functional.interpolate(torch.stack(coarse), size=(side, side))
+        return Batch(
+            picture=picture,
+            captions=tuple(f"picture {n}" for n in ids),
+            labels=torch.tensor([n % self.model.classes for n in ids])
+            if self.model.classes
+            else None,
+            original_side=200 * uniform(0, "side", ids).float() + side,
+            ids=torch.tensor(ids),
+            keys=tuple(f"picture-{n}" for n in ids),
+        )
+
+
+class Words:
+    """Features of the width that shrunk presets have: one fixed vector for each word."""
+
+    key, width = "words", 24
+
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        words = [(*caption.split(), "</s>") for caption in captions]
+        return [torch.stack([normal(0, word, shape=(24,)) for word in some]) for some in words]
+
+
+@every_preset
+def test_a_shrunk_preset_trains_grows_and_samples(name: str, tmp_path: Path):
+    config, words = short(name), Words()
+    encode = words if config.model.text is not None else None
+    finished = train(config, Smooth(config), tmp_path / "run", encode=encode)
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    levels = [len(json.loads(line)["loss_per_level"]) for line in lines]
+    assert levels == [stage.levels for stage in config.train.stages for _ in range(2)]
+    assert all(json.loads(line)["loss"] > 0 for line in lines)
+
+    weights = load_file(finished / "model.safetensors")
+    net = load_network(config.model, weights, where=name)
+    model = Matryoshka(net, config, encoder=words if encode else None)
+    wanted = {"prompts": ["picture 1"]} if encode else {"n": 1}
+    if config.model.classes:
+        wanted = {"classes": [0]}
+    samples = model.sample(**wanted, steps=1)
+    sides = [level.side for level in config.model.levels]
+    assert [tuple(level.shape[1:3]) for level in samples.levels] == [(s, s) for s in sides]
