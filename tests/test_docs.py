@@ -51,7 +51,12 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (*SMALL, stages(2)),
     "folder-64": (*SMALL, stages(3)),
 }
-GROWN = ("train.stages[-1].images=8", "train.stages[-1].batch_size=4")
+GROWN = (
+    "train.stages[-1].images=8",
+    "train.stages[-1].batch_size=4",
+    "train.stages[-1].freeze_coarse_images=4",
+    "train.stages[-1].ramp_images=8",
+)
 
 
 def commands(text: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ import torch
 from matryoshka_diffusion import job
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, override
+from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import find_model
 from matryoshka_diffusion.presets import nest, preset
@@ -106,6 +107,24 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
     again = job.find_config(str(out), None, [])
     assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
+
+
+def test_a_grown_run_may_begin_gently(trained, tmp_path):
+    length = "train.stages[0].images=8"
+    config = job.grow_run(str(trained), 32, tmp_path, [length], freeze_coarse=4, ramp=8)
+    (stage,) = config.train.stages
+    assert (stage.freeze_coarse_images, stage.ramp_images) == (4, 8)
+    assert config.train.init_levels == 2
+    assert "coarse levels frozen for 4, new ones ramped over 8" in describe(config)
+    with pytest.raises(ConfigError, match="freeze_coarse_images is 9, more than the stage's 8"):
+        job.grow_run(str(trained), 32, tmp_path / "x", [length], freeze_coarse=9)
+
+
+def test_a_warm_start_is_from_as_many_levels_as_are_announced(trained, tmp_path):
+    config = with_init(find_model(trained)[1], trained)
+    train = config.train.model_copy(update={"init_levels": 1})
+    with pytest.raises(ConfigError, match=r"init_levels is 1, but .* has 2"):
+        job.warm_start(config.model_copy(update={"train": train}), tmp_path / "x")
 
 
 def with_init(config, init, levels=2):

@@ -441,6 +441,54 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
     assert no_dropout.loss != one.loss
 
 
+def gentle_config(**changes: Any) -> RunConfig:
+    """The tiny run, its second stage with a gentle start."""
+    first, second = tiny_config().train.stages
+    return tiny_config(stages=(first, second.model_copy(update=changes)))
+
+
+def test_a_frozen_nest_keeps_every_bit_while_the_new_level_learns():
+    config = gentle_config(freeze_coarse_images=10)  # the steps from 24, 28 and 32
+    learner, feed = learner_after(24, config), Feed(config, TinyPictures(), encode)
+    before = state(learner)
+    learner.grow(2)
+    grown = state(learner)
+    for first in (24, 28, 32):
+        outcome = learner.learn(feed(step_at(config.train, first)))
+        gradients = [p.grad.norm() for p in learner.net.parameters() if p.grad is not None]
+        clipped = min(outcome.grad_norm, config.train.clip_norm)
+        assert torch.stack(gradients).norm().item() == pytest.approx(clipped, rel=1e-3)
+    after = state(learner)
+    assert_same({name: after[name] for name in before}, before)
+    new = [name for name in grown if name not in before]
+    assert {name.split(".", 1)[1].split(".")[1] for name in new} == {"1"}
+    assert [name for name in new if torch.equal(after[name], grown[name])] == []
+    learner.learn(feed(step_at(config.train, 36)))
+    thawed = state(learner)
+    assert [name for name in before if torch.equal(thawed[name], before[name])] == []
+
+
+def test_a_ramp_lessens_what_the_new_level_adds_to_the_loss():
+    config = gentle_config(ramp_images=16)
+    learner = learner_after(24, config)
+    learner.grow(2)
+    given = Feed(config, TinyPictures(), encode)(step_at(config.train, 24))
+    loss, (coarse, fine), *_ = learner.learn(given)
+    assert fine > 0
+    assert loss == pytest.approx(coarse + 0.25 * fine, rel=1e-6)
+
+
+def test_a_gentle_growth_resumes_bit_for_bit(tmp_path):
+    config = gentle_config(freeze_coarse_images=8, ramp_images=16)
+    run(tmp_path / "whole", config)
+    for images_seen in (28, 36):  # while frozen, and while only the ramp goes on
+        folder = tmp_path / str(images_seen)
+        with pytest.raises(Stopped):
+            run(folder, config, hooks=[stop_at(images_seen)])
+        run(folder, config)
+        assert digests(folder) == digests(tmp_path / "whole")
+
+
 def with_nan(given: Inputs, row: int) -> Inputs:
     broken = [level.clone() for level in given.x]
     broken[0][row] = float("nan")

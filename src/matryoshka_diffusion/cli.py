@@ -106,7 +106,14 @@ def sample(options: argparse.Namespace) -> None:
 def grow(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.grow_run(options.model, options.to, options.out, options.set)
+    config = job.grow_run(
+        options.model,
+        options.to,
+        options.out,
+        options.set,
+        freeze_coarse=options.freeze_coarse,
+        ramp=options.ramp,
+    )
     sides = ", ".join(str(level.side) for level in config.model.levels)
     print(f"{options.out}: levels {sides}; mdm train {options.out} trains them")
 
@@ -305,6 +312,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="RUN", help=_MODEL)
     command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
+    command.add_argument(
+        "--freeze-coarse",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="leave what is there alone for the first N images",
+    )
+    command.add_argument(
+        "--ramp",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="raise the new level's loss weight from 0 over the first N images",
+    )
     _add_set(command)
 
     command = _add(commands, "info", info, "show a preset or a model, level by level")

@@ -258,11 +258,19 @@ class EncoderConfig(Strict):
     max_tokens: PositiveInt = 32
 
 
+GENTLE = ("freeze_coarse_images", "ramp_images")
+"""What makes the start of a stage with new levels gentle."""
+
+
 class StageConfig(Strict):
     """One stage of progressive training (Section 3.3): the first `levels` levels are active.
 
     `mix[r]` is the share of rows whose finest level is r (mixed-resolution training); empty
     means that every row has all active levels.
+
+    A stage that adds levels may leave alone what was there before for its first
+    `freeze_coarse_images`, and let the loss weights of the new levels rise evenly from 0 to
+    `process.level_weights` over its first `ramp_images`.
     """
 
     levels: PositiveInt
@@ -270,6 +278,8 @@ class StageConfig(Strict):
     batch_size: PositiveInt
     lr: PositiveFloat
     mix: tuple[Share, ...] = ()
+    freeze_coarse_images: Natural = 0
+    ramp_images: Natural = 0
 
     @model_validator(mode="after")
     def _mix_sums_to_one(self) -> StageConfig:
@@ -279,17 +289,29 @@ class StageConfig(Strict):
             raise ValueError(f"mix sums to {sum(self.mix):g}, not to 1")
         return self
 
+    @model_validator(mode="after")
+    def _gentle_start_fits(self) -> StageConfig:
+        for name in GENTLE:
+            if getattr(self, name) > self.images:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, more than the stage's {self.images} images"
+                )
+        return self
+
 
 class TrainConfig(Strict):
     """How the weights are learnt. Lengths are counted in images seen, not in steps.
 
     `init` is a model to start from instead of random weights: a run or model folder, a released
-    checkpoint or a shipped model, whose levels are the first ones of this run's.
+    checkpoint or a shipped model, whose levels are the first ones of this run's. `init_levels` is
+    how many levels have trained weights at the start, from there or from growing; further ones
+    are new to the first stage.
     """
 
     stages: tuple[StageConfig, ...]
     seed: Natural = 0
     init: str | None = None
+    init_levels: Natural = 0
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
@@ -311,6 +333,10 @@ class TrainConfig(Strict):
         """Images seen over all stages."""
         return sum(stage.images for stage in self.stages)
 
+    def levels_before(self, stage: int) -> int:
+        """How many levels have been trained when the stage of this index begins."""
+        return self.stages[stage - 1].levels if stage else self.init_levels
+
     @model_validator(mode="after")
     def _stages_grow(self) -> TrainConfig:
         if not self.stages:
@@ -318,6 +344,19 @@ class TrainConfig(Strict):
         levels = [stage.levels for stage in self.stages]
         if levels != sorted(levels):
             raise ValueError(f"stages must not shrink the nest; their levels are {levels}")
+        return self
+
+    @model_validator(mode="after")
+    def _gentle_stages_grow(self) -> TrainConfig:
+        if self.init_levels > self.stages[0].levels:
+            raise ValueError(f"init_levels is {self.init_levels}, more than stages[0].levels")
+        for index, stage in enumerate(self.stages):
+            asked = [name for name in GENTLE if getattr(stage, name)]
+            if asked and not 0 < self.levels_before(index) < stage.levels:
+                raise ValueError(
+                    f"stages[{index}].{asked[0]}: the stage adds no levels to trained ones; "
+                    "if the run starts from a smaller model, say of how many by init_levels"
+                )
         return self
 
 

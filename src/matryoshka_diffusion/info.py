@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig
+from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig, StageConfig
 from matryoshka_diffusion.costs import (
     BYTES_PER_PARAMETER,
     activation_bytes,
@@ -143,8 +143,16 @@ def _about(config: RunConfig) -> list[str]:
         lines.append(
             f"stage {place}: {stage.levels} level{'s' * (stage.levels > 1)}, "
             f"{stage.images:,} images, batch {stage.batch_size}, lr {stage.lr:g}{mix}"
+            f"{_gentle(stage)}"
         )
     return lines
+
+
+def _gentle(stage: StageConfig) -> str:
+    """How a stage with new levels begins, if it does so in a special way."""
+    frozen = f", coarse levels frozen for {stage.freeze_coarse_images:,}"
+    ramp = f", new ones ramped over {stage.ramp_images:,}"
+    return frozen * (stage.freeze_coarse_images > 0) + ramp * (stage.ramp_images > 0)
 
 
 def _list_shares(mix: tuple[float, ...]) -> str:

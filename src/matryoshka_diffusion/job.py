@@ -241,11 +241,20 @@ def convert_released(
 # --- growing a trained run ---------------------------------------------------------------------
 
 
-def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) -> RunConfig:
+def grow_run(
+    run: str,
+    side: int,
+    out: Path,
+    assignments: Sequence[str] = (),
+    *,
+    freeze_coarse: int = 0,
+    ramp: int = 0,
+) -> RunConfig:
     """Start a run in `out` whose network is that of `run` with one finer level around it.
 
-    The coarse predictions of the new network are bit-equal to the old ones. `assignments` change
-    the config of the new run, for instance the widths of the new level.
+    The coarse predictions of the new network are bit-equal to the old ones. `freeze_coarse` and
+    `ramp` are the new stage's `freeze_coarse_images` and `ramp_images`; `assignments` change the
+    config of the new run, for instance the widths of the new level.
 
     Raises:
         ConfigError: the side does not nest on the finest level, or `out` is not empty.
@@ -256,7 +265,11 @@ def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) ->
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    grown = override(_with_level(config, side), list(assignments))
+    gentle = [
+        f"train.stages[0].freeze_coarse_images={freeze_coarse}",
+        f"train.stages[0].ramp_images={ramp}",
+    ]
+    grown = override(_with_level(config, side), [*gentle, *assignments])
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
@@ -276,7 +289,12 @@ def warm_start(config: RunConfig, out: Path) -> None:
     if init is None or checkpoint.newest(out / "checkpoints") is not None:
         return
     weights, old = find_model(init)
-    small = checkpoint.load_network(old.model.first(count_levels(weights)), weights, where=init)
+    levels = count_levels(weights)
+    if config.train.init_levels not in (0, levels):
+        raise ConfigError(
+            f"train.init_levels is {config.train.init_levels}, but {init} has {levels}"
+        )
+    small = checkpoint.load_network(old.model.first(levels), weights, where=init)
     try:
         net = grow(small, active_model(config, 0), seed=config.train.seed)
     except ValueError as error:
@@ -312,6 +330,7 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
     data["name"] = f"{config.name}-{side}"
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
     data["train"]["stages"] = [stage.model_dump(mode="json")]
+    data["train"].update(init=None, init_levels=len(config.model.levels))
     for values in (
         data["process"]["weighting"],
         data["process"]["level_weights"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TypeVar
 
 import torch
@@ -35,11 +35,15 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, net: nn.Module, steps: int) -> None:
-        """Move towards the live weights; `steps` is the number of optimizer steps before."""
+    def update(self, net: nn.Module, steps: int, frozen: Container[str] = ()) -> None:
+        """Move towards the live weights; `steps` is the number of optimizer steps before.
+
+        Averages of parameters named in `frozen` stay where they are.
+        """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        live = [value.float() for value in net.parameters()]
-        get_ema_multi_avg_fn(decay)(list(self.weights.values()), live, None)
+        moving = {name: p for name, p in net.named_parameters() if name not in frozen}
+        averages = [self.weights[name] for name in moving]
+        get_ema_multi_avg_fn(decay)(averages, [p.float() for p in moving.values()], None)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

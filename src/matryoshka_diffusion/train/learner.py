@@ -25,6 +25,7 @@ from matryoshka_diffusion.train.ema import Ema
 from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
+    drop_gradients,
     load_moments,
     moment_shapes,
     moments,
@@ -102,13 +103,14 @@ class Learner:
         """
         step, progress = inputs.step, self.progress
         loss = self._gradient(inputs)
+        frozen = drop_gradients(self.net, step.frozen)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
         # One transfer, hence one wait for the device, a step.
         total, grad_norm, *per_level = torch.stack([loss.total, norm, *loss.per_level]).tolist()
         if math.isfinite(total) and math.isfinite(grad_norm):
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
-            self.ema.update(self.net, progress.steps)
+            self.ema.update(self.net, progress.steps, frozen)
             self.progress = Progress(step.end, progress.steps + 1, progress.skipped)
             return Outcome(total, tuple(per_level), grad_norm)
         in_a_row = progress.skipped_in_a_row + 1
@@ -131,6 +133,7 @@ class Learner:
         step, train = inputs.step, self.config.train
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
+        process = self.process.ramped(step.ramp)
         num_parts = min(train.accumulate, step.count)
         parts, per_example = [], torch.zeros_like(inputs.t)
         for offset in range(num_parts):
@@ -142,7 +145,7 @@ class Learner:
                     micro.cond,
                     micro.t,
                     micro.noise,
-                    process=self.process,
+                    process=process,
                     counts=step.rows,
                 )
             loss.total.backward()
