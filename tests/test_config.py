@@ -218,6 +218,7 @@ def test_a_config_is_never_written_to():
             r"stages\[0\]\.ramp_images: .* say of how many by",
         ),
         ("train.init_levels", 2, r"train: init_levels is 2, more than stages\[0\]\.levels"),
+        ("train.ema_power", [0.05, 0.3], r"train\.ema_power\[1\]: .* less than 0\.288"),
         ("train.betas", [0.9, 1.0], r"train\.betas\[1\]: Input should be less than 1"),
         (
             "sampling",

@@ -80,7 +80,7 @@ def smaller(arguments: Sequence[str]) -> list[str]:
             extra = []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
             extra = ["--steps", "2", "--text-encoder", "t5"]
-        case ["data" | "info" | "sample" | "convert" | "plot", *_]:
+        case ["data" | "info" | "sample" | "convert" | "plot" | "ema", *_]:
             extra = []
         case ["export", model, *_]:
             extra = ["--text-encoder", "t5"] if model.startswith("mdm-") else []

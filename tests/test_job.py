@@ -14,10 +14,10 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, override
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import find_model
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import nest, preset
 from matryoshka_diffusion.sheet import save_png
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -125,6 +125,23 @@ def test_a_warm_start_is_from_as_many_levels_as_are_announced(trained, tmp_path)
     train = config.train.model_copy(update={"init_levels": 1})
     with pytest.raises(ConfigError, match=r"init_levels is 1, but .* has 2"):
         job.warm_start(config.model_copy(update={"train": train}), tmp_path / "x")
+
+
+def test_a_model_of_any_average_is_made_after_training(tmp_path):
+    config = tiny_config(ema_power=(0.05, 0.1), ema_snapshot_every_images=4)
+    train(config, TinyPictures(), tmp_path / "run", encode=encode)
+    error = job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+    assert 0 < error < 0.05
+    weights, _ = find_model(tmp_path / "model")
+    tracks = read(newest(tmp_path / "run" / "checkpoints")).tracks  # pyright: ignore
+    short, long = (tracks[f"{t}/weights/levels.0.stem.weight"] for t in (0.05, 0.1))
+    between = weights["levels.0.stem.weight"]
+    assert (between - short).norm() + (between - long).norm() < 1.1 * (short - long).norm()
+    Matryoshka.load(tmp_path / "model")
+    with pytest.raises(ConfigError, match="not empty"):
+        job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        job.average_model(tmp_path / "model", 0.08, tmp_path / "other")
 
 
 def with_init(config, init, levels=2):

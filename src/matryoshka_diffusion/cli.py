@@ -156,6 +156,16 @@ def export(options: argparse.Namespace) -> None:
         print(f"{options.out}: mdm sample {options.out} draws with it")
 
 
+def ema(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    error = job.average_model(options.run_folder, options.length, options.out)
+    print(
+        f"{options.out}: the average of length {options.length:g}, its profile off by {error:.2%}; "
+        f"mdm sample {options.out} draws with it"
+    )
+
+
 def plot(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.plot import plot
 
@@ -307,6 +317,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=FORMATS, default="mdm")
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
     _add_text_encoder(command)
+
+    command = _add(commands, "ema", ema, "make a model of averages of another length")
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
+    command.add_argument(
+        "--length",
+        type=float,
+        required=True,
+        metavar="SHARE",
+        help="of the training that the average is over, such as 0.08",
+    )
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
 
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)

@@ -45,6 +45,7 @@ from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.posthoc import synthesise
 
 MINILM_WIDTH = 384
 
@@ -208,6 +209,23 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
     checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
+
+
+def average_model(run: Path, length: float, out: Path) -> float:
+    """Write the model whose weights are the average of `length` over the training of `run`.
+
+    Returns:
+        How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
+
+    Raises:
+        ConfigError: `out` is not empty, or `run` is no run.
+        FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
+    """
+    refuse_full(out)
+    config = load_config(run / "config.yaml")
+    average = synthesise(run / "ema", length)
+    checkpoint.export_weights(out, average.weights, config)
+    return average.error
 
 
 def refuse_full(out: Path) -> None:

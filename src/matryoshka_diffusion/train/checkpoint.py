@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
+TRACKS = "tracks.safetensors"
+"""Only there if the run keeps tracks."""
 
 
 class CheckpointError(ValueError):
@@ -44,12 +46,14 @@ class Snapshot:
         weights: the network's state, by name.
         ema: the averaged parameters, by name.
         optimizer: moments and step counts, as `optim.moments` names them.
+        tracks: further averages, as `ema_power.PowerEma.state` names them.
     """
 
     state: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    tracks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ def _write(target: Path, snapshot: Snapshot) -> None:
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         manifest = {}
-        for name, data in zip(FILES, _contents(snapshot), strict=True):
+        for name, data in _contents(snapshot):
             write_atomically(temporary / name, lambda file, data=data: file.write(data))
             manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         text = json.dumps(manifest, indent=1).encode()
@@ -97,11 +101,13 @@ def _write(target: Path, snapshot: Snapshot) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _contents(snapshot: Snapshot) -> Iterator[bytes]:
-    """What belongs into `FILES`, one at a time to spare memory."""
+def _contents(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    """The files by name and what belongs into them, one at a time to spare memory."""
     for name in TENSORS:
-        yield _to_bytes(getattr(snapshot, name))
-    yield json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
+        yield f"{name}.safetensors", _to_bytes(getattr(snapshot, name))
+    if snapshot.tracks:
+        yield TRACKS, _to_bytes(snapshot.tracks)
+    yield STATE, json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
 
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -111,7 +117,8 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _bytes(snapshot: Snapshot) -> int:
-    return sum(x.nbytes for name in TENSORS for x in getattr(snapshot, name).values())
+    parts = [snapshot.weights, snapshot.ema, snapshot.optimizer, snapshot.tracks]
+    return sum(value.nbytes for part in parts for value in part.values())
 
 
 def export_weights(
@@ -158,7 +165,9 @@ def newest(folder: Path) -> Path | None:
 def read(path: Path) -> Snapshot:
     """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
     tensors = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in TENSORS}
-    return Snapshot(state=json.loads((path / STATE).read_text("utf-8")), **tensors)
+    tracks = safetensors.torch.load_file(path / TRACKS) if (path / TRACKS).exists() else {}
+    state = json.loads((path / STATE).read_text("utf-8"))
+    return Snapshot(state=state, tracks=tracks, **tensors)
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
@@ -215,7 +224,7 @@ def _flaw(path: Path) -> str | None:
     """Why the checkpoint is not complete; None if it is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        for name in FILES:
+        for name in dict.fromkeys([*FILES, *manifest]):
             if manifest[name] != _fingerprint(path / name):
                 return f"{name} is not what {MANIFEST} says"
     except FileNotFoundError as error:

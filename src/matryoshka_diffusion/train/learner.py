@@ -22,6 +22,7 @@ from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
+from matryoshka_diffusion.train.ema_power import PowerEma
 from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
@@ -72,6 +73,7 @@ class Learner:
         model = active_model(config, images_seen)
         self.net = NestedUNet(model, seed=config.train.seed).to(device)
         self.ema = Ema(self.net, config.train.ema_decay)
+        self.tracks = PowerEma(self.net, config.train.ema_power)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -90,6 +92,7 @@ class Learner:
         memory = moments(self.optimizer, self.net)
         self.net = grow(self.net, self.config.model.first(levels), seed=self.config.train.seed)
         self.ema.extend(self.net)
+        self.tracks.extend(self.net)
         self._prepare()
         load_moments(self.optimizer, self.net, memory)
 
@@ -111,6 +114,7 @@ class Learner:
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
             self.ema.update(self.net, progress.steps, frozen)
+            self.tracks.update(self.net, step.count, frozen)
             self.progress = Progress(step.end, progress.steps + 1, progress.skipped)
             return Outcome(total, tuple(per_level), grad_norm)
         in_a_row = progress.skipped_in_a_row + 1
@@ -172,6 +176,7 @@ class Learner:
             weights=self.net.state_dict(),
             ema=self.ema.weights,
             optimizer=moments(self.optimizer, self.net),
+            tracks=self.tracks.state(),
         )
 
     @classmethod
@@ -189,8 +194,10 @@ class Learner:
         check_same(net.state_dict(), snapshot.weights, where=f"{where}: weights")
         check_same(dict(net.named_parameters()), snapshot.ema, where=f"{where}: ema")
         check_same(moment_shapes(net, memory), memory, where=f"{where}: optimizer")
+        check_same(learner.tracks.state(), snapshot.tracks, where=f"{where}: tracks")
         net.load_state_dict(snapshot.weights)
         learner.ema.load(snapshot.ema)
+        learner.tracks.load(snapshot.tracks)
         load_moments(learner.optimizer, net, memory)
         learner.progress = progress
         return learner

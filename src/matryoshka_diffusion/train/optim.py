@@ -13,6 +13,11 @@ from matryoshka_diffusion.nn.nested import level_of
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training may change, by name: those that ask for a gradient."""
+    return {name: value for name, value in net.named_parameters() if value.requires_grad}
+
+
 def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """A fused Adam or AdamW. Biases, gains and other vectors are not decayed."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]

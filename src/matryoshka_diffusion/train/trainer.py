@@ -22,6 +22,7 @@ from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import Step, steps
+from matryoshka_diffusion.train.ema_power import write_snapshot
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
@@ -93,6 +94,7 @@ def train(
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
+            run.keep_averages(entry.step)
             run.call(hooks, entry.step)
             stopping = interrupts.received is not None  # asked once: it may change at any time
             saved = run.save() if stopping or run.should_save(entry.step) else None
@@ -175,6 +177,12 @@ class Run:
             }
             self._metrics.write(line)
             self._entries.clear()
+
+    def keep_averages(self, step: Step) -> None:
+        """Write a snapshot of the power-function averages, if there are any and it is time."""
+        train = self.config.train
+        if step.end == train.images or _passes(step, train.ema_snapshot_interval):
+            write_snapshot(self.folder / "ema", self.learner.tracks, step.end)
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
         """Call the hooks that are due; if one fails, save before its error goes on."""
