@@ -218,6 +218,8 @@ def test_a_config_is_never_written_to():
             r"stages\[0\]\.ramp_images: .* say of how many by",
         ),
         ("train.init_levels", 2, r"train: init_levels is 2, more than stages\[0\]\.levels"),
+        ("train.lora", {"rank": 0}, r"train\.lora\.rank: .* greater than 0"),
+        ("train.lora", {"rank": 4}, r"train: lora: adapters need a model .* set init"),
         ("train.ema_power", [0.05, 0.3], r"train\.ema_power\[1\]: .* less than 0\.288"),
         ("train.betas", [0.9, 1.0], r"train\.betas\[1\]: Input should be less than 1"),
         (
@@ -246,6 +248,19 @@ def test_a_stage_with_more_levels_than_the_model_is_refused():
     stage = {"levels": 3, "images": 1, "batch_size": 1, "lr": 1.0}
     with pytest.raises(ConfigError, match=r"stages\[-1\]\.levels is 3, but model\.levels has 2"):
         cfg.from_dict(changed("train.stages", [stage]))
+
+
+def test_adapters_are_for_the_levels_that_their_model_has():
+    stages = [{"levels": 2, "images": 9, "batch_size": 1, "lr": 1.0}]
+    train = {"init": "model", "stages": stages, "lora": {"rank": 4, "levels": [0, 1]}}
+    lora = cfg.from_dict(changed("train", train)).train.lora
+    assert lora == cfg.LoraConfig(rank=4, levels=(0, 1))
+    train["lora"] = {"rank": 4, "levels": [2]}
+    with pytest.raises(ConfigError, match=r"train: lora\.levels: there is no level 2"):
+        cfg.from_dict(changed("train", train))
+    train["stages"] = [*PLAIN["train"]["stages"]]
+    with pytest.raises(ConfigError, match="stages that add levels would leave these untrained"):
+        cfg.from_dict(changed("train", train))
 
 
 def test_a_stage_begins_gently_only_around_trained_levels():

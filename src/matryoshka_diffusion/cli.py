@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.find_config(options.preset, options.data, options.set, options.init)
+    config = job.find_config(options.preset, options.data, options.set, options.init, options.lora)
     if options.dry_run:
         return _plan(config)
     out = options.out or _own_folder(options.preset)
@@ -256,7 +256,15 @@ def _train(config: Any, out: Path, device: str) -> Path:
     if ready.held_out is not None:
         watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
         hooks.append((every, watch))
-    finished = run(ready.config, ready.loader, out, encode=ready.encode, hooks=hooks, device=device)
+    finished = run(
+        ready.config,
+        ready.loader,
+        out,
+        encode=ready.encode,
+        base=ready.base,
+        hooks=hooks,
+        device=device,
+    )
     print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
     return finished
 
@@ -283,6 +291,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
+    command.add_argument(
+        "--lora", type=_positive, metavar="RANK", help="train only adapters of this rank around it"
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
     )

@@ -300,13 +300,28 @@ class StageConfig(Strict):
         return self
 
 
+class LoraConfig(Strict):
+    """Adapters of low rank on a model that stays as it is; see `nn/lora.py`.
+
+    `alpha` over `rank` scales what they add; by default that is 1. `levels` are the indices of the
+    levels that have them; empty means all. `maps` are the projections of attention layers, or all
+    linear maps and 1 x 1 convolutions. `base` is a hash of the model's weights; a run fills it in.
+    """
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None
+    levels: tuple[Natural, ...] = ()
+    maps: Literal["attention", "all"] = "attention"
+    base: str = ""
+
+
 class TrainConfig(Strict):
     """How the weights are learnt. Lengths are counted in images seen, not in steps.
 
     `init` is a model to start from instead of random weights: a run or model folder, a released
     checkpoint or a shipped model, whose levels are the first ones of this run's. `init_levels` is
     how many levels have trained weights at the start, from there or from growing; further ones
-    are new to the first stage.
+    are new to the first stage. With `lora`, only adapters around `init` are trained.
 
     `ema_power` are lengths of averages to keep beside the one that `ema_decay` is for, as shares
     of the training (0.05 and 0.1 serve most; 0.288, the longest, is the plain mean). Snapshots of
@@ -318,6 +333,7 @@ class TrainConfig(Strict):
     seed: Natural = 0
     init: str | None = None
     init_levels: Natural = 0
+    lora: LoraConfig | None = None
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
@@ -357,6 +373,19 @@ class TrainConfig(Strict):
         levels = [stage.levels for stage in self.stages]
         if levels != sorted(levels):
             raise ValueError(f"stages must not shrink the nest; their levels are {levels}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_model(self) -> TrainConfig:
+        if self.lora is None:
+            return self
+        if self.init is None:
+            raise ValueError("lora: adapters need a model to be put around; set init")
+        levels = {stage.levels for stage in self.stages}
+        if len(levels) > 1:
+            raise ValueError("lora: stages that add levels would leave these untrained")
+        if beyond := [level for level in self.lora.levels if level not in range(*levels)]:
+            raise ValueError(f"lora.levels: there is no level {beyond[0]}; they count from 0")
         return self
 
     @model_validator(mode="after")

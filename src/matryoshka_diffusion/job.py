@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from matryoshka_diffusion.config import (
     ConfigError,
     DataConfig,
     EncoderConfig,
     LevelConfig,
+    LoraConfig,
     MicroConfig,
     RunConfig,
     SamplingConfig,
@@ -31,6 +33,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import (
     Progress,
@@ -44,6 +47,7 @@ from matryoshka_diffusion.released import convert, read_released
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.posthoc import synthesise
 
@@ -53,7 +57,8 @@ MINILM_WIDTH = 384
 class Job(NamedTuple):
     """What `train.trainer.train` is given; `encode` is None where there is no text.
 
-    `source` is what is trained on, `held_out` what is not (None if all of it is).
+    `source` is what is trained on, `held_out` what is not (None if all of it is). `base` are the
+    weights that adapters are put around, None without them.
     """
 
     config: RunConfig
@@ -61,12 +66,19 @@ class Job(NamedTuple):
     held_out: Source | None
     loader: Loader
     encode: FeatureCache | None
+    base: dict[str, Tensor] | None
 
 
 def find_config(
-    name: str, data: str | None, assignments: Sequence[str], init: str | None = None
+    name: str,
+    data: str | None,
+    assignments: Sequence[str],
+    init: str | None = None,
+    lora: int | None = None,
 ) -> RunConfig:
     """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
+
+    `init` is the model to start from, `lora` the rank of adapters to train in its place.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -77,10 +89,12 @@ def find_config(
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file():
-        config = _tuning(path)
+        config = _tuning(path, lr=2e-5 if lora is None else 2e-4)
     else:
         config = preset(name)
     changes = list(assignments)
+    if lora is not None:
+        changes.insert(0, f"train.lora={LoraConfig(rank=lora).model_dump_json()}")
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
         changes.insert(0, f"data.path={json.dumps(absolute(data))}")
@@ -90,13 +104,14 @@ def find_config(
     return with_source(override(config, changes))
 
 
-def _tuning(model: Path) -> RunConfig:
+def _tuning(model: Path, lr: float) -> RunConfig:
     """A model's config with a short training of all its levels that starts from its weights.
 
     Batch, rate and length are conventions for a few thousand pictures; nothing was measured.
+    Adapters, which start at zero, are commonly given ten times the rate.
     """
     config = read_config(model)
-    stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=2e-5)
+    stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=lr)
     train = TrainConfig(
         stages=(stage,),
         init=str(model.expanduser().resolve()),
@@ -129,7 +144,27 @@ def prepare(config: RunConfig) -> Job:
         encode = FeatureCache(load_encoder(config.encoder))
         _check_width(config, encode.width)
         encode([*captions, ""])
-    return Job(config, source, held_out, loader, encode)
+    config, base = _with_base(config)
+    return Job(config, source, held_out, loader, encode, base)
+
+
+def _with_base(config: RunConfig) -> tuple[RunConfig, dict[str, Tensor] | None]:
+    """The weights that adapters are put around, and the config with their hash.
+
+    Raises:
+        ConfigError: the model is another one than this run's, or has nothing to adapt.
+    """
+    train = config.train
+    if train.lora is None or train.init is None:
+        return config, None
+    base, old = find_model(train.init)
+    if old.model.first(count_levels(base)) != active_model(config, 0):
+        raise ConfigError(f"train.init: {train.init} has not the levels of this run's first stage")
+    with torch.device("meta"):  # so that what cannot be adapted is refused before a run begins
+        attach(NestedUNet(active_model(config, 0)), train.lora)
+    lora = train.lora.model_copy(update={"base": train.lora.base or fingerprint(base)})
+    train = train.model_copy(update={"lora": lora})
+    return config.model_copy(update={"train": train}), base
 
 
 def _check_width(config: RunConfig, width: int) -> None:
@@ -304,7 +339,8 @@ def warm_start(config: RunConfig, out: Path) -> None:
         FileNotFoundError, ValueError: there is no such model.
     """
     init = config.train.init
-    if init is None or checkpoint.newest(out / "checkpoints") is not None:
+    adapted = config.train.lora is not None  # it stays what it is, beside the run
+    if init is None or adapted or checkpoint.newest(out / "checkpoints") is not None:
         return
     weights, old = find_model(init)
     levels = count_levels(weights)

@@ -29,6 +29,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
+MODEL, LORA = "model.safetensors", "lora.safetensors"
 TRACKS = "tracks.safetensors"
 """Only there if the run keeps tracks."""
 
@@ -110,9 +111,9 @@ def _contents(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     yield STATE, json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
 
 
-def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return safetensors.torch.save(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata
     )
 
 
@@ -128,14 +129,34 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write what sampling needs: `model.safetensors` and the resolved `config.json`.
+    """Write what sampling needs: the weights and the resolved `config.json`.
 
-    The weights hold the levels of `curriculum.active_model(config, config.train.images)`.
+    The weights hold the levels of `curriculum.active_model(config, config.train.images)`; where
+    the config says that adapters were trained, they are those of the adapters.
     """
-    data = _to_bytes({name: value.to(dtype) for name, value in weights.items()})
+    data = _to_bytes(
+        {name: value.to(dtype) for name, value in weights.items()}, lora_metadata(config)
+    )
     text = json.dumps(config.model_dump(mode="json"), indent=1).encode()
-    write_atomically(folder / "model.safetensors", lambda file: file.write(data), needed=len(data))
+    path = folder / weights_file(config)
+    write_atomically(path, lambda file: file.write(data), needed=len(data))
     write_atomically(folder / "config.json", lambda file: file.write(text))
+
+
+def weights_file(config: RunConfig) -> str:
+    """What the weights of a model folder are called."""
+    return MODEL if config.train.lora is None else LORA
+
+
+def lora_metadata(config: RunConfig) -> dict[str, str] | None:
+    """What a file of adapters says about them, for whoever finds it alone.
+
+    One entry, as JSON: several are written in no fixed order, and equal runs leave equal files.
+    """
+    lora = config.train.lora
+    if lora is None:
+        return None
+    return {"lora": json.dumps({"base_model": config.train.init, **lora.model_dump(mode="json")})}
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from matryoshka_diffusion.train.optim import learnt_parameters
+
 Net = TypeVar("Net", bound=nn.Module)
 
 
 class Ema:
-    """An average of a network's parameters over the last 1 / (1 - decay) steps, by name.
+    """An average of a network's learnt parameters over the last 1 / (1 - decay) steps, by name.
 
     Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps; otherwise the
     average would consist of initial weights for thousands of steps. It is kept in float32.
@@ -27,7 +29,7 @@ class Ema:
 
     def extend(self, net: nn.Module) -> None:
         """Take in parameters that are new, at their live values; the others keep their average."""
-        known, live = self.weights, dict(net.named_parameters())
+        known, live = self.weights, learnt_parameters(net)
         assert known.keys() <= live.keys(), "networks only grow"
         self.weights = {
             name: known[name] if name in known else value.detach().clone().float()
@@ -41,7 +43,7 @@ class Ema:
         Averages of parameters named in `frozen` stay where they are.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        moving = {name: p for name, p in net.named_parameters() if name not in frozen}
+        moving = {name: p for name, p in learnt_parameters(net).items() if name not in frozen}
         averages = [self.weights[name] for name in moving]
         get_ema_multi_avg_fn(decay)(averages, [p.float() for p in moving.values()], None)
 
@@ -56,6 +58,6 @@ class Ema:
     def network(self, net: Net) -> Net:
         """A frozen copy of `net` in eval mode that holds the averaged weights."""
         averaged = copy.deepcopy(net).eval().requires_grad_(False)
-        for name, value in averaged.named_parameters():
-            value.copy_(self.weights[name])
+        for name, value in self.weights.items():
+            averaged.get_parameter(name).copy_(value)
         return averaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
-from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.nn.nested import grow
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
+from matryoshka_diffusion.train.adapters import build_network
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
@@ -27,6 +28,7 @@ from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
     drop_gradients,
+    learnt_parameters,
     load_moments,
     moment_shapes,
     moments,
@@ -64,14 +66,21 @@ class Outcome(NamedTuple):
 class Learner:
     """The network, its average and the optimizer's memory: the part of a run that is saved.
 
-    `config` is a resolved one (see `run_folder.open_run`).
+    `config` is a resolved one (see `run_folder.open_run`); `base` are the weights that adapters
+    are put around, if it asks for them.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, images_seen: int = 0) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        images_seen: int = 0,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config, self.device = config, device
         self.progress = Progress(images_seen)
         model = active_model(config, images_seen)
-        self.net = NestedUNet(model, seed=config.train.seed).to(device)
+        self.net = build_network(model, config.train, base).to(device)
         self.ema = Ema(self.net, config.train.ema_decay)
         self.tracks = PowerEma(self.net, config.train.ema_power)
         self._prepare()
@@ -173,7 +182,7 @@ class Learner:
         config = self.config.model_dump(mode="json")
         return Snapshot(
             state={**asdict(self.progress), "seconds": seconds, "config": config},
-            weights=self.net.state_dict(),
+            weights={name: p.detach() for name, p in learnt_parameters(self.net).items()},
             ema=self.ema.weights,
             optimizer=moments(self.optimizer, self.net),
             tracks=self.tracks.state(),
@@ -181,7 +190,13 @@ class Learner:
 
     @classmethod
     def restore(
-        cls, config: RunConfig, device: torch.device, snapshot: Snapshot, *, where: str
+        cls,
+        config: RunConfig,
+        device: torch.device,
+        snapshot: Snapshot,
+        *,
+        where: str,
+        base: Mapping[str, Tensor] | None = None,
     ) -> Learner:
         """The learner that a snapshot was taken of; `where` names it in errors.
 
@@ -189,13 +204,13 @@ class Learner:
             CheckpointError: it does not fit the config. It is checked whole before any is used.
         """
         progress = Progress(**{f.name: snapshot.state[f.name] for f in fields(Progress)})
-        learner = cls(config, device, progress.images_seen)
+        learner = cls(config, device, progress.images_seen, base)
         net, memory = learner.net, snapshot.optimizer
-        check_same(net.state_dict(), snapshot.weights, where=f"{where}: weights")
-        check_same(dict(net.named_parameters()), snapshot.ema, where=f"{where}: ema")
+        check_same(learnt_parameters(net), snapshot.weights, where=f"{where}: weights")
+        check_same(learnt_parameters(net), snapshot.ema, where=f"{where}: ema")
         check_same(moment_shapes(net, memory), memory, where=f"{where}: optimizer")
         check_same(learner.tracks.state(), snapshot.tracks, where=f"{where}: tracks")
-        net.load_state_dict(snapshot.weights)
+        net.load_state_dict(snapshot.weights, strict=False)  # what is not learnt is there
         learner.ema.load(snapshot.ema)
         learner.tracks.load(snapshot.tracks)
         load_moments(learner.optimizer, net, memory)

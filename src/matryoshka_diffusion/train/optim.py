@@ -21,8 +21,9 @@ def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
 def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """A fused Adam or AdamW. Biases, gains and other vectors are not decayed."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    learnt = learnt_parameters(net).values()
+    matrices = [p for p in learnt if p.ndim > 1]
+    vectors = [p for p in learnt if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import torch
+from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.store import look_ahead
@@ -64,6 +65,7 @@ def train(
     folder: Path,
     *,
     encode: Encode | None = None,
+    base: Mapping[str, Tensor] | None = None,
     hooks: Sequence[Hook] = (),
     device: torch.device | str = "cpu",
 ) -> Path:
@@ -72,6 +74,7 @@ def train(
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        base: the weights of the model that adapters are put around (`train.lora`).
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -85,7 +88,7 @@ def train(
     """
     device = torch.device(device)
     config = open_run(folder, config, device)
-    run = Run(config, folder, device)
+    run = Run(config, folder, device, base)
     feed = Feed(config, loader, encode, device)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
@@ -104,9 +107,7 @@ def train(
                     f"{saved}; the same command continues from there",
                     interrupts.exit_code,
                 )
-    learner = run.learner
-    weights = learner.ema.network(learner.net).state_dict()
-    checkpoint.export_weights(folder / "model", weights, config)
+    checkpoint.export_weights(folder / "model", run.learner.ema.weights, config)
     return folder / "model"
 
 
@@ -126,14 +127,20 @@ def _alone(feed: Feed) -> Callable[[Step], Inputs]:
 class Run:
     """A learner and the folder that its progress is written to."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: torch.device,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config, self.folder = config, folder
         seconds, path = 0.0, checkpoint.newest(folder / "checkpoints")
         if path is None:
-            self.learner = Learner(config, device)
+            self.learner = Learner(config, device, base=base)
         else:
             snapshot = checkpoint.read(path)
-            self.learner = Learner.restore(config, device, snapshot, where=str(path))
+            self.learner = Learner.restore(config, device, snapshot, where=str(path), base=base)
             seconds = snapshot.state["seconds"]
         self._began = time.monotonic() - seconds
         self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen)
