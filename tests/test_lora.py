@@ -23,6 +23,8 @@ from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.train.adapters import build_network, fingerprint
 from matryoshka_diffusion.train.checkpoint import CheckpointError, export_weights, newest, read
+from matryoshka_diffusion.train.curriculum import steps
+from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.optim import learnt_parameters
 from matryoshka_diffusion.train.signals import Stopped
@@ -152,9 +154,6 @@ def test_a_run_changes_the_adapters_and_nothing_else(model):
     config, base = tuning(model), find_model(model)[0]
     learner = Learner(config, CPU, base=base)
     start = {name: value.clone() for name, value in learner.net.state_dict().items()}
-    from matryoshka_diffusion.train.curriculum import steps
-    from matryoshka_diffusion.train.feed import Feed
-
     feed = Feed(config, TinyPictures(), encode)
     for step in list(steps(config.train))[:2]:
         learner.learn(feed(step))
@@ -222,6 +221,19 @@ def test_a_run_of_adapters_samples_finished_or_not_and_exports_whole(tuned, mode
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * theirs.abs().max().item())
         assert loaded.config.train.lora is None, "the weights are whole"
     Matryoshka.load(tmp_path / "average")
+    grown = job.grow_run(str(tuned), 32, tmp_path / "grown")
+    assert (grown.train.init, grown.train.lora) == (None, None), "it begins with whole weights"
+
+
+def test_adapters_learn(model, tmp_path):
+    stages = (StageConfig(levels=2, images=320, batch_size=16, lr=1e-2),)
+    config = tuning(model, rank=8, maps="all")
+    settings = {"stages": stages, "warmup_images": 0, "condition_dropout": 0.0}
+    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    run(tmp_path, model, config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 # --- what does not fit -------------------------------------------------------------------------
@@ -263,6 +275,10 @@ def test_a_file_of_adapters_that_does_not_fit_is_refused_with_what_differs(tuned
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"rank is 2 in it, 4 in config\.json"):
         find_model(tmp_path)
+    for foreign, error in (("[]", "rank is None in it"), ("{", "damaged")):
+        save_file(adapters, file, {"lora": foreign})
+        with pytest.raises(ValueError, match=error):
+            find_model(tmp_path)
 
 
 def test_a_run_continues_around_the_same_weights_only(model, tmp_path):
@@ -307,7 +323,7 @@ def test_the_base_of_adapters_is_found_and_checked(model, tmp_path):
     levels = config.model.levels
     changed = (levels[0].model_copy(update={"shift_ratio": 3.0}), levels[1])
     other = config.model_copy(update={"model": config.model.model_copy(update={"levels": changed})})
-    with pytest.raises(ConfigError, match="has not the levels of this run's first stage"):
+    with pytest.raises(ConfigError, match=r"model\.levels of .* is not that of this run"):
         job._with_base(other)
     with pytest.raises(ConfigError, match="hold no attention"):
         job._with_base(tuning(model, levels=(1,)))

@@ -18,6 +18,7 @@ from matryoshka_diffusion.config import (
     LevelConfig,
     LoraConfig,
     MicroConfig,
+    ModelConfig,
     RunConfig,
     SamplingConfig,
     StageConfig,
@@ -158,10 +159,12 @@ def _with_base(config: RunConfig) -> tuple[RunConfig, dict[str, Tensor] | None]:
     if train.lora is None or train.init is None:
         return config, None
     base, old = find_model(train.init)
-    if old.model.first(count_levels(base)) != active_model(config, 0):
-        raise ConfigError(f"train.init: {train.init} has not the levels of this run's first stage")
+    theirs, ours = old.model.first(count_levels(base)), active_model(config, 0)
+    for name in ModelConfig.model_fields:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ConfigError(f"train.init: model.{name} of {train.init} is not that of this run")
     with torch.device("meta"):  # so that what cannot be adapted is refused before a run begins
-        attach(NestedUNet(active_model(config, 0)), train.lora)
+        attach(NestedUNet(ours), train.lora)
     lora = train.lora.model_copy(update={"base": train.lora.base or fingerprint(base)})
     train = train.model_copy(update={"lora": lora})
     return config.model_copy(update={"train": train}), base

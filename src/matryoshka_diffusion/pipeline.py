@@ -479,7 +479,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
     try:
         weights = load_file(file)
         _check_metadata(file, config)
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
     return _whole(weights, config, where=str(file))
 
@@ -495,7 +495,9 @@ def _check_metadata(file: Path, config: RunConfig) -> None:
 
 
 def _settings_of_adapters(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return json.loads((metadata or {}).get("lora", "{}"))
+    """What `checkpoint.lora_metadata` wrote; nothing where somebody else did."""
+    settings = json.loads((metadata or {}).get("lora", "{}"))
+    return settings if isinstance(settings, dict) else {}
 
 
 def _whole(
