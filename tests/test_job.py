@@ -86,7 +86,8 @@ def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
 
 def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_path):
     out = tmp_path / "grown"
-    config = job.grow_run(str(trained), 32, out, ["train.stages[0].images=8"])
+    changes = ["train.stages[0].images=8", "train.ema_power=[0.1]"]
+    config = job.grow_run(str(trained), 32, out, changes)
     assert [level.side for level in config.model.levels] == [8, 16, 32]
     weights, small_config = find_model(trained)
     small, large = NestedUNet(small_config.model).eval(), NestedUNet(config.model).eval()
@@ -107,6 +108,9 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
     again = job.find_config(str(out), None, [])
     assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
+    last = newest(out / "checkpoints")
+    assert last is not None
+    assert read(last).tracks
 
 
 def test_a_grown_run_may_begin_gently(trained, tmp_path):
@@ -133,7 +137,9 @@ def test_a_model_of_any_average_is_made_after_training(tmp_path):
     error = job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
     assert 0 < error < 0.05
     weights, _ = find_model(tmp_path / "model")
-    tracks = read(newest(tmp_path / "run" / "checkpoints")).tracks  # pyright: ignore
+    last = newest(tmp_path / "run" / "checkpoints")
+    assert last is not None
+    tracks = read(last).tracks
     short, long = (tracks[f"{t}/weights/levels.0.stem.weight"] for t in (0.05, 0.1))
     between = weights["levels.0.stem.weight"]
     assert (between - short).norm() + (between - long).norm() < 1.1 * (short - long).norm()

@@ -50,6 +50,7 @@ from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.ema_power import PowerEma
 from matryoshka_diffusion.train.posthoc import synthesise
 
 MINILM_WIDTH = 384
@@ -371,7 +372,13 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
         "seconds": 0.0,
         "config": config.model_dump(mode="json"),
     }
-    snapshot = checkpoint.Snapshot(state, net.state_dict(), dict(net.named_parameters()), {})
+    snapshot = checkpoint.Snapshot(
+        state,
+        weights=net.state_dict(),
+        ema=dict(net.named_parameters()),
+        optimizer={},
+        tracks=PowerEma(net, config.train.ema_power).state(),
+    )
     write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
     checkpoint.save(out / "checkpoints", snapshot, keep=1)
 

@@ -84,6 +84,7 @@ def grow(net: NestedUNet, config: ModelConfig, seed: int = 0) -> NestedUNet:
 def level_of(name: str) -> int:
     """The level that a parameter belongs to by its name; what all share came with the coarsest."""
     part, _, rest = name.partition(".")
+    assert part in ("levels", "conditioner"), f"{name} is of a wrapped network"
     return int(rest.partition(".")[0]) if part == "levels" else 0
 
 
