@@ -117,6 +117,8 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["conjure"], 2, "invalid choice: 'conjure'"),
         (["train", "openmoij", "--out", "x"], 2, "did you mean openmoji?"),
         (["train", "openmoji"], 2, "--out"),
+        (["train", "openmoji", "--out", "x", "--lora", "4"], 2, "need a model to be put around"),
+        (["ema", "empty", "--length", "0.1", "-o", "x"], 2, "config.yaml: cannot be read"),
         (
             ["train", "openmoji", "--out", "x", "--set", "train.sed=1"],
             2,

@@ -206,6 +206,21 @@ def test_a_config_is_never_written_to():
         ("train.stages.0.levels", 3, r"stages must not shrink the nest; their levels are \[3, 2\]"),
         ("train.stages.1.levels", 3, r"train\.stages\[1\]: mix needs one share for each of the 3"),
         ("train.stages.1.mix", [0.5, 0.6], r"train\.stages\[1\]: mix sums to 1\.1, not to 1"),
+        (
+            "train.stages.1.freeze_coarse_images",
+            51,
+            r"train\.stages\[1\]: freeze_coarse_images is 51, more than the stage's 50 images",
+        ),
+        ("train.stages.1.ramp_images", 51, r"ramp_images is 51, more than the stage's 50"),
+        (
+            "train.stages.0.ramp_images",
+            5,
+            r"stages\[0\]\.ramp_images: .* say of how many by",
+        ),
+        ("train.init_levels", 2, r"train: init_levels is 2, more than stages\[0\]\.levels"),
+        ("train.lora", {"rank": 0}, r"train\.lora\.rank: .* greater than 0"),
+        ("train.lora", {"rank": 4}, r"train: lora: adapters need a model .* set init"),
+        ("train.ema_power", [0.05, 0.3], r"train\.ema_power\[1\]: .* less than 0\.288"),
         ("train.betas", [0.9, 1.0], r"train\.betas\[1\]: Input should be less than 1"),
         (
             "sampling",
@@ -233,6 +248,30 @@ def test_a_stage_with_more_levels_than_the_model_is_refused():
     stage = {"levels": 3, "images": 1, "batch_size": 1, "lr": 1.0}
     with pytest.raises(ConfigError, match=r"stages\[-1\]\.levels is 3, but model\.levels has 2"):
         cfg.from_dict(changed("train.stages", [stage]))
+
+
+def test_adapters_are_for_the_levels_that_their_model_has():
+    stages = [{"levels": 2, "images": 9, "batch_size": 1, "lr": 1.0}]
+    train = {"init": "model", "stages": stages, "lora": {"rank": 4, "levels": [0, 1]}}
+    lora = cfg.from_dict(changed("train", train)).train.lora
+    assert lora == cfg.LoraConfig(rank=4, levels=(0, 1))
+    train["lora"] = {"rank": 4, "levels": [2]}
+    with pytest.raises(ConfigError, match=r"train: lora\.levels: there is no level 2"):
+        cfg.from_dict(changed("train", train))
+    train["stages"] = [*PLAIN["train"]["stages"]]
+    with pytest.raises(ConfigError, match="stages that add levels would leave these untrained"):
+        cfg.from_dict(changed("train", train))
+
+
+def test_a_stage_begins_gently_only_around_trained_levels():
+    for before, levels, fits in ((1, 2, True), (0, 2, False), (2, 2, False)):
+        stage = {"levels": levels, "images": 9, "batch_size": 1, "lr": 1.0}
+        train = {"init_levels": before, "stages": [{**stage, "freeze_coarse_images": 9}]}
+        if fits:
+            assert cfg.from_dict(changed("train", train)).train.levels_before(0) == before
+        else:
+            with pytest.raises(ConfigError, match=r"stages\[0\]\.freeze_coarse_images"):
+                cfg.from_dict(changed("train", train))
 
 
 def test_a_side_that_is_no_multiple_of_the_coarser_is_refused():

@@ -10,7 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.costs import TEXT_TOKENS, activation_bytes
+from matryoshka_diffusion.config import LoraConfig
+from matryoshka_diffusion.costs import TEXT_TOKENS, activation_bytes, training_bytes
+from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from tiny_run import tiny_config
 
@@ -32,6 +34,16 @@ def test_activations_are_those_of_real_tensors(levels):
     real = sum(size for address, size in storages.items() if address not in weights)
     # Attention keeps other helpers on a CPU than where there are only shapes.
     assert activation_bytes(model, levels) == pytest.approx(real, rel=0.05)
+
+
+def test_a_network_in_training_takes_five_times_its_weights_and_adapters_less():
+    net = NestedUNet(tiny_config().model)
+    size = 4 * sum(p.numel() for p in net.parameters())
+    assert training_bytes(net) == 5 * size
+    assert training_bytes(net, tracks=2) == 7 * size
+    attach(net, LoraConfig(rank=2))
+    adapters = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert training_bytes(net) == size + 5 * adapters
 
 
 PAPER = {

@@ -89,7 +89,32 @@ def test_without_warm_up_and_decay_the_rate_is_the_stages():
 def test_a_stage_holds_its_last_image_and_not_the_next():
     train = TrainConfig(stages=(stage(1, 10), stage(2, 5)))
     assert [stage_at(train, n) for n in (0, 9, 10, 14)] == [0, 0, 1, 1]
-    assert step_at(train, 8) == (0, 8, (2,), 1.0, True)
+    assert step_at(train, 8) == (0, 8, (2,), 1.0, True, 0, ())
+
+
+def gentle(**changes) -> TrainConfig:
+    """Four images of one level, then twelve of three, in steps of four."""
+    return TrainConfig(stages=(stage(1, 4), stage(3, 12).model_copy(update=changes)))
+
+
+def test_coarse_levels_rest_in_the_steps_that_begin_within_the_first_images():
+    for images, expected in ((0, [0, 0, 0, 0]), (1, [0, 1, 0, 0]), (4, [0, 1, 0, 0])):
+        train = gentle(freeze_coarse_images=images)
+        assert [step.frozen for step in steps(train)] == expected
+    assert [step.frozen for step in steps(gentle(freeze_coarse_images=5))] == [0, 1, 1, 0]
+
+
+def test_weights_of_new_levels_rise_evenly_to_one():
+    ramps = [step.ramp for step in steps(gentle(ramp_images=10))]
+    assert ramps == [(), (1.0, 0.4, 0.4), (1.0, 0.8, 0.8), ()]
+    assert [step.ramp for step in steps(gentle())] == [()] * 4
+
+
+def test_a_grown_runs_first_stage_is_gentle_with_the_levels_it_came_with():
+    late = stage(3, 12).model_copy(update={"freeze_coarse_images": 4, "ramp_images": 8})
+    first, second, third = steps(TrainConfig(stages=(late,), init_levels=2))
+    assert (first.frozen, first.ramp) == (2, (1.0, 1.0, 0.5))
+    assert (second.frozen, second.ramp) == (third.frozen, third.ramp) == (0, ())
 
 
 def test_the_active_nest_is_that_of_the_last_image():

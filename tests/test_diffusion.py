@@ -321,3 +321,9 @@ def test_fewer_active_levels_take_the_first_entries():
     assert [weighting.name for weighting in built.weightings] == ["eps", "v"]
     assert built.level_weights == (1.0, 2.0)
     assert per_level(("clip", "none", "dynamic"), 1) == ("clip",)
+
+
+def test_a_ramp_multiplies_level_weights_and_no_ramp_changes_nothing():
+    plain = process(level_weights=(1.0, 2.0, 4.0))
+    assert plain.ramped(()) is plain
+    assert plain.ramped((1.0, 0.5, 0.25)).level_weights == (1.0, 1.0, 1.0)

@@ -51,7 +51,12 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (*SMALL, stages(2)),
     "folder-64": (*SMALL, stages(3)),
 }
-GROWN = ("train.stages[-1].images=8", "train.stages[-1].batch_size=4")
+GROWN = (
+    "train.stages[-1].images=8",
+    "train.stages[-1].batch_size=4",
+    "train.stages[-1].freeze_coarse_images=4",
+    "train.stages[-1].ramp_images=8",
+)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -75,7 +80,7 @@ def smaller(arguments: Sequence[str]) -> list[str]:
             extra = []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
             extra = ["--steps", "2", "--text-encoder", "t5"]
-        case ["data" | "info" | "sample" | "convert" | "plot" | "embed", *_]:
+        case ["data" | "info" | "sample" | "convert" | "plot" | "embed" | "ema", *_]:
             extra = []
         case ["export", model, *_]:
             extra = ["--text-encoder", "t5"] if model.startswith("mdm-") else []

@@ -67,3 +67,15 @@ def test_load_takes_values_not_storage():
     assert all(torch.equal(ema.weights[name], value) for name, value in other.weights.items())
     ema.update(model, 0)
     assert not torch.equal(ema.weights["0.weight"], other.weights["0.weight"])
+
+
+def test_frozen_averages_do_not_drift_towards_their_parameters():
+    model = net()
+    ema = Ema(model, 0.5)
+    before = {name: value.clone() for name, value in ema.weights.items()}
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 1
+    ema.update(model, 100, frozen={"0.weight", "2.bias"})
+    still = {name for name, value in before.items() if torch.equal(value, ema.weights[name])}
+    assert still == {"0.weight", "2.bias"}

@@ -83,12 +83,15 @@ def test_paths_of_this_computer_are_not_shared(site, tmp_path):
     data = model.config.data.model_copy(update={"path": "/home/me/secret"})
     assert model.config.encoder is not None
     encoder = model.config.encoder.model_copy(update={"path": str(tmp_path)})
-    model.config = model.config.model_copy(update={"data": data, "encoder": encoder})
+    train = model.config.train.model_copy(update={"init": str(tmp_path)})
+    update = {"data": data, "encoder": encoder, "train": train}
+    model.config = model.config.model_copy(update=update)
     with pytest.warns(UserWarning, match="is a local folder and is not uploaded"):
         model.push_to_hub("me/dolls")
     written = json.loads((site / "me" / "dolls" / "config.json").read_text())
     assert written["data"]["path"] is None
     assert written["encoder"]["path"] is None
+    assert written["train"]["init"] is None
     for path in (site / "me" / "dolls").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
 

@@ -13,11 +13,12 @@ import torch
 from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, override, to_yaml
+from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import find_model
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import nest, preset
 from matryoshka_diffusion.sheet import save_png
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.trainer import train
@@ -88,7 +89,8 @@ def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
 
 def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_path):
     out = tmp_path / "grown"
-    config = job.grow_run(str(trained), 32, out, ["train.stages[0].images=8"])
+    changes = ["train.stages[0].images=8", "train.ema_power=[0.1]"]
+    config = job.grow_run(str(trained), 32, out, changes)
     assert [level.side for level in config.model.levels] == [8, 16, 32]
     weights, small_config = find_model(trained)
     small, large = NestedUNet(small_config.model).eval(), NestedUNet(config.model).eval()
@@ -109,6 +111,46 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
     again = job.find_config(str(out), None, [])
     assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
+    last = newest(out / "checkpoints")
+    assert last is not None
+    assert read(last).tracks
+
+
+def test_a_grown_run_may_begin_gently(trained, tmp_path):
+    length = "train.stages[0].images=8"
+    config = job.grow_run(str(trained), 32, tmp_path, [length], freeze_coarse=4, ramp=8)
+    (stage,) = config.train.stages
+    assert (stage.freeze_coarse_images, stage.ramp_images) == (4, 8)
+    assert config.train.init_levels == 2
+    assert "coarse levels frozen for 4, new ones ramped over 8" in describe(config)
+    with pytest.raises(ConfigError, match="freeze_coarse_images is 9, more than the stage's 8"):
+        job.grow_run(str(trained), 32, tmp_path / "x", [length], freeze_coarse=9)
+
+
+def test_a_warm_start_is_from_as_many_levels_as_are_announced(trained, tmp_path):
+    config = with_init(find_model(trained)[1], trained)
+    train = config.train.model_copy(update={"init_levels": 1})
+    with pytest.raises(ConfigError, match=r"init_levels is 1, but .* has 2"):
+        job.warm_start(config.model_copy(update={"train": train}), tmp_path / "x")
+
+
+def test_a_model_of_any_average_is_made_after_training(tmp_path):
+    config = tiny_config(ema_power=(0.05, 0.1), ema_snapshot_every_images=4)
+    train(config, TinyPictures(), tmp_path / "run", encode=encode)
+    error = job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+    assert 0 < error < 0.05
+    weights, _ = find_model(tmp_path / "model")
+    last = newest(tmp_path / "run" / "checkpoints")
+    assert last is not None
+    tracks = read(last).tracks
+    short, long = (tracks[f"{t}/weights/levels.0.stem.weight"] for t in (0.05, 0.1))
+    between = weights["levels.0.stem.weight"]
+    assert (between - short).norm() + (between - long).norm() < 1.1 * (short - long).norm()
+    Matryoshka.load(tmp_path / "model")
+    with pytest.raises(ConfigError, match="not empty"):
+        job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        job.average_model(tmp_path / "model", 0.08, tmp_path / "other")
 
 
 def with_init(config, init, levels=2):

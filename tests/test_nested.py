@@ -13,7 +13,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, MicroConfig, ModelConfig, TextConfig
 from matryoshka_diffusion.nn.layers import sinusoid
 from matryoshka_diffusion.nn.level import Level
-from matryoshka_diffusion.nn.nested import NestedUNet, check_extends, grow
+from matryoshka_diffusion.nn.nested import NestedUNet, check_extends, grow, level_of
 from matryoshka_diffusion.pyramid import Pyramid, ragged
 from matryoshka_diffusion.schedule import alpha_sigma
 
@@ -434,3 +434,12 @@ def test_rows_do_not_see_each_other():
     cond = Conditioning(tokens=words())
     for a, b in zip(run(net, cond, z=z), run(net, cond, z=changed), strict=True):
         assert torch.equal(a[:1], b[:1])
+
+
+def test_a_parameters_level_is_the_one_it_came_with():
+    coarse, whole = NestedUNet(nest(1)), NestedUNet(nest(3))
+    first = [name for name, _ in whole.named_parameters() if level_of(name) == 0]
+    assert first == [name for name, _ in coarse.named_parameters()]
+    assert {level_of(name) for name, _ in whole.named_parameters()} == {0, 1, 2}
+    with pytest.raises(AssertionError, match="wrapped"):
+        level_of("module.levels.1.head.weight")

@@ -1,4 +1,4 @@
-"""Every preset, shrunk: it trains, grows through all its stages, and samples from what it learnt."""
+"""Every preset, shrunk: it trains, grows through all its stages, and samples what it learnt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -83,9 +82,7 @@ def test_a_shrunk_preset_trains_grows_and_samples(name: str, tmp_path: Path):
     weights = load_file(finished / "model.safetensors")
     net = load_network(config.model, weights, where=name)
     model = Matryoshka(net, config, encoder=words if encode else None)
-    wanted = {"prompts": ["picture 1"]} if encode else {"n": 1}
-    if config.model.classes:
-        wanted = {"classes": [0]}
-    samples = model.sample(**wanted, steps=1)
+    prompts, classes = "picture 1" if encode else None, 0 if config.model.classes else None
+    samples = model.sample(prompts, classes=classes, steps=1)
     sides = [level.side for level in config.model.levels]
     assert [tuple(level.shape[1:3]) for level in samples.levels] == [(s, s) for s in sides]

@@ -111,6 +111,23 @@ def test_a_run_resumes_bit_for_bit_in_bf16_too(tmp_path):
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("images_seen", [8, 28])
+def test_tracks_resume_bit_for_bit_and_change_nothing_else(whole, tmp_path, images_seen):
+    config = tiny_config(ema_power=(0.05, 0.1), ema_snapshot_every_images=16)
+    run(tmp_path / "whole", config)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", config, hooks=[stop_at(images_seen)])
+    run(tmp_path / "run", config)
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    plain, tracked = digests(whole), digests(tmp_path / "whole")
+    assert tracked.keys() - plain.keys() == {"tracks.safetensors"}
+    assert plain["ema.safetensors"] == tracked["ema.safetensors"]
+    snapshots = [sorted((tmp_path / name / "ema").iterdir()) for name in ("run", "whole")]
+    assert [path.name[:-12] for path in snapshots[0]] == ["0000000016", "0000000032", "0000000048"]
+    for mine, theirs in zip(*snapshots, strict=True):
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_a_signalled_process_loses_nothing(whole, tmp_path, number):
     process = subprocess.Popen(
@@ -365,7 +382,7 @@ def state(learner: Learner) -> dict[str, Tensor]:
     snapshot = learner.snapshot(0.0)
     return {
         f"{part}.{name}": value.clone()
-        for part in ("weights", "ema", "optimizer")
+        for part in ("weights", "ema", "optimizer", "tracks")
         for name, value in getattr(snapshot, part).items()
     }
 
@@ -453,6 +470,66 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
     assert no_dropout.loss != one.loss
 
 
+def test_tracks_of_a_new_level_begin_with_it():
+    learner = learner_after(28, tiny_config(ema_power=(0.05, 0.1)))
+    ages = {
+        name.split(".")[1]: age for name, age in learner.tracks.ages.items() if "levels" in name
+    }
+    assert ages == {"0": 28, "1": 4}
+    for average in learner.tracks.averages.values():  # one step old: the weights after it
+        for name, value in learner.net.named_parameters():
+            if name.startswith("levels.1."):
+                assert torch.equal(average[name], value)
+
+
+def gentle_config(**changes: Any) -> RunConfig:
+    """The tiny run with a track, its second stage with a gentle start."""
+    first, second = tiny_config().train.stages
+    return tiny_config(stages=(first, second.model_copy(update=changes)), ema_power=(0.1,))
+
+
+def test_a_frozen_nest_keeps_every_bit_while_the_new_level_learns():
+    config = gentle_config(freeze_coarse_images=10)  # the steps from 24, 28 and 32
+    learner, feed = learner_after(24, config), Feed(config, TinyPictures(), encode)
+    before = state(learner)
+    learner.grow(2)
+    grown = state(learner)
+    for first in (24, 28, 32):
+        outcome = learner.learn(feed(step_at(config.train, first)))
+        gradients = [p.grad.norm() for p in learner.net.parameters() if p.grad is not None]
+        clipped = min(outcome.grad_norm, config.train.clip_norm)
+        assert torch.stack(gradients).norm().item() == pytest.approx(clipped, rel=1e-3)
+    after = state(learner)
+    assert_same({name: after[name] for name in before}, before)
+    new = [name for name in grown if name not in before]
+    assert all("levels.1." in name for name in new)
+    assert [name for name in new if torch.equal(after[name], grown[name])] == []
+    learner.learn(feed(step_at(config.train, 36)))
+    thawed = state(learner)
+    assert [name for name in before if torch.equal(thawed[name], before[name])] == []
+
+
+def test_a_ramp_lessens_what_the_new_level_adds_to_the_loss():
+    config = gentle_config(ramp_images=16)
+    learner = learner_after(24, config)
+    learner.grow(2)
+    given = Feed(config, TinyPictures(), encode)(step_at(config.train, 24))
+    loss, (coarse, fine), *_ = learner.learn(given)
+    assert fine > 0
+    assert loss == pytest.approx(coarse + 0.25 * fine, rel=1e-6)
+
+
+def test_a_gentle_growth_resumes_bit_for_bit(tmp_path):
+    config = gentle_config(freeze_coarse_images=8, ramp_images=16)
+    run(tmp_path / "whole", config)
+    for images_seen in (28, 36):  # while frozen, and while only the ramp goes on
+        folder = tmp_path / str(images_seen)
+        with pytest.raises(Stopped):
+            run(folder, config, hooks=[stop_at(images_seen)])
+        run(folder, config)
+        assert digests(folder) == digests(tmp_path / "whole")
+
+
 def with_nan(given: Inputs, row: int) -> Inputs:
     broken = [level.clone() for level in given.x]
     broken[0][row] = float("nan")
@@ -460,7 +537,7 @@ def with_nan(given: Inputs, row: int) -> Inputs:
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_sample_named():
-    learner = learner_after(8)
+    learner = learner_after(8, tiny_config(ema_power=(0.1,)))
     before = state(learner)
     given = inputs(step_at(tiny_config().train, 8))
     outcome = learner.learn(with_nan(given, row=2))

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.find_config(options.preset, options.data, options.set, options.init)
+    config = job.find_config(options.preset, options.data, options.set, options.init, options.lora)
     if options.dry_run:
         return _plan(config)
     out = options.out or _own_folder(options.preset)
@@ -139,7 +139,14 @@ def sample(options: argparse.Namespace) -> None:
 def grow(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.grow_run(options.model, options.to, options.out, options.set)
+    config = job.grow_run(
+        options.model,
+        options.to,
+        options.out,
+        options.set,
+        freeze_coarse=options.freeze_coarse,
+        ramp=options.ramp,
+    )
     sides = ", ".join(str(level.side) for level in config.model.levels)
     print(f"{options.out}: levels {sides}; mdm train {options.out} trains them")
 
@@ -180,6 +187,16 @@ def export(options: argparse.Namespace) -> None:
     else:
         job.export_model(options.model, options.out, options.dtype, options.text_encoder)
         print(f"{options.out}: mdm sample {options.out} draws with it")
+
+
+def ema(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion import job
+
+    error = job.average_model(options.run_folder, options.length, options.out)
+    print(
+        f"{options.out}: the average of length {options.length:g}, its profile off by {error:.2%}; "
+        f"mdm sample {options.out} draws with it"
+    )
 
 
 def plot(options: argparse.Namespace) -> None:
@@ -298,6 +315,7 @@ def _train(
             ready.loader,
             out,
             encode=ready.encode,
+            base=ready.base,
             hooks=hooks,
             sinks=sinks,
             device=device,
@@ -331,6 +349,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
+    command.add_argument(
+        "--lora", type=_positive, metavar="RANK", help="train only adapters of this rank around it"
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
     )
@@ -390,10 +411,35 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
     _add_text_encoder(command)
 
+    command = _add(commands, "ema", ema, "make a model of averages of another length")
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
+    command.add_argument(
+        "--length",
+        type=float,
+        required=True,
+        metavar="SHARE",
+        help="of the training that the average is over, such as 0.08",
+    )
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)
     command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
+    command.add_argument(
+        "--freeze-coarse",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="leave what is there alone for the first N images",
+    )
+    command.add_argument(
+        "--ramp",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="raise the new level's loss weight from 0 over the first N images",
+    )
     _add_set(command)
 
     command = _add(commands, "info", info, "show a preset or a model, level by level")

@@ -30,6 +30,7 @@ from pydantic import (
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+AverageLength = Annotated[float, Field(gt=0.0, lt=0.288)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 Prediction = Literal["x0", "eps", "v"]
@@ -258,11 +259,19 @@ class EncoderConfig(Strict):
     max_tokens: PositiveInt = 32
 
 
+GENTLE = ("freeze_coarse_images", "ramp_images")
+"""What makes the start of a stage with new levels gentle."""
+
+
 class StageConfig(Strict):
     """One stage of progressive training (Section 3.3): the first `levels` levels are active.
 
     `mix[r]` is the share of rows whose finest level is r (mixed-resolution training); empty
     means that every row has all active levels.
+
+    A stage that adds levels may leave alone what was there before for its first
+    `freeze_coarse_images`, and let the loss weights of the new levels rise evenly from 0 to
+    `process.level_weights` over its first `ramp_images`.
     """
 
     levels: PositiveInt
@@ -270,6 +279,8 @@ class StageConfig(Strict):
     batch_size: PositiveInt
     lr: PositiveFloat
     mix: tuple[Share, ...] = ()
+    freeze_coarse_images: Natural = 0
+    ramp_images: Natural = 0
 
     @model_validator(mode="after")
     def _mix_sums_to_one(self) -> StageConfig:
@@ -279,17 +290,50 @@ class StageConfig(Strict):
             raise ValueError(f"mix sums to {sum(self.mix):g}, not to 1")
         return self
 
+    @model_validator(mode="after")
+    def _gentle_start_fits(self) -> StageConfig:
+        for name in GENTLE:
+            if getattr(self, name) > self.images:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, more than the stage's {self.images} images"
+                )
+        return self
+
+
+class LoraConfig(Strict):
+    """Adapters of low rank on a model that stays as it is; see `nn/lora.py`.
+
+    `alpha` over `rank` scales what they add; by default that is 1. `levels` are the indices of the
+    levels that have them; empty means all. `maps` are the projections of attention layers, or all
+    linear maps and 1 x 1 convolutions. `base` is a hash of the model's weights; a run fills it in.
+    """
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None
+    levels: tuple[Natural, ...] = ()
+    maps: Literal["attention", "all"] = "attention"
+    base: str = ""
+
 
 class TrainConfig(Strict):
     """How the weights are learnt. Lengths are counted in images seen, not in steps.
 
     `init` is a model to start from instead of random weights: a run or model folder, a released
-    checkpoint or a shipped model, whose levels are the first ones of this run's.
+    checkpoint or a shipped model, whose levels are the first ones of this run's. `init_levels` is
+    how many levels have trained weights at the start, from there or from growing; further ones
+    are new to the first stage. With `lora`, only adapters around `init` are trained.
+
+    `ema_power` are lengths of averages to keep beside the one that `ema_decay` is for, as shares
+    of the training (0.05 and 0.1 serve most; 0.288, the longest, is the plain mean). Snapshots of
+    them, every `ema_snapshot_every_images` (by default 32 in a run), give an average of any
+    length afterwards; see `train/ema_power.py`.
     """
 
     stages: tuple[StageConfig, ...]
     seed: Natural = 0
     init: str | None = None
+    init_levels: Natural = 0
+    lora: LoraConfig | None = None
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
@@ -300,6 +344,8 @@ class TrainConfig(Strict):
     accumulate: PositiveInt = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     ema_decay: Share = 0.9999
+    ema_power: tuple[AverageLength, ...] = ()
+    ema_snapshot_every_images: PositiveInt | None = None
     condition_dropout: Share = 0.1
     log_every_images: PositiveInt = 2_000
     preview_every_images: Natural = 20_000
@@ -311,6 +357,15 @@ class TrainConfig(Strict):
         """Images seen over all stages."""
         return sum(stage.images for stage in self.stages)
 
+    @property
+    def ema_snapshot_interval(self) -> int:
+        """Images between two snapshots; with 32 in a run a profile is matched to 0.1 %."""
+        return self.ema_snapshot_every_images or -(-self.images // 32)
+
+    def levels_before(self, stage: int) -> int:
+        """How many levels have been trained when the stage of this index begins."""
+        return self.stages[stage - 1].levels if stage else self.init_levels
+
     @model_validator(mode="after")
     def _stages_grow(self) -> TrainConfig:
         if not self.stages:
@@ -318,6 +373,32 @@ class TrainConfig(Strict):
         levels = [stage.levels for stage in self.stages]
         if levels != sorted(levels):
             raise ValueError(f"stages must not shrink the nest; their levels are {levels}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_model(self) -> TrainConfig:
+        if self.lora is None:
+            return self
+        if self.init is None:
+            raise ValueError("lora: adapters need a model to be put around; set init")
+        levels = {stage.levels for stage in self.stages}
+        if len(levels) > 1:
+            raise ValueError("lora: stages that add levels would leave these untrained")
+        if beyond := [level for level in self.lora.levels if level not in range(*levels)]:
+            raise ValueError(f"lora.levels: there is no level {beyond[0]}; they count from 0")
+        return self
+
+    @model_validator(mode="after")
+    def _gentle_stages_grow(self) -> TrainConfig:
+        if self.init_levels > self.stages[0].levels:
+            raise ValueError(f"init_levels is {self.init_levels}, more than stages[0].levels")
+        for index, stage in enumerate(self.stages):
+            asked = [name for name in GENTLE if getattr(stage, name)]
+            if asked and not 0 < self.levels_before(index) < stage.levels:
+                raise ValueError(
+                    f"stages[{index}].{asked[0]}: the stage adds no levels to trained ones; "
+                    "if the run starts from a smaller model, say of how many by init_levels"
+                )
         return self
 
 

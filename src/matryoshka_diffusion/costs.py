@@ -15,13 +15,19 @@ from matryoshka_diffusion.pyramid import Pyramid
 TEXT_TOKENS = 64
 """Tokens of text that costs are counted with."""
 
-BYTES_PER_PARAMETER = 20
-"""Weight, gradient, two moments and the average, in float32."""
-
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers a module learns."""
+    """How many numbers the parameters of a module hold."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def training_bytes(net: nn.Module, tracks: int = 0) -> int:
+    """Bytes of a network in training, in float32, without what depends on the batch.
+
+    A weight, and where it is learnt its gradient, two moments, the average and further `tracks`.
+    """
+    learnt = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return 4 * count_parameters(net) + 4 * (4 + tracks) * learnt
 
 
 def forward_flops(model: ModelConfig, levels: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -71,6 +71,13 @@ class Process:
             ),
             level_weights=per_level(process.level_weights, levels),
         )
+
+    def ramped(self, factors: Sequence[float]) -> Process:
+        """The process with each level weight times its factor; without factors it is the same."""
+        if not factors:
+            return self
+        weights = zip(self.level_weights, factors, strict=True)
+        return replace(self, level_weights=tuple(weight * factor for weight, factor in weights))
 
 
 def _follow_shift(weighting: WeightingConfig, level: LevelConfig) -> WeightingConfig:

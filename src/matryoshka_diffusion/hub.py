@@ -76,10 +76,13 @@ def push(
 def without_paths(config: RunConfig) -> RunConfig:
     """The config without folders of this computer, which nobody else has or should see."""
     data = config.data.model_copy(update={"path": None})
+    train = config.train
+    if train.init is not None and _is_here(train.init):
+        train = train.model_copy(update={"init": None})
     encoder = config.encoder
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
         encoder = encoder.model_copy(update={"path": None})
-    return config.model_copy(update={"data": data, "encoder": encoder})
+    return config.model_copy(update={"data": data, "encoder": encoder, "train": train})
 
 
 def _is_here(path: str) -> bool:

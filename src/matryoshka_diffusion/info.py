@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 
-from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig
+from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig, StageConfig
 from matryoshka_diffusion.costs import (
-    BYTES_PER_PARAMETER,
     activation_bytes,
     count_parameters,
     forward_flops,
+    training_bytes,
 )
+from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.released import read_released
 from matryoshka_diffusion.schedule import build_schedules
@@ -73,7 +75,7 @@ class _Plain(yaml.SafeDumper):
 def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
     """The nest, and what each stage of its training takes: steps, arithmetic, memory and data.
 
-    Memory is estimated: weights, gradients, moments and average exactly, activations as
+    Memory is estimated: weights, gradients, moments and averages exactly, activations as
     `costs.activation_bytes` counts them, halved for bf16.
 
     Args:
@@ -83,7 +85,9 @@ def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
     for place, stage in enumerate(config.train.stages, start=1):
         with torch.device("meta"):
             net = NestedUNet(config.model.first(stage.levels))
-        fixed = BYTES_PER_PARAMETER * count_parameters(net)
+            if config.train.lora is not None:
+                attach(net, config.train.lora)
+        fixed = training_bytes(net, len(config.train.ema_power))
         each = activation_bytes(config.model, stage.levels) // 2
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
         rows = -(-stage.batch_size // config.train.accumulate)
@@ -121,7 +125,7 @@ def _size(level: LevelConfig) -> str:
     return f"{level.side}x{level.side}{patch}"
 
 
-def _list(values: tuple[int, ...]) -> str:
+def _list(values: Sequence[int]) -> str:
     return " ".join(str(value) for value in values)
 
 
@@ -138,13 +142,27 @@ def _about(config: RunConfig) -> list[str]:
         f"predicts {process.prediction}, loss weighted by {weighting}; "
         f"schedule {config.model.schedule}"
     ]
+    if train.lora is not None:
+        levels = _list([place + 1 for place in train.lora.levels]) or "all"
+        lines.append(
+            f"trains adapters of rank {train.lora.rank} ({train.lora.maps} maps, levels {levels}) "
+            f"around {train.init}"
+        )
     for place, stage in enumerate(train.stages, start=1):
         mix = f", mix {_list_shares(stage.mix)}" if stage.mix else ""
         lines.append(
             f"stage {place}: {stage.levels} level{'s' * (stage.levels > 1)}, "
             f"{stage.images:,} images, batch {stage.batch_size}, lr {stage.lr:g}{mix}"
+            f"{_gentle(stage)}"
         )
     return lines
+
+
+def _gentle(stage: StageConfig) -> str:
+    """How a stage with new levels begins, if it does so in a special way."""
+    frozen = f", coarse levels frozen for {stage.freeze_coarse_images:,}"
+    ramp = f", new ones ramped over {stage.ramp_images:,}"
+    return frozen * (stage.freeze_coarse_images > 0) + ramp * (stage.ramp_images > 0)
 
 
 def _list_shares(mix: tuple[float, ...]) -> str:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from matryoshka_diffusion.config import (
     ConfigError,
     DataConfig,
     EncoderConfig,
     LevelConfig,
+    LoraConfig,
     MicroConfig,
+    ModelConfig,
     RunConfig,
     SamplingConfig,
     StageConfig,
@@ -32,6 +35,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import (
     Progress,
@@ -45,7 +49,10 @@ from matryoshka_diffusion.released import convert, read_released
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.ema_power import PowerEma
+from matryoshka_diffusion.train.posthoc import synthesise
 from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
@@ -56,8 +63,9 @@ SMALL_BYTES = 2**30
 class Job(NamedTuple):
     """What `train.trainer.train` is given; `encode` is None where there is no text.
 
-    `source` is what is trained on, `held_out` what is not (None if all of it is). `text` says, for
-    people, where the features of the captions come from.
+    `source` is what is trained on, `held_out` what is not (None if all of it is). `base` are the
+    weights that adapters are put around, None without them. `text` says, for people, where the
+    features of the captions come from.
     """
 
     config: RunConfig
@@ -65,13 +73,20 @@ class Job(NamedTuple):
     held_out: Source | None
     loader: Loader
     encode: FeatureCache | None
+    base: dict[str, Tensor] | None
     text: str
 
 
 def find_config(
-    name: str, data: str | None, assignments: Sequence[str], init: str | None = None
+    name: str,
+    data: str | None,
+    assignments: Sequence[str],
+    init: str | None = None,
+    lora: int | None = None,
 ) -> RunConfig:
     """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
+
+    `init` is the model to start from, `lora` the rank of adapters to train in its place.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -82,10 +97,12 @@ def find_config(
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file():
-        config = _tuning(path)
+        config = _tuning(path, lr=2e-5 if lora is None else 2e-4)
     else:
         config = preset(name)
     changes = list(assignments)
+    if lora is not None:
+        changes.insert(0, f"train.lora={LoraConfig(rank=lora).model_dump_json()}")
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
         changes.insert(0, f"data.path={json.dumps(absolute(data))}")
@@ -95,13 +112,14 @@ def find_config(
     return with_source(override(config, changes))
 
 
-def _tuning(model: Path) -> RunConfig:
+def _tuning(model: Path, lr: float) -> RunConfig:
     """A model's config with a short training of all its levels that starts from its weights.
 
     Batch, rate and length are conventions for a few thousand pictures; nothing was measured.
+    Adapters, which start at zero, are commonly given ten times the rate.
     """
     config = read_config(model)
-    stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=2e-5)
+    stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=lr)
     train = TrainConfig(
         stages=(stage,),
         init=str(model.expanduser().resolve()),
@@ -135,7 +153,8 @@ def prepare(
         text = _store_if_small(encode, [*all_captions(source), ""], progress)
     source, held_out = split(source, data.held_out)
     loader = Loader(source, config.train.seed, flip=data.flip, pixels=data.pixels)
-    return Job(config, source, held_out, loader, encode, text)
+    config, base = _with_base(config)
+    return Job(config, source, held_out, loader, encode, base, text)
 
 
 class Captions(NamedTuple):
@@ -192,6 +211,27 @@ def _store_if_small(cache: FeatureCache, captions: list[str], progress: Progress
         f"{len(plan.missing):,} of {plan.captions:,} captions are encoded while training, batch by "
         f"batch: their features would take {plan.needed:,} bytes (mdm embed stores them)"
     )
+
+
+def _with_base(config: RunConfig) -> tuple[RunConfig, dict[str, Tensor] | None]:
+    """The weights that adapters are put around, and the config with their hash.
+
+    Raises:
+        ConfigError: the model is another one than this run's, or has nothing to adapt.
+    """
+    train = config.train
+    if train.lora is None or train.init is None:
+        return config, None
+    base, old = find_model(train.init)
+    theirs, ours = old.model.first(count_levels(base)), active_model(config, 0)
+    for name in ModelConfig.model_fields:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ConfigError(f"train.init: model.{name} of {train.init} is not that of this run")
+    with torch.device("meta"):  # so that what cannot be adapted is refused before a run begins
+        attach(NestedUNet(ours), train.lora)
+    lora = train.lora.model_copy(update={"base": train.lora.base or fingerprint(base)})
+    train = train.model_copy(update={"lora": lora})
+    return config.model_copy(update={"train": train}), base
 
 
 def _check_width(config: RunConfig, width: int) -> None:
@@ -273,6 +313,23 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
     checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
 
 
+def average_model(run: Path, length: float, out: Path) -> float:
+    """Write the model whose weights are the average of `length` over the training of `run`.
+
+    Returns:
+        How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
+
+    Raises:
+        ConfigError: `out` is not empty, or `run` is no run.
+        FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
+    """
+    refuse_full(out)
+    config = load_config(run / "config.yaml")
+    average = synthesise(run / "ema", length)
+    checkpoint.export_weights(out, average.weights, config)
+    return average.error
+
+
 def refuse_full(out: Path) -> None:
     """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
     if out.exists() and not out.is_dir():
@@ -304,11 +361,20 @@ def convert_released(
 # --- growing a trained run ---------------------------------------------------------------------
 
 
-def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) -> RunConfig:
+def grow_run(
+    run: str,
+    side: int,
+    out: Path,
+    assignments: Sequence[str] = (),
+    *,
+    freeze_coarse: int = 0,
+    ramp: int = 0,
+) -> RunConfig:
     """Start a run in `out` whose network is that of `run` with one finer level around it.
 
-    The coarse predictions of the new network are bit-equal to the old ones. `assignments` change
-    the config of the new run, for instance the widths of the new level.
+    The coarse predictions of the new network are bit-equal to the old ones. `freeze_coarse` and
+    `ramp` are the new stage's `freeze_coarse_images` and `ramp_images`; `assignments` change the
+    config of the new run, for instance the widths of the new level.
 
     Raises:
         ConfigError: the side does not nest on the finest level, or `out` is not empty.
@@ -319,7 +385,11 @@ def grow_run(run: str, side: int, out: Path, assignments: Sequence[str] = ()) ->
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    grown = override(_with_level(config, side), list(assignments))
+    gentle = [
+        f"train.stages[0].freeze_coarse_images={freeze_coarse}",
+        f"train.stages[0].ramp_images={ramp}",
+    ]
+    grown = override(_with_level(config, side), [*gentle, *assignments])
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
@@ -336,10 +406,16 @@ def warm_start(config: RunConfig, out: Path) -> None:
         FileNotFoundError, ValueError: there is no such model.
     """
     init = config.train.init
-    if init is None or checkpoint.newest(out / "checkpoints") is not None:
+    adapted = config.train.lora is not None  # it stays what it is, beside the run
+    if init is None or adapted or checkpoint.newest(out / "checkpoints") is not None:
         return
     weights, old = find_model(init)
-    small = checkpoint.load_network(old.model.first(count_levels(weights)), weights, where=init)
+    levels = count_levels(weights)
+    if config.train.init_levels not in (0, levels):
+        raise ConfigError(
+            f"train.init_levels is {config.train.init_levels}, but {init} has {levels}"
+        )
+    small = checkpoint.load_network(old.model.first(levels), weights, where=init)
     try:
         net = grow(small, active_model(config, 0), seed=config.train.seed)
     except ValueError as error:
@@ -359,7 +435,13 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
         "seconds": 0.0,
         "config": config.model_dump(mode="json"),
     }
-    snapshot = checkpoint.Snapshot(state, net.state_dict(), dict(net.named_parameters()), {})
+    snapshot = checkpoint.Snapshot(
+        state,
+        weights=net.state_dict(),
+        ema=dict(net.named_parameters()),
+        optimizer={},
+        tracks=PowerEma(net, config.train.ema_power).state(),
+    )
     write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
     checkpoint.save(out / "checkpoints", snapshot, keep=1)
 
@@ -375,6 +457,7 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
     data["name"] = f"{config.name}-{side}"
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
     data["train"]["stages"] = [stage.model_dump(mode="json")]
+    data["train"].update(init=None, init_levels=len(config.model.levels))
     for values in (
         data["process"]["weighting"],
         data["process"]["level_weights"],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,9 +36,12 @@ from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.adapters import merge
+from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.precision import Precision, autocast
 
 Progress = Callable[[int, int], None]
+WEIGHTS = (checkpoint.MODEL, checkpoint.LORA)
 UNBOUNDED = (-float("inf"), float("inf"))
 
 
@@ -398,12 +401,15 @@ class Matryoshka:
 def find_model(
     run: str | Path, *, progress: Progress | None = None
 ) -> tuple[dict[str, Tensor], RunConfig]:
-    """Weights and config of a run or model folder, a released file or a shipped model."""
+    """Weights and config of a run or model folder, a released file or a shipped model.
+
+    Adapters are merged into their model: the weights are whole ones, and the config says so.
+    """
     path = _folder_of(Path(run))
     if path.is_file():
         return _read_model(converted(path, progress=progress))
     for folder in (path / "model", path):
-        if (folder / "model.safetensors").is_file():
+        if any((folder / name).is_file() for name in WEIGHTS):
             return _read_model(folder)
     if path.is_dir():
         newest = checkpoint.newest(path / "checkpoints")
@@ -414,7 +420,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return dict(snapshot.ema), config
+        return _whole(snapshot.ema, config, where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -435,7 +441,7 @@ def read_config(run: str | Path) -> RunConfig:
 
 def _folder_of(path: Path) -> Path:
     """The folder of a model that is named by its weights file; else the path itself."""
-    ours = path.name == "model.safetensors" and path.with_name("config.json").is_file()
+    ours = path.name in WEIGHTS and path.with_name("config.json").is_file()
     return path.parent if ours else path
 
 
@@ -466,14 +472,51 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
     try:
         config = from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing beside model.safetensors") from None
+        raise FileNotFoundError(f"{path}: missing beside the weights") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid JSON ({error})") from error
-    weights = folder / "model.safetensors"
+    file = folder / checkpoint.weights_file(config)
     try:
-        return load_file(weights), config
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: damaged or no safetensors file ({error})") from error
+        weights = load_file(file)
+        _check_metadata(file, config)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    return _whole(weights, config, where=str(file))
+
+
+def _check_metadata(file: Path, config: RunConfig) -> None:
+    """Refuse a file of adapters that another config belongs to."""
+    expected = _settings_of_adapters(checkpoint.lora_metadata(config))
+    with safe_open(file, "pt") as opened:
+        found = _settings_of_adapters(opened.metadata())
+    for name, value in expected.items():
+        if found.get(name) != value and name != "base_model":  # which may have moved
+            raise ConfigError(f"{file}: {name} is {found.get(name)} in it, {value} in config.json")
+
+
+def _settings_of_adapters(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What `checkpoint.lora_metadata` wrote; nothing where somebody else did."""
+    settings = json.loads((metadata or {}).get("lora", "{}"))
+    return settings if isinstance(settings, dict) else {}
+
+
+def _whole(
+    weights: Mapping[str, Tensor], config: RunConfig, *, where: str
+) -> tuple[dict[str, Tensor], RunConfig]:
+    """Weights as they are, or if they are adapters, merged into the model they are for."""
+    if config.train.lora is None or config.train.init is None:
+        return dict(weights), config
+    try:
+        base, _ = find_model(config.train.init)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} holds adapters for a model that is not there: {error}; if it has moved, "
+            "correct train.init in the config beside the adapters"
+        ) from error
+    model = active_model(config, config.train.images)
+    merged = merge(model, config.train, base, weights, where=where)
+    train = config.train.model_copy(update={"lora": None})
+    return merged, config.model_copy(update={"train": train})
 
 
 def count_levels(weights: Mapping[str, Tensor]) -> int:

@@ -81,6 +81,13 @@ def grow(net: NestedUNet, config: ModelConfig, seed: int = 0) -> NestedUNet:
     return grown.train(net.training)
 
 
+def level_of(name: str) -> int:
+    """The level that a parameter belongs to by its name; what all share came with the coarsest."""
+    part, _, rest = name.partition(".")
+    assert part in ("levels", "conditioner"), f"{name} is of a wrapped network"
+    return int(rest.partition(".")[0]) if part == "levels" else 0
+
+
 def check_extends(small: ModelConfig, large: ModelConfig) -> None:
     """Raise ValueError naming the first difference that keeps `large` from extending `small`."""
     for name in type(small).model_fields:

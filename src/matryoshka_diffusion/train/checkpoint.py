@@ -17,7 +17,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ from matryoshka_diffusion.train.world import World, is_sharded, local
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
-"""What rank 0 writes; other ranks with shards add `weights.2.safetensors` and so on."""
+"""What rank 0 writes. Ranks with shards add `weights.2.safetensors` and so on."""
+PARTS = (*TENSORS, "tracks")
+"""Tracks are there if the run keeps any."""
+MODEL, LORA = "model.safetensors", "lora.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -50,12 +53,14 @@ class Snapshot:
         weights: the network's state, by name.
         ema: the averaged parameters, by name.
         optimizer: moments and step counts, as `optim.moments` names them.
+        tracks: further averages, as `ema_power.PowerEma.state` names them.
     """
 
     state: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    tracks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -125,9 +130,9 @@ def _finish(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 def _contents(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
     """This rank's files, one at a time to spare memory."""
-    for name in TENSORS:
+    for name in PARTS:
         pieces = _pieces(getattr(snapshot, name), world)
-        if pieces or world.leads:
+        if pieces or (world.leads and name in TENSORS):
             place = "" if world.leads else f".{world.rank + 1}"
             yield f"{name}{place}.safetensors", _to_bytes(pieces)
     if world.leads:
@@ -143,16 +148,16 @@ def _pieces(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     }
 
 
-def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return safetensors.torch.save(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata
     )
 
 
 def _bytes(snapshot: Snapshot) -> int:
     return sum(
         value.numel() * value.element_size()
-        for name in TENSORS
+        for name in PARTS
         for value in getattr(snapshot, name).values()
     )
 
@@ -164,14 +169,34 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write what sampling needs: `model.safetensors` and the resolved `config.json`.
+    """Write what sampling needs: the weights and the resolved `config.json`.
 
-    The weights hold the levels of `curriculum.active_model(config, config.train.images)`.
+    The weights hold the levels of `curriculum.active_model(config, config.train.images)`; where
+    the config says that adapters were trained, they are those of the adapters.
     """
-    data = _to_bytes({name: value.to(dtype) for name, value in weights.items()})
+    data = _to_bytes(
+        {name: value.to(dtype) for name, value in weights.items()}, lora_metadata(config)
+    )
     text = json.dumps(config.model_dump(mode="json"), indent=1).encode()
-    write_atomically(folder / "model.safetensors", lambda file: file.write(data), needed=len(data))
+    path = folder / weights_file(config)
+    write_atomically(path, lambda file: file.write(data), needed=len(data))
     write_atomically(folder / "config.json", lambda file: file.write(text))
+
+
+def weights_file(config: RunConfig) -> str:
+    """What the weights of a model folder are called."""
+    return MODEL if config.train.lora is None else LORA
+
+
+def lora_metadata(config: RunConfig) -> dict[str, str] | None:
+    """What a file of adapters says about them, for whoever finds it alone.
+
+    One entry, as JSON: several are written in no fixed order, and equal runs leave equal files.
+    """
+    lora = config.train.lora
+    if lora is None:
+        return None
+    return {"lora": json.dumps({"base_model": config.train.init, **lora.model_dump(mode="json")})}
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -203,7 +228,7 @@ def read(path: Path) -> Snapshot:
     manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])
-        for name in TENSORS
+        for name in PARTS
     }
     return Snapshot(state=json.loads((path / STATE).read_text("utf-8")), **tensors)
 
@@ -300,7 +325,7 @@ def _flaw(path: Path) -> str | None:
     """Why the checkpoint is not complete; None if it is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        for name in {**dict.fromkeys(FILES), **manifest}:
+        for name in dict.fromkeys([*FILES, *manifest]):
             if manifest[name] != _fingerprint(path / name):
                 return f"{name} is not what {MANIFEST} says"
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
-from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.config import ModelConfig, RunConfig, StageConfig, TrainConfig
 from matryoshka_diffusion.pyramid import rows_of_mix
 
 
@@ -23,6 +23,8 @@ class Step(NamedTuple):
         rows: how many samples hold each active level, coarse to fine; finer ones are a prefix.
         lr: learning rate.
         ends_stage: True for the last step of its stage.
+        frozen: the first so many levels, and what all levels share, are left as they are.
+        ramp: a factor on the loss weight of each active level; empty means 1 for all.
     """
 
     stage: int
@@ -30,6 +32,8 @@ class Step(NamedTuple):
     rows: tuple[int, ...]
     lr: float
     ends_stage: bool
+    frozen: int = 0
+    ramp: tuple[float, ...] = ()
 
     @property
     def count(self) -> int:
@@ -59,7 +63,27 @@ def step_at(train: TrainConfig, images_seen: int) -> Step:
     mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
     rows = rows_of_mix(mix, images_seen, count)
     lr = learning_rate(train, images_seen, count)
-    return Step(index, images_seen, rows, lr, ends_stage=count == left)
+    old, into_stage = train.levels_before(index), stage.images - left
+    return Step(
+        index,
+        images_seen,
+        rows,
+        lr,
+        ends_stage=count == left,
+        frozen=old if into_stage < stage.freeze_coarse_images else 0,
+        ramp=_ramp(stage, old, into_stage + count),
+    )
+
+
+def _ramp(stage: StageConfig, old: int, images: int) -> tuple[float, ...]:
+    """Factors on the level weights after `images` of a stage that began with `old` levels.
+
+    The new levels' rise evenly to 1. The paper names such a smooth transition as future work; it
+    counts the images after the step, so that no step has weight zero.
+    """
+    if images >= stage.ramp_images:
+        return ()
+    return (1.0,) * old + (images / stage.ramp_images,) * (stage.levels - old)
 
 
 def stage_at(train: TrainConfig, number: int) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from matryoshka_diffusion.train.optim import learnt_parameters
 from matryoshka_diffusion.train.world import fill, local
 
 
 class Ema:
-    """An average of a network's parameters over the last 1 / (1 - decay) steps, by name.
+    """An average of a network's learnt parameters over the last 1 / (1 - decay) steps, by name.
 
     Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps; otherwise the
     average would consist of initial weights for thousands of steps. It is kept in float32, and
@@ -26,7 +27,7 @@ class Ema:
 
     def extend(self, net: nn.Module) -> None:
         """Take in parameters that are new, at their live values; the others keep their average."""
-        known, live = self.weights, dict(net.named_parameters())
+        known, live = self.weights, learnt_parameters(net)
         assert known.keys() <= live.keys(), "networks only grow"
         self.weights = {
             name: known[name] if name in known else value.detach().clone().float()
@@ -34,11 +35,15 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, net: nn.Module, steps: int) -> None:
-        """Move towards the live weights; `steps` is the number of optimizer steps before."""
+    def update(self, net: nn.Module, steps: int, frozen: Container[str] = ()) -> None:
+        """Move towards the live weights; `steps` is the number of optimizer steps before.
+
+        Averages of parameters named in `frozen` stay where they are.
+        """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        live = [local(value).float() for value in net.parameters()]
-        averages = [local(value) for value in self.weights.values()]
+        moving = {name: p for name, p in learnt_parameters(net).items() if name not in frozen}
+        averages = [local(self.weights[name]) for name in moving]
+        live = [local(value).float() for value in moving.values()]
         get_ema_multi_avg_fn(decay)(averages, live, None)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -19,13 +19,17 @@ from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.train.checkpoint import Snapshot, check_same, load_network
+from matryoshka_diffusion.train.adapters import build_network, plain_network
+from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
+from matryoshka_diffusion.train.ema_power import PowerEma
 from matryoshka_diffusion.train.engine import build_engine
 from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
+    drop_gradients,
+    learnt_parameters,
     load_moments,
     moment_shapes,
     moments,
@@ -64,8 +68,9 @@ class Outcome(NamedTuple):
 class Learner:
     """The network, its average and the optimizer's memory: the part of a run that is saved.
 
-    `config` is a resolved one (see `run_folder.open_run`). Every rank of `world` has a learner;
-    they take each step together and come to the same outcome.
+    `config` is a resolved one (see `run_folder.open_run`); `base` are the weights that adapters
+    are put around, if it asks for them. Every rank of `world` has a learner; they take each step
+    together and come to the same outcome.
     """
 
     def __init__(
@@ -73,13 +78,16 @@ class Learner:
         config: RunConfig,
         device: torch.device,
         images_seen: int = 0,
+        base: Mapping[str, Tensor] | None = None,
         world: World | None = None,
     ) -> None:
         self.config, self.device, self.world = config, device, world or World()
+        self.base = base
         self.progress = Progress(images_seen)
         model = active_model(config, images_seen)
-        self._prepare(NestedUNet(model, seed=config.train.seed).to(device))
+        self._prepare(build_network(model, config.train, base).to(device))
         self.ema = Ema(self.net, config.train.ema_decay)
+        self.tracks = PowerEma(self.net, config.train.ema_power)
 
     def _prepare(self, net: NestedUNet) -> None:
         """Take a network, and build what depends on which levels it has and holds no state yet."""
@@ -101,6 +109,7 @@ class Learner:
         larger = grow(small, self.config.model.first(levels), seed=self.config.train.seed)
         self._prepare(larger.train())
         self.ema.extend(self.net)
+        self.tracks.extend(self.net)
         load_moments(self.optimizer, self.net, memory)
 
     # --- one step --------------------------------------------------------------------------
@@ -113,6 +122,7 @@ class Learner:
         """
         step, progress = inputs.step, self.progress
         loss = self._gradient(inputs)
+        frozen = drop_gradients(self.net, step.frozen)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
         losses = self.world.sum(torch.stack([loss.total, *loss.per_level]))
         # One transfer, hence one wait for the device, a step. All ranks get the same numbers, so
@@ -121,7 +131,8 @@ class Learner:
         if math.isfinite(total) and math.isfinite(grad_norm):
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
-            self.ema.update(self.net, progress.steps)
+            self.ema.update(self.net, progress.steps, frozen)
+            self.tracks.update(self.net, step.count, frozen)
             self.progress = Progress(step.end, progress.steps + 1, progress.skipped)
             return Outcome(total, tuple(per_level), grad_norm)
         in_a_row = progress.skipped_in_a_row + 1
@@ -145,6 +156,7 @@ class Learner:
         step, train = inputs.step, self.config.train
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
+        process = self.process.ramped(step.ramp)
         num_parts = min(train.accumulate, step.count)
         parts, per_example = [], torch.zeros_like(inputs.t)
         for offset in range(num_parts):
@@ -158,7 +170,7 @@ class Learner:
                         micro.cond,
                         micro.t,
                         micro.noise,
-                        process=self.process,
+                        process=process,
                         counts=step.rows,
                     )
                 # The engine averages gradients over the ranks; they are to be summed.
@@ -192,9 +204,10 @@ class Learner:
         config = self.config.model_dump(mode="json")
         return Snapshot(
             state={**asdict(self.progress), "seconds": seconds, "config": config},
-            weights=dict(self.net.named_parameters()),
+            weights=learnt_parameters(self.net),
             ema=self.ema.weights,
             optimizer=moments(self.optimizer, self.net),
+            tracks=self.tracks.state(),
         )
 
     def averaged(self) -> dict[str, Tensor]:
@@ -202,12 +215,12 @@ class Learner:
         return {name: whole(value) for name, value in self.ema.weights.items()}
 
     def network(self, weights: Mapping[str, Tensor]) -> NestedUNet:
-        """A frozen copy of the network, in eval mode, with copies of these weights.
+        """A plain, frozen network in eval mode with copies of what is learnt: these weights.
 
         A collective if they are sharded.
         """
         copies = {name: whole(value).detach().clone() for name, value in weights.items()}
-        net = load_network(self.net.config, copies, where="a copy of the network")
+        net = plain_network(self.net.config, self.config.train, self.base, copies)
         return net.eval().requires_grad_(False)
 
     @classmethod
@@ -218,6 +231,7 @@ class Learner:
         snapshot: Snapshot,
         *,
         where: str,
+        base: Mapping[str, Tensor] | None = None,
         world: World | None = None,
     ) -> Learner:
         """The learner that a snapshot was taken of; `where` names it in errors.
@@ -226,13 +240,15 @@ class Learner:
             CheckpointError: it does not fit the config. It is checked whole before any is used.
         """
         progress = Progress(**{f.name: snapshot.state[f.name] for f in fields(Progress)})
-        learner = cls(config, device, progress.images_seen, world)
+        learner = cls(config, device, progress.images_seen, base, world)
         net, memory = learner.net, snapshot.optimizer
-        check_same(net.state_dict(), snapshot.weights, where=f"{where}: weights")
-        check_same(dict(net.named_parameters()), snapshot.ema, where=f"{where}: ema")
+        check_same(learnt_parameters(net), snapshot.weights, where=f"{where}: weights")
+        check_same(learnt_parameters(net), snapshot.ema, where=f"{where}: ema")
         check_same(moment_shapes(net, memory), memory, where=f"{where}: optimizer")
-        fill(dict(net.named_parameters()), snapshot.weights)
+        check_same(learner.tracks.state(), snapshot.tracks, where=f"{where}: tracks")
+        fill(learnt_parameters(net), snapshot.weights)
         learner.ema.load(snapshot.ema)
+        learner.tracks.load(snapshot.tracks)
         load_moments(learner.optimizer, net, memory)
         learner.progress = progress
         return learner

@@ -8,16 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import TrainConfig
+from matryoshka_diffusion.nn.nested import level_of
 from matryoshka_diffusion.train.world import is_sharded, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training may change, by name: those that ask for a gradient."""
+    return {name: value for name, value in net.named_parameters() if value.requires_grad}
+
+
 def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """A fused Adam or AdamW. Biases, gains and other vectors are not decayed."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    learnt = learnt_parameters(net).values()
+    matrices = [p for p in learnt if p.ndim > 1]
+    vectors = [p for p in learnt if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -29,6 +36,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def drop_gradients(net: nn.Module, levels: int) -> frozenset[str]:
+    """Make a step pass by the first `levels` levels and what all levels share; their names.
+
+    A gradient that is not there is all it takes: Adam moves neither such a parameter nor its
+    moments nor decays it, and clipping measures only what will be applied. It is computed first
+    and dropped after, so that every rank of a distributed run meets the same collectives in a
+    frozen step as in any other, which switching `requires_grad` would change.
+    """
+    frozen = {name: p for name, p in net.named_parameters() if level_of(name) < levels}
+    for parameter in frozen.values():
+        parameter.grad = None
+    return frozenset(frozen)
 
 
 def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:

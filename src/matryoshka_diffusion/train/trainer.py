@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import torch
+from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import Step, steps
+from matryoshka_diffusion.train.ema_power import write_snapshot
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
@@ -29,7 +31,7 @@ from matryoshka_diffusion.train.ranks import compare_ranks
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
 from matryoshka_diffusion.train.sinks import Log, OpenSink
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.world import World, whole
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def train(
     folder: Path,
     *,
     encode: Encode | None = None,
+    base: Mapping[str, Tensor] | None = None,
     hooks: Sequence[Hook] = (),
     sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
@@ -76,6 +79,7 @@ def train(
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        base: the weights of the model that adapters are put around (`train.lora`).
         sinks: where metrics and pictures go besides the run's folder.
         world: the ranks that train together, from `world.joined`; all of them call this.
 
@@ -92,7 +96,7 @@ def train(
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    run = Run(config, folder, device, world, sinks)
+    run = Run(config, folder, device, world, base, sinks)
     feed = Feed(config, loader, encode, device, world)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
@@ -106,6 +110,7 @@ def train(
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
+            run.keep_averages(entry.step)
             run.call(hooks, entry.step)
             # Asked once, since it may change at any time, and of all ranks: they stop together.
             signal = world.highest(interrupts.received)
@@ -143,15 +148,18 @@ class Run:
         folder: Path,
         device: torch.device,
         world: World,
+        base: Mapping[str, Tensor] | None = None,
         sinks: Sequence[OpenSink] = (),
     ) -> None:
         self.config, self.folder, self.world = config, folder, world
         seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         if path is None:
-            self.learner = Learner(config, device, world=world)
+            self.learner = Learner(config, device, base=base, world=world)
         else:
             snapshot = checkpoint.read(path)
-            self.learner = Learner.restore(config, device, snapshot, where=str(path), world=world)
+            self.learner = Learner.restore(
+                config, device, snapshot, where=str(path), base=base, world=world
+            )
             seconds = snapshot.state["seconds"]
         self._began = time.monotonic() - seconds
         self.metrics = Log()
@@ -201,6 +209,14 @@ class Run:
             }
             self.metrics.write(line)
             self._entries.clear()
+
+    def keep_averages(self, step: Step) -> None:
+        """Write a snapshot of the power-function averages, if there are any and it is time."""
+        train = self.config.train
+        if step.end == train.images or _passes(step, train.ema_snapshot_interval):
+            tracks = self.learner.tracks.state()
+            state = {name: whole(value) for name, value in tracks.items()}  # of all ranks
+            self.world.once(lambda: write_snapshot(self.folder / "ema", state, step.end))
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
         """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""

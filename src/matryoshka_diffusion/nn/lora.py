@@ -1,0 +1,97 @@
+"""Low-rank adapters: a trained network is changed by few parameters, itself left as it is.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685): the weight W of a linear map becomes
+W + (alpha / rank) B A, of which only A (down to `rank`) and B (back up) are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matryoshka_diffusion.config import ConfigError, LoraConfig
+from matryoshka_diffusion.nn.layers import Attention, zero
+from matryoshka_diffusion.nn.nested import NestedUNet, level_of
+from matryoshka_diffusion.rng import stream
+
+
+class Adapted(nn.Module):
+    """A linear map, or a 1 x 1 convolution, with a low-rank one of the same kind beside it.
+
+    The way up starts at zero, so the sum starts as the map alone, bit for bit.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        outputs, inputs = base.weight.shape[:2]
+        if isinstance(base, nn.Linear):
+            self.down = nn.Linear(inputs, rank, bias=False)
+            self.up = zero(nn.Linear(rank, outputs, bias=False))
+        else:
+            self.down = nn.Conv2d(inputs, rank, 1, bias=False)
+            self.up = zero(nn.Conv2d(rank, outputs, 1, bias=False))
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return self.base(x) + self.scale * self.up(self.down(x))
+
+    def merged_weight(self) -> Float[Tensor, "..."]:
+        """The weight of one map that computes the sum."""
+        up, down = (part.get_parameter("weight").flatten(1) for part in (self.up, self.down))
+        return self.base.weight + self.scale * (up @ down).view_as(self.base.weight)
+
+
+def attach(net: NestedUNet, lora: LoraConfig, seed: int = 0) -> NestedUNet:
+    """Put adapters around the chosen maps of `net`, in place; nothing else asks for a gradient.
+
+    Their initial values depend on `seed` and on the map's name only.
+
+    Raises:
+        ConfigError: the chosen levels hold no such map.
+    """
+    net.requires_grad_(False)
+    chosen = list(_chosen(net, lora))
+    if not chosen:
+        raise ConfigError(
+            f"train.lora: levels {list(lora.levels)} hold no attention to adapt; "
+            "choose other levels, or train.lora.maps=all"
+        )
+    for name, owner, child in chosen:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(stream(seed, f"adapter {name}").integers(2**63)))
+            scale = (lora.alpha or lora.rank) / lora.rank
+            base = owner.get_submodule(child)
+            assert isinstance(base, nn.Linear | nn.Conv2d)
+            setattr(owner, child, Adapted(base, lora.rank, scale))
+    return net
+
+
+def merged_state(net: NestedUNet) -> dict[str, Tensor]:
+    """The state of a network without adapters that computes the same as `net`."""
+    state = net.state_dict()
+    for name, module in net.named_modules():
+        if isinstance(module, Adapted):
+            state[f"{name}.base.weight"] = module.merged_weight().detach()
+            del state[f"{name}.down.weight"], state[f"{name}.up.weight"]
+    return {name.replace(".base.", "."): value for name, value in state.items()}
+
+
+def _chosen(net: NestedUNet, lora: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
+    """The maps to adapt: name, the module that holds it, and what it is called there."""
+    levels = lora.levels or range(len(net.levels))
+    kind = Attention if lora.maps == "attention" else nn.Module
+    for place, owner in net.named_modules():
+        if place.startswith("levels.") and level_of(place) in levels and isinstance(owner, kind):
+            for child, part in owner.named_children():
+                if _is_map(part):
+                    yield f"{place}.{child}", owner, child
+
+
+def _is_map(module: nn.Module) -> bool:
+    """Whether a module multiplies each position's channels by one matrix."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    )
