@@ -131,7 +131,8 @@ def test_a_batch_holds_what_the_source_says():
     batch = Loader(source, 0).batch(7, 6)
     rows = [source.keys.index(key) for key in batch.keys]
     assert torch.equal(
-        to_uint8(batch.picture), torch.tensor(source.array[rows]).permute(0, 3, 1, 2)
+        to_uint8(batch.picture),
+        torch.tensor(np.stack([source.array[row] for row in rows])).permute(0, 3, 1, 2),
     )
     assert batch.picture.is_contiguous()
     assert batch.labels is not None
@@ -738,9 +739,9 @@ def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     (tmp_path / "c.png").write_bytes(b"broken")
     decoded = []
 
-    def counted(path, side):
+    def counted(path, side, crop):
         decoded.append(path.name)
-        return read_picture(path, side)
+        return read_picture(path, side, crop)
 
     monkeypatch.setattr(folder_module, "read_picture", counted)
     first = picture_folder(tmp_path, 16, 0.5)

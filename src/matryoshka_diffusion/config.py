@@ -39,6 +39,7 @@ Threshold = Literal["none", "clip", "dynamic"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
+Crop = Literal["centre", "random"]
 SourceName = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
 EncoderName = Literal["minilm", "t5"]
 
@@ -238,12 +239,15 @@ class DataConfig(Strict):
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
-    `held_out` is the share of pictures that are not trained on, whose loss is logged.
+    `crop` is where the square is cut along the longer side: in the middle, or somewhere else each
+    time a picture is shown. `held_out` is the share of pictures that are not trained on, whose loss
+    is logged.
     """
 
     source: SourceName
     path: str | None = None
     classes: tuple[str, ...] = ()
+    crop: Crop = "centre"
     flip: bool = False
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01

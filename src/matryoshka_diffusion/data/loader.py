@@ -1,4 +1,4 @@
-"""The loader: which picture, caption and flip sample n of a run gets, and nothing else.
+"""The loader: which picture, crop, caption and flip sample n of a run gets, and nothing else.
 
 A batch is a pure function of (seed, first, count), so resuming, another batch size or another
 number of processes cannot change what the model is shown.
@@ -11,31 +11,40 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from matryoshka_diffusion.config import Pixels
+from matryoshka_diffusion.config import Crop, Pixels
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
+from matryoshka_diffusion.data.crop import CENTRE
 from matryoshka_diffusion.rng import stream
 
 
 class Loader:
     """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
-    With `flip`, every other picture on average is mirrored left to right. `pixels` is how bytes
-    become numbers.
+    With the crop "random", a picture that is longer than the square is cut somewhere else each
+    time. With `flip`, every other picture on average is mirrored left to right. `pixels` is how
+    bytes become numbers.
     """
 
     def __init__(
-        self, source: Source, seed: int, *, flip: bool = False, pixels: Pixels = "symmetric"
+        self,
+        source: Source,
+        seed: int,
+        *,
+        crop: Crop = "centre",
+        flip: bool = False,
+        pixels: Pixels = "symmetric",
     ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
         self.source = source
         self.seed = seed
+        self.crop: Crop = crop
         self.flip = flip
         self.pixels: Pixels = pixels
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples n = first .. first + count - 1."""
         ids = range(first, first + count)
-        examples = self.source.many([self._index(n) for n in ids])
+        examples = self.source.many([self._index(n) for n in ids], [self._place(n) for n in ids])
         pictures = np.stack(
             [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
         )
@@ -51,6 +60,9 @@ class Loader:
     def _index(self, n: int) -> int:
         epoch, position = divmod(n, len(self.source))
         return int(_permutation(self.seed, epoch, len(self.source))[position])
+
+    def _place(self, n: int) -> float:
+        return CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
 
     def _one(self, captions: tuple[str, ...], n: int) -> str:
         if len(captions) < 2:

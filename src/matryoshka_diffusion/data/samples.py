@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.images import Picture
 
 MAX_CLASSES = 100_000
@@ -36,14 +37,15 @@ class Catalogue:
     Attributes:
         name: for people, such as "shards /data/*.tar".
         state: changes when the set does; pictures that were decoded before are kept for it.
-        read: (n, side) -> the picture of sample n; raises PictureError. Any thread may call it.
+        read: (n, side, crop) -> the picture of sample n, as `images.read_picture` gives it; raises
+            PictureError. Any thread may call it.
         classes: their names; empty if the set knows numbers only.
     """
 
     name: str
     state: str
     samples: Sequence[Sample]
-    read: Callable[[int, int], Picture]
+    read: Callable[[int, int, Crop], Picture]
     classes: tuple[str, ...] = ()
 
 

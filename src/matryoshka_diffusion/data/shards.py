@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import Blob, expand, read_range, short_names, stat
 from matryoshka_diffusion.data.decoded import workers
@@ -18,7 +19,7 @@ from matryoshka_diffusion.data.shard_index import Located, shard_index
 from matryoshka_diffusion.data.store import look_ahead
 
 
-def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
+def shards(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "centre") -> Source:
     """The samples of all shards that `pattern` stands for (see `blobs.expand`), in their order.
 
     Raises:
@@ -39,10 +40,10 @@ def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
             located.append(Located(named, start, size))
             where.append(blob)
 
-    def read(n: int, side: int) -> Picture:
+    def read(n: int, side: int, crop: Crop) -> Picture:
         _, start, size = located[n]
         try:
-            return decode_picture(read_range(where[n].path, start, size), side)
+            return decode_picture(read_range(where[n].path, start, size), side, crop)
         except PictureError as error:
             raise PictureError(f"{error} (at byte {start:,})") from error
 
@@ -52,7 +53,7 @@ def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
         samples=[sample for sample, _, _ in located],
         read=read,
     )
-    return open_catalogue(catalogue, side, max_bad_fraction)
+    return open_catalogue(catalogue, side, max_bad_fraction, crop)
 
 
 def _indexed(paths: Sequence[str]) -> tuple[list[Blob], list[list[Located]]]:

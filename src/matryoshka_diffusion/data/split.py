@@ -58,8 +58,8 @@ class Part:
     def __getitem__(self, index: int) -> Example:
         return self.source[self.indices[index]]
 
-    def many(self, indices: Sequence[int]) -> list[Example]:
-        return self.source.many([self.indices[index] for index in indices])
+    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
+        return self.source.many([self.indices[index] for index in indices], places)
 
 
 def split(source: Source, share: float) -> tuple[Source, Source | None]:
