@@ -122,7 +122,14 @@ def prepare(config: RunConfig) -> Job:
     data = config.data
     captions = all_captions(source)
     source, held_out = split(source, data.held_out)
-    loader = Loader(source, config.train.seed, crop=data.crop, flip=data.flip, pixels=data.pixels)
+    loader = Loader(
+        source,
+        config.train.seed,
+        crop=data.crop,
+        flip=data.flip,
+        augment=data.augment,
+        pixels=data.pixels,
+    )
     encode = None
     if config.encoder is not None:
         encode = FeatureCache(load_encoder(config.encoder))

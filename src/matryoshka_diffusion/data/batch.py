@@ -152,6 +152,7 @@ class Batch:
         original_side: shorter side of the original pictures in pixels.
         ids: the global counter n of each sample; all that is random hangs on it.
         keys: what the source calls the pictures.
+        augment: how each picture was transformed; None if none was.
     """
 
     picture: Float[Tensor, "b c h w"]
@@ -160,6 +161,7 @@ class Batch:
     original_side: Float[Tensor, " b"]
     ids: Int[Tensor, " b"]
     keys: tuple[str, ...]
+    augment: Float[Tensor, "b 7"] | None = None
 
 
 def to_float(

@@ -1,4 +1,4 @@
-"""The loader: which picture, crop, caption and flip sample n of a run gets, and nothing else.
+"""The loader: what sample n of a run is (picture, crop, caption, flip, augmentation), no more.
 
 A batch is a pure function of (seed, first, count), so resuming, another batch size or another
 number of processes cannot change what the model is shown.
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from matryoshka_diffusion.config import Crop, Pixels
+from matryoshka_diffusion.data.augment import augmented, draw_augmentation
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
 from matryoshka_diffusion.data.crop import CENTRE
 from matryoshka_diffusion.rng import stream
@@ -21,8 +22,9 @@ class Loader:
     """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
     With the crop "random", a picture that is longer than the square is cut somewhere else each
-    time. With `flip`, every other picture on average is mirrored left to right. `pixels` is how
-    bytes become numbers.
+    time. With `flip`, every other picture on average is mirrored left to right. `augment` is the
+    share of pictures that each geometric transformation happens to; the batch tells of them.
+    `pixels` is how bytes become numbers.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Loader:
         *,
         crop: Crop = "centre",
         flip: bool = False,
+        augment: float = 0.0,
         pixels: Pixels = "symmetric",
     ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
@@ -39,15 +42,21 @@ class Loader:
         self.seed = seed
         self.crop: Crop = crop
         self.flip = flip
+        self.augment = augment
         self.pixels: Pixels = pixels
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples n = first .. first + count - 1."""
         ids = range(first, first + count)
         examples = self.source.many([self._index(n) for n in ids], [self._place(n) for n in ids])
+        done = [draw_augmentation(self.seed, n, self.augment) for n in ids]
         pictures = np.stack(
-            [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
+            [
+                augmented(self._turned(x.picture, n), how)
+                for x, n, how in zip(examples, ids, done, strict=True)
+            ]
         )
+        told = torch.from_numpy(np.stack([how.numbers() for how in done]))
         return Batch(
             picture=to_float(pictures, self.pixels).permute(0, 3, 1, 2).contiguous(),
             captions=tuple(self._one(x.captions, n) for x, n in zip(examples, ids, strict=True)),
@@ -55,6 +64,7 @@ class Loader:
             original_side=torch.tensor([float(x.original_side) for x in examples]),
             ids=torch.tensor(ids),
             keys=tuple(x.key for x in examples),
+            augment=told if self.augment else None,
         )
 
     def _index(self, n: int) -> int:
