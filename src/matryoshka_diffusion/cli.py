@@ -239,7 +239,15 @@ def _train(config: Any, out: Path, device: str) -> Path:
     if ready.held_out is not None:
         watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
         hooks.append((every, watch))
-    finished = run(ready.config, ready.loader, out, encode=ready.encode, hooks=hooks, device=device)
+    finished = run(
+        ready.config,
+        ready.loader,
+        out,
+        encode=ready.encode,
+        quarantine=ready.source.quarantine,
+        hooks=hooks,
+        device=device,
+    )
     print(f"trained: {finished}, with previews in {out / 'previews'}; draw with mdm sample {out}")
     return finished
 

@@ -1,10 +1,22 @@
-"""How many bad files are too many, and how they are listed."""
+"""What cannot be used: how it is listed, how much of it is too much, and what a run remembers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from matryoshka_diffusion.data.batch import BadFile
+from matryoshka_diffusion.files import write_atomically
+
+
+class BadFile(NamedTuple):
+    """A file or sample that was left out, and why."""
+
+    path: str
+    reason: str
 
 
 def some(bad: Sequence[BadFile], count: int = 5) -> str:
@@ -21,3 +33,78 @@ def refuse_too_many(name: str, bad: Sequence[BadFile], total: int, max_bad_fract
             f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}: repair or remove "
             f"them, or raise data.max_bad_fraction (now {max_bad_fraction:g})"
         )
+
+
+class Quarantine:
+    """The bad samples of a set: those known from the start, and those found while reading it.
+
+    What was found belongs to a run. It is saved with every checkpoint and restored before anything
+    is read again, so that a resumed run neither reads nor reports it a second time, and what may be
+    bad is a share of the whole run. Any thread may use it.
+
+    Args:
+        name: of the set, for people.
+        known: what was left out at the start.
+        total: good and bad samples together.
+        max_bad_fraction: the share of them that may be bad.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        known: Sequence[BadFile] = (),
+        total: int = 0,
+        max_bad_fraction: float = 1.0,
+    ) -> None:
+        self._name, self._known = name, tuple(known)
+        self._total, self._max_bad_fraction = total, max_bad_fraction
+        self._found: dict[str, str] = {}
+        self._lock = threading.RLock()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the sample of that key was found to be bad."""
+        return key in self._found
+
+    @property
+    def bad(self) -> tuple[BadFile, ...]:
+        """All of it, in the order of its paths."""
+        with self._lock:
+            return tuple(sorted([*self._known, *(BadFile(*item) for item in self._found.items())]))
+
+    def add(self, key: str, reason: str) -> None:
+        """Put a sample aside, with a warning; one that is there already is not told of again.
+
+        Raises:
+            ValueError: now it is too many.
+        """
+        with self._lock:
+            if key in self._found:
+                return
+            self._found[key] = reason
+            bad = self.bad
+        warnings.warn(
+            f"{key}: {reason}; the next good picture stands in for it ({len(bad)} bad so far)",
+            stacklevel=4,
+        )
+        refuse_too_many(self._name, bad, self._total, self._max_bad_fraction)
+
+    def state(self) -> list[list[str]]:
+        """What was found, as plain values for JSON."""
+        with self._lock:
+            return sorted([key, reason] for key, reason in self._found.items())
+
+    def restore(self, state: Iterable[Sequence[str]]) -> None:
+        """Add what `state` returned, of this run or of another process of it."""
+        with self._lock:
+            self._found.update((key, reason) for key, reason in state)
+
+    def write(self, path: Path) -> None:
+        """List all of it in a file, a JSON object a line; no file if there is nothing.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        text = "".join(f"{json.dumps(file._asdict(), ensure_ascii=False)}\n" for file in self.bad)
+        if text:
+            data = text.encode("utf-8", "backslashreplace")
+            write_atomically(path, lambda file: file.write(data), needed=len(data))

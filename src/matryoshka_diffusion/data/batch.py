@@ -12,15 +12,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.config import Pixels
+from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.crop import CENTRE, cut_square
 from matryoshka_diffusion.data.film import Film
-
-
-class BadFile(NamedTuple):
-    """A file that was left out, and why."""
-
-    path: str
-    reason: str
 
 
 class Example(NamedTuple):
@@ -53,6 +47,7 @@ class Source(Protocol):
         captions: one tuple a picture, known without decoding any; None where there are none.
         classes: their names; empty where there are none.
         bad: what is left out; pictures that are decoded on demand may still join it.
+        quarantine: the same with its limits, for a run to save and restore.
         total: how many files or samples were looked at, good or bad.
     """
 
@@ -70,6 +65,8 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]: ...
     @property
     def bad(self) -> tuple[BadFile, ...]: ...
+    @property
+    def quarantine(self) -> Quarantine: ...
     @property
     def total(self) -> int: ...
     def __len__(self) -> int: ...
@@ -110,6 +107,11 @@ class Pictures:
     def channels(self) -> int:
         """1 for grey, 3 for colour."""
         return self.array[self.rows[0]].shape[2]
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """What was bad from the start; nothing more is found, since all of it was decoded."""
+        return Quarantine(self.name, self.bad)
 
     @property
     def total(self) -> int:

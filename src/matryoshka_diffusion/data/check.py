@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from PIL.Image import Image
 
-from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.data.bad import BadFile
+from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.sheet import grid
 
 _SHOWN = 20

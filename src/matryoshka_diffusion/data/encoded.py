@@ -6,14 +6,12 @@ would fill the disk: its pictures are decoded when they are asked for, a batch a
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from matryoshka_diffusion.config import Crop
-from matryoshka_diffusion.data.bad import refuse_too_many
-from matryoshka_diffusion.data.batch import BadFile, Example, Pictures, Source, placed
+from matryoshka_diffusion.data.bad import BadFile, Quarantine, refuse_too_many
+from matryoshka_diffusion.data.batch import Example, Pictures, Source, placed
 from matryoshka_diffusion.data.crop import CENTRE, cut_square
 from matryoshka_diffusion.data.decoded import decode_once, workers
 from matryoshka_diffusion.data.images import PictureError
@@ -106,19 +104,13 @@ class PicturesOnDemand:
         self.keys = [sample.key for sample in good.samples]
         self._samples, self._read = good.samples, good.read
         self._crop: Crop = crop
-        self._known_bad, self._max_bad_fraction = tuple(bad), max_bad_fraction
-        self._found_bad: dict[int, BadFile] = {}
-        self._lock = threading.Lock()
+        self.total = len(good.samples) + len(bad)
+        self.quarantine = Quarantine(good.name, bad, self.total, max_bad_fraction)
 
     @property
     def bad(self) -> tuple[BadFile, ...]:
         """What was refused at the start, and what has turned out bad since."""
-        return tuple(sorted([*self._known_bad, *self._found_bad.values()]))
-
-    @property
-    def total(self) -> int:
-        """Samples, good or bad."""
-        return len(self._samples) + len(self._known_bad)
+        return self.quarantine.bad
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -137,7 +129,7 @@ class PicturesOnDemand:
             try:
                 picture = self._read(n, self.side, self._crop)
             except PictureError as error:
-                self._put_aside(n, str(error))
+                self.quarantine.add(self.keys[n], str(error))
                 continue
             sample = self._samples[n]
             return Example(
@@ -153,18 +145,5 @@ class PicturesOnDemand:
         """The index and, after it, those that stand in for it."""
         for step in range(len(self)):
             n = (index + step) % len(self)
-            if n not in self._found_bad:
+            if self.keys[n] not in self.quarantine:
                 yield n
-
-    def _put_aside(self, n: int, reason: str) -> None:
-        with self._lock:
-            if n in self._found_bad:
-                return
-            self._found_bad[n] = BadFile(self._samples[n].key, reason)
-            bad = self.bad
-        warnings.warn(
-            f"{self._samples[n].key}: {reason}; the next good picture stands in for it "
-            f"({len(bad)} bad so far)",
-            stacklevel=3,
-        )
-        refuse_too_many(self.name, bad, self.total, self._max_bad_fraction)

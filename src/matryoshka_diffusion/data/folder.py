@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matryoshka_diffusion.config import Crop
-from matryoshka_diffusion.data.bad import refuse_too_many, some
-from matryoshka_diffusion.data.batch import BadFile, Pictures
+from matryoshka_diffusion.data.bad import BadFile, refuse_too_many, some
+from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.captions import find_captions
 from matryoshka_diffusion.data.decoded import Decoded, decode_once
 from matryoshka_diffusion.data.images import OTHER_SUFFIXES, SUFFIXES, read_picture

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.data.bad import BadFile, Quarantine
+from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.files import digest
 
 _DIGITS = 13
@@ -43,6 +44,10 @@ class Part:
     @property
     def bad(self) -> tuple[BadFile, ...]:
         return self.source.bad
+
+    @property
+    def quarantine(self) -> Quarantine:
+        return self.source.quarantine
 
     @property
     def total(self) -> int:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import torch
 
 from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
@@ -63,6 +64,7 @@ def train(
     folder: Path,
     *,
     encode: Encode | None = None,
+    quarantine: Quarantine | None = None,
     hooks: Sequence[Hook] = (),
     device: torch.device | str = "cpu",
 ) -> Path:
@@ -71,6 +73,7 @@ def train(
     Args:
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
+        quarantine: the source's list of bad samples, to be saved with the run and restored.
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -84,12 +87,17 @@ def train(
     """
     device = torch.device(device)
     config = open_run(folder, config, device)
-    run = Run(config, folder, device)
+    run = Run(config, folder, device, quarantine or Quarantine())
     feed = Feed(config, loader, encode, device)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
     inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
-    with Interrupts() as interrupts, Display(config, run.images_seen) as display, closing(inputs):
+    with (
+        Interrupts() as interrupts,
+        Display(config, run.images_seen) as display,
+        closing(inputs),
+        run.listing_bad(),
+    ):
         for entry in run.learn(inputs):
             run.log(entry)
             display.show(entry)
@@ -124,8 +132,10 @@ def _alone(feed: Feed) -> Callable[[Step], Inputs]:
 class Run:
     """A learner and the folder that its progress is written to."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self, config: RunConfig, folder: Path, device: torch.device, quarantine: Quarantine
+    ) -> None:
+        self.config, self.folder, self.quarantine = config, folder, quarantine
         seconds, path = 0.0, checkpoint.newest(folder / "checkpoints")
         if path is None:
             self.learner = Learner(config, device)
@@ -133,6 +143,7 @@ class Run:
             snapshot = checkpoint.read(path)
             self.learner = Learner.restore(config, device, snapshot, where=str(path))
             seconds = snapshot.state["seconds"]
+            quarantine.restore(snapshot.state.get("bad", ()))  # older checkpoints have none
         self._began = time.monotonic() - seconds
         self._metrics = Metrics(folder / "metrics.jsonl", self.images_seen)
         self._entries: list[Entry] = []
@@ -204,11 +215,21 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
         self._close_line()
+        snapshot = self.learner.snapshot(self.seconds)
+        state = {**snapshot.state, "bad": self.quarantine.state()}
         return checkpoint.save(
             self.folder / "checkpoints",
-            self.learner.snapshot(self.seconds),
+            replace(snapshot, state=state),
             keep=self.config.train.keep_checkpoints,
         )
+
+    @contextmanager
+    def listing_bad(self) -> Iterator[None]:
+        """Leave a list of the bad samples in `bad.jsonl`, above all where they end the run."""
+        try:
+            yield
+        finally:
+            self.quarantine.write(self.folder / "bad.jsonl")
 
     @property
     def seconds(self) -> float:
