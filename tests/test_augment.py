@@ -21,7 +21,7 @@ from matryoshka_diffusion.data.augment import (
 )
 from matryoshka_diffusion.data.batch import Pictures, to_uint8
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal
@@ -212,6 +212,16 @@ def test_a_network_that_is_told_nothing_is_told_zeros_and_starts_as_one_without(
         assert torch.equal(nothing[level], without[level])
         assert torch.allclose(turned[level][0], nothing[level][0], atol=1e-6)
         assert not torch.allclose(turned[level][1], nothing[level][1], atol=1e-3)
+
+
+def test_a_grown_network_is_told_the_same():
+    config = tiny_model()
+    small = opened(NestedUNet(config.first(1)))
+    large = grow(small, config).eval()
+    assert torch.equal(weight(large), weight(small))
+    z, t, cond = inputs(config, torch.ones(2, 7))
+    with torch.no_grad():
+        assert torch.equal(large(z, t, cond)[0], small(z[:1], t, cond)[0])
 
 
 def test_its_weights_get_a_gradient_from_every_level():
