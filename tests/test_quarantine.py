@@ -90,6 +90,7 @@ def begun(shard: Path, folder: Path) -> list[str]:
 
     def stop(view) -> None:
         if view.images_seen == 24:
+            assert (folder / "bad.jsonl").is_file()  # since the last save
             raise RuntimeError("here")
 
     with warnings.catch_warnings(record=True) as seen:

@@ -217,6 +217,7 @@ class Run:
         self._close_line()
         snapshot = self.learner.snapshot(self.seconds)
         state = {**snapshot.state, "bad": self.quarantine.state()}
+        self._list_bad()
         return checkpoint.save(
             self.folder / "checkpoints",
             replace(snapshot, state=state),
@@ -225,11 +226,14 @@ class Run:
 
     @contextmanager
     def listing_bad(self) -> Iterator[None]:
-        """Leave a list of the bad samples in `bad.jsonl`, above all where they end the run."""
+        """List the bad samples however the run ends, above all if there were too many."""
         try:
             yield
         finally:
-            self.quarantine.write(self.folder / "bad.jsonl")
+            self._list_bad()
+
+    def _list_bad(self) -> None:
+        self.quarantine.write(self.folder / "bad.jsonl")
 
     @property
     def seconds(self) -> float:
