@@ -113,7 +113,7 @@ def test_a_resumed_run_knows_what_was_bad_and_is_shown_the_same(tmp_path, shard)
     newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
     assert newest is not None
     saved = checkpoint.read(newest).state["bad"]
-    assert [key for key, _ in saved] == sorted(first)
+    assert [key for key, *_ in saved] == sorted(first)
     assert 0 < len(saved) < len(BAD)
     source = opened(shard)
     with warnings.catch_warnings(record=True) as second:
@@ -198,10 +198,10 @@ def test_several_processes_of_a_run_can_put_their_findings_together():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for quarantine, key in ((ours, "b"), (theirs, "c"), (theirs, "b")):
-            quarantine.add(key, "broken")
+            quarantine.add(BadFile(key, "broken", 7))
     ours.restore(theirs.state())
     assert [file.path for file in ours.bad] == ["a", "b", "c"]
-    assert ours.state() == [["b", "broken"], ["c", "broken"]]
+    assert ours.state() == [["b", "broken", 7], ["c", "broken", 7]]
 
 
 def test_names_that_are_no_unicode_can_be_listed(tmp_path):

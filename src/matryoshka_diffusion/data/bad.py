@@ -7,21 +7,31 @@ import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matryoshka_diffusion.files import write_atomically
 
 
 class BadFile(NamedTuple):
-    """A file or sample that was left out, and why."""
+    """A file or sample that was left out, and why.
+
+    Attributes:
+        path: the file in a folder; SHARD:KEY or FILE:ROW in larger files.
+        offset: where it lies in its shard, in bytes.
+    """
 
     path: str
     reason: str
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" (at byte {self.offset:,})"
+        return f"{self.path}: {self.reason}{where}"
 
 
 def some(bad: Sequence[BadFile], count: int = 5) -> str:
     """' (a.png: reason; ...)' of the first bad files, for errors; empty if there are none."""
-    shown = [f"{path}: {reason}" for path, reason in bad[:count]]
+    shown = [str(file) for file in bad[:count]]
     more = [f"and {len(bad) - count} more"] if len(bad) > count else []
     return f" ({'; '.join([*shown, *more])})" if bad else ""
 
@@ -58,7 +68,7 @@ class Quarantine:
     ) -> None:
         self._name, self._known = name, tuple(known)
         self._total, self._max_bad_fraction = total, max_bad_fraction
-        self._found: dict[str, str] = {}
+        self._found: dict[str, BadFile] = {}
         self._lock = threading.RLock()
 
     def __contains__(self, key: str) -> bool:
@@ -69,34 +79,34 @@ class Quarantine:
     def bad(self) -> tuple[BadFile, ...]:
         """All of it, in the order of its paths."""
         with self._lock:
-            return tuple(sorted([*self._known, *(BadFile(*item) for item in self._found.items())]))
+            return tuple(sorted([*self._known, *self._found.values()]))
 
-    def add(self, key: str, reason: str) -> None:
+    def add(self, file: BadFile) -> None:
         """Put a sample aside, with a warning; one that is there already is not told of again.
 
         Raises:
             ValueError: now it is too many.
         """
         with self._lock:
-            if key in self._found:
+            if file.path in self:
                 return
-            self._found[key] = reason
+            self._found[file.path] = file
             bad = self.bad
         warnings.warn(
-            f"{key}: {reason}; the next good picture stands in for it ({len(bad)} bad so far)",
+            f"{file}; the next good picture stands in for it ({len(bad)} bad so far)",
             stacklevel=4,
         )
         refuse_too_many(self._name, bad, self._total, self._max_bad_fraction)
 
-    def state(self) -> list[list[str]]:
+    def state(self) -> list[list[str | int | None]]:
         """What was found, as plain values for JSON."""
         with self._lock:
-            return sorted([key, reason] for key, reason in self._found.items())
+            return [list(file) for file in sorted(self._found.values())]
 
-    def restore(self, state: Iterable[Sequence[str]]) -> None:
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
         """Add what `state` returned, of this run or of another process of it."""
         with self._lock:
-            self._found.update((key, reason) for key, reason in state)
+            self._found.update((row[0], BadFile(*row)) for row in state)
 
     def write(self, path: Path) -> None:
         """List all of it in a file, a JSON object a line; no file if there is nothing.

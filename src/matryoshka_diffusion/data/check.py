@@ -91,5 +91,5 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _bad_files(bad: Sequence[BadFile]) -> list[str]:
-    lines = [f"    {path}: {reason}" for path, reason in bad[:_SHOWN]]
+    lines = [f"    {file}" for file in bad[:_SHOWN]]
     return [*lines, f"    and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else lines

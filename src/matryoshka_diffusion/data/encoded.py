@@ -34,7 +34,7 @@ def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float, cro
     if not catalogue.samples:
         raise ValueError(f"{catalogue.name} holds no picture")
     samples = judged(catalogue.samples, catalogue.classes)
-    bad = [BadFile(sample.key, sample.flaw) for sample in samples if sample.flaw]
+    bad = [BadFile(x.key, x.flaw, x.offset) for x in samples if x.flaw]
     refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
     rows = [n for n, sample in enumerate(samples) if not sample.flaw]
     kept = [samples[row] for row in rows]
@@ -61,7 +61,9 @@ def _decoded(
         side,
         f"decoding at {side} px",
     )
-    found = (BadFile(samples[n].key, reason) for n, reason in decoded.bad.items())
+    found = (
+        BadFile(samples[n].key, reason, samples[n].offset) for n, reason in decoded.bad.items()
+    )
     all_bad = sorted([*bad, *found])
     refuse_too_many(good.name, all_bad, len(samples) + len(bad), max_bad_fraction)
     rows = [row for row in range(len(samples)) if row not in decoded.bad]
@@ -129,7 +131,8 @@ class PicturesOnDemand:
             try:
                 picture = self._read(n, self.side, self._crop)
             except PictureError as error:
-                self.quarantine.add(self.keys[n], str(error))
+                sample = self._samples[n]
+                self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
             sample = self._samples[n]
             return Example(

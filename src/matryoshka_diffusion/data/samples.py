@@ -21,6 +21,7 @@ class Sample(NamedTuple):
         label: index of its class.
         original_side: shorter side in pixels before the set was made, if the set remembers it.
         flaw: why it cannot be used; empty for a good one.
+        offset: where it lies in its shard, in bytes.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Sample(NamedTuple):
     label: int | None = None
     original_side: int | None = None
     flaw: str = ""
+    offset: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
