@@ -15,13 +15,16 @@ def full() -> Conditioning:
         labels=torch.arange(ROWS),
         tokens=torch.arange(ROWS * 6.0).reshape(ROWS, 3, 2),
         mask=torch.tensor([[True, True, False]] * ROWS),
+        augment=torch.arange(ROWS * 7.0).reshape(ROWS, 7),
         micro={"scale": torch.arange(ROWS) * 10.0},
         dropped=torch.tensor([False, True, False, False]),
     )
 
 
 def tensors(cond: Conditioning) -> dict[str, torch.Tensor]:
-    named = {name: getattr(cond, name) for name in ("labels", "tokens", "mask", "dropped")}
+    named = {
+        name: getattr(cond, name) for name in ("labels", "tokens", "mask", "augment", "dropped")
+    }
     return {name: x for name, x in {**named, **cond.micro}.items() if x is not None}
 
 

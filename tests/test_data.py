@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def test_a_batch_holds_what_the_source_says():
     batch = Loader(source, 0).batch(range(7, 13))
     rows = [source.keys.index(key) for key in batch.keys]
     assert torch.equal(
-        to_uint8(batch.picture), torch.tensor(source.array[rows]).permute(0, 3, 1, 2)
+        to_uint8(batch.picture),
+        torch.tensor(np.stack([source.array[row] for row in rows])).permute(0, 3, 1, 2),
     )
     assert batch.picture.is_contiguous()
     assert batch.labels is not None
@@ -495,11 +497,17 @@ def test_huge_pictures_are_refused_from_the_header(tmp_path, monkeypatch, size):
         data[position : position + 3] = (min(length, 2**24) - 1).to_bytes(3, "little")
     webp.write_bytes(data)
 
+    jpeg = picture(tmp_path / "a.jpg", (16, 16))
+    data = bytearray(jpeg.read_bytes())
+    frame = data.index(b"\xff\xc0") + 5
+    data[frame : frame + 4] = struct.pack(">HH", *(min(length, 2**16 - 1) for length in size))
+    jpeg.write_bytes(data)
+
     def allocate(*_):
         raise AssertionError("pixels were allocated")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", allocate)
-    for path in (tmp_path / "a.png", webp):
+    for path in (tmp_path / "a.png", webp, jpeg):
         with pytest.raises(PictureError, match="too large"):
             read_picture(path, 16)
 
@@ -510,11 +518,27 @@ def test_tiny_pictures_are_refused(tmp_path, size):
         read_picture(picture(tmp_path / "a.png", size), 16)
 
 
-def test_a_text_chunk_does_not_unpack_beyond_bounds(tmp_path):
-    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50 * 2**20)))
-    (tmp_path / "a.png").write_bytes(png_bytes(16, 16, bytes(16 * 49), extra=bomb))
-    with pytest.raises(PictureError, match="corrupt"):
-        read_picture(tmp_path / "a.png", 16)
+BOMB = zlib.compress(bytes(50 * 2**20))
+CHUNKS = {
+    "compressed text": chunk(b"zTXt", b"k\0\0" + BOMB),
+    "international text": chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB),
+    "many texts": chunk(b"tEXt", b"k\0" + bytes(2**20 - 2)) * 70,
+    "colour profile": chunk(b"iCCP", b"k\0\0" + BOMB),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_a_chunk_does_not_unpack_beyond_bounds(tmp_path, kind):
+    data = png_bytes(16, 16, bytes(16 * 49), extra=CHUNKS[kind])
+    (tmp_path / "a.png").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PictureError, match=r"too large|Too much memory"):
+            read_picture(tmp_path / "a.png", 16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2**20
 
 
 def test_a_file_beyond_all_reason_is_not_opened(tmp_path):
@@ -740,9 +764,9 @@ def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     (tmp_path / "c.png").write_bytes(b"broken")
     decoded = []
 
-    def counted(path, side):
+    def counted(path, side, crop):
         decoded.append(path.name)
-        return read_picture(path, side)
+        return read_picture(path, side, crop)
 
     monkeypatch.setattr(folder_module, "read_picture", counted)
     first = picture_folder(tmp_path, 16, 0.5)

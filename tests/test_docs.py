@@ -9,6 +9,7 @@ to shrink it, do not skip it.
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import warnings
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELEASED = (ROOT / "docs" / "released-checkpoints.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 TINY_CHECKPOINT = ROOT / "tests" / "data" / "reference" / "vis_model_nested32.pth"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 PHOTOS, CAPTIONED = "photos", "captioned"
@@ -150,6 +152,22 @@ def test_a_command_for_training_runs(arguments, photos):
     run(arguments, photos)
 
 
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """The working folder of somebody who ran examples/data_forms.py, with fewer pictures."""
+    path = tmp_path_factory.mktemp("forms")
+    made = runpy.run_path(str(ROOT / "examples" / "data_forms.py"))
+    items = list(made["openmoji_items"](64, 40))
+    for form, write in made["FORMS"].items():
+        write(items, path / "forms" / form)
+    return path
+
+
+@pytest.mark.parametrize("arguments", commands(DATA), ids=shlex.join)
+def test_a_command_for_data_runs(arguments, forms):
+    run(arguments, forms)
+
+
 def run(arguments, folder):
     """The command in this process, which has loaded everything already."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -180,6 +198,7 @@ def test_make_goals_in_the_documents_exist():
     [
         "README.md",
         "CONTRIBUTING.md",
+        "docs/data.md",
         "docs/design.md",
         "docs/released-checkpoints.md",
         "docs/training.md",

@@ -136,7 +136,7 @@ def test_bad_rows_are_attributed(tmp_path, pa):
     path = write(tmp_path / "p.parquet", {"image": pictures, "text": texts, "label": labels})
     source = parquet(path, 16, 0.9)
     assert keys(source) == ["p.parquet:0"]
-    found = {path.split(":")[1]: reason for path, reason in source.bad}
+    found = {file.path.split(":")[1]: file.reason for file in source.bad}
     for row, reason in {
         "1": "not a PNG, JPEG or WEBP",
         "2": "it has no caption, although others have one",

@@ -316,6 +316,7 @@ def _train(
             out,
             encode=ready.encode,
             base=ready.base,
+            quarantine=ready.source.quarantine,
             hooks=hooks,
             sinks=sinks,
             device=device,

@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+AUGMENT_NUMBERS = 7
+"""Numbers that say how a picture was transformed (see `data.augment`), all 0 if it was not."""
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -23,6 +26,7 @@ class Conditioning:
         tokens: text features, n tokens of d numbers a row, padded at the end.
         mask: True where a token is real. Without one all are.
         micro: scalars by name, such as `scale` (the side of the original picture in pixels).
+        augment: how the picture was transformed. Without it, not at all.
         dropped: True where the label and the text of a row are hidden from the network.
     """
 
@@ -30,13 +34,14 @@ class Conditioning:
     tokens: Float[Tensor, "b n d"] | None = None
     mask: Bool[Tensor, "b n"] | None = None
     micro: Mapping[str, Float[Tensor, " b"]] = field(default_factory=dict)
+    augment: Float[Tensor, "b 7"] | None = None
     dropped: Bool[Tensor, " b"] | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `f` to every tensor."""
         changed = {
             name: f(value)
-            for name in ("labels", "tokens", "mask", "dropped")
+            for name in ("labels", "tokens", "mask", "augment", "dropped")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **changed, micro={name: f(x) for name, x in self.micro.items()})

@@ -40,6 +40,7 @@ Threshold = Literal["none", "clip", "dynamic"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
+Crop = Literal["centre", "random"]
 SourceName = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
 EncoderName = Literal["minilm", "t5"]
 
@@ -158,7 +159,10 @@ class TextConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """The nest: levels from coarse to fine, and what they share."""
+    """The nest: levels from coarse to fine, and what they share.
+
+    `augment` tells the network how a picture was transformed (`data.augment`).
+    """
 
     levels: tuple[LevelConfig, ...]
     embedding: PositiveInt
@@ -168,6 +172,7 @@ class ModelConfig(Strict):
     data_std: PositiveFloat = 0.5
     text: TextConfig | None = None
     classes: Natural = 0
+    augment: bool = False
 
     @property
     def micro_names(self) -> frozenset[str]:
@@ -239,13 +244,18 @@ class DataConfig(Strict):
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
-    `held_out` is the share of pictures that are not trained on, whose loss is logged.
+    `crop` is where the square is cut along the longer side: in the middle, or somewhere else each
+    time a picture is shown. `augment` is the share of pictures that each geometric transformation
+    happens to; a network that is not told of it would draw such pictures. `held_out` is the share
+    of pictures that are not trained on, whose loss is logged.
     """
 
     source: SourceName
     path: str | None = None
     classes: tuple[str, ...] = ()
+    crop: Crop = "centre"
     flip: bool = False
+    augment: Share = 0.0
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
     held_out: BelowOne = 0.0
@@ -452,6 +462,12 @@ class RunConfig(Strict):
         if self.model.text is not None and self.model.classes:
             raise ValueError(
                 "model.text and model.classes: a run has captions or classes, not both"
+            )
+        if self.data.augment and not self.model.augment:
+            raise ValueError(
+                f"data.augment is {self.data.augment:g}, but the network is not told how pictures "
+                "were transformed and would draw such ones: add --set model.augment=true (a model "
+                "that was trained without it cannot have it: set data.augment=0)"
             )
         if (self.model.text is None) != (self.encoder is None):
             raise ValueError("model.text and encoder go together: give both or neither")

@@ -20,7 +20,8 @@ PREVIEWS = 8
 def preview_prompts(source: Source, count: int = PREVIEWS) -> list[str]:
     """The same few captions of a source every time."""
     chosen = choose(len(source), min(count, len(source)), "previews")
-    return [source[int(index)].captions[0] for index in chosen]
+    captions = source.captions or ()
+    return [captions[int(index)][0] for index in chosen]
 
 
 class Preview:

@@ -152,7 +152,14 @@ def prepare(
         encode = _open_cache(config, device)
         text = _store_if_small(encode, [*all_captions(source), ""], progress)
     source, held_out = split(source, data.held_out)
-    loader = Loader(source, config.train.seed, flip=data.flip, pixels=data.pixels)
+    loader = Loader(
+        source,
+        config.train.seed,
+        crop=data.crop,
+        flip=data.flip,
+        augment=data.augment,
+        pixels=data.pixels,
+    )
     config, base = _with_base(config)
     return Job(config, source, held_out, loader, encode, base, text)
 

@@ -12,27 +12,23 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.config import Pixels
-
-
-class BadFile(NamedTuple):
-    """A file that was left out, and why."""
-
-    path: str
-    reason: str
+from matryoshka_diffusion.data.bad import BadFile, Quarantine
+from matryoshka_diffusion.data.crop import CENTRE, cut_square
+from matryoshka_diffusion.data.film import Film
 
 
 class Example(NamedTuple):
     """One picture and what is known about it.
 
     Attributes:
-        picture: bytes, already of the source's side.
+        picture: bytes, a square of the source's side.
         captions: alternatives that say the same; empty where there are none.
         label: index into the source's classes.
         key: what the source calls the picture, stable between runs.
         original_side: shorter side of the original in pixels, before it was resized.
     """
 
-    picture: UInt8[np.ndarray, "h w c"]
+    picture: UInt8[np.ndarray, "side side c"]
     captions: tuple[str, ...]
     label: int | None
     key: str
@@ -43,11 +39,15 @@ class Example(NamedTuple):
 class Source(Protocol):
     """Square pictures in a fixed order.
 
+    Where a source has more than the square, `places` say what to cut: 0 the beginning of the longer
+    side, towards 1 its end, the middle if nothing is said.
+
     Attributes:
         keys: what each picture is called.
         captions: one tuple a picture, known without decoding any; None where there are none.
         classes: their names; empty where there are none.
         bad: what is left out; pictures that are decoded on demand may still join it.
+        quarantine: the same with its limits, for a run to save and restore.
         total: how many files or samples were looked at, good or bad.
     """
 
@@ -66,26 +66,30 @@ class Source(Protocol):
     @property
     def bad(self) -> tuple[BadFile, ...]: ...
     @property
+    def quarantine(self) -> Quarantine: ...
+    @property
     def total(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
-    def many(self, indices: Sequence[int]) -> list[Example]: ...
+    def many(
+        self, indices: Sequence[int], places: Sequence[float] | None = None
+    ) -> list[Example]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """A `Source` that is an array, usually memory-mapped, and columns beside it.
+    """A `Source` that is an array or a film, usually memory-mapped, and columns beside it.
 
     Attributes:
         name: for people, such as "openmoji".
-        array: the pictures. Rows that no entry of `rows` points to are unused.
+        array: the pictures by number. Those that no entry of `rows` points to are unused.
         rows: where in `array` each picture lies; all columns are aligned with this one.
         captions: one tuple a picture; None where the source has none.
         labels: one index into `classes` a picture; None where the source has none.
     """
 
     name: str
-    array: UInt8[np.ndarray, "n side side channels"]
+    array: UInt8[np.ndarray, "n side side channels"] | Film
     rows: Sequence[int]
     keys: Sequence[str]
     original_sides: Sequence[int]
@@ -97,12 +101,17 @@ class Pictures:
     @property
     def side(self) -> int:
         """Height and width of the pictures."""
-        return self.array.shape[1]
+        return min(self.array[self.rows[0]].shape[:2])
 
     @property
     def channels(self) -> int:
         """1 for grey, 3 for colour."""
-        return self.array.shape[3]
+        return self.array[self.rows[0]].shape[2]
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """What was bad from the start; nothing more is found, since all of it was decoded."""
+        return Quarantine(self.name, self.bad)
 
     @property
     def total(self) -> int:
@@ -113,17 +122,25 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
+        return self._example(index, CENTRE)
+
+    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
+        """The examples at `indices`."""
+        return [self._example(*pair) for pair in placed(indices, places)]
+
+    def _example(self, index: int, place: float) -> Example:
         return Example(
-            picture=np.array(self.array[self.rows[index]]),
+            picture=np.array(cut_square(self.array[self.rows[index]], place)),
             captions=() if self.captions is None else self.captions[index],
             label=None if self.labels is None else self.labels[index],
             key=self.keys[index],
             original_side=self.original_sides[index],
         )
 
-    def many(self, indices: Sequence[int]) -> list[Example]:
-        """The examples at `indices`."""
-        return [self[index] for index in indices]
+
+def placed(indices: Sequence[int], places: Sequence[float] | None) -> list[tuple[int, float]]:
+    """Each index with its place; the middle where none was given."""
+    return list(zip(indices, places or [CENTRE] * len(indices), strict=True))
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ class Batch:
         original_side: shorter side of the original pictures in pixels.
         ids: the global counter n of each sample; all that is random hangs on it.
         keys: what the source calls the pictures.
+        augment: how each picture was transformed; None if none was.
     """
 
     picture: Float[Tensor, "b c h w"]
@@ -145,6 +163,7 @@ class Batch:
     original_side: Float[Tensor, " b"]
     ids: Int[Tensor, " b"]
     keys: tuple[str, ...]
+    augment: Float[Tensor, "b 7"] | None = None
 
 
 def to_float(

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from PIL.Image import Image
 
-from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.data.bad import BadFile
+from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.sheet import grid
 
 _SHOWN = 20
@@ -90,5 +91,5 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _bad_files(bad: Sequence[BadFile]) -> list[str]:
-    lines = [f"    {path}: {reason}" for path, reason in bad[:_SHOWN]]
+    lines = [f"    {file}" for file in bad[:_SHOWN]]
     return [*lines, f"    and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else lines

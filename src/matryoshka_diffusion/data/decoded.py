@@ -1,4 +1,4 @@
-"""A set of pictures decoded once, into an array on disk with notes beside it."""
+"""A set of pictures decoded once, into a film on disk with notes beside it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from matryoshka_diffusion.data.film import Film, Shape, open_film, write_film
 from matryoshka_diffusion.data.images import Picture, PictureError
-from matryoshka_diffusion.data.store import look_ahead, stored_pictures
+from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.files import digest, write_atomically
 
-DECODER = 1
-"""To be raised when the same file would decode to other bytes than before."""
+DECODER = 2
+"""To be raised when the same file would decode to other bytes, or be kept in another way."""
+
+_CHANNELS = 3
 
 
 class Decoded(NamedTuple):
-    """Aligned with what was read: a bad file has a black picture and a reason."""
+    """Aligned with what was read: a bad file has a reason and no picture."""
 
-    pictures: UInt8[np.ndarray, "n side side 3"]
+    pictures: Film
     original_sides: list[int]
     bad: dict[int, str]
 
@@ -38,55 +41,86 @@ def decode_once(
 ) -> Decoded:
     """All of `count` pictures, from the folder `cache`, filled first unless it fits `state`.
 
-    The notes (sides and reasons) are written before the array, so where the array is, they are.
-    Arrays of other states are removed.
+    The notes (shapes, sides and reasons) are written before the film, so where the film is, they
+    are. Films of other states are removed.
 
     Args:
         state: changes with whatever the pictures depend on besides the decoder.
         read: picture n; raises PictureError, and is called from several threads.
-        side: of the pictures, in pixels.
+        side: the shorter one of every picture, in pixels.
 
     Raises:
         OSError: the cache cannot be written.
     """
     name = digest("\n".join([str(DECODER), state]))
-    array = cache / f"{name}.npy"
-    notes = array.with_suffix(".json")
-    if array.exists() and _read_notes(notes, count) is None:
-        warnings.warn(f"{notes} is corrupt: the pictures are decoded again", stacklevel=3)
-        array.unlink()
+    path, notes = cache / f"{name}.npy", cache / f"{name}.json"
+    film, found = _kept(path, notes, count, side)
+    if film is None:
+        _write(path, notes, count, read, side, title)
+        film, found = _kept(path, notes, count, side)
+    assert film is not None, "it was opened or written above"
+    for old in (*cache.glob("*.npy"), *cache.glob("*.json")):
+        if old.stem != name:
+            old.unlink(missing_ok=True)
+    bad = {n: note.reason for n, note in enumerate(found) if note.reason}
+    return Decoded(film, [note.original_side for note in found], bad)
 
-    def make() -> Iterator[np.ndarray]:
+
+class _Note(NamedTuple):
+    """What is known of a picture besides its pixels."""
+
+    shape: Shape
+    original_side: int
+    reason: str
+
+
+def _kept(path: Path, notes: Path, count: int, side: int) -> tuple[Film | None, list[_Note]]:
+    """What the cache holds; no film, with a warning where that is a surprise, if it holds none."""
+    if not path.exists():
+        return None, []
+    found = _read_notes(notes, count)
+    if found is None:
+        warnings.warn(f"{notes} is corrupt: the pictures are decoded again", stacklevel=4)
+        return None, []
+    return open_film(path, side, _CHANNELS, [note.shape for note in found]), found
+
+
+def _write(
+    path: Path, notes: Path, count: int, read: Callable[[int], Picture], side: int, title: str
+) -> None:
+    """Decode everything into the film at `path`, and write the notes before it is complete."""
+    from tqdm import tqdm
+
+    def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         found = []
-        for picture, original_side, reason in look_ahead(
-            lambda n: _try(read, n, side), range(count), workers=workers(), depth=4 * workers()
-        ):
-            found.append((original_side, reason))
+        decoded = look_ahead(
+            lambda n: _try(read, n), range(count), workers=workers(), depth=4 * workers()
+        )
+        for picture, note in tqdm(decoded, desc=title, total=count, unit=" pictures", disable=None):
+            found.append(note)
             yield picture
         text = json.dumps(found)
         write_atomically(notes, lambda file: file.write(text.encode()))
 
-    pictures = stored_pictures(array, (count, side, side, 3), make, title)
-    for old in (*cache.glob("*.npy"), *cache.glob("*.json")):
-        if old.stem != array.stem:
-            old.unlink(missing_ok=True)
-    found = _read_notes(notes, count)
-    assert found is not None, "the notes were checked or written above"
-    bad = {n: reason for n, (_, reason) in enumerate(found) if reason}
-    return Decoded(pictures, [original_side for original_side, _ in found], bad)
+    write_film(path, pictures(), side, _CHANNELS, needed=count * side**2 * _CHANNELS)
 
 
-def _try(read: Callable[[int], Picture], n: int, side: int) -> tuple[np.ndarray, int, str]:
+def _try(read: Callable[[int], Picture], n: int) -> tuple[UInt8[np.ndarray, "h w 3"], _Note]:
     try:
         pixels, original_side = read(n)
-        return pixels, original_side, ""
+        height, width = pixels.shape[:2]
+        return pixels, _Note((height, width), original_side, "")
     except PictureError as error:
-        return np.zeros((side, side, 3), np.uint8), 0, str(error)
+        return np.zeros((0, 0, _CHANNELS), np.uint8), _Note((0, 0), 0, str(error))
 
 
-def _read_notes(path: Path, count: int) -> list[tuple[int, str]] | None:
+def _read_notes(path: Path, count: int) -> list[_Note] | None:
     try:
         notes = json.loads(path.read_bytes())
-        return [(int(side), str(reason)) for side, reason in notes] if len(notes) == count else None
+        found = [
+            _Note((int(height), int(width)), int(side), str(reason))
+            for (height, width), side, reason in notes
+        ]
+        return found if len(found) == count else None
     except (OSError, ValueError, TypeError):
         return None

@@ -6,13 +6,13 @@ would fill the disk: its pictures are decoded when they are asked for, a batch a
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from matryoshka_diffusion.data.bad import refuse_too_many
-from matryoshka_diffusion.data.batch import BadFile, Example, Pictures, Source
+from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.data.bad import BadFile, Quarantine, refuse_too_many
+from matryoshka_diffusion.data.batch import Example, Pictures, Source, placed
+from matryoshka_diffusion.data.crop import CENTRE, cut_square
 from matryoshka_diffusion.data.decoded import decode_once, workers
 from matryoshka_diffusion.data.images import PictureError
 from matryoshka_diffusion.data.samples import Catalogue, class_names, judged
@@ -23,8 +23,8 @@ DECODED_ONCE = 20_000
 """Pictures; at 256 pixels a side they take 4 GB."""
 
 
-def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float) -> Source:
-    """The good samples of a catalogue in its order, cut square and resized to `side` pixels.
+def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float, crop: Crop) -> Source:
+    """The good samples of a catalogue in its order, as squares of `side` pixels.
 
     Raises:
         ValueError: there are no samples, or more than `max_bad_fraction` of them are bad. Of a set
@@ -34,34 +34,36 @@ def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float) -> 
     if not catalogue.samples:
         raise ValueError(f"{catalogue.name} holds no picture")
     samples = judged(catalogue.samples, catalogue.classes)
-    bad = [BadFile(sample.key, sample.flaw) for sample in samples if sample.flaw]
+    bad = [BadFile(x.key, x.flaw, x.offset) for x in samples if x.flaw]
     refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
     rows = [n for n, sample in enumerate(samples) if not sample.flaw]
     kept = [samples[row] for row in rows]
     good = replace(
         catalogue,
         samples=kept,
-        read=lambda n, side: catalogue.read(rows[n], side),
+        read=lambda n, side, crop: catalogue.read(rows[n], side, crop),
         classes=class_names(kept, catalogue.classes),
     )
     if len(kept) > DECODED_ONCE:
-        return PicturesOnDemand(good, side, bad, max_bad_fraction)
-    return _decoded(good, side, bad, max_bad_fraction)
+        return PicturesOnDemand(good, side, bad, max_bad_fraction, crop)
+    return _decoded(good, side, bad, max_bad_fraction, crop)
 
 
 def _decoded(
-    good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float
+    good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float, crop: Crop
 ) -> Pictures:
     samples = good.samples
     decoded = decode_once(
-        cache_folder("decoded", digest(f"{good.name} at {side}")),
+        cache_folder("decoded", digest(f"{good.name} at {side}, {crop}")),
         "\n".join([good.state, *(sample.key for sample in samples)]),
         len(samples),
-        lambda n: good.read(n, side),
+        lambda n: good.read(n, side, crop),
         side,
         f"decoding at {side} px",
     )
-    found = (BadFile(samples[n].key, reason) for n, reason in decoded.bad.items())
+    found = (
+        BadFile(samples[n].key, reason, samples[n].offset) for n, reason in decoded.bad.items()
+    )
     all_bad = sorted([*bad, *found])
     refuse_too_many(good.name, all_bad, len(samples) + len(bad), max_bad_fraction)
     rows = [row for row in range(len(samples)) if row not in decoded.bad]
@@ -91,40 +93,50 @@ class PicturesOnDemand:
     channels = 3
 
     def __init__(
-        self, good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float
+        self,
+        good: Catalogue,
+        side: int,
+        bad: Sequence[BadFile],
+        max_bad_fraction: float,
+        crop: Crop,
     ) -> None:
         captions = [sample.captions for sample in good.samples]
         self.name, self.side, self.classes = good.name, side, good.classes
         self.captions = captions if captions[0] else None
         self.keys = [sample.key for sample in good.samples]
         self._samples, self._read = good.samples, good.read
-        self._known_bad, self._max_bad_fraction = tuple(bad), max_bad_fraction
-        self._found_bad: dict[int, BadFile] = {}
-        self._lock = threading.Lock()
+        self._crop: Crop = crop
+        self.total = len(good.samples) + len(bad)
+        self.quarantine = Quarantine(good.name, bad, self.total, max_bad_fraction)
 
     @property
     def bad(self) -> tuple[BadFile, ...]:
         """What was refused at the start, and what has turned out bad since."""
-        return tuple(sorted([*self._known_bad, *self._found_bad.values()]))
-
-    @property
-    def total(self) -> int:
-        """Samples, good or bad."""
-        return len(self._samples) + len(self._known_bad)
+        return self.quarantine.bad
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Example:
+        return self._example((index, CENTRE))
+
+    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
+        """The examples at `indices`, decoded in several threads."""
+        pairs = placed(indices, places)
+        return list(look_ahead(self._example, pairs, workers=workers(), depth=len(pairs)))
+
+    def _example(self, at: tuple[int, float]) -> Example:
+        index, place = at
         for n in self._from(range(len(self))[index]):
             try:
-                picture = self._read(n, self.side)
+                picture = self._read(n, self.side, self._crop)
             except PictureError as error:
-                self._put_aside(n, str(error))
+                sample = self._samples[n]
+                self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
             sample = self._samples[n]
             return Example(
-                picture=picture.pixels,
+                picture=cut_square(picture.pixels, place),
                 captions=sample.captions,
                 label=sample.label,
                 key=sample.key,
@@ -132,26 +144,9 @@ class PicturesOnDemand:
             )
         raise ValueError(f"{self.name}: not one of its pictures can be read")
 
-    def many(self, indices: Sequence[int]) -> list[Example]:
-        """The examples at `indices`, decoded in several threads."""
-        return list(look_ahead(self.__getitem__, indices, workers=workers(), depth=len(indices)))
-
     def _from(self, index: int) -> Iterator[int]:
         """The index and, after it, those that stand in for it."""
         for step in range(len(self)):
             n = (index + step) % len(self)
-            if n not in self._found_bad:
+            if self.keys[n] not in self.quarantine:
                 yield n
-
-    def _put_aside(self, n: int, reason: str) -> None:
-        with self._lock:
-            if n in self._found_bad:
-                return
-            self._found_bad[n] = BadFile(self._samples[n].key, reason)
-            bad = self.bad
-        warnings.warn(
-            f"{self._samples[n].key}: {reason}; the next good picture stands in for it "
-            f"({len(bad)} bad so far)",
-            stacklevel=3,
-        )
-        refuse_too_many(self.name, bad, self.total, self._max_bad_fraction)

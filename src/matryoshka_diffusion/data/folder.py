@@ -5,7 +5,7 @@
 - Classes: the sorted names of the sub-folders; pictures may lie deeper inside them.
 - Neither: pictures that lie directly in the folder.
 
-Every file is decoded once, into a cached array. Files that cannot be used are listed with their
+Every file is decoded once, into a cached film. Files that cannot be used are listed with their
 reasons, and too many of them are an error.
 """
 
@@ -15,8 +15,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matryoshka_diffusion.data.bad import refuse_too_many, some
-from matryoshka_diffusion.data.batch import BadFile, Pictures
+from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.data.bad import BadFile, refuse_too_many, some
+from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.captions import find_captions
 from matryoshka_diffusion.data.decoded import Decoded, decode_once
 from matryoshka_diffusion.data.images import OTHER_SUFFIXES, SUFFIXES, read_picture
@@ -28,8 +29,10 @@ FORMS = (
 )
 
 
-def picture_folder(path: Path, side: int, max_bad_fraction: float) -> Pictures:
-    """The pictures under `path`, cut square and resized to `side`, in the order of their paths.
+def picture_folder(
+    path: Path, side: int, max_bad_fraction: float, crop: Crop = "centre"
+) -> Pictures:
+    """The pictures under `path` as squares of `side` pixels, in the order of their paths.
 
     Raises:
         OSError: no such folder.
@@ -46,7 +49,7 @@ def picture_folder(path: Path, side: int, max_bad_fraction: float) -> Pictures:
         bad |= captions.bad
     if classes:
         bad |= {name: "it is not in a class sub-folder" for name in names if "/" not in name}
-    decoded = _decode(path, names, side)
+    decoded = _decode(path, names, side, crop)
     bad |= {names[row]: reason for row, reason in decoded.bad.items()}
     rows = [row for row, name in enumerate(names) if name not in bad]
     refuse_too_many(str(path), _files(bad), len(rows) + len(bad), max_bad_fraction)
@@ -99,12 +102,12 @@ def _find(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(names), bad
 
 
-def _decode(folder: Path, names: Sequence[str], side: int) -> Decoded:
+def _decode(folder: Path, names: Sequence[str], side: int, crop: Crop) -> Decoded:
     return decode_once(
-        cache_folder("folder", digest(f"{folder.resolve()} at {side}")),
+        cache_folder("folder", digest(f"{folder.resolve()} at {side}, {crop}")),
         _state(folder, names),
         len(names),
-        lambda row: read_picture(folder / names[row], side),
+        lambda row: read_picture(folder / names[row], side, crop),
         side,
         f"decoding {folder.name} at {side} px",
     )

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.columns import Row, find_columns, rows, to_samples
 from matryoshka_diffusion.data.encoded import open_catalogue
@@ -20,7 +21,7 @@ from matryoshka_diffusion.files import require
 DEFAULT_SPLIT = "train"
 
 
-def hugging_face(name: str, side: int, max_bad_fraction: float) -> Source:
+def hugging_face(name: str, side: int, max_bad_fraction: float, crop: Crop = "centre") -> Source:
     """The data set `NAME`, `/saved/folder` or either with `@SPLIT`, which is "train" if unsaid.
 
     Raises:
@@ -42,14 +43,14 @@ def hugging_face(name: str, side: int, max_bad_fraction: float) -> Source:
     samples, classes = to_samples(keys, found, names)
     pictures = table.select_columns([columns.picture])
 
-    def read(n: int, side: int) -> Picture:
+    def read(n: int, side: int, crop: Crop) -> Picture:
         value = pictures[n][columns.picture]
         if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            return read_picture(Path(value["path"]), side)
-        return decode_picture(picture_bytes(value), side)
+            return read_picture(Path(value["path"]), side, crop)
+        return decode_picture(picture_bytes(value), side, crop)
 
     catalogue = Catalogue(f"datasets {name}", str(table._fingerprint), samples, read, classes)
-    return open_catalogue(catalogue, side, max_bad_fraction)
+    return open_catalogue(catalogue, side, max_bad_fraction, crop)
 
 
 def _opened(datasets: Any, name: str) -> Any:

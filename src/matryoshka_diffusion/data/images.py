@@ -1,4 +1,4 @@
-"""One picture file, read safely: a square of RGB bytes or a reason why not.
+"""One picture file, read safely: RGB bytes of the wanted side or a reason why not.
 
 The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
 Pillow's own limits bound the text and colour profiles that a file may carry. Of an animation the
@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from matryoshka_diffusion.config import Crop
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
 OTHER_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"})
@@ -26,7 +28,11 @@ MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 4 * MAX_PIXELS
 """What an uncompressed picture of `MAX_PIXELS` would take: no honest file is larger."""
+REACH: dict[Crop, int] = {"centre": 1, "random": 4}
+"""How many times its shorter side is kept of a picture's longer one, around the middle.
 
+A random crop needs more than the square; the bound is for panoramas, which would fill the memory.
+"""
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
@@ -47,14 +53,17 @@ class PictureError(ValueError):
 
 
 class Picture(NamedTuple):
-    """A decoded file: its centre square, and the shorter side it had before."""
+    """A decoded file: what may be shown of it, and the shorter side it had before."""
 
-    pixels: UInt8[np.ndarray, "side side 3"]
+    pixels: UInt8[np.ndarray, "h w 3"]
     original_side: int
 
 
-def read_picture(path: Path, side: int) -> Picture:
-    """Decode the file, turn it upright, cut the centre square and resize it to `side`.
+def read_picture(path: Path, side: int, crop: Crop = "centre") -> Picture:
+    """Decode the file, turn it upright, and resize its shorter side to `side`.
+
+    For a centre crop the picture is cut to the square; for a random one the longer side is kept,
+    up to `REACH`.
 
     Raises:
         PictureError: corrupt, truncated, too large, too small or of another format.
@@ -63,12 +72,12 @@ def read_picture(path: Path, side: int) -> Picture:
         with open(path, "rb") as file:
             if path.stat().st_size > MAX_BYTES:
                 raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-            return _decode(file, side)
+            return _decode(file, side, crop)
     except OSError as error:
         raise PictureError(f"cannot be read ({error.strerror})") from error
 
 
-def decode_picture(data: bytes, side: int) -> Picture:
+def decode_picture(data: bytes, side: int, crop: Crop = "centre") -> Picture:
     """`read_picture` for the bytes of a file.
 
     Raises:
@@ -78,17 +87,18 @@ def decode_picture(data: bytes, side: int) -> Picture:
         raise PictureError("it is empty")
     if len(data) > MAX_BYTES:
         raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-    return _decode(io.BytesIO(data), side)
+    return _decode(io.BytesIO(data), side, crop)
 
 
-def _decode(file: BinaryIO | io.BytesIO, side: int) -> Picture:
+def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
     try:
         image = Image.open(file, formats=FORMATS)
         _judge(*image.size)
         original_side = min(image.size)
         image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
         image.load()
-        return Picture(_square(ImageOps.exif_transpose(image), side), original_side)
+        upright = ImageOps.exif_transpose(image)
+        return Picture(_resized(upright, side, REACH[crop]), original_side)
     except PictureError:
         raise
     except _TOO_LARGE as error:
@@ -109,18 +119,19 @@ def _judge(width: int, height: int) -> None:
         )
 
 
-def _square(image: Image.Image, side: int) -> np.ndarray:
-    """The centre square at `side`.
+def _resized(image: Image.Image, side: int, reach: int) -> np.ndarray:
+    """The middle of the picture: one side of it is `side`, the other at most `reach` times that.
 
     Resized with Lanczos: it averages over the whole area that a new pixel covers at any ratio,
     where a box filter weighs source pixels unevenly unless the ratio is whole; it also enlarges.
     """
-    width, height = image.size
-    edge = min(width, height)
-    left, top = (width - edge) // 2, (height - edge) // 2
-    box = (left, top, left + edge, top + edge)
+    edge = min(image.size)
+    width, height = (min(length, reach * edge) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    box = (left, top, left + width, top + height)
+    size = (round(side * width / edge), round(side * height / edge))
     flat = _on_white(image)
-    return np.asarray(flat.resize((side, side), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
+    return np.asarray(flat.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import expand, is_remote, opened, short_names, stat
 from matryoshka_diffusion.data.columns import Columns, Row, find_columns, rows, to_samples
@@ -24,7 +25,7 @@ from matryoshka_diffusion.files import require
 _GROUPS_KEPT = 2
 
 
-def parquet(pattern: str, side: int, max_bad_fraction: float) -> Source:
+def parquet(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "centre") -> Source:
     """The rows of all parquet files that `pattern` stands for (see `blobs.expand`), in their order.
 
     Raises:
@@ -44,8 +45,8 @@ def parquet(pattern: str, side: int, max_bad_fraction: float) -> Source:
     samples, classes = to_samples(keys, found, files[0].class_names())
     groups = _Groups()
 
-    def read(n: int, side: int) -> Picture:
-        return decode_picture(picture_bytes(groups.value(places[n])), side)
+    def read(n: int, side: int, crop: Crop) -> Picture:
+        return decode_picture(picture_bytes(groups.value(places[n])), side, crop)
 
     catalogue = Catalogue(
         name=f"parquet {pattern}",
@@ -54,7 +55,7 @@ def parquet(pattern: str, side: int, max_bad_fraction: float) -> Source:
         read=read,
         classes=classes,
     )
-    return open_catalogue(catalogue, side, max_bad_fraction)
+    return open_catalogue(catalogue, side, max_bad_fraction, crop)
 
 
 def picture_bytes(value: Any) -> bytes:

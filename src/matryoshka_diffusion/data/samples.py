@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.images import Picture
 
 MAX_CLASSES = 100_000
@@ -20,6 +21,7 @@ class Sample(NamedTuple):
         label: index of its class.
         original_side: shorter side in pixels before the set was made, if the set remembers it.
         flaw: why it cannot be used; empty for a good one.
+        offset: where it lies in its shard, in bytes.
     """
 
     key: str
@@ -27,6 +29,7 @@ class Sample(NamedTuple):
     label: int | None = None
     original_side: int | None = None
     flaw: str = ""
+    offset: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +39,15 @@ class Catalogue:
     Attributes:
         name: for people, such as "shards /data/*.tar".
         state: changes when the set does; pictures that were decoded before are kept for it.
-        read: (n, side) -> the picture of sample n; raises PictureError. Any thread may call it.
+        read: (n, side, crop) -> the picture of sample n, as `images.read_picture` gives it; raises
+            PictureError. Any thread may call it.
         classes: their names; empty if the set knows numbers only.
     """
 
     name: str
     state: str
     samples: Sequence[Sample]
-    read: Callable[[int, int], Picture]
+    read: Callable[[int, int, Crop], Picture]
     classes: tuple[str, ...] = ()
 
 

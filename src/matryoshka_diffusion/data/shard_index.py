@@ -25,7 +25,7 @@ from matryoshka_diffusion.data.samples import Sample
 from matryoshka_diffusion.data.tar import Member, members
 from matryoshka_diffusion.files import cache_folder, digest, write_atomically
 
-VERSION = 1
+VERSION = 2
 """To be raised when the same shard would be indexed in another way than before."""
 
 _TEXT, _RECORD, _CLASS = frozenset({".txt"}), frozenset({".json"}), frozenset({".cls"})
@@ -36,10 +36,9 @@ _MAX_ORIGINAL = 10**6  # pixels a side; what claims more is not believed
 
 
 class Located(NamedTuple):
-    """A sample, and where in the shard the bytes of its picture are."""
+    """A sample, whose `offset` is where the bytes of its picture begin, and how many they are."""
 
     sample: Sample
-    start: int
     size: int
 
 
@@ -61,7 +60,7 @@ def shard_index(blob: Blob) -> list[Located]:
         pass  # it is not there, of an older state or damaged: it is made again
     with opened(blob.path) as file:
         found = list(_samples(file, blob.size))
-    samples = [[*located.sample, located.start, located.size] for located in found]
+    samples = [[*located.sample, located.size] for located in found]
     text = json.dumps({**state, "samples": samples})
     write_atomically(cache, lambda file: file.write(text.encode()), needed=len(text))
     return found
@@ -72,7 +71,7 @@ def _parsed(data: Any, state: Mapping[str, Any]) -> list[Located]:
     if any(data[key] != value for key, value in state.items()):
         raise ValueError("the shard has changed")
     return [
-        Located(Sample(key, tuple(captions), label, side, flaw), int(start), int(size))
+        Located(Sample(key, tuple(captions), label, side, flaw, int(start)), int(size))
         for key, captions, label, side, flaw, start, size in data["samples"]
     ]
 
@@ -90,8 +89,7 @@ def _samples(file: Readable, size: int) -> Iterator[Located]:
                 raise _FlawError("its key was used before: members of a sample lie side by side")
             yield _sample(file, key, parts)
         except (_FlawError, CaptionError) as error:
-            start = parts[0].start
-            yield Located(Sample(key, flaw=f"{error} (at byte {start:,})"), start, 0)
+            yield Located(Sample(key, flaw=str(error), offset=parts[0].start), 0)
         seen.add(key)
 
 
@@ -131,8 +129,9 @@ def _sample(file: Readable, key: str, parts: Sequence[Member]) -> Located:
         captions=clean(texts) if texts or text is not None else (),
         label=_label(file, _only(parts, _CLASS, ".cls")),
         original_side=min(sides) or None,
+        offset=picture.start,
     )
-    return Located(sample, picture.start, picture.size)
+    return Located(sample, picture.size)
 
 
 def _side(value: Any) -> int:

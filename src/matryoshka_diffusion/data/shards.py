@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import Blob, expand, read_range, short_names, stat
 from matryoshka_diffusion.data.decoded import workers
 from matryoshka_diffusion.data.encoded import open_catalogue
-from matryoshka_diffusion.data.images import Picture, PictureError, decode_picture
+from matryoshka_diffusion.data.images import Picture, decode_picture
 from matryoshka_diffusion.data.samples import Catalogue
 from matryoshka_diffusion.data.shard_index import Located, shard_index
 from matryoshka_diffusion.data.store import look_ahead
 
 
-def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
+def shards(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "centre") -> Source:
     """The samples of all shards that `pattern` stands for (see `blobs.expand`), in their order.
 
     Raises:
@@ -34,25 +35,24 @@ def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
     located: list[Located] = []
     where: list[Blob] = []
     for blob, name, index in zip(blobs, short_names(paths), indices, strict=True):
-        for sample, start, size in index:
+        for sample, size in index:
             named = sample._replace(key=f"{name}:{sample.key}")
-            located.append(Located(named, start, size))
+            located.append(Located(named, size))
             where.append(blob)
 
-    def read(n: int, side: int) -> Picture:
-        _, start, size = located[n]
-        try:
-            return decode_picture(read_range(where[n].path, start, size), side)
-        except PictureError as error:
-            raise PictureError(f"{error} (at byte {start:,})") from error
+    def read(n: int, side: int, crop: Crop) -> Picture:
+        sample, size = located[n]
+        assert sample.offset is not None, "the index says where a sample lies"
+        data = read_range(where[n].path, sample.offset, size)
+        return decode_picture(data, side, crop)
 
     catalogue = Catalogue(
         name=f"shards {pattern}",
         state="\n".join(f"{blob.path} {blob.size} {blob.stamp}" for blob in blobs),
-        samples=[sample for sample, _, _ in located],
+        samples=[sample for sample, _ in located],
         read=read,
     )
-    return open_catalogue(catalogue, side, max_bad_fraction)
+    return open_catalogue(catalogue, side, max_bad_fraction, crop)
 
 
 def _indexed(paths: Sequence[str]) -> tuple[list[Blob], list[list[Located]]]:

@@ -44,23 +44,24 @@ def open_source(config: DataConfig, side: int) -> Source:
             "files or hf:NAME"
         )
     if config.source == "folder":
-        return picture_folder(path, side, config.max_bad_fraction)
-    return _open_large(config.source, absolute(config.path), side, config.max_bad_fraction)
+        return picture_folder(path, side, config.max_bad_fraction, config.crop)
+    return _open_large(config, absolute(config.path), side)
 
 
-def _open_large(source: SourceName, path: str, side: int, max_bad_fraction: float) -> Source:
+def _open_large(config: DataConfig, path: str, side: int) -> Source:
     """Sets whose pictures lie inside larger files."""
-    if source == "shards":
+    options = (side, config.max_bad_fraction, config.crop)
+    if config.source == "shards":
         from matryoshka_diffusion.data.shards import shards
 
-        return shards(path, side, max_bad_fraction)
-    if source == "parquet":
+        return shards(path, *options)
+    if config.source == "parquet":
         from matryoshka_diffusion.data.parquet import parquet
 
-        return parquet(path, side, max_bad_fraction)
+        return parquet(path, *options)
     from matryoshka_diffusion.data.hf import hugging_face
 
-    return hugging_face(path.removeprefix(HUGGING_FACE), side, max_bad_fraction)
+    return hugging_face(path.removeprefix(HUGGING_FACE), *options)
 
 
 # --- what the user named ---------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.data.batch import BadFile, Example, Source
+from matryoshka_diffusion.data.bad import BadFile, Quarantine
+from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.files import digest
 
 _DIGITS = 13
@@ -45,6 +46,10 @@ class Part:
         return self.source.bad
 
     @property
+    def quarantine(self) -> Quarantine:
+        return self.source.quarantine
+
+    @property
     def total(self) -> int:
         return self.source.total
 
@@ -58,8 +63,8 @@ class Part:
     def __getitem__(self, index: int) -> Example:
         return self.source[self.indices[index]]
 
-    def many(self, indices: Sequence[int]) -> list[Example]:
-        return self.source.many([self.indices[index] for index in indices])
+    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
+        return self.source.many([self.indices[index] for index in indices], places)
 
 
 def split(source: Source, share: float) -> tuple[Source, Source | None]:

@@ -54,7 +54,7 @@ def stored_pictures(
     Raises:
         OSError: the file cannot be written.
     """
-    if (stored := _open(path, shape)) is not None:
+    if (stored := open_array(path, shape)) is not None:
         return stored
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
@@ -69,7 +69,8 @@ def stored_pictures(
     return np.load(path, mmap_mode="r")
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The bytes in the file, memory-mapped; None, with a warning, if they have another shape."""
     if not path.exists():
         return None
     try:

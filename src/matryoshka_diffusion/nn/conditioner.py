@@ -1,4 +1,4 @@
-"""What all levels share: the projection of text, its attention layers, the pooled embedding."""
+"""What all levels share: text (projected, attended to, pooled), labels, and augmentation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import ModelConfig, TextConfig
-from matryoshka_diffusion.nn.layers import TextLayer
+from matryoshka_diffusion.nn.layers import TextLayer, zero
 
 
 class Context(NamedTuple):
@@ -33,7 +33,7 @@ class Context(NamedTuple):
 
 
 class Conditioner(nn.Module):
-    """Labels and text of a batch -> `Context`. The nest owns one; levels own none of it."""
+    """What is known of the pictures of a batch -> `Context`. The nest owns one, levels none."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,6 +43,12 @@ class Conditioner(nn.Module):
         self.label = nn.Embedding(config.classes + 1, config.embedding) if config.classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
+        # Linear and without a bias, so that zeros (nothing was done) add nothing. It is made last,
+        # because that draws numbers, and the weights above must not change with it.
+        wide = config.embedding
+        self.augment = (
+            zero(nn.Linear(AUGMENT_NUMBERS, wide, bias=False)) if config.augment else None
+        )
 
     def forward(self, cond: Conditioning) -> Context:
         """Raises ValueError if a condition that the network was built for is missing."""
@@ -60,6 +66,9 @@ class Conditioner(nn.Module):
                 labels = torch.where(cond.dropped, hidden, labels)
             label = self.label(labels)
             embedding = label if embedding is None else embedding + label
+        if self.augment is not None and cond.augment is not None:
+            told = self.augment(cond.augment)
+            embedding = told if embedding is None else embedding + told
         return Context(tokens, mask, embedding, cond.micro)
 
 

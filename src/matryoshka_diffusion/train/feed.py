@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Batch
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, ragged
@@ -149,8 +149,15 @@ class Feed:
             tokens=tokens,
             mask=mask,
             micro=dict.fromkeys(self._micro, batch.original_side),
+            augment=self._augment(batch) if model.augment else None,
             dropped=dropped if has_null else None,
         )
+
+    def _augment(self, batch: Batch) -> Float[Tensor, "b 7"]:
+        """Zeros where nothing is augmented: the weights for it are in use in every step."""
+        if batch.augment is not None:
+            return batch.augment
+        return torch.zeros(len(batch.keys), AUGMENT_NUMBERS)
 
     def _labels(self, batch: Batch) -> Int[Tensor, " b"]:
         known = 0 if batch.labels is None else int(batch.labels.max()) + 1

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
@@ -69,6 +70,7 @@ def train(
     *,
     encode: Encode | None = None,
     base: Mapping[str, Tensor] | None = None,
+    quarantine: Quarantine | None = None,
     hooks: Sequence[Hook] = (),
     sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
@@ -80,6 +82,7 @@ def train(
         loader: where pictures come from; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
         base: the weights of the model that adapters are put around (`train.lora`).
+        quarantine: the source's list of bad samples, to be saved with the run and restored.
         sinks: where metrics and pictures go besides the run's folder.
         world: the ranks that train together, from `world.joined`; all of them call this.
 
@@ -96,7 +99,7 @@ def train(
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    run = Run(config, folder, device, world, base, sinks)
+    run = Run(config, folder, device, world, base, quarantine or Quarantine(), sinks)
     feed = Feed(config, loader, encode, device, world)
     todo = steps(config.train, run.images_seen)
     # One thread makes the inputs of the next steps while the network works on this one.
@@ -106,6 +109,7 @@ def train(
         Interrupts() as interrupts,
         Display(config, run.images_seen, shown=world.leads) as display,
         closing(inputs),
+        run.listing_bad(),
     ):
         for entry in run.learn(inputs):
             run.log(entry)
@@ -148,10 +152,12 @@ class Run:
         folder: Path,
         device: torch.device,
         world: World,
-        base: Mapping[str, Tensor] | None = None,
+        base: Mapping[str, Tensor] | None,
+        quarantine: Quarantine,
         sinks: Sequence[OpenSink] = (),
     ) -> None:
         self.config, self.folder, self.world = config, folder, world
+        self.quarantine = quarantine
         seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         if path is None:
             self.learner = Learner(config, device, base=base, world=world)
@@ -161,6 +167,7 @@ class Run:
                 config, device, snapshot, where=str(path), base=base, world=world
             )
             seconds = snapshot.state["seconds"]
+            quarantine.restore(snapshot.state.get("bad", ()))  # older checkpoints have none
         self._began = time.monotonic() - seconds
         self.metrics = Log()
         if world.leads:
@@ -256,12 +263,29 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
         self._close_line()
+        snapshot = self.learner.snapshot(self.seconds)
+        for found in self.world.gather(self.quarantine.state()):
+            self.quarantine.restore(found)
+        state = {**snapshot.state, "bad": self.quarantine.state()}
+        self._list_bad()
         return checkpoint.save(
             self.folder / "checkpoints",
-            self.learner.snapshot(self.seconds),
+            replace(snapshot, state=state),
             keep=self.config.train.keep_checkpoints,
             world=self.world,
         )
+
+    @contextmanager
+    def listing_bad(self) -> Iterator[None]:
+        """List the bad samples however the run ends, above all if there were too many."""
+        try:
+            yield
+        finally:
+            self._list_bad()
+
+    def _list_bad(self) -> None:
+        if self.world.leads:
+            self.quarantine.write(self.folder / "bad.jsonl")
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,99 @@
+"""Real pictures in every form that `--data` takes: each is checked, trained on and sampled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.sources import open_source
+
+FILE = Path(__file__).parent.parent / "examples" / "data_forms.py"
+FORMS = ("classes", "sidecar", "metadata", "shards", "parquet", "saved")
+CAPTIONED = ("sidecar", "metadata", "shards", "parquet")
+COUNT = 40
+SMALL = (
+    "model.embedding=32",
+    "model.levels[0].widths=[32, 32]",
+    "model.levels[-1].widths=[32, 32]",
+    "train.stages=[{levels: 3, images: 8, batch_size: 4, lr: 1e-3}]",
+    "train.warmup_images=0",
+    "sampling.steps=2",
+)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("data_forms", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def forms(example, tmp_path_factory) -> dict[str, str]:
+    """What to give to `--data` for each form of 40 OpenMoji, evenly spread over the set."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("forms")
+    items = list(example.openmoji_items(24, COUNT))
+    return {
+        form: example.data_argument(form, write(items, folder / form))
+        for form, write in example.FORMS.items()
+    }
+
+
+def test_the_example_knows_every_form(example):
+    assert tuple(example.FORMS) == FORMS
+
+
+def test_every_form_holds_the_same_pictures(forms):
+    shown = {}
+    for form, data in forms.items():
+        source = open_source(job.find_config("folder-64", data, []).data, 16)
+        assert (len(source), source.bad, source[0].original_side) == (COUNT, (), 24), form
+        assert (source.captions is not None) == (form in CAPTIONED)
+        assert bool(source.classes) == (form not in CAPTIONED)
+        batch = Loader(source, 0).batch(range(COUNT))
+        shown[form] = sorted(
+            zip((x.numpy().tobytes() for x in batch.picture), batch.captions, strict=True)
+        )
+    pictures = {form: [picture for picture, _ in rows] for form, rows in shown.items()}
+    assert all(found == pictures["classes"] for found in pictures.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_checked_trained_on_and_sampled(forms, tmp_path, capsys, form):
+    data, out = forms[form], tmp_path / "run"
+    assert cli.main(["data", "check", data, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    shown = capsys.readouterr().out
+    assert f"{COUNT} pictures" in shown
+    assert "bad files 0" in shown
+    assert f"captions  {'none' if form not in CAPTIONED else ''}" in shown
+    changes = [word for change in SMALL for word in ("--set", change)]
+    assert cli.main(["train", "folder-64", "--data", data, "--out", str(out), *changes]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["images_seen"] == 8
+    asked = ["-p", "red apple"] if form in CAPTIONED else ["--class", "0"]
+    assert cli.main(["sample", str(out), *asked, "-o", str(tmp_path / "drawn")]) == 0
+    with Image.open(tmp_path / "drawn" / "grid.png") as grid:
+        assert min(grid.size) >= 64
+
+
+def test_the_example_runs_as_a_program(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["data_forms.py", str(tmp_path), "--side", "16", "--count", "8"]
+    )
+    example.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[3] == f"--data '{tmp_path}/shards/{{00000..00003}}.tar'"
+    assert len(printed) == len(FORMS)
