@@ -17,7 +17,7 @@ ROUNDS = 4
 SHORT = "train.stages=[{levels: 1, images: 192, batch_size: 8, lr: 0.001}]"
 """Four epochs of what is left."""
 
-_LISTED = re.compile(r"^    (\d\.tar:(?:byte \d+|\w+)): (.+)$", re.MULTILINE)
+_LISTED = re.compile(r"^    (\d\.tar:(?:byte \d+|\w+)): .+ \(at byte [\d,]+\)$", re.MULTILINE)
 
 
 def corrupt(shop: Workshop, result: Result, until: float) -> None:
@@ -36,7 +36,7 @@ def corrupt(shop: Workshop, result: Result, until: float) -> None:
 
 
 def _check(result: Result, data: str, damage: shards.Damage) -> int:
-    """`mdm data check` lists each bad sample with its reason; returns how many samples it saw."""
+    """`mdm data check` lists each bad sample with its offset; returns how many samples it saw."""
     command = [sys.executable, "-m", "matryoshka_diffusion.cli", "data", "check", data]
     done = subprocess.run(
         [*command, "--preset", str(CONFIG)],
@@ -48,7 +48,7 @@ def _check(result: Result, data: str, damage: shards.Damage) -> int:
     listed = _LISTED.findall(done.stdout)
     result.counts["reported"] += len(listed)
     result.expect(
-        Counter(name for name, _ in listed) == Counter(damage.reported) and done.returncode == 1,
+        Counter(listed) == Counter(damage.reported) and done.returncode == 1,
         f"{data}: {done.stdout}{done.stderr} instead of {sorted(damage.reported)}",
         "not reported",
     )

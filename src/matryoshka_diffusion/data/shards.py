@@ -13,7 +13,7 @@ from matryoshka_diffusion.data.blobs import Blob, expand, read_range, short_name
 from matryoshka_diffusion.data.decoded import workers
 from matryoshka_diffusion.data.encoded import open_catalogue
 from matryoshka_diffusion.data.images import Picture, PictureError, decode_picture
-from matryoshka_diffusion.data.samples import Catalogue
+from matryoshka_diffusion.data.samples import Catalogue, Sample, judged
 from matryoshka_diffusion.data.shard_index import Located, shard_index
 from matryoshka_diffusion.data.store import look_ahead
 
@@ -46,13 +46,25 @@ def shards(pattern: str, side: int, max_bad_fraction: float) -> Source:
         except PictureError as error:
             raise PictureError(f"{error} (at byte {start:,})") from error
 
+    # What a sample lacks shows only beside the others; it is told with its place, too.
+    samples = [
+        sample if known.flaw else _placed(sample, start)
+        for sample, (known, start, _) in zip(
+            judged([sample for sample, _, _ in located], ()), located, strict=True
+        )
+    ]
     catalogue = Catalogue(
         name=f"shards {pattern}",
         state="\n".join(f"{blob.path} {blob.size} {blob.stamp}" for blob in blobs),
-        samples=[sample for sample, _, _ in located],
+        samples=samples,
         read=read,
     )
     return open_catalogue(catalogue, side, max_bad_fraction)
+
+
+def _placed(sample: Sample, start: int) -> Sample:
+    """With the offset in the shard behind the flaw, if it has one."""
+    return sample._replace(flaw=f"{sample.flaw} (at byte {start:,})") if sample.flaw else sample
 
 
 def _indexed(paths: Sequence[str]) -> tuple[list[Blob], list[list[Located]]]:
