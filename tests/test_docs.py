@@ -175,6 +175,7 @@ def test_make_goals_in_the_documents_exist():
         "CONTRIBUTING.md",
         "docs/design.md",
         "docs/released-checkpoints.md",
+        "docs/promises.md",
         "docs/training.md",
     ],
 )
