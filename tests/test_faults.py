@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -136,3 +137,21 @@ def test_a_scenario_that_raises_is_a_failure_and_the_table_says_so(tmp_path, mon
     assert [line.split()[-1] for line in shown[2:4]] == ["kept", "BROKEN"]
     assert "kills 1,000, lost checkpoints 0" in shown[2]
     assert shown[-1].startswith("in all: lost checkpoints 1, torn checkpoints 0")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_exit_status_and_the_folder_say_whether_all_was_kept(monkeypatch, capsys, broken):
+    asked = []
+
+    def run(titles, folder, seed, seconds):
+        asked.append((titles, folder, seed, seconds))
+        return [Result(9, "corrupt samples in shards", failures=["lost"] * broken)]
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setenv("MDM_CACHE", "")  # put back after the test
+    assert runner.main(["--only", "9", "--seed", "7", "--minutes", "0.5"]) == broken
+    ((titles, folder, seed, seconds),) = asked
+    assert (titles, seed, seconds) == (["corrupt samples in shards"], 7, 30.0)
+    assert folder.exists() == broken
+    assert ("--seed 7 repeats" in capsys.readouterr().out) == broken
+    shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 import secrets
+import shutil
 import tempfile
 import time
 import traceback
@@ -52,15 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     folder = Path(tempfile.mkdtemp(prefix="mdm-chaos-"))
     os.environ["MDM_CACHE"] = str(folder / "cache")
+    began = time.monotonic()
     results = run(chosen, folder, seed, 60 * options.minutes)
-    print(f"\n{table(results)}")
+    print(f"\n{table(results)}\nin {(time.monotonic() - began) / 60:.1f} minutes")
     broken = [result for result in results if result.failures]
     for result in broken:
         print(f"\npromise {result.promise}, {result.title}:")
         print("\n".join(f"  {failure}" for failure in result.failures))
     if broken:
         print(f"\nThe runs are in {folder}; --seed {seed} repeats what was random.")
-    return 1 if broken else 0
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 def run(titles: Sequence[str], folder: Path, seed: int, seconds: float) -> list[Result]:
