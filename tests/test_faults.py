@@ -84,9 +84,9 @@ def test_a_run_tells_what_is_in_its_folder(tmp_path):
     (run.folder / "metrics.jsonl").write_text('{"images_seen": 24}\n{"images_seen": 3')
     assert (run.newest(), run.reached(), len(run.torn())) == (16, 24, 0)
     truncate(run.checkpoints / "0000000016" / checkpoint.MANIFEST)
-    with pytest.warns(UserWarning, match="is ignored"):
-        assert run.newest() == 8
-    assert len(run.torn()) == 1
+    assert (run.newest(), len(run.torn())) == (8, 1)
+    truncate(run.checkpoints / "0000000008" / checkpoint.STATE)
+    assert (run.newest(), len(run.torn())) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -133,24 +133,31 @@ class Run:
 
     def newest(self) -> int:
         """Images seen at the newest complete checkpoint, which is read whole; 0 without any."""
-        path = checkpoint.newest(self.checkpoints)
+        path, _ = self._found()
         if path is None:
             return 0
         found = checkpoint.read(path)
         assert found.state["images_seen"] == int(path.name)
         return int(path.name)
 
+    def torn(self) -> list[str]:
+        """Checkpoints that have their name and are not complete."""
+        return self._found()[1]
+
+    def _found(self) -> tuple[Path | None, list[str]]:
+        """The newest complete checkpoint, and what is said of those that are not."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                path = checkpoint.newest(self.checkpoints)
+            except checkpoint.CheckpointError:  # there are only torn ones
+                path = None
+        return path, [str(warning.message) for warning in told]
+
     def snapshot(self, images_seen: int | None = None) -> checkpoint.Snapshot:
         """What was saved at `images_seen`; without it, at the newest complete checkpoint."""
         name = f"{self.newest() if images_seen is None else images_seen:010d}"
         return checkpoint.read(self.checkpoints / name)
-
-    def torn(self) -> list[str]:
-        """Checkpoints that have their name and are not complete."""
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            checkpoint.newest(self.checkpoints)
-        return [str(warning.message) for warning in told]
 
     def kept(self) -> dict[str, str]:
         """All files of the checkpoints with their hashes."""
