@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion test check format clean
+.PHONY: help demo fashion test chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make test     run the tests"
+	@echo "make chaos    kill runs, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove .venv and caches; runs/ stays"
@@ -25,6 +26,9 @@ fashion: $(VENV)/.user
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m faults
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -201,6 +201,7 @@ def test_make_goals_in_the_documents_exist():
         "docs/data.md",
         "docs/design.md",
         "docs/released-checkpoints.md",
+        "docs/promises.md",
         "docs/training.md",
     ],
 )

@@ -85,6 +85,13 @@ def test_presets_in_the_documents_exist():
     assert found <= set(PRESETS)
 
 
+def test_the_tests_that_show_the_promises_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", read("promises.md"))
+    assert len(named) > 40
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text("utf-8"), (file, test)
+
+
 def test_every_room_is_described():
     text = read("design.md")
     rooms = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import warnings
@@ -463,6 +464,7 @@ def test_bad_text_beside_pictures_is_attributed(tmp_path):
         "s.tar:list": "its .json is no object with names",
         "s.tar:unclear": "it has more than one picture: its key may be there twice",
     }
+    assert all(re.search(r"\(at byte [\d,]+\)$", reason) for reason in reasons(source).values())
 
 
 def test_bad_classes_are_attributed(tmp_path):

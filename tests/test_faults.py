@@ -1,0 +1,157 @@
+"""The tools of `make chaos`: faults happen when they should, and what is broken is noticed."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from faults import child, kills, product, runner, shards
+from faults.product import Ended, Run, Workshop
+from faults.report import Result, table
+from matryoshka_diffusion.data.shards import shards as open_shards
+from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.train import checkpoint
+from test_checkpoint import snapshot, truncate
+
+
+@pytest.fixture
+def _own_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `Disk.install` replaces is put back after the test."""
+    for name in ("replace", "rename", "mkdir", "unlink", "rmdir", "fsync"):
+        monkeypatch.setattr(os, name, getattr(os, name))
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", open)
+
+
+@pytest.mark.usefixtures("_own_disk")
+@pytest.mark.parametrize(
+    ("kind", "moment", "left"),
+    [("open", 1, []), ("write", 3, [b"12345678"]), ("fsync", 1, [b"1234567890abcdef"])],
+)
+def test_an_error_of_the_disk_comes_at_its_moment(tmp_path, monkeypatch, kind, moment, left):
+    found = []
+    monkeypatch.setattr(Path, "unlink", lambda path: found.append(path.read_bytes()))
+    child.Disk(moment=moment, then="EIO", inside=str(tmp_path), kinds=[kind]).install()
+    with pytest.raises(OSError, match=r"cannot write .*a\.bin: Input/output error"):
+        write_atomically(tmp_path / "a.bin", lambda file: file.write(b"1234567890abcdef"))
+    assert found == left
+
+
+@pytest.mark.usefixtures("_own_disk")
+def test_a_power_cut_empties_what_was_not_synced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    disk = child.Disk(moment=1, then="power", inside=str(tmp_path), kinds=["rmdir"])
+    disk.install()
+    write_atomically(tmp_path / "synced", lambda file: file.write(b"on the disk"))
+    (tmp_path / "new").mkdir()
+    with open(tmp_path / "new" / "other", "w") as file:
+        file.write("on its way")
+    os.rename(tmp_path / "new", tmp_path / "renamed")
+    with pytest.raises(AssertionError):
+        (tmp_path / "renamed").rmdir()
+    assert (tmp_path / "synced").read_bytes() == b"on the disk"
+    assert (tmp_path / "renamed" / "other").read_bytes() == b""
+
+
+def test_whole_shards_are_good_and_damaged_ones_are_what_they_are_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    shards.write_whole(tmp_path / "whole")
+    whole = open_shards(str(tmp_path / "whole"), 32, 0.0)
+    assert len(whole) == 64
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        damage = shards.write_damaged(folder, random.Random(seed))
+        source = open_shards(str(folder), 32, 1.0)
+        assert set(source.keys) == damage.good
+        assert Counter(bad.path for bad in source.bad) == Counter(damage.reported)
+        assert set(damage.late) < set(damage.reported)
+
+
+def test_a_run_tells_what_is_in_its_folder(tmp_path):
+    run = Run(tmp_path / "run", "data")
+    assert (run.newest(), run.reached(), run.torn(), run.kept()) == (0, 0, [], {})
+    for images_seen in (8, 16):
+        checkpoint.save(run.checkpoints, snapshot(images_seen), keep=2)
+    (run.folder / "metrics.jsonl").write_text('{"images_seen": 24}\n{"images_seen": 3')
+    assert (run.newest(), run.reached(), len(run.torn())) == (16, 24, 0)
+    truncate(run.checkpoints / "0000000016" / checkpoint.MANIFEST)
+    assert (run.newest(), len(run.torn())) == (8, 1)
+    truncate(run.checkpoints / "0000000008" / checkpoint.STATE)
+    assert (run.newest(), len(run.torn())) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("saved", "before", "status", "count"),
+    [
+        ((16, 32), 32, -9, None),
+        ((16,), 32, -9, "lost checkpoints"),
+        ((8,), 8, -9, "lost more than an interval"),
+        ((16, 32), 32, 1, ""),
+    ],
+)
+def test_a_kill_that_costs_too_much_is_noticed(tmp_path, saved, before, status, count):
+    run, result = Run(tmp_path / "run", "data"), Result(2, "kills")
+    for images_seen in saved:
+        checkpoint.save(run.checkpoints, snapshot(images_seen), keep=2)
+    (run.folder / "metrics.jsonl").write_text('{"images_seen": 32}\n')
+    kills._judge(result, run, before, Ended(status, ""))
+    assert bool(result.failures) == (count is not None)
+    assert not count or result.counts[count] == 1
+
+
+def test_a_process_that_hangs_is_killed_and_its_end_is_told(tmp_path):
+    code = "import sys, time; print('here', file=sys.stderr, flush=True); time.sleep(60)"
+    process = product.Process([sys.executable, "-c", code], tmp_path / "log")
+    process.wait_to_say("here")
+    ended = kills._killed_later(process, 0.0)
+    assert ended == Ended(-signal.SIGKILL, "here\n")
+    with pytest.raises(TimeoutError, match="does not say: nothing"):
+        process.wait_to_say("nothing")
+
+
+def test_a_scenario_that_raises_is_a_failure_and_the_table_says_so(tmp_path, monkeypatch):
+    def good(shop: Workshop, result: Result, until: float) -> None:
+        result.counts["kills"] += 1_000
+        result.expect(True, "", "lost checkpoints")
+        result.expect(shop.chance.random() < 1.0, "")
+
+    def bad(shop: Workshop, result: Result, until: float) -> None:
+        result.expect(False, "one is gone", "lost checkpoints")
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(runner, "SCENARIOS", {"good": (2, good), "bad": (9, bad)})
+    shop = Workshop(tmp_path, "data", random.Random(0), {}, 1.0, 1.0)
+    results = [runner.attempt(title, shop, 0, 0.0) for title in ("bad", "good")]
+    assert [len(result.failures) for result in results] == [2, 0]
+    assert "a bug" in results[0].failures[1]
+    shown = table(results).splitlines()
+    assert [line.split()[-1] for line in shown[2:4]] == ["kept", "BROKEN"]
+    assert "kills 1,000, lost checkpoints 0" in shown[2]
+    assert shown[-1].startswith("in all: lost checkpoints 1, torn checkpoints 0")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_exit_status_and_the_folder_say_whether_all_was_kept(monkeypatch, capsys, broken):
+    asked = []
+
+    def run(titles, folder, seed, seconds):
+        asked.append((titles, folder, seed, seconds))
+        return [Result(9, "corrupt samples in shards", failures=["lost"] * broken)]
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setenv("MDM_CACHE", "")  # put back after the test
+    assert runner.main(["--only", "9", "--seed", "7", "--minutes", "0.5"]) == broken
+    ((titles, folder, seed, seconds),) = asked
+    assert (titles, seed, seconds) == (["corrupt samples in shards"], 7, 30.0)
+    assert folder.exists() == broken
+    assert ("--seed 7 repeats" in capsys.readouterr().out) == broken
+    shutil.rmtree(folder, ignore_errors=True)
