@@ -284,7 +284,9 @@ class TrainConfig(Strict):
     """How the weights are learnt. Lengths are counted in images seen, not in steps.
 
     `init` is a model to start from instead of random weights: a run or model folder, a released
-    checkpoint or a shipped model, whose levels are the first ones of this run's.
+    checkpoint or a shipped model, whose levels are the first ones of this run's. `recompute` are
+    the levels (0 is the coarsest) whose features are computed again in the backward pass instead
+    of kept: less memory, the same numbers, one more forward pass through them.
     """
 
     stages: tuple[StageConfig, ...]
@@ -298,7 +300,8 @@ class TrainConfig(Strict):
     decay_share: Share = 0.0
     clip_norm: PositiveFloat = 1.0
     accumulate: PositiveInt = 1
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    recompute: tuple[Natural, ...] = ()
     ema_decay: Share = 0.9999
     condition_dropout: Share = 0.1
     log_every_images: PositiveInt = 2_000
@@ -358,6 +361,11 @@ class RunConfig(Strict):
         if deepest > levels:
             raise ValueError(
                 f"train.stages[-1].levels is {deepest}, but model.levels has {levels} entries"
+            )
+        if unknown := [place for place in self.train.recompute if place >= levels]:
+            raise ValueError(
+                f"train.recompute names level {unknown[0]}, but model.levels has {levels} entries, "
+                f"0 to {levels - 1}"
             )
         per_level = {
             "process.weighting": self.process.weighting,

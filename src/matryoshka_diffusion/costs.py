@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -32,12 +34,14 @@ def forward_flops(model: ModelConfig, levels: int) -> int:
     return counter.get_total_flops()
 
 
-def activation_bytes(model: ModelConfig, levels: int) -> int:
+def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int] = ()) -> int:
     """Bytes that one picture's forward pass keeps for its backward pass, in float32.
 
-    In bf16 it is about half. Without recomputation, and without what kernels use in between.
+    In bf16 it is about half. Without what kernels use in between, and without the block that is
+    being computed again where levels are recomputed.
     """
     net, z, t, cond = _one_picture(model.first(levels))
+    net.recompute(recompute)
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,7 @@ from matryoshka_diffusion.train.optim import (
     moments,
     set_learning_rate,
 )
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import LossScale, autocast
 
 PATIENCE = 20
 """Steps in a row that may be skipped because they are not finite."""
@@ -42,12 +42,23 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. `steps` are those that changed the weights, `skipped` those that did not."""
+    """Where a run is. `steps` are those that changed the weights, `skipped` those that did not.
+
+    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
+    `skipped_in_a_row`: the smaller scale is the remedy.
+    """
 
     images_seen: int = 0
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    scale: LossScale = field(default_factory=LossScale)
+
+    def restored(self, state: Mapping[str, Any]) -> Progress:
+        """The progress that a checkpoint tells of; older ones have no scale, and keep this one."""
+        counts = {f.name: state[f.name] for f in fields(self) if f.name != "scale"}
+        scale = LossScale(**state["scale"]) if "scale" in state else self.scale
+        return Progress(**counts, scale=scale)
 
 
 class Outcome(NamedTuple):
@@ -67,7 +78,7 @@ class Learner:
 
     def __init__(self, config: RunConfig, device: torch.device, images_seen: int = 0) -> None:
         self.config, self.device = config, device
-        self.progress = Progress(images_seen)
+        self.progress = Progress(images_seen, scale=LossScale.of(config.train.precision))
         model = active_model(config, images_seen)
         self.net = NestedUNet(model, seed=config.train.seed).to(device)
         self.ema = Ema(self.net, config.train.ema_decay)
@@ -77,6 +88,7 @@ class Learner:
         """Build what depends on which levels there are and holds no state yet."""
         self.process = Process.from_config(self.config.process, self.net.config)
         self.optimizer = build_optimizer(self.net, self.config.train)
+        self.net.recompute(self.config.train.recompute)
 
     def grow(self, levels: int) -> None:
         """Go on with the first `levels` levels; does nothing if they are there already.
@@ -105,14 +117,17 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
         # One transfer, hence one wait for the device, a step.
         total, grad_norm, *per_level = torch.stack([loss.total, norm, *loss.per_level]).tolist()
-        if math.isfinite(total) and math.isfinite(grad_norm):
+        finite = math.isfinite(total) and math.isfinite(grad_norm)
+        scale = progress.scale.after(finite)
+        if finite:
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
             self.ema.update(self.net, progress.steps)
-            self.progress = Progress(step.end, progress.steps + 1, progress.skipped)
+            self.progress = Progress(step.end, progress.steps + 1, progress.skipped, scale=scale)
             return Outcome(total, tuple(per_level), grad_norm)
-        in_a_row = progress.skipped_in_a_row + 1
-        self.progress = Progress(step.end, progress.steps, progress.skipped + 1, in_a_row)
+        in_a_row = progress.skipped_in_a_row + (not progress.scale.can_fall)
+        skipped = progress.skipped + 1
+        self.progress = Progress(step.end, progress.steps, skipped, in_a_row, scale)
         culprits = _culprits(inputs, loss.per_example)
         if in_a_row >= PATIENCE:
             raise NotFinite(
@@ -131,6 +146,7 @@ class Learner:
         step, train = inputs.step, self.config.train
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
+        scale = self.progress.scale.factor
         num_parts = min(train.accumulate, step.count)
         parts, per_example = [], torch.zeros_like(inputs.t)
         for offset in range(num_parts):
@@ -145,9 +161,13 @@ class Learner:
                     process=self.process,
                     counts=step.rows,
                 )
-            loss.total.backward()
+            (scale * loss.total).backward()
             parts.append(Loss(*(part.detach() for part in loss)))
             per_example[offset::num_parts] = parts[-1].per_example
+        if scale != 1.0:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
         return Loss(
             total=torch.stack([part.total for part in parts]).sum(),
             per_level=torch.stack([part.per_level for part in parts]).sum(0),
@@ -180,8 +200,7 @@ class Learner:
         Raises:
             CheckpointError: it does not fit the config. It is checked whole before any is used.
         """
-        progress = Progress(**{f.name: snapshot.state[f.name] for f in fields(Progress)})
-        learner = cls(config, device, progress.images_seen)
+        learner = cls(config, device, snapshot.state["images_seen"])
         net, memory = learner.net, snapshot.optimizer
         check_same(net.state_dict(), snapshot.weights, where=f"{where}: weights")
         check_same(dict(net.named_parameters()), snapshot.ema, where=f"{where}: ema")
@@ -189,7 +208,7 @@ class Learner:
         net.load_state_dict(snapshot.weights)
         learner.ema.load(snapshot.ema)
         load_moments(learner.optimizer, net, memory)
-        learner.progress = progress
+        learner.progress = learner.progress.restored(snapshot.state)
         return learner
 
 
