@@ -286,7 +286,8 @@ class TrainConfig(Strict):
     `init` is a model to start from instead of random weights: a run or model folder, a released
     checkpoint or a shipped model, whose levels are the first ones of this run's. `recompute` are
     the levels (0 is the coarsest) whose features are computed again in the backward pass instead
-    of kept: less memory, the same numbers, one more forward pass through them.
+    of kept: less memory, the same numbers, one more forward pass through them. `layout` is how
+    features lie in memory. `compile` runs the network through torch.compile.
     """
 
     stages: tuple[StageConfig, ...]
@@ -301,7 +302,9 @@ class TrainConfig(Strict):
     clip_norm: PositiveFloat = 1.0
     accumulate: PositiveInt = 1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    layout: Literal["auto", "nchw", "channels_last"] = "auto"
     recompute: tuple[Natural, ...] = ()
+    compile: bool = False
     ema_decay: Share = 0.9999
     condition_dropout: Share = 0.1
     log_every_images: PositiveInt = 2_000

@@ -20,9 +20,11 @@ from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
+from matryoshka_diffusion.train.compiled import compile_network
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
 from matryoshka_diffusion.train.feed import Inputs
+from matryoshka_diffusion.train.layout import Layout, arranged, placed
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
     load_moments,
@@ -80,7 +82,8 @@ class Learner:
         self.config, self.device = config, device
         self.progress = Progress(images_seen, scale=LossScale.of(config.train.precision))
         model = active_model(config, images_seen)
-        self.net = NestedUNet(model, seed=config.train.seed).to(device)
+        net = NestedUNet(model, seed=config.train.seed)
+        self.net = placed(net, device, self.layout)
         self.ema = Ema(self.net, config.train.ema_decay)
         self._prepare()
 
@@ -89,6 +92,14 @@ class Learner:
         self.process = Process.from_config(self.config.process, self.net.config)
         self.optimizer = build_optimizer(self.net, self.config.train)
         self.net.recompute(self.config.train.recompute)
+        if self.config.train.compile:
+            compile_network(self.net, self.device)
+
+    @property
+    def layout(self) -> Layout:
+        """How features lie in memory, decided when the run's folder was opened."""
+        assert self.config.train.layout != "auto"
+        return self.config.train.layout
 
     def grow(self, levels: int) -> None:
         """Go on with the first `levels` levels; does nothing if they are there already.
@@ -99,7 +110,9 @@ class Learner:
         if levels == len(self.net.levels):
             return
         memory = moments(self.optimizer, self.net)
-        self.net = grow(self.net, self.config.model.first(levels), seed=self.config.train.seed)
+        model = self.config.model.first(levels)
+        net = grow(self.net, model, seed=self.config.train.seed)
+        self.net = placed(net, self.device, self.layout)
         self.ema.extend(self.net)
         self._prepare()
         load_moments(self.optimizer, self.net, memory)
@@ -177,7 +190,7 @@ class Learner:
     def _network(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """The network in the run's precision; the loss around it stays float32."""
         with autocast(self.config.train.precision, self.device):
-            return self.net(z, t, cond)
+            return self.net(arranged(z, self.layout), t, cond)
 
     # --- saving and restoring --------------------------------------------------------------
 

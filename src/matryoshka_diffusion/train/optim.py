@@ -50,8 +50,13 @@ def load_moments(
     for name, parameter in net.named_parameters():
         if f"{name}.step" in memory:
             optimizer.state[parameter] = {
-                moment: memory[f"{name}.{moment}"].to(parameter.device, torch.float32, copy=True)
-                for moment in MOMENTS
+                "step": memory[f"{name}.step"].to(parameter.device, torch.float32, copy=True)
+            } | {
+                # Laid out as the parameter is: fused kernels walk over both side by side.
+                moment: torch.empty_like(parameter, dtype=torch.float32).copy_(
+                    memory[f"{name}.{moment}"]
+                )
+                for moment in MOMENTS[1:]
             }
 
 

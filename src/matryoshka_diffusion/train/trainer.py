@@ -25,6 +25,7 @@ from matryoshka_diffusion.train.curriculum import Step, steps
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
+from matryoshka_diffusion.train.memory import peak_memory_bytes
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
 
@@ -171,6 +172,7 @@ class Run:
                 "step": self.learner.progress.steps,
                 **summary(self._entries),
                 "skipped": self.learner.progress.skipped,
+                "peak_memory_bytes": peak_memory_bytes(self.learner.device),
                 "seconds": self.seconds,
             }
             self._metrics.write(line)
