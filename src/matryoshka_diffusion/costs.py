@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int]
     """
     net, z, t, cond = _one_picture(model.first(levels))
     net.recompute(recompute)
+    return kept_bytes(net, lambda: net(z, t, cond))
+
+
+def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that `forward` keeps for its backward pass besides the weights of `net`.
+
+    Storages are counted, each once: two views of a tensor are one.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
 
@@ -51,7 +59,7 @@ def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int]
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        outputs = net(z, t, cond)
+        outputs = forward()
         del outputs
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
