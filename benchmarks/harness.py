@@ -11,8 +11,10 @@ import argparse
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -42,7 +44,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options given, of which `--threads` is obeyed at once."""
-    given = options.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = options.parse_args(words, argparse.Namespace(words=tuple(words)))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     return given
@@ -82,10 +85,7 @@ def report(
     """Print the rows as a table; write them with machine and command to `<name>-<kind>.json`."""
     device = torch.device(given.device)
     here = machine(device)
-    command = " ".join(
-        [f"python -m benchmarks.{name}"]
-        + [f"--{key} {value}" for key, value in vars(given).items() if key not in ("out", "child")]
-    )
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *given.words])
     print(f"{command}\n{here['processor']}, {here['threads']} threads\n")
     print(table(rows))
     told = {
