@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ModelConfig, RunConfig
@@ -156,9 +157,37 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> Snapshot:
-    """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
-    tensors = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in TENSORS}
+    """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU.
+
+    They are read when they are asked for, so whoever copies them one by one holds them once.
+    """
+    tensors = {name: Stored(path / f"{name}.safetensors") for name in TENSORS}
     return Snapshot(state=json.loads((path / STATE).read_text("utf-8")), **tensors)
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, read anew whenever one is asked for.
+
+    A file that is opened as a whole stays mapped until the last of its tensors is gone, and all its
+    pages that were touched count as memory of the process. This opens it for one tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
