@@ -33,8 +33,8 @@ MARGIN = 1.05
 def resolve_layout(config: RunConfig, device: torch.device) -> Layout:
     """`auto` is what `seconds_per_pass` finds faster; on a CPU it is NCHW without looking.
 
-    There NCHW has won wherever it was measured (docs/performance.md), and numbers that depend on
-    how busy a machine was at the start of a run would be a bad bargain.
+    There NCHW is much faster in bf16 and about even in fp32 (docs/performance.md), and numbers that
+    depend on how busy a machine was at the start of a run would be a bad bargain.
     """
     asked = config.train.layout
     if asked != "auto":
