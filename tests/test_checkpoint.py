@@ -61,6 +61,20 @@ def test_what_was_saved_is_read(tmp_path):
     assert_equal(read(path), snapshot(640))
 
 
+def test_a_tensor_is_read_when_it_is_asked_for_and_belongs_to_who_asked(tmp_path):
+    """Else a run that copies them holds them twice while it resumes."""
+    path = save(tmp_path, snapshot(3), keep=1)
+    weights = read(path).weights
+    name = next(iter(weights))
+    first = weights[name].fill_(5)
+    assert not torch.equal(weights[name], first)
+    with pytest.raises(KeyError, match="no such name"):
+        weights["no such name"]
+    (path / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        weights[name]
+
+
 def test_tensors_of_any_layout_are_saved(tmp_path):
     weights = {"w": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)}
     path = save(tmp_path, Snapshot({"images_seen": 1}, weights, {"w": weights["w"].mT}, {}), keep=1)

@@ -43,7 +43,7 @@ from tiny_run import TinyPictures, encode, tiny_config
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
-TIMES = {"images_per_second", "data_wait", "seconds"}
+OF_THE_MACHINE = {"images_per_second", "data_wait", "seconds", "peak_memory_bytes"}
 ROOT = Path(__file__).parent.parent
 
 
@@ -66,9 +66,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics, without what depends on the clock."""
+    """The lines of metrics, without what depends on the machine."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
-    return [{key: line[key] for key in line.keys() - TIMES} for line in lines]
+    return [{key: line[key] for key in line.keys() - OF_THE_MACHINE} for line in lines]
 
 
 def stop_at(images_seen: int):

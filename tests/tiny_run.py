@@ -35,6 +35,7 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
             StageConfig(levels=2, images=24, batch_size=4, lr=1e-2, mix=(0.5, 0.5)),
         ),
         "precision": "fp32",
+        "layout": "nchw",
         "warmup_images": 8,
         "decay_share": 0.25,
         "weight_decay": 0.01,

@@ -333,6 +333,10 @@ class TrainConfig(Strict):
     how many levels have trained weights at the start, from there or from growing; further ones
     are new to the first stage. With `lora`, only adapters around `init` are trained.
 
+    `recompute` are the levels (0 is the coarsest) whose features are computed again in the
+    backward pass instead of kept: less memory, the same numbers, one more forward pass through
+    them. `layout` is how features lie in memory. `compile` runs the network through torch.compile.
+
     `ema_power` are lengths of averages to keep beside the one that `ema_decay` is for, as shares
     of the training (0.05 and 0.1 serve most; 0.288, the longest, is the plain mean). Snapshots of
     them, every `ema_snapshot_every_images` (by default 32 in a run), give an average of any
@@ -352,7 +356,10 @@ class TrainConfig(Strict):
     decay_share: Share = 0.0
     clip_norm: PositiveFloat = 1.0
     accumulate: PositiveInt = 1
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    layout: Literal["auto", "nchw", "channels_last"] = "auto"
+    recompute: tuple[Natural, ...] = ()
+    compile: bool = False
     ema_decay: Share = 0.9999
     ema_power: tuple[AverageLength, ...] = ()
     ema_snapshot_every_images: PositiveInt | None = None
@@ -449,6 +456,11 @@ class RunConfig(Strict):
         if deepest > levels:
             raise ValueError(
                 f"train.stages[-1].levels is {deepest}, but model.levels has {levels} entries"
+            )
+        if unknown := [place for place in self.train.recompute if place >= levels]:
+            raise ValueError(
+                f"train.recompute names level {unknown[0]}, but model.levels has {levels} entries, "
+                f"0 to {levels - 1}"
             )
         per_level = {
             "process.weighting": self.process.weighting,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -38,12 +40,22 @@ def forward_flops(model: ModelConfig, levels: int) -> int:
     return counter.get_total_flops()
 
 
-def activation_bytes(model: ModelConfig, levels: int) -> int:
+def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int] = ()) -> int:
     """Bytes that one picture's forward pass keeps for its backward pass, in float32.
 
-    In bf16 it is about half. Without recomputation, and without what kernels use in between.
+    In bf16 it is about half. Without what kernels use in between, and without the block that is
+    being computed again where levels are recomputed.
     """
     net, z, t, cond = _one_picture(model.first(levels))
+    net.recompute(recompute)
+    return kept_bytes(net, lambda: net(z, t, cond))
+
+
+def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that `forward` keeps for its backward pass besides the weights of `net`.
+
+    Storages are counted, each once: two views of a tensor are one.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
 
@@ -53,7 +65,7 @@ def activation_bytes(model: ModelConfig, levels: int) -> int:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        outputs = net(z, t, cond)
+        outputs = forward()
         del outputs
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 

@@ -76,7 +76,7 @@ def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
     """The nest, and what each stage of its training takes: steps, arithmetic, memory and data.
 
     Memory is estimated: weights, gradients, moments and averages exactly, activations as
-    `costs.activation_bytes` counts them, halved for bf16.
+    `costs.activation_bytes` counts them under `train.recompute`, halved for bf16.
 
     Args:
         pictures: how many there are to train on, if that is known.
@@ -88,7 +88,7 @@ def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
             if config.train.lora is not None:
                 attach(net, config.train.lora)
         fixed = training_bytes(net, len(config.train.ema_power))
-        each = activation_bytes(config.model, stage.levels) // 2
+        each = activation_bytes(config.model, stage.levels, config.train.recompute) // 2
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
         rows = -(-stage.batch_size // config.train.accumulate)
         steps = -(-stage.images // stage.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +41,12 @@ def sinusoid(x: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device) / half)
     angles = x.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which nothing runs in a lower precision than its arguments have."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class ResidualBlock(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from matryoshka_diffusion.config import LevelConfig, ModelConfig
 from matryoshka_diffusion.nn.conditioner import Context
@@ -19,6 +21,7 @@ from matryoshka_diffusion.nn.layers import (
     mlp,
     norm,
     sinusoid,
+    without_autocast,
     zero,
 )
 from matryoshka_diffusion.pyramid import pad_rows
@@ -52,6 +55,7 @@ class Level(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = schedule
+        self.recomputed = False
         self.data_std = model.data_std
         self.time_input = model.time_input
         self.frequencies = model.embedding // 4
@@ -93,7 +97,7 @@ class Level(nn.Module):
             h = h + pad_rows(finer, rows)
         skips = [h]
         for layer in self.encoder:
-            h = layer(h, embedding, context)
+            h = self._run(layer, h, embedding, context)
             skips.append(h)
         return self.inward(h), Trail(h, tuple(skips), embedding, context)
 
@@ -105,10 +109,21 @@ class Level(nn.Module):
         if self.outward is not None and coarser is not None:
             h = h + self.outward(coarser[: len(h)])
         for block in self.middle:
-            h = block(h, embedding, context)
+            h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            h = block(torch.cat([h, skip], dim=1), embedding, context)
-        return h, self.shuffle(self.head(F.silu(self.norm(h))))
+            h = self._run(_join, block, h, skip, embedding, context)
+        return h, self.shuffle(self._run(self._predict, h))
+
+    def _predict(self, h: Float[Tensor, "b c y x"]) -> Float[Tensor, "b p y x"]:
+        """The output layer, in the precision of its weights: under autocast too it is float32."""
+        with without_autocast(h.device):
+            return self.head(F.silu(self.norm(h.to(self.norm.weight.dtype))))
+
+    def _run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`part(*inputs)`, of which a recomputed level keeps only the inputs for its backward."""
+        if not self.recomputed:
+            return part(*inputs)
+        return checkpoint(part, *inputs, use_reentrant=False)
 
     def embed(self, t: Float[Tensor, " b"], context: Context) -> Float[Tensor, "b e"]:
         """Time, micro-conditions, label and pooled text as one vector, after its SiLU."""
@@ -169,6 +184,17 @@ class Block(nn.Module):
         for layer in self.attention:
             h = layer(h, context.tokens, context.mask)
         return h if self.up is None else self.up(F.interpolate(h, scale_factor=2.0))
+
+
+def _join(
+    block: Block,
+    h: Float[Tensor, "b c y x"],
+    skip: Float[Tensor, "b c2 y x"],
+    embedding: Float[Tensor, "b e"],
+    context: Context,
+) -> Float[Tensor, "b c3 y2 x2"]:
+    """A block of the decoder with what the encoder had left for it."""
+    return block(torch.cat([h, skip], dim=1), embedding, context)
 
 
 class Down(nn.Conv2d):

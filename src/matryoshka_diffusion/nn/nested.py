@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -60,6 +60,15 @@ class NestedUNet(nn.Module):
             coarser, prediction = level.decode(trail, coarser)
             predictions.append(prediction)
         return tuple(predictions)
+
+    def recompute(self, levels: Collection[int]) -> None:
+        """From now on keep little of `levels` for the backward pass, which computes it again.
+
+        What is kept are the features between blocks. Loss and gradients stay the same bits, for
+        one more forward pass through these levels.
+        """
+        for place, level in enumerate(self.levels):
+            level.recomputed = place in levels
 
 
 def grow(net: NestedUNet, config: ModelConfig, seed: int = 0) -> NestedUNet:

@@ -224,7 +224,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> Snapshot:
-    """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
+    """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU.
+
+    They are read when they are asked for, so whoever copies them one by one holds them once.
+    """
     manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])

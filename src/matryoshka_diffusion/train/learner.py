@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,13 @@ from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.adapters import build_network, plain_network
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
+from matryoshka_diffusion.train.compiled import compile_network
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema import Ema
 from matryoshka_diffusion.train.ema_power import PowerEma
 from matryoshka_diffusion.train.engine import build_engine
 from matryoshka_diffusion.train.feed import Inputs
+from matryoshka_diffusion.train.layout import Layout, arranged, placed
 from matryoshka_diffusion.train.optim import (
     build_optimizer,
     drop_gradients,
@@ -35,7 +37,7 @@ from matryoshka_diffusion.train.optim import (
     moments,
     set_learning_rate,
 )
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import LossScale, autocast
 from matryoshka_diffusion.train.world import World, fill, whole
 
 PATIENCE = 20
@@ -48,12 +50,23 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. `steps` are those that changed the weights, `skipped` those that did not."""
+    """Where a run is. `steps` are those that changed the weights, `skipped` those that did not.
+
+    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
+    `skipped_in_a_row`: the smaller scale is the remedy.
+    """
 
     images_seen: int = 0
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    scale: LossScale = field(default_factory=LossScale)
+
+    def restored(self, state: Mapping[str, Any]) -> Progress:
+        """The progress that a checkpoint tells of; older ones have no scale, and keep this one."""
+        counts = {f.name: state[f.name] for f in fields(self) if f.name != "scale"}
+        scale = LossScale(**state["scale"]) if "scale" in state else self.scale
+        return Progress(**counts, scale=scale)
 
 
 class Outcome(NamedTuple):
@@ -83,18 +96,27 @@ class Learner:
     ) -> None:
         self.config, self.device, self.world = config, device, world or World()
         self.base = base
-        self.progress = Progress(images_seen)
-        model = active_model(config, images_seen)
-        self._prepare(build_network(model, config.train, base).to(device))
+        self.progress = Progress(images_seen, scale=LossScale.of(config.train.precision))
+        self._prepare(build_network(active_model(config, images_seen), config.train, base))
         self.ema = Ema(self.net, config.train.ema_decay)
         self.tracks = PowerEma(self.net, config.train.ema_power)
 
     def _prepare(self, net: NestedUNet) -> None:
         """Take a network, and build what depends on which levels it has and holds no state yet."""
-        self.net = net
-        self.engine = build_engine(net, self.world, self.device)
+        train = self.config.train
+        self.net = placed(net, self.device, self.layout)
+        self.net.recompute(train.recompute)
+        if train.compile:
+            compile_network(self.net, self.device)
+        self.engine = build_engine(self.net, self.world, self.device)
         self.process = Process.from_config(self.config.process, net.config)
-        self.optimizer = build_optimizer(net, self.config.train)
+        self.optimizer = build_optimizer(self.net, train)
+
+    @property
+    def layout(self) -> Layout:
+        """How features lie in memory, decided when the run's folder was opened."""
+        assert self.config.train.layout != "auto"
+        return self.config.train.layout
 
     def grow(self, levels: int) -> None:
         """Go on with the first `levels` levels; does nothing if they are there already.
@@ -128,15 +150,18 @@ class Learner:
         # One transfer, hence one wait for the device, a step. All ranks get the same numbers, so
         # they decide alike whether the step is taken.
         grad_norm, total, *per_level = torch.cat([whole(norm).view(1), losses]).tolist()
-        if math.isfinite(total) and math.isfinite(grad_norm):
+        finite = math.isfinite(total) and math.isfinite(grad_norm)
+        scale = progress.scale.after(finite)
+        if finite:
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
             self.ema.update(self.net, progress.steps, frozen)
             self.tracks.update(self.net, step.count, frozen)
-            self.progress = Progress(step.end, progress.steps + 1, progress.skipped)
+            self.progress = Progress(step.end, progress.steps + 1, progress.skipped, scale=scale)
             return Outcome(total, tuple(per_level), grad_norm)
-        in_a_row = progress.skipped_in_a_row + 1
-        self.progress = Progress(step.end, progress.steps, progress.skipped + 1, in_a_row)
+        in_a_row = progress.skipped_in_a_row + (not progress.scale.can_fall)
+        skipped = progress.skipped + 1
+        self.progress = Progress(step.end, progress.steps, skipped, in_a_row, scale)
         culprits = self._culprits(inputs, loss.per_example)
         if in_a_row >= PATIENCE:
             raise NotFinite(
@@ -157,6 +182,7 @@ class Learner:
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
         process = self.process.ramped(step.ramp)
+        scale = self.progress.scale.factor
         num_parts = min(train.accumulate, step.count)
         parts, per_example = [], torch.zeros_like(inputs.t)
         for offset in range(num_parts):
@@ -174,9 +200,13 @@ class Learner:
                         counts=step.rows,
                     )
                 # The engine averages gradients over the ranks; they are to be summed.
-                (loss.total * self.world.size).backward()
+                (scale * self.world.size * loss.total).backward()
             parts.append(Loss(*(part.detach() for part in loss)))
             per_example[offset::num_parts] = parts[-1].per_example
+        if scale != 1.0:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
         return Loss(
             total=torch.stack([part.total for part in parts]).sum(),
             per_level=torch.stack([part.per_level for part in parts]).sum(0),
@@ -186,7 +216,7 @@ class Learner:
     def _network(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """The network in the run's precision; the loss around it stays float32."""
         with autocast(self.config.train.precision, self.device):
-            return self.engine(z, t, cond)
+            return self.engine(arranged(z, self.layout), t, cond)
 
     def _culprits(
         self, inputs: Inputs, per_example: Float[Tensor, " b"]
@@ -239,8 +269,7 @@ class Learner:
         Raises:
             CheckpointError: it does not fit the config. It is checked whole before any is used.
         """
-        progress = Progress(**{f.name: snapshot.state[f.name] for f in fields(Progress)})
-        learner = cls(config, device, progress.images_seen, base, world)
+        learner = cls(config, device, snapshot.state["images_seen"], base, world)
         net, memory = learner.net, snapshot.optimizer
         check_same(learnt_parameters(net), snapshot.weights, where=f"{where}: weights")
         check_same(learnt_parameters(net), snapshot.ema, where=f"{where}: ema")
@@ -250,7 +279,7 @@ class Learner:
         learner.ema.load(snapshot.ema)
         learner.tracks.load(snapshot.tracks)
         load_moments(learner.optimizer, net, memory)
-        learner.progress = progress
+        learner.progress = learner.progress.restored(snapshot.state)
         return learner
 
 

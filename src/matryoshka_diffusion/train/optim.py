@@ -77,11 +77,16 @@ def load_moments(
 
 
 def _beside(parameter: Tensor, moment: Tensor) -> Tensor:
-    """A copy of a moment where its parameter is, sharded as that is; step counts are not."""
-    moment = moment.to(parameter.device, torch.float32, copy=True)
-    if moment.ndim == 0 or is_sharded(moment):
-        return moment
-    return sharded_like(moment, parameter)
+    """A copy of a moment where its parameter is, laid out and sharded as that is.
+
+    Fused kernels walk over both side by side. Step counts are numbers of their own.
+    """
+    if moment.ndim == 0:
+        return moment.to(parameter.device, torch.float32, copy=True)
+    target = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+    if not is_sharded(moment):
+        moment = sharded_like(moment.to(parameter.device), parameter)
+    return target.copy_(moment)
 
 
 def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from matryoshka_diffusion.config import ConfigError, RunConfig, load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.train.layout import resolve_layout
 from matryoshka_diffusion.train.precision import resolve_precision
 
 
@@ -37,8 +38,7 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 
         raise ConfigError(
             f"{folder} holds files but no run (there is no config.yaml): give another --out"
         )
-    config = begun or asked
-    config = with_precision(config, resolve_precision(config.train.precision, device))
+    config = resolved(begun or asked, device)
     if config != begun:  # new, or prepared for a first start
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
@@ -57,15 +57,24 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """The config with its precision decided."""
-    train = config.train.model_copy(update={"precision": precision})
-    return config.model_copy(update={"train": train})
+DECIDED_AT_START = ("precision", "layout")
+"""The keys of `train` that may be `auto`."""
+
+
+def resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with what `auto` left open decided for this device."""
+    config = _with(config, precision=resolve_precision(config.train.precision, device))
+    return _with(config, layout=resolve_layout(config, device))
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
 def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
-    if asked.train.precision == "auto":
-        asked = with_precision(asked, begun.train.precision)
+    for key in DECIDED_AT_START:
+        if getattr(asked.train, key) == "auto":
+            asked = _with(asked, **{key: getattr(begun.train, key)})
     there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (begun, asked))
     different = [path for path in {**there, **here} if there.get(path) != here.get(path)]
     if different:

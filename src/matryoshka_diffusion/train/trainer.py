@@ -28,6 +28,7 @@ from matryoshka_diffusion.train.ema_power import write_snapshot
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.learner import Learner, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
+from matryoshka_diffusion.train.memory import peak_memory_bytes
 from matryoshka_diffusion.train.ranks import compare_ranks
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
@@ -212,6 +213,7 @@ class Run:
                 "step": self.learner.progress.steps,
                 **summary(self._entries),
                 "skipped": self.learner.progress.skipped,
+                "peak_memory_bytes": peak_memory_bytes(self.learner.device),
                 "seconds": self.seconds,
             }
             self.metrics.write(line)

@@ -1,0 +1,165 @@
+"""What all benchmarks share: taking turns, medians, a table and a file of results.
+
+Variants run in one process and take turns, so that what else the machine does falls on all of them
+alike: ratios survive a noise that seconds do not. A ratio is the median over rounds of (baseline's
+seconds / variant's seconds) within the round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+Seconds = Mapping[str, Sequence[float]]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--repeats", type=int, default=10, help="rounds (default 10)")
+    options.add_argument("--threads", type=int, help="of torch on a CPU (default: its own choice)")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON"
+    )
+    return options
+
+
+def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options given, of which `--threads` is obeyed at once."""
+    words = sys.argv[1:] if arguments is None else arguments
+    given = options.parse_args(words, argparse.Namespace(words=tuple(words)))
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    return given
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, after a round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, run in variants.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def speed(seconds: Seconds, variant: str, baseline: str) -> float:
+    """How many times faster than the baseline a variant is."""
+    rounds = zip(seconds[baseline], seconds[variant], strict=True)
+    return statistics.median(slow / fast for slow, fast in rounds)
+
+
+def report(
+    name: str, rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, **about: Any
+) -> Path:
+    """Print the rows as a table; write them with machine and command to `<name>-<kind>.json`."""
+    device = torch.device(given.device)
+    here = machine(device)
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *given.words])
+    print(f"{command}\n{here['processor']}, {here['threads']} threads\n")
+    print(table(rows))
+    told = {
+        "benchmark": name,
+        "command": command,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": here,
+        **about,
+        "rows": list(rows),
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"{name}-{kind_of(here['processor'])}.json"
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as columns of equal width, headed by the keys of the first."""
+    lines = [[str(key) for key in rows[0]], *([_text(value) for value in r.values()] for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- where it ran --------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    gpu = device.type == "cuda"
+    return {
+        "processor": torch.cuda.get_device_name(device) if gpu else cpu_model(),
+        "capability": "" if gpu else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "matryoshka-diffusion": version("matryoshka-diffusion"),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:  # another system than Linux
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def kind_of(processor: str) -> str:
+    """A processor's name as part of a file's name.
+
+    >>> kind_of("AMD EPYC 9354 32-Core Processor")
+    'amd-epyc-9354-32-core-processor'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that was measured, marked where files differ from it; "" outside git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

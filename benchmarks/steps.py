@@ -1,0 +1,91 @@
+"""The product's own training step on made-up data, in the forms that benchmarks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.costs import kept_bytes
+from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.train.curriculum import Step
+from matryoshka_diffusion.train.feed import Feed, Inputs
+from matryoshka_diffusion.train.layout import arranged
+from matryoshka_diffusion.train.learner import Learner
+from matryoshka_diffusion.train.precision import autocast
+
+WORDS = 8
+
+
+class Noise:
+    """A loader of pictures of noise, for any model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def batch(self, ids: range) -> Batch:
+        model, count = self.config.model, len(ids)
+        draw = torch.Generator().manual_seed(ids.start)
+        side = model.levels[-1].side
+        return Batch(
+            picture=torch.rand(count, model.channels, side, side, generator=draw) * 2 - 1,
+            captions=("",) * count,
+            labels=torch.zeros(count, dtype=torch.long) if model.classes else None,
+            original_side=torch.full((count,), float(side)),
+            ids=torch.tensor(ids),
+            keys=tuple(str(n) for n in ids),
+        )
+
+
+class Trainer(NamedTuple):
+    """A learner and the batch that it is given again and again."""
+
+    learner: Learner
+    inputs: Inputs
+
+    def step(self) -> None:
+        """One whole step: forward, loss, backward, clipping, optimizer, average."""
+        outcome = self.learner.learn(self.inputs)
+        assert not outcome.culprits, "a skipped step is no measure"
+
+    def activation_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass, each storage counted once."""
+        config, inputs = self.learner.config, self.inputs
+
+        def forward() -> object:
+            with autocast(config.train.precision, self.learner.device):
+                z = arranged(inputs.x, self.learner.layout)
+                return self.learner.net(z, inputs.t, inputs.cond)
+
+        return kept_bytes(self.learner.net, forward)
+
+
+def trainer(name: str, batch: int, device: torch.device, **train: Any) -> Trainer:
+    """The learner of a preset with all its levels; every row has them all.
+
+    `train` changes its training: precision, layout, recompute, compile.
+    """
+    config = preset(name)
+    settings = {"precision": "fp32", "layout": "nchw"} | train
+    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    learner = Learner(config, device, images_seen=config.train.images)
+    step = Step(len(config.train.stages) - 1, 0, (batch,) * len(learner.net.levels), 1e-4, False)
+    return Trainer(learner, Feed(config, Noise(config), _encoder(config), device)(step))
+
+
+def _encoder(config: RunConfig) -> Callable[[Sequence[str]], list[Tensor]] | None:
+    """Features of noise for a model with text."""
+    text = config.model.text
+    if text is None:
+        return None
+    width = text.features
+    return lambda captions: [torch.randn(WORDS, width) for _ in captions]
+
+
+def outer_levels(name: str) -> tuple[int, ...]:
+    """All levels of a preset but the coarsest."""
+    return tuple(range(1, len(preset(name).model.levels)))

@@ -1,0 +1,112 @@
+"""How pictures lie in memory: channel by channel (NCHW) or pixel by pixel (channels last).
+
+The numbers are the same up to rounding; which is faster depends on the device and its kernels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ModelConfig, RunConfig
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.train.precision import autocast
+
+Layout = Literal["nchw", "channels_last"]
+
+FORMATS: dict[Layout, torch.memory_format] = {
+    "nchw": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
+ROWS, REPEATS, TOKENS = 16, 5, 32
+MARGIN = 1.05
+"""Channels last is chosen if it is faster by more than this: a tie must not be decided by noise."""
+
+
+def resolve_layout(config: RunConfig, device: torch.device) -> Layout:
+    """`auto` is what `seconds_per_pass` finds faster; on a CPU it is NCHW without looking.
+
+    There NCHW is much faster in bf16 and about even in fp32 (docs/performance.md), and numbers that
+    depend on how busy a machine was at the start of a run would be a bad bargain.
+    """
+    asked = config.train.layout
+    if asked != "auto":
+        return asked
+    if device.type == "cpu":
+        return "nchw"
+    seconds = seconds_per_pass(config, device)
+    return "channels_last" if MARGIN * seconds["channels_last"] < seconds["nchw"] else "nchw"
+
+
+def placed(net: NestedUNet, device: torch.device, layout: Layout) -> NestedUNet:
+    """The same network, its weights on a device and in a layout."""
+    return net.to(device).to(memory_format=FORMATS[layout])  # pyright: ignore[reportCallIssue]
+
+
+def arranged(x: Pyramid, layout: Layout) -> Pyramid:
+    """The same pictures in a layout; those that are in it already are not copied."""
+    return tuple(level.contiguous(memory_format=FORMATS[layout]) for level in x)
+
+
+def seconds_per_pass(config: RunConfig, device: torch.device) -> dict[Layout, float]:
+    """Time of a forward and backward pass of the whole nest in each layout.
+
+    The layouts take turns, so that what else the machine does falls on both; medians of a few.
+    """
+    passes: dict[Layout, Callable[[], float]] = {
+        layout: _one_pass(config, device, layout) for layout in FORMATS
+    }
+    for one_pass in passes.values():
+        one_pass()  # kernels are chosen and memory is taken
+    times: dict[Layout, list[float]] = {layout: [] for layout in FORMATS}
+    for _ in range(REPEATS):
+        for layout, one_pass in passes.items():
+            began = time.perf_counter()
+            one_pass()
+            times[layout].append(time.perf_counter() - began)
+    return {layout: statistics.median(seconds) for layout, seconds in times.items()}
+
+
+def _one_pass(config: RunConfig, device: torch.device, layout: Layout) -> Callable[[], float]:
+    """A function that runs the network once forward and once backward, and waits for the end."""
+    rows = min(ROWS, config.train.stages[-1].batch_size)
+    net = placed(NestedUNet(config.model), device, layout)
+    z, t, cond = random_inputs(config.model, rows, device)
+    z = arranged(z, layout)
+
+    def one_pass() -> float:
+        net.zero_grad(set_to_none=True)
+        with autocast(config.train.precision, device):
+            outputs = net(z, t, cond)
+        torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+        # The stem of the finest level is the last to get its gradient.
+        gradient = net.levels[-1].stem.weight.grad
+        assert gradient is not None
+        return gradient.sum().item()
+
+    return one_pass
+
+
+def random_inputs(
+    model: ModelConfig, rows: int, device: torch.device
+) -> tuple[Pyramid, Tensor, Conditioning]:
+    """Arguments for a network, of the right shapes and no meaning."""
+    draw = torch.Generator().manual_seed(0)
+    z = tuple(
+        torch.randn(rows, model.channels, level.side, level.side, generator=draw).to(device)
+        for level in model.levels
+    )
+    text = model.text
+    cond = Conditioning(
+        labels=torch.zeros(rows, dtype=torch.long) if model.classes else None,
+        tokens=torch.randn(rows, TOKENS, text.features, generator=draw) if text else None,
+        micro={name: torch.ones(rows) for name in model.micro_names},
+    )
+    return z, torch.rand(rows, generator=draw).to(device), cond.to(device)

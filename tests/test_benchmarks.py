@@ -1,0 +1,80 @@
+"""Every benchmark runs, on models so small that its numbers mean nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from benchmarks import harness, resume
+from benchmarks.step_time import largest_batch
+
+from matryoshka_diffusion.costs import count_parameters
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.presets import preset
+
+CPU = torch.device("cpu")
+SMALL = ["--model", "fashion-mnist", "--batch", "2"]
+SCRIPTS = {
+    "step_time": [*SMALL, "--fp16"],
+    "memory": SMALL,
+    "optimizer": ["--model", "fashion-mnist"],
+    "loading": [*SMALL, "--pictures", "4", "--sides", "40"],
+    "sample_time": ["--steps", "1", "--counts", "1"],
+    "resume": ["--model", "fashion-mnist"],
+}
+
+
+def test_every_script_is_tried():
+    scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
+    assert scripts - {"harness", "steps"} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys):
+    script = import_module(f"benchmarks.{name}")
+    assert f"python -m benchmarks.{name}" in (script.__doc__ or "")
+    common = ["--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    words = [*SCRIPTS[name], *common]
+    path = script.main(words)
+    told = json.loads(path.read_text("utf-8"))
+    assert path.name == f"{name}-{harness.kind_of(harness.cpu_model())}.json"
+    assert told["benchmark"] == name
+    assert told["command"] == " ".join([f"python -m benchmarks.{name}", *words])
+    assert {"commit", "date", "machine", "rows"} <= told.keys()
+    assert told["machine"]["threads"] == 1
+    assert told["machine"]["torch"] == str(torch.__version__)
+    numbers = [x for row in told["rows"] for x in row.values() if isinstance(x, int | float)]
+    assert numbers
+    assert all(math.isfinite(x) and x > 0 for x in numbers)
+    shown = capsys.readouterr().out
+    assert all(str(key) in shown for key in told["rows"][0])
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = harness.take_turns(variants, 2, CPU)
+    assert calls == list("ababab")
+    assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_speed_is_taken_within_rounds():
+    """A machine that is ten times slower in one round changes nothing."""
+    seconds = {"slow": [2.0, 20.0, 2.0], "fast": [1.0, 10.0, 1.0]}
+    assert harness.speed(seconds, "fast", "slow") == 2.0
+    assert harness.speed(seconds, "slow", "slow") == 1.0
+
+
+def test_the_largest_batch_is_found_by_doubling():
+    assert largest_batch(lambda batch: batch <= 50) == 32
+    assert largest_batch(lambda batch: False) == 0
+
+
+def test_restoring_is_measured_where_it_happens(tmp_path):
+    size = resume.write(resume.run_config("fashion-mnist"), tmp_path)
+    count = count_parameters(NestedUNet(preset("fashion-mnist").model))
+    assert size == pytest.approx(4 * 4 * count, rel=1e-3), "weights, average and two moments"
+    assert resume.restore("fashion-mnist", tmp_path) > size
