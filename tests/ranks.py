@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.config import StageConfig
+from matryoshka_diffusion.config import LoraConfig, StageConfig
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.world import World
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -26,8 +27,18 @@ ROOT = Path(__file__).parent.parent
 STAGES = (
     StageConfig(levels=1, images=24, batch_size=4, lr=1e-3),
     # One row of four has the finest level, so one rank of two has none; the last step has one row.
-    StageConfig(levels=2, images=21, batch_size=4, lr=1e-3, mix=(0.75, 0.25)),
+    # Its first two steps leave the coarse level alone.
+    StageConfig(
+        levels=2,
+        images=21,
+        batch_size=4,
+        lr=1e-3,
+        mix=(0.75, 0.25),
+        freeze_coarse_images=8,
+        ramp_images=12,
+    ),
 )
+SETTINGS: dict[str, Any] = {"stages": STAGES, "ema_power": (0.1,)}
 
 
 def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -88,7 +99,8 @@ def train_tiny(
     fail_at: int | None = None,
     same_rows: bool = False,
     pace: float = 0.0,
-    accumulate: int = 1,
+    adapters: bool = False,
+    **settings: Any,
 ) -> None:
     """A training whose samples, times and noise are written down as they are learnt.
 
@@ -98,7 +110,10 @@ def train_tiny(
         fail_at: number of a sample that raises an error.
         same_rows: whether every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
+        adapters: whether only adapters are trained, around a network of both levels.
+        settings: of `train` in the config.
     """
+    from matryoshka_diffusion.train.adapters import fingerprint
     from matryoshka_diffusion.train.learner import Learner
     from matryoshka_diffusion.train.trainer import train
 
@@ -125,9 +140,16 @@ def train_tiny(
     Learner.learn = recorded
     if same_rows:
         world = SameRows(**vars(world))
-    config = tiny_config(dropout=0.0, stages=STAGES, accumulate=accumulate)
+    base = None
+    if adapters:
+        base = NestedUNet(tiny_config(dropout=0.0).model, seed=1).state_dict()
+        lora = LoraConfig(rank=4, base=fingerprint(base))
+        whole = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
+        settings |= {"stages": (whole,), "init": "base", "lora": lora}
+    given = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
+    config = tiny_config(dropout=0.0, **(SETTINGS | given))
     try:
-        train(config, TinyPictures(), Path(folder), encode=encode, world=world)
+        train(config, TinyPictures(), Path(folder), encode=encode, base=base, world=world)
     finally:
         Learner.learn = learn
         record.close()

@@ -19,10 +19,10 @@ from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.ranks import RanksDiffer, compare_data, compare_ranks
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.world import World
-from ranks import STAGES, run_ranks, seen, start_ranks, train_tiny
+from ranks import SETTINGS, run_ranks, seen, start_ranks, train_tiny
 from tiny_run import TinyPictures, encode, tiny_config
 
-TRAIN = tiny_config(stages=STAGES).train
+TRAIN = tiny_config(**SETTINGS).train
 
 
 def losses(folder: Path) -> list[float]:
@@ -50,8 +50,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for parallel in ("ddp", "fsdp"):
         parts = {"folder": f"{folder}/{parallel}-parts", "parallel": parallel, "accumulate": 2}
+        parts["recompute"] = [0, 1]
         broken = {"folder": f"{folder}/{parallel}-broken", "parallel": parallel, "break_at": 13}
         stopped = {"folder": f"{folder}/{parallel}-stopped", "parallel": parallel}
+        jobs.append({"folder": f"{folder}/{parallel}-lora", "parallel": parallel, "adapters": True})
         jobs += [parts, broken, {**stopped, "stop_at": 28, "stop_rank": 1}]
     run_ranks(2, jobs)
     return folder
@@ -67,9 +69,20 @@ def test_two_ranks_have_the_losses_of_one(alone, together, form):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_adapters_as_one_does(together, parallel, tmp_path):
+    train_tiny(World(), str(tmp_path), adapters=True)
+    assert losses(together / f"{parallel}-lora") == pytest.approx(losses(tmp_path), rel=1e-5)
+    saved = [
+        load_file(run / "model" / "lora.safetensors")
+        for run in (tmp_path, together / f"{parallel}-lora")
+    ]
+    assert saved[0].keys() == saved[1].keys()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_end_with_the_network_of_one(alone, together, parallel):
     """Weights themselves may differ where they do not matter: biases before a norm."""
-    given = Feed(tiny_config(stages=STAGES), TinyPictures(), encode)(step_at(TRAIN, 40))
+    given = Feed(tiny_config(**SETTINGS), TinyPictures(), encode)(step_at(TRAIN, 40))
     predictions = []
     for folder in (alone, together / parallel):
         weights = load_file(folder / "model" / "model.safetensors")
@@ -87,17 +100,23 @@ def test_each_rank_writes_its_shards_and_any_reader_puts_them_together(alone, to
     assert ddp
     assert fsdp
     names = [sorted(path.name for path in place.glob("*.safetensors")) for place in (ddp, fsdp)]
-    assert names[0] == ["ema.safetensors", "optimizer.safetensors", "weights.safetensors"]
+    parts = ("ema", "optimizer", "tracks", "weights")
+    assert names[0] == [f"{part}.safetensors" for part in parts]
     assert names[1] == sorted([*names[0], *(name.replace(".", ".2.", 1) for name in names[0])])
     sizes = [
         (fsdp / name).stat().st_size for name in ("weights.safetensors", "weights.2.safetensors")
     ]
     assert sizes[1] > 0.9 * sizes[0], "the ranks hold halves"
-    for part in ("weights", "ema", "optimizer"):
+    for part in ("weights", "ema", "optimizer", "tracks"):
         mine, theirs = getattr(read(one), part), getattr(read(fsdp), part)
         assert mine.keys() == theirs.keys()
         for name in mine:
             assert theirs.shape(name) == mine[name].shape == theirs[name].shape
+    snapshots = [
+        load_file(run / "ema" / "0000000045.safetensors") for run in (alone, together / "fsdp")
+    ]
+    for name, value in snapshots[0].items():
+        torch.testing.assert_close(snapshots[1][name], value, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -174,7 +193,7 @@ def found(*others: Any) -> Any:
 
 
 def test_ranks_of_different_runs_or_data_are_refused():
-    config = tiny_config(stages=STAGES)
+    config = tiny_config(**SETTINGS)
     inputs = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 0))
     with pytest.raises(RanksDiffer, match="rank 1 was started with another config"):
         compare_ranks(found(("other", (99,), ["-"])), config, inputs)
