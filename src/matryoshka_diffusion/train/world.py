@@ -168,7 +168,10 @@ def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[W
         yield World()
         return
     rank = int(os.environ["RANK"])
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives without a tensor use the current one
+        backend = "cpu:gloo,cuda:nccl"
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     dist.init_process_group(
         backend, store=open_store(hosts=hosts), rank=rank, world_size=size, timeout=LIMIT
