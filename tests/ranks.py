@@ -20,7 +20,7 @@ import torch
 
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.world import World, local
 from tiny_run import TinyPictures, encode, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,15 @@ def main(jobs: str, rank_timeout: str = "20") -> None:
                 train_tiny(replace(world, parallel=job.pop("parallel", "ddp")), **job)
 
 
+def learnt(learner: Any) -> str:
+    """A hash of this rank's weights, averages and moments."""
+    snapshot, digest = learner.snapshot(0.0), hashlib.sha256()
+    for part in (snapshot.weights, snapshot.ema, snapshot.optimizer, snapshot.tracks):
+        for name, value in part.items():
+            digest.update(name.encode() + local(value.detach()).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class SameRows(World):
     def mine(self, numbers: range) -> range:
         return numbers[:: self.size]
@@ -129,10 +138,14 @@ def train_tiny(
         if break_at in inputs.ids:
             inputs.x[0][inputs.ids.index(break_at)] = float("nan")
         record.flush()
+        before = learnt(self) if break_at is not None else ""
         if fail_at in inputs.ids:
             raise ValueError(f"sample {fail_at} is bad")
         time.sleep(pace)
         outcome = learn(self, inputs)
+        if break_at in range(inputs.step.first, inputs.step.end):
+            assert outcome.culprits
+            assert learnt(self) == before, "a skipped step changes no bit"
         if inputs.step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome

@@ -7,12 +7,16 @@ import re
 import signal
 import time
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from matryoshka_diffusion.config import LoraConfig
+from matryoshka_diffusion.nn.lora import attach
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.checkpoint import load_network, newest, read
 from matryoshka_diffusion.train.curriculum import step_at
 from matryoshka_diffusion.train.feed import Feed
@@ -50,7 +54,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for parallel in ("ddp", "fsdp"):
         parts = {"folder": f"{folder}/{parallel}-parts", "parallel": parallel, "accumulate": 2}
-        parts["recompute"] = [0, 1]
+        parts |= {"recompute": [0, 1], "layout": "channels_last"}
         broken = {"folder": f"{folder}/{parallel}-broken", "parallel": parallel, "break_at": 13}
         stopped = {"folder": f"{folder}/{parallel}-stopped", "parallel": parallel}
         jobs.append({"folder": f"{folder}/{parallel}-lora", "parallel": parallel, "adapters": True})
@@ -76,7 +80,16 @@ def test_two_ranks_train_adapters_as_one_does(together, parallel, tmp_path):
         load_file(run / "model" / "lora.safetensors")
         for run in (tmp_path, together / f"{parallel}-lora")
     ]
-    assert saved[0].keys() == saved[1].keys()
+    config = tiny_config(dropout=0.0)
+    predictions = []
+    given = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 40))
+    for adapters in saved:
+        net = attach(NestedUNet(config.model, seed=1), LoraConfig(rank=4))
+        net.load_state_dict(adapters, strict=False)
+        with torch.no_grad():
+            predictions.append(net(given.x, given.t, given.cond))
+    for one, two in zip(*predictions, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -150,20 +163,44 @@ def test_a_run_goes_on_from_one_rank_to_two_and_back(alone, together, parallel):
 # --- what can go wrong -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_rank_is_named_and_ends_the_others(tmp_path, number):
-    ranks = start_ranks(2, json.dumps([{"folder": str(tmp_path), "pace": 0.3}]), "2")
-    record = tmp_path / ".seen-1.jsonl"
+def started(folder: Path, limit: int = 2) -> list[Popen[str]]:
+    """Two ranks that have begun to learn, slowly, and count as dead after `limit` seconds."""
+    ranks = start_ranks(2, json.dumps([{"folder": str(folder), "pace": 0.3}]), str(limit))
+    record = folder / ".seen-1.jsonl"
     while not record.exists() or not record.read_text("utf-8"):
         time.sleep(0.1)
         assert ranks[0].poll() is None, ranks[0].communicate()
-    ranks[1].send_signal(number)
-    _, said = ranks[0].communicate(timeout=60)
-    ranks[1].kill()
-    ranks[1].communicate()
-    assert ranks[0].returncode == 1
-    assert re.search("rank 1 (does not answer any more|has given no sign of life for 2 s)", said)
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("dead", "number", "told"),
+    [
+        (1, signal.SIGKILL, "rank 1 (does not answer any more|has given no sign of life for 2 s)"),
+        (1, signal.SIGSTOP, "rank 1 has given no sign of life for 2 s"),
+        (0, signal.SIGKILL, "rank 0|the rank that kept it"),  # it keeps the store, too
+        (0, signal.SIGSTOP, "the ranks' common store has not answered for 2 s|rank 0"),
+    ],
+)
+def test_a_dead_rank_is_named_and_ends_the_others(tmp_path, dead, number, told):
+    ranks = started(tmp_path)
+    ranks[dead].send_signal(number)
+    _, said = ranks[1 - dead].communicate(timeout=60)
+    ranks[dead].kill()
+    ranks[dead].communicate()
+    assert ranks[1 - dead].returncode == 1
+    assert re.search(told, said)
     assert "the same command continues" in said
+
+
+def test_ranks_that_were_paused_together_go_on(tmp_path):
+    ranks = started(tmp_path)
+    for number, seconds in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.0)):
+        for rank in ranks:
+            rank.send_signal(number)
+        time.sleep(seconds)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
 
 
 def test_a_rank_that_fails_tells_the_others_why(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -86,6 +88,25 @@ def test_a_dry_run_counts_with_it():
     before, after = (describe_plan(config).splitlines() for config in (plain, asked))
     changed = [place for place, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     assert changed == [len(before) - 2]  # the memory of the second stage
+
+
+def test_a_dry_run_counts_for_the_gpus_and_the_precision_that_are_asked_for():
+    plain = preset("fashion-mnist")
+    whole = describe_plan(plain, gpus=4).splitlines()[-2]
+    shares = describe_plan(plain, gpus=4, shards=True).splitlines()[-2]
+    assert "on each of 4" in whole
+    assert whole.split(";")[0] == shares.split(";")[0]
+    assert memory(shares) < memory(whole)
+    full = describe_plan(override(plain, ["train.precision=fp32"]), gpus=4).splitlines()[-2]
+    assert "memory in fp32" in full
+    assert memory(full) > memory(whole)
+
+
+def memory(line: str) -> float:
+    """GB on each of several devices."""
+    found = re.search(r"([\d.]+) GB on each", line)
+    assert found
+    return float(found[1])
 
 
 def test_a_level_that_is_not_there_is_refused():

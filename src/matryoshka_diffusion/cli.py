@@ -57,7 +57,7 @@ def train(options: argparse.Namespace) -> None:
 
     config = job.find_config(options.preset, options.data, options.set, options.init, options.lora)
     if options.dry_run:
-        return _plan(config)
+        return _plan(config, options.gpus, options.parallel)
     out = options.out or _own_folder(options.preset)
     if out is None:
         raise SystemExit(_say("mdm train: give the run's folder with --out", 2))
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> None:
     return None
 
 
-def _plan(config: Any) -> None:
+def _plan(config: Any, gpus: int, parallel: str) -> None:
     """Say what a run would be, and what its data looks like if it was named."""
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import summary
@@ -79,7 +79,9 @@ def _plan(config: Any) -> None:
     if config.data.source != "folder" or config.data.path is not None:
         source = job.open_source(config.data, config.model.levels[-1].side)
         config = job.complete(config, source)
-    print(describe_plan(config, None if source is None else len(source)))
+    pictures = None if source is None else len(source)
+    gpus = gpus if gpus > 1 else 8  # of which most machines for this have so many
+    print(describe_plan(config, pictures, gpus=gpus, shards=parallel == "fsdp"))
     if source is not None:
         print(summary(source))
 
@@ -296,7 +298,7 @@ def _train(
     with joined(torch.device(device), parallel, rank_timeout) as world:
         world.once(lambda: refuse_foreign(out))
         # What rank 0 downloads, decodes and encodes, the others find in the cache.
-        with world.first("data"), _Bar("encoding", " captions", tell=True) as bar:
+        with world.first_here("data"), _Bar("encoding", " captions", tell=True) as bar:
             ready = job.prepare(config, device, progress=bar)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))

@@ -72,15 +72,20 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
+def describe_plan(
+    config: RunConfig, pictures: int | None = None, *, gpus: int = 8, shards: bool = False
+) -> str:
     """The nest, and what each stage of its training takes: steps, arithmetic, memory and data.
 
     Memory is estimated: weights, gradients, moments and averages exactly, activations as
-    `costs.activation_bytes` counts them under `train.recompute`, halved for bf16.
+    `costs.activation_bytes` counts them under `train.recompute`, halved unless in fp32.
 
     Args:
         pictures: how many there are to train on, if that is known.
+        gpus: to say the memory of, besides one.
+        shards: whether each of them holds a share of the weights (FSDP2).
     """
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
     lines = [describe(config)]
     for place, stage in enumerate(config.train.stages, start=1):
         with torch.device("meta"):
@@ -88,16 +93,18 @@ def describe_plan(config: RunConfig, pictures: int | None = None) -> str:
             if config.train.lora is not None:
                 attach(net, config.train.lora)
         fixed = training_bytes(net, len(config.train.ema_power))
-        each = activation_bytes(config.model, stage.levels, config.train.recompute) // 2
+        each = activation_bytes(config.model, stage.levels, config.train.recompute)
+        each = each if precision == "fp32" else each // 2
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
         rows = -(-stage.batch_size // config.train.accumulate)
         steps = -(-stage.images // stage.batch_size)
         lines += [
             f"stage {place}: {steps:,} steps of {stage.batch_size:,}, "
             f"{_teraflops(work)} a step at most",
-            f"  memory in bf16, about: {_gigabytes(fixed)} + {_gigabytes(each)} a picture; "
+            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} a picture; "
             f"{_gigabytes(fixed + rows * each)} on one device, "
-            f"{_gigabytes(fixed + -(-rows // 8) * each)} on each of 8",
+            f"{_gigabytes(fixed // (gpus if shards else 1) + -(-rows // gpus) * each)} "
+            f"on each of {gpus}{' with shards' if shards else ''}",
         ]
     return "\n".join([*lines, _data_needed(config, pictures)])
 

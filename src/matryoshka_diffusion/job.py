@@ -449,8 +449,9 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
         optimizer={},
         tracks=PowerEma(net, config.train.ema_power).state(),
     )
-    write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
+    # The config makes the folder a run, so it comes last: no run without its weights.
     checkpoint.save(out / "checkpoints", snapshot, keep=1)
+    write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
 
 
 def _with_level(config: RunConfig, side: int) -> RunConfig:

@@ -98,6 +98,11 @@ class Quarantine:
         )
         refuse_too_many(self._name, bad, self._total, self._max_bad_fraction)
 
+    def check(self) -> None:
+        """Raise ValueError if it is too much by now, with what other processes have found."""
+        if self._found:
+            refuse_too_many(self._name, self.bad, self._total, self._max_bad_fraction)
+
     def state(self) -> list[list[str | int | None]]:
         """What was found, as plain values for JSON."""
         with self._lock:

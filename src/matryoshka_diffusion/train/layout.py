@@ -17,7 +17,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig, RunConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import Asked, autocast
 
 Layout = Literal["nchw", "channels_last"]
 
@@ -41,7 +41,14 @@ def resolve_layout(config: RunConfig, device: torch.device) -> Layout:
         return asked
     if device.type == "cpu":
         return "nchw"
-    seconds = seconds_per_pass(config, device)
+    try:
+        seconds = seconds_per_pass(config, device)
+    except torch.OutOfMemoryError:
+        return "nchw"
+    finally:
+        if torch.cuda.is_available():  # the peak that is logged is to be the run's own
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
     return "channels_last" if MARGIN * seconds["channels_last"] < seconds["nchw"] else "nchw"
 
 
@@ -58,32 +65,39 @@ def arranged(x: Pyramid, layout: Layout) -> Pyramid:
 def seconds_per_pass(config: RunConfig, device: torch.device) -> dict[Layout, float]:
     """Time of a forward and backward pass of the whole nest in each layout.
 
-    The layouts take turns, so that what else the machine does falls on both; medians of a few.
+    The layouts take turns, so that what else the machine does falls on both; medians of a few. It
+    is one network that is laid out in turn, with the run's recomputation and no more rows than a
+    micro-batch has: what fits for training fits here.
     """
-    passes: dict[Layout, Callable[[], float]] = {
-        layout: _one_pass(config, device, layout) for layout in FORMATS
-    }
-    for one_pass in passes.values():
-        one_pass()  # kernels are chosen and memory is taken
+    train = config.train
+    rows = min(ROWS, -(-train.stages[-1].batch_size // train.accumulate))
+    net = NestedUNet(config.model)
+    net.recompute(train.recompute)
+    given = random_inputs(config.model, rows, device)
     times: dict[Layout, list[float]] = {layout: [] for layout in FORMATS}
     for _ in range(REPEATS):
-        for layout, one_pass in passes.items():
+        for layout in FORMATS:
+            one_pass = _one_pass(placed(net, device, layout), given, layout, train.precision)
+            one_pass()  # kernels are chosen and memory is taken
             began = time.perf_counter()
             one_pass()
             times[layout].append(time.perf_counter() - began)
     return {layout: statistics.median(seconds) for layout, seconds in times.items()}
 
 
-def _one_pass(config: RunConfig, device: torch.device, layout: Layout) -> Callable[[], float]:
+def _one_pass(
+    net: NestedUNet,
+    given: tuple[Pyramid, Tensor, Conditioning],
+    layout: Layout,
+    precision: Asked,
+) -> Callable[[], float]:
     """A function that runs the network once forward and once backward, and waits for the end."""
-    rows = min(ROWS, config.train.stages[-1].batch_size)
-    net = placed(NestedUNet(config.model), device, layout)
-    z, t, cond = random_inputs(config.model, rows, device)
+    z, t, cond = given
     z = arranged(z, layout)
 
     def one_pass() -> float:
         net.zero_grad(set_to_none=True)
-        with autocast(config.train.precision, device):
+        with autocast(precision, t.device):
             outputs = net(z, t, cond)
         torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
         # The stem of the finest level is the last to get its gradient.

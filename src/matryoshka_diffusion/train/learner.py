@@ -38,7 +38,7 @@ from matryoshka_diffusion.train.optim import (
     set_learning_rate,
 )
 from matryoshka_diffusion.train.precision import LossScale, autocast
-from matryoshka_diffusion.train.world import World, fill, whole
+from matryoshka_diffusion.train.world import World, fill, gathered, whole
 
 PATIENCE = 20
 """Steps in a row that may be skipped because they are not finite."""
@@ -70,12 +70,17 @@ class Progress:
 
 
 class Outcome(NamedTuple):
-    """What a step came to. `culprits` are the samples (number, key) that made it be skipped."""
+    """What a step came to.
+
+    `culprits` are the samples (number, key) that made it be skipped, all of them if only the
+    gradient was not finite; `scale` is the smaller loss scale where that is the remedy.
+    """
 
     loss: float
     per_level: tuple[float, ...]
     grad_norm: float
     culprits: tuple[tuple[int, str], ...] = ()
+    scale: float | None = None
 
 
 class Learner:
@@ -114,9 +119,13 @@ class Learner:
 
     @property
     def layout(self) -> Layout:
-        """How features lie in memory, decided when the run's folder was opened."""
+        """How features lie in memory, decided when the run's folder was opened.
+
+        FSDP2 takes contiguous weights only, and beside them kernels choose layouts as they please:
+        where weights are sharded it is NCHW.
+        """
         assert self.config.train.layout != "auto"
-        return self.config.train.layout
+        return "nchw" if self.world.shards else self.config.train.layout
 
     def grow(self, levels: int) -> None:
         """Go on with the first `levels` levels; does nothing if they are there already.
@@ -169,7 +178,8 @@ class Learner:
                 f"loss or gradient; the last was of {describe(culprits)}. Try a smaller "
                 f"train.stages[{step.stage}].lr or train.precision=fp32, with another --out"
             )
-        return Outcome(total, tuple(per_level), grad_norm, culprits)
+        overflow = scale.factor if math.isfinite(total) and progress.scale.can_fall else None
+        return Outcome(total, tuple(per_level), grad_norm, culprits, overflow)
 
     def _gradient(self, inputs: Inputs) -> Loss:
         """Leave the gradient of the step's loss in the parameters.
@@ -241,8 +251,8 @@ class Learner:
         )
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights, put together from all ranks; a collective."""
-        return {name: whole(value) for name, value in self.ema.weights.items()}
+        """The averaged weights, on rank 0, put together from all ranks; a collective."""
+        return gathered(self.ema.weights, self.world)
 
     def network(self, weights: Mapping[str, Tensor]) -> NestedUNet:
         """A plain, frozen network in eval mode with copies of what is learnt: these weights.

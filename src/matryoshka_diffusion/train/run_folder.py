@@ -34,10 +34,7 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 
     begun = load_config(path) if path.exists() else None
     if begun is not None:
         _check_same_run(folder, begun, asked)
-    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-        raise ConfigError(
-            f"{folder} holds files but no run (there is no config.yaml): give another --out"
-        )
+    refuse_foreign(folder)
     config = resolved(begun or asked, device)
     if config != begun:  # new, or prepared for a first start
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
@@ -51,7 +48,8 @@ def refuse_foreign(folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is a file: give another --out")
     if (folder / "config.yaml").exists() or not folder.exists():
         return
-    if any(not path.name.startswith(".") for path in folder.iterdir()):
+    shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(path.is_file() for top in shown for path in (top, *top.rglob("*"))):
         raise ConfigError(
             f"{folder} holds files but no run (there is no config.yaml): give another --out"
         )

@@ -33,7 +33,7 @@ from matryoshka_diffusion.train.ranks import compare_ranks
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
 from matryoshka_diffusion.train.sinks import Log, OpenSink
-from matryoshka_diffusion.train.world import World, whole
+from matryoshka_diffusion.train.world import World, gathered
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class View:
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Every so many images (0: never), and at the end of the run: what to call.
 
-A dict that it returns becomes a line of metrics, the path of a picture goes to the sinks under
-the name of its folder. A hook may draw from torch's global generator,
-since training does not. If it raises, the run is
-saved first and then stops with that error; the same command goes on after the hook's place.
-Hooks are called on rank 0; the other ranks wait.
+A dict that it returns becomes a line of metrics, the path of a picture goes to the sinks under the
+name of its folder. A hook may draw from torch's global generator, since training does not. If it
+raises, the run is saved first and then stops with that error; the same command goes on after the
+hook's place. Hooks are called on rank 0; the other ranks wait.
 """
 
 
@@ -161,6 +160,7 @@ class Run:
         self.quarantine = quarantine
         seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         if path is None:
+            _refuse_lost_weights(config, folder)
             self.learner = Learner(config, device, base=base, world=world)
         else:
             snapshot = checkpoint.read(path)
@@ -198,11 +198,7 @@ class Run:
         """Take a step into the metrics, and warn of one that was skipped."""
         self._entries.append(entry)
         if entry.outcome.culprits and self.world.leads:
-            warnings.warn(
-                f"step skipped at {entry.step.first:,} images: the loss or its gradient is not "
-                f"finite; {describe(entry.outcome.culprits)}",
-                stacklevel=2,
-            )
+            warnings.warn(_why_skipped(entry), stacklevel=2)
         if entry.step.ends_stage or _passes(entry.step, self.config.train.log_every_images):
             self._close_line()
 
@@ -223,8 +219,7 @@ class Run:
         """Write a snapshot of the power-function averages, if there are any and it is time."""
         train = self.config.train
         if step.end == train.images or _passes(step, train.ema_snapshot_interval):
-            tracks = self.learner.tracks.state()
-            state = {name: whole(value) for name, value in tracks.items()}  # of all ranks
+            state = gathered(self.learner.tracks.state(), self.world)
             self.world.once(lambda: write_snapshot(self.folder / "ema", state, step.end))
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
@@ -234,10 +229,11 @@ class Run:
         if not due:
             return
         learner, error = self.learner, None
-        weights = learner.averaged()  # of all ranks
+        weights = learner.averaged()
         view = View(self.config, self.folder, step.end, lambda: learner.network(weights))
-        if self.world.leads:
-            error = self._failure(due, view)
+        with self.world.first(f"hooks at {step.end}"):
+            if self.world.leads:
+                error = self._failure(due, view)
         if self.world.highest(int(error is not None)):
             self.save()
             raise error or RuntimeError("a hook failed on rank 0")
@@ -270,12 +266,14 @@ class Run:
             self.quarantine.restore(found)
         state = {**snapshot.state, "bad": self.quarantine.state()}
         self._list_bad()
-        return checkpoint.save(
+        path = checkpoint.save(
             self.folder / "checkpoints",
             replace(snapshot, state=state),
             keep=self.config.train.keep_checkpoints,
             world=self.world,
         )
+        self.quarantine.check()  # what all ranks have found together may be too much
+        return path
 
     @contextmanager
     def listing_bad(self) -> Iterator[None]:
@@ -293,6 +291,23 @@ class Run:
     def seconds(self) -> float:
         """Wall time of the run over all its starts."""
         return time.monotonic() - self._began
+
+
+def _why_skipped(entry: Entry) -> str:
+    at, outcome = f"step skipped at {entry.step.first:,} images", entry.outcome
+    if outcome.scale is not None:
+        return f"{at}: a gradient overflowed in fp16; the loss scale is now {outcome.scale:g}"
+    return f"{at}: the loss or its gradient is not finite; {describe(outcome.culprits)}"
+
+
+def _refuse_lost_weights(config: RunConfig, folder: Path) -> None:
+    """Raise CheckpointError if a run that begins from trained weights would begin without."""
+    train = config.train
+    if train.lora is None and (train.init or train.init_levels):
+        raise checkpoint.CheckpointError(
+            f"{folder} begins from trained weights, but its first checkpoint is missing: remove it "
+            "and begin it again (mdm grow, or mdm train with --init)"
+        )
 
 
 def _passes(step: Step, every: int) -> bool:

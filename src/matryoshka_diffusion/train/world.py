@@ -7,6 +7,7 @@ A process by itself is a world of one, in which everybody agrees at once. Every 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.train.pulse import DeadRank, Pulse, open_store
 from matryoshka_diffusion.train.signals import unswayed
 
@@ -32,18 +34,26 @@ class World:
         rank: 0 .. size - 1; rank 0 writes what a run writes.
         size: how many ranks there are.
         parallel: `ddp`, every rank holds the whole network, or `fsdp`, each holds a share.
+        machine: which machine the rank is on, and `local_rank` which it is there.
         pulse: who is still alive; a process alone needs none.
     """
 
     rank: int = 0
     size: int = 1
     parallel: Parallel = "ddp"
+    machine: int = 0
+    local_rank: int = 0
     pulse: Pulse | None = None
 
     @property
     def leads(self) -> bool:
         """True for rank 0, which speaks and writes for all."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> bool:
+        """Whether a rank holds only a share of every parameter."""
+        return self.size > 1 and self.parallel == "fsdp"
 
     def mine(self, numbers: range) -> range:
         """This rank's share of consecutive samples: every `size`-th."""
@@ -79,7 +89,7 @@ class World:
         try:
             result: Any = make()
         except Exception as error:  # noqa: BLE001, it is raised again, on all ranks
-            result = _Failed(error)
+            result = _Failed(_portable(error))
         results = self.gather(result)
         for result in results:
             if isinstance(result, _Failed):
@@ -92,22 +102,65 @@ class World:
 
     @contextmanager
     def first(self, what: str) -> Iterator[None]:
-        """Rank 0 goes through the block before the others, which find done what it has done.
+        """Rank 0 goes through the block before the others, however long it takes.
 
-        However long it takes, since downloads and caches do; `what` is a name used once.
+        `what` is a name that is used once.
         """
-        if self.pulse is not None and not self.leads:
+        with self._after(leads=self.leads, what=what):
+            yield
+
+    @contextmanager
+    def first_here(self, what: str) -> Iterator[None]:
+        """On each machine one rank goes through the block before the others: caches are local.
+
+        All ranks leave it together.
+        """
+        with self._after(leads=self.local_rank == 0, what=f"{what}/{self.machine}"):
+            yield
+        if self.pulse is not None:
+            self.pulse.tell(f"{what} of rank {self.rank}")
+            for rank in range(self.size):
+                self.pulse.wait_for(f"{what} of rank {rank}")
+
+    @contextmanager
+    def _after(self, *, leads: bool, what: str) -> Iterator[None]:
+        """Wait outside of collectives, whose time is limited, for the rank that leads."""
+        if self.pulse is not None and not leads:
             self.pulse.wait_for(what)
         try:
             yield
         finally:
-            if self.pulse is not None and self.leads:
+            if self.pulse is not None and leads:
                 self.pulse.tell(what)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same if it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001, whatever an error's own methods raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @dataclass(frozen=True)
 class _Failed:
     error: Exception
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors as rank 0 needs them to write or draw, the others get none; a collective.
+
+    Sharded ones are put together one by one and kept in RAM: a GPU need not hold all of them.
+    """
+    if not world.shards:
+        return dict(tensors) if world.leads else {}
+    found = {}
+    for name, value in tensors.items():
+        full = whole(value)
+        if world.leads:
+            found[name] = full.cpu()
+    return found
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -176,22 +229,24 @@ def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[W
     dist.init_process_group(
         backend, store=open_store(hosts=hosts), rank=rank, world_size=size, timeout=LIMIT
     )
-    pulse = Pulse(open_store(), rank, size, seconds)
-    reason = "it was done before the others"
+    pulse = Pulse(open_store(), rank, size, seconds, hosts=hosts)
+    machine = int(os.environ.get("GROUP_RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
     try:
-        yield World(rank, size, parallel, pulse)
+        yield World(rank, size, parallel, machine, local_rank, pulse)
         dist.barrier()
+        pulse.rest()
+        dist.barrier()  # nobody closes the store while another rank still asks it
+        dist.destroy_process_group()
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        missing = None
         if _may_be_a_peers(error):
             with unswayed():  # torchrun ends everybody as soon as one is gone
                 missing = pulse.missing()
-            if missing:
-                raise DeadRank(f"{missing}; the same command continues the run") from error
+        pulse.leave(f"{type(error).__name__}: {error}")
+        if missing:
+            raise DeadRank(f"{missing}; the same command continues the run") from error
         raise
-    finally:
-        pulse.leave(reason)
-        dist.destroy_process_group()
 
 
 def _may_be_a_peers(error: BaseException) -> bool:
@@ -200,6 +255,15 @@ def _may_be_a_peers(error: BaseException) -> bool:
 
 
 def rank_device(name: str) -> str:
-    """The device of this rank: `cuda` becomes the one that belongs to it on its machine."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name
+    """The device of this rank: `cuda` becomes the one that belongs to it on its machine.
+
+    Raises:
+        UsageError: one GPU was named for several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and name.startswith("cuda:"):
+        raise UsageError(f"--device {name} is one GPU for {ranks} ranks: give --device cuda")
+    if ranks == 1 or name != "cuda":
+        return name
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    return f"cuda:{local_rank % torch.cuda.device_count()}"
