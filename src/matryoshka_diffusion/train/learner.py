@@ -135,10 +135,11 @@ class Learner:
         loss = self._gradient(inputs)
         frozen = drop_gradients(self.net, step.frozen)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
-        losses = self.world.sum(torch.stack([loss.total, *loss.per_level]))
-        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, so
-        # they decide alike whether the step is taken.
-        grad_norm, total, *per_level = torch.cat([whole(norm).view(1), losses]).tolist()
+        told = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
+        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
+        # norm that each has of the gradient among them, so they decide alike whether to step.
+        norms, total, *per_level = told.tolist()
+        grad_norm = norms / self.world.size
         if math.isfinite(total) and math.isfinite(grad_norm):
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
