@@ -13,7 +13,7 @@ help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make test     run the tests"
-	@echo "make chaos    kill runs, fill disks, corrupt data (10 minutes): promises under faults"
+	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove .venv and caches; runs/ stays"

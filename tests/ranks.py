@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -105,6 +106,7 @@ def train_tiny(
     stop_at: int | None = None,
     stop_rank: int = 0,
     break_at: int | None = None,
+    overflow_at: int | None = None,
     fail_at: int | None = None,
     same_rows: bool = False,
     pace: float = 0.0,
@@ -116,6 +118,7 @@ def train_tiny(
     Args:
         stop_at: images after which rank `stop_rank` gets a SIGTERM.
         break_at: number of a sample whose picture is NaN.
+        overflow_at: images after which rank 1 alone has an infinite gradient.
         fail_at: number of a sample that raises an error.
         same_rows: whether every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
@@ -128,7 +131,12 @@ def train_tiny(
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     record = open(Path(folder) / f".seen-{world.rank}.jsonl", "a")  # noqa: SIM115
-    learn = Learner.learn
+    learn, clip = Learner.learn, nn.utils.clip_grad_norm_
+
+    def overflowing(parameters: Any, *args: Any) -> Any:
+        listed = list(parameters)
+        local(listed[0].grad).fill_(float("inf"))
+        return clip(listed, *args)
 
     def recorded(self: Any, inputs: Any) -> Any:
         for row, n in enumerate(inputs.ids):
@@ -142,10 +150,13 @@ def train_tiny(
         if fail_at in inputs.ids:
             raise ValueError(f"sample {fail_at} is bad")
         time.sleep(pace)
+        if inputs.step.first == overflow_at and world.rank == 1:
+            nn.utils.clip_grad_norm_ = overflowing
         outcome = learn(self, inputs)
         if break_at in range(inputs.step.first, inputs.step.end):
             assert outcome.culprits
             assert learnt(self) == before, "a skipped step changes no bit"
+        nn.utils.clip_grad_norm_ = clip
         if inputs.step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome

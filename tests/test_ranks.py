@@ -58,7 +58,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken = {"folder": f"{folder}/{parallel}-broken", "parallel": parallel, "break_at": 13}
         stopped = {"folder": f"{folder}/{parallel}-stopped", "parallel": parallel}
         jobs.append({"folder": f"{folder}/{parallel}-lora", "parallel": parallel, "adapters": True})
-        jobs += [parts, broken, {**stopped, "stop_at": 28, "stop_rank": 1}]
+        overflow = {"folder": f"{folder}/{parallel}-overflow", "parallel": parallel}
+        jobs += [parts, broken, {**overflow, "overflow_at": 8}]
+        jobs.append({**stopped, "stop_at": 28, "stop_rank": 1})
     run_ranks(2, jobs)
     return folder
 
@@ -146,6 +148,16 @@ def test_a_sample_that_breaks_one_rank_makes_all_skip_the_step(alone, together, 
         assert (two["loss"] is None) == (one["loss"] is None) == (one["images_seen"] == 16)
         if one["loss"] is not None:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_gradient_that_is_infinite_on_one_rank_only_makes_all_skip_the_step(together, parallel):
+    path = together / f"{parallel}-overflow" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0] + [1] * 10
+    assert [line["step"] for line in lines] == [1, 2, *range(2, 12)]
+    assert lines[2]["skipped_ids"] == [8, 9, 10, 11]
+    assert lines[2]["grad_norm"] is None
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

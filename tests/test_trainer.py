@@ -584,16 +584,22 @@ def test_skipped_steps_are_counted_logged_and_survive_resuming(tmp_path):
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
-    stages = (StageConfig(levels=1, images=40, batch_size=1, lr=0.1),)
+    stages = (StageConfig(levels=1, images=80, batch_size=2, lr=0.1),)
     config = tiny_config(stages=stages)
-    with (
-        pytest.warns(UserWarning, match="step skipped"),
-        pytest.raises(NotFinite, match=r"20 steps in a row, up to 28 images.*smaller train\.st"),
-    ):
-        run(tmp_path, config, loader=Broken(*range(8, 40)))
+    told = r"20 steps in a row, up to 48 images.*smaller train\.st.*not-finite\.json tells more"
+    with pytest.warns(UserWarning, match="step skipped"), pytest.raises(NotFinite, match=told):
+        run(tmp_path, config, loader=Broken(*range(8, 80, 2)))
     last = there(newest(tmp_path / "checkpoints"))
     weights = load_file(last / "weights.safetensors").values()
     assert all(bool(value.isfinite().all()) for value in weights)
+    dump = json.loads((tmp_path / "not-finite.json").read_text("utf-8"))
+    assert "samples 46 (picture-14)" in dump["error"]
+    assert (dump["images_seen"], dump["stage"], dump["lr"]) == (48, 0, step_at(config.train, 46).lr)
+    assert dump["loss"] == dump["grad_norm"] == dump["loss_per_level"][0] == "nan"
+    broken, good = dump["samples"]
+    assert broken == {"number": 46, "key": "picture-14", "loss": "nan"}
+    assert (good["number"], good["key"]) == (47, "picture-15")
+    assert good["loss"] > 0.0
 
 
 def test_it_learns(tmp_path):

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 WRITES = "wxa+"
@@ -169,9 +169,11 @@ def poison(samples: Collection[int]) -> None:
 def overflow(step: int) -> None:
     """An infinite number in one gradient of optimizer step `step`, counted from 1 in a process."""
 
+    from matryoshka_diffusion.train.world import local
+
     def strike(gradients: list[Any]) -> None:
         tell(f"Inf in a gradient of step {step}")
-        gradients[0].view(-1)[0] = float("inf")
+        local(gradients[0]).view(-1)[0] = float("inf")
 
     at_step(step, strike)
 
@@ -201,6 +203,44 @@ def at_step(step: int, strike: Callable[[list[Any]], None]) -> None:
         return real(listed, *args, **options)
 
     nn.utils.clip_grad_norm_ = clip
+
+
+# --- several ranks -----------------------------------------------------------------------------
+
+
+def pids(folder: str) -> None:
+    """Leave the number of this process in a file that has the name of its rank."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, os.environ["RANK"]), "w", encoding="utf-8") as file:
+        file.write(str(os.getpid()))
+
+
+def same_rows(_: None) -> None:
+    """Every rank takes the samples of rank 0."""
+    from matryoshka_diffusion.train.world import World
+
+    World.mine = lambda self, numbers: numbers[:: self.size]
+
+
+def on_ranks(plans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Faults for some of the ranks: rank -> plan."""
+    bring(plans.get(os.environ["RANK"], {}))
+
+
+def learnt(path: str) -> None:
+    """Add a line to `path` and the rank for each sample that was learnt from: number and key."""
+    from matryoshka_diffusion.train.learner import Learner
+
+    real: Callable[..., Any] = Learner.learn
+
+    def learn(self: Any, inputs: Any) -> Any:
+        outcome = real(self, inputs)
+        with open(f"{path}-{self.world.rank}", "a", encoding="utf-8") as file:
+            for pair in zip(inputs.ids, inputs.keys, strict=True):
+                file.write(json.dumps(pair) + "\n")
+        return outcome
+
+    Learner.learn = learn
 
 
 # --- everything else ---------------------------------------------------------------------------
@@ -245,15 +285,23 @@ FAULTS: dict[str, Callable[..., None]] = {
     "hold": hold,
     "record": record,
     "on_demand": decode_on_demand,
+    "pids": pids,
+    "same_rows": same_rows,
+    "ranks": on_ranks,
+    "learnt": learnt,
 }
+
+
+def bring(plan: Mapping[str, Any]) -> None:
+    for name, value in plan.items():
+        FAULTS[name](value)
 
 
 def main() -> int:
     from matryoshka_diffusion import cli
     from matryoshka_diffusion.train import trainer  # noqa: F401  importing is spared the faults
 
-    for name, value in json.loads(sys.argv[1]).items():
-        FAULTS[name](value)
+    bring(json.loads(sys.argv[1]))
     return cli.main(sys.argv[2:])
 
 

@@ -10,21 +10,23 @@ from faults.product import INTERVAL, Ended, Process, Run, Workshop
 from faults.report import Result
 
 RENAMES = ("replace", "rename")
+LEAST_KILLS = 5
+"""At random times, however late it is by then."""
 
 
 def at_random(shop: Workshop, result: Result, until: float) -> None:
-    """Kill run after run at random times, until it ends all the same; at least one run."""
+    """Kill run after run at random times, until it ends all the same, while there is time."""
     while True:
         run = shop.run("killed")
         while not run.finished:
             before, process = run.newest(), run.start()
-            if time.monotonic() > until:
+            if time.monotonic() > until and result.counts["kills"] >= LEAST_KILLS:
                 ended = process.end()
             else:
                 ended = _killed_later(process, _delay(shop))
             _judge(result, run, before, ended)
         _finish(shop, result, run)
-        if time.monotonic() > until:
+        if time.monotonic() > until and result.counts["kills"] >= LEAST_KILLS:
             return
 
 

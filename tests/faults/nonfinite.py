@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from faults.product import BATCH, IMAGES, Run, Workshop
+from faults.product import BATCH, IMAGES, Ended, Run, Workshop
 from faults.report import Result
 from matryoshka_diffusion.train.checkpoint import TENSORS
 
@@ -21,9 +22,15 @@ def skipped(shop: Workshop, result: Result, until: float) -> None:
     poisoned = [number for numbers in samples.values() for number in numbers]
     run = shop.run("not-finite", *EVERY_STEP)
     ended = run.go(poison=poisoned, overflow=overflow + 1)
-    result.expect(ended.status == 0, f"{run.folder}: {ended.errors}")
     samples[overflow] = list(range(BATCH * overflow, BATCH * (overflow + 1)))
+    judge(result, run, ended, samples, IMAGES // BATCH)
 
+
+def judge(
+    result: Result, run: Run, ended: Ended, samples: dict[int, list[int]], num_steps: int
+) -> None:
+    """Steps were skipped, each for some samples, and no others."""
+    result.expect(ended.status == 0, f"{run.folder}: {ended.errors}")
     lines = {line["images_seen"]: line for line in run.lines()}
     for count, (step, numbers) in enumerate(sorted(samples.items()), 1):
         line, where = lines[BATCH * (step + 1)], f"{run.folder}, step {step}"
@@ -35,7 +42,7 @@ def skipped(shop: Workshop, result: Result, until: float) -> None:
             "not counted",
         )
         result.expect(_told(ended.errors, step) == numbers[:4], f"{where}: not told", "not told")
-    good = [step for step in range(1, IMAGES // BATCH) if step not in samples]
+    good = [step for step in range(1, num_steps) if step not in samples]
     lost = [step for step in good if _is_unchanged(run, step)]
     result.counts["good steps between them"] += len(good)
     result.expect(not lost, f"{run.folder}: nothing was learnt at {lost}", "lost steps")
@@ -43,11 +50,12 @@ def skipped(shop: Workshop, result: Result, until: float) -> None:
 
 def _is_unchanged(run: Run, step: int) -> bool:
     """Whether weights, averages and moments are bit for bit those before the step."""
-    kept = run.kept()
+    kept = {Path(name): hashed for name, hashed in run.kept().items() if "safetensors" in name}
     before, after = (
-        {name: kept[f"{BATCH * n:010d}/{name}.safetensors"] for name in TENSORS}
-        for n in (step, step + 1)
+        {path.name: hashed for path, hashed in kept.items() if path.parent.name == f"{number:010d}"}
+        for number in (BATCH * step, BATCH * (step + 1))
     )
+    assert len(before) >= len(TENSORS)
     return before == after
 
 
@@ -68,6 +76,10 @@ def bounded(shop: Workshop, result: Result, until: float) -> None:
         ended.status == 1 and stopped in ended.errors and "Traceback" not in ended.errors,
         f"{run.folder}: status {ended.status}: {ended.errors}",
         "not told",
+    )
+    dump = run.folder / "not-finite.json"
+    result.expect(
+        dump.is_file() and str(dump) in ended.errors, f"{run.folder}: no dump", "not told"
     )
     saved = run.snapshot()
     tensors = [*saved.weights.values(), *saved.ema.values(), *saved.optimizer.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -98,7 +99,6 @@ class Run:
 
     def __init__(self, folder: Path, data: str, settings: tuple[str, ...] = ()) -> None:
         self.folder, self.data, self.settings = folder, data, settings
-        self._starts = 0
 
     def command(self, faults: dict[str, Any]) -> list[str]:
         """`mdm train`, with faults if there are any."""
@@ -113,9 +113,11 @@ class Run:
 
     def start(self, *before: str, **faults: Any) -> Process:
         """Begin the run or go on with it; `before` are words to put before the command."""
-        self._starts += 1
-        log = self.folder.parent / f"{self.folder.name}.{self._starts}.log"
-        return Process([*before, *self.command(faults)], log)
+        return self._begin([*before, *self.command(faults)])
+
+    def _begin(self, command: list[str]) -> Process:
+        logs = (self.folder.parent / f"{self.folder.name}.{n}.log" for n in itertools.count(1))
+        return Process(command, next(log for log in logs if not log.exists()))
 
     def go(self, **faults: Any) -> Ended:
         """Start, and wait for the end."""

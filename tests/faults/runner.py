@@ -16,32 +16,43 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from faults import data, disk, kills, nonfinite, stops
+from faults import data, disk, kills, nonfinite, ranks, stops
 from faults.product import Workshop, prepare
 from faults.report import Result, table
 
 Scenario = Callable[[Workshop, Result, float], None]
 SCENARIOS: dict[str, tuple[int, Scenario]] = {
-    "kill -9 at random times": (2, kills.at_random),
     "kill -9 at every moment of a save": (2, kills.at_every_moment),
-    "power cuts at every renaming": (2, kills.power_cuts),
     "errors of the disk": (3, disk.failing),
+    "a rank killed, and all started anew": (5, ranks.restarted),
+    "NaN and Inf on one rank of two": (8, ranks.skipped),
+    "one rank, two, two others, one": (6, ranks.resized),
+    "corrupt samples in shards": (9, data.corrupt),
+    "a signal at a random step": (4, stops.once),
+    "a signal to one rank of two": (4, ranks.signalled),
+    "a dead rank and a silent one": (5, ranks.dead),
+    "power cuts at every renaming": (2, kills.power_cuts),
     "a limit on the size of files": (3, disk.limited),
     "a disk that is full, then read-only": (3, disk.small),
-    "a signal at a random step": (4, stops.once),
     "a second signal": (4, stops.twice),
+    "two ranks with the same samples": (7, ranks.same),
     "NaN and Inf in some steps": (8, nonfinite.skipped),
     "NaN in every step": (8, nonfinite.bounded),
-    "corrupt samples in shards": (9, data.corrupt),
+    "kill -9 at random times": (2, kills.at_random),
 }
-"""What is done, for which promise. The first takes as long as it is given, beside the others."""
+"""What is done, for which promise. The last takes what is left of the time."""
 
 AT_A_TIME = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="how long to kill at random")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="for all; what is left in the end is used to kill at random",
+    )
     parser.add_argument("--seed", type=int, help="of all that is random; repeats a failure")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="promise N alone")
     options = parser.parse_args(arguments)
@@ -69,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(titles: Sequence[str], folder: Path, seed: int, seconds: float) -> list[Result]:
     """The scenarios of these titles, some at a time, each in a process of its own."""
+    until = time.monotonic() + seconds
     shop = prepare(folder)
     print(
         f"seed {seed}; undisturbed, a run takes {shop.startup:.1f} s to start and "
         f"{shop.training:.1f} s to train",
         flush=True,
     )
-    until = time.monotonic() + seconds
     with ProcessPoolExecutor(AT_A_TIME, mp_context=get_context("spawn")) as pool:
         begun = [pool.submit(attempt, title, shop, seed, until) for title in titles]
         results = []

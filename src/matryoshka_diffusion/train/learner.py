@@ -45,7 +45,18 @@ PATIENCE = 20
 
 
 class NotFinite(RuntimeError):
-    """The loss or its gradient has been infinite or NaN for too long."""
+    """The loss or its gradient has been infinite or NaN for too long.
+
+    Attributes:
+        outcome: what the last step came to.
+        samples: all of its samples: number, key and the loss of each, in the order of numbers.
+    """
+
+    def __init__(
+        self, message: str, outcome: Outcome, samples: Sequence[tuple[int, str, float]]
+    ) -> None:
+        super().__init__(message)
+        self.outcome, self.samples = outcome, samples
 
 
 @dataclass(frozen=True)
@@ -155,10 +166,11 @@ class Learner:
         loss = self._gradient(inputs)
         frozen = drop_gradients(self.net, step.frozen)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
-        losses = self.world.sum(torch.stack([loss.total, *loss.per_level]))
-        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, so
-        # they decide alike whether the step is taken.
-        grad_norm, total, *per_level = torch.cat([whole(norm).view(1), losses]).tolist()
+        told = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
+        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
+        # norm that each has of the gradient among them, so they decide alike whether to step.
+        norms, total, *per_level = told.tolist()
+        grad_norm = norms / self.world.size
         finite = math.isfinite(total) and math.isfinite(grad_norm)
         scale = progress.scale.after(finite)
         if finite:
@@ -171,15 +183,19 @@ class Learner:
         in_a_row = progress.skipped_in_a_row + (not progress.scale.can_fall)
         skipped = progress.skipped + 1
         self.progress = Progress(step.end, progress.steps, skipped, in_a_row, scale)
-        culprits = self._culprits(inputs, loss.per_example)
+        samples = self._samples(inputs, loss.per_example)
+        culprits = _culprits(samples)
+        overflow = scale.factor if math.isfinite(total) and progress.scale.can_fall else None
+        outcome = Outcome(total, tuple(per_level), grad_norm, culprits, overflow)
         if in_a_row >= PATIENCE:
             raise NotFinite(
                 f"{PATIENCE} steps in a row, up to {step.end:,} images, had an infinite or NaN "
                 f"loss or gradient; the last was of {describe(culprits)}. Try a smaller "
-                f"train.stages[{step.stage}].lr or train.precision=fp32, with another --out"
+                f"train.stages[{step.stage}].lr or train.precision=fp32, with another --out",
+                outcome,
+                samples,
             )
-        overflow = scale.factor if math.isfinite(total) and progress.scale.can_fall else None
-        return Outcome(total, tuple(per_level), grad_norm, culprits, overflow)
+        return outcome
 
     def _gradient(self, inputs: Inputs) -> Loss:
         """Leave the gradient of the step's loss in the parameters.
@@ -228,14 +244,12 @@ class Learner:
         with autocast(self.config.train.precision, self.device):
             return self.engine(arranged(z, self.layout), t, cond)
 
-    def _culprits(
+    def _samples(
         self, inputs: Inputs, per_example: Float[Tensor, " b"]
-    ) -> tuple[tuple[int, str], ...]:
-        """All ranks' samples whose loss is not finite; every one if only the gradient is not."""
-        samples = list(zip(inputs.ids, inputs.keys, per_example.isfinite().tolist(), strict=True))
-        everyone = sorted(itertools.chain.from_iterable(self.world.gather(samples)))
-        bad = [(number, key) for number, key, finite in everyone if not finite]
-        return tuple(bad or [(number, key) for number, key, _ in everyone])
+    ) -> list[tuple[int, str, float]]:
+        """All ranks' samples with the loss of each, on every rank."""
+        mine = list(zip(inputs.ids, inputs.keys, per_example.tolist(), strict=True))
+        return sorted(itertools.chain.from_iterable(self.world.gather(mine)))
 
     # --- saving and restoring --------------------------------------------------------------
 
@@ -291,6 +305,12 @@ class Learner:
         load_moments(learner.optimizer, net, memory)
         learner.progress = learner.progress.restored(snapshot.state)
         return learner
+
+
+def _culprits(samples: Sequence[tuple[int, str, float]]) -> tuple[tuple[int, str], ...]:
+    """The samples whose loss is not finite; every one if only the gradient is not."""
+    bad = [(number, key) for number, key, loss in samples if not math.isfinite(loss)]
+    return tuple(bad or [(number, key) for number, key, _ in samples])
 
 
 def describe(culprits: Sequence[tuple[int, str]]) -> str:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -24,9 +25,10 @@ from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import Step, steps
+from matryoshka_diffusion.train.dump import write_dump
 from matryoshka_diffusion.train.ema_power import write_snapshot
 from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
-from matryoshka_diffusion.train.learner import Learner, describe
+from matryoshka_diffusion.train.learner import Learner, NotFinite, Outcome, describe
 from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
 from matryoshka_diffusion.train.memory import peak_memory_bytes
 from matryoshka_diffusion.train.ranks import compare_ranks
@@ -189,10 +191,19 @@ class Run:
                 compare_ranks(self.world, self.config, given)
                 compared = True
             self.learner.grow(levels=len(given.step.rows))
-            outcome = self.learner.learn(given)
+            outcome = self._learn(given)
             done = time.perf_counter()
             yield Entry(given.step, outcome, begun - asked, done - begun)
             asked = time.perf_counter()
+
+    def _learn(self, given: Inputs) -> Outcome:
+        try:
+            return self.learner.learn(given)
+        except NotFinite as error:  # on all ranks
+            path = self.folder / "not-finite.json"
+            self.world.once(partial(write_dump, path, error, given.step))
+            error.args = (f"{error}; {path} tells more",)
+            raise
 
     def log(self, entry: Entry) -> None:
         """Take a step into the metrics, and warn of one that was skipped."""
