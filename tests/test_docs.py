@@ -1,17 +1,22 @@
-"""What the README tells people to type works: its `mdm` commands run, in order, but smaller.
+"""What the documents tell people to type works: their commands run, in order, but smaller.
 
-The commands of all ```sh blocks that start with `mdm` run one after the other in one folder, so
-that a later one finds what an earlier one made. A command that trains is shrunk by `--set`
-arguments from the table `SHRUNK`. A command that is not known here fails its test: teach `smaller`
-to shrink it, do not skip it.
+The commands of a document's ```sh blocks, those that start with `mdm` or `torchrun`, run one after
+the other in one folder, so that a later one finds what an earlier one made. A command that trains
+is shrunk by `--set` arguments from the table `SHRUNK`, eight GPUs become two processes on the CPU.
+A command that is not known here fails its test: teach `smaller` to shrink it, do not skip it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +28,15 @@ from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import override
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.sheet import save_png
+from test_presets import shrunk
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RELEASED = (ROOT / "docs" / "released-checkpoints.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TINY_CHECKPOINT = ROOT / "tests" / "data" / "reference" / "vis_model_nested32.pth"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-PHOTOS, CAPTIONED = "photos", "captioned"
-"""The folders of the reader's own pictures in the examples, the second one with captions."""
+PHOTOS, CAPTIONED, PETS = "photos", "captioned", "pets"
+"""The folders of the reader's own pictures in the examples, all but the first with captions."""
 
 
 def stages(count: int) -> str:
@@ -48,140 +52,308 @@ SMALL = (
     "train.warmup_images=0",
     "sampling.steps=2",
 )
+
+
+def paper(name: str) -> tuple[str, ...]:
+    """A preset of the paper as `tests/test_presets.py` shrinks it, with the small T5."""
+    model = shrunk(preset(name).model)
+    return (
+        f"model={json.dumps(model.model_dump(mode='json'))}",
+        "encoder.path=t5",
+        "data.held_out=0",  # of so few there is no thousandth
+        "train.warmup_images=0",
+        "sampling.steps=2",
+        stages(len(model.levels)),
+    )
+
+
 SHRUNK: dict[str, tuple[str, ...]] = {
     "openmoji": (*SMALL, "model.text.width=32", stages(3)),
     "fashion-mnist": (*SMALL, stages(2)),
     "folder-64": (*SMALL, stages(3)),
+    "cc12m-256": paper("cc12m-256"),
+    "cc12m-1024": paper("cc12m-1024"),
 }
 GROWN = (
-    "train.stages[-1].images=8",
-    "train.stages[-1].batch_size=4",
-    "train.stages[-1].freeze_coarse_images=4",
-    "train.stages[-1].ramp_images=8",
+    "train.stages[-1].images=2",
+    "train.stages[-1].batch_size=1",
+    "train.stages[-1].freeze_coarse_images=1",
+    "train.stages[-1].ramp_images=2",
+    "train.preview_every_images=0",
 )
+TUNED = ("train.stages[0].images=4", "train.stages[0].batch_size=2")
+REPLACED = {
+    "{00000..01242}": "{00000..00003}",
+    "--gpus 4": "--gpus 1",
+    "--gpus 8": "--gpus 2",
+    "--nproc-per-node 8": "--nproc-per-node 1",
+}
+"""What is large in a command of any kind, and what stands in its place."""
 
 
-def commands(text: str) -> list[list[str]]:
-    """The arguments of every `mdm` command in the ```sh blocks of Markdown text."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words[1:] for words in split if words and words[0] == "mdm"]
+def commands(text: str, *, python: bool = False) -> list[list[str]]:
+    """The `mdm` and `torchrun` commands in the ```sh blocks of Markdown text, as words.
+
+    With `python`, a ```python block is a command, too: the words `python`, `-c` and its text.
+    """
+    found = []
+    for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if kind == "sh":
+            lines = block.replace("\\\n", " ").splitlines()
+            split = [shlex.split(line, comments=True) for line in lines]
+            found += [words for words in split if words and words[0] in ("mdm", "torchrun")]
+        elif python:
+            found.append(["python", "-c", block])
+    return found
 
 
-def smaller(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with what shrinks the command.
+def smaller(words: Sequence[str]) -> list[str]:
+    """The command `words` with what shrinks it.
 
     Raises:
         LookupError: this file does not know the command.
     """
+    if words[0] == "python":
+        return list(words)
+    line = shlex.join(words)
+    for large, small in REPLACED.items():
+        line = line.replace(large, small)
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        start = words.index("matryoshka_diffusion.cli") + 1
+        shrunk_command = smaller(["mdm", *words[start:]])
+        return [*words[:start], *shrunk_command[1:], "--device", "cpu"]
+    return [*words, *shrinking(words[1:])]
+
+
+def shrinking(arguments: Sequence[str]) -> list[str]:
+    """What makes the command `mdm` with `arguments` smaller."""
     match arguments:
-        case _ if "--help" in arguments:
-            extra = []
-        case _ if "--dry-run" in arguments:
-            extra = []
+        case ["train", name, *_] if "--dry-run" in arguments and name in SHRUNK:
+            return settings(SHRUNK[name])
+        case _ if {"--help", "--dry-run"} & set(arguments):
+            return []
         case ["sample", model, *_] if model.startswith(("vis_model", "mdm-")):
-            extra = ["--steps", "2", "--text-encoder", "t5"]
+            return ["--steps", "2", "--text-encoder", "t5"]
+        case ["embed", name, *_] if name in SHRUNK and name.startswith("cc12m"):
+            return settings(SHRUNK[name])
         case ["data" | "info" | "sample" | "convert" | "plot" | "embed" | "ema", *_]:
-            extra = []
+            return []
         case ["export", model, *_]:
-            extra = ["--text-encoder", "t5"] if model.startswith("mdm-") else []
+            return ["--text-encoder", "t5"] if model.startswith("mdm-") else []
         case ["eval", *_]:
-            extra = ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
+            return ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
         case ["grow", *_]:
-            extra = settings(GROWN)
-        case ["train", run, *_] if run.startswith("runs/"):
-            extra = []  # an earlier command made it, smaller
-        case ["train", "mine", *_]:
-            extra = settings(("train.stages[0].images=4", "train.stages[0].batch_size=2"))
+            return settings(GROWN)
+        case ["train", model, *_] if model.endswith(".pth"):
+            return settings((*TUNED, "encoder.path=t5", "sampling.steps=2"))
+        case ["train", model, *_] if model in ("mine", "base") or model.endswith("/model"):
+            return settings(TUNED)
+        case ["train", run, *_] if run.startswith("runs/"):  # an earlier command made it, smaller
+            return ["--device", "cpu"] if "--gpus" in arguments else []
         case ["train", name, *_] if "--init" in arguments:
-            extra = settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
+            return settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
         case ["train", name, *_] if name in SHRUNK:
-            extra = settings(SHRUNK[name])
+            device = ["--device", "cpu"] if "--gpus" in arguments else []
+            return [*settings(SHRUNK[name]), *device]
         case ["demo", *_]:
-            extra = settings(SHRUNK["openmoji"])
+            return settings(SHRUNK["openmoji"])
         case _:
             raise LookupError(f"tests/test_docs.py cannot shrink `mdm {shlex.join(arguments)}`")
-    return [*arguments, *extra]
 
 
 def settings(assignments: Sequence[str]) -> list[str]:
     return [word for assignment in assignments for word in ("--set", assignment)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The working folder of the README's reader, with some pictures of their own."""
-    return with_photos(tmp_path_factory.mktemp("reader"))
+# --- the readers' working folders --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """The working folder of somebody who reads about training."""
-    return with_photos(tmp_path_factory.mktemp("trainer"))
+def readers(tmp_path_factory, tiny_t5):
+    """Makes the working folder of a document's reader, once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(document: str) -> Path:
+        if document not in folders:
+            path = folders[document] = tmp_path_factory.mktemp(Path(document).stem)
+            shutil.copytree(tiny_t5, path / "t5")
+            with_photos(path)
+            PREPARED.get(document, lambda _: None)(path)
+        return folders[document]
+
+    return folder_of
 
 
 def with_photos(path):
+    """Folders of the reader's own pictures."""
     for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (8, 80, 72, 3))):
-        for folder in (PHOTOS, CAPTIONED):
+        for folder in (PHOTOS, CAPTIONED, PETS):
             save_png(picture.astype(np.uint8), path / folder / f"{number}.png", None)
-        (path / CAPTIONED / f"{number}.txt").write_text(f"noise of number {number}")
-    return path
+            if folder != PHOTOS:
+                (path / folder / f"{number}.txt").write_text(f"noise of number {number}")
 
 
-@pytest.mark.parametrize("arguments", commands(README), ids=shlex.join)
-def test_a_command_of_the_readme_runs(arguments, folder):
-    if "fashion-mnist" in shlex.join(arguments) and not FASHION_MNIST.exists():
-        pytest.skip("Debian's dataset-fashion-mnist is not installed")
-    run(arguments, folder)
-
-
-@pytest.mark.parametrize("arguments", commands(RELEASED), ids=shlex.join)
-def test_a_command_for_released_checkpoints_runs(arguments, folder, tiny_t5):
-    """With a small file of the same make in the place of the large ones."""
+def with_releases(path):
+    """A small file of the same make in the place of the large ones."""
     for side in (64, 256, 1024):
-        path = folder / f"vis_model_{side}x{side}.pth"
-        if not path.exists():
-            shutil.copy(TINY_CHECKPOINT, path)
-            shutil.copytree(tiny_t5, folder / "t5", dirs_exist_ok=True)
-    run(arguments, folder)
+        shutil.copy(TINY_CHECKPOINT, path / f"vis_model_{side}x{side}.pth")
 
 
-@pytest.mark.parametrize("arguments", commands(TRAINING), ids=shlex.join)
-def test_a_command_for_training_runs(arguments, photos):
-    run(arguments, photos)
-
-
-@pytest.fixture(scope="module")
-def forms(tmp_path_factory):
-    """The working folder of somebody who ran examples/data_forms.py, with fewer pictures."""
-    path = tmp_path_factory.mktemp("forms")
+def with_forms(path):
+    """What examples/data_forms.py writes, with fewer pictures."""
     made = runpy.run_path(str(ROOT / "examples" / "data_forms.py"))
     items = list(made["openmoji_items"](64, 40))
     for form, write in made["FORMS"].items():
         write(items, path / "forms" / form)
-    return path
 
 
-@pytest.mark.parametrize("arguments", commands(DATA), ids=shlex.join)
-def test_a_command_for_data_runs(arguments, forms):
-    run(arguments, forms)
+def with_shards(path):
+    """Shards as docs/many-gpus.md makes them from four folders of captioned pictures."""
+    for part in range(4):
+        shutil.copytree(path / CAPTIONED, path / "parts" / str(part))
+    [script] = [block for block in bash_blocks("many-gpus.md") if "tar --sort=name" in block]
+    subprocess.run(["bash", "-ec", script], cwd=path, check=True)
 
 
-def run(arguments, folder):
+PREPARED = {
+    "data.md": with_forms,
+    "fine-tuning.md": with_releases,
+    "growing.md": with_shards,
+    "many-gpus.md": with_shards,
+    "released-checkpoints.md": with_releases,
+}
+
+
+# --- the commands run --------------------------------------------------------------------------
+
+
+def read(document: str) -> str:
+    [path] = [path for path in DOCUMENTS if path.name == document]
+    return path.read_text(encoding="utf-8")
+
+
+def bash_blocks(document: str) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)
+
+
+def all_commands():
+    """The commands of all documents, each with the name of its document."""
+    for path in DOCUMENTS:
+        python = path.name in ("README.md", "growing.md")
+        for words in commands(read(path.name), python=python):
+            shown = words[:1] if words[0] == "python" else words
+            yield pytest.param(path.name, words, id=f"{path.name}: {shlex.join(shown)}")
+
+
+@pytest.mark.parametrize(("document", "words"), list(all_commands()))
+def test_a_command_of_a_document_runs(document, words, readers):
+    if "fashion-mnist" in words and not FASHION_MNIST.exists():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    folder = readers(document)
+    if words[0] == "torchrun":
+        run_on_two_machines(smaller(words), folder)
+    elif "--gpus 2" in shlex.join(smaller(words)):
+        subprocess.run([*MDM, *smaller(words)[1:]], cwd=folder, env=environment(), check=True)
+    else:
+        run(words, folder)
+
+
+MDM = (sys.executable, "-m", "matryoshka_diffusion.cli")
+
+
+def environment() -> dict[str, str]:
+    """For processes: this source, and a thread each."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+def run(words, folder):
     """The command in this process, which has loaded everything already."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a reader would see them, and go on
         patch.chdir(folder)
+        if words[0] == "python":
+            exec(words[-1], {})  # a document's own text
+            return
         try:
-            status = cli.main(smaller(arguments))
+            status = cli.main(smaller(words)[1:])
         except SystemExit as leaving:  # --help
             status = leaving.code
     assert not status
 
 
+def run_on_two_machines(words, folder):
+    """The same torchrun twice: each is told of two machines, and they meet on this one."""
+    meeting = f"127.0.0.1:{free_port()}"
+    words = [meeting if word.startswith("machine-1:") else word for word in words]
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    machines = [subprocess.Popen(command, cwd=folder, env=environment()) for _ in range(2)]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+# --- the script for Slurm ----------------------------------------------------------------------
+
+SRUN = """#!/bin/bash
+status=0
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & started[$rank]=$!
+done
+for rank in 0 1; do wait ${started[$rank]} || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+case "$1" in
+show) echo 127.0.0.1 ;;
+requeue) echo "$2" >> requeued ;;
+esac
+"""
+
+
+def run_slurm_script(folder, mdm):
+    """The script of the documents in `folder`, with stand-ins for Slurm and the script `mdm`."""
+    [script] = [block for block in bash_blocks("many-gpus.md") if "#SBATCH" in block]
+    script = script.replace("29500", str(free_port())).replace("/shared/", f"{folder}/shared-")
+    for large, small in REPLACED.items():
+        script = script.replace(large, small)
+    tools = folder / "bin"
+    tools.mkdir(exist_ok=True)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "mdm": mdm}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "77", "PATH": f"{tools}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env={**environment(), **slurm}, check=False
+    )
+
+
+def test_the_slurm_script_trains_on_all_ranks(readers):
+    folder = readers("many-gpus.md")
+    extra = shlex.join([*settings(SHRUNK["cc12m-256"]), "--device", "cpu"])
+    mdm = f'#!/bin/bash\nexec {shlex.join(MDM)} "$@" {extra}\n'
+    assert run_slurm_script(folder, mdm).returncode == 0
+    starts = json.loads((folder / "runs" / "slurm" / "environment.json").read_text())
+    assert [start["ranks"] for start in starts] == [2]
+    assert (folder / "runs" / "slurm" / "model").is_dir()
+    assert not (folder / "requeued").exists()
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(138, True), (1, False)])
+def test_the_slurm_script_queues_again_what_was_stopped_in_time(status, requeued, tmp_path):
+    assert run_slurm_script(tmp_path, f"#!/bin/bash\nexit {status}\n").returncode == status
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+# --- what else the documents say ---------------------------------------------------------------
+
+
 def test_the_readme_shows_how_to_train_and_how_to_sample():
-    assert {"train", "sample"} <= {arguments[0] for arguments in commands(README) if arguments}
+    assert {"train", "sample"} <= {words[1] for words in commands(README)}
 
 
 def test_make_goals_in_the_documents_exist():
@@ -193,28 +365,33 @@ def test_make_goals_in_the_documents_exist():
         assert shown <= goals, name
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/data.md",
-        "docs/design.md",
-        "docs/released-checkpoints.md",
-        "docs/promises.md",
-        "docs/training.md",
-    ],
-)
-def test_links_between_the_files_lead_somewhere(document):
-    path = ROOT / document
-    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
-        assert "://" in target or (path.parent / target).exists(), target
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_the_files_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)", path.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        if "://" in target:
+            continue
+        there = (path.parent / target) if target else path
+        assert there.exists(), target
+        assert not anchor or anchor in headings(there), f"{target}#{anchor}"
+
+
+def headings(path: Path) -> set[str]:
+    """What the headings of a document are called in links."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_listed_in_the_readme():
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{path.name})" in README, path.name
 
 
 # --- the mechanism itself ----------------------------------------------------------------------
 
 
-def test_commands_are_found_in_sh_blocks_only():
+def test_commands_are_found_in_sh_blocks_and_python_where_asked():
     text = """
 ```sh
 pip install .          # not ours
@@ -226,33 +403,50 @@ mdm sample runs/a \\
 mdm = 3
 ```
 mdm info openmoji
-```sh
+```bash
 mdm info openmoji
 ```
+```sh
+torchrun -m x
+```
 """
-    assert commands(text) == [
-        ["train", "openmoji", "--out", "runs/a"],
-        ["sample", "runs/a", "-p", "red apple"],
-        ["info", "openmoji"],
+    found = [
+        ["mdm", "train", "openmoji", "--out", "runs/a"],
+        ["mdm", "sample", "runs/a", "-p", "red apple"],
+        ["torchrun", "-m", "x"],
     ]
+    assert commands(text) == found
+    assert commands(text, python=True) == [*found[:2], ["python", "-c", "mdm = 3\n"], found[2]]
 
 
 def test_what_takes_long_is_shrunk_and_the_rest_is_not():
-    for arguments in (["sample", "runs/a"], ["train", "--help"], ["train", "runs/a"]):
-        assert smaller(arguments) == arguments
-    for arguments in (["train", "openmoji", "--out", "x"], ["demo", "--out", "x"]):
-        assert smaller(arguments) == [*arguments, *settings(SHRUNK["openmoji"])]
-    assert smaller(["grow", "runs/a"]) == ["grow", "runs/a", *settings(GROWN)]
-    assert smaller(["eval", "x", "-n", "9"]) == ["eval", "x", "-n", "9", "--steps", "2", "-n", "8"]
-    assert "-n" not in smaller(["eval", "x"])
+    for line in ("sample runs/a", "train --help", "train runs/a", "train mine --dry-run"):
+        assert shrinking(line.split()) == []
+    for line in ("train openmoji --out x", "train openmoji --dry-run", "demo --out x"):
+        assert shrinking(line.split()) == settings(SHRUNK["openmoji"])
+    assert shrinking(["grow", "runs/a"]) == settings(GROWN)
+    assert shrinking(["eval", "x", "-n", "9"]) == ["--steps", "2", "-n", "8"]
+    assert "-n" not in shrinking(["eval", "x"])
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["train", "mystery"], ["conjure"], ["--out", "x"]], ids=shlex.join
-)
-def test_an_unknown_command_is_an_error(arguments):
+def test_eight_gpus_become_two_processes():
+    words = smaller(["mdm", "train", "folder-64", "--data", "s/{00000..01242}.tar", "--gpus", "8"])
+    assert words == [
+        *["mdm", "train", "folder-64", "--data", "s/{00000..00003}.tar", "--gpus", "2"],
+        *settings(SHRUNK["folder-64"]),
+        *("--device", "cpu"),
+    ]
+    torchrun = "torchrun --nproc-per-node 8 -m matryoshka_diffusion.cli train runs/a"
+    assert smaller(torchrun.split()) == [
+        *torchrun.replace("8", "1").split(),
+        *("--device", "cpu"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["", "train", "train mystery", "conjure", "--out x"])
+def test_an_unknown_command_is_an_error(line):
     with pytest.raises(LookupError, match=r"cannot shrink `mdm"):
-        smaller(arguments)
+        smaller(["mdm", *line.split()])
 
 
 @pytest.mark.parametrize("name", SHRUNK)
