@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,19 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert run(tmp_path / "run") == tmp_path / "run" / "model"
     assert digests(tmp_path / "run") == before
     assert metrics(tmp_path / "run") == lines
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path):
+    run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"its checkpoints are gone: remove it to start over"):
+        run(tmp_path / "run")
+
+
+def test_a_run_that_begins_from_weights_is_not_begun_without_them(tmp_path):
+    config = tiny_config(init="model")
+    with pytest.raises(CheckpointError, match=r"begins from trained weights.*mdm grow"):
+        run(tmp_path / "run", config)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):

@@ -7,6 +7,7 @@ between two checkpoints (a signal, a full disk, a failing hook, kill -9) loses n
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -312,12 +313,18 @@ def _why_skipped(entry: Entry) -> str:
 
 
 def _refuse_lost_weights(config: RunConfig, folder: Path) -> None:
-    """Raise CheckpointError if a run that begins from trained weights would begin without."""
-    train = config.train
+    """Raise CheckpointError if a run without a checkpoint must have had one."""
+    train, path = config.train, folder / "metrics.jsonl"
     if train.lora is None and (train.init or train.init_levels):
         raise checkpoint.CheckpointError(
             f"{folder} begins from trained weights, but its first checkpoint is missing: remove it "
             "and begin it again (mdm grow, or mdm train with --init)"
+        )
+    text = path.read_text("utf-8") if path.exists() else ""
+    told = [int(number) for number in re.findall(r'"images_seen": (\d+)', text)]
+    if max(told, default=0) >= 2 * train.checkpoint_every_images:  # one may have been in the making
+        raise checkpoint.CheckpointError(
+            f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
         )
 
 
