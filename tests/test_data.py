@@ -735,8 +735,10 @@ def test_empty_and_missing_folders_say_what_to_put_there(tmp_path):
     picture(tmp_path / "a.gif", format="GIF")
     with pytest.raises(ValueError, match=r"no picture \(a\.gif: \.gif is not read: make it PNG"):
         picture_folder(tmp_path, 16, 0.0)
-    with pytest.raises(OSError, match=r"nowhere is not a folder.*--data"):
+    with pytest.raises(OSError, match=r"nowhere does not exist.*tar shards.*--data"):
         picture_folder(tmp_path / "nowhere", 16, 0.0)
+    with pytest.raises(OSError, match=r"readme\.md is a file of no known kind.*tar shards"):
+        picture_folder(tmp_path / "readme.md", 16, 0.0)
 
 
 def test_bad_files_are_left_out_up_to_a_share(tmp_path):

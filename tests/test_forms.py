@@ -78,7 +78,7 @@ def test_every_form_is_checked_trained_on_and_sampled(forms, tmp_path, capsys, f
     shown = capsys.readouterr().out
     assert f"{COUNT} pictures" in shown
     assert "bad files 0" in shown
-    assert f"captions  {'none' if form not in CAPTIONED else ''}" in shown
+    assert f"captions  {f'{COUNT} (' if form in CAPTIONED else 'none'}" in shown
     changes = [word for change in SMALL for word in ("--set", change)]
     assert cli.main(["train", "folder-64", "--data", data, "--out", str(out), *changes]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
