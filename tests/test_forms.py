@@ -78,7 +78,10 @@ def test_every_form_is_checked_trained_on_and_sampled(forms, tmp_path, capsys, f
     shown = capsys.readouterr().out
     assert f"{COUNT} pictures" in shown
     assert "bad files 0" in shown
-    assert f"captions  {f'{COUNT} (' if form in CAPTIONED else 'none'}" in shown
+    source = open_source(job.find_config("folder-64", data, []).data, 64)
+    count = sum(len(texts) for texts in source.captions or ())
+    assert f"captions  {f'{count} (' if count else 'none'}" in shown
+    assert (count >= COUNT) == (form in CAPTIONED)
     changes = [word for change in SMALL for word in ("--set", change)]
     assert cli.main(["train", "folder-64", "--data", data, "--out", str(out), *changes]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
