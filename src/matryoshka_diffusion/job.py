@@ -408,15 +408,17 @@ def grow_run(
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    grown = override(_with_level(config, side), list(assignments))
-    images = grown.train.stages[0].images
-    if max(freeze_coarse, ramp) > images:
+    larger, changes = _with_level(config, side), list(assignments)
+    images = override(larger, changes).train.stages[0].images
+    lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
+    gentle = [f"train.stages[0].{name}={length}" for name, length in lengths]
+    try:
+        grown = override(larger, [*gentle, *changes])
+    except ConfigError as error:  # of the lengths, since the changes alone are sound
         raise UsageError(
             f"--freeze-coarse and --ramp: {max(freeze_coarse, ramp)} is more than the new stage's "
             f"{images} images; give less, or make it longer with --set train.stages[0].images="
-        )
-    lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
-    grown = override(grown, [f"train.stages[0].{name}={n}" for name, n in lengths if n])
+        ) from error
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
