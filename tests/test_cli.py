@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import cli, gallery
+from matryoshka_diffusion import cli, gallery, job
 from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.hooks import Preview
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -117,8 +119,13 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["conjure"], 2, "invalid choice: 'conjure'"),
         (["train", "openmoij", "--out", "x"], 2, "did you mean openmoji?"),
         (["train", "openmoji"], 2, "--out"),
-        (["train", "openmoji", "--out", "x", "--lora", "4"], 2, "need a model to be put around"),
-        (["ema", "empty", "--length", "0.1", "-o", "x"], 2, "config.yaml: cannot be read"),
+        (
+            ["train", "openmoji", "--out", "x", "--lora", "4"],
+            2,
+            "--lora: name the model in the place",
+        ),
+        (["ema", "empty", "--length", "0.1", "-o", "x"], 2, "empty: no run folder with a"),
+        (["ema", "empty", "--length", "0.3", "-o", "x"], 2, "--length 0.3: give"),
         (
             ["train", "openmoji", "--out", "x", "--set", "train.sed=1"],
             2,
@@ -129,7 +136,7 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["train", "openmoji", "--out", "x", "--set", "train.seed=a"], 2, "train.seed"),
         (["train", "openmoji", "--out", "x", "--set", "model.levels[0].side=64"], 2, "levels[1]"),
         (["train", "folder-64", "--out", "x"], 2, "--data"),
-        (["train", "folder-64", "--out", "x", "--data", "nowhere"], 1, "nowhere is not a folder"),
+        (["train", "folder-64", "--out", "x", "--data", "nowhere"], 1, "nowhere does not exist"),
         (["train", "folder-64", "--out", "x", "--data", "empty"], 1, "holds no picture"),
         (["train", "no.yaml", "--out", "x"], 2, "no.yaml: cannot be read"),
         (["sample", "nowhere", "-p", "a"], 1, "nowhere: no such folder"),
@@ -140,6 +147,11 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["sample", "MODEL", "-n", "two"], 2, "'two' is not a whole number"),
         (["sample", "MODEL", "--device", "abacus"], 2, "--device abacus"),
         (["grow", "MODEL", "--to", "20", "--out", "x"], 2, "--to 20: give 16 times a power of two"),
+        (
+            ["grow", "MODEL", "--to", "32", "--out", "x", "--ramp", "100000"],
+            2,
+            "--freeze-coarse and --ramp: 100000 is more than",
+        ),
         (["info", "openmojo"], 2, "did you mean openmoji?"),
         (["info", "empty"], 1, "neither a model nor a checkpoint"),
         (["eval", "empty"], 1, "neither a model nor a checkpoint"),
@@ -165,6 +177,46 @@ def test_bad_input_is_one_line_and_a_status(
     assert told.count("\n") == 1
     assert "Traceback" not in told
     assert sorted(os.listdir()) == ["empty"], "nothing is begun"
+
+
+def options_of(parser, name="mdm"):
+    """The options of a parser and of all commands in it, by their names."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, inner in action.choices.items():
+                yield from options_of(inner, f"{name} {command}")
+        else:
+            yield f"{name} {action.dest}", action
+
+
+def test_every_option_says_what_it_does():
+    assert [name for name, option in options_of(cli.build_parser()) if not option.help] == []
+
+
+def test_nothing_gentle_can_be_asked_for_explicitly(model, tmp_path):
+    grow = ["grow", str(model), "--to", "32", "--out", str(tmp_path / "x")]
+    assert cli.main([*grow, "--freeze-coarse", "0", "--ramp", "0"]) == 0
+
+
+@pytest.mark.parametrize(("error", "warned"), [(0.04, False), (0.95, True)])
+def test_an_average_that_is_not_matched_is_warned_of(error, warned, monkeypatch, capsys):
+    monkeypatch.setattr(job, "average_model", lambda *_: error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["ema", "r", "--length", "0.001", "-o", "x"]) == 0
+    told = capsys.readouterr().err
+    assert ("--length 0.001 is not matched, its profile is off by 95%" in told) == warned
+
+
+def test_data_check_lists_a_set_that_is_all_bad(tmp_path, capsys):
+    for n in range(7):
+        (tmp_path / f"{n}.png").write_bytes(b"broken")
+    assert cli.main(["data", "check", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "bad files 7" in shown.out
+    assert all(f"{n}.png: not a PNG" in shown.out for n in range(7))
+    assert "none is left to learn from" in shown.err
+    assert "max_bad_fraction" not in shown.err
 
 
 @pytest.mark.parametrize("code", [130, 143])

@@ -21,12 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
+from matryoshka_diffusion.data import decoded as decoded_module
 from matryoshka_diffusion.data import folder as folder_module
 from matryoshka_diffusion.data import idx
 from matryoshka_diffusion.data.batch import Pictures, Source, to_float, to_uint8
 from matryoshka_diffusion.data.check import describe
+from matryoshka_diffusion.data.decoded import decode_once
+from matryoshka_diffusion.data.film import open_film
 from matryoshka_diffusion.data.folder import picture_folder
-from matryoshka_diffusion.data.images import PictureError, read_picture
+from matryoshka_diffusion.data.images import Picture, PictureError, read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.openmoji import openmoji
 from matryoshka_diffusion.data.sources import open_source
@@ -732,8 +735,10 @@ def test_empty_and_missing_folders_say_what_to_put_there(tmp_path):
     picture(tmp_path / "a.gif", format="GIF")
     with pytest.raises(ValueError, match=r"no picture \(a\.gif: \.gif is not read: make it PNG"):
         picture_folder(tmp_path, 16, 0.0)
-    with pytest.raises(OSError, match=r"nowhere is not a folder.*--data"):
+    with pytest.raises(OSError, match=r"nowhere does not exist.*tar shards.*--data"):
         picture_folder(tmp_path / "nowhere", 16, 0.0)
+    with pytest.raises(OSError, match=r"readme\.md is a file of no known kind.*tar shards"):
+        picture_folder(tmp_path / "readme.md", 16, 0.0)
 
 
 def test_bad_files_are_left_out_up_to_a_share(tmp_path):
@@ -786,10 +791,28 @@ def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
 def test_old_states_of_a_folder_leave_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     for index in range(3):
+        for old in (tmp_path / "cache").rglob("*.*"):
+            os.utime(old, (1e9, 1e9))  # nobody has written it for long
         picture(tmp_path / "set" / f"{index}.png")
         picture_folder(tmp_path / "set", 16, 0.0)
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+
+
+def test_two_states_may_be_decoded_at_a_time(tmp_path, monkeypatch):
+    def decode(colour):
+        pixels = np.full((4, 4, 3), colour, np.uint8)
+        return decode_once(tmp_path, f"{colour}", 1, lambda _: Picture(pixels, 4), 4, "test")
+
+    def open_late(*arguments):
+        """What another process does between this one's writing and opening."""
+        monkeypatch.setattr(decoded_module, "open_film", open_film)
+        decode(2)
+        return open_film(*arguments)
+
+    monkeypatch.setattr(decoded_module, "open_film", open_late)
+    assert (decode(1).pictures[0] == 1).all()
+    assert (decode(2).pictures[0] == 2).all()
 
 
 @pytest.mark.parametrize("damage", ["gone", "garbage", "short"])

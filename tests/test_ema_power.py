@@ -39,7 +39,7 @@ def test_known_exponents_and_lengths_that_do_not_exist():
     assert exponent(0.1) == pytest.approx(6.94, abs=0.01)
     assert exponent(UNIFORM - 1e-9) == pytest.approx(0.0, abs=1e-6)
     for length in (0.0, -0.1, UNIFORM, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"between 0 and 0\.289"):
+        with pytest.raises(ValueError, match=r"between 0 and 0\.2887"):
             exponent(length)
 
 

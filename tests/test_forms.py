@@ -26,6 +26,7 @@ SMALL = (
     "train.stages=[{levels: 3, images: 8, batch_size: 4, lr: 1e-3}]",
     "train.warmup_images=0",
     "sampling.steps=2",
+    "train.preview_every_images=0",
 )
 
 
@@ -78,9 +79,14 @@ def test_every_form_is_checked_trained_on_and_sampled(forms, tmp_path, capsys, f
     shown = capsys.readouterr().out
     assert f"{COUNT} pictures" in shown
     assert "bad files 0" in shown
-    assert f"captions  {'none' if form not in CAPTIONED else ''}" in shown
+    source = open_source(job.find_config("folder-64", data, []).data, 64)
+    count = sum(len(texts) for texts in source.captions or ())
+    assert f"captions  {f'{count} (' if count else 'none'}" in shown
+    assert (count >= COUNT) == (form in CAPTIONED)
     changes = [word for change in SMALL for word in ("--set", change)]
     assert cli.main(["train", "folder-64", "--data", data, "--out", str(out), *changes]) == 0
+    told = capsys.readouterr().out
+    assert (str(out / "previews") in told) == (out / "previews").is_dir()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["images_seen"] == 8
     asked = ["-p", "red apple"] if form in CAPTIONED else ["--class", "0"]

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from matryoshka_diffusion.data.batch import Batch, Source
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.shards import shards
-from matryoshka_diffusion.data.split import Part
+from matryoshka_diffusion.data.split import Part, split
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import encode, tiny_config
@@ -35,6 +36,10 @@ def _on_demand(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shard(tmp_path) -> Path:
+    return make_shard(tmp_path, BAD)
+
+
+def make_shard(tmp_path: Path, bad: Collection[int]) -> Path:
     """Captioned pictures, some of them broken, and one without a caption."""
     pictures = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
     path = tmp_path / "s.tar"
@@ -48,7 +53,7 @@ def shard(tmp_path) -> Path:
         for n, pixels in enumerate(pictures):
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
-            add(f"{n:02}.png", b"broken" if n in BAD else file.getvalue())
+            add(f"{n:02}.png", b"broken" if n in bad else file.getvalue())
             add(f"{n:02}.txt", b"red") if n != 9 else None
     return path
 
@@ -189,8 +194,21 @@ def test_what_is_restored_is_neither_read_nor_told_again(shard, monkeypatch):
     monkeypatch.setattr(again, "_read", lambda n, *how: read.append(n) or whole(n, *how))
     assert again[3].key == stand_in == "s.tar:05"
     assert read == [5]
-    assert Part(again, [3])[0].key == stand_in
+    assert Part(again, [3, 4, 5])[0].key == stand_in
     assert Part(again, [3]).quarantine is again.quarantine
+
+
+def test_what_stands_in_for_a_held_out_picture_is_held_out_too(tmp_path):
+    bad = range(0, COUNT, 3)
+    for part in split(opened(make_shard(tmp_path, bad)), 0.3):
+        assert isinstance(part, Part)
+        own = [key for key in part.keys if int(key[-2:]) not in bad]
+        expected = [next((k for k in own if k >= key), own[0]) for key in part.keys]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert [x.key for x in part.many(range(len(part)))] == expected
+            assert [part[n].key for n in range(len(part))] == expected
+        assert expected != list(part.keys), "nothing was replaced"
 
 
 def test_several_processes_of_a_run_can_put_their_findings_together():

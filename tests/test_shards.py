@@ -506,7 +506,7 @@ def test_too_many_bad_samples_are_an_error(tmp_path):
     assert len(shards(path, 16, 0.25)) == 3
     with pytest.raises(ValueError, match=r"1 of 4 files .*s\.tar:broken: not a PNG.*0\.24"):
         shards(path, 16, 0.24)
-    with pytest.raises(ValueError, match="1 of 1 files cannot be used"):
+    with pytest.raises(ValueError, match=r"1 of 1 files cannot be used.*none is left"):
         shards(str(write(tmp_path / "t.tar", parts[-2:])), 16, 1.0)
 
 

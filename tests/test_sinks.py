@@ -39,17 +39,17 @@ class Pulled(Exception):
     """The plug was."""
 
 
-def train_twice(folder, *names):
-    """A run that dies four images after a checkpoint, and then goes on from that checkpoint."""
+def train_twice(folder, *names, at=36):
+    """A run that dies before the hooks at so many images, and then goes on from a checkpoint."""
     config = tiny_config(checkpoint_every_images=16)
     sinks = [find_sink(name) for name in names]
 
     def pull(view):
-        if view.images_seen == 36:
+        if view.images_seen == at:
             raise Pulled
 
     def start(*hooks):
-        hooks = [(16, draw), (16, report), *hooks]
+        hooks = [*hooks, (16, draw), (16, report)]
         return train(config, TinyPictures(), folder, encode=encode, hooks=hooks, sinks=sinks)
 
     with pytest.raises(Pulled):
@@ -146,8 +146,9 @@ def told(monkeypatch):
     return module
 
 
-def test_wandb_is_told_what_the_metrics_say_and_nothing_twice(tmp_path, told):
-    lines = train_twice(tmp_path / "run", "wandb")
+@pytest.mark.parametrize("at", [36, 32])  # between hooks; after a line and before the hooks
+def test_wandb_is_told_what_the_metrics_say_and_nothing_twice(tmp_path, told, at):
+    lines = train_twice(tmp_path / "run", "wandb", at=at)
     first, second = told.starts
     assert first["id"] == second["id"]
     assert (first["resume"], first["mode"], first["name"]) == ("allow", "offline", "run")
@@ -159,7 +160,8 @@ def test_wandb_is_told_what_the_metrics_say_and_nothing_twice(tmp_path, told):
     assert steps == sorted(steps)
     pictures = [values["previews"] for _, values in told.logged if "previews" in values]
     assert pictures == ["16.png", "32.png", "48.png"]
-    clocks = ("images_per_second", "data_wait", "seconds")  # differ where a step was done again
+    # These differ where a step was done again.
+    measured = ("images_per_second", "data_wait", "seconds", "peak_memory_bytes")
     shown = {}
     for step, values in told.logged:
         for name, value in values.items():
@@ -167,7 +169,7 @@ def test_wandb_is_told_what_the_metrics_say_and_nothing_twice(tmp_path, told):
     expected = curves(lines)
     assert shown.keys() - {"previews"} == expected.keys()
     for name, points in expected.items():
-        if name not in clocks:
+        if name not in measured:
             assert shown[name] == points, name
 
 
@@ -195,6 +197,15 @@ def test_wandb_s_own_errors_are_one_line_with_a_remedy(tmp_path, told, monkeypat
 
     monkeypatch.setattr(told, "init", refuse)
     with pytest.raises(OSError, match=r"--log wandb: no such host; with WANDB_MODE=offline .*kept"):
+        SINKS["wandb"](tmp_path, tiny_config(), 0)
+
+
+@pytest.mark.parametrize("text", ["", '{"id": "a", "images', "[]", '{"id": "a"}'])
+def test_a_damaged_note_of_wandb_is_one_line_with_a_remedy(tmp_path, told, text):
+    path = tmp_path / "wandb" / "run.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"wandb/run\.json is damaged .*: remove it"):
         SINKS["wandb"](tmp_path, tiny_config(), 0)
 
 
@@ -246,6 +257,55 @@ def test_a_real_offline_run_of_wandb_holds_the_curves(tmp_path, monkeypatch):
     assert found["loss_per_level/0"] == [(16, 0.25)]
     assert [step for step, _ in found["previews/path"]] == [16], found.keys()
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/previews*.png"))) == 1
+
+
+# --- that fail ---------------------------------------------------------------------------------
+
+
+class Failing:
+    """A sink that cannot do one thing, and writes down what it is asked for."""
+
+    def __init__(self, cannot: str) -> None:
+        self.cannot, self.asked = cannot, []
+
+    def _do(self, what):
+        self.asked.append(what)
+        if what == self.cannot:
+            raise RuntimeError("connection lost")
+
+    def write(self, line):
+        self._do("write")
+
+    def picture(self, name, path, images_seen):
+        self._do("picture")
+
+    def close(self):
+        self._do("close")
+
+
+@pytest.mark.parametrize("cannot", ["write", "picture", "close"])
+def test_a_run_goes_on_without_a_sink_that_fails(tmp_path, cannot):
+    failing, sound = Failing(cannot), Failing("")
+    sinks = [lambda *_: failing, lambda *_: sound]
+    with pytest.warns(UserWarning, match=r"Failing failed .*connection lost") as seen:
+        train(
+            tiny_config(),
+            TinyPictures(),
+            tmp_path,
+            encode=encode,
+            hooks=[(16, draw)],
+            sinks=sinks,
+        )
+    assert len(seen) == 1
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert sound.asked.count("write") == len(lines)
+    assert sound.asked.count("picture") == 3
+    assert (failing.asked.count(cannot), failing.asked[-1], sound.asked[-1]) == (
+        1,
+        "close",
+        "close",
+    )
 
 
 # --- choosing them -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_captions_of_like_length_are_encoded_together(tmp_path, monkeypatch):
     assert asked_of(cache).asked == ["a", "b", "long one", "long two"]
 
 
-def test_two_processes_may_fill_one_cache(tmp_path):
+def test_two_caches_may_fill_one_folder(tmp_path):
     one, other = FeatureCache(Counting(), tmp_path), FeatureCache(Counting(), tmp_path)
     for cache in (one, other):
         cache.add(["a", "b"])
@@ -192,6 +193,19 @@ def test_a_corrupt_chunk_is_made_again_with_a_warning(tmp_path, damage):
     assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
     assert sorted(asked_of(cache).asked) == ["a", "b"]
     assert broken.read_bytes() == whole
+
+
+def test_a_chunk_that_another_process_removes_is_passed_over(tmp_path, monkeypatch):
+    FeatureCache(Counting(), tmp_path).add(["a"])
+    (path,) = chunks(tmp_path)
+    data = path.read_bytes()
+    gone = path.with_name("0.safetensors")
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *given: [*glob(*given), gone])
+    assert len(FeatureCache(Counting(), tmp_path).chunks) == 1
+    path.write_bytes(data[:-1])
+    monkeypatch.setattr(warnings, "warn", lambda *_, **__: path.unlink())
+    assert len(FeatureCache(Counting(), tmp_path).chunks) == 0
 
 
 # --- interruptions ---------------------------------------------------------------------------
@@ -338,6 +352,9 @@ def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch):
 def test_sizes_and_times_are_readable():
     assert [size(n) for n in (12, 3_456, 7_890_000, 410_000_000_000)] == [
         "12 bytes", "3.46 kB", "7.89 MB", "410.0 GB",
+    ]  # fmt: skip
+    assert [size(n) for n in (999, 999_499, 999_600, 999_600_000)] == [
+        "999 bytes", "999 kB", "1 MB", "1.0 GB",
     ]  # fmt: skip
     assert [duration(n) for n in (4.2, 600.0, 7_200.0)] == ["4 s", "10 min", "2.0 hours"]
 

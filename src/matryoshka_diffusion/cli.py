@@ -25,6 +25,7 @@ PARALLEL = ("ddp", "fsdp")
 RANK_TIMEOUT = 60
 LOGS = ("tensorboard", "wandb")
 PLAIN_SECONDS = 30.0
+_MATCHED = 0.05
 _MODEL = "run folder, model folder, released .pth or shipped model"
 
 
@@ -195,6 +196,12 @@ def ema(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
     error = job.average_model(options.run_folder, options.length, options.out)
+    if error > _MATCHED:
+        warnings.warn(
+            f"--length {options.length:g} is not matched, its profile is off by {error:.0%}: 32 "
+            "snapshots of train.ema_power=[0.05, 0.1] match lengths from 0.02 to 0.25",
+            stacklevel=1,
+        )
     print(
         f"{options.out}: the average of length {options.length:g}, its profile off by {error:.2%}; "
         f"mdm sample {options.out} draws with it"
@@ -237,14 +244,19 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def data_check(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
-    from matryoshka_diffusion.data.check import contact_sheet, describe
+    from matryoshka_diffusion.data.bad import NoneUsable
+    from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad
     from matryoshka_diffusion.sheet import save_png
 
     allowed = job.find_config(options.preset, options.data, options.set).data.max_bad_fraction
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = job.find_config(options.preset, options.data, everything)
-    source = job.open_source(config.data, config.model.levels[-1].side)
-    print(describe(source))
+    try:
+        source = job.open_source(config.data, config.model.levels[-1].side)
+        print(describe(source))
+    except NoneUsable as error:
+        print(describe_bad(error.bad))
+        raise
     if options.sheet is not None:
         save_png(contact_sheet(source), options.sheet, None)
     bad, total = len(source.bad), source.total
@@ -325,8 +337,9 @@ def _train(
             world=world,
         )
         if world.leads:
-            previews = f"with previews in {out / 'previews'}; draw with mdm sample {out}"
-            print(f"trained: {finished}, {previews}")
+            drawn = out / "previews"
+            previews = f", with previews in {drawn}" if drawn.is_dir() else ""
+            print(f"trained: {finished}{previews}; draw with mdm sample {out}")
     return finished
 
 
@@ -358,9 +371,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
     )
-    command.add_argument("--gpus", type=_positive, default=1, metavar="N", help="of this machine")
     command.add_argument(
-        "--parallel", choices=PARALLEL, default="ddp", help="each GPU has the network, or a share"
+        "--gpus", type=_positive, default=1, metavar="N", help="train on N GPUs of this machine (1)"
+    )
+    command.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default="ddp",
+        help="on several GPUs: ddp, each has the whole network (the default), or fsdp, each has a "
+        "share of it, which takes less memory",
     )
     command.add_argument(
         "--rank-timeout",
@@ -404,13 +423,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "convert", convert, "turn a released checkpoint into a model folder")
     command.add_argument("file", type=Path, metavar="FILE", help="vis_model_64x64.pth, ...")
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    _add_model_folder(command)
     _add_text_encoder(command)
 
     command = _add(commands, "export", export, "write a model for sharing, or for diffusers")
     command.add_argument("model", metavar="RUN", help=_MODEL)
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
-    command.add_argument("--format", choices=FORMATS, default="mdm")
+    _add_model_folder(command)
+    command.add_argument(
+        "--format", choices=FORMATS, default="mdm", help="for mdm (the default) or diffusers"
+    )
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
     _add_text_encoder(command)
 
@@ -423,7 +444,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the training that the average is over, such as 0.08",
     )
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    _add_model_folder(command)
 
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)
@@ -431,14 +452,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     command.add_argument(
         "--freeze-coarse",
-        type=_positive,
+        type=_natural,
         default=0,
         metavar="N",
         help="leave what is there alone for the first N images",
     )
     command.add_argument(
         "--ramp",
-        type=_positive,
+        type=_natural,
         default=0,
         metavar="N",
         help="raise the new level's loss weight from 0 over the first N images",
@@ -446,7 +467,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(command)
 
     command = _add(commands, "info", info, "show a preset or a model, level by level")
-    command.add_argument("name", metavar="PRESET|RUN|FILE")
+    command.add_argument("name", metavar="PRESET|RUN|FILE", help=f"preset, {_MODEL}")
 
     command = _add(commands, "eval", evaluate, "measure a model against its training pictures")
     command.add_argument("model", metavar="RUN", help=_MODEL)
@@ -456,8 +477,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(command)
 
     command = _add(commands, "plot", plot, "draw the curves of runs")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
-    command.add_argument("-o", "--out", type=Path, default=Path("plot.png"), metavar="FILE")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    command.add_argument(
+        *("-o", "--out"),
+        type=Path,
+        default=Path("plot.png"),
+        metavar="FILE",
+        help="the picture (plot.png)",
+    )
 
     data = commands.add_parser("data", help="look at data before training")
     checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -470,7 +497,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(command)
 
     command = _add(commands, "demo", demo, "train openmoji and show what it learnt")
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="its folder (runs/demo)"
+    )
     _add_device(command)
     _add_set(command)
     return parser
@@ -489,6 +518,12 @@ def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
+def _add_model_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        *("-o", "--out"), type=Path, required=True, metavar="DIR", help="the new model's folder"
+    )
+
+
 def _add_text_encoder(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text-encoder", metavar="PATH", help="folder or hub id to take the text encoder from"
@@ -503,8 +538,10 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
     _add_device(command)
-    command.add_argument("--sampler", choices=SAMPLERS)
-    command.add_argument("--steps", type=_positive)
+    command.add_argument("--sampler", choices=SAMPLERS, help="if not that of the model's config")
+    command.add_argument(
+        "--steps", type=_positive, metavar="N", help="of the sampler, if not those of the config"
+    )
     command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
     command.add_argument(
         "--interval",
@@ -517,9 +554,15 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rescale", type=float, metavar="SHARE", help="of guidance, 0 to 1")
     command.add_argument("--eta", type=float, help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     command.add_argument("--grid", choices=GRIDS, help="times that the sampler visits")
-    command.add_argument("--threshold", choices=THRESHOLDS)
-    command.add_argument("--batch-size", type=_positive, default=64)
-    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument(
+        "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
+    )
+    command.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (fp32)"
+    )
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -532,12 +575,20 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _positive(text: str) -> int:
+    return _whole(text, 1, "above 0")
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0, "from 0 on")
+
+
+def _whole(text: str, least: int, which: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {which}")
     return value
 
 

@@ -27,10 +27,13 @@ from pydantic import (
     model_validator,
 )
 
+UNIFORM = 12**-0.5
+"""The length of the plain mean over all of the training: averages are shorter than this 0.2887."""
+
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-AverageLength = Annotated[float, Field(gt=0.0, lt=0.288)]
+AverageLength = Annotated[float, Field(gt=0.0, lt=UNIFORM)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 Prediction = Literal["x0", "eps", "v"]
@@ -338,9 +341,9 @@ class TrainConfig(Strict):
     them. `layout` is how features lie in memory. `compile` runs the network through torch.compile.
 
     `ema_power` are lengths of averages to keep beside the one that `ema_decay` is for, as shares
-    of the training (0.05 and 0.1 serve most; 0.288, the longest, is the plain mean). Snapshots of
-    them, every `ema_snapshot_every_images` (by default 32 in a run), give an average of any
-    length afterwards; see `train/ema_power.py`.
+    of the training, below `UNIFORM`; 0.05 and 0.1 serve most. Snapshots of them, every
+    `ema_snapshot_every_images` (by default 32 in a run), give an average of any length afterwards;
+    docs/training.md says how well they match which.
     """
 
     stages: tuple[StageConfig, ...]
@@ -376,7 +379,7 @@ class TrainConfig(Strict):
 
     @property
     def ema_snapshot_interval(self) -> int:
-        """Images between two snapshots; with 32 in a run a profile is matched to 0.1 %."""
+        """Images between two snapshots."""
         return self.ema_snapshot_every_images or -(-self.images // 32)
 
     def levels_before(self, stage: int) -> int:

@@ -10,10 +10,13 @@ import importlib.util
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
+
+_STALE_SECONDS = 3600.0
 
 
 class MissingExtra(ImportError):
@@ -51,6 +54,13 @@ def write_atomically(
     finally:
         with contextlib.suppress(OSError):  # mostly: it has its name by now
             temporary.unlink()
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a file unless a process wrote it within the last hour, which may still want it."""
+    with contextlib.suppress(OSError):  # another process may be faster
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            path.unlink()
 
 
 def _reason(error: OSError, path: Path, needed: int | None) -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.config import (
+    GENTLE,
+    UNIFORM,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -90,6 +92,7 @@ def find_config(
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
+        UsageError: `lora` without a model.
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
@@ -102,6 +105,10 @@ def find_config(
         config = preset(name)
     changes = list(assignments)
     if lora is not None:
+        if init is None and config.train.init is None and not _names_init(assignments):
+            raise UsageError(
+                "--lora: name the model in the place of the preset, or give --init MODEL"
+            )
         changes.insert(0, f"train.lora={LoraConfig(rank=lora).model_dump_json()}")
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
@@ -110,6 +117,10 @@ def find_config(
         where = Path(init).expanduser()
         changes.append(f"train.init={json.dumps(str(where.resolve()) if where.exists() else init)}")
     return with_source(override(config, changes))
+
+
+def _names_init(assignments: Sequence[str]) -> bool:
+    return any(change.startswith("train.init=") for change in assignments)
 
 
 def _tuning(model: Path, lr: float) -> RunConfig:
@@ -327,10 +338,14 @@ def average_model(run: Path, length: float, out: Path) -> float:
         How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
 
     Raises:
-        ConfigError: `out` is not empty, or `run` is no run.
-        FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
+        UsageError: `out` is not empty, `run` is no run, or there is no average of this length.
+        FileNotFoundError, ValueError: the run has no snapshots, or one is damaged.
     """
     refuse_full(out)
+    if not 0.0 < length < UNIFORM:
+        raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run}: no run folder with a config.yaml in it")
     config = load_config(run / "config.yaml")
     average = synthesise(run / "ema", length)
     checkpoint.export_weights(out, average.weights, config)
@@ -384,7 +399,8 @@ def grow_run(
     config of the new run, for instance the widths of the new level.
 
     Raises:
-        ConfigError: the side does not nest on the finest level, or `out` is not empty.
+        UsageError: the side does not nest on the finest level, `out` is not empty, or the new stage
+            is shorter than `freeze_coarse` or `ramp`.
         FileNotFoundError, ValueError: `run` is no trained model.
     """
     refuse_full(out)
@@ -392,11 +408,17 @@ def grow_run(
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    gentle = [
-        f"train.stages[0].freeze_coarse_images={freeze_coarse}",
-        f"train.stages[0].ramp_images={ramp}",
-    ]
-    grown = override(_with_level(config, side), [*gentle, *assignments])
+    larger, changes = _with_level(config, side), list(assignments)
+    images = override(larger, changes).train.stages[0].images
+    lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
+    gentle = [f"train.stages[0].{name}={length}" for name, length in lengths]
+    try:
+        grown = override(larger, [*gentle, *changes])
+    except ConfigError as error:  # of the lengths, since the changes alone are sound
+        raise UsageError(
+            f"--freeze-coarse and --ramp: {max(freeze_coarse, ramp)} is more than the new stage's "
+            f"{images} images; give less, or make it longer with --set train.stages[0].images="
+        ) from error
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown

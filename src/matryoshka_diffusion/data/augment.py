@@ -1,4 +1,5 @@
-"""Geometric augmentation that does not leak into samples (Karras et al. 2022, Appendix F.2).
+"""Geometric augmentation that does not leak into samples (after Karras et al. 2022, Appendix F.2,
+with quarter turns in the place of its rotations).
 
 Mirroring, quarter turns, zooming, stretching and moving happen to a share of the pictures each,
 independently, and the network is told which and by how much. So it learns from more pictures than

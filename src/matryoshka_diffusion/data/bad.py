@@ -36,12 +36,28 @@ def some(bad: Sequence[BadFile], count: int = 5) -> str:
     return f" ({'; '.join([*shown, *more])})" if bad else ""
 
 
+class NoneUsable(ValueError):
+    """All files of a set are bad; `bad` are all of them."""
+
+    def __init__(self, message: str, bad: Sequence[BadFile]) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
 def refuse_too_many(name: str, bad: Sequence[BadFile], total: int, max_bad_fraction: float) -> None:
-    """Raise ValueError if all files are bad, or more than the share `max_bad_fraction`."""
-    if len(bad) >= total or len(bad) > max_bad_fraction * total:
+    """Refuse a set that has too many bad files.
+
+    Raises:
+        NoneUsable: all of them are bad, which no setting allows.
+        ValueError: more than the share `max_bad_fraction`.
+    """
+    said = f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}"
+    if len(bad) >= total:
+        raise NoneUsable(f"{said}: none is left to learn from", bad)
+    if len(bad) > max_bad_fraction * total:
         raise ValueError(
-            f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}: repair or remove "
-            f"them, or raise data.max_bad_fraction (now {max_bad_fraction:g})"
+            f"{said}: repair or remove them, or raise data.max_bad_fraction "
+            f"(now {max_bad_fraction:g})"
         )
 
 

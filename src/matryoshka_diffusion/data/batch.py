@@ -40,7 +40,9 @@ class Source(Protocol):
     """Square pictures in a fixed order.
 
     Where a source has more than the square, `places` say what to cut: 0 the beginning of the longer
-    side, towards 1 its end, the middle if nothing is said.
+    side, towards 1 its end, the middle if nothing is said. Where a source replaces bad pictures by
+    others, `among` says by which: those of a part (their indices, ascending), so that what another
+    part holds stays there.
 
     Attributes:
         keys: what each picture is called.
@@ -72,7 +74,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
     def many(
-        self, indices: Sequence[int], places: Sequence[float] | None = None
+        self,
+        indices: Sequence[int],
+        places: Sequence[float] | None = None,
+        among: Sequence[int] | None = None,
     ) -> list[Example]: ...
 
 
@@ -124,8 +129,13 @@ class Pictures:
     def __getitem__(self, index: int) -> Example:
         return self._example(index, CENTRE)
 
-    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
-        """The examples at `indices`."""
+    def many(
+        self,
+        indices: Sequence[int],
+        places: Sequence[float] | None = None,
+        among: Sequence[int] | None = None,
+    ) -> list[Example]:
+        """The examples at `indices`; all of them are good, so none is replaced."""
         return [self._example(*pair) for pair in placed(indices, places)]
 
     def _example(self, index: int, place: float) -> Example:

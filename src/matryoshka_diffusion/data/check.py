@@ -41,8 +41,12 @@ def describe(source: Source) -> str:
         counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
         lines.append(f"  classes   {len(source.classes)}: {_listed(counts)}")
     lines.append(f"  captions  {_captions(captions)}")
-    lines.append(f"  bad files {len(source.bad)}")
-    return "\n".join([*lines, *_bad_files(source.bad)])
+    return "\n".join([*lines, describe_bad(source.bad)])
+
+
+def describe_bad(bad: Sequence[BadFile]) -> str:
+    """Lines for people: how many files are left out, and the first of them with reasons."""
+    return "\n".join([f"  bad files {len(bad)}", *_bad_files(bad)])
 
 
 def contact_sheet(source: Source, count: int = 64) -> Image:

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from matryoshka_diffusion.data.film import Film, Shape, open_film, write_film
 from matryoshka_diffusion.data.images import Picture, PictureError
 from matryoshka_diffusion.data.store import look_ahead
-from matryoshka_diffusion.files import digest, write_atomically
+from matryoshka_diffusion.files import digest, remove_stale, write_atomically
 
 DECODER = 2
 """To be raised when the same file would decode to other bytes, or be kept in another way."""
@@ -42,7 +42,8 @@ def decode_once(
     """All of `count` pictures, from the folder `cache`, filled first unless it fits `state`.
 
     The notes (shapes, sides and reasons) are written before the film, so where the film is, they
-    are. Films of other states are removed.
+    are. Films of other states are removed once nobody has written them for an hour: until then
+    they may be those of another process that is about to open them.
 
     Args:
         state: changes with whatever the pictures depend on besides the decoder.
@@ -58,10 +59,11 @@ def decode_once(
     if film is None:
         _write(path, notes, count, read, side, title)
         film, found = _kept(path, notes, count, side)
-    assert film is not None, "it was opened or written above"
+    if film is None:
+        raise OSError(f"{path} vanished or changed as soon as it was written: try again")
     for old in (*cache.glob("*.npy"), *cache.glob("*.json")):
         if old.stem != name:
-            old.unlink(missing_ok=True)
+            remove_stale(old)
     bad = {n: note.reason for n, note in enumerate(found) if note.reason}
     return Decoded(film, [note.original_side for note in found], bad)
 

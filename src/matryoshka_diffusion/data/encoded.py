@@ -6,13 +6,15 @@ would fill the disk: its pictures are decoded when they are asked for, a batch a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.bad import BadFile, Quarantine, refuse_too_many
 from matryoshka_diffusion.data.batch import Example, Pictures, Source, placed
-from matryoshka_diffusion.data.crop import CENTRE, cut_square
+from matryoshka_diffusion.data.crop import cut_square
 from matryoshka_diffusion.data.decoded import decode_once, workers
 from matryoshka_diffusion.data.images import PictureError
 from matryoshka_diffusion.data.samples import Catalogue, class_names, judged
@@ -86,8 +88,9 @@ def _decoded(
 class PicturesOnDemand:
     """A `Source` that decodes a picture whenever it is asked for.
 
-    A picture that turns out bad is replaced by the next good one, so what is at an index depends
-    on the data alone: not on what was read before, nor on the number of threads.
+    A picture that turns out bad is replaced by the next good one (of those it is asked for among),
+    so what is at an index depends on the data alone: not on what was read before, nor on the number
+    of threads.
     """
 
     channels = 3
@@ -118,16 +121,23 @@ class PicturesOnDemand:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Example:
-        return self._example((index, CENTRE))
+        return self.many([range(len(self))[index]])[0]
 
-    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
+    def many(
+        self,
+        indices: Sequence[int],
+        places: Sequence[float] | None = None,
+        among: Sequence[int] | None = None,
+    ) -> list[Example]:
         """The examples at `indices`, decoded in several threads."""
         pairs = placed(indices, places)
-        return list(look_ahead(self._example, pairs, workers=workers(), depth=len(pairs)))
+        allowed = range(len(self)) if among is None else among
+        read = partial(self._example, among=allowed)
+        return list(look_ahead(read, pairs, workers=workers(), depth=len(pairs)))
 
-    def _example(self, at: tuple[int, float]) -> Example:
+    def _example(self, at: tuple[int, float], among: Sequence[int]) -> Example:
         index, place = at
-        for n in self._from(range(len(self))[index]):
+        for n in self._from(index, among):
             try:
                 picture = self._read(n, self.side, self._crop)
             except PictureError as error:
@@ -142,11 +152,12 @@ class PicturesOnDemand:
                 key=sample.key,
                 original_side=sample.original_side or picture.original_side,
             )
-        raise ValueError(f"{self.name}: not one of its pictures can be read")
+        raise ValueError(f"{self.name}: not one of {len(among):,} pictures can be read")
 
-    def _from(self, index: int) -> Iterator[int]:
-        """The index and, after it, those that stand in for it."""
-        for step in range(len(self)):
-            n = (index + step) % len(self)
+    def _from(self, index: int, among: Sequence[int]) -> Iterator[int]:
+        """The index, which is one of `among`, and after it those that stand in for it."""
+        first = bisect_left(among, index)
+        for step in range(len(among)):
+            n = among[(first + step) % len(among)]
             if self.keys[n] not in self.quarantine:
                 yield n

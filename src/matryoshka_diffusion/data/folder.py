@@ -23,6 +23,7 @@ from matryoshka_diffusion.data.decoded import Decoded, decode_once
 from matryoshka_diffusion.data.images import OTHER_SUFFIXES, SUFFIXES, read_picture
 from matryoshka_diffusion.files import cache_folder, digest
 
+READ = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
 FORMS = (
     "put PNG, JPEG or WEBP files there: in one sub-folder for each class, or with captions in "
     "NAME.txt beside NAME.png or in a metadata.jsonl or metadata.csv (file_name, text), or neither"
@@ -35,11 +36,13 @@ def picture_folder(
     """The pictures under `path` as squares of `side` pixels, in the order of their paths.
 
     Raises:
-        OSError: no such folder.
+        OSError: no such folder, or it is a file.
         ValueError: no picture in it, or more than `max_bad_fraction` of the files are bad.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: name {READ} (--data, data.path)")
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is not a folder: name one with --data (data.path)")
+        raise NotADirectoryError(f"{path} is a file of no known kind: what is read is {READ}")
     names, bad = _find(path)
     if not names:
         raise ValueError(f"{path} holds no picture{some(_files(bad))}: {FORMS}")

@@ -15,7 +15,7 @@ _DIGITS = 13
 
 @dataclass(frozen=True)
 class Part:
-    """Some examples of a source, in its order. A `Source` itself."""
+    """Some examples of a source, in its order: `indices` ascend. A `Source` itself."""
 
     source: Source
     indices: Sequence[int]
@@ -61,10 +61,21 @@ class Part:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self.source[self.indices[index]]
+        return self.many([index])[0]
 
-    def many(self, indices: Sequence[int], places: Sequence[float] | None = None) -> list[Example]:
-        return self.source.many([self.indices[index] for index in indices], places)
+    def many(
+        self,
+        indices: Sequence[int],
+        places: Sequence[float] | None = None,
+        among: Sequence[int] | None = None,
+    ) -> list[Example]:
+        """The examples at `indices`; what stands in for a bad one is of this part, too."""
+        among = range(len(self)) if among is None else among
+        return self.source.many(self._whole(indices), places, self._whole(among))
+
+    def _whole(self, indices: Sequence[int]) -> list[int]:
+        """Indices into the source."""
+        return [self.indices[index] for index in indices]
 
 
 def split(source: Source, share: float) -> tuple[Source, Source | None]:

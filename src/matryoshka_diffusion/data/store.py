@@ -71,10 +71,10 @@ def stored_pictures(
 
 def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The bytes in the file, memory-mapped; None, with a warning, if they have another shape."""
-    if not path.exists():
-        return None
     try:
         stored = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None
     except (ValueError, EOFError) as error:
         stored, reason = None, str(error)
     else:

@@ -72,7 +72,7 @@ class FeatureCache:
         )
 
     def seconds(self, plan: Plan) -> float:
-        """How long storing would take, after a tenth of the captions or one batch of them."""
+        """How long storing would take, from at most a tenth of the captions, at most one batch."""
         sample = sorted(_spread(plan.missing, _SAMPLE), key=len)
         count = min(_BATCH, max(1, len(plan.missing) // 10))
         middle = max(0, (len(sample) - count) // 2)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from matryoshka_diffusion.files import digest, write_atomically
+from matryoshka_diffusion.files import digest, remove_stale, write_atomically
 
 OVERHEAD = 44
 """Bytes beside the features of a caption: its digest in JSON, and an offset."""
 
-_STALE_SECONDS = 3600.0
 _NAME = "S16"  # a digest as bytes: numpy sorts and searches them
 
 
@@ -92,12 +89,13 @@ class Chunks:
     def tidy(self) -> None:
         """Remove what a process that was killed while writing has left, when it is surely dead."""
         for path in self.folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError):  # another process may be faster
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+            remove_stale(path)
 
     def _note(self, path: Path) -> None:
-        """Take a chunk into the index; one that makes no sense is removed."""
+        """Take a chunk into the index; one that makes no sense is removed.
+
+        Another process may have removed it since it was seen.
+        """
         try:
             with safe_open(path, "pt") as chunk:
                 names = json.loads(chunk.metadata()["captions"])
@@ -112,9 +110,11 @@ class Chunks:
             found = np.frombuffer(bytes.fromhex("".join(names)), _NAME)
             number = np.full(len(names), len(self._paths), "i4")
             part = _Index(found, number, offsets[:-1], offsets[1:])
+        except FileNotFoundError:
+            return
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             warnings.warn(f"{path} is corrupt and is made again ({error})", stacklevel=4)
-            path.unlink()
+            path.unlink(missing_ok=True)
         else:
             self._paths.append(path)
             self._unsorted.append(part)

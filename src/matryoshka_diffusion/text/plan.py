@@ -57,7 +57,7 @@ def size(count: int) -> str:
     """Bytes for people."""
     amount = float(count)
     for unit in ("bytes", "kB", "MB"):
-        if amount < 1000:
+        if amount < 999.5:  # what three digits round to less than 1,000
             return f"{amount:.3g} {unit}"
         amount /= 1000
     return f"{amount:,.1f} GB"

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from matryoshka_diffusion.config import UNIFORM
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.optim import learnt_parameters
 from matryoshka_diffusion.train.world import fill, local
-
-UNIFORM = 12**-0.5
-"""The length of the plain mean of all that was (exponent 0), which is the longest there is."""
 
 
 def exponent(length: float) -> float:
@@ -35,7 +33,7 @@ def exponent(length: float) -> float:
         ValueError: the length is not between 0 and `UNIFORM`.
     """
     if not 0.0 < length < UNIFORM:
-        raise ValueError(f"an average has a length between 0 and {UNIFORM:.3f}, not {length:g}")
+        raise ValueError(f"an average has a length between 0 and {UNIFORM:.4f}, not {length:g}")
     inverse = length**-2
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 

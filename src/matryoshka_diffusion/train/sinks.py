@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.files import require, write_atomically
@@ -39,27 +40,56 @@ and the sink sees to it that no curve has it twice.
 
 
 class Log:
-    """The metrics of a run, and all other sinks, as one; of several ranks, rank 0 has them."""
+    """The metrics of a run, and all other sinks, as one; of several ranks, rank 0 has them.
+
+    A sink that fails is left out from then on, with a warning: a run needs none of them.
+    """
 
     def __init__(self, metrics: Metrics | None = None, sinks: Sequence[Sink] = ()) -> None:
-        self._metrics, self._sinks = metrics, sinks
+        self._metrics, self._sinks = metrics, [_Guarded(sink) for sink in sinks]
 
     def write(self, line: dict[str, Any]) -> None:
         """A line for everyone."""
         if self._metrics is not None:
             self._metrics.write(line)
         for sink in self._sinks:
-            sink.write(line)
+            sink.tell(lambda sink: sink.write(line))
 
     def picture(self, name: str, path: Path, images_seen: int) -> None:
         """A picture, which lies in the run's folder, for those who show it elsewhere."""
         for sink in self._sinks:
-            sink.picture(name, path, images_seen)
+            sink.tell(lambda sink: sink.picture(name, path, images_seen))
 
     def close(self) -> None:
-        """Let every sink finish."""
+        """Let every sink finish, those that have failed, too."""
         for sink in self._sinks:
             sink.close()
+
+
+class _Guarded:
+    """A sink that is told nothing more once it has failed."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._failed = sink, False
+
+    def tell(self, what: Callable[[Sink], None]) -> None:
+        if not self._failed:
+            self._try(what)
+
+    def close(self) -> None:
+        self._try(lambda sink: sink.close())
+
+    def _try(self, what: Callable[[Sink], None]) -> None:
+        try:
+            what(self._sink)
+        except Exception as error:  # noqa: BLE001 - packages for services raise what they like
+            if not self._failed:
+                warnings.warn(
+                    f"{type(self._sink).__name__} failed and is told nothing more; metrics.jsonl "
+                    f"has it all ({type(error).__name__}: {error})",
+                    stacklevel=4,
+                )
+            self._failed = True
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -111,24 +141,22 @@ class WeightsAndBiases:
     WANDB_MODE=online the run is sent as it goes, else it is kept in `RUN/wandb`, from where
     `wandb sync` sends it. Neither code nor the terminal's text is taken.
 
-    `RUN/wandb/run.json` remembers the run's id and how far it was told, so that what a resumed
-    run tells again (the same numbers, since resuming is exact) is passed over.
+    `RUN/wandb/run.json` remembers the run's id, how far it was told, and which names at the last
+    step: what a resumed run tells again (the same numbers, since resuming is exact) is passed over,
+    and what a kill kept from being told at that step is not.
     """
 
     def __init__(self, folder: Path, config: RunConfig, images_seen: int) -> None:
         self._wandb: Any = require("wandb", "wandb", "--log wandb")
         self._path = folder / "wandb" / "run.json"
-        self._note = {"id": secrets.token_hex(8), "images_seen": 0}
-        if self._path.exists():
-            self._note = json.loads(self._path.read_text("utf-8"))
-        self._told = self._note["images_seen"]
-        self._remember(self._told)
+        self._note = self._told = _read_note(self._path)
+        self._remember(self._note)
         online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "matryoshka-diffusion"),
                 name=folder.resolve().name,
-                id=self._note["id"],
+                id=self._note.id,
                 resume="allow",
                 dir=str(folder),
                 mode=os.environ.get("WANDB_MODE", online),
@@ -152,14 +180,42 @@ class WeightsAndBiases:
         self._run.finish()
 
     def _tell(self, values: dict[str, Any], images_seen: int) -> None:
-        if images_seen > self._told:
+        told = self._told
+        if images_seen < told.images_seen:
+            return
+        if images_seen == told.images_seen:
+            values = {name: value for name, value in values.items() if name not in told.names}
+        if values:
             self._run.log(values, step=images_seen)
-            self._remember(images_seen)
+            before = self._note.names if images_seen == self._note.images_seen else []
+            self._remember(_Note(told.id, images_seen, [*before, *values]))
 
-    def _remember(self, images_seen: int) -> None:
-        self._note["images_seen"] = images_seen
-        text = json.dumps(self._note).encode()
+    def _remember(self, note: _Note) -> None:
+        self._note = note
+        text = json.dumps(note._asdict()).encode()
         write_atomically(self._path, lambda file: file.write(text))
+
+
+class _Note(NamedTuple):
+    """A run's id at Weights & Biases, the last step that it was told, and the names told there."""
+
+    id: str
+    images_seen: int
+    names: list[str]
+
+
+def _read_note(path: Path) -> _Note:
+    """What the file remembers; a new run if there is none. Raises ValueError if it is damaged."""
+    if not path.exists():
+        return _Note(secrets.token_hex(8), 0, [])
+    try:
+        note = json.loads(path.read_bytes())
+        return _Note(str(note["id"]), int(note["images_seen"]), list(note["names"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it, and a new run of "
+            "Weights & Biases is begun for what is still to come"
+        ) from error
 
 
 SINKS: dict[str, OpenSink] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
