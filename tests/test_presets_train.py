@@ -19,7 +19,7 @@ from matryoshka_diffusion.train.checkpoint import load_network
 from matryoshka_diffusion.train.trainer import train
 from test_presets import every_preset, revalidated, shrunk
 
-ROWS = 8
+ROWS = 4
 
 
 def short(name: str) -> RunConfig:

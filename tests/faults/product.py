@@ -28,7 +28,7 @@ INTERVAL, BATCH, IMAGES = 16, 8, 480
 PATIENCE_SECONDS = 120.0
 """A process that takes longer than this hangs."""
 
-_CLOCK = {"seconds", "images_per_second", "data_wait"}
+_CLOCK = {"seconds", "images_per_second", "data_wait", "peak_memory_bytes"}
 
 
 @dataclass(frozen=True)
