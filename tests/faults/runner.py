@@ -22,7 +22,7 @@ from faults.report import Result, table
 
 Scenario = Callable[[Workshop, Result, float], None]
 SCENARIOS: dict[str, tuple[int, Scenario]] = {
-    "kill -9 at every moment of a save": (2, kills.at_every_moment),
+    "kill -9 at every third moment of a save": (2, kills.at_every_moment),
     "errors of the disk": (3, disk.failing),
     "a rank killed, and all started anew": (5, ranks.restarted),
     "NaN and Inf on one rank of two": (8, ranks.skipped),
