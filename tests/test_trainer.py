@@ -103,8 +103,9 @@ def test_a_stopped_run_continues_bit_for_bit(whole, tmp_path, images_seen):
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
-def test_a_run_resumes_bit_for_bit_in_bf16_too(tmp_path):
-    config = tiny_config(precision="bf16")
+@pytest.mark.parametrize("other", [{"precision": "bf16"}, {"layout": "channels_last"}])
+def test_a_run_resumes_bit_for_bit_in_bf16_and_channels_last(tmp_path, other):
+    config = tiny_config(**other)
     run(tmp_path / "whole", config)
     with pytest.raises(Stopped):
         run(tmp_path / "run", config, hooks=[stop_at(28)])
