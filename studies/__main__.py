@@ -1,0 +1,72 @@
+"""`python -m studies list | run [NAME...] [--workers N] | plot`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "studies" / "results"
+
+
+def main() -> int:
+    """Parse and call."""
+    options = _parser().parse_args()
+    if options.command == "run" and options.workers > 1:
+        return _several(options.workers)
+    return {"list": _list, "run": _run}[options.command](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
+    parser.add_argument("command", choices=("list", "run"))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="beginnings of trials' names (all)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
+    return parser
+
+
+def _chosen(options: argparse.Namespace) -> list:
+    from studies.trials import all_trials
+
+    names = tuple(options.names)
+    return [trial for trial in all_trials() if not names or trial.name.startswith(names)]
+
+
+def _list(options: argparse.Namespace) -> int:
+    from studies.queue import result_path
+
+    for trial in _chosen(options):
+        done = "done" if result_path(RESULTS, trial).is_file() else "    "
+        print(f"{done}  {trial.name}: {trial.config.train.images:,} images")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from studies.queue import work
+    from studies.run import run_trial
+
+    torch.set_num_threads(1)
+    tasks = _chosen(options)
+    for name in work(tasks, lambda t: run_trial(t, options.work), RESULTS, options.work / "locks"):
+        print(f"done: {name}", flush=True)
+    return 0
+
+
+def _several(workers: int) -> int:
+    """The same command in several processes, which share the queue."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--workers")]
+    words = [word for word in words if not word.isdigit()]
+    command = [sys.executable, "-m", "studies", *words]
+    running = [subprocess.Popen(command) for _ in range(workers)]
+    return max(process.wait() for process in running)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

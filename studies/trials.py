@@ -1,0 +1,249 @@
+"""What is trained: for each set of pictures one base, and variants that differ in one thing.
+
+The bases are the presets' networks and rates with the plainest progressive training: half of the
+compute on the coarsest level, half on all levels, every row with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matryoshka_diffusion.config import RunConfig, StageConfig, from_dict
+from matryoshka_diffusion.presets import preset
+from studies.compute import with_budget
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures that are studied.
+
+    Attributes:
+        preset: the run that the base is made of.
+        flops: the compute of every trial.
+        held_out: share of the pictures that is not trained on.
+        seeds: of the comparison with the baselines; ablations have the first `ablation_seeds`.
+    """
+
+    name: str
+    preset: str
+    flops: float
+    held_out: float
+    seeds: int
+    ablation_seeds: int
+
+
+SETS = {
+    "fashion": PictureSet("fashion", "fashion-mnist", 4.0e13, 0.02, 3, 3),
+    "emoji": PictureSet("emoji", "openmoji", 1.0e14, 0.05, 3, 1),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at."""
+
+    name: str
+    config: RunConfig
+    points: tuple[float, ...] = (1.0,)
+
+    @property
+    def set(self) -> PictureSet:
+        """The set of pictures it is about."""
+        return SETS[self.name.split("/")[0]]
+
+
+def base(pictures: PictureSet, *, coarse: float = 0.5) -> RunConfig:
+    """The run that every variant is compared with; `coarse` is the coarsest level's compute."""
+    config = preset(pictures.preset)
+    first, last = config.train.stages[0], config.train.stages[-1]
+    plain = last.model_copy(update={"mix": ()})
+    return _staged(config, pictures, (first, plain), (coarse, 1.0 - coarse))
+
+
+def _staged(
+    config: RunConfig,
+    pictures: PictureSet,
+    stages: Sequence[StageConfig],
+    shares: Sequence[float],
+) -> RunConfig:
+    """The run with these stages, sized, and with what all trials have in common."""
+    return _changed(
+        config,
+        {
+            "data.held_out": pictures.held_out,
+            "train.stages": [
+                stage.model_dump()
+                for stage in with_budget(config.model, stages, shares, pictures.flops)
+            ],
+            "train.precision": "bf16",
+            "train.preview_every_images": 0,
+            "train.checkpoint_every_images": 20_000,
+            "train.keep_checkpoints": 1,
+            "train.log_every_images": 1_000,
+        },
+    )
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """The config with the values at these paths replaced."""
+    data = config.model_dump()
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node = data
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    return from_dict(data)
+
+
+def _with_levels(config: RunConfig, **update: Any) -> RunConfig:
+    """Every level with these fields replaced."""
+    levels = [{**level.model_dump(), **update} for level in config.model.levels]
+    return _changed(config, {"model.levels": levels})
+
+
+# --- (b) length of the coarse stage, (c) number of levels ---------------------------------------
+
+
+def coarse_shares(pictures: PictureSet) -> dict[str, RunConfig]:
+    """Fig. 8a: all compute on all levels, and more and more of it on the coarsest first."""
+    return {
+        ("joint" if share == 0.0 else f"coarse-{share:g}"): base(pictures, coarse=share)
+        for share in (0.0, 0.25, 0.75)
+    }
+
+
+NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
+    # The levels of the preset, coarse to fine, under another number of them. A level that takes
+    # the place of two has their halvings; a level below the coarsest takes its deep half.
+    "fashion": {
+        "levels-1": {
+            32: {"widths": (64, 64, 128), "blocks": (1, 1, 1), "attention": (0, 0, 1)},
+        },
+        "levels-3": {
+            8: {"widths": (128,), "blocks": (1,), "attention": (1,)},
+            16: {"widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)},
+            32: {"widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)},
+        },
+    },
+    "emoji": {
+        "levels-1": {
+            64: {"widths": (32, 64, 96, 192), "blocks": (0, 0, 1, 1), "attention": (0, 0, 0, 1)},
+        },
+        "levels-2": {
+            16: {"widths": (96, 192), "blocks": (1, 1), "attention": (0, 1)},
+            64: {"widths": (32, 32, 32), "blocks": (0, 0, 0), "attention": (0, 0, 0)},
+        },
+        "levels-4": {
+            8: {"widths": (192,), "blocks": (1,), "attention": (1,)},
+            16: {"widths": (96, 96), "blocks": (1, 0), "attention": (0, 0)},
+            32: {"widths": (64, 32), "blocks": (0, 0), "attention": (0, 0)},
+            64: {"widths": (32, 32), "blocks": (0, 0), "attention": (0, 0)},
+        },
+    },
+}
+
+
+def nests(pictures: PictureSet) -> dict[str, RunConfig]:
+    """Fig. 8b: other numbers of levels; more than one are trained progressively, as the base is."""
+    return {name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()}
+
+
+def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
+    config = preset(pictures.preset)
+    whole = [level.model_dump() for level in config.model.levels]
+    finest = whole[-1]
+    ratio = (
+        finest["shift_ratio"] / finest["side"]
+    )  # so that a side has the shift it has in the base
+    built = [
+        {**finest, "side": side, **parts, "shift_ratio": ratio * side}
+        for side, parts in levels.items()
+    ]
+    first, last = config.train.stages[0], config.train.stages[-1]
+    stage = last.model_copy(update={"mix": (), "levels": len(levels)})
+    # The stages go first: a model with fewer levels than they ask for is refused.
+    stages = (first, stage) if len(levels) > 1 else (stage,)
+    shares = (0.5, 0.5) if len(levels) > 1 else (1.0,)
+    data = config.model_dump()
+    data["model"]["levels"] = built
+    data["train"]["stages"] = [each.model_dump() for each in stages]
+    return _staged(from_dict(data), pictures, stages, shares)
+
+
+# --- (f) the open choices ------------------------------------------------------------------------
+
+
+def _process(prediction: str, weighting: str) -> Change:
+    return lambda config: _changed(
+        config,
+        {"process.prediction": prediction, "process.weighting": [{"name": weighting}]},
+    )
+
+
+def _mixed(config: RunConfig, pictures: PictureSet) -> RunConfig:
+    """Mixed resolutions in the last stage, at its compute; half of the rows have all levels."""
+    first, last = config.train.stages
+    count = len(config.model.levels)
+    mixed = last.model_copy(update={"mix": (*[0.5 / (count - 1)] * (count - 1), 0.5)})
+    return _staged(config, pictures, (first, mixed), (0.5, 0.5))
+
+
+CHOICES: dict[str, Change] = {
+    "x0-v": _process("x0", "v"),
+    "x0-min_snr": _process("x0", "min_snr"),
+    "x0-sigmoid": _process("x0", "sigmoid"),
+    "v-v": _process("v", "v"),
+    "v-v_clipped": _process("v", "v_clipped"),
+    "v-sigmoid": _process("v", "sigmoid"),
+    "eps-eps": _process("eps", "eps"),
+    "shift-power-1": lambda config: _with_levels(config, shift_power=1.0),
+    "scaling-std": lambda config: _with_levels(config, input_scaling="std"),
+    "scaling-analytic": lambda config: _with_levels(config, input_scaling="analytic"),
+    "dropout-0.1": lambda config: _with_levels(config, dropout=0.1),
+    "time-log-snr": lambda config: _changed(config, {"model.time_input": "log-snr"}),
+}
+
+
+def choices(pictures: PictureSet) -> dict[str, RunConfig]:
+    """What the paper leaves open, one choice at a time."""
+    plain = base(pictures)
+    changed = {name: change(plain) for name, change in CHOICES.items()}
+    return {**changed, "mixed": _mixed(plain, pictures)}
+
+
+# --- the list ------------------------------------------------------------------------------------
+
+CURVE = (0.25, 0.5, 0.75, 1.0)
+
+
+def all_trials() -> list[Trial]:
+    """Every trial; first one seed of everything, then the others."""
+    rounds = max(pictures.seeds for pictures in SETS.values())
+    return [
+        trial
+        for seed in range(rounds)
+        for pictures in SETS.values()
+        for trial in _round(pictures, seed)
+    ]
+
+
+def _round(pictures: PictureSet, seed: int) -> list[Trial]:
+    compared = {"mdm": base(pictures), "joint": coarse_shares(pictures)["joint"]}
+    ablations = {**coarse_shares(pictures), **nests(pictures), **choices(pictures)}
+    trials = [_trial(pictures, name, config, seed, CURVE) for name, config in compared.items()]
+    if seed < pictures.ablation_seeds:
+        rest = {name: config for name, config in ablations.items() if name not in compared}
+        trials += [_trial(pictures, name, config, seed, (1.0,)) for name, config in rest.items()]
+    return trials if seed < pictures.seeds else []
+
+
+def _trial(
+    pictures: PictureSet, name: str, config: RunConfig, seed: int, points: tuple[float, ...]
+) -> Trial:
+    config = _changed(config, {"train.seed": seed, "name": f"{pictures.name}-{name}"})
+    return Trial(f"{pictures.name}/{name}/{seed}", config, points)
