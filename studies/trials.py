@@ -37,8 +37,8 @@ class PictureSet:
 
 
 SETS = {
-    "fashion": PictureSet("fashion", "fashion-mnist", 4.0e13, 0.02, 3, 3),
-    "emoji": PictureSet("emoji", "openmoji", 1.0e14, 0.05, 3, 1),
+    "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3, 3),
+    "emoji": PictureSet("emoji", "openmoji", 6.0e13, 0.05, 3, 1),
 }
 
 
