@@ -22,27 +22,27 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
     parser.add_argument("command", choices=("list", "run"))
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="beginnings of trials' names (all)"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
     return parser
 
 
 def _chosen(options: argparse.Namespace) -> list:
+    from studies.drawings import all_drawings
     from studies.trials import all_trials
 
     names = tuple(options.names)
-    return [trial for trial in all_trials() if not names or trial.name.startswith(names)]
+    tasks = [*all_trials(), *all_drawings()]
+    return [task for task in tasks if not names or task.name.startswith(names)]
 
 
 def _list(options: argparse.Namespace) -> int:
     from studies.queue import result_path
 
-    for trial in _chosen(options):
-        done = "done" if result_path(RESULTS, trial).is_file() else "    "
-        print(f"{done}  {trial.name}: {trial.config.train.images:,} images")
+    for task in _chosen(options):
+        done = "done" if result_path(RESULTS, task.name).is_file() else "    "
+        print(f"{done}  {task.name}")
     return 0
 
 
@@ -50,11 +50,11 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from studies.queue import work
-    from studies.run import run_trial
+    from studies.run import run
 
     torch.set_num_threads(1)
     tasks = _chosen(options)
-    for name in work(tasks, lambda t: run_trial(t, options.work), RESULTS, options.work / "locks"):
+    for name in work(tasks, lambda t: run(t, options.work), RESULTS, options.work / "locks"):
         print(f"done: {name}", flush=True)
     return 0
 

@@ -78,11 +78,11 @@ def _batches(total: int) -> Iterator[range]:
     return (range(first, min(first + BATCH, total)) for first in range(0, total, BATCH))
 
 
-def prompts_found(model: Matryoshka, job: Job) -> dict[str, float] | None:
-    """Prompt retrieval over trained captions, with the guidance of the set's preset."""
+def prompts_found(model: Matryoshka, job: Job, **settings: Any) -> dict[str, float] | None:
+    """Prompt retrieval over trained captions; by default with the guidance of the set's preset."""
     if model.net.config.text is None:
         return None
-    found = retrieval(model, job.source)
+    found = retrieval(model, job.source, **settings)
     return {"first": found.first, "among_five": found.among_five, "count": found.count}
 
 

@@ -17,24 +17,34 @@ from matryoshka_diffusion.files import write_atomically
 
 
 class Task(Protocol):
-    """Something with a name that is its place among the results."""
+    """Something with a name, which is its place among the results.
+
+    `needs` are the names of tasks whose results come first.
+    """
 
     @property
     def name(self) -> str: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
 
 
-def result_path(results: Path, task: Task) -> Path:
+def result_path(results: Path, name: str) -> Path:
     """Where the result of a task lies: `emoji/mdm/0` in `emoji/mdm-0.json`."""
-    set_name, rest = task.name.split("/", 1)
+    set_name, rest = name.split("/", 1)
     return results / set_name / f"{rest.replace('/', '-')}.json"
 
 
 def work(
     tasks: Iterable[Task], do: Callable[[Any], dict[str, Any]], results: Path, locks: Path
 ) -> Iterator[str]:
-    """Do what is neither done nor in the hands of another worker; yields the names done."""
+    """Do what is neither done nor in the hands of another worker; yields the names done.
+
+    Tasks whose needs are not there yet are left out; another call finds them.
+    """
     for task in tasks:
-        path = result_path(results, task)
+        path = result_path(results, task.name)
+        if not all(result_path(results, name).is_file() for name in task.needs):
+            continue
         with _claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
             if not mine or path.is_file():
                 continue

@@ -1,8 +1,9 @@
-"""Train a trial and measure it."""
+"""Do a task of the queue: train a trial and measure it, or draw with one that was trained."""
 
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import Hook, View, train
 from studies import measures
 from studies.compute import images_at, spent
+from studies.drawings import Drawing
 from studies.trials import Trial
 
 PRECISION = "bf16"
@@ -38,6 +40,20 @@ class Keep:
                 checkpoint.export_weights(path, net.state_dict(), view.config)
 
 
+def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
+    """The result of a task; `work` is where its runs are."""
+    found = run_trial(task, work) if isinstance(task, Trial) else draw(task, work)
+    return {"task": task.name, **_provenance(), **found}
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(torch.device("cpu")),
+    }
+
+
 def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
     """Train, or go on with the training, and return what was measured."""
     folder = work / "runs" / trial.name
@@ -51,10 +67,6 @@ def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
     ]
     done = Matryoshka.load(final, precision=PRECISION)
     return {
-        "trial": trial.name,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(torch.device("cpu")),
         "config": job.config.model_dump(mode="json"),
         "parameters": sum(parameter.numel() for parameter in done.net.parameters()),
         "images": job.config.train.images,
@@ -64,6 +76,22 @@ def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
         "points": [point for point in measured if point is not None],
         "retrieval": measures.prompts_found(done, job),
         **measures.losses(done.net, job),
+    }
+
+
+def draw(drawing: Drawing, work: Path) -> dict[str, Any]:
+    """Measure a trained network under other sampling settings."""
+    model = Matryoshka.load(work / "runs" / drawing.trial, precision=PRECISION)
+    job = prepare(model.config)
+    source = open_source(job.config.data, job.config.model.levels[-1].side)
+    began = time.monotonic()
+    fd = measures.distance(model, source, work / "references", **drawing.settings)
+    return {
+        "settings": model.sampling(drawing.settings).model_dump(mode="json"),
+        "metric": f"{NAME}, {measures.SAMPLES} samples",
+        NAME: fd,
+        "seconds": time.monotonic() - began,
+        "retrieval": measures.prompts_found(model, job, **drawing.settings),
     }
 
 

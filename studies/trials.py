@@ -49,6 +49,7 @@ class Trial:
     name: str
     config: RunConfig
     points: tuple[float, ...] = (1.0,)
+    needs: tuple[str, ...] = ()
 
     @property
     def set(self) -> PictureSet:
