@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
+PICTURES = ROOT / "docs" / "pictures" / "study"
 
 
 def main() -> int:
@@ -16,15 +17,17 @@ def main() -> int:
     options = _parser().parse_args()
     if options.command == "run" and options.workers > 1:
         return _several(options.workers)
-    return {"list": _list, "run": _run}[options.command](options)
+    return {"list": _list, "run": _run, "plot": _plot}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("command", choices=("list", "run"))
+    parser.add_argument("command", choices=("list", "run", "plot"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON files go here")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="plots go here")
     return parser
 
 
@@ -41,7 +44,7 @@ def _list(options: argparse.Namespace) -> int:
     from studies.queue import result_path
 
     for task in _chosen(options):
-        done = "done" if result_path(RESULTS, task.name).is_file() else "    "
+        done = "done" if result_path(options.results, task.name).is_file() else "    "
         print(f"{done}  {task.name}")
     return 0
 
@@ -54,16 +57,25 @@ def _run(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     tasks = _chosen(options)
-    for name in work(tasks, lambda t: run(t, options.work), RESULTS, options.work / "locks"):
+    for name in work(
+        tasks, lambda t: run(t, options.work), options.results, options.work / "locks"
+    ):
         print(f"done: {name}", flush=True)
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from studies.figures import draw_all
+    from studies.table import read_results
+
+    for path in draw_all(read_results(options.results), options.pictures):
+        print(path)
     return 0
 
 
 def _several(workers: int) -> int:
     """The same command in several processes, which share the queue."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--workers")]
-    words = [word for word in words if not word.isdigit()]
-    command = [sys.executable, "-m", "studies", *words]
+    command = [sys.executable, "-m", "studies", *sys.argv[1:], "--workers", "1"]
     running = [subprocess.Popen(command) for _ in range(workers)]
     return max(process.wait() for process in running)
 

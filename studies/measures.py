@@ -14,6 +14,7 @@ from matryoshka_diffusion.config import ProcessConfig, WeightingConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.features import NAME, EffNetLite0
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.job import Job
 from matryoshka_diffusion.measure import retrieval
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -44,17 +45,15 @@ def distance(model: Matryoshka, source: Source, cache: Path, **settings: Any) ->
 
 def reference(source: Source, cache: Path) -> Moments:
     """The moments of a whole set, kept in a file beside the runs."""
-    path = cache / f"{source.name}-{source.side}-{len(source)}-{NAME}.npz"
+    path = cache / f"{digest(f'{source.name} {source.side} {len(source)} {NAME}')}.npz"
     if not path.is_file():
         features = _network()
         moments = Moments.stream(
             features(np.stack([source[row].picture for row in rows]))
             for rows in _batches(len(source))
         )
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part.npz")
-        np.savez(temporary, count=moments.count, mean=moments.mean, scatter=moments.scatter)
-        temporary.replace(path)
+        parts = {"count": moments.count, "mean": moments.mean, "scatter": moments.scatter}
+        write_atomically(path, lambda file: np.savez(file, **parts))
     with np.load(path) as stored:
         return Moments(int(stored["count"]), stored["mean"], stored["scatter"])
 

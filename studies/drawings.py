@@ -1,0 +1,48 @@
+"""One trained network, sampled in other ways: guidance (Fig. 8c), solvers and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from studies.trials import SETS, PictureSet
+
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SOLVERS = {
+    "ddpm-250": {"sampler": "ddpm", "steps": 250},
+    **{f"ddim-{steps}": {"sampler": "ddim", "steps": steps} for steps in (10, 25, 50)},
+    **{f"dpmpp-2m-{steps}": {"sampler": "dpmpp-2m", "steps": steps} for steps in (10, 25, 50)},
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Samples of a finished trial under `settings`; `name` is set/variant/seed/setting."""
+
+    name: str
+    settings: dict[str, Any] = field(hash=False)
+
+    @property
+    def trial(self) -> str:
+        """The name of the trial whose network draws."""
+        return self.name.rsplit("/", 1)[0]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The trial must have ended."""
+        return (self.trial,)
+
+
+def all_drawings() -> list[Drawing]:
+    """Every drawing of the base's networks; first one seed of everything, then the others."""
+    rounds = range(max(pictures.seeds for pictures in SETS.values()))
+    return [each for seed in rounds for pictures in SETS.values() for each in _of(pictures, seed)]
+
+
+def _of(pictures: PictureSet, seed: int) -> list[Drawing]:
+    trial = f"{pictures.name}/mdm/{seed}"
+    solvers = {name: {**settings, "guidance": [1.0]} for name, settings in SOLVERS.items()}
+    guided = {f"guidance-{weight:g}": {"guidance": [weight]} for weight in GUIDANCE}
+    wanted = {**(solvers if seed < pictures.seeds else {})}
+    wanted |= guided if seed < pictures.ablation_seeds else {}
+    return [Drawing(f"{trial}/{name}", settings) for name, settings in wanted.items()]
