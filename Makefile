@@ -25,7 +25,7 @@ fashion: $(VENV)/.user
 	$(BIN)/mdm train fashion-mnist --out runs/fashion
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m faults
