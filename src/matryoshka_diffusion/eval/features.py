@@ -16,9 +16,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from matryoshka_diffusion.eval import naming
 from matryoshka_diffusion.files import require
 
-NAME = "FD-EffNetLite0"
+NETWORK = "EffNetLite0"
+NAME = naming.frechet(NETWORK)
 WIDTH = 1280
 SIDE = 128
 
@@ -46,12 +48,13 @@ class Extractor(Protocol):
     def __call__(self, pictures: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]: ...
 
 
-def weights_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256, read in chunks."""
+def weights_hash(*paths: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256 (of several: one after the other)."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
@@ -68,7 +71,7 @@ class EffNetLite0:
         (2, 1280)
     """
 
-    name = "EffNetLite0"
+    name = NETWORK
     resize = f"bilinear with antialiasing to {SIDE}x{SIDE}"
     width = WIDTH
 
