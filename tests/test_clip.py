@@ -65,7 +65,7 @@ def test_captions_have_the_embeddings_of_transformers_and_are_cut(clip, theirs):
     np.testing.assert_allclose(first, longer, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 20), (50, 80), (90, 33), (32, 32)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 20), (50, 80), (33, 90), (32, 32)])
 def test_pictures_are_resized_as_pillow_does(height, width):
     for picture in (smooth(height, width), noise(1, height, width)):
         size = [max(32, int(32 * edge / min(height, width))) for edge in (height, width)]
@@ -75,7 +75,7 @@ def test_pictures_are_resized_as_pillow_does(height, width):
         found = pil_bicubic(as_rgb(picture, "it"), 32)[0].permute(1, 2, 0).numpy()
         difference = np.abs(found - expected)
         assert difference.max() <= 1.0
-        assert difference.mean() < 0.1
+        assert difference.mean() < 0.01
 
 
 def test_it_says_what_it_is(clip, tiny_clip):
@@ -115,7 +115,7 @@ def test_what_cannot_be_scored_is_refused():
 
 def test_a_folder_that_is_something_else_is_named(tiny_clip, tiny_t5, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="no \\*.safetensors; expected a folder with a CLIP"
+        FileNotFoundError, match=r"no \*\.safetensors; expected a folder with a CLIP"
     ):
         CLIP(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"cannot load CLIP from {tiny_t5}|is no CLIP"):
@@ -125,7 +125,7 @@ def test_a_folder_that_is_something_else_is_named(tiny_clip, tiny_t5, tmp_path):
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
     del state["visual_projection.weight"]
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 weights are missing, first visual_projection.weight"):
+    with pytest.raises(ValueError, match=r"1 weights are missing, first visual_projection\.weight"):
         CLIP(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=f"cannot load CLIP from {tmp_path}"):

@@ -93,7 +93,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
 
 def test_what_cannot_be_compared_is_refused():
     rows = random(8).normal(size=(999, 2))
-    with pytest.raises(ValueError, match="kernel distance takes at least 1,000 samples .* not 999"):
+    with pytest.raises(
+        ValueError, match=r"kernel distance takes at least 1,000 samples .* not 999"
+    ):
         kernel_distance(rows, rows)
     with pytest.raises(
         ValueError, match="CMMD takes at least 1 samples on each side, not 999 and 0"

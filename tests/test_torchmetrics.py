@@ -71,6 +71,7 @@ def test_frechet_distance(network, sides):
     assert frechet_distance(*ours) == pytest.approx(float(theirs.compute()), rel=AGREES)
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")
 def test_kernel_distance(network, sides):
     # Their subsets are drawn otherwise, so every subset is the whole set.
     real, made = (side[:200] for side in sides)
@@ -81,6 +82,7 @@ def test_kernel_distance(network, sides):
     assert ours.mean == pytest.approx(float(theirs.compute()[0]), rel=AGREES)
 
 
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save all")
 def test_inception_score(network, sides, monkeypatch):
     theirs = InceptionScore(network, splits=10)
     theirs.update(sides[0])
