@@ -82,7 +82,7 @@ def test_samples_of_one_picture_are_precise_and_recall_nothing_more():
 
 
 def test_density_and_coverage_of_one_distribution_are_what_theory_says():
-    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020, Eq. 5 and 6),
+    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020),
     # E[coverage] = 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)).
     n, k = 100, 5
     missed = np.prod([(n - i) / (2 * n - i) for i in range(1, k + 1)])

@@ -73,7 +73,7 @@ def density_coverage(
     *,
     k: int = DENSITY_COVERAGE_K,
 ) -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020, Eq. 3 and 4), with open balls as in their code.
+    """Density and coverage (Naeem et al. 2020), with open balls as in their code.
 
     Only balls around real pictures count, so that an outlier among the samples spoils nothing.
     Open balls make the density of a set in itself exactly 1: a ball holds its centre and k - 1
