@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.pipeline import Matryoshka
 
 
@@ -19,12 +20,15 @@ def write_diffusers(model: Matryoshka, folder: Path) -> None:
     its tokenizer. It appears whole or not at all.
 
     Raises:
+        UsageError: the model is an upsampler.
         MissingExtra: diffusers or transformers is not installed.
         FileExistsError: the folder holds something already.
         OSError: it cannot be written, or the text encoder cannot be loaded.
     """
     from matryoshka_diffusion.export.pipeline import MDMPipeline
 
+    if model.config.model.coarse is not None:
+        raise UsageError(f"{model.config.name} is an upsampler, for which diffusers has no form")
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is no empty folder: name a new one")
