@@ -132,7 +132,7 @@ def _size(level: LevelConfig) -> str:
     return f"{level.side}x{level.side}{patch}"
 
 
-def _list(values: Sequence[float]) -> str:
+def _list(values: Sequence[int | float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 

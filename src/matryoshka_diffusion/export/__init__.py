@@ -25,10 +25,10 @@ def write_diffusers(model: Matryoshka, folder: Path) -> None:
         FileExistsError: the folder holds something already.
         OSError: it cannot be written, or the text encoder cannot be loaded.
     """
-    from matryoshka_diffusion.export.pipeline import MDMPipeline
-
     if model.config.model.coarse is not None:
         raise UsageError(f"{model.config.name} is an upsampler, for which diffusers has no form")
+    from matryoshka_diffusion.export.pipeline import MDMPipeline
+
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is no empty folder: name a new one")
