@@ -14,7 +14,7 @@ from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
 from matryoshka_diffusion.baselines.load import Model, open_model
 from matryoshka_diffusion.baselines.pictures import read_coarse
-from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, to_yaml
+from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, override, to_yaml
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
@@ -226,6 +226,16 @@ def test_a_base_that_does_not_fit_is_refused(base, message):
 )
 def test_the_presets_are_pairs(base, upsampler):
     check_pair(preset(base), preset(upsampler))
+
+
+@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist"])
+def test_a_base_learns_from_the_pictures_that_its_upsampler_does(name):
+    base, upsampler, nested = (preset(n) for n in (f"{name}-base", f"{name}-upsampler", name))
+    assert base.data_side == upsampler.data_side == nested.data_side
+    assert base.model.levels == nested.model.levels[:1]
+    side = base.data_side // 2 + 1
+    with pytest.raises(ConfigError, match=f"data.side is {side}, no multiple of the finest level"):
+        override(base, [f"data.side={side}"])
 
 
 def test_an_upsampler_is_only_for_an_upsampler():

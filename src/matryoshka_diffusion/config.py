@@ -270,6 +270,7 @@ class DataConfig(Strict):
     """Where the pictures come from.
 
     `path` is for what the user brings: a folder, a pattern of shards or parquet files, `hf:NAME`.
+    `side` is that of the pictures before D^r makes the levels of them; by default the finest one's.
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
@@ -281,6 +282,7 @@ class DataConfig(Strict):
 
     source: SourceName
     path: str | None = None
+    side: PositiveInt | None = None
     classes: tuple[str, ...] = ()
     crop: Crop = "centre"
     flip: bool = False
@@ -494,9 +496,19 @@ class RunConfig(Strict):
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
 
+    @property
+    def data_side(self) -> int:
+        """Side in pixels of the pictures that the levels are made of."""
+        return self.data.side or self.model.levels[-1].side
+
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         levels = len(self.model.levels)
+        if self.data_side % self.model.levels[-1].side:
+            raise ValueError(
+                f"data.side is {self.data_side}, no multiple of the finest level's side, "
+                f"{self.model.levels[-1].side}"
+            )
         deepest = self.train.stages[-1].levels
         if deepest > levels:
             raise ValueError(

@@ -114,7 +114,7 @@ def _data_needed(config: RunConfig, pictures: int | None) -> str:
     beside = "captions" if model.text else "classes" if model.classes else "nothing"
     epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
     return (
-        f"data: pictures of {model.levels[-1].side} pixels or more, with {beside} beside them; "
+        f"data: pictures of {config.data_side} pixels or more, with {beside} beside them; "
         f"{images:,} are seen{epochs}"
     )
 

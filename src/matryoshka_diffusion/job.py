@@ -164,7 +164,7 @@ def prepare(
             base is missing or does not fit.
         ValueError, OSError, MissingExtra: the data or the encoder cannot be used.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
+    source = open_source(config.data, config.data_side)
     config = note_base(complete(config, source))
     data = config.data
     encode, text = None, ""
@@ -208,7 +208,7 @@ def captions_to_embed(
         UsageError: there is no text.
         ValueError, OSError, MissingExtra: as `prepare`.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
+    source = open_source(config.data, config.data_side)
     config = complete(config, source)
     if config.encoder is None:
         raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")
