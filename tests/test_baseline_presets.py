@@ -8,6 +8,7 @@ import torch
 from matryoshka_diffusion.costs import count_parameters, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.schedule import build_schedules
 
 
 def arithmetic(name: str) -> float:
@@ -45,6 +46,25 @@ def test_baselines_have_the_sizes_that_are_stated(name: str, millions: float, gi
         count = count_parameters(NestedUNet(model))
     assert count / 1e6 == pytest.approx(millions, rel=0.02)
     assert forward_flops(model, 1) / 1e9 == pytest.approx(gigaflops, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "t", "ratio"),
+    [
+        ("imagenet-256-upsampler", 0.5, 4.0),
+        ("imagenet-256-upsampler", 0.7, 1.0),
+        ("fashion-mnist-upsampler", 0.3, 4.0),
+        ("openmoji-upsampler", 0.3, 1.0),
+    ],
+)
+def test_times_of_augmentation_in_the_signal_that_is_left(name: str, t: float, ratio: float):
+    """Signal over noise of a coarse pixel, which averages over many of the enlarged picture."""
+    model = preset(name).model
+    assert model.coarse is not None
+    times = torch.tensor([t], dtype=torch.float64)
+    averaged = (model.levels[0].side / model.coarse.side) ** 2
+    found = averaged * build_schedules(model)[0].log_snr(times).exp().item()
+    assert found == pytest.approx(ratio, rel=0.05)
 
 
 def test_the_parts_of_a_nest_are_not_changed_by_being_a_baseline():

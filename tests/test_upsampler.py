@@ -20,6 +20,7 @@ from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed, Inputs
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import View, train
+from matryoshka_diffusion.train.world import World
 from matryoshka_diffusion.watch import HeldOutLoss
 from test_nested import TIMES, equal, nest, noisy, run, wake
 from test_pipeline import Words, randomised
@@ -100,6 +101,13 @@ def test_a_sample_sees_the_same_coarse_picture_in_any_batch():
     for place, all_rows in enumerate(whole):
         parts = [image(given(24, 2))[place], image(given(26, 4))[place]]
         assert torch.equal(all_rows, torch.cat(parts))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_sees_the_coarse_pictures_of_its_own_rows(rank: int):
+    feed = Feed(upsampler_config(), TinyPictures(), encode, world=World(rank=rank, size=2))
+    whole, mine = image(given(24, 5)), image(feed(Step(0, 24, (5,), 0.1, False)))
+    assert all(torch.equal(a[rank::2], b) for a, b in zip(whole, mine, strict=True))
 
 
 def test_training_shows_the_picture_itself_made_small_under_noise_of_its_own():
