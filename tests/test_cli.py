@@ -81,7 +81,7 @@ def test_previews_show_every_class_at_every_level(model, tmp_path):
         update={"sampling": trained.config.sampling.model_copy(update={"steps": 2})}
     )
     view = View(config, tmp_path, 1234, lambda: trained.net)
-    path = Preview(None, None, "cpu")(view)
+    path = Preview({"classes": [0, 1]}, None, "cpu")(view)
     assert path == tmp_path / "previews" / "0000001234.png"
     with Image.open(path) as page:
         assert json.loads(page.info[SETTINGS_KEY])["images_seen"] == 1234

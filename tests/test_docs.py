@@ -71,6 +71,15 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "openmoji": (*SMALL, "model.text.width=32", stages(3)),
     "fashion-mnist": (*SMALL, stages(2)),
     "folder-64": (*SMALL, stages(3)),
+    "openmoji-base": (*SMALL, "model.text.width=32", stages(1)),
+    "openmoji-upsampler": (
+        "model.embedding=32",
+        "model.levels[0].widths=[32, 32, 32, 32]",
+        "model.text.width=32",
+        "train.warmup_images=0",
+        "sampling.steps=2",
+        stages(1),
+    ),
     "cc12m-256": paper("cc12m-256"),
     "cc12m-1024": paper("cc12m-1024"),
 }

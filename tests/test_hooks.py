@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.hooks import Preview, preview_prompts
+from matryoshka_diffusion.hooks import Preview, preview_of
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.sheet import SETTINGS_KEY
 from matryoshka_diffusion.train.trainer import View
@@ -20,7 +20,7 @@ def drawn(folder, averaged):
     """The pixels of a preview, and what it says about itself."""
     config = text_model(steps=2).config
     view = View(config, folder, 64, lambda: averaged)
-    with Image.open(Preview(["red", "blue thing"], Words(), "cpu")(view)) as page:
+    with Image.open(Preview({"prompts": ["red", "blue thing"]}, Words(), "cpu")(view)) as page:
         return np.asarray(page), json.loads(page.info[SETTINGS_KEY])
 
 
@@ -46,7 +46,8 @@ def test_the_prompts_of_previews_are_the_same_every_time(count):
         original_sides=[8] * count,
         captions=[(f"caption {n}", "another") for n in range(count)],
     )
-    prompts = preview_prompts(source)
-    assert prompts == preview_prompts(source)
+    config = text_model().config
+    prompts = preview_of(source, config)["prompts"]
+    assert prompts == preview_of(source, config)["prompts"]
     assert len(set(prompts)) == min(count, 8)
     assert all(prompt.startswith("caption") for prompt in prompts)

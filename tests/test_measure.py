@@ -26,8 +26,8 @@ class Recall:
     def __init__(self, known, misses=()):
         self.known = {known[i].captions[0]: known[i].picture for i in range(len(known))}
         self.misses = set(misses)
-        self.net = SimpleNamespace(config=SimpleNamespace(text=True, classes=0))
-        self.config = SimpleNamespace(name="recall")
+        model = SimpleNamespace(text=True, classes=0)
+        self.config = SimpleNamespace(name="recall", model=model)
         self.asked = []
 
     def sampling(self, settings):

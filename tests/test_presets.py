@@ -33,10 +33,12 @@ def shrunk(model: ModelConfig) -> ModelConfig:
     Two channels to a group of the group norms are the least: with one, the norm undoes the bias
     before it, which then has no gradient at all. Likewise a 1 x 1 core would be normalised away.
     """
-    divisor = model.levels[0].core_side // 2
+    divisor = max(model.levels[0].core_side // 2, 1)
     levels = tuple(_shrunk_level(level, divisor) for level in model.levels)
     text = model.text and model.text.model_copy(update={"features": 24, "width": 32})
-    return model.model_copy(update={"levels": levels, "embedding": 32, "text": text})
+    coarse = model.coarse and model.coarse.model_copy(update={"side": model.coarse.side // divisor})
+    update = {"levels": levels, "embedding": 32, "text": text, "coarse": coarse}
+    return model.model_copy(update=update)
 
 
 def _shrunk_level(level: LevelConfig, divisor: int) -> LevelConfig:
@@ -80,6 +82,8 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
         tokens=numbers(4, model.text.features) if model.text else None,
         mask=torch.arange(4) < torch.tensor([[4], [2]]) if model.text else None,
         micro={name: torch.tensor([10.0, 30.0]) for name in names},
+        image=numbers(model.channels, *sides[0]) if model.coarse else None,
+        image_t=torch.tensor([0.2, 0.7]) if model.coarse else None,
     )
     if model.classes or (model.text and model.text.learned_null):
         cond = cond.drop(torch.tensor([False, True]))
@@ -98,12 +102,19 @@ def test_every_parameter_of_every_preset_learns(name: str):
     assert loss.total.isfinite()
     assert loss.per_level.shape == (len(run.model.levels),)
     loss.total.backward()
-    still = [
+    still = {
         key
         for key, parameter in net.named_parameters()
         if parameter.grad is None or not parameter.grad.abs().max() > 1e-6
-    ]
-    assert not still
+    }
+    unused = {
+        f"levels.{level}.{part}.{kind}"  # what turns features into the prediction
+        for level, weight in enumerate(process.level_weights)
+        if weight == 0.0
+        for part in ("norm", "head")
+        for kind in ("weight", "bias")
+    }
+    assert still == unused
 
 
 @every_preset

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -83,6 +84,9 @@ def test_a_shrunk_preset_trains_grows_and_samples(name: str, tmp_path: Path):
     net = load_network(config.model, weights, where=name)
     model = Matryoshka(net, config, encoder=words if encode else None)
     prompts, classes = "picture 1" if encode else None, 0 if config.model.classes else None
-    samples = model.sample(prompts, classes=classes, steps=1)
+    given, coarse = None, config.model.coarse
+    if coarse is not None:
+        given = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
+    samples = model.sample(prompts, classes=classes, coarse=given, steps=1)
     sides = [level.side for level in config.model.levels]
     assert [tuple(level.shape[1:3]) for level in samples.levels] == [(s, s) for s in sides]

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.find_config(options.preset, options.data, options.set, options.init, options.lora)
+    config = job.find_config(
+        options.preset, options.data, options.set, options.init, options.lora, options.base
+    )
     if options.dry_run:
         return _plan(config, options.gpus, options.parallel)
     out = options.out or _own_folder(options.preset)
@@ -78,7 +81,7 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
 
     source = None
     if config.data.source != "folder" or config.data.path is not None:
-        source = job.open_source(config.data, config.model.levels[-1].side)
+        source = job.open_source(config.data, config.data_side)
         config = job.complete(config, source)
     pictures = None if source is None else len(source)
     gpus = gpus if gpus > 1 else 8  # of which most machines for this have so many
@@ -111,32 +114,47 @@ def embed(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import gallery
+    from matryoshka_diffusion.baselines.load import open_model
     from matryoshka_diffusion.pipeline import Matryoshka
 
+    enlarging = options.coarse is not None  # pictures of the user's own, so no base draws any
     once = f"converting {options.model}, once"
     with _Bar(once, "B", unit_scale=True, announce=True) as bar:
-        model = Matryoshka.load(
+        model = (Matryoshka.load if enlarging else partial(open_model, base=options.base))(
             options.model,
             device=_device(options.device),
             precision=options.precision,
             text_encoder=options.text_encoder,
             progress=bar,
         )
+    own = _own_pictures(options, model.config) if enlarging else {"n": options.n}
     with _Bar("sampling", " steps") as bar:
         samples = model.sample(
             options.prompt,
             classes=options.classes,
             negative=options.negative,
-            n=options.n,
             seed=options.seed,
             batch_size=options.batch_size,
             progress=bar,
+            **own,
             **_sampling(options),
         )
     folder = options.out or gallery.default_folder(options.model, samples)
     gallery.save(samples, folder)
     count = len(samples.captions)
     print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / 'grid.png'}")
+
+
+def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """The small pictures of --coarse: all for one prompt or class, or one for each."""
+    from matryoshka_diffusion.baselines.pictures import read_coarse
+    from matryoshka_diffusion.config import UsageError
+
+    if config.model.coarse is None:
+        raise UsageError(f"--coarse: {config.name} is no upsampler")
+    pictures = read_coarse(options.coarse, config.model.coarse.side, config.model.channels)
+    asked = len(options.prompt or options.classes or [None])
+    return {"coarse": pictures, "n": len(pictures) if asked == 1 else 1}
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -217,17 +235,20 @@ def plot(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job, measure
+    from matryoshka_diffusion.baselines.load import open_model
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.pipeline import Matryoshka
 
-    model = Matryoshka.load(
-        options.model, device=_device(options.device), precision=options.precision
+    model = open_model(
+        options.model,
+        device=_device(options.device),
+        precision=options.precision,
+        base=options.base,
     )
     source = job.open_source(model.config.data, model.resolutions[-1].height)
     settings = _sampling(options)
-    if model.net.config.text is None and not options.n:
+    if model.config.model.text is None and not options.n:
         raise UsageError(f"{options.model} has no prompts to retrieve: give -n for the distance")
-    if model.net.config.text is not None:
+    if model.config.model.text is not None:
         with _Bar("prompt retrieval", " steps") as bar:
             found = measure.retrieval(model, source, progress=bar, **settings)
         print(found)
@@ -252,7 +273,7 @@ def data_check(options: argparse.Namespace) -> None:
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = job.find_config(options.preset, options.data, everything)
     try:
-        source = job.open_source(config.data, config.model.levels[-1].side)
+        source = job.open_source(config.data, config.data_side)
         print(describe(source))
     except NoneUsable as error:
         print(describe_bad(error.bad))
@@ -297,7 +318,7 @@ def _train(
 
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import summary
-    from matryoshka_diffusion.hooks import Preview, preview_prompts
+    from matryoshka_diffusion.hooks import Preview, preview_of
     from matryoshka_diffusion.train.ranks import compare_data
     from matryoshka_diffusion.train.run_folder import refuse_foreign
     from matryoshka_diffusion.train.sinks import find_sink
@@ -314,9 +335,11 @@ def _train(
             ready = job.prepare(config, device, progress=bar)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))
-        prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
-        every = ready.config.train.preview_every_images
-        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
+        every, asked = (
+            ready.config.train.preview_every_images,
+            preview_of(ready.source, ready.config),
+        )
+        hooks: list[Any] = [(every, Preview(asked, ready.encode, device))]
         if ready.held_out is not None:
             watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
             hooks.append((every, watch))
@@ -365,6 +388,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
+    _add_base(command)
     command.add_argument(
         "--lora", type=_positive, metavar="RANK", help="train only adapters of this rank around it"
     )
@@ -417,6 +441,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("-n", type=_positive, default=1, help="pictures for each prompt or class")
     command.add_argument("--seed", type=int, default=0, help="picture i has seed SEED + i")
+    origin = command.add_mutually_exclusive_group()
+    _add_base(origin)
+    origin.add_argument(
+        "--coarse",
+        type=Path,
+        metavar="PNG|DIR",
+        help="enlarge these small pictures, of an upsampler",
+    )
     command.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the pictures go")
     _add_text_encoder(command)
     _add_sampling(command)
@@ -474,6 +506,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "-n", type=_positive, help="measure the Fréchet distance of so many samples, too"
     )
+    _add_base(command)
     _add_sampling(command)
 
     command = _add(commands, "plot", plot, "draw the curves of runs")
@@ -530,6 +563,12 @@ def _add_text_encoder(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_base(command: Any) -> None:
+    command.add_argument(
+        "--base", metavar="RUN", help="of an upsampler: the model that draws what it enlarges"
+    )
+
+
 def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change path.to.key=value"
@@ -558,6 +597,12 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
     )
     command.add_argument(
+        "--coarse-noise",
+        type=float,
+        metavar="T",
+        help="of an upsampler: time, 0 to 1, of the noise on the picture that it enlarges",
+    )
+    command.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
     )
     command.add_argument(
@@ -569,7 +614,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
     names = (
         *("sampler", "steps", "grid", "threshold", "eta"),
-        *("guidance", "guidance_interval", "rescale"),
+        *("guidance", "guidance_interval", "rescale", "coarse_noise"),
     )
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

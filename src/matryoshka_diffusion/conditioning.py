@@ -1,4 +1,4 @@
-"""What a picture is conditioned on, as one value: labels, text, micro-conditions.
+"""What a picture is conditioned on, as one value: labels, text, micro-conditions, a coarse picture.
 
 An empty `Conditioning()` is the unconditional case; there is no other code for it.
 """
@@ -17,6 +17,9 @@ AUGMENT_NUMBERS = 7
 """Numbers that say how a picture was transformed (see `data.augment`), all 0 if it was not."""
 
 
+TENSORS = ("labels", "tokens", "mask", "augment", "image", "image_t", "dropped")
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Conditions of a batch of b rows; every field is optional.
@@ -27,6 +30,9 @@ class Conditioning:
         mask: True where a token is real. Without one all are.
         micro: scalars by name, such as `scale` (the side of the original picture in pixels).
         augment: how the picture was transformed. Without it, not at all.
+        image: the coarse picture of an upsampler, enlarged to its coarsest level and under noise
+            (`diffusion.augment_coarse`).
+        image_t: the time of that noise, 0 for none.
         dropped: True where the label and the text of a row are hidden from the network.
     """
 
@@ -35,15 +41,13 @@ class Conditioning:
     mask: Bool[Tensor, "b n"] | None = None
     micro: Mapping[str, Float[Tensor, " b"]] = field(default_factory=dict)
     augment: Float[Tensor, "b 7"] | None = None
+    image: Float[Tensor, "b c h w"] | None = None
+    image_t: Float[Tensor, " b"] | None = None
     dropped: Bool[Tensor, " b"] | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `f` to every tensor."""
-        changed = {
-            name: f(value)
-            for name in ("labels", "tokens", "mask", "augment", "dropped")
-            if (value := getattr(self, name)) is not None
-        }
+        changed = {name: f(value) for name in TENSORS if (value := getattr(self, name)) is not None}
         return replace(self, **changed, micro={name: f(x) for name, x in self.micro.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:

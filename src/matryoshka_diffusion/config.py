@@ -33,6 +33,7 @@ UNIFORM = 12**-0.5
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 AverageLength = Annotated[float, Field(gt=0.0, lt=UNIFORM)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
@@ -161,10 +162,22 @@ class TextConfig(Strict):
         return self
 
 
+class CoarseConfig(Strict):
+    """What an upsampler starts from: a picture of `side`, which the coarsest level sees enlarged.
+
+    In training it is D^r of the picture itself under noise of a time drawn evenly from 0 to
+    `max_noise`, and the network is told that time (Appendix D.1; Saharia et al., 2022).
+    """
+
+    side: PositiveInt
+    max_noise: Share = 1.0
+
+
 class ModelConfig(Strict):
     """The nest: levels from coarse to fine, and what they share.
 
-    `augment` tells the network how a picture was transformed (`data.augment`).
+    `augment` tells the network how a picture was transformed (`data.augment`). With `coarse` it is
+    an upsampler, the second half of a cascade.
     """
 
     levels: tuple[LevelConfig, ...]
@@ -176,6 +189,7 @@ class ModelConfig(Strict):
     text: TextConfig | None = None
     classes: Natural = 0
     augment: bool = False
+    coarse: CoarseConfig | None = None
 
     @property
     def micro_names(self) -> frozenset[str]:
@@ -219,6 +233,16 @@ class ModelConfig(Strict):
             raise ValueError("embedding must be a multiple of 8")
         return self
 
+    @model_validator(mode="after")
+    def _coarse_is_smaller(self) -> ModelConfig:
+        side = self.levels[0].side
+        if self.coarse and (side <= self.coarse.side or side % self.coarse.side):
+            raise ValueError(
+                f"coarse.side is {self.coarse.side}, but levels[0].side = {side} must be a "
+                "multiple of it and larger"
+            )
+        return self
+
 
 class WeightingConfig(Strict):
     """The weight w(log-SNR) on the squared x-error of a level; see `diffusion.py`."""
@@ -232,18 +256,21 @@ class WeightingConfig(Strict):
 class ProcessConfig(Strict):
     """What the network predicts and how its errors are weighted.
 
-    One entry of `weighting` or `level_weights` stands for every level; else one each.
+    One entry of `weighting` or `level_weights` stands for every level; else one each. A level of
+    weight 0 is not trained to predict: it is an input of the finer ones, and samplers take D^r of
+    the finest estimate for its own (`denoiser.Pooled`). The finest level of a stage needs a weight.
     """
 
     prediction: Prediction = "x0"
     weighting: tuple[WeightingConfig, ...] = (WeightingConfig(),)
-    level_weights: tuple[PositiveFloat, ...] = (1.0,)
+    level_weights: tuple[Weight, ...] = (1.0,)
 
 
 class DataConfig(Strict):
     """Where the pictures come from.
 
     `path` is for what the user brings: a folder, a pattern of shards or parquet files, `hf:NAME`.
+    `side` is that of the pictures before D^r makes the levels of them; by default the finest one's.
 
     `classes` are the names that the data was found to have; a run fills them in. `pixels` is how
     bytes become numbers: x / 127.5 - 1, or (x - 127) / 128 for weights of the paper's release.
@@ -255,6 +282,7 @@ class DataConfig(Strict):
 
     source: SourceName
     path: str | None = None
+    side: PositiveInt | None = None
     classes: tuple[str, ...] = ()
     crop: Crop = "centre"
     flip: bool = False
@@ -422,8 +450,22 @@ class TrainConfig(Strict):
         return self
 
 
+class BaseConfig(Strict):
+    """The model whose pictures an upsampler starts from: a run or model folder, a shipped model.
+
+    `hash` is that of its weights when the upsampler's training began; a run fills it in.
+    """
+
+    path: str
+    hash: str = ""
+
+
 class SamplingConfig(Strict):
-    """Sampling defaults; tuples have one entry for every level or one each (coarse to fine)."""
+    """Sampling defaults; tuples have one entry for every level or one each (coarse to fine).
+
+    An upsampler has `coarse_noise`, the time of the noise that the coarse picture is given, and
+    the `base` that draws that picture.
+    """
 
     sampler: SamplerName = "dpmpp-2m"
     steps: PositiveInt = 25
@@ -433,6 +475,8 @@ class SamplingConfig(Strict):
     rescale: Share = 0.0
     threshold: tuple[Threshold, ...] = ("clip",)
     eta: Share = 0.0
+    coarse_noise: Share | None = None
+    base: BaseConfig | None = None
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> SamplingConfig:
@@ -452,9 +496,19 @@ class RunConfig(Strict):
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
 
+    @property
+    def data_side(self) -> int:
+        """Side in pixels of the pictures that the levels are made of."""
+        return self.data.side or self.model.levels[-1].side
+
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         levels = len(self.model.levels)
+        if self.data_side % self.model.levels[-1].side:
+            raise ValueError(
+                f"data.side is {self.data_side}, no multiple of the finest level's side, "
+                f"{self.model.levels[-1].side}"
+            )
         deepest = self.train.stages[-1].levels
         if deepest > levels:
             raise ValueError(
@@ -474,6 +528,8 @@ class RunConfig(Strict):
         for path, values in per_level.items():
             if len(values) not in (1, levels):
                 raise ValueError(f"{path} has {len(values)} entries; give 1 or {levels}")
+        self._every_stage_learns()
+        self._coarse_agrees()
         if self.model.text is not None and self.model.classes:
             raise ValueError(
                 "model.text and model.classes: a run has captions or classes, not both"
@@ -487,6 +543,43 @@ class RunConfig(Strict):
         if (self.model.text is None) != (self.encoder is None):
             raise ValueError("model.text and encoder go together: give both or neither")
         return self
+
+    def _every_stage_learns(self) -> None:
+        """What the finest level predicts is what is drawn, so no stage may leave it untrained."""
+        weights = self.process.level_weights
+        weights = weights * len(self.model.levels) if len(weights) == 1 else weights
+        for index, stage in enumerate(self.train.stages):
+            if weights[stage.levels - 1] == 0.0:
+                raise ValueError(
+                    f"process.level_weights is 0 for level {stage.levels - 1}, the finest of "
+                    f"train.stages[{index}]: give it a weight, or the stage all levels up to one "
+                    "that has a weight"
+                )
+            idle = [
+                level
+                for level, share in enumerate(stage.mix)
+                if share and not any(weights[: level + 1])
+            ]
+            if idle:
+                raise ValueError(
+                    f"train.stages[{index}].mix gives rows to level {idle[0]} at most, whose "
+                    "process.level_weights are 0: they would teach nothing"
+                )
+
+    def _coarse_agrees(self) -> None:
+        coarse, noise = self.model.coarse, self.sampling.coarse_noise
+        if (coarse is None) != (noise is None):
+            raise ValueError(
+                "model.coarse and sampling.coarse_noise go together: "
+                + ("this model takes no coarse picture" if coarse is None else "give a time")
+            )
+        if coarse is not None and noise is not None and noise > coarse.max_noise:
+            raise ValueError(
+                f"sampling.coarse_noise is {noise:g}, but the upsampler is trained up to "
+                f"model.coarse.max_noise = {coarse.max_noise:g}"
+            )
+        if coarse is None and self.sampling.base is not None:
+            raise ValueError("sampling.base: this model takes no coarse picture, it has no base")
 
 
 # --- reading and writing ---------------------------------------------------------------------

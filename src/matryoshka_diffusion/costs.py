@@ -74,9 +74,12 @@ def _one_picture(model: ModelConfig) -> tuple[NestedUNet, Pyramid, Tensor, Condi
     with torch.device("meta"):
         net = NestedUNet(model)
         z = tuple(torch.empty(1, model.channels, level.side, level.side) for level in model.levels)
+        first = z[0] if model.coarse else None
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
             tokens=torch.empty(1, TEXT_TOKENS, model.text.features) if model.text else None,
             micro={name: torch.ones(1) for name in model.micro_names},
+            image=first,
+            image_t=None if first is None else torch.ones(1),
         )
         return net, z, torch.ones(1), cond

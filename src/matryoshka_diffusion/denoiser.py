@@ -1,7 +1,8 @@
 """From a network to an estimate of the picture: the one thing that samplers see.
 
 A `Denoiser` maps a noisy pyramid and a time to an estimate of the clean pyramid, E[x | z_t], and
-nothing else. Guidance and thresholding wrap a denoiser in another one.
+nothing else. Guidance, thresholds and levels that were not trained to predict wrap a denoiser in
+another one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Threshold
 from matryoshka_diffusion.diffusion import Network, Process, to_x0
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
 from matryoshka_diffusion.schedule import NoiseSchedule, expand
 
 
@@ -107,6 +108,29 @@ class Thresholded:
         estimates = self.denoiser(z, t)
         return tuple(
             THRESHOLDS[name](x) for name, x in zip(self.thresholds, estimates, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A denoiser whose untrained levels take D^r of the finest estimate for their own.
+
+    E[D^r x | z] is D^r E[x | z], since D^r is linear: with the finest level's estimate right, all
+    are, and samplers keep every latent where training saw it. So a nest that was trained with the
+    finest loss only is sampled in the extended space like any other.
+
+    Attributes:
+        untrained: one for each level, coarse to fine; the finest is trained.
+    """
+
+    denoiser: Denoiser
+    untrained: Sequence[bool]
+
+    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
+        estimates = self.denoiser(z, t)
+        return tuple(
+            down_sample(estimates[-1], Resolution(*x.shape[-2:])) if pooled else x
+            for x, pooled in zip(estimates, self.untrained, strict=True)
         )
 
 

@@ -25,7 +25,7 @@ from matryoshka_diffusion.config import (
     ProcessConfig,
     WeightingConfig,
 )
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, up_sample
 from matryoshka_diffusion.schedule import (
     NoiseSchedule,
     alpha_sigma,
@@ -106,6 +106,21 @@ def diffuse(
         alpha, sigma = alpha_sigma(schedule.log_snr(t[: len(x_r)]))
         z.append(expand(alpha, x_r) * x_r + expand(sigma, x_r) * noise_r)
     return tuple(z)
+
+
+def augment_coarse(
+    coarse: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    noise: Float[Tensor, "b c H W"],
+    schedule: NoiseSchedule,
+) -> Float[Tensor, "b c H W"]:
+    """The coarse picture as an upsampler sees it: enlarged to the noise's side, then noised at t.
+
+    Noise comes after enlarging and follows the schedule of the level that sees it (Appendix D.1).
+    It hides how the pictures of a base differ from real ones; t = 0 hides nothing.
+    """
+    (seen,) = diffuse((up_sample(coarse, Resolution(*noise.shape[-2:])),), (noise,), t, (schedule,))
+    return seen
 
 
 # --- x0, eps and v: three names for one prediction ---------------------------------------------

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from matryoshka_diffusion import sheet
+from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pyramid import Resolution, down_sample
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.trainer import View
 
 PREVIEWS = 8
 
 
-def preview_prompts(source: Source, count: int = PREVIEWS) -> list[str]:
-    """The same few captions of a source every time."""
-    chosen = choose(len(source), min(count, len(source)), "previews")
+def preview_of(source: Source, config: RunConfig, count: int = PREVIEWS) -> dict[str, Any]:
+    """What previews ask `Matryoshka.sample` for: the same few captions every time, or classes.
+
+    An upsampler is given real pictures, made small, with their own captions or classes: what it
+    makes of those of a base is for `mdm sample` to show.
+    """
+    model, count = config.model, min(count, len(source))
+    chosen = [int(index) for index in choose(len(source), count, "previews")]
     captions = source.captions or ()
-    return [captions[int(index)][0] for index in chosen]
+    asked: dict[str, Any] = {"n": PREVIEWS}
+    if model.text is not None:
+        asked = {"prompts": [captions[index][0] for index in chosen]}
+    elif model.classes:
+        asked = {"classes": list(range(min(PREVIEWS, model.classes)))}
+    if model.coarse is not None:
+        examples = [source[index] for index in chosen]
+        real = np.stack([example.picture for example in examples])
+        asked["coarse"] = _made_small(real, model.coarse.side)
+        asked |= {"classes": [example.label for example in examples]} if model.classes else {}
+        asked |= {"n": 1 if model.text or model.classes else count}
+    return asked
+
+
+def _made_small(
+    pictures: UInt8[np.ndarray, "b h w c"], side: int
+) -> UInt8[np.ndarray, "b side side c"]:
+    """D^r of pictures as bytes."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
+    small = down_sample(x, Resolution(side, side)).round().to(torch.uint8)
+    return small.permute(0, 2, 3, 1).numpy()
 
 
 class Preview:
     """Samples of every level side by side, drawn with the averaged weights and fixed seeds.
 
-    Files are `previews/<images seen>.png` in the run's folder. `prompts` are for models with text;
-    others show their first classes, or whatever they draw.
+    Files are `previews/<images seen>.png` in the run's folder. `asked` are arguments of
+    `Matryoshka.sample` (`preview_of`); coarse pictures among them are shown, too.
     """
 
     def __init__(
         self,
-        prompts: Sequence[str] | None,
+        asked: Mapping[str, Any],
         encoder: TextEncoder | None,
         device: torch.device | str,
     ) -> None:
-        self.prompts, self.encoder, self.device = prompts, encoder, device
+        self.asked, self.encoder, self.device = asked, encoder, device
 
     def __call__(self, view: View) -> Path:
         model = Matryoshka(view.averaged(), view.config, encoder=self.encoder, device=self.device)
-        if self.prompts is not None:
-            samples = model.sample(self.prompts)
-        elif view.config.model.classes:
-            classes = range(min(PREVIEWS, view.config.model.classes))
-            samples = model.sample(classes=list(classes))
-        else:
-            samples = model.sample(n=PREVIEWS)
+        samples = model.sample(**self.asked)
+        given = (self.asked["coarse"],) if "coarse" in self.asked else ()
+        levels = (*given, *samples.levels)
         image = sheet.grid(
-            sheet.rows_of_levels(samples.levels),
+            sheet.rows_of_levels(levels),
             captions=samples.captions,
-            columns_titles=sheet.titles_of_levels(samples.levels),
+            columns_titles=sheet.titles_of_levels(levels),
             title=f"{view.config.name} after {view.images_seen:,} images",
             cell=96,
             blocks=2,

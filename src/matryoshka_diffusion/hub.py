@@ -82,7 +82,12 @@ def without_paths(config: RunConfig) -> RunConfig:
     encoder = config.encoder
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
         encoder = encoder.model_copy(update={"path": None})
-    return config.model_copy(update={"data": data, "encoder": encoder, "train": train})
+    sampling = config.sampling
+    if sampling.base is not None and _is_here(sampling.base.path):
+        sampling = sampling.model_copy(update={"base": None})
+    return config.model_copy(
+        update={"data": data, "encoder": encoder, "train": train, "sampling": sampling}
+    )
 
 
 def _is_here(path: str) -> bool:

@@ -114,7 +114,7 @@ def _data_needed(config: RunConfig, pictures: int | None) -> str:
     beside = "captions" if model.text else "classes" if model.classes else "nothing"
     epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
     return (
-        f"data: pictures of {model.levels[-1].side} pixels or more, with {beside} beside them; "
+        f"data: pictures of {config.data_side} pixels or more, with {beside} beside them; "
         f"{images:,} are seen{epochs}"
     )
 
@@ -132,8 +132,8 @@ def _size(level: LevelConfig) -> str:
     return f"{level.side}x{level.side}{patch}"
 
 
-def _list(values: Sequence[int]) -> str:
-    return " ".join(str(value) for value in values)
+def _list(values: Sequence[int | float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _condition(model: ModelConfig) -> str:
@@ -149,6 +149,13 @@ def _about(config: RunConfig) -> list[str]:
         f"predicts {process.prediction}, loss weighted by {weighting}; "
         f"schedule {config.model.schedule}"
     ]
+    if any(weight != 1.0 for weight in process.level_weights):
+        lines.append(f"weights of the levels' losses: {_list(process.level_weights)}")
+    if config.model.coarse is not None:
+        lines.append(
+            f"upsamples pictures of {config.model.coarse.side} pixels under noise of times up to "
+            f"{config.model.coarse.max_noise:g}; draws with {config.sampling.coarse_noise:g}"
+        )
     if train.lora is not None:
         levels = _list([place + 1 for place in train.lora.levels]) or "all"
         lines.append(

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matryoshka_diffusion.baselines.load import note_base
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
+    BaseConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -85,10 +87,12 @@ def find_config(
     assignments: Sequence[str],
     init: str | None = None,
     lora: int | None = None,
+    base: str | None = None,
 ) -> RunConfig:
     """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
 
-    `init` is the model to start from, `lora` the rank of adapters to train in its place.
+    `init` is the model to start from, `lora` the rank of adapters to train in its place; `base` is
+    the model that draws what an upsampler enlarges.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -116,6 +120,10 @@ def find_config(
     if init is not None:
         where = Path(init).expanduser()
         changes.append(f"train.init={json.dumps(str(where.resolve()) if where.exists() else init)}")
+    if base is not None:
+        where = Path(base).expanduser()
+        path = str(where.resolve()) if where.exists() else base
+        changes.append(f"sampling.base={BaseConfig(path=path).model_dump_json()}")
     return with_source(override(config, changes))
 
 
@@ -152,11 +160,12 @@ def prepare(
     that `mdm embed` has not stored are made for each batch, on `device`.
 
     Raises:
-        ConfigError: the data does not have what the model is conditioned on.
+        ConfigError: the data does not have what the model is conditioned on, or an upsampler's
+            base is missing or does not fit.
         ValueError, OSError, MissingExtra: the data or the encoder cannot be used.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
-    config = complete(config, source)
+    source = open_source(config.data, config.data_side)
+    config = note_base(complete(config, source))
     data = config.data
     encode, text = None, ""
     if config.encoder is not None:
@@ -199,7 +208,7 @@ def captions_to_embed(
         UsageError: there is no text.
         ValueError, OSError, MissingExtra: as `prepare`.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
+    source = open_source(config.data, config.data_side)
     config = complete(config, source)
     if config.encoder is None:
         raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
 from matryoshka_diffusion.eval.retrieval import Retrieval, prompt_retrieval
-from matryoshka_diffusion.pipeline import Matryoshka, Progress
+from matryoshka_diffusion.pipeline import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,7 @@ SHEET_PROMPTS = (
 
 
 def retrieval(
-    model: Matryoshka, source: Source, *, progress: Progress | None = None, **settings: Any
+    model: Model, source: Source, *, progress: Progress | None = None, **settings: Any
 ) -> Retrieval:
     """Prompt retrieval over 128 captions, the same ones for every model of this source."""
     indices = choose(len(source), min(RETRIEVAL_CAPTIONS, len(source)), "retrieval")
@@ -42,7 +43,7 @@ def retrieval(
     return prompt_retrieval(samples.pictures, indices, all_pictures(source))
 
 
-def sheet(model: Matryoshka, source: Source, *, progress: Progress | None = None) -> Image:
+def sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
     """The demo's sheet: 20 prompts beside their real pictures, and 4 unseen combinations.
 
     Raises:
@@ -60,7 +61,7 @@ def sheet(model: Matryoshka, source: Source, *, progress: Progress | None = None
 
 
 def frechet(
-    model: Matryoshka,
+    model: Model,
     source: Source,
     features: Features,
     *,
@@ -82,19 +83,18 @@ def frechet(
 
 
 def _samples(
-    model: Matryoshka,
+    model: Model,
     source: Source,
     count: int,
     progress: Progress | None,
     settings: dict[str, Any],
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Samples 0 .. count - 1, a batch at a time."""
-    steps = model.sampling(settings).steps
     chunks = list(_chunks(count))
     for done, rows in enumerate(chunks):
         indices = np.arange(rows.start, rows.stop) % len(source)
 
-        def told(step: int, _: int, done: int = done) -> None:
+        def told(step: int, steps: int, done: int = done) -> None:
             if progress is not None:
                 progress(done * steps + step, len(chunks) * steps)
 
@@ -103,13 +103,11 @@ def _samples(
         ).pictures
 
 
-def _conditions(
-    source: Source, indices: Int[np.ndarray, " b"], model: Matryoshka
-) -> dict[str, Any]:
+def _conditions(source: Source, indices: Int[np.ndarray, " b"], model: Model) -> dict[str, Any]:
     examples = [source[int(index)] for index in indices]
-    if model.net.config.text is not None:
+    if model.config.model.text is not None:
         return {"prompts": [example.captions[0] for example in examples]}
-    if model.net.config.classes:
+    if model.config.model.classes:
         return {"classes": [example.label for example in examples]}
     return {"n": len(examples)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from matryoshka_diffusion.config import (
     from_dict,
     load_config,
 )
-from matryoshka_diffusion.data.batch import to_uint8
-from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Thresholded
-from matryoshka_diffusion.diffusion import Process, per_level
+from matryoshka_diffusion.data.batch import to_float, to_uint8
+from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
+from matryoshka_diffusion.diffusion import Process, augment_coarse, per_level
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.released import converted, read_released
@@ -104,13 +104,14 @@ class Matryoshka:
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
         text_encoder: str | None = None,
+        encoder: TextEncoder | None = None,
         progress: Progress | None = None,
     ) -> Matryoshka:
         """Load a run folder, a folder with a model, or a shipped model by name; paths win.
 
         A checkpoint of the paper's release is loaded, too; it is converted once into the cache,
         with `progress` called with (bytes done, bytes in all). `text_encoder` is a folder or hub
-        id to take the encoder from instead of the config's.
+        id to take the encoder from instead of the config's, `encoder` one that is loaded already.
 
         Raises:
             FileNotFoundError: there is none of these; the message says what was looked for.
@@ -121,7 +122,7 @@ class Matryoshka:
             config = with_encoder(config, text_encoder)
         model = config.model.first(count_levels(weights))
         net = checkpoint.load_network(model, weights, where=str(run))
-        return cls(net, config, device=device, precision=precision)
+        return cls(net, config, encoder=encoder, device=device, precision=precision)
 
     @classmethod
     def from_pretrained(
@@ -174,6 +175,7 @@ class Matryoshka:
         *,
         classes: str | int | Sequence[str | int] | None = None,
         negative: str | None = None,
+        coarse: UInt8[np.ndarray, "n s s c"] | None = None,
         n: int = 1,
         seed: int = 0,
         batch_size: int = 64,
@@ -185,7 +187,8 @@ class Matryoshka:
         Picture i of the result uses the seed `seed + i`. Guidance leads away from the prompt
         `negative` (by default: from a hidden prompt). `settings` replace the run's sampling
         defaults: `sampler`, `steps`, `guidance`, `grid`, ... (see `SamplingConfig`). `progress`
-        is called with (steps done, steps in all).
+        is called with (steps done, steps in all). An upsampler needs the `coarse` bytes of each
+        picture of the result (`baselines.cascade.Cascade` has them drawn by another model).
 
         Raises:
             UsageError: a prompt for a model without text, an unknown class, and so on.
@@ -193,6 +196,7 @@ class Matryoshka:
         sampling = self.sampling(settings)
         captions, cond = self.condition(prompts, classes, n)
         seeds = tuple(range(seed, seed + len(captions)))
+        cond = self.beside_coarse(cond, coarse, seeds, sampling)
         parts: list[Pyramid] = []
         batches = self.batches(cond, len(seeds), batch_size)
         for number, rows in enumerate(batches):
@@ -246,7 +250,7 @@ class Matryoshka:
         negative: str | Sequence[str] | None = None,
     ) -> Iterator[State]:
         """The states of a sampler on its way from noise to pictures."""
-        noise = SeededNoise(seeds, self.resolutions, self.net.config.channels, self.device)
+        noise = self._noise(seeds, self.device)
         denoise = self.denoiser(cond.to(self.device), sampling, negative)
         times = GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
         options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
@@ -254,6 +258,12 @@ class Matryoshka:
         yield from sampler(
             denoise, noise.start(), self.process.schedules, times, noise=noise, **options
         )
+
+    def _noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
+        """The noise of these seeds; an upsampler's is another than that of the base it follows."""
+        model = self.net.config
+        family = "sample" if model.coarse is None else "upsample"
+        return SeededNoise(seeds, self.resolutions, model.channels, device, family=family)
 
     def denoiser(
         self,
@@ -280,7 +290,8 @@ class Matryoshka:
                 sampling.guidance_interval or UNBOUNDED,
                 sampling.rescale,
             )
-        return Thresholded(denoise, per_level(sampling.threshold, levels))
+        bounded = Thresholded(denoise, per_level(sampling.threshold, levels))
+        return Pooled(bounded, [weight == 0.0 for weight in self.process.level_weights])
 
     def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
         with autocast(self.precision, self.device):
@@ -324,6 +335,43 @@ class Matryoshka:
         captions = ("",) * n
         return captions, Conditioning(micro=self._micro(captions))
 
+    def beside_coarse(
+        self,
+        cond: Conditioning,
+        coarse: UInt8[np.ndarray, "n s s c"] | None,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> Conditioning:
+        """The conditions with the coarse picture of each row, under `sampling.coarse_noise`.
+
+        Raises:
+            UsageError: an upsampler without coarse pictures, or with some of another number or
+                size; another model with any.
+        """
+        config = self.net.config
+        if config.coarse is None and coarse is None:
+            return cond
+        if config.coarse is None:
+            raise UsageError(f"{self.config.name} is no upsampler: it takes no coarse pictures")
+        side, name = config.coarse.side, self.config.name
+        if coarse is None:
+            raise UsageError(
+                f"{name} enlarges pictures of {side} pixels: give some (--coarse, coarse=), or the "
+                "model that draws them (--base)"
+            )
+        wanted = (len(seeds), side, side, config.channels)
+        if coarse.shape != wanted:
+            raise UsageError(
+                f"{name} takes coarse pictures of shape {wanted}, one for each sample (pictures, "
+                f"height, width, channels); these are {coarse.shape}"
+            )
+        assert sampling.coarse_noise is not None, "a config of an upsampler has it"
+        small = to_float(coarse, self.config.data.pixels).permute(0, 3, 1, 2)
+        t = torch.full((len(seeds),), sampling.coarse_noise, dtype=torch.float64)
+        noise = self._noise(seeds, "cpu")("coarse", 0, 0)
+        image = augment_coarse(small, t, noise, self.process.schedules[0])
+        return replace(cond, image=image, image_t=t.float())
+
     def unconditional(
         self, cond: Conditioning, negative: str | Sequence[str] | None = None
     ) -> Conditioning:
@@ -339,16 +387,20 @@ class Matryoshka:
         rows = 0 if cond.tokens is None else len(cond.tokens)
         texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
         tokens, mask = pad([self._feature(text) for text in texts])
-        return Conditioning(tokens=tokens, mask=mask, micro=cond.micro).to(self.device)
+        return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Text features of captions; the encoder is loaded at the first call."""
+        return self.text_encoder()(captions)
+
+    def text_encoder(self) -> TextEncoder:
+        """The encoder of captions, loaded when it is first asked for."""
         if self._encoder is None:
             assert self.config.encoder is not None, "a model of text has an encoder"
             self._encoder = load_encoder(
                 self.config.encoder, self.device, half=self.precision == "bf16"
             )
-        return self._encoder(captions)
+        return self._encoder
 
     def _feature(self, text: str) -> Float[Tensor, "n d"]:
         """Features of one text, kept: the empty caption is asked for in every batch."""

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from matryoshka_diffusion.config import (
+    CoarseConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -117,6 +118,157 @@ def folder_64() -> RunConfig:
             "sampling": SamplingConfig(grid="log-snr"),
         }
     )
+
+
+# --- small runs: the paper's baselines (Section 4.1) -------------------------------------------
+# Each is as long as its forward passes take the arithmetic of all stages of the run that it is
+# compared with, to 1 %; base and upsampler share it. Costs are of one picture's forward pass.
+
+
+def openmoji_simple() -> RunConfig:
+    """Simple DM: `openmoji` as one UNet at 64 pixels, 6.2 M parameters and 0.56 GFLOP.
+
+    Command: `mdm train openmoji-simple --out runs/simple`. The nest has 7.2 M and 0.52. Widths,
+    blocks and attention at each side are the nest's, and so are the finest level's schedule, the
+    optimiser and the sampling; there are no levels, hence one stage.
+    """
+    return _one_stage(openmoji(), "openmoji-simple", (_openmoji_unet(),), images=100_000)
+
+
+def openmoji_finest() -> RunConfig:
+    """The nest of `openmoji` without the low-resolution losses, all levels from the start.
+
+    Command: `mdm train openmoji-finest --out runs/finest`. The same 7.2 M and 0.52 GFLOP.
+    """
+    run = openmoji()
+    finest = _one_stage(run, "openmoji-finest", run.model.levels, images=108_000)
+    return _finest_loss(finest)
+
+
+def openmoji_base() -> RunConfig:
+    """The base of a cascade: the coarsest level of `openmoji` (16 pixels) and its first stage.
+
+    Command: `mdm train openmoji-base --out runs/base`. 5.9 M parameters and 0.30 GFLOP. Its
+    pictures are D^r of those of 64 pixels, as the nest's and those that the upsampler learns from.
+    """
+    run = openmoji()
+    base = _one_stage(run, "openmoji-base", run.model.levels[:1], images=84_000, batch_size=64)
+    return _on_pictures_of(64, base)
+
+
+def openmoji_upsampler() -> RunConfig:
+    """The upsampler of a cascade, 16 to 64 pixels: the UNet of `openmoji-simple`.
+
+    Command: `mdm train openmoji-upsampler --base runs/base --out runs/upsampler`, and
+    `mdm sample runs/upsampler` then draws with both. 6.5 M parameters and 0.57 GFLOP.
+    """
+    run = _one_stage(openmoji(), "openmoji-upsampler", (_openmoji_unet(),), images=55_000)
+    return _upsampling(run, side=16, noise=0.3)
+
+
+def fashion_mnist_simple() -> RunConfig:
+    """Simple DM: `fashion-mnist` as one UNet at 32 pixels, 2.7 M parameters and 0.29 GFLOP.
+
+    Command: `mdm train fashion-mnist-simple --out runs/simple`. The nest has 3.0 M and 0.32 GFLOP.
+    """
+    levels = (_fashion_unet(),)
+    return _one_stage(fashion_mnist(), "fashion-mnist-simple", levels, images=98_000)
+
+
+def fashion_mnist_finest() -> RunConfig:
+    """The nest of `fashion-mnist` without the low-resolution loss, both levels from the start.
+
+    Command: `mdm train fashion-mnist-finest --out runs/finest`. The same 3.0 M and 0.32 GFLOP.
+    """
+    run = fashion_mnist()
+    return _finest_loss(_one_stage(run, "fashion-mnist-finest", run.model.levels, images=90_000))
+
+
+def fashion_mnist_base() -> RunConfig:
+    """The base of a cascade: the coarse level of `fashion-mnist` (16 pixels) and its first stage.
+
+    Command: `mdm train fashion-mnist-base --out runs/base`. 2.2 M parameters and 0.11 GFLOP.
+    """
+    run = fashion_mnist()
+    base = _one_stage(run, "fashion-mnist-base", run.model.levels[:1], images=90_000)
+    return _on_pictures_of(32, base)
+
+
+def fashion_mnist_upsampler() -> RunConfig:
+    """The upsampler of a cascade, 16 to 32 pixels: the UNet of `fashion-mnist-simple`.
+
+    Command: `mdm train fashion-mnist-upsampler --base runs/base --out runs/upsampler`. 2.8 M
+    parameters and 0.29 GFLOP.
+    """
+    levels = (_fashion_unet(),)
+    run = _one_stage(fashion_mnist(), "fashion-mnist-upsampler", levels, images=65_000)
+    return _upsampling(run, side=16, noise=0.3)
+
+
+def _openmoji_unet() -> LevelConfig:
+    return LevelConfig(
+        side=64,
+        widths=(32, 64, 96, 192),
+        blocks=(0, 0, 1, 1),
+        attention=(0, 0, 0, 1),
+        patch=2,
+        heads=4,
+        shift_ratio=8.0,
+        shift_power=2.0,
+    )
+
+
+def _fashion_unet() -> LevelConfig:
+    return LevelConfig(
+        side=32,
+        widths=(64, 64, 128),
+        blocks=(1, 1, 1),
+        attention=(0, 0, 1),
+        patch=2,
+        heads=4,
+        shift_ratio=2.0,
+        shift_power=2.0,
+    )
+
+
+def _one_stage(
+    run: RunConfig,
+    name: str,
+    levels: tuple[LevelConfig, ...],
+    *,
+    images: int,
+    batch_size: int | None = None,
+) -> RunConfig:
+    """The run with other levels and one stage like its last: every row has all levels."""
+    stage = run.train.stages[-1].model_copy(
+        update={
+            "levels": len(levels),
+            "images": images,
+            "batch_size": batch_size or run.train.stages[-1].batch_size,
+            "mix": (),
+        }
+    )
+    model = run.model.model_copy(update={"levels": levels})
+    train = run.train.model_copy(update={"stages": (stage,)})
+    return run.model_copy(update={"name": name, "model": model, "train": train})
+
+
+def _finest_loss(run: RunConfig) -> RunConfig:
+    """The run in which only the finest level's error counts."""
+    weights = (*[0.0] * (len(run.model.levels) - 1), 1.0)
+    process = run.process.model_copy(update={"level_weights": weights})
+    return run.model_copy(update={"process": process})
+
+
+def _on_pictures_of(side: int, run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"data": run.data.model_copy(update={"side": side})})
+
+
+def _upsampling(run: RunConfig, *, side: int, noise: float) -> RunConfig:
+    """The run as an upsampler of pictures of `side`, which samples with noise of that time."""
+    model = run.model.model_copy(update={"coarse": CoarseConfig(side=side)})
+    sampling = run.sampling.model_copy(update={"coarse_noise": noise})
+    return run.model_copy(update={"model": model, "sampling": sampling})
 
 
 def _small_training(*stages: StageConfig) -> TrainConfig:
@@ -294,10 +446,61 @@ def _released(name: str, sides: tuple[int, ...]) -> RunConfig:
     )
 
 
+# --- the paper's baselines at 256 pixels (Section 4.1, Appendix D.1) ---------------------------
+
+
+def _simple_256(run: RunConfig, name: str) -> RunConfig:
+    """Simple DM: the widths of S64S256 as one UNet, with its 256 level's schedule.
+
+    371 M parameters and 557 GFLOP with classes (the nest: 376 M, 582); 446 M and 568 with text
+    (452 M, 593). One stage of the last one's batches, as many images as all stages of the nest.
+    """
+    return _one_stage(run, name, (_unet_256(run.model.levels),), images=run.train.images)
+
+
+def _finest_256(run: RunConfig, name: str) -> RunConfig:
+    """S64S256 without the loss at 64 pixels: what the paper calls simple DM on CC12M."""
+    return _finest_loss(_one_stage(run, name, run.model.levels, images=run.train.images))
+
+
+def _upsampler_256(run: RunConfig, name: str) -> RunConfig:
+    """The upsampler from 64 to 256 pixels, trained as long as the nest's stage with that level.
+
+    373 M parameters and 557 GFLOP with classes, 448 M and 568 with text, beside those of the base
+    (imagenet-64, cc12m-64). The paper found times of 0.5 or 0.7 to be needed for the noise.
+    """
+    levels, images = (_unet_256(run.model.levels),), run.train.stages[-1].images
+    return _upsampling(_one_stage(run, name, levels, images=images), side=64, noise=0.5)
+
+
+def _unet_256(levels: tuple[LevelConfig, ...]) -> LevelConfig:
+    """The two levels of S64S256 as one: where they meet, at 64 x 64, their blocks add up."""
+    inner, outer = levels
+    return inner.model_copy(
+        update={
+            "side": outer.side,
+            "widths": (*outer.widths[:-1], *inner.widths),
+            "blocks": (*outer.blocks[:-1], outer.blocks[-1] + inner.blocks[0], *inner.blocks[1:]),
+            "attention": (*outer.attention[:-1], *inner.attention),
+            "micro": outer.micro,
+            "shift_ratio": outer.shift_ratio,
+            "shift_power": outer.shift_power,
+        }
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "openmoji": openmoji,
     "fashion-mnist": fashion_mnist,
     "folder-64": folder_64,
+    "openmoji-simple": openmoji_simple,
+    "openmoji-finest": openmoji_finest,
+    "openmoji-base": openmoji_base,
+    "openmoji-upsampler": openmoji_upsampler,
+    "fashion-mnist-simple": fashion_mnist_simple,
+    "fashion-mnist-finest": fashion_mnist_finest,
+    "fashion-mnist-base": fashion_mnist_base,
+    "fashion-mnist-upsampler": fashion_mnist_upsampler,
     "cc12m-64": lambda: _text_run("cc12m-64", (64,), _text_stages(1)),
     "cc12m-256": lambda: _text_run("cc12m-256", (64, 256), _text_stages(1, 2)),
     "cc12m-256-nest3": lambda: _text_run("cc12m-256-nest3", (64, 128, 256), _text_stages(1, 3)),
@@ -313,6 +516,13 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "imagenet-1024": lambda: _class_run("imagenet-1024", (64, 256, 1024), _class_stages(1, 2, 3)),
     "imagenet-1024-nest5": lambda: _class_run(
         "imagenet-1024-nest5", (64, 128, 256, 512, 1024), _class_stages(1, 3, 5)
+    ),
+    "cc12m-256-simple": lambda: _simple_256(PRESETS["cc12m-256"](), "cc12m-256-simple"),
+    "cc12m-256-finest": lambda: _finest_256(PRESETS["cc12m-256"](), "cc12m-256-finest"),
+    "cc12m-256-upsampler": lambda: _upsampler_256(PRESETS["cc12m-256"](), "cc12m-256-upsampler"),
+    "imagenet-256-simple": lambda: _simple_256(PRESETS["imagenet-256"](), "imagenet-256-simple"),
+    "imagenet-256-upsampler": lambda: _upsampler_256(
+        PRESETS["imagenet-256"](), "imagenet-256-upsampler"
     ),
     "released-64": lambda: _released("released-64", (64,)),
     "released-256": lambda: _released("released-256", (64, 256)),

@@ -45,6 +45,16 @@ def down_sample(x: Float[Tensor, "b c H W"], resolution: Resolution) -> Float[Te
     return x if window == (1, 1) else F.avg_pool2d(x, window)
 
 
+def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
+    """`x` on a finer grid, by bilinear interpolation between the centres of its pixels.
+
+    The paper upsamples what a cascade's second network sees and does not say how; nearest pixels
+    would show that network edges that no picture has.
+    """
+    size = (resolution.height, resolution.width)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
 def build_pyramid(x: Float[Tensor, "b c h w"], resolutions: Sequence[Resolution]) -> Pyramid:
     """[D^1(x), ..., D^R(x)] for `resolutions` given coarse to fine.
 

@@ -48,7 +48,8 @@ class NoiseSource(Protocol):
 class SeededNoise:
     """Noise that belongs to each sample's own seed: the batch it is in changes nothing.
 
-    It is drawn on the CPU, so that the same seed gives the same noise on every device.
+    It is drawn on the CPU, so that the same seed gives the same noise on every device. Another
+    `family` has other noise of the same seeds.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class SeededNoise:
         resolutions: Sequence[Resolution],
         channels: int = 3,
         device: torch.device | str = "cpu",
+        family: str = "sample",
     ) -> None:
+        self.family = family
         self.seeds = tuple(seeds)
         self.shapes = [(channels, side.height, side.width) for side in resolutions]
         self.device = device
@@ -66,7 +69,8 @@ class SeededNoise:
         """Standard normal numbers, (samples, channels, height, width) of the level."""
         shape = self.shapes[level]
         rows = [
-            rng.normal(seed, f"sample {purpose}", step, level, shape=shape) for seed in self.seeds
+            rng.normal(seed, f"{self.family} {purpose}", step, level, shape=shape)
+            for seed in self.seeds
         ]
         return torch.stack(rows).to(self.device)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.pipeline import Matryoshka
 
 
@@ -19,10 +20,13 @@ def write_diffusers(model: Matryoshka, folder: Path) -> None:
     its tokenizer. It appears whole or not at all.
 
     Raises:
+        UsageError: the model is an upsampler.
         MissingExtra: diffusers or transformers is not installed.
         FileExistsError: the folder holds something already.
         OSError: it cannot be written, or the text encoder cannot be loaded.
     """
+    if model.config.model.coarse is not None:
+        raise UsageError(f"{model.config.name} is an upsampler, for which diffusers has no form")
     from matryoshka_diffusion.export.pipeline import MDMPipeline
 
     folder = folder.resolve()

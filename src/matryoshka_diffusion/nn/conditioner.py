@@ -21,15 +21,17 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "b n"] | None
     embedding: Float[Tensor, "b e"] | None
     micro: Mapping[str, Float[Tensor, " b"]]
+    image: Float[Tensor, "b c h w"] | None
+    image_t: Float[Tensor, " b"] | None
 
     def rows(self, count: int) -> Context:
         """The context of the first `count` rows, those that a finer level holds."""
-        tokens, mask, embedding = (
+        tokens, mask, embedding, image, image_t = (
             None if part is None else part[:count]
-            for part in (self.tokens, self.mask, self.embedding)
+            for part in (self.tokens, self.mask, self.embedding, self.image, self.image_t)
         )
         micro = {name: value[:count] for name, value in self.micro.items()}
-        return Context(tokens, mask, embedding, micro)
+        return Context(tokens, mask, embedding, micro, image, image_t)
 
 
 class Conditioner(nn.Module):
@@ -38,6 +40,7 @@ class Conditioner(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.micro = config.micro_names
+        self.coarse = config.coarse
         self.text = TextTower(config.text, config.embedding) if config.text else None
         # The last row stands for a label that is hidden.
         self.label = nn.Embedding(config.classes + 1, config.embedding) if config.classes else None
@@ -54,6 +57,8 @@ class Conditioner(nn.Module):
         """Raises ValueError if a condition that the network was built for is missing."""
         if missing := self.micro - cond.micro.keys():
             raise ValueError(f"this network is conditioned on {min(missing)}: add it to micro")
+        if self.coarse is not None and (cond.image is None or cond.image_t is None):
+            raise ValueError("this network is an upsampler, but image or image_t is None")
         tokens = mask = embedding = None
         if self.text is not None:
             tokens, mask, embedding = self.text(cond)
@@ -69,7 +74,7 @@ class Conditioner(nn.Module):
         if self.augment is not None and cond.augment is not None:
             told = self.augment(cond.augment)
             embedding = told if embedding is None else embedding + told
-        return Context(tokens, mask, embedding, cond.micro)
+        return Context(tokens, mask, embedding, cond.micro, cond.image, cond.image_t)
 
 
 class TextTower(nn.Module):

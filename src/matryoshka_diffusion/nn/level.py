@@ -42,7 +42,8 @@ class Level(nn.Module):
 
     `coarse_width` is the width of the next coarser doll's stem, which `inward` feeds and `outward`
     hears back from. The coarsest level has none: there `inward` is the identity and `middle` may
-    hold blocks.
+    hold blocks. It is also the one that sees an upsampler's coarse picture, beside its own input,
+    so that growing, which adds finer levels, changes nothing about that.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Level(nn.Module):
         self.micro = nn.ModuleDict(
             {micro.name: mlp(self.frequencies, model.embedding) for micro in config.micro}
         )
+        nested = coarse_width is not None
+        upsamples = model.coarse is not None and not nested
+        self.image_time = mlp(self.frequencies, model.embedding) if upsamples else None
         pixels = model.channels * config.patch**2
         self.unshuffle = nn.PixelUnshuffle(config.patch)
-        self.stem = conv3(pixels, config.widths[0])
+        self.stem = conv3(2 * pixels if upsamples else pixels, config.widths[0])
         self.encoder, skips = build_encoder(model, config)
         core = skips[-1]
-        nested = coarse_width is not None
         self.inward = zero(conv3(core, coarse_width)) if nested else nn.Identity()
         self.outward = zero(conv3(coarse_width, core)) if nested else None
         self.middle = build_middle(model, config, core)
@@ -92,7 +95,7 @@ class Level(nn.Module):
         rows = len(z)
         t, context = t[:rows], context.rows(rows)
         embedding = self.embed(t, context)
-        h = self.stem(self.unshuffle(self.scale(z, t)))
+        h = self.stem(self.unshuffle(self._beside_coarse(self.scale(z, t), context)))
         if finer is not None:
             h = h + pad_rows(finer, rows)
         skips = [h]
@@ -114,6 +117,12 @@ class Level(nn.Module):
             h = self._run(_join, block, h, skip, embedding, context)
         return h, self.shuffle(self._run(self._predict, h))
 
+    def _beside_coarse(self, z: Float[Tensor, "b c h w"], context: Context) -> Tensor:
+        """What the stem sees: the noisy picture and, in an upsampler, the coarse one beside it."""
+        if self.image_time is None or context.image is None:
+            return z
+        return torch.cat([z, context.image], dim=1)
+
     def _predict(self, h: Float[Tensor, "b c y x"]) -> Float[Tensor, "b p y x"]:
         """The output layer, in the precision of its weights: under autocast too it is float32."""
         with without_autocast(h.device):
@@ -132,6 +141,9 @@ class Level(nn.Module):
             value = context.micro[micro.name].float()
             value = value * 1000 if micro.ceiling is None else value.clamp(max=micro.ceiling)
             embedding = embedding + self.micro[micro.name](sinusoid(value, self.frequencies))
+        if self.image_time is not None and context.image_t is not None:
+            steps = self._steps(context.image_t)
+            embedding = embedding + self.image_time(sinusoid(steps, self.frequencies))
         if context.embedding is not None:
             embedding = embedding + context.embedding
         return F.silu(embedding)

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import CoarseConfig, RunConfig
 from matryoshka_diffusion.data.batch import Batch
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, ragged
+from matryoshka_diffusion.diffusion import augment_coarse
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, down_sample, ragged
 from matryoshka_diffusion.rng import normal, stratified, uniform
+from matryoshka_diffusion.schedule import build_schedules
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.world import World
@@ -85,6 +87,7 @@ class Feed:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
         self._world = world or World()
         self._micro = config.model.micro_names
+        self._schedule = build_schedules(config.model)[0]
         if unknown := self._micro - {"scale"}:
             raise ValueError(
                 f"model.levels[].micro: the data has no {min(unknown)!r}, only 'scale', the side "
@@ -144,14 +147,31 @@ class Feed:
                 for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)
             ]
             tokens, mask = pad(self._encode(captions))
+        image, image_t = self._coarse(batch, model.coarse) if model.coarse else (None, None)
         return Conditioning(
             labels=self._labels(batch) if model.classes else None,
             tokens=tokens,
             mask=mask,
             micro=dict.fromkeys(self._micro, batch.original_side),
             augment=self._augment(batch) if model.augment else None,
+            image=image,
+            image_t=image_t,
             dropped=dropped if has_null else None,
         )
+
+    def _coarse(
+        self, batch: Batch, coarse: CoarseConfig
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
+        """What an upsampler sees of the picture: D^r of it enlarged, under noise of a random time.
+
+        Time and noise belong to the sample, as those of the levels do.
+        """
+        seed, model, ids = self._config.train.seed, self._config.model, batch.ids.tolist()
+        side = model.levels[0].side
+        noise = [normal(seed, "coarse-noise", n, shape=(model.channels, side, side)) for n in ids]
+        t = coarse.max_noise * uniform(seed, "coarse-t", ids)
+        small = down_sample(batch.picture, Resolution(coarse.side, coarse.side))
+        return augment_coarse(small, t, torch.stack(noise), self._schedule), t.float()
 
     def _augment(self, batch: Batch) -> Float[Tensor, "b 7"]:
         """Zeros where nothing is augmented: the weights for it are in use in every step."""

@@ -1,0 +1,360 @@
+"""A cascade: two networks that sample as one model, and what may be paired."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
+from matryoshka_diffusion.baselines.load import Model, open_model
+from matryoshka_diffusion.baselines.pictures import read_coarse
+from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, override, to_yaml
+from matryoshka_diffusion.diffusion import augment_coarse
+from matryoshka_diffusion.export import write_diffusers
+from matryoshka_diffusion.hub import without_paths
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
+from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma
+from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png
+from matryoshka_diffusion.train.adapters import fingerprint
+from matryoshka_diffusion.train.checkpoint import export_weights
+from oracle import moments, no_noise, small_world
+from test_pipeline import Words, randomised
+from test_upsampler import upsampler_config
+from tiny_run import tiny_config
+
+
+def base_config():
+    """The tiny run's inner level: pictures of 8 pixels."""
+    run = tiny_config(dropout=0.0)
+    train = run.train.model_copy(update={"stages": run.train.stages[:1]})
+    model = run.model.first(1)
+    sampling = run.sampling.model_copy(update={"steps": 2, "guidance": (2.0,)})
+    return run.model_copy(
+        update={"name": "base", "model": model, "train": train, "sampling": sampling}
+    )
+
+
+def changed(config, part, **update):
+    """The config with some values of one part replaced."""
+    return config.model_copy(update={part: getattr(config, part).model_copy(update=update)})
+
+
+def model_of(config):
+    return Matryoshka(randomised(config), config, encoder=Words())
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    return Cascade(model_of(base_config()), model_of(upsampler_config()))
+
+
+# --- the truth -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t_noise", [0.0, 0.3, 0.7])
+def test_ideal_networks_draw_the_data_whatever_the_noise_between_them(t_noise: float):
+    """p(x) = the mean of p(x | y) over y, the noised coarse picture: noise hides, it does not bias.
+
+    Gaussian pictures of 4 pixels, a base that draws 2, both denoisers in closed form; the numbers
+    that each sampler and the augmentation draw are pushed through as unit vectors.
+    """
+    world = small_world(Cosine())
+    pool, schedule = world.pools[1], Shifted(Cosine(), 2.0, 2.0)
+    sizes = (2, 4, 4)  # noise of the base, of the augmentation, of the upsampler
+    rows = 1 + sum(sizes)
+    units = torch.zeros(rows, sum(sizes), dtype=torch.float64)
+    units[1:].fill_diagonal_(1.0)
+    start, added, noise = (part[:, None, None] for part in units.split(sizes, dim=1))
+
+    def drawn(mean: Tensor, covariance: Tensor, z: Tensor) -> Tensor:
+        """What a sampler makes of z where the posterior mean under N(mean, covariance) is known."""
+
+        def denoise(z: Pyramid, t: Tensor) -> Pyramid:
+            alpha, sigma = alpha_sigma(schedule.log_snr(t[:1]))
+            seen = alpha**2 * covariance + sigma**2 * torch.eye(len(covariance)).double()
+            offset = z[0].flatten(1) - alpha * mean
+            x = mean + alpha * offset @ torch.linalg.solve(seen, covariance)
+            return (x.view_as(z[0]),)
+
+        times = trailing_grid(200, schedule)
+        return last(ddim(denoise, (z,), (schedule,), times, noise=no_noise)).z[0]
+
+    coarse = drawn(pool @ world.mean, pool @ world.covariance @ pool.T, start)
+    t = torch.full((rows,), t_noise, dtype=torch.float64)
+    seen = augment_coarse(coarse, t, added, schedule).flatten(1)
+    # y = B x + sigma eps, with B from the same function: of unit vectors, without noise.
+    eye = torch.eye(2, dtype=torch.float64)[:, None, None]
+    zeros = torch.zeros(2, 1, 1, 4, dtype=torch.float64)
+    alpha, sigma = alpha_sigma(schedule.log_snr(t[:1]))
+    enlarge = alpha * augment_coarse(eye, torch.zeros(2).double(), zeros, schedule).flatten(1).T
+    b = enlarge @ pool
+    spread = b @ world.covariance @ b.T + sigma**2 * torch.eye(4).double()
+    gain = world.covariance @ b.T @ torch.linalg.pinv(spread, rtol=1e-9)
+    given = world.covariance - gain @ b @ world.covariance
+    mean = world.mean + (seen - b @ world.mean) @ gain.T
+    found_mean, found = moments(drawn(mean, given, noise))
+    torch.testing.assert_close(found_mean, world.mean, rtol=0, atol=2e-3)
+    assert (found - world.covariance).norm() < 0.04 * world.covariance.norm()
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def test_a_cascade_is_a_model_with_the_levels_of_both(cascade):
+    assert isinstance(cascade, Model)
+    assert cascade.resolutions == (Resolution(8, 8), Resolution(16, 16))
+    samples = cascade.sample(["red", "blue"], n=2, seed=10)
+    assert [level.shape for level in samples.levels] == [(4, 8, 8, 3), (4, 16, 16, 3)]
+    assert samples.captions == ("red", "red", "blue", "blue")
+    assert samples.settings["coarse_noise"] == 0.3
+    assert samples.settings["base"]["steps"] == 2
+    json.dumps(samples.settings)
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(cascade):
+    together = cascade.sample("red", n=16, seed=3)
+    alone = cascade.sample("red", n=1, seed=8)
+    cut = cascade.sample("red", n=16, seed=3, batch_size=5)
+    for many, one, parts in zip(together.levels, alone.levels, cut.levels, strict=True):
+        assert np.abs(many[5].astype(int) - one[0]).max() <= 1
+        assert np.abs(many.astype(int) - parts).max() <= 1
+    assert len(np.unique(together.pictures, axis=0)) == 16
+
+
+def test_each_part_makes_what_it_makes_alone(cascade):
+    both = cascade.sample("red", n=3, seed=4)
+    small = cascade.base.sample("red", n=3, seed=4)
+    large = cascade.upsampler.sample("red", n=3, seed=4, coarse=small.pictures)
+    np.testing.assert_array_equal(both.levels[0], small.pictures)
+    np.testing.assert_array_equal(both.levels[1], large.pictures)
+
+
+def test_base_and_upsampler_draw_different_noise():
+    sides = [Resolution(8, 8)]
+    base = SeededNoise([7], sides)
+    upsampler = SeededNoise([7], sides, family="upsample")
+    draws = [base.start()[0], upsampler.start()[0], upsampler("coarse", 0, 0)]
+    for i, one in enumerate(draws):
+        assert not any(torch.equal(one, other) for other in draws[i + 1 :])
+
+
+def test_settings_reach_the_part_that_they_are_for(cascade):
+    plain = cascade.sample("red", steps=2)
+    noisier = cascade.sample("red", steps=2, coarse_noise=0.9)
+    assert (plain.levels[0] == noisier.levels[0]).all()
+    assert (plain.levels[1] != noisier.levels[1]).any()
+    fine = cascade.sample("red", steps=2, guidance=(2.0, 5.0))
+    assert (plain.levels[0] == fine.levels[0]).all()
+    assert (plain.levels[1] != fine.levels[1]).any()
+    assert (plain.levels[0] != cascade.sample("red", steps=2, guidance=5.0).levels[0]).any()
+    assert cascade.sampling({"steps": 7, "coarse_noise": 0.1}).coarse_noise == 0.1
+    with pytest.raises(UsageError, match="guidance has 3 entries; give 1 or 2"):
+        cascade.sample("red", guidance=(1.0, 2.0, 3.0))
+
+
+def test_progress_counts_the_steps_of_both(cascade):
+    told = []
+    cascade.sample("red", n=3, batch_size=2, progress=lambda *x: told.append(x))
+    assert told == [(done, 10) for done in range(1, 11)], "2 batches of 2 + 3 steps"
+
+
+@pytest.mark.parametrize("noise", [-0.1, 1.1])
+def test_noise_beyond_the_schedule_is_refused(cascade, noise):
+    with pytest.raises(ConfigError, match=r"sampling\.coarse_noise"):
+        cascade.sample("red", coarse_noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "message"),
+    [
+        (None, r"enlarges pictures of 8 pixels: give some \(--coarse, coarse=\), or"),
+        (np.zeros((1, 9, 9, 3), np.uint8), r"of shape \(1, 8, 8, 3\).*these are \(1, 9, 9, 3\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "one for each sample"),
+    ],
+)
+def test_an_upsampler_needs_a_coarse_picture_for_each_sample(cascade, coarse, message):
+    with pytest.raises(UsageError, match=message):
+        cascade.upsampler.sample("red", coarse=coarse)
+
+
+def test_a_plain_model_takes_no_coarse_pictures(cascade):
+    with pytest.raises(UsageError, match="base is no upsampler: it takes no coarse pictures"):
+        cascade.base.sample("red", coarse=np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ConfigError, match="this model takes no coarse picture"):
+        cascade.base.sample("red", coarse_noise=0.2)
+
+
+# --- what may be paired --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (tiny_config(), "tiny draws pictures of 16 pixels, but model.coarse.side of tiny is 8"),
+        (changed(base_config(), "model", channels=1), "model.channels of base is 1, .* is 3"),
+        (changed(base_config(), "model", classes=3), "model.classes of base is 3, .* is 0"),
+        (changed(base_config(), "data", classes=("cat",)), "data.classes of base is .'cat',"),
+        (
+            changed(base_config(), "encoder", path="t5"),
+            "encoder of base is .*'t5'.* the same words",
+        ),
+        (upsampler_config(), "tiny is an upsampler and draws nothing by itself"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(base, message):
+    with pytest.raises(ConfigError, match=message):
+        check_pair(base, upsampler_config())
+
+
+@pytest.mark.parametrize(
+    ("base", "upsampler"),
+    [
+        ("openmoji-base", "openmoji-upsampler"),
+        ("fashion-mnist-base", "fashion-mnist-upsampler"),
+        ("imagenet-64", "imagenet-256-upsampler"),
+        ("cc12m-64", "cc12m-256-upsampler"),
+    ],
+)
+def test_the_presets_are_pairs(base, upsampler):
+    check_pair(preset(base), preset(upsampler))
+
+
+@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist"])
+def test_a_base_learns_from_the_pictures_that_its_upsampler_does(name):
+    base, upsampler, nested = (preset(n) for n in (f"{name}-base", f"{name}-upsampler", name))
+    assert base.data_side == upsampler.data_side == nested.data_side
+    assert base.model.levels == nested.model.levels[:1]
+    side = base.data_side // 2 + 1
+    with pytest.raises(ConfigError, match=f"data.side is {side}, no multiple of the finest level"):
+        override(base, [f"data.side={side}"])
+
+
+def test_an_upsampler_is_only_for_an_upsampler():
+    with pytest.raises(ConfigError, match=r"base is no upsampler \(no model.coarse\)"):
+        check_pair(base_config(), base_config())
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def plain(config):
+    """Without text, so that a folder of pictures is all the data there needs to be."""
+    return changed(config, "model", text=None).model_copy(update={"encoder": None})
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A base and an upsampler, never trained, in folders."""
+    for name, config in (("base", base_config()), ("up", upsampler_config())):
+        config = plain(config)
+        config = changed(config, "sampling", guidance=(1.0,))
+        export_weights(tmp_path / name / "model", randomised(config).state_dict(), config)
+    return tmp_path
+
+
+def test_a_base_is_named_in_the_config_or_when_it_is_opened(runs):
+    with pytest.raises(ConfigError, match=r"names none \(sampling.base\): give that model"):
+        open_model(runs / "up")
+    opened = open_model(runs / "up", base=runs / "base")
+    assert isinstance(opened, Cascade)
+    assert opened.sample(n=2).pictures.shape == (2, 16, 16, 3)
+    assert isinstance(open_model(runs / "base"), Matryoshka)
+    with pytest.raises(ConfigError, match=r"base is no upsampler"):
+        open_model(runs / "base", base=runs / "base")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_model(runs / "up", base="nowhere")
+
+
+def test_training_notes_which_base_the_upsampler_is_for(runs):
+    for number in range(4):
+        picture = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        save_png(picture, runs / "photos" / f"{number}.png", None)
+    config = changed(plain(upsampler_config()), "data", path=str(runs / "photos"))
+    (runs / "up.yaml").write_text(to_yaml(changed(config, "train", preview_every_images=8)))
+    trained, out = str(runs / "trained"), str(runs / "out")
+    assert (
+        cli.main(["train", str(runs / "up.yaml"), "--base", str(runs / "base"), "--out", trained])
+        == 0
+    )
+    model = open_model(trained)
+    assert isinstance(model, Cascade)
+    noted = model.config.sampling.base
+    assert noted == BaseConfig(
+        path=str((runs / "base").resolve()), hash=fingerprint(model.base.net.state_dict())
+    )
+    assert sorted(path.name for path in (runs / "trained" / "previews").iterdir())
+    assert cli.main(["train", trained]) == 0, "the base is not asked for again"
+    sample = ["sample", trained, "-n", "2", "--coarse-noise", "0.5", "-o", out]
+    assert cli.main(sample) == 0
+    with Image.open(runs / "out" / "000.png") as picture:
+        assert picture.size == (16, 16)
+        assert json.loads(picture.info[SETTINGS_KEY])["coarse_noise"] == 0.5
+
+    other = randomised(model.base.config)
+    with torch.no_grad():
+        other.levels[0].stem.weight.add_(1.0)
+    export_weights(runs / "base" / "model", other.state_dict(), model.base.config)
+    with pytest.raises(ConfigError, match=r"has other weights than .* name it again \(--base"):
+        open_model(trained)
+    assert isinstance(open_model(trained, base=runs / "base"), Cascade)
+    (runs / "base").rename(runs / "moved")
+    with pytest.raises(ConfigError, match=r"sampling\.base\.path: .* is not there .*--base RUN"):
+        open_model(trained)
+    assert without_paths(model.config).sampling.base is None
+
+
+def test_a_base_that_does_not_fit_is_refused_before_training(runs):
+    config = job.find_config("fashion-mnist-upsampler", None, [], base=str(runs / "base"))
+    assert config.sampling.base is not None
+    assert config.sampling.base.path == str((runs / "base").resolve())
+    small = ["sampling.coarse_noise=0.3", "model.coarse={side: 4}"]
+    wrong = changed(plain(upsampler_config()), "data", path=str(runs))
+    (runs / "up.yaml").write_text(to_yaml(wrong))
+    save_png(np.zeros((16, 16, 3), np.uint8), runs / "0.png", None)
+    found = job.find_config(str(runs / "up.yaml"), None, small, base=str(runs / "base"))
+    with pytest.raises(ConfigError, match=r"draws pictures of 8 pixels, but model\.coarse"):
+        job.prepare(changed(found, "data", max_bad_fraction=1.0))
+    with pytest.raises(ConfigError, match=r"sampling\.base: this model takes no coarse picture"):
+        job.find_config("openmoji", None, [], base="openmoji")
+
+
+def test_own_pictures_are_enlarged(runs, capsys):
+    for name, side in (("b", 8), ("a", 8)):
+        save_png(np.full((side, side, 3), ord(name), np.uint8), runs / "own" / f"{name}.png", None)
+    pictures = read_coarse(runs / "own", 8, 3)
+    assert pictures[:, 0, 0, 0].tolist() == [ord("a"), ord("b")]
+    assert read_coarse(runs / "own" / "a.png", 8, 1).shape == (1, 8, 8, 1)
+    command = ["sample", str(runs / "up"), "--steps", "2"]
+    assert cli.main([*command, "--coarse", str(runs / "own"), "-o", str(runs / "out")]) == 0
+    assert len(list((runs / "out").glob("00*.png"))) == 2
+    save_png(np.zeros((9, 8, 3), np.uint8), runs / "wide.png", None)
+    (runs / "none").mkdir()
+    (runs / "text.png").write_text("no picture")
+    for wrong, status, message in (
+        ("wide.png", 2, "wide.png: the upsampler takes pictures of exactly 8x8 pixels"),
+        ("none", 1, "no picture here to enlarge"),
+        ("nowhere", 1, "no picture here to enlarge"),
+        ("text.png", 2, "text.png: not a PNG"),
+    ):
+        assert cli.main([*command, "--coarse", str(runs / wrong)]) == status
+        assert message in capsys.readouterr().err
+    assert cli.main(["sample", str(runs / "base"), "--coarse", str(runs / "own")]) == 2
+    assert "--coarse: base is no upsampler" in capsys.readouterr().err
+
+
+def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs):
+    job.export_model(str(runs / "up"), runs / "shared")
+    again = open_model(runs / "shared", base=runs / "base")
+    first = open_model(runs / "up", base=runs / "base")
+    np.testing.assert_array_equal(again.sample(n=2).pictures, first.sample(n=2).pictures)
+    with pytest.raises(UsageError, match="is an upsampler, for which diffusers has no form"):
+        write_diffusers(Matryoshka.load(runs / "up"), runs / "diffusers")

@@ -1,0 +1,127 @@
+"""A nest whose low-resolution losses do not count: how it is trained, and drawn from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ConfigError, WeightingConfig, from_dict
+from matryoshka_diffusion.denoiser import NetworkDenoiser, Pooled
+from matryoshka_diffusion.diffusion import Process, matryoshka_loss
+from matryoshka_diffusion.info import describe
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
+from matryoshka_diffusion.sample import ddim, dpmpp_2m, last, trailing_grid
+from matryoshka_diffusion.schedule import Cosine
+from oracle import UnitNoise, moments, no_noise, small_world
+from test_pipeline import Words, randomised
+from tiny_run import tiny_config
+
+FINEST = (True, True, False)
+"""Which levels of the oracle's three are not trained."""
+
+
+def finest_config(**train):
+    config = tiny_config(dropout=0.0, **train)
+    stage = config.train.stages[-1].model_copy(update={"mix": ()})
+    return config.model_copy(
+        update={
+            "process": config.process.model_copy(update={"level_weights": (0.0, 1.0)}),
+            "train": config.train.model_copy(update={"stages": (stage,)}),
+        }
+    )
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
+def test_a_network_that_is_right_on_the_finest_level_only_samples_as_the_oracle(sampler):
+    """Gaussian pictures: untrained levels may say anything, the same pictures are drawn."""
+    world = small_world(Cosine())
+    network = world.as_network("v")
+
+    def finest_only(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+        return (*[17.0 * torch.ones_like(z_r) for z_r in z[:-1]], network(z, t, cond)[-1])
+
+    process = Process(world.schedules, "v", (WeightingConfig(),) * 3, (0.0, 0.0, 1.0))
+    noise, times = UnitNoise(world.resolutions, steps=0), trailing_grid(20, world.schedules[0])
+    alone = NetworkDenoiser(finest_only, process, Conditioning())
+
+    def drawn(denoise) -> Pyramid:
+        return last(sampler(denoise, noise.start(), world.schedules, times, noise=no_noise)).z
+
+    for found, truth in zip(drawn(Pooled(alone, FINEST)), drawn(world), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+    _, covariance = moments(drawn(alone)[-1])
+    assert (covariance - world.covariance).norm() > 0.5 * world.covariance.norm(), (
+        "without the wrapper they are not"
+    )
+
+
+def test_levels_with_a_loss_keep_their_estimates():
+    x = tuple(torch.randn(2, 3, side, side) for side in (4, 8))
+    t = torch.ones(2)
+    assert Pooled(lambda z, t: x, (False, False))(x, t) == x
+    coarse, fine = Pooled(lambda z, t: x, (True, False))(x, t)
+    assert torch.equal(coarse, down_sample(x[1], Resolution(4, 4)))
+    assert fine is x[1]
+
+
+def test_a_finest_loss_model_draws_levels_that_agree():
+    config = finest_config()
+    sampling = config.sampling.model_copy(update={"steps": 3, "threshold": ("none",)})
+    config = config.model_copy(update={"sampling": sampling})
+    model = Matryoshka(randomised(config), config, encoder=Words())
+    _, cond = model.condition("red", None, 2)
+    z = last(model.stream(cond, [0, 1], sampling)).z
+    torch.testing.assert_close(z[0], down_sample(z[1], Resolution(8, 8)), rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_finest_error_counts_and_the_coarse_level_still_learns():
+    config = finest_config()
+    net = randomised(config)
+    process = Process.from_config(config.process, config.model)
+    x, noise = (tuple(torch.randn(2, 3, side, side) for side in (8, 16)) for _ in range(2))
+    cond = Conditioning(tokens=torch.randn(2, 3, 8), micro={"scale": torch.full((2,), 16.0)})
+    loss = matryoshka_loss(net, x, cond, torch.tensor([0.3, 0.6]), noise, process=process)
+    assert torch.equal(loss.total, loss.per_level[1])
+    loss.total.backward()
+    head, stem = net.levels[0].head.weight.grad, net.levels[0].stem.weight.grad
+    assert head is not None
+    assert stem is not None
+    assert not head.any()
+    assert stem.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "stages", "message"),
+    [
+        ((0.0,), {}, "level_weights is 0 for level 0, the finest of train.stages.0."),
+        ((1.0, 0.0), {}, r"is 0 for level 1, the finest of train.stages\[1\]"),
+        ((0.0, 1.0), {}, r"is 0 for level 0, the finest of train.stages\[0\]"),
+        ((-1.0, 1.0), {}, r"level_weights\[0\]: .*greater than or equal to 0"),
+        ((0.0, 1.0), {"mix": [0.5, 0.5]}, r"stages\[0\]\.mix gives rows to level 0 at most"),
+    ],
+)
+def test_what_would_not_be_trained_is_refused(weights, stages, message):
+    config = tiny_config() if not stages else finest_config()
+    data = config.model_dump(mode="json")
+    data["process"]["level_weights"] = weights
+    data["train"]["stages"][0] |= stages
+    with pytest.raises(ConfigError, match=message):
+        from_dict(data)
+
+
+def test_the_baseline_is_its_nest_but_for_the_loss_and_the_stages():
+    finest, nested = preset("openmoji-finest"), preset("openmoji")
+    assert finest.model == nested.model
+    assert finest.sampling == nested.sampling
+    assert replace_stages(finest) == replace_stages(nested)
+    assert "weights of the levels' losses: 0 0 1" in describe(finest)
+
+
+def replace_stages(run):
+    return run.train.model_copy(update={"stages": run.train.stages[-1:]}).model_dump(
+        exclude={"stages"}
+    )
