@@ -1,10 +1,14 @@
-"""What the Fréchet distance looks at: pooled features of EfficientNet-Lite0.
+"""What distances look at: the protocol of a network's features, and the packaged network.
 
-The distance on them is `FD-EffNetLite0`. It is not FID, which is defined on another network and
-gives other numbers; compare it with itself only.
+A distance is named after the network. On EfficientNet-Lite0 it is `FD-EffNetLite0`, which is not
+FID: that is defined on another network and gives other numbers. Compare it with itself only.
 """
 
 from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,14 +16,46 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from matryoshka_diffusion.eval import naming
 from matryoshka_diffusion.files import require
 
-NAME = "FD-EffNetLite0"
+NETWORK = "EffNetLite0"
+NAME = naming.frechet(NETWORK)
 WIDTH = 1280
 SIDE = 128
 
 _MODEL = "efficientnet-lite0"
 _CENTRE, _SCALE = 0.498, 0.502  # the network's own input scaling, of pixels in [0, 1]
+_CHUNK = 1 << 20
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """A frozen network from pictures to features, with all that a number needs to say of it.
+
+    Attributes:
+        name: for people and in the names of numbers: "EffNetLite0", "Inception", "CLIP".
+        weights: the first 16 hexadecimal digits of its weights file's SHA-256.
+        resize: in words, how pictures are brought to the side that it looks at.
+        width: how many features a picture has.
+    """
+
+    name: str
+    weights: str
+    resize: str
+    width: int
+
+    def __call__(self, pictures: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]: ...
+
+
+def weights_hash(*paths: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256 (of several: one after the other)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 class EffNetLite0:
@@ -35,6 +71,10 @@ class EffNetLite0:
         (2, 1280)
     """
 
+    name = NETWORK
+    resize = f"bilinear with antialiasing to {SIDE}x{SIDE}"
+    width = WIDTH
+
     def __init__(self, device: torch.device | str = "cpu") -> None:
         """Load the network.
 
@@ -47,6 +87,7 @@ class EffNetLite0:
         # Built on `meta`: its usual initialisation would draw from torch's global generator.
         with torch.device("meta"):
             net = package.EfficientNet.from_name(_MODEL, image_size=SIDE)
+        self.weights = weights_hash(Path(path))
         state = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(state, assign=True)
         # Depthwise convolutions are three times as fast in this layout (one CPU core).

@@ -12,6 +12,35 @@ from functools import reduce
 import numpy as np
 from jaxtyping import Float
 
+from matryoshka_diffusion.eval.checks import finite, same_width
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments that somebody published, such as `mu` and `sigma` of one of ADM's `.npz` files.
+
+    How many pictures they are of is not known, so they can be compared with and not merged.
+
+    Raises:
+        ValueError: shapes that do not belong together, a value that is not finite, or a covariance
+            that is not symmetric.
+    """
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "e f"]
+
+    def __post_init__(self) -> None:
+        width = len(self.mean)
+        if self.covariance.shape != (width, width):
+            raise ValueError(
+                f"a mean of width {width} cannot have a covariance of {self.covariance.shape}"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("the reference's mean or covariance has values that are not finite")
+        tolerance = 1e-6 * float(np.abs(self.covariance).max(initial=0.0))
+        if not np.allclose(self.covariance, self.covariance.T, rtol=0.0, atol=tolerance):
+            raise ValueError("the reference's covariance is not symmetric")
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -34,12 +63,9 @@ class Moments:
         Raises:
             ValueError: no rows, or a value that is not finite.
         """
-        rows = features.astype(np.float64)
+        rows = finite(features)
         if not len(rows):
             raise ValueError("there are no features to take the moments of")
-        if not np.isfinite(rows).all():
-            bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])
-            raise ValueError(f"row {bad} of the features is not finite")
         mean = rows.mean(axis=0)
         centred = rows - mean
         return Moments(len(rows), mean, centred.T @ centred)
@@ -59,7 +85,7 @@ class Moments:
         Raises:
             ValueError: the features have different widths.
         """
-        _same_width(self, other)
+        same_width(len(self.mean), len(other.mean))
         count = self.count + other.count
         step = other.mean - self.mean
         between = np.outer(step, step) * (self.count * other.count / count)
@@ -75,8 +101,10 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments | Reference, b: Moments | Reference) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the squared 2-Wasserstein distance.
+
+    On Inception's features this is FID (Heusel et al. 2017, Eq. 6).
 
     The last trace is that of a matrix which is not symmetric. It equals the sum of the singular
     values of S_a^(1/2) S_b^(1/2), whose factors are symmetric roots: real and stable also where
@@ -85,10 +113,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Raises:
         ValueError: fewer than two samples on a side, or features of different widths.
     """
-    _same_width(a, b)
-    roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance)
-    overlap = np.linalg.svd(roots, compute_uv=False).sum()
-    spread = np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * overlap
+    same_width(len(a.mean), len(b.mean))
+    covariances = [side.covariance.astype(np.float64) for side in (a, b)]
+    roots = [_symmetric_root(covariance) for covariance in covariances]
+    overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    spread = sum(np.trace(covariance) for covariance in covariances) - 2.0 * overlap
     # Between equal sets, rounding may leave less than nothing.
     return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
@@ -96,8 +125,3 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def _symmetric_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-
-
-def _same_width(a: Moments, b: Moments) -> None:
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of width {len(a.mean)} cannot meet those of {len(b.mean)}")

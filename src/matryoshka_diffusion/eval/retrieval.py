@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from matryoshka_diffusion.eval.pairs import squared_distances
+
 SIDE = 16
 NEAREST = 5
 
@@ -60,7 +62,7 @@ def prompt_retrieval(
     if prompted.min() < 0 or prompted.max() >= len(training):
         raise ValueError(f"prompted has indices outside 0 .. {len(training) - 1}")
     known = _averaged(training)
-    order = np.argsort(_squared_distances(_averaged(samples), known), axis=1, kind="stable")
+    order = np.argsort(squared_distances(_averaged(samples), known), axis=1, kind="stable")
     twins = np.unique(known, axis=0, return_inverse=True)[1].reshape(-1)
     hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]
     return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(samples))
@@ -78,9 +80,3 @@ def _averaged(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"
     window = side // SIDE
     tiles = pictures.reshape(count, SIDE, window, SIDE, window, channels)
     return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, -1)
-
-
-def _squared_distances(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
-) -> Float[np.ndarray, "n m"]:
-    return np.square(a).sum(axis=1)[:, None] - 2.0 * (a @ b.T) + np.square(b).sum(axis=1)
