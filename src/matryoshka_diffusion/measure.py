@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
 from matryoshka_diffusion.eval.retrieval import Retrieval, prompt_retrieval
 from matryoshka_diffusion.pipeline import Matryoshka, Progress
@@ -21,8 +19,6 @@ else:
 
 RETRIEVAL_CAPTIONS = 128
 SEED = 1_000_000  # far from the seeds that people try, so that nobody tunes on these samples
-
-Features = Callable[[UInt8[np.ndarray, "b h w c"]], np.ndarray]
 
 SHEET_PROMPTS = (
     # Plain things that a stranger can name, chosen by hand before any sample was seen.
@@ -59,65 +55,6 @@ def sheet(model: Matryoshka, source: Source, *, progress: Progress | None = None
     return demo_sheet(samples.levels, prompts, [*real, *[None] * len(UNSEEN_PROMPTS)], title=title)
 
 
-def frechet(
-    model: Matryoshka,
-    source: Source,
-    features: Features,
-    *,
-    count: int,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> float:
-    """Fréchet distance of `count` samples to all training pictures, in the space of `features`.
-
-    Captions and labels are those of the training pictures, in turn.
-    """
-    pictures = all_pictures(source)
-    real = Moments.stream(features(pictures[rows]) for rows in _chunks(len(source)))
-    made = Moments.stream(
-        features(model_pictures)
-        for model_pictures in _samples(model, source, count, progress, settings)
-    )
-    return frechet_distance(real, made)
-
-
-def _samples(
-    model: Matryoshka,
-    source: Source,
-    count: int,
-    progress: Progress | None,
-    settings: dict[str, Any],
-) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Samples 0 .. count - 1, a batch at a time."""
-    steps = model.sampling(settings).steps
-    chunks = list(_chunks(count))
-    for done, rows in enumerate(chunks):
-        indices = np.arange(rows.start, rows.stop) % len(source)
-
-        def told(step: int, _: int, done: int = done) -> None:
-            if progress is not None:
-                progress(done * steps + step, len(chunks) * steps)
-
-        yield model.sample(
-            **_conditions(source, indices, model), seed=SEED + rows.start, progress=told, **settings
-        ).pictures
-
-
-def _conditions(
-    source: Source, indices: Int[np.ndarray, " b"], model: Matryoshka
-) -> dict[str, Any]:
-    examples = [source[int(index)] for index in indices]
-    if model.net.config.text is not None:
-        return {"prompts": [example.captions[0] for example in examples]}
-    if model.net.config.classes:
-        return {"classes": [example.label for example in examples]}
-    return {"n": len(examples)}
-
-
 def all_pictures(source: Source) -> UInt8[np.ndarray, "n h w c"]:
     """Every picture of a source."""
     return np.stack([source[index].picture for index in range(len(source))])
-
-
-def _chunks(total: int, size: int = 64) -> Iterator[slice]:
-    return (slice(first, min(first + size, total)) for first in range(0, total, size))

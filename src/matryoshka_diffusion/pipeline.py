@@ -36,7 +36,7 @@ from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.adapters import merge
+from matryoshka_diffusion.train.adapters import fingerprint, merge
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.precision import Precision, autocast
 
@@ -202,6 +202,7 @@ class Matryoshka:
                 if progress is not None:
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
+            refuse_not_finite(state.z, chosen)
             parts.append(state.z)
         order = torch.cat(batches).argsort()
         levels = tuple(
@@ -293,6 +294,19 @@ class Matryoshka:
             one_value = name in ("guidance", "threshold") and not isinstance(value, list | tuple)
             data["sampling"][name] = [value] if one_value else value
         return from_dict(data, where="sampling settings").sampling
+
+    def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All that samples depend on besides seeds and conditions, as JSON."""
+        config = self.config.model_dump(mode="json")
+        return {
+            "name": self.config.name,
+            "weights": fingerprint(self.net.state_dict()),
+            **{part: config[part] for part in ("process", "encoder")},
+            "model": self.net.config.model_dump(mode="json"),
+            "pixels": self.config.data.pixels,
+            "sampling": self.sampling(settings).model_dump(mode="json"),
+            "precision": self.precision,
+        }
 
     # --- conditions ---
 
@@ -393,6 +407,19 @@ class Matryoshka:
         if model.text is not None:
             return "it takes prompts (-p)"
         return "it takes classes (--class)" if model.classes else "it is unconditional"
+
+
+def refuse_not_finite(pictures: Pyramid, seeds: Sequence[int]) -> None:
+    """Raise `ValueError` naming the first picture with NaN in it, which bytes would not show."""
+    for level, batch in enumerate(pictures):
+        bad = ~batch.isfinite().flatten(1).all(dim=1)
+        if bad.any():
+            seed = seeds[int(bad.nonzero()[0])]
+            raise ValueError(
+                f"the sample of seed {seed} is not finite at level {level}, as {int(bad.sum())} of "
+                f"the {len(seeds)} drawn with it: the weights or the arithmetic (--precision fp32) "
+                "are broken"
+            )
 
 
 # --- finding and reading models ----------------------------------------------------------------

@@ -18,7 +18,7 @@ from matryoshka_diffusion.eval.features import NETWORK, Extractor
 from matryoshka_diffusion.eval.inception import Inception
 from matryoshka_diffusion.eval.inception_net import CLASSES
 from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
-from matryoshka_diffusion.eval.metrics import Gaussian, Moments, frechet_distance
+from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
 from matryoshka_diffusion.eval.neighbours import (
     DENSITY_COVERAGE_K,
@@ -26,23 +26,24 @@ from matryoshka_diffusion.eval.neighbours import (
     density_coverage,
     precision_recall,
 )
-from matryoshka_diffusion.eval.retrieval import averages, prompt_retrieval
+from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
 from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
 from matryoshka_diffusion.evaluation.store import Column
 from matryoshka_diffusion.files import digest
 
-_TEXTS = 256
+_NEIGHBOURS = max(PRECISION_RECALL_K, DENSITY_COVERAGE_K)
 
 
 class Number(NamedTuple):
-    """A value, its name with the flags that belong to it, and what goes with it."""
+    """A value, its name, flags and what goes with it; `words` if it has a sentence of its own."""
 
     name: str
     value: float
     others: Mapping[str, float] = {}
     flags: tuple[str | None, ...] = ()
     higher_is_better: bool = False
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Compared:
     def features(self, pictures: PictureSet[Any]) -> np.ndarray:
         return pictures.all(features_of(self.network))
 
-    def gaussian(self, pictures: PictureSet[Any]) -> Moments:
+    def moments(self, pictures: PictureSet[Any]) -> Moments:
         return Moments.stream(pictures.stream(features_of(self.network)))
 
 
@@ -98,12 +99,12 @@ class Metric(NamedTuple):
     levels: bool = False
     retrieval: bool = False
 
-    def columns(self, extractor: Extractor | None) -> list[Column[Any]]:
-        """What has to be known of each picture."""
+    def looks_at(self, extractor: Extractor | None) -> Column[Any]:
+        """What has to be known of each picture; `extractor` is the metric's network."""
         if extractor is not None:
-            return [features_of(extractor)]
+            return features_of(extractor)
         assert self.column is not None, "a metric looks through a network, or says at what"
-        return [self.column]
+        return self.column
 
 
 def features_of(extractor: Extractor) -> Column[Any]:
@@ -121,19 +122,15 @@ AGREEMENT: Column[Any] = Column("agreement", lambda batch: level_agreement(batch
 
 def _frechet(compared: Compared) -> list[Number]:
     network, made = compared.network, compared.made
-    known = None if compared.reference is None else compared.reference.gaussian
-    if network.name != naming.INCEPTION:
-        known = None  # published moments are Inception's
     name = naming.frechet(network.name)
     if network.name == naming.INCEPTION:
         name = f"{name}-{thousands(made.count)}"
-    real: Gaussian = known or compared.gaussian(compared.real)
-    flags = [naming.rank_flag(made.count, network.width)]
-    if known is None:
-        flag = naming.rank_flag(compared.real.count, network.width)
-        flags.append(flag and f"reference {flag}")
-    value = frechet_distance(real, compared.gaussian(made))
-    return [Number(name, value, flags=tuple(flags))]
+    assert compared.reference is not None, "refused before"
+    published = compared.reference.published_of(network.name)
+    real = published or compared.moments(compared.real)
+    # Few pictures of the reference are part of what the reference is; few samples are a choice.
+    flag = naming.rank_flag(made.count, network.width)
+    return [Number(name, frechet_distance(real, compared.moments(made)), flags=(flag,))]
 
 
 def _kernel(compared: Compared) -> list[Number]:
@@ -156,9 +153,7 @@ def _overlap(compared: Compared) -> list[Number]:
         **density_coverage(real, made)._asdict(),
     }
     name = compared.network.name
-    return [
-        Number(f"{kind}-{name}", value, higher_is_better=True) for kind, value in found.items()
-    ]
+    return [Number(f"{kind}-{name}", value, higher_is_better=True) for kind, value in found.items()]
 
 
 def _clip_score(compared: Compared) -> list[Number]:
@@ -178,11 +173,11 @@ def _cmmd(compared: Compared) -> list[Number]:
 
 
 def _retrieval(compared: Compared) -> list[Number]:
-    prompted = np.array(compared.made.belong_to)
     known, drawn = (side.all(AVERAGES) for side in (compared.real, compared.made))
-    found = prompt_retrieval(drawn, prompted, known)
-    others = {"among the five nearest": found.among_five}
-    return [Number("prompt retrieval", found.first, others, higher_is_better=True)]
+    found = retrieval_of_averages(drawn, np.array(compared.made.belong_to), known)
+    others = {"among five": found.among_five}
+    name, words = "prompt retrieval", str(found)
+    return [Number(name, found.first, others, higher_is_better=True, words=words)]
 
 
 def _agreement(compared: Compared) -> list[Number]:
@@ -196,9 +191,9 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(_frechet, naming.INCEPTION),
     "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE),
     "is": Metric(_inception_score, naming.INCEPTION, compares=False, least=SPLITS),
-    "prdc": Metric(
-        _overlap, naming.INCEPTION, least=max(PRECISION_RECALL_K, DENSITY_COVERAGE_K) + 1
-    ),
+    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1),
+    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE),
+    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1),
     "clip": Metric(_clip_score, CLIP.name, compares=False, least=1, captions=True),
     "cmmd": Metric(_cmmd, CLIP.name, least=1),
     "retrieval": Metric(_retrieval, column=AVERAGES, least=1, captions=True, retrieval=True),
@@ -235,7 +230,7 @@ def parse_metrics(names: str | Sequence[str]) -> Asked:
 
 
 def _parse(word: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"([a-z]+)(?:(\d+)k)?", word)
+    match = re.fullmatch(r"([a-z-]+)(?:(\d+)k)?", word)
     if match is None or match[1] not in METRICS:
         near = difflib.get_close_matches(word, METRICS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -36,10 +36,7 @@ class Model(Protocol):
     def config(self) -> RunConfig: ...
     @property
     def resolutions(self) -> tuple[Resolution, ...]: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
+    def describe(self, settings: dict[str, Any]) -> dict[str, Any]: ...
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig: ...
     def sample(self, prompts: Any = None, **options: Any) -> Samples: ...
 
@@ -61,14 +58,19 @@ class PictureSet(Generic[T]):
     Attributes:
         name: for people.
         side: of the pictures in pixels.
+        levels: of each picture.
         captions: of each picture; empty where there are none.
+        belong_to: the number of the training picture that each one's caption is of, where the
+            captions are those of single pictures.
     """
 
     name: str
     count: int
     side: int
     store: Store[T]
+    levels: int = 1
     captions: Sequence[str] = ()
+    belong_to: Sequence[int] = ()
 
     def fill(
         self,
@@ -104,7 +106,7 @@ def drawn(
 ) -> PictureSet[Samples]:
     """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
     given = dict(settings)
-    about = {**described(model, given), "seed": seed, "batch_size": batch_size}
+    about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
     about |= {"conditions": conditions.name, "of": conditions.identity}
 
     def make(rows: range, progress: Progress) -> Samples:
@@ -118,21 +120,9 @@ def drawn(
 
     store = Store.at(root, about, make, batch_size)
     side = model.resolutions[-1].height
-    return PictureSet(model.config.name, count, side, store, conditions.captions(count))
-
-
-def described(model: Model, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that a model's samples depend on besides seeds and conditions."""
-    config = model.config.model_dump(mode="json")
-    return {
-        "format": FORMAT,
-        "model": config["name"],
-        "weights": model.fingerprint,
-        "config": {key: config[key] for key in ("model", "process", "encoder")},
-        "pixels": config["data"]["pixels"],
-        "sampling": model.sampling(settings).model_dump(mode="json"),
-        "precision": model.precision,
-    }
+    captions, belong_to = conditions.captions(count), conditions.pictures[:count]
+    levels = len(model.resolutions)
+    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to)
 
 
 # --- pictures of a source ----------------------------------------------------------------------
@@ -167,7 +157,7 @@ def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet[
     }
     captions = [captions[0] for captions in source.captions or ()]
     store = Store.at(root, about, make, batch_size)
-    return PictureSet(source.name, len(source), source.side, store, captions)
+    return PictureSet(source.name, len(source), source.side, store, captions=captions)
 
 
 def fingerprint(source: Source) -> str:

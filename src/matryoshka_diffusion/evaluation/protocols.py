@@ -1,4 +1,4 @@
-"""What sample i is asked to show: a rule, the same one in every run and for every number of samples.
+"""What sample i is asked to show: the same rule in every run and for any number of samples.
 
 Sample i's caption or class depends on i alone, so the first 1,000 of 30,000 samples are those of an
 evaluation with 1,000.
@@ -33,8 +33,8 @@ class Conditions:
         caption: of sample i; None where there are none.
         label: the class of sample i; None where there are none.
         limit: how many samples the rule has conditions for; None if it never ends.
-        pictures: the number of the picture that each of `limit` captions belongs to; None where
-            they are not taken from single pictures.
+        pictures: the number of the picture that each of `limit` captions is of, where they are
+            those of single pictures.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Conditions:
     caption: Callable[[int], str] | None = None
     label: Callable[[int], int] | None = None
     limit: int | None = None
-    pictures: Sequence[int] | None = None
+    pictures: Sequence[int] = ()
 
     def of(self, rows: range) -> dict[str, Any]:
         """What `Matryoshka.sample` is given for these samples."""
@@ -115,7 +115,7 @@ def retrieval_captions(source: Source) -> Conditions:
 
 
 def captions_of_file(path: Path) -> Conditions:
-    """All captions of a file in an order drawn once and for all: the first n of it are for n samples.
+    """All captions of a file in an order drawn once and for all; n samples take its first n.
 
     Raises:
         UsageError: see `read_captions`.

@@ -17,7 +17,9 @@ import numpy as np
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.eval.metrics import Moments
+from matryoshka_diffusion.eval.inception_net import WIDTH
+from matryoshka_diffusion.eval.metrics import Reference as Published
+from matryoshka_diffusion.eval.naming import INCEPTION
 from matryoshka_diffusion.evaluation.pictures import (
     BATCH,
     FORMAT,
@@ -30,8 +32,6 @@ from matryoshka_diffusion.evaluation.store import Store
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
-
-INCEPTION_WIDTH = 2048
 
 _PICTURES = "arr_0.npy"
 _HEADERS = {
@@ -48,14 +48,18 @@ class Reference:
     Attributes:
         name: for people.
         pictures: None where only moments are known.
-        moments: of Inception's features; None where they are computed from the pictures.
-        own: whether these are pictures that the model was trained on, or held out from them.
+        published: moments of Inception's features; None where they are those of the pictures.
+        foreign: whether these are files that may have been resized; not the model's own data.
     """
 
     name: str
     pictures: PictureSet[Shown] | None
-    moments: Moments | None = None
-    own: bool = False
+    published: Published | None = None
+    foreign: bool = False
+
+    def published_of(self, network: str) -> Published | None:
+        """What somebody published of the features of this network."""
+        return self.published if network == INCEPTION else None
 
     @property
     def count(self) -> int | None:
@@ -63,9 +67,9 @@ class Reference:
         return None if self.pictures is None else self.pictures.count
 
     def flag(
-        self, side: int, *, world: World = _ALONE, progress: Progress | None = None
+        self, side: int, what: str, *, world: World = _ALONE, progress: Progress | None = None
     ) -> str | None:
-        """What a number has to say of the pictures' resolution, beside samples of `side` pixels.
+        """What a number at `side` pixels has to say of these pictures, which it calls `what`.
 
         A collective: the pictures are looked at, once.
 
@@ -73,29 +77,28 @@ class Reference:
             UsageError: they have another resolution, or were enlarged.
         """
         if self.pictures is None:
-            return "reference of unstated resolution"
+            return f"{what} of unstated resolution"
         if self.pictures.side != side:
             raise UsageError(
-                f"{self.name} has pictures of {self.pictures.side}x{self.pictures.side} pixels, the "
-                f"samples have {side}x{side}: distances between resolutions are not defined"
+                f"{self.name} has pictures of {self.pictures.side} pixels a side, the samples have "
+                f"{side}: no distance is defined between resolutions"
             )
-        if self.own:
+        if not self.foreign:
             return None
         self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
         sides = self.pictures.all(ORIGINAL_SIDES)
         if (enlarged := sides < side).any():
             raise UsageError(
-                f"{self.name}: {enlarged.sum():,} of {len(sides):,} pictures are smaller than the "
-                f"samples' {side} pixels (the first one has {sides[enlarged][0]}): enlarged "
-                "pictures are no reference"
+                f"{self.name}: {enlarged.sum():,} of {len(sides):,} pictures have fewer than the "
+                f"{side} pixels a side that are compared (the first one has {sides[enlarged][0]}): "
+                "what is enlarged is no reference"
             )
-        return f"reference cut and shrunk to {side}" if (sides > side).any() else None
+        return f"{what} cut and shrunk to {side}" if (sides > side).any() else None
 
 
-def of_source(source: Source, *, name: str | None = None, own: bool = False) -> Reference:
+def of_source(source: Source, *, name: str | None = None, foreign: bool = False) -> Reference:
     """All pictures of a source; their features are kept in the cache."""
-    pictures = shown(source, reference_folder())
-    return Reference(name or source.name, pictures, own=own)
+    return Reference(name or source.name, shown(source, reference_folder()), foreign=foreign)
 
 
 def reference_folder() -> Path:
@@ -119,28 +122,24 @@ def of_npz(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
-            moments = _moments(arrays["mu"], arrays["sigma"]) if "mu" in names else None
+            published = _published(arrays["mu"], arrays["sigma"]) if "mu" in names else None
         pictures = _pictures(path) if "arr_0" in names else None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no reference batch that can be read: {error}") from error
-    if moments is None and pictures is None:
+    if published is None and pictures is None:
         raise UsageError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}: a reference batch has mu and "
             "sigma, pictures as arr_0, or both"
         )
-    return Reference(path.name, pictures, moments)
+    return Reference(path.name, pictures, published)
 
 
-def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
-    width = INCEPTION_WIDTH
-    if mean.shape != (width,) or covariance.shape != (width, width):
+def _published(mean: np.ndarray, covariance: np.ndarray) -> Published:
+    if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
         raise ValueError(
-            f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {width:,} features"
+            f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {WIDTH:,} features"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("mu or sigma is not finite")
-    # `covariance` divides by count - 1: two rows stand for the number that nobody says.
-    return Moments(2, mean.astype(np.float64), covariance.astype(np.float64))
+    return Published(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 class _Member:
@@ -158,9 +157,13 @@ class _Member:
                 self.shape, in_columns, dtype = read(file)
                 self._begin = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or in_columns or self.shape[3] not in (1, 3):
-            raise ValueError(f"arr_0 is {dtype} of {self.shape}, not bytes of pictures (n, h, w, c)")
+            raise ValueError(
+                f"arr_0 is {dtype} of {self.shape}, not bytes of pictures (n, h, w, c)"
+            )
         if self.shape[1] != self.shape[2]:
-            raise ValueError(f"the pictures of arr_0 are {self.shape[1]}x{self.shape[2]}: no squares")
+            raise ValueError(
+                f"the pictures of arr_0 are {self.shape[1]}x{self.shape[2]}: no squares"
+            )
 
     def read(self, rows: range) -> np.ndarray:
         size = math.prod(self.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from matryoshka_diffusion.eval.naming import flagged
+
 FILE = "results.jsonl"
 
 
@@ -21,12 +24,14 @@ class Result:
     """One number.
 
     Attributes:
+        of: whose samples: the model's name, or that of a set of pictures.
         key: what was asked for, such as "fid".
         metric: its name with its protocol and everything that is wrong with it, such as
             "FID-50K" or "FID-2K [n = 2,000 <= 2,048 features: rank-deficient]".
         others: what belongs to it, such as the standard deviation of a KID.
         n: how many samples.
-        of: whose samples: the model's name, or that of a set of pictures.
+        words: the whole number for people, where it has a sentence of its own.
+        flags: what is wrong with all numbers of this model; in `metric`, too.
         weights: a hash of the model's weights; empty for pictures.
         conditions: what the samples were asked to show.
         reference: what they were compared with; empty where they are not compared.
@@ -39,11 +44,13 @@ class Result:
         higher_is_better: which way is good.
     """
 
-    key: str
-    metric: str
-    value: float
-    n: int
     of: str
+    key: str = ""
+    metric: str = ""
+    value: float = math.nan
+    n: int = 0
+    words: str = ""
+    flags: tuple[str, ...] = ()
     higher_is_better: bool = False
     others: Mapping[str, float] = field(default_factory=dict)
     weights: str = ""
@@ -60,6 +67,8 @@ class Result:
 
     def sentence(self) -> str:
         """The number for people."""
+        if self.words:
+            return flagged(self.words, *self.flags)
         counts = f" of {self.n:,} samples"
         if self.reference:
             known = self.reference_count is not None
@@ -69,7 +78,7 @@ class Result:
 
     def provenance(self) -> str:
         """One line that says where the number is from."""
-        drawn = self.sampling
+        settings = {name: value for name, value in self.sampling.items() if value is not None}
         parts = [
             self.of + (f" (weights {self.weights[:16]})" if self.weights else ""),
             self.conditions,
@@ -77,7 +86,7 @@ class Result:
             f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"
             if self.extractor
             else "",
-            ", ".join(f"{name} {_plain(value)}" for name, value in drawn.items() if value is not None),
+            ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()),
             "" if self.seed is None else f"seed {self.seed}",
             self.precision,
             f"matryoshka-diffusion {package_version()}",

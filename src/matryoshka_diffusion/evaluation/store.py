@@ -98,7 +98,9 @@ class Store(Generic[T]):
 
     def _batches(self, count: int) -> list[range]:
         numbers = range(count)
-        return [numbers[first : first + self.batch_size] for first in range(0, count, self.batch_size)]
+        return [
+            numbers[first : first + self.batch_size] for first in range(0, count, self.batch_size)
+        ]
 
     def _path(self, column: Column[T], rows: range) -> Path:
         # The last batch of fewer pictures is a file of its own: in bf16 a picture may depend on
@@ -146,8 +148,8 @@ class Store(Generic[T]):
     def _refuse_elsewhere(self, columns: Sequence[Column[T]], count: int) -> None:
         if self._missing(columns, count):
             raise OSError(
-                f"{self.folder} lacks what other ranks have written: the run's folder and MDM_CACHE "
-                "must be folders that all ranks share"
+                f"{self.folder} lacks what other ranks have written: the run's folder and "
+                "MDM_CACHE must be folders that all ranks share"
             )
 
     @staticmethod
