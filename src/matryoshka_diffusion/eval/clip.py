@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion.eval.checks import comparable, unit
@@ -93,7 +94,7 @@ def _load(transformers: Any, folder: Path) -> tuple[Any, Any]:
         model, loading = transformers.CLIPModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"cannot load CLIP from {folder}: {' '.join(str(error).split())}"
         ) from error

@@ -3,11 +3,12 @@
 The weights cannot be shipped. Two files of them are in use, both made from TensorFlow's
 `inception-2015-12-05`, and a number says which it was computed with (`Inception.weights`):
 
-- `pt_inception-2015-12-05-6726825d.pth`, the state dict of the port that pytorch-fid and torchmetrics
-  use (or the same keys as safetensors). It is read as data: nothing in it is run. Resizing and scaling
-  are ours and those of the TensorFlow graph, by which ADM's references were made.
+- `pt_inception-2015-12-05-6726825d.pth`, the state dict of the port that pytorch-fid uses (or the
+  same keys as safetensors). It is read as data: nothing in it is run. Resizing and scaling are ours
+  and those of the TensorFlow graph, by which ADM's references were made.
 - `inception-2015-12-05.pt`, the TorchScript archive of StyleGAN and EDM, which resizes and scales
-  inside. TorchScript is a program: loading it runs what it says. Load one only from where you trust.
+  inside. TorchScript is a program: loading it runs what it says. Load one only from where you
+  trust.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 It is the network of TensorFlow's `inception-2015-12-05` as its port to PyTorch
 (`pt_inception-2015-12-05-6726825d.pth`) stores it, under torchvision's names for the layers. Three
-things differ from torchvision's Inception-v3: averages over 3x3 pixels do not count the padding, the
-last block takes a maximum where an average was meant, and there are 1,008 classes.
+things differ from torchvision's Inception-v3: averages over 3x3 pixels do not count the padding,
+the last block takes a maximum where an average was meant, and there are 1,008 classes.
 """
 
 from __future__ import annotations

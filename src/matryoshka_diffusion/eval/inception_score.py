@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ def inception_score(
 
 def _parts(rows: Float[np.ndarray, "n c"], splits: int) -> list[Float[np.ndarray, "_ c"]]:
     bounds = [len(rows) * index // splits for index in range(splits + 1)]
-    return [rows[first:last] for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [rows[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def _score(rows: Float[np.ndarray, "n c"]) -> float:

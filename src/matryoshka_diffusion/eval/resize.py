@@ -44,19 +44,27 @@ def _along(x: Tensor, dim: int, side: int) -> Tensor:
 
 
 def pil_bicubic(x: UInt8[Tensor, "b c H W"], side: int) -> Float[Tensor, "b c side side"]:
-    """Bicubic with antialiasing to the nearest byte, as Pillow does; then the middle square.
+    """Bicubic with antialiasing, as Pillow does it with bytes; then the middle square.
 
-    The shorter side becomes `side` pixels. This is how CLIP's pictures were prepared. The result
-    is within one byte of Pillow's, which rounds after each direction.
+    The shorter side becomes `side` pixels. This is how CLIP's pictures were prepared. Like Pillow,
+    it goes along the rows first and makes bytes of what it has before it goes along the columns:
+    where bicubic weights overshoot, that cuts off what would come back. Pillow's weights are
+    whole numbers, so here and there a byte differs by one. (Of pictures higher than wide, recent
+    versions of Pillow do the columns first. CLIP's did not.)
 
     Returns:
         Whole numbers in [0, 255].
     """
     height, width = x.shape[-2:]
-    size = [max(side, int(side * edge / min(height, width))) for edge in (height, width)]
-    if size != [height, width]:
-        y = F.interpolate(x.float(), size=size, mode="bicubic", antialias=True)
-    else:
-        y = x.float()
-    top, left = ((edge - side) // 2 for edge in size)
-    return y[:, :, top : top + side, left : left + side].round().clamp(0.0, 255.0)
+    tall, wide = (max(side, int(side * edge / min(height, width))) for edge in (height, width))
+    y = _bytes(_bicubic(_bytes(_bicubic(x.float(), height, wide)), tall, wide))
+    top, left = (tall - side) // 2, (wide - side) // 2
+    return y[:, :, top : top + side, left : left + side]
+
+
+def _bicubic(x: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.round().clamp(0.0, 255.0)
