@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Compared:
     through no network.
     """
 
-    made: PictureSet[Any]
+    made: PictureSet
     reference: Reference | None
     extractor: Extractor | None
 
@@ -64,15 +64,15 @@ class Compared:
         return self.extractor
 
     @property
-    def real(self) -> PictureSet[Any]:
+    def real(self) -> PictureSet:
         assert self.reference is not None, "asked by metrics that compare"
         assert self.reference.pictures is not None, "refused before"
         return self.reference.pictures
 
-    def features(self, pictures: PictureSet[Any]) -> np.ndarray:
+    def features(self, pictures: PictureSet) -> np.ndarray:
         return pictures.all(features_of(self.network))
 
-    def moments(self, pictures: PictureSet[Any]) -> Moments:
+    def moments(self, pictures: PictureSet) -> Moments:
         return Moments.stream(pictures.stream(features_of(self.network)))
 
 
@@ -92,14 +92,14 @@ class Metric(NamedTuple):
 
     compute: Callable[[Compared], list[Number]]
     network: str = ""
-    column: Column[Any] | None = None
+    column: Column | None = None
     compares: bool = True
     least: int = 2
     captions: bool = False
     levels: bool = False
     retrieval: bool = False
 
-    def looks_at(self, extractor: Extractor | None) -> Column[Any]:
+    def looks_at(self, extractor: Extractor | None) -> Column:
         """What has to be known of each picture; `extractor` is the metric's network."""
         if extractor is not None:
             return features_of(extractor)
@@ -107,14 +107,14 @@ class Metric(NamedTuple):
         return self.column
 
 
-def features_of(extractor: Extractor) -> Column[Any]:
+def features_of(extractor: Extractor) -> Column:
     """The features of a network, in a folder that is named after its weights and its resizing."""
     name = f"{extractor.name}-{extractor.weights}-{digest(extractor.resize)[:8]}"
     return Column(name, lambda batch: extractor(batch.pictures))
 
 
-AVERAGES: Column[Any] = Column("averages", lambda batch: averages(batch.pictures))
-AGREEMENT: Column[Any] = Column("agreement", lambda batch: level_agreement(batch.levels))
+AVERAGES: Column = Column("averages", lambda batch: averages(batch.pictures))
+AGREEMENT: Column = Column("agreement", lambda batch: level_agreement(batch.levels))
 
 
 # --- the numbers -------------------------------------------------------------------------------

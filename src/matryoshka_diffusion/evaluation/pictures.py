@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,6 +29,7 @@ _COMPARED = 4096
 _ALONE = World()
 
 
+@runtime_checkable
 class Model(Protocol):
     """What samples are drawn with: `Matryoshka`, or several networks that act as one."""
 
@@ -41,18 +42,8 @@ class Model(Protocol):
     def sample(self, prompts: Any = None, **options: Any) -> Samples: ...
 
 
-class HasPictures(Protocol):
-    """A batch of pictures."""
-
-    @property
-    def pictures(self) -> UInt8[np.ndarray, "b h w c"]: ...
-
-
-T = TypeVar("T", bound=HasPictures)
-
-
 @dataclass(frozen=True)
-class PictureSet(Generic[T]):
+class PictureSet:
     """The first `count` pictures of a store.
 
     Attributes:
@@ -67,14 +58,14 @@ class PictureSet(Generic[T]):
     name: str
     count: int
     side: int
-    store: Store[T]
+    store: Store
     levels: int = 1
     captions: Sequence[str] = ()
     belong_to: Sequence[int] = ()
 
     def fill(
         self,
-        columns: Sequence[Column[T]],
+        columns: Sequence[Column],
         *,
         world: World = _ALONE,
         progress: Progress | None = None,
@@ -82,11 +73,11 @@ class PictureSet(Generic[T]):
         """Make what is missing of the columns; a collective, see `Store.fill`."""
         self.store.fill(columns, self.count, world=world, progress=progress)
 
-    def stream(self, column: Column[T]) -> Iterator[np.ndarray]:
+    def stream(self, column: Column) -> Iterator[np.ndarray]:
         """The rows of a column, a batch at a time."""
         return self.store.read(column, self.count)
 
-    def all(self, column: Column[T]) -> np.ndarray:
+    def all(self, column: Column) -> np.ndarray:
         """The rows of a column."""
         return np.concatenate(list(self.stream(column)))
 
@@ -103,7 +94,7 @@ def drawn(
     seed: int = SEED,
     batch_size: int = BATCH,
     settings: Mapping[str, Any],
-) -> PictureSet[Samples]:
+) -> PictureSet:
     """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
     given = dict(settings)
     about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
@@ -135,12 +126,12 @@ class Shown(NamedTuple):
     original_sides: Sequence[int]
 
 
-ORIGINAL_SIDES: Column[Shown] = Column(
+ORIGINAL_SIDES: Column = Column(
     "original-sides", lambda shown: np.array(shown.original_sides, np.int64)
 )
 
 
-def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet[Shown]:
+def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet:
     """All pictures of a source."""
 
     def make(rows: range, progress: Progress) -> Shown:

@@ -53,7 +53,7 @@ class Reference:
     """
 
     name: str
-    pictures: PictureSet[Shown] | None
+    pictures: PictureSet | None
     published: Published | None = None
     foreign: bool = False
 
@@ -173,7 +173,7 @@ class _Member:
         return np.frombuffer(data, np.uint8).reshape(len(rows), *self.shape[1:])
 
 
-def _pictures(path: Path) -> PictureSet[Shown]:
+def _pictures(path: Path) -> PictureSet:
     member = _Member(path)
     count, side = member.shape[:2]
 

@@ -115,7 +115,7 @@ def evaluate(
 
 
 def measure(
-    made: PictureSet[Any],
+    made: PictureSet,
     reference: Reference | None,
     metrics: Sequence[str],
     networks: Networks,
@@ -154,7 +154,7 @@ def measure(
 
 
 def _compared(
-    made: PictureSet[Any],
+    made: PictureSet,
     reference: Reference | None,
     extractors: Mapping[str, Extractor],
     metric: Metric,
@@ -162,7 +162,7 @@ def _compared(
     return Compared(made, reference if metric.compares else None, extractors.get(metric.network))
 
 
-def _columns(metrics: Iterable[Metric], extractors: Mapping[str, Extractor]) -> list[Column[Any]]:
+def _columns(metrics: Iterable[Metric], extractors: Mapping[str, Extractor]) -> list[Column]:
     """What has to be known of each picture, each once."""
     columns = (metric.looks_at(extractors.get(metric.network)) for metric in metrics)
     return list({column.name: column for column in columns}.values())
@@ -261,7 +261,7 @@ def _count(n: int | None, shown: Conditions) -> int:
 # --- what cannot be ----------------------------------------------------------------------------
 
 
-def _refuse(name: str, metric: Metric, made: PictureSet[Any], reference: Reference | None) -> None:
+def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | None) -> None:
     """Raise `UsageError` if the metric lacks what it needs."""
     if made.count < metric.least:
         raise UsageError(f"{name} needs at least {metric.least:,} samples, not {made.count:,}")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -23,13 +23,12 @@ from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
 
-T = TypeVar("T")
 ABOUT = "about.json"
 _VALUES = "values"
 _ALONE = World()
 
 
-class Column(NamedTuple, Generic[T]):
+class Column(NamedTuple):
     """What is kept of pictures: a row of numbers each.
 
     Attributes:
@@ -38,11 +37,11 @@ class Column(NamedTuple, Generic[T]):
     """
 
     name: str
-    of: Callable[[T], np.ndarray]
+    of: Callable[[Any], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Store(Generic[T]):
+class Store:
     """The columns of pictures 0, 1, 2, ...
 
     Attributes:
@@ -55,20 +54,20 @@ class Store(Generic[T]):
 
     folder: Path
     about: dict[str, Any]
-    make: Callable[[range, Progress], T]
+    make: Callable[[range, Progress], Any]
     batch_size: int
 
     @staticmethod
     def at(
-        root: Path, about: dict[str, Any], make: Callable[[range, Progress], T], batch_size: int
-    ) -> Store[T]:
+        root: Path, about: dict[str, Any], make: Callable[[range, Progress], Any], batch_size: int
+    ) -> Store:
         """The store in the folder inside `root` that is named after `about`."""
         name = digest(json.dumps(about, sort_keys=True))[:16]
         return Store(root / name, about, make, batch_size)
 
     def fill(
         self,
-        columns: Sequence[Column[T]],
+        columns: Sequence[Column],
         count: int,
         *,
         world: World = _ALONE,
@@ -88,7 +87,7 @@ class Store(Generic[T]):
             world.each(lambda: self._make(columns, mine, world, progress))
             world.once(lambda: self._refuse_elsewhere(columns, count))
 
-    def read(self, column: Column[T], count: int) -> Iterator[np.ndarray]:
+    def read(self, column: Column, count: int) -> Iterator[np.ndarray]:
         """The rows of pictures 0 .. count - 1 in order, a batch at a time.
 
         Raises:
@@ -102,12 +101,12 @@ class Store(Generic[T]):
             numbers[first : first + self.batch_size] for first in range(0, count, self.batch_size)
         ]
 
-    def _path(self, column: Column[T], rows: range) -> Path:
+    def _path(self, column: Column, rows: range) -> Path:
         # The last batch of fewer pictures is a file of its own: in bf16 a picture may depend on
         # those that it is drawn with.
         return self.folder / column.name / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
-    def _missing(self, columns: Sequence[Column[T]], count: int) -> list[range]:
+    def _missing(self, columns: Sequence[Column], count: int) -> list[range]:
         return [
             rows
             for rows in self._batches(count)
@@ -116,7 +115,7 @@ class Store(Generic[T]):
 
     def _make(
         self,
-        columns: Sequence[Column[T]],
+        columns: Sequence[Column],
         batches: Sequence[range],
         world: World,
         progress: Progress | None,
@@ -145,7 +144,7 @@ class Store(Generic[T]):
         text = json.dumps(self.about, indent=1).encode()
         write_atomically(self.folder / ABOUT, lambda file: file.write(text))
 
-    def _refuse_elsewhere(self, columns: Sequence[Column[T]], count: int) -> None:
+    def _refuse_elsewhere(self, columns: Sequence[Column], count: int) -> None:
         if self._missing(columns, count):
             raise OSError(
                 f"{self.folder} lacks what other ranks have written: the run's folder and "
