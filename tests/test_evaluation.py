@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_other_samples_have_a_folder_of_their_own(changed, tmp_path):
 
 
 def test_other_weights_have_a_folder_of_their_own(tmp_path):
-    trained = model()
+    trained: Any = model()
     options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
     before = evaluate(trained, "fd", **options)
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_other_weights_have_a_folder_of_their_own(tmp_path):
 
 
 def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
-    known = source()
+    known: Any = source()
     before = measured(tmp_path, source=known)
     known.array[5] = 0
     assert measured(tmp_path, source=known)[0].value != before[0].value
@@ -234,7 +235,7 @@ def test_levels_of_one_level_cannot_disagree(tmp_path):
 
 
 def test_a_sample_that_is_not_finite_is_named_by_its_seed(tmp_path):
-    broken = model("nothing")
+    broken: Any = model("nothing")
     with torch.no_grad():
         broken.net.levels[1].head.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="the sample of seed 70 is not finite at level 1, as 4 of"):

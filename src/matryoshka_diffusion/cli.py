@@ -218,32 +218,44 @@ def plot(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.evaluation import requests
-    from matryoshka_diffusion.evaluation.measures import parse_metrics
+    from matryoshka_diffusion.evaluation import results
+
+    measured = _measure_model if options.other is None else _measure_pictures
+    with _ranks(options) as (world, device), _Bars() as bars:
+        found, folder = measured(options, world, device, bars)
+        if not world.leads:
+            return
+    path = folder / results.FILE
+    results.append(found, path)
+    print(f"{results.report(found)}\n  in {path}")
+
+
+def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
+    """The numbers of a model, and the folder that they belong into."""
     from matryoshka_diffusion.evaluation.run import evaluate as run
 
-    with _ranks(options) as (world, device), _Bars() as bars:
-        networks = _networks(options, device)
-        if options.other is not None:
-            asked = parse_metrics(options.metrics or "fd").metrics
-            found = requests.compare(
-                *(options.model, options.other, asked, networks),
-                side=options.side,
-                world=world,
-                progress=bars,
-            )
-        else:
-            model = _model(options, device)
-            asked = _request(options, model, world)
-            found = run(
-                model,
-                asked.metrics,
-                **_wanted(asked),
-                **_how(options, networks, world, bars),
-                **_sampling(options),
-            )
-        if world.leads:
-            _report(found, options.model)
+    model = _model(options, device)
+    how = _measuring(options, model, world, device, bars)
+    return run(model, **how, **_sampling(options)), how["folder"]
+
+
+def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
+    """The numbers of two sets of pictures, and the folder that they belong into."""
+    from matryoshka_diffusion.evaluation.measures import parse_metrics
+    from matryoshka_diffusion.evaluation.requests import compare
+    from matryoshka_diffusion.evaluation.run import find_networks
+    from matryoshka_diffusion.files import cache_folder
+
+    found = compare(
+        options.model,
+        options.other,
+        parse_metrics(options.metrics or "fd").metrics,
+        find_networks(device, options.inception, options.clip),
+        side=options.side,
+        world=world,
+        progress=bars,
+    )
+    return found, cache_folder("eval")
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -257,30 +269,29 @@ def sweep(options: argparse.Namespace) -> None:
     if not axes:
         raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
-    out = options.out or (Path(options.model) if Path(options.model).is_dir() else Path()) / "sweep"
     with _ranks(options) as (world, device), _Bars() as bars:
         usual = _model(options, device)
-        asked = _request(options, usual, world)
-        how = {**_wanted(asked), **_how(options, _networks(options, device), world, bars)}
+        how = _measuring(options, usual, world, device, bars)
+
+        def open_model(length: float | None) -> Any:
+            run_folder, precision = Path(options.model), options.precision
+            if length is None:
+                return usual
+            return sweeping.averaged(run_folder, length, device=device, precision=precision)
+
         points = sweeping.sweep(
-            lambda length: (
-                usual
-                if length is None
-                else sweeping.averaged(
-                    Path(options.model), length, device=device, precision=options.precision
-                )
-            ),
+            open_model,
             axes,
-            lambda model, settings: run(
-                model, asked.metrics, **how, **{**_sampling(options), **settings}
-            ),
+            lambda model, settings: run(model, **how, **(_sampling(options) | settings)),
         )
-        if world.leads:
-            sweeping.write(points, out / "sweep.json")
-            draw(points, out / "sweep.png")
-            print(sweeping.table(points))
-            print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
-            print(f"best: {sweeping.command(options.model, sweeping.best(points))}")
+        if not world.leads:
+            return
+    out = options.out or how["folder"].parent / "sweep"
+    sweeping.write(points, out / "sweep.json")
+    draw(points, out / "sweep.png")
+    print(sweeping.table(points))
+    print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
+    print(f"best:\n{sweeping.command(options.model, sweeping.best(points))}")
 
 
 def _axes(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
@@ -301,18 +312,16 @@ def _model(options: argparse.Namespace, device: str) -> Any:
     return Matryoshka.load(options.model, device=device, precision=options.precision)
 
 
-def _networks(options: argparse.Namespace, device: str) -> Any:
+def _measuring(
+    options: argparse.Namespace, model: Any, world: Any, device: str, bars: _Bars
+) -> dict[str, Any]:
+    """The arguments of `evaluate` but for the sampler's settings."""
+    from matryoshka_diffusion.evaluation.pictures import SEED
+    from matryoshka_diffusion.evaluation.requests import request, results_folder
     from matryoshka_diffusion.evaluation.run import find_networks
 
-    return find_networks(device, options.inception, options.clip)
-
-
-def _request(options: argparse.Namespace, model: Any, world: Any) -> Any:
-    """What is asked of a model; on each machine one rank is the first to open data."""
-    from matryoshka_diffusion.evaluation.requests import request
-
-    with world.first_here("data"):
-        return request(
+    with world.first_here("data"):  # what one rank of a machine decodes, the others find
+        asked = request(
             model.config,
             model.resolutions[-1].height,
             metrics=options.metrics,
@@ -321,39 +330,15 @@ def _request(options: argparse.Namespace, model: Any, world: Any) -> Any:
             captions=options.captions,
             reference=options.ref,
         )
-
-
-def _wanted(asked: Any) -> dict[str, Any]:
-    names = ("n", "source", "reference", "conditions")
-    return {name: getattr(asked, name) for name in names}
-
-
-def _how(options: argparse.Namespace, networks: Any, world: Any, bars: _Bars) -> dict[str, Any]:
-    from matryoshka_diffusion.evaluation.pictures import SEED
-    from matryoshka_diffusion.evaluation.requests import results_folder
-
     return {
-        "networks": networks,
+        **asked._asdict(),
+        "networks": find_networks(device, options.inception, options.clip),
         "folder": results_folder(options.model),
         "seed": SEED if options.seed is None else options.seed,
         "batch_size": options.batch_size,
         "world": world,
         "progress": bars,
     }
-
-
-def _report(found: Sequence[Any], run: str) -> None:
-    """Every number, and where it is from."""
-    from matryoshka_diffusion.evaluation import results
-    from matryoshka_diffusion.evaluation.requests import results_folder
-
-    path = results_folder(run) / results.FILE
-    results.append(found, path)
-    for number, result in enumerate(found):
-        print(result.sentence())
-        if number + 1 == len(found) or found[number + 1].provenance() != result.provenance():
-            print(f"  {result.provenance()}")
-    print(f"  in {path}")
 
 
 @contextmanager

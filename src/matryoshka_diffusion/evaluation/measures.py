@@ -19,6 +19,7 @@ from matryoshka_diffusion.eval.inception import Inception
 from matryoshka_diffusion.eval.inception_net import CLASSES
 from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
 from matryoshka_diffusion.eval.neighbours import (
     DENSITY_COVERAGE_K,
@@ -51,12 +52,13 @@ class Compared:
     """What a metric is given: pictures whose columns are there.
 
     `reference` is None for metrics that compare with nothing, `extractor` for those that look
-    through no network.
+    through no network. `published` takes the place of the reference's pictures.
     """
 
     made: PictureSet
     reference: Reference | None
     extractor: Extractor | None
+    published: Published | None
 
     @property
     def network(self) -> Extractor:
@@ -84,6 +86,7 @@ class Metric(NamedTuple):
         network: whose features it takes; empty if it looks at pictures itself.
         column: what it takes of the pictures if not a network's features.
         compares: whether it needs a reference.
+        moments: whether moments of the features, which may be published, are all that it needs.
         least: how many pictures it needs on each side.
         captions: whether each sample needs the caption that it was made for.
         levels: whether it looks at all levels of a sample, which pictures of a source do not have.
@@ -94,10 +97,17 @@ class Metric(NamedTuple):
     network: str = ""
     column: Column | None = None
     compares: bool = True
+    moments: bool = False
     least: int = 2
     captions: bool = False
     levels: bool = False
     retrieval: bool = False
+
+    def published(self, reference: Reference | None) -> Published | None:
+        """What it takes in the place of the reference's pictures."""
+        if reference is None or not self.moments or self.network != naming.INCEPTION:
+            return None
+        return reference.published
 
     def looks_at(self, extractor: Extractor | None) -> Column:
         """What has to be known of each picture; `extractor` is the metric's network."""
@@ -125,9 +135,7 @@ def _frechet(compared: Compared) -> list[Number]:
     name = naming.frechet(network.name)
     if network.name == naming.INCEPTION:
         name = f"{name}-{thousands(made.count)}"
-    assert compared.reference is not None, "refused before"
-    published = compared.reference.published_of(network.name)
-    real = published or compared.moments(compared.real)
+    real = compared.published or compared.moments(compared.real)
     # Few pictures of the reference are part of what the reference is; few samples are a choice.
     flag = naming.rank_flag(made.count, network.width)
     return [Number(name, frechet_distance(real, compared.moments(made)), flags=(flag,))]
@@ -187,8 +195,8 @@ def _agreement(compared: Compared) -> list[Number]:
 
 
 METRICS: dict[str, Metric] = {
-    "fd": Metric(_frechet, NETWORK),
-    "fid": Metric(_frechet, naming.INCEPTION),
+    "fd": Metric(_frechet, NETWORK, moments=True),
+    "fid": Metric(_frechet, naming.INCEPTION, moments=True),
     "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE),
     "is": Metric(_inception_score, naming.INCEPTION, compares=False, least=SPLITS),
     "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1),

@@ -19,7 +19,6 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.inception_net import WIDTH
 from matryoshka_diffusion.eval.metrics import Reference as Published
-from matryoshka_diffusion.eval.naming import INCEPTION
 from matryoshka_diffusion.evaluation.pictures import (
     BATCH,
     FORMAT,
@@ -56,10 +55,6 @@ class Reference:
     pictures: PictureSet | None
     published: Published | None = None
     foreign: bool = False
-
-    def published_of(self, network: str) -> Published | None:
-        """What somebody published of the features of this network."""
-        return self.published if network == INCEPTION else None
 
     @property
     def count(self) -> int | None:

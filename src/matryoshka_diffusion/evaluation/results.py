@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -102,6 +103,16 @@ class Result:
             "commit": commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+
+
+def report(results: Sequence[Result]) -> str:
+    """Every number, and below those that share it, where they are from."""
+    lines = []
+    for result, following in itertools.zip_longest(results, results[1:]):
+        lines.append(result.sentence())
+        if following is None or following.provenance() != result.provenance():
+            lines.append(f"  {result.provenance()}")
+    return "\n".join(lines)
 
 
 def append(results: Iterable[Result], path: Path) -> None:

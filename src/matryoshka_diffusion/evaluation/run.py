@@ -136,7 +136,7 @@ def measure(
     if reference is not None and comparing:
         told = _part(progress, reference.name)
         flag = reference.flag(made.side, "reference", world=world, progress=told)
-        unknown = [m for m in comparing if reference.published_of(m.network) is None]
+        unknown = [metric for metric in comparing if metric.published(reference) is None]
         if reference.pictures is not None and unknown:
             reference.pictures.fill(_columns(unknown, extractors), world=world, progress=told)
     columns = _columns(chosen.values(), extractors)
@@ -159,7 +159,8 @@ def _compared(
     extractors: Mapping[str, Extractor],
     metric: Metric,
 ) -> Compared:
-    return Compared(made, reference if metric.compares else None, extractors.get(metric.network))
+    to = reference if metric.compares else None
+    return Compared(made, to, extractors.get(metric.network), metric.published(to))
 
 
 def _columns(metrics: Iterable[Metric], extractors: Mapping[str, Extractor]) -> list[Column]:
@@ -185,8 +186,7 @@ def _result(
             "resize": network.resize,
         }
     if reference is not None:
-        known = None if network is None else reference.published_of(network.name)
-        count = reference.count if known is None else None
+        count = reference.count if compared.published is None else None
         update |= {"reference": reference.name, "reference_count": count}
     return replace(
         template,
@@ -274,7 +274,7 @@ def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | 
     if reference is None:
         raise UsageError(f"{name} compares with pictures: name them with --ref")
     if reference.pictures is None:
-        if reference.published_of(metric.network) is None:
+        if metric.published(reference) is None:
             raise UsageError(
                 f"{name} needs the pictures of its reference, but {reference.name} holds only mu "
                 "and sigma of Inception's features"
