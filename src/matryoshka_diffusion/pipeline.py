@@ -447,7 +447,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return _whole(snapshot.ema, config, where=str(newest))
+        return whole(snapshot.ema, config, where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -508,7 +508,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         _check_metadata(file, config)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
-    return _whole(weights, config, where=str(file))
+    return whole(weights, config, where=str(file))
 
 
 def _check_metadata(file: Path, config: RunConfig) -> None:
@@ -527,7 +527,7 @@ def _settings_of_adapters(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _whole(
+def whole(
     weights: Mapping[str, Tensor], config: RunConfig, *, where: str
 ) -> tuple[dict[str, Tensor], RunConfig]:
     """Weights as they are, or if they are adapters, merged into the model they are for."""

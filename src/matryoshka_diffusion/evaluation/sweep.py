@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ from matryoshka_diffusion.config import SamplingConfig, load_config
 from matryoshka_diffusion.evaluation.pictures import Model
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.pipeline import Matryoshka, count_levels
+from matryoshka_diffusion.pipeline import Matryoshka, count_levels, whole
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.posthoc import synthesise
 from matryoshka_diffusion.train.precision import Precision
 
 EMA = "ema"
 """The axis whose values are other weights, and not settings of a sampler."""
+
+MATCHED = 0.05
+"""How far an average's profile may be off without a warning, as in `mdm ema`."""
 
 OPTIONS = {
     "guidance": "--cfg",
@@ -101,10 +105,13 @@ def averaged(
     Raises:
         FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
     """
-    config = load_config(run / "config.yaml")
-    weights = synthesise(run / "ema", length).weights
+    where = f"{run / 'ema'} at length {length:g}"
+    average = synthesise(run / "ema", length)
+    if average.error > MATCHED:
+        warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
+    weights, config = whole(average.weights, load_config(run / "config.yaml"), where=where)
     model = config.model.first(count_levels(weights))
-    net = checkpoint.load_network(model, weights, where=f"{run / 'ema'} at length {length:g}")
+    net = checkpoint.load_network(model, weights, where=where)
     return Matryoshka(net, config, device=device, precision=precision)
 
 
@@ -147,7 +154,8 @@ def command(run: str, point: Point) -> str:
     lines, model = [], run
     if EMA in point.values:
         model = f"{run}-ema{point.values[EMA]:g}"
-        lines.append(f"mdm ema {shlex.quote(run)} --length {point.values[EMA]:g} -o {model}")
+        length = f"{point.values[EMA]:g}"
+        lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
     options = [
         word
         for name, value in point.values.items()
