@@ -21,9 +21,9 @@ from matryoshka_diffusion import measure
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation import measures, results
 from matryoshka_diffusion.evaluation.measures import METRICS, parse_metrics, thousands
-from matryoshka_diffusion.evaluation.pictures import SEED
 from matryoshka_diffusion.evaluation.protocols import unconditional
 from matryoshka_diffusion.evaluation.references import of_source
 from matryoshka_diffusion.evaluation.run import evaluate, find_networks

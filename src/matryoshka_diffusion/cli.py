@@ -316,7 +316,7 @@ def _measuring(
     options: argparse.Namespace, model: Any, world: Any, device: str, bars: _Bars
 ) -> dict[str, Any]:
     """The arguments of `evaluate` but for the sampler's settings."""
-    from matryoshka_diffusion.evaluation.pictures import SEED
+    from matryoshka_diffusion.eval.retrieval import SEED
     from matryoshka_diffusion.evaluation.requests import request, results_folder
     from matryoshka_diffusion.evaluation.run import find_networks
 

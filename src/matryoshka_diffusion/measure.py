@@ -1,4 +1,4 @@
-"""How good is a model? Samples drawn and compared with its training pictures."""
+"""A few samples of a model beside its training pictures; `evaluation` is for many."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
-from matryoshka_diffusion.eval.retrieval import Retrieval, prompt_retrieval
+from matryoshka_diffusion.eval.retrieval import CAPTIONS, SEED, Retrieval, prompt_retrieval
 from matryoshka_diffusion.pipeline import Matryoshka, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 else:
     Image = Any
-
-RETRIEVAL_CAPTIONS = 128
-SEED = 1_000_000  # far from the seeds that people try, so that nobody tunes on these samples
 
 SHEET_PROMPTS = (
     # Plain things that a stranger can name, chosen by hand before any sample was seen.
@@ -32,7 +29,7 @@ def retrieval(
     model: Matryoshka, source: Source, *, progress: Progress | None = None, **settings: Any
 ) -> Retrieval:
     """Prompt retrieval over 128 captions, the same ones for every model of this source."""
-    indices = choose(len(source), min(RETRIEVAL_CAPTIONS, len(source)), "retrieval")
+    indices = choose(len(source), min(CAPTIONS, len(source)), "retrieval")
     prompts = [source[int(index)].captions[0] for index in indices]
     samples = model.sample(prompts, seed=SEED, progress=progress, **settings)
     return prompt_retrieval(samples.pictures, indices, all_pictures(source))

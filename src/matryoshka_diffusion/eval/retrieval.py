@@ -15,6 +15,9 @@ from matryoshka_diffusion.eval.pairs import squared_distances
 
 SIDE = 16
 NEAREST = 5
+CAPTIONS = 128
+SEED = 1_000_000
+"""Of samples that are measured: far from what people try, so that nobody tunes on them."""
 
 
 class Retrieval(NamedTuple):
@@ -87,4 +90,4 @@ def averages(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]
         raise ValueError(f"pictures of side {side} cannot be averaged to {SIDE} pixels")
     window = side // SIDE
     tiles = pictures.reshape(count, SIDE, window, SIDE, window, channels)
-    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, -1)
+    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, SIDE * SIDE * channels)

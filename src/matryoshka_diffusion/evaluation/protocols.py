@@ -17,10 +17,9 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.captions import CaptionError, clean, lines, texts_of
 from matryoshka_diffusion.eval.report import choose
+from matryoshka_diffusion.eval.retrieval import CAPTIONS
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.rng import stream
-
-RETRIEVAL_CAPTIONS = 128
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def random_labels(classes: int) -> Conditions:
 
 def retrieval_captions(source: Source) -> Conditions:
     """128 captions (all, of a smaller source), the same ones for every model of this source."""
-    count = min(RETRIEVAL_CAPTIONS, len(source))
+    count = min(CAPTIONS, len(source))
     indices = [int(index) for index in choose(len(source), count, "retrieval")]
     texts = [(source.captions or ())[index][0] for index in indices]
     name = f"{count} captions of {source.name}"

@@ -19,6 +19,7 @@ from matryoshka_diffusion.eval.clip import CLIP
 from matryoshka_diffusion.eval.features import EffNetLite0, Extractor
 from matryoshka_diffusion.eval.inception import Inception
 from matryoshka_diffusion.eval.naming import INCEPTION, flagged
+from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.measures import (
     METRICS,
     Compared,
@@ -26,7 +27,7 @@ from matryoshka_diffusion.evaluation.measures import (
     Number,
     parse_metrics,
 )
-from matryoshka_diffusion.evaluation.pictures import BATCH, SEED, Model, PictureSet, drawn
+from matryoshka_diffusion.evaluation.pictures import BATCH, Model, PictureSet, drawn
 from matryoshka_diffusion.evaluation.protocols import (
     Conditions,
     captions_in_turn,
