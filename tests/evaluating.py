@@ -6,19 +6,24 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from matryoshka_diffusion.config import SamplingConfig
+from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
 from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.eval.inception_net import CLASSES
 from matryoshka_diffusion.evaluation.pictures import BATCH
 from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
+from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 from tiny_run import encode, tiny_config
 
 SAMPLES, BATCHED = 22, 4
@@ -93,6 +98,70 @@ def model(kind: str = "classes", **train: Any) -> Matryoshka:
         for parameter in net.parameters():
             parameter.normal_(std=0.1, generator=generator)
     return Matryoshka(net, config, encoder=Words() if kind == "text" else None)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> None:
+    """A run folder: the model, its config, and snapshots of averages of two lengths."""
+    trained = model(kind)
+    config = trained.config
+    update: dict[str, Any] = {"data": config.data.model_copy(update={"path": str(data)})}
+    if t5 is not None:
+        assert config.model.text is not None
+        text = config.model.text.model_copy(update={"features": 24})
+        update["model"] = config.model.model_copy(update={"text": text})
+        update["encoder"] = EncoderConfig(name="t5", path=str(t5))
+        trained = Matryoshka(NestedUNet(update["model"]), config.model_copy(update=update))
+    config = config.model_copy(update=update)
+    export_weights(folder / "model", trained.net.state_dict(), config)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    tracks = PowerEma(trained.net, (0.05, 0.1))
+    for images_seen in (4, 8):
+        with torch.no_grad():
+            for parameter in trained.net.parameters():
+                parameter.mul_(1.1)
+        tracks.update(trained.net, 4)
+        write_snapshot(folder / "ema", tracks.state(), images_seen)
+
+
+class _Scripted(torch.nn.Module):
+    """What the TorchScript file of Inception is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = torch.nn.Linear(2048, CLASSES, bias=False)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(img.to(torch.float32) / 255.0, [32, 64])
+        features = small[:, 0].flatten(1)
+        return features if return_features else self.output(features)
+
+
+def make_inception(path: Path) -> None:
+    """A TorchScript file that `Inception` loads."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.manual_seed(0)
+        torch.jit.save(torch.jit.script(_Scripted()), str(path))
+
+
+WIDTH = 24
+
+
+def narrow(patch: pytest.MonkeyPatch) -> None:
+    """Let Inception be one of few features: a distance of 2,048 takes half a minute on one core."""
+    patch.setattr("matryoshka_diffusion.evaluation.references.WIDTH", WIDTH)
+
+    def stand_in(path: str, device: Any) -> Look:
+        assert Path(path).is_file()
+        return Look("Inception", WIDTH)
+
+    patch.setattr("matryoshka_diffusion.evaluation.run.Inception", stand_in)
+
+
+# --- an evaluation -----------------------------------------------------------------------------
 
 
 def measured(folder: Path, **options: Any) -> Any:

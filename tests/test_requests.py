@@ -8,9 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from evaluating import Look, looks, model, source
+from evaluating import WIDTH, Look, looks, make_inception, make_run, model, source
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.eval.features import weights_hash
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.evaluation import requests, results
 from matryoshka_diffusion.evaluation.protocols import (
@@ -24,14 +25,10 @@ from matryoshka_diffusion.evaluation.references import of_npz
 from matryoshka_diffusion.evaluation.requests import compare, open_pictures, request
 from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.sheet import save_png
-from matryoshka_diffusion.train.checkpoint import export_weights
-
-WIDTH = 24
 
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch):
-    """Published moments of so few features that a distance takes no time."""
     monkeypatch.setattr("matryoshka_diffusion.evaluation.references.WIDTH", WIDTH)
 
 
@@ -316,15 +313,33 @@ def test_nothing_is_held_out_of_a_run_that_holds_nothing_out(trained_on):
 
 @pytest.fixture
 def run(trained_on, tmp_path):
-    export_weights(tmp_path / "run" / "model", model().net.state_dict(), trained_on)
+    make_run(tmp_path / "run", "classes", tmp_path / "data")
     return tmp_path / "run"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _stand_ins(monkeypatch):
     monkeypatch.setattr("matryoshka_diffusion.evaluation.run.find_networks", lambda *_: looks())
 
 
+def test_networks_are_read_from_the_files_that_are_named(run, tmp_path, tiny_clip, capsys):
+    make_inception(tmp_path / "inception.pt")
+    files = ["--inception", str(tmp_path / "inception.pt"), "--clip", str(tiny_clip)]
+    assert (
+        cli.main(["eval", str(run), "-n", "12", "--steps", "1", "--metrics", "is,cmmd", *files])
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("IS [1 samples a split < 1,008 classes: biased low]")
+    kept = [json.loads(line) for line in (run / "eval" / results.FILE).read_text().splitlines()]
+    assert [record["extractor"] for record in kept] == ["Inception", "CLIP"]
+    assert kept[0]["extractor_weights"] == weights_hash(tmp_path / "inception.pt")
+    assert kept[0]["resize"] == "inside the TorchScript file to 299x299"
+    (tmp_path / "inception.pt").write_bytes(b"something else")
+    assert cli.main(["eval", str(run), "-n", "12", "--metrics", "fid", *files]) == 1
+    assert "inception.pt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_stand_ins")
 def test_eval_prints_numbers_and_their_origin_and_keeps_them(run, capsys):
     arguments = ["eval", str(run), "-n", "9", "--steps", "1", "--batch-size", "4"]
     assert cli.main([*arguments, "--metrics", "fd,agreement"]) == 0
@@ -339,11 +354,18 @@ def test_eval_prints_numbers_and_their_origin_and_keeps_them(run, capsys):
     assert len((run / "eval" / results.FILE).read_text().splitlines()) == 3
 
 
+@pytest.mark.usefixtures("_stand_ins")
 def test_eval_of_two_folders(tmp_path, capsys):
     names = [folder_of(tmp_path / name, pictures(8, seed=n)) for n, name in enumerate("ab")]
     assert cli.main(["eval", *names]) == 0
     assert "of 8 samples to 8 pictures: " in capsys.readouterr().out
     assert not (tmp_path / "a" / "eval").exists(), "the reader's pictures are left alone"
+
+
+def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
+    names = [folder_of(tmp_path / name, pictures(8)) for name in "ab"]
+    assert cli.main(["eval", *names, "-n", "4", "--cfg", "2"]) == 2
+    assert "leave n, guidance away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

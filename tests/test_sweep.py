@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluating import looks, model, source
+from evaluating import looks, make_run, model, source
 from matryoshka_diffusion import cli, job
-from matryoshka_diffusion.config import UsageError, to_yaml
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.evaluation import sweep as sweeping
 from matryoshka_diffusion.evaluation.grid import parse_numbers
 from matryoshka_diffusion.evaluation.results import Result
@@ -21,8 +21,6 @@ from matryoshka_diffusion.evaluation.sweep import Point, best, front, lines_of, 
 from matryoshka_diffusion.evaluation.sweep_plot import draw, numeric_axis, trade_off
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.sheet import save_png
-from matryoshka_diffusion.train.checkpoint import export_weights
-from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 
 # --- lists -------------------------------------------------------------------------------------
 
@@ -177,26 +175,13 @@ def test_every_combination_is_measured_and_shared_with_eval(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with a model, its data, and a snapshot of averages of two lengths."""
+    """A run folder with a model, its data, and averages of two lengths."""
     shown = source(12)
     for number in range(12):
-        example = shown[number]
         name = tmp_path / "data" / ("cat", "dog")[number % 2] / f"{number}.png"
-        save_png(example.picture, name, None)
-    trained = model()
-    data = trained.config.data.model_copy(update={"path": str(tmp_path / "data")})
-    config = trained.config.model_copy(update={"data": data})
-    folder = tmp_path / "run"
-    export_weights(folder / "model", trained.net.state_dict(), config)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    tracks = PowerEma(trained.net, (0.05, 0.1))
-    for images_seen in (4, 8):
-        with torch.no_grad():
-            for parameter in trained.net.parameters():
-                parameter.mul_(1.1)
-        tracks.update(trained.net, 4)
-        write_snapshot(folder / "ema", tracks.state(), images_seen)
-    return folder
+        save_png(shown[number].picture, name, None)
+    make_run(tmp_path / "run", "classes", tmp_path / "data")
+    return tmp_path / "run"
 
 
 def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatch):

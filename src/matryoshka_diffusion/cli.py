@@ -241,11 +241,19 @@ def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: _
 
 def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
     """The numbers of two sets of pictures, and the folder that they belong into."""
+    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.evaluation.measures import parse_metrics
     from matryoshka_diffusion.evaluation.requests import compare
     from matryoshka_diffusion.evaluation.run import find_networks
     from matryoshka_diffusion.files import cache_folder
 
+    of_models = ("n", "ref", "protocol", "captions", "seed")
+    given = [name for name in of_models if getattr(options, name) is not None]
+    if given or _sampling(options):
+        raise UsageError(
+            f"{options.model} and {options.other} are pictures, compared as they are: leave "
+            f"{', '.join([*given, *_sampling(options)])} away"
+        )
     found = compare(
         options.model,
         options.other,
