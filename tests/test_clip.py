@@ -79,11 +79,11 @@ def test_pictures_are_resized_as_pillow_does(height, width):
 
 
 def test_it_says_what_it_is(clip, tiny_clip):
-    assert isinstance(clip, Extractor)
     assert (clip.name, clip.width, clip.variant) == ("CLIP", 16, "ViT-24/8-32")
     assert clip.weights == weights_hash(tiny_clip / "model.safetensors")
     assert clip.resize == "Pillow's bicubic and the middle square, 32x32"
     assert clip.texts(CAPTIONS).shape == (4, 16)
+    assert isinstance(clip, Extractor)
 
 
 def test_other_sides_and_grey_pictures_are_brought_to_the_models(clip):

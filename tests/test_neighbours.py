@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import partial
 
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval import neighbours
+from matryoshka_diffusion.eval import mmd, neighbours
+from matryoshka_diffusion.eval.mmd import cmmd
 from matryoshka_diffusion.eval.neighbours import density_coverage, precision_recall
 from matryoshka_diffusion.eval.pairs import row_blocks
 
@@ -82,7 +84,7 @@ def test_samples_of_one_picture_are_precise_and_recall_nothing_more():
 
 
 def test_density_and_coverage_of_one_distribution_are_what_theory_says():
-    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020, Eq. 5 and 6),
+    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020),
     # E[coverage] = 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)).
     n, k = 100, 5
     missed = np.prod([(n - i) / (2 * n - i) for i in range(1, k + 1)])
@@ -99,6 +101,19 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     whole = precision_recall(real, made), density_coverage(real, made)
     monkeypatch.setattr(neighbours, "row_blocks", partial(row_blocks, entries=100))
     assert (precision_recall(real, made), density_coverage(real, made)) == whole
+
+
+@pytest.mark.parametrize("metric", [precision_recall, density_coverage, cmmd])
+def test_all_pairs_never_lie_in_memory(metric, monkeypatch):
+    n = 1200
+    real, made = random(9).normal(size=(2, n, 2))
+    for module in (neighbours, mmd):
+        monkeypatch.setattr(module, "row_blocks", partial(row_blocks, entries=10 * n))
+    tracemalloc.start()
+    metric(real, made)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * n * n / 10
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -200,6 +200,21 @@ def _e(pool: Callable[[Tensor], Tensor]) -> tuple[Branch, ...]:
     )
 
 
+_BLOCKS = {
+    "Mixed_5b": (192, _a(32)),
+    "Mixed_5c": (256, _a(64)),
+    "Mixed_5d": (288, _a(64)),
+    "Mixed_6a": (288, _b()),
+    "Mixed_6b": (768, _c(128)),
+    "Mixed_6c": (768, _c(160)),
+    "Mixed_6d": (768, _c(160)),
+    "Mixed_6e": (768, _c(192)),
+    "Mixed_7a": (768, _d()),
+    "Mixed_7b": (1280, _e(_average)),
+    "Mixed_7c": (2048, _e(_maximum)),
+}
+
+
 class FIDInception(nn.Module):
     """Pictures of 299x299 pixels -> the 2,048 features before the classifier `fc`."""
 
@@ -213,27 +228,17 @@ class FIDInception(nn.Module):
             (80, Conv("Conv2d_4a_3x3", 192, _SQUARE, padded=False)),
         ):
             self.add_module(spec.name, ConvNorm(channels, spec))
-        for name, channels, branches in (
-            ("Mixed_5b", 192, _a(32)),
-            ("Mixed_5c", 256, _a(64)),
-            ("Mixed_5d", 288, _a(64)),
-            ("Mixed_6a", 288, _b()),
-            ("Mixed_6b", 768, _c(128)),
-            ("Mixed_6c", 768, _c(160)),
-            ("Mixed_6d", 768, _c(160)),
-            ("Mixed_6e", 768, _c(192)),
-            ("Mixed_7a", 768, _d()),
-            ("Mixed_7b", 1280, _e(_average)),
-            ("Mixed_7c", 2048, _e(_maximum)),
-        ):
+        for name, (channels, branches) in _BLOCKS.items():
             self.add_module(name, Mixed(channels, branches))
         self.fc = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Float[Tensor, "b 3 299 299"]) -> Float[Tensor, "b 2048"]:
         """Features averaged over the last 8x8 pixels. Scaled pixels come in."""
-        for name, block in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
-                x = _halve(x)
-            if block is not self.fc:
-                x = block(x)
-        return x.mean(dim=(2, 3))
+        x = _halve(self._through(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"))
+        x = _halve(self._through(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3"))
+        return self._through(x, *_BLOCKS).mean(dim=(2, 3))
+
+    def _through(self, x: Tensor, *names: str) -> Tensor:
+        for name in names:
+            x = self.get_submodule(name)(x)
+        return x

@@ -38,7 +38,7 @@ def kernel_distance(
     subsets: int = SUBSETS,
     size: int = SUBSET_SIZE,
 ) -> KernelDistance:
-    """KID (Bińkowski et al. 2018, "Demystifying MMD GANs", Section 4) on any features.
+    """KID (Bińkowski et al. 2018, "Demystifying MMD GANs") on any features.
 
     The unbiased MMD^2 with the kernel (x . y / d + 1)^3, averaged over random subsets. Which rows
     are in subset number i is a function of i and the number of rows alone. It may be negative

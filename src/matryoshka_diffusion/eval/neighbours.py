@@ -73,7 +73,7 @@ def density_coverage(
     *,
     k: int = DENSITY_COVERAGE_K,
 ) -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020, Eq. 3 and 4), with open balls as in their code.
+    """Density and coverage (Naeem et al. 2020), with open balls as in their code.
 
     Only balls around real pictures count, so that an outlier among the samples spoils nothing.
     Open balls make the density of a set in itself exactly 1: a ball holds its centre and k - 1
@@ -94,9 +94,9 @@ def density_coverage(
 
 def _radii(points: Float[np.ndarray, "n d"], k: int) -> Float[np.ndarray, " n"]:
     """Squared distance of each point to its k-th nearest neighbour, itself not counted."""
-    return np.concatenate(
-        [
-            np.partition(squared_distances(points[block], points), k, axis=1)[:, k]
-            for block in row_blocks(len(points), len(points))
-        ]
-    )
+    radii = np.empty(len(points))
+    for block in row_blocks(len(points), len(points)):
+        distances = squared_distances(points[block], points)
+        distances.partition(k, axis=1)
+        radii[block] = distances[:, k]
+    return radii

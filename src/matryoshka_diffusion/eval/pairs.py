@@ -26,6 +26,8 @@ def squared_distances(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> Float[np.ndarray, "n m"]:
     """|a_i - b_j|^2 by one product of matrices; in float64 its rounding is of no weight."""
-    products = a @ b.T
-    squares = np.square(a).sum(axis=1)[:, None] - 2.0 * products + np.square(b).sum(axis=1)
-    return squares.clip(min=0.0)
+    squares = a @ b.T
+    squares *= -2.0  # in place from here on: a block is large
+    squares += np.square(a).sum(axis=1)[:, None]
+    squares += np.square(b).sum(axis=1)
+    return np.maximum(squares, 0.0, out=squares)
