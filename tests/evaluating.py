@@ -134,7 +134,7 @@ class _Scripted(torch.nn.Module):
         self.output = torch.nn.Linear(2048, CLASSES, bias=False)
 
     def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        small = torch.nn.functional.adaptive_avg_pool2d(img.to(torch.float32) / 255.0, [32, 64])
+        small = torch.nn.functional.adaptive_avg_pool2d(img.to(torch.float32) / 255.0, (32, 64))
         features = small[:, 0].flatten(1)
         return features if return_features else self.output(features)
 

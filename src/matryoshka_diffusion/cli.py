@@ -291,6 +291,7 @@ def sweep(options: argparse.Namespace) -> None:
             open_model,
             axes,
             lambda model, settings: run(model, **how, **(_sampling(options) | settings)),
+            progress=_say_points,
         )
         if not world.leads:
             return
@@ -300,6 +301,11 @@ def sweep(options: argparse.Namespace) -> None:
     print(sweeping.table(points))
     print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
     print(f"best:\n{sweeping.command(options.model, sweeping.best(points))}")
+
+
+def _say_points(done: int, total: int) -> None:
+    if _leads():
+        _say(f"{done} of {total} combinations", 0)
 
 
 def _axes(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
@@ -838,7 +844,7 @@ class _Bars:
     """Bars one after the other, as a callable for (what is being done, done, total)."""
 
     def __init__(self) -> None:
-        self._what, self._bar = "", _Bar("", "")
+        self._what, self._done, self._bar = "", 0, _Bar("", "")
 
     def __enter__(self) -> _Bars:
         return self
@@ -847,9 +853,10 @@ class _Bars:
         self._bar.__exit__(*error)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
+        if what != self._what or done < self._done:
             self._bar.__exit__()
             self._what, self._bar = what, _Bar(what, " pictures", tell=True)
+        self._done = done
         if _leads():
             self._bar(done, total)
 

@@ -189,6 +189,7 @@ class Matryoshka:
 
         Raises:
             UsageError: a prompt for a model without text, an unknown class, and so on.
+            ValueError: a sample has NaN in it; names its seed.
         """
         sampling = self.sampling(settings)
         captions, cond = self.condition(prompts, classes, n)
@@ -202,7 +203,7 @@ class Matryoshka:
                 if progress is not None:
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
-            refuse_not_finite(state.z, chosen)
+            refuse_nan(state.z, chosen)
             parts.append(state.z)
         order = torch.cat(batches).argsort()
         levels = tuple(
@@ -409,16 +410,16 @@ class Matryoshka:
         return "it takes classes (--class)" if model.classes else "it is unconditional"
 
 
-def refuse_not_finite(pictures: Pyramid, seeds: Sequence[int]) -> None:
+def refuse_nan(pictures: Pyramid, seeds: Sequence[int]) -> None:
     """Raise `ValueError` naming the first picture with NaN in it, which bytes would not show."""
     for level, batch in enumerate(pictures):
-        bad = ~batch.isfinite().flatten(1).all(dim=1)
+        bad = batch.isnan().flatten(1).any(dim=1)
         if bad.any():
             seed = seeds[int(bad.nonzero()[0])]
             raise ValueError(
-                f"the sample of seed {seed} is not finite at level {level}, as {int(bad.sum())} of "
-                f"the {len(seeds)} drawn with it: the weights or the arithmetic (--precision fp32) "
-                "are broken"
+                f"the sample of seed {seed} has NaN in it at level {level}, and so have in all "
+                f"{int(bad.sum())} of the {len(seeds)} drawn together: the weights are broken, or "
+                "the arithmetic (--precision fp32)"
             )
 
 

@@ -86,7 +86,7 @@ def evaluate(
 
     Raises:
         UsageError: a metric is not known, or lacks what it needs.
-        ValueError: a sample is not finite.
+        ValueError: a sample has NaN in it.
     """
     asked = parse_metrics(metrics)
     folder = folder or cache_folder("eval")
