@@ -42,8 +42,8 @@ STAGES = (
 SETTINGS: dict[str, Any] = {"stages": STAGES, "ema_power": (0.1,)}
 
 
-def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """This file in `size` processes that are told of each other as torchrun does it."""
+def start_ranks(size: int, *arguments: str, script: str = __file__) -> list[subprocess.Popen[str]]:
+    """This file, or another, in `size` processes that are told of each other as by torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +57,7 @@ def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     }
     return [
         subprocess.Popen(
-            [sys.executable, __file__, *arguments],
+            [sys.executable, script, *arguments],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

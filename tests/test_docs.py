@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluating
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import override
 from matryoshka_diffusion.presets import preset
@@ -150,8 +151,15 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return []
         case ["export", model, *_]:
             return ["--text-encoder", "t5"] if model.startswith("mdm-") else []
+        case ["eval", first, *_] if first.startswith("samples"):  # two sets of small pictures
+            return []
         case ["eval", *_]:
-            return ["--steps", "2", *(["-n", "8"] if "-n" in arguments else [])]
+            drawn = {"-n", "--protocol"} & set(arguments)
+            return ["--steps", "2", *(["-n", "12"] if drawn else [])]
+        case ["sweep", *_]:
+            tried = {"--cfg": "1:2:1", "--steps": "1,2", "--sampler": "ddim"}
+            less = [word for name in tried if name in arguments for word in (name, tried[name])]
+            return [*less, "-n", "8"]
         case ["grow", *_]:
             return settings(GROWN)
         case ["train", model, *_] if model.endswith(".pth"):
@@ -179,7 +187,7 @@ def settings(assignments: Sequence[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def readers(tmp_path_factory, tiny_t5):
+def readers(tmp_path_factory, tiny_t5, tiny_clip):
     """Makes the working folder of a document's reader, once."""
     folders: dict[str, Path] = {}
 
@@ -187,6 +195,7 @@ def readers(tmp_path_factory, tiny_t5):
         if document not in folders:
             path = folders[document] = tmp_path_factory.mktemp(Path(document).stem)
             shutil.copytree(tiny_t5, path / "t5")
+            shutil.copytree(tiny_clip, path / "clip-vit-base-patch16")
             with_photos(path)
             PREPARED.get(document, lambda _: None)(path)
         return folders[document]
@@ -225,8 +234,27 @@ def with_shards(path):
     subprocess.run(["bash", "-ec", script], cwd=path, check=True)
 
 
+def with_measured(path):
+    """Small files of the same make as those that published numbers were measured with."""
+    evaluating.make_run(path / "runs" / "im256", "classes", path / CAPTIONED)
+    evaluating.make_run(path / "runs" / "cc12m-256", "text", path / CAPTIONED, path / "t5")
+    (path / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"see evaluating.narrow")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    rows = np.random.default_rng(0).normal(size=(40, evaluating.WIDTH))
+    moments = {"mu": rows.mean(axis=0), "sigma": np.cov(rows, rowvar=False)}
+    np.savez(path / "VIRTUAL_imagenet256_labeled.npz", arr_0=noise, **moments)
+    np.savez(path / "samples.npz", noise[::-1])
+    for folder in ("val2014", "samples-a"):
+        shutil.copytree(path / PHOTOS, path / folder)
+        for number, picture in enumerate(noise[: 4 if folder == "val2014" else 12]):
+            save_png(picture, path / folder / f"small-{number}.png", None)
+    annotations = [{"id": n, "image_id": n, "caption": f"the jay of {n}"} for n in range(20)]
+    (path / "captions_val2014.json").write_text(json.dumps({"annotations": annotations}))
+
+
 PREPARED = {
     "data.md": with_forms,
+    "evaluation.md": with_measured,
     "fine-tuning.md": with_releases,
     "growing.md": with_shards,
     "many-gpus.md": with_shards,
@@ -249,7 +277,7 @@ def bash_blocks(document: str) -> list[str]:
 def all_commands():
     """The commands of all documents, each with the name of its document."""
     for path in DOCUMENTS:
-        python = path.name in ("README.md", "growing.md")
+        python = path.name in ("README.md", "evaluation.md", "growing.md")
         for words in commands(read(path.name), python=python):
             shown = words[:1] if words[0] == "python" else words
             yield pytest.param(path.name, words, id=f"{path.name}: {shlex.join(shown)}")
@@ -281,6 +309,7 @@ def run(words, folder):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a reader would see them, and go on
         patch.chdir(folder)
+        evaluating.narrow(patch)
         if words[0] == "python":
             exec(words[-1], {})  # a document's own text
             return
@@ -434,7 +463,7 @@ def test_what_takes_long_is_shrunk_and_the_rest_is_not():
     for line in ("train openmoji --out x", "train openmoji --dry-run", "demo --out x"):
         assert shrinking(line.split()) == settings(SHRUNK["openmoji"])
     assert shrinking(["grow", "runs/a"]) == settings(GROWN)
-    assert shrinking(["eval", "x", "-n", "9"]) == ["--steps", "2", "-n", "8"]
+    assert shrinking(["eval", "x", "-n", "9"]) == ["--steps", "2", "-n", "12"]
     assert "-n" not in shrinking(["eval", "x"])
 
 

@@ -12,7 +12,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
+PROTOCOLS = ("coco30k", "imagenet50k")
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
@@ -234,33 +236,153 @@ def plot(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion import job, measure
-    from matryoshka_diffusion.baselines.load import open_model
+    from matryoshka_diffusion.evaluation import results
+
+    measured = _measure_model if options.other is None else _measure_pictures
+    with _ranks(options) as (world, device), _Bars() as bars:
+        found, folder = measured(options, world, device, bars)
+        if not world.leads:
+            return
+    path = folder / results.FILE
+    results.append(found, path)
+    print(f"{results.report(found)}\n  in {path}")
+
+
+def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
+    """The numbers of a model, and the folder that they belong into."""
+    from matryoshka_diffusion.evaluation.run import evaluate as run
+
+    model = _model(options, device)
+    how = _measuring(options, model, world, device, bars)
+    return run(model, **how, **_sampling(options)), how["folder"]
+
+
+def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
+    """The numbers of two sets of pictures, and the folder that they belong into."""
     from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.evaluation.measures import parse_metrics
+    from matryoshka_diffusion.evaluation.requests import compare
+    from matryoshka_diffusion.evaluation.run import find_networks
+    from matryoshka_diffusion.files import cache_folder
 
-    model = open_model(
+    of_models = ("n", "ref", "protocol", "captions", "seed")
+    given = [name for name in of_models if getattr(options, name) is not None]
+    if given or _sampling(options):
+        raise UsageError(
+            f"{options.model} and {options.other} are pictures, compared as they are: leave "
+            f"{', '.join([*given, *_sampling(options)])} away"
+        )
+    found = compare(
         options.model,
-        device=_device(options.device),
-        precision=options.precision,
-        base=options.base,
+        options.other,
+        parse_metrics(options.metrics or "fd").metrics,
+        find_networks(device, options.inception, options.clip),
+        side=options.side,
+        world=world,
+        progress=bars,
     )
-    source = job.open_source(model.config.data, model.resolutions[-1].height)
-    settings = _sampling(options)
-    if model.config.model.text is None and not options.n:
-        raise UsageError(f"{options.model} has no prompts to retrieve: give -n for the distance")
-    if model.config.model.text is not None:
-        with _Bar("prompt retrieval", " steps") as bar:
-            found = measure.retrieval(model, source, progress=bar, **settings)
-        print(found)
-    if options.n:
-        from matryoshka_diffusion.eval.features import NAME, EffNetLite0
+    return found, cache_folder("eval")
 
-        features = EffNetLite0(_device(options.device))
-        with _Bar(NAME, " steps") as bar:
-            distance = measure.frechet(
-                model, source, features, count=options.n, progress=bar, **settings
-            )
-        print(f"{NAME} of {options.n} samples to {len(source):,} pictures: {distance:.3f}")
+
+def sweep(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.evaluation import sweep as sweeping
+    from matryoshka_diffusion.evaluation.run import evaluate as run
+    from matryoshka_diffusion.evaluation.sweep_plot import draw
+    from matryoshka_diffusion.files import require
+
+    axes = _axes(options)
+    if not axes:
+        raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
+    require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
+    with _ranks(options) as (world, device), _Bars() as bars:
+        usual = _model(options, device)
+        how = _measuring(options, usual, world, device, bars)
+
+        def open_model(length: float | None) -> Any:
+            run_folder, precision = Path(options.model), options.precision
+            if length is None:
+                return usual
+            return sweeping.averaged(run_folder, length, usual, device=device, precision=precision)
+
+        points = sweeping.sweep(
+            open_model,
+            axes,
+            lambda model, settings: run(model, **how, **(_sampling(options) | settings)),
+            progress=_say_points,
+        )
+        if not world.leads:
+            return
+    out = options.out or how["folder"].parent / "sweep"
+    sweeping.write(points, out / "sweep.json")
+    draw(points, out / "sweep.png")
+    print(sweeping.table(points))
+    print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
+    print(f"best:\n{sweeping.command(options.model, sweeping.best(points))}")
+
+
+def _say_points(done: int, total: int) -> None:
+    if _leads():
+        _say(f"{done} of {total} combinations", 0)
+
+
+def _axes(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
+    """The values to try, by the names of the settings; those that were named only."""
+    numbers = {
+        "ema": options.ema,
+        "guidance": options.cfgs,
+        "steps": options.step_counts,
+        "coarse_noise": options.coarse_noises,
+    }
+    axes = {"sampler": options.samplers, **numbers}
+    return {name: values for name, values in axes.items() if values}
+
+
+def _model(options: argparse.Namespace, device: str) -> Any:
+    from matryoshka_diffusion.baselines.load import open_model
+
+    return open_model(options.model, device=device, precision=options.precision, base=options.base)
+
+
+def _measuring(
+    options: argparse.Namespace, model: Any, world: Any, device: str, bars: _Bars
+) -> dict[str, Any]:
+    """The arguments of `evaluate` but for the sampler's settings."""
+    from matryoshka_diffusion.eval.retrieval import SEED
+    from matryoshka_diffusion.evaluation.requests import request, results_folder
+    from matryoshka_diffusion.evaluation.run import find_networks
+
+    with world.first_here("data"):  # what one rank of a machine decodes, the others find
+        asked = request(
+            model.config,
+            model.resolutions[-1].height,
+            metrics=options.metrics,
+            n=options.n,
+            protocol=options.protocol,
+            captions=options.captions,
+            reference=options.ref,
+        )
+    return {
+        **asked._asdict(),
+        "networks": find_networks(device, options.inception, options.clip),
+        "folder": results_folder(options.model),
+        "seed": SEED if options.seed is None else options.seed,
+        "batch_size": options.batch_size,
+        "world": world,
+        "progress": bars,
+    }
+
+
+@contextmanager
+def _ranks(options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+    """The ranks that this process is one of, and its device."""
+    import torch
+
+    from matryoshka_diffusion.train.world import joined, rank_device
+
+    device = rank_device(_device(options.device))
+    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world:
+        yield world, device
 
 
 def data_check(options: argparse.Namespace) -> None:
@@ -501,13 +623,40 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add(commands, "info", info, "show a preset or a model, level by level")
     command.add_argument("name", metavar="PRESET|RUN|FILE", help=f"preset, {_MODEL}")
 
-    command = _add(commands, "eval", evaluate, "measure a model against its training pictures")
-    command.add_argument("model", metavar="RUN", help=_MODEL)
-    command.add_argument(
-        "-n", type=_positive, help="measure the Fréchet distance of so many samples, too"
-    )
-    _add_base(command)
+    command = _add(commands, "eval", evaluate, "measure a model, or one set of pictures by another")
+    command.add_argument("model", metavar="RUN|DATA", help=f"{_MODEL}, or pictures")
+    command.add_argument("other", metavar="DATA", nargs="?", help="the pictures to compare with")
+    command.add_argument("--side", type=_positive, metavar="N", help="of pictures, in pixels")
+    _add_measuring(command)
     _add_sampling(command)
+
+    command = _add(commands, "sweep", sweep, "try sampling settings and say which are best")
+    command.add_argument("model", metavar="RUN", help=_MODEL)
+    lists = "a list, or FIRST:LAST:STEP"
+    command.add_argument(
+        "--cfg", dest="cfgs", type=_numbers, metavar="LIST", help=f"guidance weights: {lists}"
+    )
+    command.add_argument(
+        "--steps", dest="step_counts", type=_counts, metavar="LIST", help=f"of the sampler: {lists}"
+    )
+    command.add_argument(
+        "--sampler", dest="samplers", type=_samplers, metavar="LIST", help=", ".join(SAMPLERS)
+    )
+    command.add_argument(
+        "--ema", type=_numbers, metavar="LIST", help=f"lengths of averages, as in mdm ema: {lists}"
+    )
+    command.add_argument(
+        "--coarse-noise",
+        dest="coarse_noises",
+        type=_numbers,
+        metavar="LIST",
+        help=f"on the coarse picture of a cascade: {lists}",
+    )
+    command.add_argument(
+        *("-o", "--out"), type=Path, metavar="DIR", help="for sweep.json and sweep.png (RUN/sweep)"
+    )
+    _add_measuring(command)
+    _add_sampling(command, swept=True)
 
     command = _add(commands, "plot", plot, "draw the curves of runs")
     command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
@@ -575,13 +724,31 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(command: argparse.ArgumentParser) -> None:
-    _add_device(command)
-    command.add_argument("--sampler", choices=SAMPLERS, help="if not that of the model's config")
+def _add_measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--steps", type=_positive, metavar="N", help="of the sampler, if not those of the config"
+        "--metrics",
+        metavar="LIST",
+        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd",
     )
-    command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument("-n", type=_positive, help="how many samples")
+    command.add_argument(
+        "--ref",
+        metavar="DATA",
+        help="pictures to compare with, or an .npz of ADM, or held-out (the training pictures)",
+    )
+    command.add_argument("--protocol", choices=PROTOCOLS, help="a published way of measuring")
+    command.add_argument("--captions", type=Path, metavar="FILE", help=".json of COCO, or a list")
+    _add_base(command)
+    command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
+    command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")
+    command.add_argument("--seed", type=int, help="of sample 0 (1000000)")
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> None:
+    """Everything that samples depend on; what is swept has options of its own."""
+    _add_device(command)
+    if not swept:
+        _add_sampler(command)
     command.add_argument(
         "--interval",
         dest="guidance_interval",
@@ -597,16 +764,24 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
     )
     command.add_argument(
-        "--coarse-noise",
-        type=float,
-        metavar="T",
-        help="of an upsampler: time, 0 to 1, of the noise on the picture that it enlarges",
-    )
-    command.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
     )
     command.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (fp32)"
+    )
+
+
+def _add_sampler(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sampler", choices=SAMPLERS, help="if not that of the model's config")
+    command.add_argument(
+        "--steps", type=_positive, metavar="N", help="of the sampler, if not those of the config"
+    )
+    command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument(
+        "--coarse-noise",
+        type=float,
+        metavar="T",
+        help="of an upsampler: time, 0 to 1, of the noise on the picture that it enlarges",
     )
 
 
@@ -616,7 +791,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         *("sampler", "steps", "grid", "threshold", "eta"),
         *("guidance", "guidance_interval", "rescale", "coarse_noise"),
     )
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+    return {n: value for n in names if (value := getattr(options, n, None)) is not None}
 
 
 def _positive(text: str) -> int:
@@ -625,6 +800,27 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _whole(text, 0, "from 0 on")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.evaluation.grid import parse_numbers
+
+    try:
+        return parse_numbers(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(f"{number:g}") for number in _numbers(text))
+
+
+def _samplers(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in SAMPLERS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SAMPLERS)}")
+    return names
 
 
 def _whole(text: str, least: int, which: str) -> int:
@@ -684,6 +880,27 @@ class _Bar:
             what, unit = self._options["desc"], self._options["unit"].strip()
             left = duration((total - done) / rate)
             _say(f"{what}: {done:,} of {total:,}, {rate:.3g} {unit}/s, {left} left", 0)
+
+
+class _Bars:
+    """Bars one after the other, as a callable for (what is being done, done, total)."""
+
+    def __init__(self) -> None:
+        self._what, self._done, self._bar = "", 0, _Bar("", "")
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what or done < self._done:
+            self._bar.__exit__()
+            self._what, self._bar = what, _Bar(what, " pictures", tell=True)
+        self._done = done
+        if _leads():
+            self._bar(done, total)
 
 
 def _device(name: str) -> str:

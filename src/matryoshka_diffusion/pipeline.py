@@ -36,7 +36,7 @@ from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.adapters import merge
+from matryoshka_diffusion.train.adapters import fingerprint, merge
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.precision import Precision, autocast
 
@@ -192,6 +192,7 @@ class Matryoshka:
 
         Raises:
             UsageError: a prompt for a model without text, an unknown class, and so on.
+            ValueError: a sample has NaN in it; names its seed.
         """
         sampling = self.sampling(settings)
         captions, cond = self.condition(prompts, classes, n)
@@ -206,6 +207,7 @@ class Matryoshka:
                 if progress is not None:
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
+            refuse_nan(state.z, chosen)
             parts.append(state.z)
         order = torch.cat(batches).argsort()
         levels = tuple(
@@ -304,6 +306,25 @@ class Matryoshka:
             one_value = name in ("guidance", "threshold") and not isinstance(value, list | tuple)
             data["sampling"][name] = [value] if one_value else value
         return from_dict(data, where="sampling settings").sampling
+
+    def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All that samples depend on besides seeds and conditions, as JSON."""
+        config = self.config.model_dump(mode="json")
+        return {
+            "name": self.config.name,
+            "weights": fingerprint(self.net.state_dict()),
+            **{part: config[part] for part in ("process", "encoder")},
+            "model": self.net.config.model_dump(mode="json"),
+            "pixels": self.config.data.pixels,
+            "sampling": self.sampling(settings).model_dump(mode="json"),
+            "precision": self.precision,
+        }
+
+    def evaluations(self, settings: dict[str, Any]) -> int:
+        """How often the network is evaluated for one sample: once a step, with guidance twice."""
+        sampling = self.sampling(settings)
+        guided = any(weight != 1.0 for weight in sampling.guidance)
+        return sampling.steps * (2 if guided else 1)
 
     # --- conditions ---
 
@@ -447,6 +468,19 @@ class Matryoshka:
         return "it takes classes (--class)" if model.classes else "it is unconditional"
 
 
+def refuse_nan(pictures: Pyramid, seeds: Sequence[int]) -> None:
+    """Raise `ValueError` naming the first picture with NaN in it, which bytes would not show."""
+    for level, batch in enumerate(pictures):
+        bad = batch.isnan().flatten(1).any(dim=1)
+        if bad.any():
+            seed = seeds[int(bad.nonzero()[0])]
+            raise ValueError(
+                f"the sample of seed {seed} has NaN in it at level {level}, and so have in all "
+                f"{int(bad.sum())} of the {len(seeds)} drawn together: the weights are broken, or "
+                "the arithmetic (--precision fp32)"
+            )
+
+
 # --- finding and reading models ----------------------------------------------------------------
 
 
@@ -472,7 +506,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return _whole(snapshot.ema, config, where=str(newest))
+        return whole(snapshot.ema, config, where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -533,7 +567,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         _check_metadata(file, config)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
-    return _whole(weights, config, where=str(file))
+    return whole(weights, config, where=str(file))
 
 
 def _check_metadata(file: Path, config: RunConfig) -> None:
@@ -552,7 +586,7 @@ def _settings_of_adapters(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _whole(
+def whole(
     weights: Mapping[str, Tensor], config: RunConfig, *, where: str
 ) -> tuple[dict[str, Tensor], RunConfig]:
     """Weights as they are, or if they are adapters, merged into the model they are for."""

@@ -45,6 +45,18 @@ class Cascade:
         """The upsampler's sampling defaults with some of them replaced."""
         return self.upsampler.sampling(self._split(settings)[1])
 
+    def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """As `Matryoshka.describe`; what concerns the base is under `base`."""
+        of_base, of_upsampler = self._split(settings)
+        base, upsampler = self.base.describe(of_base), self.upsampler.describe(of_upsampler)
+        weights = f"{upsampler['weights']} after {base['weights']}"
+        return {**upsampler, "weights": weights, "base": base}
+
+    def evaluations(self, settings: dict[str, Any]) -> int:
+        """Of either network for one sample, together."""
+        of_base, of_upsampler = self._split(settings)
+        return self.base.evaluations(of_base) + self.upsampler.evaluations(of_upsampler)
+
     def sample(
         self,
         prompts: str | Sequence[str] | None = None,

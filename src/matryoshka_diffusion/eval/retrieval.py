@@ -15,6 +15,9 @@ from matryoshka_diffusion.eval.pairs import squared_distances
 
 SIDE = 16
 NEAREST = 5
+CAPTIONS = 128
+SEED = 1_000_000
+"""Of samples that are measured: far from what people try, so that nobody tunes on them."""
 
 
 class Retrieval(NamedTuple):
@@ -57,18 +60,26 @@ def prompt_retrieval(
     Raises:
         ValueError: no samples, an index outside `training`, or a side that is no multiple of 16.
     """
-    if not len(samples):
+    return retrieval_of_averages(averages(samples), prompted, averages(training))
+
+
+def retrieval_of_averages(
+    drawn: Float[np.ndarray, "n d"],
+    prompted: Int[np.ndarray, " n"],
+    known: Float[np.ndarray, "m d"],
+) -> Retrieval:
+    """`prompt_retrieval` of samples and training pictures of which only `averages` are left."""
+    if not len(drawn):
         raise ValueError("prompt retrieval needs at least one sample")
-    if prompted.min() < 0 or prompted.max() >= len(training):
-        raise ValueError(f"prompted has indices outside 0 .. {len(training) - 1}")
-    known = _averaged(training)
-    order = np.argsort(squared_distances(_averaged(samples), known), axis=1, kind="stable")
+    if prompted.min() < 0 or prompted.max() >= len(known):
+        raise ValueError(f"prompted has indices outside 0 .. {len(known) - 1}")
+    order = np.argsort(squared_distances(drawn, known), axis=1, kind="stable")
     twins = np.unique(known, axis=0, return_inverse=True)[1].reshape(-1)
     hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]
-    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(samples))
+    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(drawn))
 
 
-def _averaged(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]:
+def averages(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]:
     """Area averages at 16 pixels, one row for each picture.
 
     For windows of 2, 4, 8... pixels they and all that is computed from them here are exact in
@@ -79,4 +90,4 @@ def _averaged(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"
         raise ValueError(f"pictures of side {side} cannot be averaged to {SIDE} pixels")
     window = side // SIDE
     tiles = pictures.reshape(count, SIDE, window, SIDE, window, channels)
-    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, -1)
+    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, SIDE * SIDE * channels)

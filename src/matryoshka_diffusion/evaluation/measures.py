@@ -1,0 +1,256 @@
+"""The metrics by the names that a command line knows, each from columns of pictures to numbers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.eval import naming
+from matryoshka_diffusion.eval.agreement import level_agreement
+from matryoshka_diffusion.eval.clip import CLIP, clip_score
+from matryoshka_diffusion.eval.features import NETWORK, Extractor
+from matryoshka_diffusion.eval.inception import Inception
+from matryoshka_diffusion.eval.inception_net import CLASSES
+from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
+from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.eval.metrics import Reference as Published
+from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
+from matryoshka_diffusion.eval.neighbours import (
+    DENSITY_COVERAGE_K,
+    PRECISION_RECALL_K,
+    density_coverage,
+    precision_recall,
+)
+from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
+from matryoshka_diffusion.evaluation.pictures import PictureSet
+from matryoshka_diffusion.evaluation.references import Reference
+from matryoshka_diffusion.evaluation.store import Column
+from matryoshka_diffusion.files import digest
+
+_NEIGHBOURS = max(PRECISION_RECALL_K, DENSITY_COVERAGE_K)
+
+
+class Number(NamedTuple):
+    """A value, its name, flags and what goes with it; `words` if it has a sentence of its own."""
+
+    name: str
+    value: float
+    others: Mapping[str, float] = {}
+    flags: tuple[str | None, ...] = ()
+    higher_is_better: bool = False
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a metric is given: pictures whose columns are there.
+
+    `reference` is None for metrics that compare with nothing, `extractor` for those that look
+    through no network. `published` takes the place of the reference's pictures.
+    """
+
+    made: PictureSet
+    reference: Reference | None
+    extractor: Extractor | None
+    published: Published | None
+
+    @property
+    def network(self) -> Extractor:
+        assert self.extractor is not None, "asked by metrics that name a network"
+        return self.extractor
+
+    @property
+    def real(self) -> PictureSet:
+        assert self.reference is not None, "asked by metrics that compare"
+        assert self.reference.pictures is not None, "refused before"
+        return self.reference.pictures
+
+    def features(self, pictures: PictureSet) -> np.ndarray:
+        return pictures.all(features_of(self.network))
+
+    def moments(self, pictures: PictureSet) -> Moments:
+        return Moments.stream(pictures.stream(features_of(self.network)))
+
+
+class Metric(NamedTuple):
+    """A metric and what it needs.
+
+    Attributes:
+        compute: the numbers.
+        network: whose features it takes; empty if it looks at pictures itself.
+        column: what it takes of the pictures if not a network's features.
+        compares: whether it needs a reference.
+        moments: whether moments of the features, which may be published, are all that it needs.
+        least: how many pictures it needs on each side.
+        captions: whether each sample needs the caption that it was made for.
+        levels: whether it looks at all levels of a sample, which pictures of a source do not have.
+        retrieval: whether it is about samples of the captions of single training pictures.
+    """
+
+    compute: Callable[[Compared], list[Number]]
+    network: str = ""
+    column: Column | None = None
+    compares: bool = True
+    moments: bool = False
+    least: int = 2
+    captions: bool = False
+    levels: bool = False
+    retrieval: bool = False
+
+    def published(self, reference: Reference | None) -> Published | None:
+        """What it takes in the place of the reference's pictures."""
+        if reference is None or not self.moments or self.network != naming.INCEPTION:
+            return None
+        return reference.published
+
+    def looks_at(self, extractor: Extractor | None) -> Column:
+        """What has to be known of each picture; `extractor` is the metric's network."""
+        if extractor is not None:
+            return features_of(extractor)
+        assert self.column is not None, "a metric looks through a network, or says at what"
+        return self.column
+
+
+def features_of(extractor: Extractor) -> Column:
+    """The features of a network, in a folder that is named after its weights and its resizing."""
+    name = f"{extractor.name}-{extractor.weights}-{digest(extractor.resize)[:8]}"
+    return Column(name, lambda batch: extractor(batch.pictures))
+
+
+AVERAGES: Column = Column("averages", lambda batch: averages(batch.pictures))
+AGREEMENT: Column = Column("agreement", lambda batch: level_agreement(batch.levels))
+
+
+# --- the numbers -------------------------------------------------------------------------------
+
+
+def _frechet(compared: Compared) -> list[Number]:
+    network, made = compared.network, compared.made
+    name = naming.frechet(network.name)
+    if network.name == naming.INCEPTION:
+        name = f"{name}-{thousands(made.count)}"
+    real = compared.published or compared.moments(compared.real)
+    # Few pictures of the reference are part of what the reference is; few samples are a choice.
+    flag = naming.rank_flag(made.count, network.width)
+    return [Number(name, frechet_distance(real, compared.moments(made)), flags=(flag,))]
+
+
+def _kernel(compared: Compared) -> list[Number]:
+    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    found = kernel_distance(real, made)
+    return [Number(naming.kernel(compared.network.name), found.mean, {"std": found.std})]
+
+
+def _inception_score(compared: Compared) -> list[Number]:
+    inception = cast("Inception", compared.network)
+    found = inception_score(inception.probabilities(compared.features(compared.made)))
+    flag = naming.split_flag(compared.made.count, SPLITS, CLASSES)
+    return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
+
+
+def _overlap(compared: Compared) -> list[Number]:
+    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    found = {
+        **precision_recall(real, made)._asdict(),
+        **density_coverage(real, made)._asdict(),
+    }
+    name = compared.network.name
+    return [Number(f"{kind}-{name}", value, higher_is_better=True) for kind, value in found.items()]
+
+
+def _clip_score(compared: Compared) -> list[Number]:
+    clip, captions = cast("CLIP", compared.network), compared.made.captions
+    scores, first = [], 0
+    for images in compared.made.stream(features_of(clip)):
+        scores.append(clip_score(images, clip.texts(captions[first : first + len(images)])))
+        first += len(images)
+    score = float(np.concatenate(scores).mean())
+    return [Number(naming.clip_score(clip.variant), score, higher_is_better=True)]
+
+
+def _cmmd(compared: Compared) -> list[Number]:
+    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    variant = cast("CLIP", compared.network).variant
+    return [Number(naming.cmmd(variant), cmmd(real, made))]
+
+
+def _retrieval(compared: Compared) -> list[Number]:
+    known, drawn = (side.all(AVERAGES) for side in (compared.real, compared.made))
+    found = retrieval_of_averages(drawn, np.array(compared.made.belong_to), known)
+    others = {"among five": found.among_five}
+    name, words = "prompt retrieval", str(found)
+    return [Number(name, found.first, others, higher_is_better=True, words=words)]
+
+
+def _agreement(compared: Compared) -> list[Number]:
+    per_level = compared.made.all(AGREEMENT).mean(axis=0)
+    others = {f"level {level}": float(gap) for level, gap in enumerate(per_level)}
+    return [Number("level disagreement", float(per_level.mean()), others)]
+
+
+METRICS: dict[str, Metric] = {
+    "fd": Metric(_frechet, NETWORK, moments=True),
+    "fid": Metric(_frechet, naming.INCEPTION, moments=True),
+    "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE),
+    "is": Metric(_inception_score, naming.INCEPTION, compares=False, least=SPLITS),
+    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1),
+    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE),
+    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1),
+    "clip": Metric(_clip_score, CLIP.name, compares=False, least=1, captions=True),
+    "cmmd": Metric(_cmmd, CLIP.name, least=1),
+    "retrieval": Metric(_retrieval, column=AVERAGES, least=1, captions=True, retrieval=True),
+    "agreement": Metric(_agreement, column=AGREEMENT, compares=False, least=1, levels=True),
+}
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What a list of names asks for; `n` is the number of samples in a name such as fid50k."""
+
+    metrics: tuple[str, ...]
+    n: int | None
+
+
+def parse_metrics(names: str | Sequence[str]) -> Asked:
+    """The metrics of `fd,fid50k,...`, each once.
+
+    Raises:
+        UsageError: an unknown name, or two numbers of samples.
+
+    Example:
+        >>> parse_metrics("fid50k,retrieval")
+        Asked(metrics=('fid', 'retrieval'), n=50000)
+    """
+    words = names.split(",") if isinstance(names, str) else list(names)
+    found = [_parse(word.strip().lower()) for word in words]
+    counts = sorted({n for _, n in found if n is not None})
+    if len(counts) > 1:
+        raise UsageError(f"--metrics asks for {counts[0]:,} samples and for {counts[1]:,}")
+    return Asked(tuple(dict.fromkeys(name for name, _ in found)), *(counts or [None]))
+
+
+def _parse(word: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"([a-z-]+)(?:(\d+)k)?", word)
+    if match is None or match[1] not in METRICS:
+        near = difflib.get_close_matches(word, METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no metric {word!r}: there are {', '.join(METRICS)}{hint}")
+    return match[1], None if match[2] is None else 1000 * int(match[2])
+
+
+def thousands(count: int) -> str:
+    """50,000 as 50K, and what is not a whole number of thousands as it is.
+
+    Example:
+        >>> thousands(50_000), thousands(2_048)
+        ('50K', '2048')
+    """
+    return f"{count // 1000}K" if count % 1000 == 0 else str(count)

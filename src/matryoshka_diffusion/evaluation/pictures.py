@@ -1,0 +1,147 @@
+"""Sets of pictures to be measured: those that a model draws, and those of a source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from matryoshka_diffusion.baselines.load import Model
+from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.eval.retrieval import SEED
+from matryoshka_diffusion.evaluation.protocols import Conditions
+from matryoshka_diffusion.evaluation.store import Column, Store
+from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.pipeline import Progress, Samples
+from matryoshka_diffusion.train.world import World
+
+BATCH = 64
+FORMAT = 1
+"""To be raised when the same settings give other samples, or columns hold other numbers."""
+
+_COMPARED = 4096
+_ALONE = World()
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """The first `count` pictures of a store.
+
+    Attributes:
+        name: for people.
+        side: of the pictures in pixels.
+        levels: of each picture.
+        captions: of each picture; empty where there are none.
+        belong_to: the number of the training picture that each one's caption is of, where the
+            captions are those of single pictures.
+    """
+
+    name: str
+    count: int
+    side: int
+    store: Store
+    levels: int = 1
+    captions: Sequence[str] = ()
+    belong_to: Sequence[int] = ()
+
+    def fill(
+        self,
+        columns: Sequence[Column],
+        *,
+        world: World = _ALONE,
+        progress: Progress | None = None,
+    ) -> None:
+        """Make what is missing of the columns; a collective, see `Store.fill`."""
+        self.store.fill(columns, self.count, world=world, progress=progress)
+
+    def stream(self, column: Column) -> Iterator[np.ndarray]:
+        """The rows of a column, a batch at a time."""
+        return self.store.read(column, self.count)
+
+    def all(self, column: Column) -> np.ndarray:
+        """The rows of a column."""
+        return np.concatenate(list(self.stream(column)))
+
+
+# --- samples of a model ------------------------------------------------------------------------
+
+
+def drawn(
+    model: Model,
+    conditions: Conditions,
+    count: int,
+    root: Path,
+    *,
+    seed: int = SEED,
+    batch_size: int = BATCH,
+    settings: Mapping[str, Any],
+) -> PictureSet:
+    """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
+    given = dict(settings)
+    about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
+    about |= {"conditions": conditions.name, "of": conditions.identity}
+
+    def make(rows: range, progress: Progress) -> Samples:
+        return model.sample(
+            **conditions.of(rows),
+            seed=seed + rows.start,
+            batch_size=batch_size,
+            progress=progress,
+            **given,
+        )
+
+    store = Store.at(root, about, make, batch_size)
+    side = model.resolutions[-1].height
+    captions, belong_to = conditions.captions(count), conditions.pictures[:count]
+    levels = len(model.resolutions)
+    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to)
+
+
+# --- pictures of a source ----------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """Pictures of a source, and the shorter sides that they had before they were resized."""
+
+    pictures: UInt8[np.ndarray, "b h w c"]
+    original_sides: Sequence[int]
+
+
+ORIGINAL_SIDES: Column = Column(
+    "original-sides", lambda shown: np.array(shown.original_sides, np.int64)
+)
+
+
+def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet:
+    """All pictures of a source."""
+
+    def make(rows: range, progress: Progress) -> Shown:
+        examples = source.many(list(rows))
+        pictures = np.stack([example.picture for example in examples])
+        return Shown(pictures, [example.original_side for example in examples])
+
+    about = {
+        "format": FORMAT,
+        "source": source.name,
+        "side": source.side,
+        "pictures": fingerprint(source),
+        "batch_size": batch_size,
+    }
+    captions = [captions[0] for captions in source.captions or ()]
+    store = Store.at(root, about, make, batch_size)
+    return PictureSet(source.name, len(source), source.side, store, captions=captions)
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of the keys, and of the bytes of 4,096 pictures spread evenly (all of a smaller set).
+
+    Hashing every picture of a large set would take about as long as measuring it.
+    """
+    spread = range(0, len(source), -(-len(source) // _COMPARED))
+    hashes = [hashlib.sha256(source[row].picture.tobytes()).hexdigest() for row in spread]
+    return digest("\n".join([*source.keys, *hashes]))

@@ -1,0 +1,318 @@
+"""Evaluating: what is missing is drawn and looked at, then numbers are computed from what is known.
+
+Everything that cannot be is refused before the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka_diffusion.baselines.load import Model
+from matryoshka_diffusion.config import RunConfig, UsageError
+from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.eval.clip import CLIP
+from matryoshka_diffusion.eval.features import EffNetLite0, Extractor
+from matryoshka_diffusion.eval.inception import Inception
+from matryoshka_diffusion.eval.naming import INCEPTION, flagged
+from matryoshka_diffusion.eval.retrieval import SEED
+from matryoshka_diffusion.evaluation.measures import (
+    METRICS,
+    Compared,
+    Metric,
+    Number,
+    parse_metrics,
+)
+from matryoshka_diffusion.evaluation.pictures import BATCH, PictureSet, drawn
+from matryoshka_diffusion.evaluation.protocols import (
+    Conditions,
+    captions_in_turn,
+    labels_in_turn,
+    retrieval_captions,
+    unconditional,
+)
+from matryoshka_diffusion.evaluation.references import Reference, of_source
+from matryoshka_diffusion.evaluation.results import Result
+from matryoshka_diffusion.evaluation.store import Column
+from matryoshka_diffusion.files import cache_folder
+from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.train.world import World
+
+Networks = Callable[[str], Extractor]
+"""From the name of a network to the network."""
+Told = Callable[[str, int, int], None]
+"""Called with (what is being done, pictures done, pictures in all)."""
+_ALONE = World()
+
+
+def evaluate(
+    model: Model,
+    metrics: str | Sequence[str],
+    *,
+    source: Source | None = None,
+    n: int | None = None,
+    reference: Reference | None = None,
+    conditions: Conditions | None = None,
+    networks: Networks | None = None,
+    folder: Path | None = None,
+    seed: int = SEED,
+    batch_size: int = BATCH,
+    world: World = _ALONE,
+    progress: Told | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """Measure a model; a collective.
+
+    Example:
+        >>> evaluate(model, "fd,retrieval", source=source, n=2000, guidance=3.0)  # doctest: +SKIP
+
+    Args:
+        metrics: names of `METRICS`, also with a number of samples as in "fid50k".
+        source: the pictures that the model was trained on.
+        n: how many samples; without it, what the metrics' names say.
+        reference: what samples are compared with, if not with `source`.
+        conditions: what they are asked to show, if not what the pictures of `source` show, in turn.
+        networks: where networks come from; see `find_networks`.
+        folder: where features are kept: for a run `RUN/eval`, else the cache.
+        seed: of sample 0.
+        settings: of the sampler, in the place of the model's own.
+
+    Returns:
+        The numbers in the order of `metrics`, the same on all ranks.
+
+    Raises:
+        UsageError: a metric is not known, or lacks what it needs.
+        ValueError: a sample has NaN in it.
+    """
+    asked = parse_metrics(metrics)
+    folder = folder or cache_folder("eval")
+    networks = networks or find_networks()
+
+    @cache
+    def own() -> Reference | None:
+        return None if source is None else of_source(source)
+
+    def measured(names: Sequence[str], shown: Conditions, count: int, to: Reference | None) -> Any:
+        samples = drawn(
+            model, shown, count, folder, seed=seed, batch_size=batch_size, settings=settings
+        )
+        template = _template(model, shown, settings, seed, batch_size)
+        return measure(samples, to, names, networks, template, world=world, progress=progress)
+
+    found: list[Result] = []
+    of_captions = [name for name in asked.metrics if METRICS[name].retrieval]
+    if of_captions:
+        shown = _retrieval_of(model.config, source)
+        found += measured(of_captions, shown, shown.limit or 0, own())
+    of_many = [name for name in asked.metrics if not METRICS[name].retrieval]
+    if of_many:
+        shown = conditions or in_turn(model.config, source)
+        found += measured(of_many, shown, _count(n or asked.n, shown), reference or own())
+    return sorted(found, key=lambda result: asked.metrics.index(result.key))
+
+
+def measure(
+    made: PictureSet,
+    reference: Reference | None,
+    metrics: Sequence[str],
+    networks: Networks,
+    template: Result,
+    *,
+    world: World = _ALONE,
+    progress: Told | None = None,
+) -> list[Result]:
+    """Measure a set of pictures; a collective. `template` says whose they are."""
+    chosen = {name: METRICS[name] for name in metrics}
+    for name, metric in chosen.items():
+        _refuse(name, metric, made, reference)
+    extractors = {
+        metric.network: networks(metric.network) for metric in chosen.values() if metric.network
+    }
+    comparing = [metric for metric in chosen.values() if metric.compares]
+    flag = None
+    if reference is not None and comparing:
+        told = _part(progress, reference.name)
+        flag = reference.flag(made.side, "reference", world=world, progress=told)
+        unknown = [metric for metric in comparing if metric.published(reference) is None]
+        if reference.pictures is not None and unknown:
+            reference.pictures.fill(_columns(unknown, extractors), world=world, progress=told)
+    columns = _columns(chosen.values(), extractors)
+    made.fill(columns, world=world, progress=_part(progress, made.name))
+
+    def numbers() -> list[Result]:
+        return [
+            _result(template, name, number, compared, flag)
+            for name, metric in chosen.items()
+            for compared in [_compared(made, reference, extractors, metric)]
+            for number in metric.compute(compared)
+        ]
+
+    return world.once(numbers)
+
+
+def _compared(
+    made: PictureSet,
+    reference: Reference | None,
+    extractors: Mapping[str, Extractor],
+    metric: Metric,
+) -> Compared:
+    to = reference if metric.compares else None
+    return Compared(made, to, extractors.get(metric.network), metric.published(to))
+
+
+def _columns(metrics: Iterable[Metric], extractors: Mapping[str, Extractor]) -> list[Column]:
+    """What has to be known of each picture, each once."""
+    columns = (metric.looks_at(extractors.get(metric.network)) for metric in metrics)
+    return list({column.name: column for column in columns}.values())
+
+
+def _part(progress: Told | None, what: str) -> Progress | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def _result(
+    template: Result, key: str, number: Number, compared: Compared, flag: str | None
+) -> Result:
+    flags = (*template.flags, *number.flags, flag if compared.reference else None)
+    network, reference = compared.extractor, compared.reference
+    update: dict[str, Any] = {}
+    if network is not None:
+        update |= {
+            "extractor": network.name,
+            "extractor_weights": network.weights,
+            "resize": network.resize,
+        }
+    if reference is not None:
+        count = reference.count if compared.published is None else None
+        update |= {"reference": reference.name, "reference_count": count}
+    return replace(
+        template,
+        key=key,
+        metric=flagged(number.name, *flags),
+        value=number.value,
+        others=number.others,
+        words=number.words,
+        higher_is_better=number.higher_is_better,
+        n=compared.made.count,
+        **update,
+    )
+
+
+def _template(
+    model: Model, shown: Conditions, settings: dict[str, Any], seed: int, batch_size: int
+) -> Result:
+    """What all numbers of a model say of it."""
+    described = model.describe(settings)
+    return Result(
+        of=model.config.name,
+        weights=described["weights"],
+        conditions=shown.name,
+        sampling=described["sampling"],
+        seed=seed,
+        precision=described["precision"],
+        batch_size=batch_size,
+        flags=() if model.config.train.ema_decay else ("no EMA",),
+    )
+
+
+# --- what is asked of samples ------------------------------------------------------------------
+
+
+def in_turn(config: RunConfig, source: Source | None) -> Conditions:
+    """What a model is asked for if nothing else is said: what its training pictures show, in turn.
+
+    Raises:
+        UsageError: it takes captions or classes, and there are no pictures.
+    """
+    if config.model.text is None and not config.model.classes:
+        return unconditional()
+    if source is None:
+        raise UsageError(
+            f"{config.name} has to be asked for something: its training pictures are needed, or a "
+            "file of captions (--captions), or random classes (--protocol imagenet50k)"
+        )
+    return (labels_in_turn if config.model.text is None else captions_in_turn)(source)
+
+
+def _retrieval_of(config: RunConfig, source: Source | None) -> Conditions:
+    if config.model.text is None:
+        raise UsageError(
+            f"{config.name} has no prompts to retrieve: leave the metric retrieval away"
+        )
+    if source is None:
+        raise UsageError("retrieval needs the pictures that the model was trained on")
+    return retrieval_captions(source)
+
+
+def _count(n: int | None, shown: Conditions) -> int:
+    if n is None:
+        raise UsageError("how many samples? give -n, or a metric such as fid50k that says so")
+    if shown.limit is not None and shown.limit < n:
+        raise UsageError(
+            f"{shown.name}: there are {shown.limit:,} for {n:,} samples; give -n {shown.limit}, "
+            "which the number then says"
+        )
+    return n
+
+
+# --- what cannot be ----------------------------------------------------------------------------
+
+
+def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | None) -> None:
+    """Raise `UsageError` if the metric lacks what it needs."""
+    if made.count < metric.least:
+        raise UsageError(f"{name} needs at least {metric.least:,} samples, not {made.count:,}")
+    if metric.captions and not made.captions:
+        raise UsageError(f"{name} needs captions, which {made.name} was not drawn for")
+    if metric.levels and made.levels < 2:
+        raise UsageError(f"{name} needs pictures of several levels, {made.name} has one")
+    if not metric.compares:
+        return
+    if reference is None:
+        raise UsageError(f"{name} compares with pictures: name them with --ref")
+    if reference.pictures is None:
+        if metric.published(reference) is None:
+            raise UsageError(
+                f"{name} needs the pictures of its reference, but {reference.name} holds only mu "
+                "and sigma of Inception's features"
+            )
+    elif reference.pictures.count < metric.least:
+        raise UsageError(
+            f"{name} needs at least {metric.least:,} pictures of reference, not "
+            f"{reference.pictures.count:,} ({reference.name})"
+        )
+
+
+# --- the networks ------------------------------------------------------------------------------
+
+
+def find_networks(
+    device: torch.device | str = "cpu",
+    inception: str | Path | None = None,
+    clip: str | Path | None = None,
+) -> Networks:
+    """The networks by name, each loaded when it is first asked for."""
+
+    @cache
+    def load(name: str) -> Extractor:
+        if name == INCEPTION and inception is None:
+            raise UsageError(
+                "FID, KID, IS and prdc look through Inception: give its weights, --inception FILE "
+                "(pt_inception-2015-12-05-6726825d.pth or inception-2015-12-05.pt); fd, kd and "
+                "prdc-fd need none"
+            )
+        if name == CLIP.name and clip is None:
+            raise UsageError(
+                "the CLIP score and CMMD look through CLIP: give a folder of transformers with "
+                "--clip PATH"
+            )
+        if name == INCEPTION:
+            return Inception(str(inception), device)
+        return CLIP(str(clip), device) if name == CLIP.name else EffNetLite0(device)
+
+    return load

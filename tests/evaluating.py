@@ -1,0 +1,191 @@
+"""An evaluation so small that tests take seconds, as a function and as a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
+from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.eval.inception_net import CLASSES
+from matryoshka_diffusion.evaluation.pictures import BATCH
+from matryoshka_diffusion.evaluation.run import evaluate
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.rng import stream
+from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
+from tiny_run import encode, tiny_config
+
+SAMPLES, BATCHED = 22, 4
+
+
+class Look:
+    """A network's stand-in: the first bytes of a picture, and their squares."""
+
+    weights, resize, width, variant = "0123456789abcdef", "not at all", 6, "tiny"
+
+    def __init__(self, name: str, width: int = 6) -> None:
+        self.name, self.width, self.seen = name, width, 0
+
+    def __call__(self, pictures: Any) -> Any:
+        self.seen += len(pictures)
+        values = pictures.reshape(len(pictures), -1).astype(np.float32) / 255.0
+        some = values[:, np.arange(self.width) % values.shape[1]]
+        return some + some**2
+
+    def probabilities(self, features: Any) -> Any:
+        odds = np.exp(features.astype(np.float64))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def texts(self, captions: Any) -> Any:
+        return np.stack(
+            [stream(0, f"text {text}").random(self.width, dtype=np.float32) for text in captions]
+        )
+
+
+class Words:
+    """A `TextEncoder`."""
+
+    key, width = "words", 8
+
+    def __call__(self, captions: Any) -> Any:
+        return encode(captions)
+
+
+def looks(width: int = 6) -> Any:
+    """Stand-ins by name, each made once."""
+    return functools.cache(lambda name: Look(name, width))
+
+
+def source(count: int = 40, side: int = 16) -> Pictures:
+    """Pictures of two classes with captions."""
+    pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    texts = [f"picture {i}" for i in range(count)]
+    labels = [i % 2 for i in range(count)]
+    return Pictures(
+        "pictures",
+        pictures,
+        range(count),
+        texts,
+        [side] * count,
+        [(text,) for text in texts],
+        labels,
+        ("cat", "dog"),
+    )
+
+
+def model(kind: str = "classes", **train: Any) -> Matryoshka:
+    """A model of classes, of text or of neither, with random weights."""
+    config = tiny_config(dropout=0.0, **train)
+    nest = config.model
+    if kind != "text":
+        nest = nest.model_copy(update={"text": None, "classes": 2 if kind == "classes" else 0})
+    data = config.data.model_copy(update={"classes": ("cat", "dog")})
+    update = {"model": nest, "data": data, "sampling": SamplingConfig(steps=1, sampler="ddim")}
+    config = config.model_copy(update={**update, **({} if kind == "text" else {"encoder": None})})
+    net, generator = NestedUNet(nest), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return Matryoshka(net, config, encoder=Words() if kind == "text" else None)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> None:
+    """A run folder: the model, its config, and snapshots of averages of two lengths."""
+    trained = model(kind)
+    config = trained.config
+    update: dict[str, Any] = {"data": config.data.model_copy(update={"path": str(data)})}
+    if t5 is not None:
+        assert config.model.text is not None
+        text = config.model.text.model_copy(update={"features": 24})
+        update["model"] = config.model.model_copy(update={"text": text})
+        update["encoder"] = EncoderConfig(name="t5", path=str(t5))
+        trained = Matryoshka(NestedUNet(update["model"]), config.model_copy(update=update))
+    config = config.model_copy(update=update)
+    export_weights(folder / "model", trained.net.state_dict(), config)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    tracks = PowerEma(trained.net, (0.05, 0.1))
+    for images_seen in (4, 8):
+        with torch.no_grad():
+            for parameter in trained.net.parameters():
+                parameter.mul_(1.1)
+        tracks.update(trained.net, 4)
+        write_snapshot(folder / "ema", tracks.state(), images_seen)
+
+
+class _Scripted(torch.nn.Module):
+    """What the TorchScript file of Inception is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = torch.nn.Linear(2048, CLASSES, bias=False)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(img.to(torch.float32) / 255.0, (32, 64))
+        features = small[:, 0].flatten(1)
+        return features if return_features else self.output(features)
+
+
+def make_inception(path: Path) -> None:
+    """A TorchScript file that `Inception` loads."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.manual_seed(0)
+        torch.jit.save(torch.jit.script(_Scripted()), str(path))
+
+
+WIDTH = 24
+
+
+def narrow(patch: pytest.MonkeyPatch) -> None:
+    """Let Inception be one of few features: a distance of 2,048 takes half a minute on one core."""
+    patch.setattr("matryoshka_diffusion.evaluation.references.WIDTH", WIDTH)
+
+    def stand_in(path: str, device: Any) -> Look:
+        assert Path(path).is_file()
+        return Look("Inception", WIDTH)
+
+    patch.setattr("matryoshka_diffusion.evaluation.run.Inception", stand_in)
+
+
+# --- an evaluation -----------------------------------------------------------------------------
+
+
+def measured(folder: Path, **options: Any) -> Any:
+    """The distances of a few samples."""
+    given = {"source": source(), "n": SAMPLES, "networks": looks(), "batch_size": BATCHED}
+    return evaluate(model(), ("fd", "agreement"), folder=folder, **(given | options))
+
+
+def main(folder: str, kill_at: str = "") -> None:
+    """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
+    from matryoshka_diffusion.train.world import joined
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+    def told(what: str, done: int, total: int) -> None:
+        if what == "tiny" and kill_at and done >= int(kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with joined(torch.device("cpu"), "ddp", 30) as world:
+        measured(Path(folder), world=world, progress=told)
+
+
+assert BATCH != BATCHED, "references and samples are cut into different batches"
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

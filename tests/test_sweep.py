@@ -1,0 +1,222 @@
+"""A sweep: lists of values, every combination measured, and which are best."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluating import looks, make_run, model, source
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.evaluation import sweep as sweeping
+from matryoshka_diffusion.evaluation.grid import parse_numbers
+from matryoshka_diffusion.evaluation.results import Result
+from matryoshka_diffusion.evaluation.run import evaluate
+from matryoshka_diffusion.evaluation.sweep import Point, best, front, lines_of, pareto, table
+from matryoshka_diffusion.evaluation.sweep_plot import draw, numeric_axis, trade_off
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.sheet import save_png
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("3", (3.0,)),
+        ("10,25,50", (10.0, 25.0, 50.0)),
+        ("1:3:0.25", (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)),
+        ("0:0.9:0.3", (0.0, 0.3, 0.6, 0.9)),
+        ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
+        ("1:2.2:0.5", (1.0, 1.5, 2.0)),
+        ("2:2:1", (2.0,)),
+        ("5, 1:2:1, 2", (5.0, 1.0, 2.0)),
+        ("-1:0:0.5", (-1.0, -0.5, 0.0)),
+    ],
+)
+def test_lists_and_ranges_are_parsed_with_both_ends(text, numbers):
+    assert parse_numbers(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no number"),
+        ("1,x", "'x' is no number"),
+        ("1:2", "a range is FIRST:LAST:STEP"),
+        ("1:2:3:4", "a range is FIRST:LAST:STEP"),
+        ("3:1:1", "goes up from FIRST to LAST"),
+        ("1:3:0", "in steps above 0"),
+        ("1:3:nan", "'nan' is no number"),
+        ("0:1:0.0001", "10,001 values are more than 1,000"),
+    ],
+)
+def test_what_is_no_list_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_numbers(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "10,2.5"], "'2.5' is not a whole number above 0"),
+        (["--steps", "0"], "'0' is not a whole number"),
+        (["--cfg", "1:3"], "a range is FIRST:LAST:STEP"),
+        (["--sampler", "ddim,euler"], "'euler' is none of dpmpp-2m, ddim, ddpm"),
+    ],
+)
+def test_bad_lists_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["sweep", "openmoji", *options])
+    assert leaving.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_sweep_of_nothing_is_refused(capsys):
+    assert cli.main(["sweep", "openmoji", "-n", "4"]) == 2
+    assert "name what to try" in capsys.readouterr().err
+
+
+# --- which are best ----------------------------------------------------------------------------
+
+
+def point(cost, *values, higher=(False,), keys=("fd", "clip"), **axes):
+    results = tuple(
+        Result(of="m", key=key, metric=key.upper(), value=value, n=8, higher_is_better=up)
+        for key, value, up in zip(keys, values, higher, strict=False)
+    )
+    return Point(axes, cost, results)
+
+
+def test_the_front_is_what_nothing_beats():
+    pairs = np.random.default_rng(0).integers(0, 8, (60, 2))
+    kept = pareto([(float(a), float(b)) for a, b in pairs])
+    for place, (a, b) in enumerate(pairs):
+        beaten = any(c <= a and d <= b and (c < a or d < b) for c, d in pairs)
+        assert (place in kept) == (not beaten)
+
+
+def test_best_and_front_look_the_way_of_the_metric():
+    lower = [point(10, 5.0), point(20, 3.0), point(40, 3.0), point(5, 9.0)]
+    assert best(lower) is lower[1], "of equal ones the cheapest"
+    assert front(lower) == [0, 1, 3]
+    higher = [replace(one, results=(replace(one.quality, higher_is_better=True),)) for one in lower]
+    assert best(higher) is higher[3]
+    assert front(higher) == [3]
+
+
+def test_lines_have_what_else_is_swept():
+    points = [point(1, 1.0, guidance=g, steps=s) for s in (10, 25) for g in (2.0, 1.0)]
+    lines = lines_of(points, "guidance")
+    assert list(lines) == ["steps 10", "steps 25"]
+    assert [one.values["guidance"] for one in lines["steps 10"]] == [1.0, 2.0]
+    assert numeric_axis(points) == "guidance"
+    assert numeric_axis(points[:1]) is None
+    assert numeric_axis([points[1], points[3]]) == "steps"
+
+
+def test_the_trade_off_needs_a_distance_and_an_alignment():
+    both = [point(1, 2.0, 30.0, higher=(False, True)), point(1, 1.0, 20.0, higher=(False, True))]
+    assert [(x.value, y.value) for x, y in trade_off(both)] == [(2.0, 30.0), (1.0, 20.0)]
+    assert trade_off([point(1, 2.0)]) == []
+
+
+def test_the_table_marks_the_best_and_the_front():
+    points = [point(s, v, steps=s, sampler="ddim") for s, v in ((10, 5.0), (25, 3.0), (50, 4.0))]
+    lines = table(points).splitlines()
+    assert lines[0].split() == ["steps", "sampler", "evaluations", "FD"]
+    assert [line.split()[4:] for line in lines[1:4]] == [["front"], ["best"], []]
+    assert lines[4] == "FD of 8 samples; lower is better"
+
+
+def test_the_command_draws_with_the_point():
+    one = point(1, 1.0, ema=0.05, guidance=1.5, steps=25, sampler="ddim", coarse_noise=0.3)
+    assert sweeping.command("runs/a b", one).splitlines() == [
+        "mdm ema 'runs/a b' --length 0.05 -o 'runs/a b-ema0.05'",
+        "mdm sample 'runs/a b-ema0.05' --cfg 1.5 --steps 25 --sampler ddim --coarse-noise 0.3",
+    ]
+    assert sweeping.command("r", point(1, 1.0, steps=9)) == "mdm sample r --steps 9"
+
+
+# --- a sweep of a tiny model -------------------------------------------------------------------
+
+
+def test_every_combination_is_measured_and_shared_with_eval(tmp_path):
+    tiny, networks = model(), looks()
+    options = {"source": source(), "n": 4, "networks": networks, "folder": tmp_path}
+
+    def measure(one, settings):
+        return evaluate(one, "fd", **options, **settings)
+
+    axes = {"sampler": ["ddim", "dpmpp-2m"], "guidance": [1.0, 2.0], "steps": [1, 2]}
+    told = []
+    points = sweeping.sweep(
+        lambda length: tiny, axes, measure, progress=lambda *now: told.append(now)
+    )
+    assert told == [(done, 8) for done in range(1, 9)]
+    assert [one.cost for one in points] == [1, 2, 2, 4] * 2
+    values = [one.quality.value for one in points]
+    assert len(set(values[:4])) == 4
+    seen = networks("EffNetLite0").seen
+    [again] = measure(tiny, {"sampler": "ddim", "guidance": 2.0, "steps": 2})
+    assert again == points[3].quality
+    assert networks("EffNetLite0").seen == seen
+    draw(points, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.size[0] > 1.9 * picture.size[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a model, its data, and averages of two lengths."""
+    shown = source(12)
+    for number in range(12):
+        name = tmp_path / "data" / ("cat", "dog")[number % 2] / f"{number}.png"
+        save_png(shown[number].picture, name, None)
+    make_run(tmp_path / "run", "classes", tmp_path / "data")
+    return tmp_path / "run"
+
+
+def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatch):
+    monkeypatch.setattr("matryoshka_diffusion.evaluation.run.find_networks", lambda *_: looks())
+    swept = ["--cfg", "1:2:1", "--steps", "1,2", "-n", "4", "--metrics", "fd,agreement"]
+    assert cli.main(["sweep", str(run), *swept]) == 0
+    shown = capsys.readouterr().out
+    assert "guidance  steps  evaluations  FD-EffNetLite0  level disagreement" in shown
+    assert shown.splitlines()[-1].startswith(f"mdm sample {run} --cfg ")
+    points = json.loads((run / "sweep" / "sweep.json").read_text())
+    assert [one["values"] for one in points] == [
+        {"guidance": g, "steps": s} for g in (1.0, 2.0) for s in (1, 2)
+    ]
+    assert sum(one["best"] for one in points) == 1
+    assert {len(one["results"]) for one in points} == {2}
+    assert (run / "sweep" / "sweep.png").is_file()
+
+
+def test_averages_are_those_of_mdm_ema(run, tmp_path):
+    swept = sweeping.averaged(run, 0.05, model())
+    assert isinstance(swept, Matryoshka)
+    assert job.average_model(run, 0.05, tmp_path / "average") < 1e-6
+    written = Matryoshka.load(tmp_path / "average")
+    for name, value in written.net.state_dict().items():
+        assert torch.equal(value, swept.net.state_dict()[name]), name
+    options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path / "eval"}
+    points = sweeping.sweep(
+        lambda length: model() if length is None else sweeping.averaged(run, length, model()),
+        {"steps": [1], "ema": [0.05, 0.1]},
+        lambda one, settings: evaluate(one, "fd", **options, **settings),
+    )
+    assert [dict(one.values) for one in points] == [
+        {"ema": 0.05, "steps": 1},
+        {"ema": 0.1, "steps": 1},
+    ]
+    assert len({one.quality.weights for one in points}) == 2
+    with pytest.warns(UserWarning, match="at length 0.2: its profile is off by"):
+        sweeping.averaged(run, 0.2, model())
