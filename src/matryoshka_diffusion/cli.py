@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
 
-    config = job.find_config(options.preset, options.data, options.set, options.init, options.lora)
+    config = job.find_config(
+        options.preset, options.data, options.set, options.init, options.lora, options.codec
+    )
     if options.dry_run:
         return _plan(config, options.gpus, options.parallel)
     out = options.out or _own_folder(options.preset)
@@ -78,7 +80,7 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
 
     source = None
     if config.data.source != "folder" or config.data.path is not None:
-        source = job.open_source(config.data, config.model.levels[-1].side)
+        source = job.open_source(config.data, config.data_side)
         config = job.complete(config, source)
     pictures = None if source is None else len(source)
     gpus = gpus if gpus > 1 else 8  # of which most machines for this have so many
@@ -223,7 +225,7 @@ def evaluate(options: argparse.Namespace) -> None:
     model = Matryoshka.load(
         options.model, device=_device(options.device), precision=options.precision
     )
-    source = job.open_source(model.config.data, model.resolutions[-1].height)
+    source = job.open_source(model.config.data, model.picture_side)
     settings = _sampling(options)
     if model.net.config.text is None and not options.n:
         raise UsageError(f"{options.model} has no prompts to retrieve: give -n for the distance")
@@ -252,7 +254,7 @@ def data_check(options: argparse.Namespace) -> None:
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = job.find_config(options.preset, options.data, everything)
     try:
-        source = job.open_source(config.data, config.model.levels[-1].side)
+        source = job.open_source(config.data, config.data_side)
         print(describe(source))
     except NoneUsable as error:
         print(describe_bad(error.bad))
@@ -275,7 +277,7 @@ def demo(options: argparse.Namespace) -> None:
     config = job.find_config("openmoji", None, options.set)
     finished = _train(config, options.out, device)
     model = Matryoshka.load(finished, device=device)
-    source = job.open_source(model.config.data, model.resolutions[-1].height)
+    source = job.open_source(model.config.data, model.picture_side)
     with _Bar("24 prompts", " steps") as bar:
         page = measure.sheet(model, source, progress=bar)
     path = gallery.save_page(page, options.out / "sheet.png", model.config.name)
@@ -310,15 +312,19 @@ def _train(
     with joined(torch.device(device), parallel, rank_timeout) as world:
         world.once(lambda: refuse_foreign(out))
         # What rank 0 downloads, decodes and encodes, the others find in the cache.
-        with world.first_here("data"), _Bar("encoding", " captions", tell=True) as bar:
-            ready = job.prepare(config, device, progress=bar)
+        with (
+            world.first_here("data"),
+            _Bar("encoding", " captions", tell=True) as bar,
+            _Bar("encoding", " pictures", tell=True) as coding,
+        ):
+            ready = job.prepare(config, device, progress=bar, coding=coding)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))
         prompts = preview_prompts(ready.source) if ready.config.model.text is not None else None
         every = ready.config.train.preview_every_images
-        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device))]
+        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
         if ready.held_out is not None:
-            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
+            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.codec)
             hooks.append((every, watch))
         if world.leads:
             print(summary(ready.source))
@@ -367,6 +373,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
     command.add_argument(
         "--lora", type=_positive, metavar="RANK", help="train only adapters of this rank around it"
+    )
+    command.add_argument(
+        "--codec",
+        metavar="PATH",
+        help="autoencoder (diffusers' AutoencoderKL) to train on codes of",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"

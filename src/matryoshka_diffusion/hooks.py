@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from matryoshka_diffusion import sheet
+from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -36,11 +37,18 @@ class Preview:
         prompts: Sequence[str] | None,
         encoder: TextEncoder | None,
         device: torch.device | str,
+        codec: Codec | None = None,
     ) -> None:
-        self.prompts, self.encoder, self.device = prompts, encoder, device
+        self.prompts, self.encoder, self.device, self.codec = prompts, encoder, device, codec
 
     def __call__(self, view: View) -> Path:
-        model = Matryoshka(view.averaged(), view.config, encoder=self.encoder, device=self.device)
+        model = Matryoshka(
+            view.averaged(),
+            view.config,
+            encoder=self.encoder,
+            codec=self.codec,
+            device=self.device,
+        )
         if self.prompts is not None:
             samples = model.sample(self.prompts)
         elif view.config.model.classes:

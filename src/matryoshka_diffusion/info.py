@@ -39,7 +39,8 @@ def describe(config: RunConfig) -> str:
             (
                 str(place + 1),
                 _size(level),
-                *(_list(values) for values in (level.widths, level.blocks, level.attention)),
+                _widths(level),
+                *(_list(values) for values in (level.blocks, level.attention)),
                 f"{count_parameters(net.levels[place]):,}",
                 f"{own_flops / 1e9:.2f}",
                 f"{schedule.log_snr(half).item():+.2f}",
@@ -114,7 +115,7 @@ def _data_needed(config: RunConfig, pictures: int | None) -> str:
     beside = "captions" if model.text else "classes" if model.classes else "nothing"
     epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
     return (
-        f"data: pictures of {model.levels[-1].side} pixels or more, with {beside} beside them; "
+        f"data: pictures of {config.data_side} pixels or more, with {beside} beside them; "
         f"{images:,} are seen{epochs}"
     )
 
@@ -132,6 +133,13 @@ def _size(level: LevelConfig) -> str:
     return f"{level.side}x{level.side}{patch}"
 
 
+def _widths(level: LevelConfig) -> str:
+    """The widths, with "=" before one whose side is that of the width before."""
+    first, *others = level.widths
+    steps = (f"{'=' if level.stride(n) == 1 else ''}{wide}" for n, wide in enumerate(others))
+    return " ".join([str(first), *steps])
+
+
 def _list(values: Sequence[int]) -> str:
     return " ".join(str(value) for value in values)
 
@@ -145,7 +153,8 @@ def _condition(model: ModelConfig) -> str:
 def _about(config: RunConfig) -> list[str]:
     process, train = config.process, config.train
     weighting = ", ".join(weighting.name for weighting in process.weighting)
-    lines = [
+    lines = [*_codec(config)]
+    lines += [
         f"predicts {process.prediction}, loss weighted by {weighting}; "
         f"schedule {config.model.schedule}"
     ]
@@ -163,6 +172,17 @@ def _about(config: RunConfig) -> list[str]:
             f"{_gentle(stage)}"
         )
     return lines
+
+
+def _codec(config: RunConfig) -> list[str]:
+    """What the levels are codes of, if they are."""
+    if config.codec is None:
+        return []
+    where = config.codec.path or "a codec yet to be given (--codec)"
+    return [
+        f"levels are codes of pictures of {config.data_side} px, {config.codec.factor} times "
+        f"smaller along each side, by {where}"
+    ]
 
 
 def _gentle(stage: StageConfig) -> str:

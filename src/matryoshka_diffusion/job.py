@@ -11,9 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
+from matryoshka_diffusion.codec.cache import CodeCache
+from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
+from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
+    CodecConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -59,23 +64,24 @@ from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
 SMALL_BYTES = 2**30
-"""Features that take no more than this are stored without being asked."""
+"""Features and codes that take no more than this are stored without being asked."""
 
 
 class Job(NamedTuple):
     """What `train.trainer.train` is given; `encode` is None where there is no text.
 
     `source` is what is trained on, `held_out` what is not (None if all of it is). `base` are the
-    weights that adapters are put around, None without them. `text` says, for people, where the
-    features of the captions come from.
+    weights that adapters are put around, None without them. `codec` makes codes of pictures, which
+    `loader` does already. `text` says, for people, where features of captions and codes come from.
     """
 
     config: RunConfig
     source: Source
     held_out: Source | None
-    loader: Loader
+    loader: Coded
     encode: FeatureCache | None
     base: dict[str, Tensor] | None
+    codec: Codec
     text: str
 
 
@@ -85,10 +91,12 @@ def find_config(
     assignments: Sequence[str],
     init: str | None = None,
     lora: int | None = None,
+    codec: str | None = None,
 ) -> RunConfig:
     """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
 
-    `init` is the model to start from, `lora` the rank of adapters to train in its place.
+    `init` is the model to start from, `lora` the rank of adapters to train in its place, `codec`
+    the folder of an autoencoder on whose codes the model is trained.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -113,10 +121,18 @@ def find_config(
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
         changes.insert(0, f"data.path={json.dumps(absolute(data))}")
+    if codec is not None:
+        changes.insert(0, _with_codec(config.codec, codec_folder(codec)))
     if init is not None:
         where = Path(init).expanduser()
         changes.append(f"train.init={json.dumps(str(where.resolve()) if where.exists() else init)}")
     return with_source(override(config, changes))
+
+
+def _with_codec(old: CodecConfig | None, folder: Path) -> str:
+    """The change that puts a codec into a config; the factor of one that has it stays."""
+    factor = read_card(folder).factor if old is None else old.factor
+    return f"codec={CodecConfig(path=str(folder), factor=factor).model_dump_json()}"
 
 
 def _names_init(assignments: Sequence[str]) -> bool:
@@ -144,24 +160,31 @@ def _tuning(model: Path, lr: float) -> RunConfig:
 
 
 def prepare(
-    config: RunConfig, device: torch.device | str = "cpu", *, progress: Progress | None = None
+    config: RunConfig,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
+    coding: Progress | None = None,
 ) -> Job:
-    """Open the data, complete the config with what it holds, make loader and encoder.
+    """Open the data, complete the config with what it holds, make loader, encoder and codec.
 
     The captions' features are stored before training begins if that is a small matter; else those
-    that `mdm embed` has not stored are made for each batch, on `device`.
+    that `mdm embed` has not stored are made for each batch, on `device`. So are the codes of
+    pictures. `progress` is told of captions, `coding` of pictures.
 
     Raises:
-        ConfigError: the data does not have what the model is conditioned on.
-        ValueError, OSError, MissingExtra: the data or the encoder cannot be used.
+        ConfigError: the data does not have what the model is conditioned on, or the codec is not
+            for it.
+        ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
+    source = open_source(config.data, config.data_side)
     config = complete(config, source)
     data = config.data
     encode, text = None, ""
     if config.encoder is not None:
         encode = _open_cache(config, device)
         text = _store_if_small(encode, [*all_captions(source), ""], progress)
+    codec, told = _open_codec(config, source, device, coding)
     source, held_out = split(source, data.held_out)
     loader = Loader(
         source,
@@ -171,8 +194,48 @@ def prepare(
         augment=data.augment,
         pixels=data.pixels,
     )
-    config, base = _with_base(config)
-    return Job(config, source, held_out, loader, encode, base, text)
+    config, base = _with_base(_naming(config, codec))
+    text = "\n".join(line for line in (text, told) if line)
+    return Job(config, source, held_out, Coded(loader, codec), encode, base, codec, text)
+
+
+def _open_codec(
+    config: RunConfig, source: Source, device: torch.device | str, progress: Progress | None
+) -> tuple[Codec, str]:
+    """The codec of a run, and where the codes of its pictures come from, in words.
+
+    Raises:
+        ConfigError: there is none at its path, or it is not for such a model or such pictures.
+    """
+    if config.codec is None:
+        return Identity(), ""
+    codec = load_autoencoder(config, device)
+    if codec.colours != source.channels:
+        raise ConfigError(
+            f"codec.path: {config.codec.path} is for pictures of {codec.colours} channels, but "
+            f"{source.name} has {source.channels}: give a codec that was trained on such pictures"
+        )
+    cache, data = CodeCache(codec), config.data
+    needed = cache.bytes_of((1 + data.flip) * len(source), source.side)
+    if can_store(data) and needed <= SMALL_BYTES:
+        store_codes(cache, source, data, progress)
+        return cache, f"codes of {len(source):,} pictures from {cache.folder}"
+    return cache, (
+        "codes are made while training, batch by batch: "
+        + (
+            f"they would take {needed:,} bytes"
+            if can_store(data)
+            else "no picture recurs as it was"
+        )
+    )
+
+
+def _naming(config: RunConfig, codec: Codec) -> RunConfig:
+    """The config with the hash of its codec."""
+    if config.codec is None or not isinstance(codec, CodeCache):
+        return config
+    named = config.codec.model_copy(update={"weights": codec.codec.key})
+    return config.model_copy(update={"codec": named})
 
 
 class Captions(NamedTuple):
@@ -199,7 +262,7 @@ def captions_to_embed(
         UsageError: there is no text.
         ValueError, OSError, MissingExtra: as `prepare`.
     """
-    source = open_source(config.data, config.model.levels[-1].side)
+    source = open_source(config.data, config.data_side)
     config = complete(config, source)
     if config.encoder is None:
         raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")
@@ -274,7 +337,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     """
     model = config.model
     has_captions = bool(source.captions)
-    if model.channels != source.channels:
+    if config.codec is None and model.channels != source.channels:
         raise ConfigError(
             f"model.channels is {model.channels}, but {source.name} has {source.channels}"
         )
@@ -328,6 +391,7 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
+    config = carry_codec(config, out)
     checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
 
 

@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from matryoshka_diffusion.config import (
+    CodecConfig,
+    CodecRunConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -115,6 +117,78 @@ def folder_64() -> RunConfig:
             "encoder": None,
             "data": DataConfig(source="folder", flip=True),
             "sampling": SamplingConfig(grid="log-snr"),
+        }
+    )
+
+
+# --- small runs on codes of an autoencoder (docs/baselines.md) ----------------------------------
+
+
+def openmoji_latent() -> RunConfig:
+    """OpenMoji at 64 pixels as codes of 16 x 16: latent diffusion, one level.
+
+    Commands: `mdm train openmoji-codec --out runs/codec`, then
+    `mdm train openmoji-latent --codec runs/codec --out runs/latent`.
+    """
+    # openmoji's own level of this side and as many images as it sees, for about as much arithmetic.
+    # The shift is that level's, too; it was not tuned for codes.
+    base = openmoji()
+    stage = StageConfig(levels=1, images=160_000, batch_size=64, lr=2e-3)
+    return _on_codes(base, "openmoji-latent", base.model.levels[:1], (stage,))
+
+
+def openmoji_codes() -> RunConfig:
+    """OpenMoji at 64 pixels as codes of 16 x 16 with a coarser level of 8 x 8: MDM on codes.
+
+    Commands: `mdm train openmoji-codec --out runs/codec`, then
+    `mdm train openmoji-codes --codec runs/codec --out runs/codes`.
+    """
+    small = {"heads": 4, "shift_power": 2.0}
+    levels = (
+        LevelConfig(
+            side=8, widths=(96, 192), blocks=(1, 1), attention=(0, 1), shift_ratio=2.0, **small
+        ),
+        LevelConfig(
+            side=16, widths=(64, 64), blocks=(1, 0), attention=(0, 0), shift_ratio=4.0, **small
+        ),
+    )
+    stages = (
+        StageConfig(levels=1, images=84_000, batch_size=64, lr=2e-3),
+        StageConfig(levels=2, images=76_000, batch_size=48, lr=2e-3, mix=(0.4, 0.6)),
+    )
+    return _on_codes(openmoji(), "openmoji-codes", levels, stages)
+
+
+def fashion_mnist_latent() -> RunConfig:
+    """Fashion-MNIST at 32 pixels as codes of 8 x 8: latent diffusion, one level.
+
+    Commands: `mdm train fashion-mnist-codec --out runs/codec`, then
+    `mdm train fashion-mnist-latent --codec runs/codec --out runs/latent`.
+    """
+    base = fashion_mnist()
+    level = base.model.levels[0].model_copy(update={"side": 8, "patch": 1})  # the same trunk
+    stage = StageConfig(levels=1, images=150_000, batch_size=128, lr=1e-3)
+    return _on_codes(base, "fashion-mnist-latent", (level,), (stage,))
+
+
+def _on_codes(
+    base: RunConfig,
+    name: str,
+    levels: tuple[LevelConfig, ...],
+    stages: tuple[StageConfig, ...],
+    *,
+    factor: int = 4,
+    channels: int = 4,
+) -> RunConfig:
+    """`base` with levels of codes, of unit variance and without bounds to keep estimates in."""
+    nest = {"levels": levels, "channels": channels, "data_std": 1.0}
+    return base.model_copy(
+        update={
+            "name": name,
+            "model": base.model.model_copy(update=nest),
+            "codec": CodecConfig(factor=factor),
+            "train": base.train.model_copy(update={"stages": stages}),
+            "sampling": base.sampling.model_copy(update={"threshold": ("none",)}),
         }
     )
 
@@ -272,6 +346,25 @@ def _class_stages(*levels: int) -> tuple[StageConfig, ...]:
     return tuple(_stage(n, *length) for n, length in zip(levels, lengths, strict=False))
 
 
+def _imagenet_latent() -> RunConfig:
+    """S64 on codes of 64 x 64 (Appendix D.2: of the autoencoder KL-F4, which have 3 channels)."""
+    base = _class_run("imagenet-256-latent", (64,), _class_stages(1))
+    return _on_codes(base, base.name, base.model.levels, base.train.stages, channels=3)
+
+
+def _cc12m_latent() -> RunConfig:
+    """The changed S64 on codes of 32 x 32 (Appendix D.2: of KL-F8, which have 4 channels).
+
+    It does not halve after its first width, so attention is at 16 x 16 as in S64, with S64's
+    weights. The micro-condition tells of pictures, which have 256 pixels.
+    """
+    base = _text_run("cc12m-256-latent", (64,), _text_stages(1))
+    level = s64(text=True).model_copy(
+        update={"side": 32, "halve": (False, True), "micro": _scale(256)}
+    )
+    return _on_codes(base, base.name, (level,), base.train.stages, factor=8)
+
+
 def _released(name: str, sides: tuple[int, ...]) -> RunConfig:
     """The networks of the paper's released checkpoints (no text layers, attention unmasked)."""
     middle = "std" if len(sides) == 3 else "none"  # only the 1024 model divides, at its 256 level
@@ -298,6 +391,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "openmoji": openmoji,
     "fashion-mnist": fashion_mnist,
     "folder-64": folder_64,
+    "openmoji-latent": openmoji_latent,
+    "openmoji-codes": openmoji_codes,
+    "fashion-mnist-latent": fashion_mnist_latent,
     "cc12m-64": lambda: _text_run("cc12m-64", (64,), _text_stages(1)),
     "cc12m-256": lambda: _text_run("cc12m-256", (64, 256), _text_stages(1, 2)),
     "cc12m-256-nest3": lambda: _text_run("cc12m-256-nest3", (64, 128, 256), _text_stages(1, 3)),
@@ -314,10 +410,26 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "imagenet-1024-nest5": lambda: _class_run(
         "imagenet-1024-nest5", (64, 128, 256, 512, 1024), _class_stages(1, 3, 5)
     ),
+    "imagenet-256-latent": _imagenet_latent,
+    "cc12m-256-latent": _cc12m_latent,
     "released-64": lambda: _released("released-64", (64,)),
     "released-256": lambda: _released("released-256", (64, 256)),
     "released-1024": lambda: _released("released-1024", (64, 256, 1024)),
 }
+
+
+CODECS: dict[str, CodecRunConfig] = {
+    "codec": CodecRunConfig(
+        name="codec", data=DataConfig(source="folder", flip=True), side=64, images=200_000
+    ),
+    "openmoji-codec": CodecRunConfig(
+        name="openmoji-codec", data=DataConfig(source="openmoji"), side=64, images=20_000
+    ),
+    "fashion-mnist-codec": CodecRunConfig(
+        name="fashion-mnist-codec", data=DataConfig(source="fashion-mnist"), side=32, images=20_000
+    ),
+}
+"""Autoencoders to be trained, about five minutes on a 2-core CPU for each but `codec`."""
 
 
 def preset(name: str) -> RunConfig:
