@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
+    from matryoshka_diffusion.baselines.codec_training import find_codec_run
 
+    if (codec := find_codec_run(options.preset, options.data, options.set)) is not None:
+        return _train_codec(codec, options)
     config = job.find_config(
         options.preset, options.data, options.set, options.init, options.lora, options.codec
     )
@@ -70,6 +73,33 @@ def train(options: argparse.Namespace) -> None:
         raise SystemExit(launch(options.gpus, options.arguments))
     _train(config, out, options.device, options.log, options.parallel, options.rank_timeout)
     return None
+
+
+def _train_codec(config: Any, options: argparse.Namespace) -> None:
+    """Train an autoencoder, and say how well it does and what it is for."""
+    from matryoshka_diffusion.baselines.codec_training import CONFIG, train_codec
+    from matryoshka_diffusion.config import UsageError
+
+    others = ("--init", "--lora", "--codec", "--dry-run", "--log")
+    given = [name for name in others if getattr(options, name[2:].replace("-", "_"))]
+    if given or options.gpus > 1:
+        raise UsageError(f"{(given or ['--gpus'])[0]} is not for training a codec")
+    begun = Path(options.preset)
+    out = options.out or (begun if (begun / CONFIG).is_file() else None)
+    if out is None:
+        raise SystemExit(_say("mdm train: give the codec's folder with --out", 2))
+    with _Bar("training a codec", " images", tell=True) as bar:
+        codec = train_codec(config, out, _device(options.device), progress=bar)
+    print(f"PSNR {codec.psnr:.2f} dB on {codec.measured_on}: {out / 'reconstructions.png'}")
+    print(f"trained: {codec.folder}; mdm train {_on_codes(config)} --codec {out} --out RUN")
+
+
+def _on_codes(config: Any) -> str:
+    """The preset that is meant for a codec's codes, with its data."""
+    from matryoshka_diffusion.presets import PRESETS
+
+    name = f"{config.name.removesuffix('-codec')}-latent"
+    return name if name in PRESETS else f"folder-64-latent --data {config.data.path}"
 
 
 def _plan(config: Any, gpus: int, parallel: str) -> None:

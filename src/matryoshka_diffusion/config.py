@@ -556,7 +556,7 @@ class CodecRunConfig(Strict):
     blocks: PositiveInt = 1
     kl_weight: Annotated[float, Field(ge=0.0)] = 1e-6
     images: PositiveInt
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = 8
     lr: PositiveFloat = 2e-3
     seed: Natural = 0
     warmup_images: Natural = 1_000

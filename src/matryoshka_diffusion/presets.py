@@ -171,6 +171,16 @@ def fashion_mnist_latent() -> RunConfig:
     return _on_codes(base, "fashion-mnist-latent", (level,), (stage,))
 
 
+def folder_64_latent() -> RunConfig:
+    """A folder of your own pictures at 64 pixels as codes of 16 x 16: latent diffusion.
+
+    Commands: `mdm train codec --data DIR --out runs/codec`, then
+    `mdm train folder-64-latent --data DIR --codec runs/codec --out runs/latent`.
+    """
+    base, small = folder_64(), openmoji_latent()
+    return _on_codes(base, "folder-64-latent", small.model.levels, small.train.stages)
+
+
 def _on_codes(
     base: RunConfig,
     name: str,
@@ -394,6 +404,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "openmoji-latent": openmoji_latent,
     "openmoji-codes": openmoji_codes,
     "fashion-mnist-latent": fashion_mnist_latent,
+    "folder-64-latent": folder_64_latent,
     "cc12m-64": lambda: _text_run("cc12m-64", (64,), _text_stages(1)),
     "cc12m-256": lambda: _text_run("cc12m-256", (64, 256), _text_stages(1, 2)),
     "cc12m-256-nest3": lambda: _text_run("cc12m-256-nest3", (64, 128, 256), _text_stages(1, 3)),
@@ -423,10 +434,10 @@ CODECS: dict[str, CodecRunConfig] = {
         name="codec", data=DataConfig(source="folder", flip=True), side=64, images=200_000
     ),
     "openmoji-codec": CodecRunConfig(
-        name="openmoji-codec", data=DataConfig(source="openmoji"), side=64, images=20_000
+        name="openmoji-codec", data=DataConfig(source="openmoji"), side=64, images=12_000
     ),
     "fashion-mnist-codec": CodecRunConfig(
-        name="fashion-mnist-codec", data=DataConfig(source="fashion-mnist"), side=32, images=20_000
+        name="fashion-mnist-codec", data=DataConfig(source="fashion-mnist"), side=32, images=12_000
     ),
 }
 """Autoencoders to be trained, about five minutes on a 2-core CPU for each but `codec`."""
