@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import install_import_hook
 
@@ -67,8 +68,9 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_codec(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes folders of autoencoders with random weights, each once, by their settings."""
-    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    kind: Any = AutoencoderKL  # whose annotations ask for tuples of one
     folders: dict[str, Path] = {}
 
     def folder(*, factor: int = 4, channels: int = 4, colours: int = 3, **settings: object) -> Path:
@@ -77,7 +79,7 @@ def tiny_codec(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             steps = factor.bit_length()
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = diffusers.AutoencoderKL(
+                model = kind(
                     in_channels=colours,
                     out_channels=colours,
                     latent_channels=channels,

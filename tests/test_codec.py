@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,10 +30,12 @@ from matryoshka_diffusion.config import (
     SamplingConfig,
     StageConfig,
     TrainConfig,
+    UsageError,
 )
 from matryoshka_diffusion.data.batch import to_uint8
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -105,13 +109,13 @@ def pictures(count: int = 3, side: int = 32, colours: int = 3) -> Tensor:
 def test_codes_are_the_scaled_means_of_the_posterior(settings, shift, scale, tiny_codec):
     folder = tiny_codec(**settings)
     codec = load_autoencoder(on_codes(folder))
-    model = diffusers.AutoencoderKL.from_pretrained(folder)
+    model: Any = AutoencoderKL.from_pretrained(folder)
     with torch.no_grad():
-        mean = model.encode(pictures()).latent_dist.mean  # pyright: ignore
+        mean = model.encode(pictures()).latent_dist.mean
         expected = (mean - torch.tensor(shift).view(-1, 1, 1)) * scale
         codes = codec.encode(pictures())
         torch.testing.assert_close(codes, expected)
-        torch.testing.assert_close(codec.decode(codes), model.decode(mean).sample)  # pyright: ignore
+        torch.testing.assert_close(codec.decode(codes), model.decode(mean).sample)
     assert codes.shape == (3, 4, 8, 8)
 
 
@@ -403,6 +407,39 @@ def test_a_shared_model_names_no_folder_of_this_computer(tiny_codec, tmp_path):
     export_weights(tmp_path, NestedUNet(config.model).state_dict(), without_paths(config))
     with pytest.raises(ConfigError, match=r"codec\.path is not set"):
         Matryoshka.load(tmp_path).sample()
+
+
+def test_a_pipeline_of_diffusers_takes_no_codes(tiny_codec, tmp_path):
+    config = on_codes(tiny_codec())
+    with pytest.raises(UsageError, match=r"coded draws codes .* carries the codec along"):
+        write_diffusers(Matryoshka(NestedUNet(config.model), config), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_and_its_codec_go_to_the_hub_and_back(tiny_codec, tmp_path, monkeypatch):
+    class Api:
+        def __init__(self, token=None): ...
+
+        def create_repo(self, name, private, exist_ok):
+            return f"https://hub.test/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    def snapshot_download(name, revision, allow_patterns):
+        there = tmp_path / name
+        files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+        assert files - {"README.md"} == set(allow_patterns)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = on_codes(tiny_codec())
+    model = Matryoshka(NestedUNet(config.model), config)
+    model.push_to_hub("me/codes")
+    assert str(tiny_codec()) not in (tmp_path / "me" / "codes" / "config.json").read_text()
+    back = Matryoshka.from_pretrained("me/codes")
+    assert (back.sample(n=1).pictures == model.sample(n=1).pictures).all()
 
 
 def test_info_says_what_is_still_to_be_given():

@@ -144,6 +144,7 @@ def test_a_stopped_training_goes_on_to_the_bit(trained, smooth, tmp_path, monkey
     assert stopped.value.code == 143
     assert not (tmp_path / "codec").exists()
     again = find_codec_run(str(tmp_path), None, [])
+    assert again is not None
     assert again == config
     monkeypatch.undo()
     result = train_codec(again, tmp_path)

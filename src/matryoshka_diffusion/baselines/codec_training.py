@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -56,10 +56,8 @@ from matryoshka_diffusion.train.optim import (
 )
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-else:
-    AutoencoderKL = Any
+AutoencoderKL: TypeAlias = Any
+"""That of diffusers, whose own annotations do not say what it returns."""
 
 CONFIG = "codec.yaml"
 MEASURED = 512

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,8 @@ from matryoshka_diffusion.codec.folder import check_weights, codec_folder, finge
 from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.files import require
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-else:
-    AutoencoderKL = Any
+AutoencoderKL: TypeAlias = Any
+"""That of diffusers, whose own annotations do not say what it returns."""
 
 
 @runtime_checkable
