@@ -489,7 +489,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)
-    command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
+    command.add_argument(
+        "--to", type=_positive, required=True, metavar="SIDE", help="in pixels, or codes"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     command.add_argument(
         "--freeze-coarse",
