@@ -449,8 +449,10 @@ def preset(name: str) -> RunConfig:
     Raises:
         ConfigError: there is none; the message names the nearest and lists all.
     """
+    if name in CODECS:
+        raise ConfigError(f"{name} is an autoencoder: mdm train {name} trains it, and nothing else")
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        known = ", ".join(PRESETS)
+        known = ", ".join([*PRESETS, *CODECS])
         raise ConfigError(f"unknown preset {name!r} (did you mean {close}?); there are: {known}")
     return PRESETS[name]()
