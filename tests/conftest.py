@@ -6,8 +6,9 @@ The hook and the variable only count if they are set before anything else is imp
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import install_import_hook
 
@@ -93,4 +94,36 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<start>", eos_token="<end>", pad_token="<end>"
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of autoencoders with random weights, each once, by their settings."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    kind: Any = AutoencoderKL  # whose annotations ask for tuples of one
+    folders: dict[str, Path] = {}
+
+    def folder(*, factor: int = 4, channels: int = 4, colours: int = 3, **settings: object) -> Path:
+        name = f"{factor}-{channels}-{colours}-{settings}"
+        if name not in folders:
+            steps = factor.bit_length()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = kind(
+                    in_channels=colours,
+                    out_channels=colours,
+                    latent_channels=channels,
+                    block_out_channels=(8,) * steps,
+                    down_block_types=("DownEncoderBlock2D",) * steps,
+                    up_block_types=("UpDecoderBlock2D",) * steps,
+                    norm_num_groups=4,
+                    mid_block_add_attention=False,
+                    **{"scaling_factor": 2.0, **settings},
+                )
+            folders[name] = tmp_path_factory.mktemp("codec")
+            model.save_pretrained(folders[name])
+        return folders[name]
+
     return folder

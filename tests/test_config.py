@@ -130,11 +130,20 @@ def test_numbers_with_an_exponent_need_no_dot():
     assert cfg.from_yaml(text) == tiny()
 
 
+def on_codes(factor: int) -> cfg.RunConfig:
+    return cfg.from_dict(
+        {**changed("codec", {"factor": factor}), "sampling": {"threshold": ["none"]}}
+    )
+
+
 def test_derived_numbers():
     coarse, fine = tiny().model.levels
     assert (coarse.stem_side, coarse.core_side, fine.core_side) == (8, 4, 8)
     patched = fine.model_copy(update={"side": 32, "patch": 2})
     assert (patched.stem_side, patched.core_side) == (16, 8)
+    level = coarse.model_copy(update={"halve": (False,)})
+    assert (level.core_side, level.stride(0), coarse.stride(0)) == (8, 1, 2)
+    assert (tiny().data_side, on_codes(8).data_side) == (16, 128)
     assert tiny().train.images == 150
 
 
@@ -185,6 +194,7 @@ def test_a_config_is_never_written_to():
         ("model.levels.0.widths", [], r"model\.levels\[0\]: widths needs at least one entry"),
         ("model.levels.0.blocks", [1], r"levels\[0\]: blocks needs one entry for each of the 2"),
         ("model.levels.0.attention", [1], r"levels\[0\]: attention needs one entry for each of"),
+        ("model.levels.0.halve", [True, False], r"levels\[0\]: halve needs .* the 1 steps between"),
         ("model.levels.0.side", 9, r"levels\[0\]: side 9 is not divisible by .* = 2"),
         ("model.levels.0.patch", 3, r"levels\[0\]: side 8 is not divisible by .* = 6"),
         ("model.levels.0.heads", 5, r"levels\[0\]: heads 5 does not divide the attending width 64"),
@@ -228,6 +238,8 @@ def test_a_config_is_never_written_to():
             r"sampling: guidance_interval needs a low",
         ),
         # parts of a run
+        ("codec", {"factor": 0}, r"codec\.factor: Input should be greater than 0"),
+        ("codec", {}, r"sampling\.threshold is clip, but codes are not in \[-1, 1\]"),
         ("model.classes", 3, "a run has captions or classes, not both"),
         ("encoder", None, "model.text and encoder go together"),
         ("model.text", None, "model.text and encoder go together"),

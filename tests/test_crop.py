@@ -191,7 +191,7 @@ def test_a_random_crop_belongs_to_its_sample(tmp_path_factory, seed, first, cut)
 def test_a_config_asks_for_the_crop_and_everything_else_sees_squares(three):
     config = job.find_config("folder-64", str(three), ["data.crop=random"])
     ready = job.prepare(config)
-    assert ready.loader.crop == "random"
+    assert ready.loader.loader.crop == "random"
     source = open_source(config.data, SIDE)
     assert all_pictures(source).shape == (3, SIDE, SIDE, 3)
     assert (source[0].picture == noise(*WIDE)[:, 12:28]).all()

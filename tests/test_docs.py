@@ -81,9 +81,14 @@ SHRUNK: dict[str, tuple[str, ...]] = {
         "sampling.steps=2",
         stages(1),
     ),
+    "folder-64-latent": (*SMALL, stages(1)),
     "cc12m-256": paper("cc12m-256"),
     "cc12m-1024": paper("cc12m-1024"),
 }
+CODECS: dict[str, tuple[str, ...]] = {
+    "codec": ("widths=[8, 8, 8]", "images=16", "batch_size=8"),
+}
+"""Trainings of autoencoders, which are no presets of a run."""
 GROWN = (
     "train.stages[-1].images=2",
     "train.stages[-1].batch_size=1",
@@ -168,6 +173,8 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return settings(TUNED)
         case ["train", run, *_] if run.startswith("runs/"):  # an earlier command made it, smaller
             return ["--device", "cpu"] if "--gpus" in arguments else []
+        case ["train", name, *_] if name in CODECS:
+            return settings(CODECS[name])
         case ["train", name, *_] if "--init" in arguments:
             return settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
         case ["train", name, *_] if name in SHRUNK:

@@ -102,6 +102,45 @@ def test_patches_fold_pixels_into_channels_and_back():
     assert influence[0, :, 8, 8].all(), "a pixel's own place is among what it depends on"
 
 
+def sides_within(net: NestedUNet) -> list[int]:
+    """The side of the features after each layer of the coarsest level's encoder."""
+    sides: list[int] = []
+    for layer in net.levels[0].encoder:
+        layer.register_forward_hook(lambda _, __, h: sides.append(h.shape[-1]))
+    run(net)
+    return sides
+
+
+def test_a_level_that_halves_less_has_the_same_weights_at_other_sides():
+    """Appendix D.2's change to S64: its second width works at the side of its first."""
+    wide = {"widths": (32, 64, 64), "blocks": (1, 1, 1), "attention": (0, 1, 1)}
+    plain = wake(NestedUNet(nest(1, core={"side": 8, **wide})))
+    spelt = wake(NestedUNet(nest(1, core={"side": 8, **wide, "halve": (True, True)})))
+    level = nest(1, core={"side": 8, **wide, "halve": (False, True)})
+    net = wake(NestedUNet(level))
+    shapes = [{key: x.shape for key, x in one.state_dict().items()} for one in (plain, net)]
+    assert shapes[0] == shapes[1]
+    assert equal(run(plain), run(spelt))
+    assert sides_within(plain) == [8, 4, 4, 2, 2]
+    assert sides_within(net) == [8, 8, 8, 4, 4]
+    assert [y.shape for y in run(net)] == [(ROWS, 3, 8, 8)]
+    assert not equal(run(net), run(plain))
+
+
+def test_a_level_that_halves_less_is_grown_upon():
+    core = {"widths": (32, 64), "halve": (False,)}
+    outer = LevelConfig(
+        side=16, widths=(32, 32, 32), blocks=(1, 0, 0), attention=(0, 0, 0), halve=(True, False)
+    )
+    small = nest(1, core=core)
+    net = wake(NestedUNet(small))
+    large = ModelConfig(levels=(*small.levels, outer), embedding=32)
+    grown = grow(net, large)
+    z = noisy(large)
+    assert equal(run(grown, z=z)[:1], run(net, z=z[:1]))
+    assert run(wake(grown), z=z)[1].shape == (ROWS, 3, 16, 16)
+
+
 # --- growing -------------------------------------------------------------------------------------
 
 

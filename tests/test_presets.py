@@ -18,6 +18,7 @@ from matryoshka_diffusion.config import (
     from_yaml,
     to_yaml,
 )
+from matryoshka_diffusion.costs import forward_flops
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import PRESETS, preset
@@ -149,6 +150,27 @@ def test_the_papers_base_model_has_437_million_parameters():
 )
 def test_the_released_models_have_their_exact_size(name: str, count: int):
     assert parameters(name) == count
+
+
+def test_the_changed_s64_has_the_weights_of_s64_and_about_its_arithmetic():
+    """Appendix D.2: on codes of 32 x 32 it does not halve after its first width."""
+    plain, changed = preset("cc12m-64").model, preset("cc12m-256-latent").model
+    level = changed.levels[0]
+    assert (level.side, level.core_side) == (32, plain.levels[0].core_side)
+    more = 2 * 9 * 256 + 1  # one channel more in the stem and in the head
+    assert parameters("cc12m-256-latent") - parameters("cc12m-64") == more
+    share = forward_flops(changed, 1) / forward_flops(plain, 1)
+    assert share == pytest.approx(0.815, abs=0.005)
+
+
+def test_a_model_on_codes_has_the_trunk_of_the_one_on_pixels():
+    for name in ("openmoji", "fashion-mnist"):
+        pixels, codes = preset(name), preset(f"{name}-latent")
+        trunks = [run.model.levels[0] for run in (pixels, codes)]
+        assert trunks[0].widths == trunks[1].widths
+        assert trunks[0].stem_side == trunks[1].stem_side
+        assert pixels.data_side == codes.data_side
+        assert pixels.train.images == codes.train.images
 
 
 @pytest.mark.parametrize(

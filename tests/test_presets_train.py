@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import CodecConfig, RunConfig
 from matryoshka_diffusion.data.batch import Batch
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
@@ -38,7 +38,7 @@ def short(name: str) -> RunConfig:
 
 
 class Smooth:
-    """Pictures of smooth colours with all that any preset is conditioned on."""
+    """Pictures of smooth colours, or such codes, with all that any preset is conditioned on."""
 
     def __init__(self, config: RunConfig) -> None:
         self.model = config.model
@@ -70,8 +70,14 @@ class Words:
 
 
 @every_preset
-def test_a_shrunk_preset_trains_grows_and_samples(name: str, tmp_path: Path):
+def test_a_shrunk_preset_trains_grows_and_samples(
+    name: str, tmp_path: Path, tiny_codec: Callable[..., Path]
+):
     config, words = short(name), Words()
+    if config.codec is not None:
+        factor, channels = config.codec.factor, config.model.channels
+        codec = CodecConfig(path=str(tiny_codec(factor=factor, channels=channels)), factor=factor)
+        config = config.model_copy(update={"codec": codec})
     encode = words if config.model.text is not None else None
     finished = train(config, Smooth(config), tmp_path / "run", encode=encode)
 
@@ -88,5 +94,5 @@ def test_a_shrunk_preset_trains_grows_and_samples(name: str, tmp_path: Path):
     if coarse is not None:
         given = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
     samples = model.sample(prompts, classes=classes, coarse=given, steps=1)
-    sides = [level.side for level in config.model.levels]
+    sides = [level.side * config.pixels_per_side for level in config.model.levels]
     assert [tuple(level.shape[1:3]) for level in samples.levels] == [(s, s) for s in sides]

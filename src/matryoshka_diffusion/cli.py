@@ -58,9 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion import job
+    from matryoshka_diffusion.baselines.codec_training import find_codec_run
 
+    if (codec := find_codec_run(options.preset, options.data, options.set)) is not None:
+        return _train_codec(codec, options)
     config = job.find_config(
-        options.preset, options.data, options.set, options.init, options.lora, options.base
+        options.preset,
+        options.data,
+        options.set,
+        options.init,
+        options.lora,
+        base=options.base,
+        codec=options.codec,
     )
     if options.dry_run:
         return _plan(config, options.gpus, options.parallel)
@@ -73,6 +82,33 @@ def train(options: argparse.Namespace) -> None:
         raise SystemExit(launch(options.gpus, options.arguments))
     _train(config, out, options.device, options.log, options.parallel, options.rank_timeout)
     return None
+
+
+def _train_codec(config: Any, options: argparse.Namespace) -> None:
+    """Train an autoencoder, and say how well it does and what it is for."""
+    from matryoshka_diffusion.baselines.codec_training import CONFIG, train_codec
+    from matryoshka_diffusion.config import UsageError
+
+    others = ("--init", "--lora", "--codec", "--dry-run", "--log")
+    given = [name for name in others if getattr(options, name[2:].replace("-", "_"))]
+    if given or options.gpus > 1:
+        raise UsageError(f"{(given or ['--gpus'])[0]} is not for training a codec")
+    begun = Path(options.preset)
+    out = options.out or (begun if (begun / CONFIG).is_file() else None)
+    if out is None:
+        raise SystemExit(_say("mdm train: give the codec's folder with --out", 2))
+    with _Bar("training a codec", " images", tell=True) as bar:
+        codec = train_codec(config, out, _device(options.device), progress=bar)
+    print(f"PSNR {codec.psnr:.2f} dB on {codec.measured_on}: {out / 'reconstructions.png'}")
+    print(f"trained: {codec.folder}; mdm train {_on_codes(config)} --codec {out} --out RUN")
+
+
+def _on_codes(config: Any) -> str:
+    """The preset that is meant for a codec's codes, with its data."""
+    from matryoshka_diffusion.presets import PRESETS
+
+    name = f"{config.name.removesuffix('-codec')}-latent"
+    return name if name in PRESETS else f"folder-64-latent --data {config.data.path}"
 
 
 def _plan(config: Any, gpus: int, parallel: str) -> None:
@@ -201,9 +237,10 @@ def export(options: argparse.Namespace) -> None:
 
     if options.format == "diffusers":
         from matryoshka_diffusion.export import write_diffusers
+        from matryoshka_diffusion.files import refuse_full
         from matryoshka_diffusion.pipeline import Matryoshka
 
-        job.refuse_full(options.out)
+        refuse_full(options.out)
         model = Matryoshka.load(options.model, text_encoder=options.text_encoder)
         write_diffusers(model, options.out)
         print(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
@@ -355,7 +392,7 @@ def _measuring(
     with world.first_here("data"):  # what one rank of a machine decodes, the others find
         asked = request(
             model.config,
-            model.resolutions[-1].height,
+            model.picture_side,
             metrics=options.metrics,
             n=options.n,
             protocol=options.protocol,
@@ -418,7 +455,7 @@ def demo(options: argparse.Namespace) -> None:
     config = job.find_config("openmoji", None, options.set)
     finished = _train(config, options.out, device)
     model = Matryoshka.load(finished, device=device)
-    source = job.open_source(model.config.data, model.resolutions[-1].height)
+    source = job.open_source(model.config.data, model.picture_side)
     with _Bar("24 prompts", " steps") as bar:
         page = measure.sheet(model, source, progress=bar)
     path = gallery.save_page(page, options.out / "sheet.png", model.config.name)
@@ -453,17 +490,21 @@ def _train(
     with joined(torch.device(device), parallel, rank_timeout) as world:
         world.once(lambda: refuse_foreign(out))
         # What rank 0 downloads, decodes and encodes, the others find in the cache.
-        with world.first_here("data"), _Bar("encoding", " captions", tell=True) as bar:
-            ready = job.prepare(config, device, progress=bar)
+        with (
+            world.first_here("data"),
+            _Bar("encoding", " captions", tell=True) as bar,
+            _Bar("encoding", " pictures", tell=True) as coding,
+        ):
+            ready = job.prepare(config, device, progress=bar, coding=coding)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))
         every, asked = (
             ready.config.train.preview_every_images,
             preview_of(ready.source, ready.config),
         )
-        hooks: list[Any] = [(every, Preview(asked, ready.encode, device))]
+        hooks: list[Any] = [(every, Preview(asked, ready.encode, device, ready.codec))]
         if ready.held_out is not None:
-            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device)
+            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.codec)
             hooks.append((every, watch))
         if world.leads:
             print(summary(ready.source))
@@ -513,6 +554,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_base(command)
     command.add_argument(
         "--lora", type=_positive, metavar="RANK", help="train only adapters of this rank around it"
+    )
+    command.add_argument(
+        "--codec",
+        metavar="PATH",
+        help="autoencoder (diffusers' AutoencoderKL) to train on codes of",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="say what training would take, and stop"
@@ -602,7 +648,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)
-    command.add_argument("--to", type=_positive, required=True, metavar="SIDE", help="in pixels")
+    command.add_argument(
+        "--to", type=_positive, required=True, metavar="SIDE", help="in pixels, or codes"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     command.add_argument(
         "--freeze-coarse",

@@ -9,12 +9,13 @@ never written to after it was built. This file imports no torch.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -29,6 +30,9 @@ from pydantic import (
 
 UNIFORM = 12**-0.5
 """The length of the plain mean over all of the training: averages are shorter than this 0.2887."""
+
+NORM_GROUPS = 8
+"""Groups of the group norms in a trained codec."""
 
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -94,13 +98,15 @@ class LevelConfig(Strict):
 
     `widths`, `blocks` and `attention` run from the level's own resolution down, one entry after
     each halving: channels, residual blocks on the way down (the way up has one more), and
-    attention layers after each block.
+    attention layers after each block. `halve` says of each step from one width to the next
+    whether it halves the side; empty means that all do.
     """
 
     side: PositiveInt
     widths: tuple[PositiveInt, ...]
     blocks: tuple[Natural, ...]
     attention: tuple[Natural, ...]
+    halve: tuple[bool, ...] = ()
     heads: PositiveInt = 8
     attention_mlp: bool = False
     middle: bool = False
@@ -117,9 +123,18 @@ class LevelConfig(Strict):
         return self.side // self.patch
 
     @property
+    def reduction(self) -> int:
+        """What all halvings of the level together divide its side by."""
+        return math.prod(self.stride(step) for step in range(len(self.widths) - 1))
+
+    @property
     def core_side(self) -> int:
         """Side of the level's features after its last halving, where the coarser doll sits."""
-        return self.stem_side // 2 ** (len(self.widths) - 1)
+        return self.stem_side // self.reduction
+
+    def stride(self, step: int) -> int:
+        """What the step from the width of this index to the next one divides the side by."""
+        return 2 if not self.halve or self.halve[step] else 1
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> LevelConfig:
@@ -130,12 +145,17 @@ class LevelConfig(Strict):
                 raise ValueError(
                     f"{name} needs one entry for each of the {len(self.widths)} widths"
                 )
+        if self.halve and len(self.halve) != len(self.widths) - 1:
+            raise ValueError(
+                f"halve needs one entry for each of the {len(self.widths) - 1} steps between "
+                "widths, or none"
+            )
         attending = [w for w, count in zip(self.widths, self.attention, strict=True) if count]
         attending += [self.widths[-1]] if self.middle else []
         for width in attending:
             if width % self.heads:
                 raise ValueError(f"heads {self.heads} does not divide the attending width {width}")
-        step = self.patch * 2 ** (len(self.widths) - 1)
+        step = self.patch * self.reduction
         if self.side % step:
             raise ValueError(f"side {self.side} is not divisible by patch x halvings = {step}")
         return self
@@ -290,6 +310,18 @@ class DataConfig(Strict):
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
     held_out: BelowOne = 0.0
+
+
+class CodecConfig(Strict):
+    """A frozen autoencoder between pictures and what the nest denoises: levels are those of codes.
+
+    `path` is a folder with an `AutoencoderKL` of diffusers. `factor` is how many pixels, along each
+    side, are one position of the codes. `weights` is a hash of the codec; a run fills it in.
+    """
+
+    path: str | None = None
+    factor: PositiveInt = 4
+    weights: str = ""
 
 
 class EncoderConfig(Strict):
@@ -492,14 +524,20 @@ class RunConfig(Strict):
     model: ModelConfig
     process: ProcessConfig = ProcessConfig()
     data: DataConfig
+    codec: CodecConfig | None = None
     encoder: EncoderConfig | None = None
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
 
     @property
+    def pixels_per_side(self) -> int:
+        """How many pixels, along each side, are one position of a level: 1 without a codec."""
+        return 1 if self.codec is None else self.codec.factor
+
+    @property
     def data_side(self) -> int:
         """Side in pixels of the pictures that the levels are made of."""
-        return self.data.side or self.model.levels[-1].side
+        return self.data.side or self.model.levels[-1].side * self.pixels_per_side
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
@@ -530,6 +568,12 @@ class RunConfig(Strict):
                 raise ValueError(f"{path} has {len(values)} entries; give 1 or {levels}")
         self._every_stage_learns()
         self._coarse_agrees()
+        bounded = [name for name in self.sampling.threshold if name != "none"]
+        if self.codec is not None and bounded:
+            raise ValueError(
+                f"sampling.threshold is {bounded[0]}, but codes are not in [-1, 1] as pixels are: "
+                "with a codec give none for every level (--set sampling.threshold=[none])"
+            )
         if self.model.text is not None and self.model.classes:
             raise ValueError(
                 "model.text and model.classes: a run has captions or classes, not both"
@@ -568,6 +612,8 @@ class RunConfig(Strict):
 
     def _coarse_agrees(self) -> None:
         coarse, noise = self.model.coarse, self.sampling.coarse_noise
+        if coarse is not None and self.codec is not None:
+            raise ValueError("model.coarse and codec: an upsampler is given pictures, not codes")
         if (coarse is None) != (noise is None):
             raise ValueError(
                 "model.coarse and sampling.coarse_noise go together: "
@@ -582,10 +628,57 @@ class RunConfig(Strict):
             raise ValueError("sampling.base: this model takes no coarse picture, it has no base")
 
 
+class CodecRunConfig(Strict):
+    """The training of a small autoencoder on pictures of `side`: an `AutoencoderKL` of diffusers.
+
+    Codes have `channels` numbers a position. `widths` are the channels of the network from the
+    pictures down; each step to the next halves the side. `blocks` are the encoder's residual
+    blocks at each width, of which the decoder has one more. `kl_weight` is on the divergence of a
+    picture's codes from N(0, 1), summed over its codes, beside the error, summed over its pixels.
+    Lengths are counted in images seen.
+    """
+
+    name: str
+    data: DataConfig
+    side: PositiveInt
+    channels: PositiveInt = 4
+    widths: tuple[PositiveInt, ...] = (16, 32, 64)
+    blocks: PositiveInt = 1
+    kl_weight: Annotated[float, Field(ge=0.0)] = 1e-6
+    images: PositiveInt
+    batch_size: PositiveInt = 8
+    lr: PositiveFloat = 2e-3
+    seed: Natural = 0
+    warmup_images: Natural = 1_000
+    decay_share: Share = 0.5
+    clip_norm: PositiveFloat = 1.0
+    log_every_images: PositiveInt = 1_000
+    checkpoint_every_images: PositiveInt = 5_000
+
+    @property
+    def factor(self) -> int:
+        """How many pixels, along each side, are one position of the codes."""
+        return 2 ** (len(self.widths) - 1)
+
+    @model_validator(mode="after")
+    def _sides_divide(self) -> CodecRunConfig:
+        if not self.widths or self.side % self.factor:
+            raise ValueError(
+                f"side {self.side} cannot be halved once for each of the {len(self.widths)} widths "
+                "but the first"
+            )
+        if odd := [width for width in self.widths if width % NORM_GROUPS]:
+            raise ValueError(f"widths: {odd[0]} is not a multiple of {NORM_GROUPS}")
+        return self
+
+
 # --- reading and writing ---------------------------------------------------------------------
 
+Config = TypeVar("Config", RunConfig, CodecRunConfig)
+"""What is read from YAML and changed by `--set`."""
 
-def to_yaml(config: RunConfig) -> str:
+
+def to_yaml(config: RunConfig | CodecRunConfig) -> str:
     """The config as YAML text that `from_yaml` reads back to an equal value."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
@@ -596,18 +689,26 @@ def from_yaml(text: str, *, where: str = "config") -> RunConfig:
     Raises:
         ConfigError: bad YAML, a duplicate or unknown key, a wrong type, inconsistent levels.
     """
-    data = _load_yaml(text, where)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected keys such as model and train, found no mapping")
-    return from_dict(data, where=where)
+    return _parse(RunConfig, text, where)
 
 
 def from_dict(data: Mapping[Any, Any], *, where: str = "config") -> RunConfig:
     """Validate a plain mapping. Raises `ConfigError` as `from_yaml` does."""
+    return _validate(RunConfig, data, where)
+
+
+def _parse(kind: type[Config], text: str, where: str) -> Config:
+    data = _load_yaml(text, where)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys such as model and train, found no mapping")
+    return _validate(kind, data, where)
+
+
+def _validate(kind: type[Config], data: Mapping[Any, Any], where: str) -> Config:
     try:
-        return RunConfig.model_validate(_tuples(data))
+        return kind.model_validate(_tuples(data))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error, data)}") from error
+        raise ConfigError(f"{where}: {_explain(error, kind)}") from error
     except RecursionError as error:  # a YAML anchor can hold itself
         raise ConfigError(f"{where}: a value contains itself") from error
 
@@ -628,14 +729,22 @@ def _tuples(data: Any) -> Any:
 
 def load_config(path: Path) -> RunConfig:
     """Read a config file. Raises `ConfigError`, also if the file is missing or no text."""
+    return _parse(RunConfig, _read_text(path), str(path))
+
+
+def load_codec_run(path: Path) -> CodecRunConfig:
+    """Read the config file of a codec's training. Raises `ConfigError` as `load_config` does."""
+    return _parse(CodecRunConfig, _read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({_one_line(error)})") from error
-    return from_yaml(text, where=str(path))
 
 
-def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+def override(config: Config, assignments: list[str]) -> Config:
     """Apply `path.to.key=value` assignments, where a value is YAML and `levels.1` an index.
 
     Raises:
@@ -647,7 +756,7 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         if not separator:
             raise ConfigError(f"--set {assignment}: write path.to.key=value")
         _assign(data, path.strip(), _load_yaml(text, f"--set {assignment}"))
-    return from_dict(data, where="--set")
+    return _validate(type(config), data, "--set")
 
 
 def _assign(data: Any, path: str, value: Any) -> None:
@@ -717,13 +826,13 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
     return tuple(value for part in typing.get_args(annotation) for value in _literals(part))
 
 
-def _explain(error: ValidationError, data: Any) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first problems of a pydantic error, one clause each, with the nearest valid path."""
     clauses = []
     for problem in error.errors()[:3]:
         path = _render(problem["loc"])
         if problem["type"] == "extra_forbidden":
-            clauses.append(f"{path}: unknown key{_nearest(path, _schema_paths(RunConfig))}")
+            clauses.append(f"{path}: unknown key{_nearest(path, _schema_paths(kind))}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             clauses.append(f"{path}: {message}" if path else message)

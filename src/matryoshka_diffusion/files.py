@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
+from matryoshka_diffusion.config import ConfigError
+
 _STALE_SECONDS = 3600.0
 
 
@@ -131,3 +133,11 @@ def _missing(module: str, extra: str, purpose: str, reason: str) -> MissingExtra
 def digest(text: str) -> str:
     """32 hexadecimal digits that stand for `text` in the names of cached files."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def refuse_full(out: Path) -> None:
+    """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give another --out")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give another --out")

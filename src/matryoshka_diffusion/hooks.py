@@ -11,6 +11,7 @@ import torch
 from jaxtyping import UInt8
 
 from matryoshka_diffusion import sheet
+from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
@@ -66,11 +67,18 @@ class Preview:
         asked: Mapping[str, Any],
         encoder: TextEncoder | None,
         device: torch.device | str,
+        codec: Codec | None = None,
     ) -> None:
-        self.asked, self.encoder, self.device = asked, encoder, device
+        self.asked, self.encoder, self.device, self.codec = asked, encoder, device, codec
 
     def __call__(self, view: View) -> Path:
-        model = Matryoshka(view.averaged(), view.config, encoder=self.encoder, device=self.device)
+        model = Matryoshka(
+            view.averaged(),
+            view.config,
+            encoder=self.encoder,
+            codec=self.codec,
+            device=self.device,
+        )
         samples = model.sample(**self.asked)
         given = (self.asked["coarse"],) if "coarse" in self.asked else ()
         levels = (*given, *samples.levels)

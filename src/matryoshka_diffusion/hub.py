@@ -11,10 +11,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from matryoshka_diffusion.codec import folder as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.train.checkpoint import export_weights
 
-FILES = ("model.safetensors", "config.json")
+FILES = ("model.safetensors", "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
 PAPER = "https://arxiv.org/abs/2310.15111"
 
 
@@ -48,8 +49,8 @@ def push(
 ) -> str:
     """Upload weights, config and a model card; returns the address. The repository may exist.
 
-    Paths of this computer are not shared: the data's is left out, and so is a text encoder's
-    that is a local folder, with a warning.
+    A codec goes along. Paths of this computer are not shared: the data's is left out, and so is a
+    text encoder's that is a local folder, with a warning.
     """
     import huggingface_hub as hub
 
@@ -62,6 +63,7 @@ def push(
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        codecs.carry_codec(config, folder)
         export_weights(folder, weights, shared, dtype=dtype)
         card = model_card(shared, repository, license=license)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -82,12 +84,13 @@ def without_paths(config: RunConfig) -> RunConfig:
     encoder = config.encoder
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
         encoder = encoder.model_copy(update={"path": None})
-    sampling = config.sampling
+    codec, sampling = config.codec, config.sampling
+    if codec is not None:
+        codec = codec.model_copy(update={"path": None})
     if sampling.base is not None and _is_here(sampling.base.path):
         sampling = sampling.model_copy(update={"base": None})
-    return config.model_copy(
-        update={"data": data, "encoder": encoder, "train": train, "sampling": sampling}
-    )
+    update = {"data": data, "codec": codec, "encoder": encoder, "train": train}
+    return config.model_copy(update={**update, "sampling": sampling})
 
 
 def _is_here(path: str) -> bool:

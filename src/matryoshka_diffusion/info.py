@@ -39,7 +39,8 @@ def describe(config: RunConfig) -> str:
             (
                 str(place + 1),
                 _size(level),
-                *(_list(values) for values in (level.widths, level.blocks, level.attention)),
+                _widths(level),
+                *(_list(values) for values in (level.blocks, level.attention)),
                 f"{count_parameters(net.levels[place]):,}",
                 f"{own_flops / 1e9:.2f}",
                 f"{schedule.log_snr(half).item():+.2f}",
@@ -132,6 +133,13 @@ def _size(level: LevelConfig) -> str:
     return f"{level.side}x{level.side}{patch}"
 
 
+def _widths(level: LevelConfig) -> str:
+    """The widths, with "=" before one whose side is that of the width before."""
+    first, *others = level.widths
+    steps = (f"{'=' if level.stride(n) == 1 else ''}{wide}" for n, wide in enumerate(others))
+    return " ".join([str(first), *steps])
+
+
 def _list(values: Sequence[int | float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
@@ -145,7 +153,8 @@ def _condition(model: ModelConfig) -> str:
 def _about(config: RunConfig) -> list[str]:
     process, train = config.process, config.train
     weighting = ", ".join(weighting.name for weighting in process.weighting)
-    lines = [
+    lines = [*_codec(config)]
+    lines += [
         f"predicts {process.prediction}, loss weighted by {weighting}; "
         f"schedule {config.model.schedule}"
     ]
@@ -170,6 +179,17 @@ def _about(config: RunConfig) -> list[str]:
             f"{_gentle(stage)}"
         )
     return lines
+
+
+def _codec(config: RunConfig) -> list[str]:
+    """What the levels are codes of, if they are."""
+    if config.codec is None:
+        return []
+    where = config.codec.path or "a codec yet to be given (--codec)"
+    return [
+        f"levels are codes of pictures of {config.data_side} px, {config.codec.factor} times "
+        f"smaller along each side, by {where}"
+    ]
 
 
 def _gentle(stage: StageConfig) -> str:

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.baselines.load import note_base
+from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
+from matryoshka_diffusion.codec.cache import CodeCache
+from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
+from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
     BaseConfig,
+    CodecConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -38,7 +43,7 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
-from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import (
@@ -61,23 +66,24 @@ from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
 SMALL_BYTES = 2**30
-"""Features that take no more than this are stored without being asked."""
+"""Features and codes that take no more than this are stored without being asked."""
 
 
 class Job(NamedTuple):
     """What `train.trainer.train` is given; `encode` is None where there is no text.
 
     `source` is what is trained on, `held_out` what is not (None if all of it is). `base` are the
-    weights that adapters are put around, None without them. `text` says, for people, where the
-    features of the captions come from.
+    weights that adapters are put around, None without them. `codec` makes codes of pictures, which
+    `loader` does already. `text` says, for people, where features of captions and codes come from.
     """
 
     config: RunConfig
     source: Source
     held_out: Source | None
-    loader: Loader
+    loader: Coded
     encode: FeatureCache | None
     base: dict[str, Tensor] | None
+    codec: Codec
     text: str
 
 
@@ -87,12 +93,15 @@ def find_config(
     assignments: Sequence[str],
     init: str | None = None,
     lora: int | None = None,
+    *,
     base: str | None = None,
+    codec: str | None = None,
 ) -> RunConfig:
     """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
 
     `init` is the model to start from, `lora` the rank of adapters to train in its place; `base` is
-    the model that draws what an upsampler enlarges.
+    the model that draws what an upsampler enlarges, `codec` the folder of an autoencoder on whose
+    codes the model is trained.
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
@@ -117,6 +126,8 @@ def find_config(
     if data is not None:
         # Absolute, so that the run is found to be the same from any folder.
         changes.insert(0, f"data.path={json.dumps(absolute(data))}")
+    if codec is not None:
+        changes.insert(0, _with_codec(config.codec, codec_folder(codec)))
     if init is not None:
         where = Path(init).expanduser()
         changes.append(f"train.init={json.dumps(str(where.resolve()) if where.exists() else init)}")
@@ -125,6 +136,12 @@ def find_config(
         path = str(where.resolve()) if where.exists() else base
         changes.append(f"sampling.base={BaseConfig(path=path).model_dump_json()}")
     return with_source(override(config, changes))
+
+
+def _with_codec(old: CodecConfig | None, folder: Path) -> str:
+    """The change that puts a codec into a config; the factor of one that has it stays."""
+    factor = read_card(folder).factor if old is None else old.factor
+    return f"codec={CodecConfig(path=str(folder), factor=factor).model_dump_json()}"
 
 
 def _names_init(assignments: Sequence[str]) -> bool:
@@ -152,17 +169,22 @@ def _tuning(model: Path, lr: float) -> RunConfig:
 
 
 def prepare(
-    config: RunConfig, device: torch.device | str = "cpu", *, progress: Progress | None = None
+    config: RunConfig,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
+    coding: Progress | None = None,
 ) -> Job:
-    """Open the data, complete the config with what it holds, make loader and encoder.
+    """Open the data, complete the config with what it holds, make loader, encoder and codec.
 
     The captions' features are stored before training begins if that is a small matter; else those
-    that `mdm embed` has not stored are made for each batch, on `device`.
+    that `mdm embed` has not stored are made for each batch, on `device`. So are the codes of
+    pictures. `progress` is told of captions, `coding` of pictures.
 
     Raises:
-        ConfigError: the data does not have what the model is conditioned on, or an upsampler's
-            base is missing or does not fit.
-        ValueError, OSError, MissingExtra: the data or the encoder cannot be used.
+        ConfigError: the data does not have what the model is conditioned on, the base of an
+            upsampler is missing or does not fit, or the codec is not for this model.
+        ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
     """
     source = open_source(config.data, config.data_side)
     config = note_base(complete(config, source))
@@ -171,6 +193,7 @@ def prepare(
     if config.encoder is not None:
         encode = _open_cache(config, device)
         text = _store_if_small(encode, [*all_captions(source), ""], progress)
+    codec, told = _open_codec(config, source, device, coding)
     source, held_out = split(source, data.held_out)
     loader = Loader(
         source,
@@ -180,8 +203,48 @@ def prepare(
         augment=data.augment,
         pixels=data.pixels,
     )
-    config, base = _with_base(config)
-    return Job(config, source, held_out, loader, encode, base, text)
+    config, base = _with_base(_naming(config, codec))
+    text = "\n".join(line for line in (text, told) if line)
+    return Job(config, source, held_out, Coded(loader, codec), encode, base, codec, text)
+
+
+def _open_codec(
+    config: RunConfig, source: Source, device: torch.device | str, progress: Progress | None
+) -> tuple[Codec, str]:
+    """The codec of a run, and where the codes of its pictures come from, in words.
+
+    Raises:
+        ConfigError: there is none at its path, or it is not for such a model or such pictures.
+    """
+    if config.codec is None:
+        return Identity(), ""
+    codec = load_autoencoder(config, device)
+    if codec.colours != source.channels:
+        raise ConfigError(
+            f"codec.path: {config.codec.path} is for pictures of {codec.colours} channels, but "
+            f"{source.name} has {source.channels}: give a codec that was trained on such pictures"
+        )
+    cache, data = CodeCache(codec), config.data
+    needed = cache.bytes_of((1 + data.flip) * len(source), source.side)
+    if can_store(data) and needed <= SMALL_BYTES:
+        store_codes(cache, source, data, progress)
+        return cache, f"codes of {len(source):,} pictures from {cache.folder}"
+    return cache, (
+        "codes are made while training, batch by batch: "
+        + (
+            f"they would take {needed:,} bytes"
+            if can_store(data)
+            else "no picture recurs as it was"
+        )
+    )
+
+
+def _naming(config: RunConfig, codec: Codec) -> RunConfig:
+    """The config with the hash of its codec."""
+    if config.codec is None or not isinstance(codec, CodeCache):
+        return config
+    named = config.codec.model_copy(update={"weights": codec.codec.key})
+    return config.model_copy(update={"codec": named})
 
 
 class Captions(NamedTuple):
@@ -283,7 +346,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     """
     model = config.model
     has_captions = bool(source.captions)
-    if model.channels != source.channels:
+    if config.codec is None and model.channels != source.channels:
         raise ConfigError(
             f"model.channels is {model.channels}, but {source.name} has {source.channels}"
         )
@@ -337,6 +400,7 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
+    config = carry_codec(config, out)
     checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
 
 
@@ -359,14 +423,6 @@ def average_model(run: Path, length: float, out: Path) -> float:
     average = synthesise(run / "ema", length)
     checkpoint.export_weights(out, average.weights, config)
     return average.error
-
-
-def refuse_full(out: Path) -> None:
-    """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: give another --out")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: give another --out")
 
 
 # --- released checkpoints ----------------------------------------------------------------------

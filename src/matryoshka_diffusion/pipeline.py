@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_diffusion import hub
+from matryoshka_diffusion.codec.autoencoder import Codec, load_codec
+from matryoshka_diffusion.codec.folder import with_own_codec
 from matryoshka_diffusion.conditioning import Conditioning, equally_long
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -50,7 +52,8 @@ class Samples:
     """Pictures that belong together.
 
     Attributes:
-        levels: bytes of every level, coarse to fine; the last is the full resolution.
+        levels: bytes of every level, coarse to fine; the last is the full resolution. Where levels
+            are codes, each is decoded.
         captions: what each picture was asked to show.
         seeds: each picture's own seed; alone or in any batch it gives the same picture.
         settings: all that is needed to make them again.
@@ -68,7 +71,7 @@ class Samples:
 
 
 class Matryoshka:
-    """A network with its process, its text encoder and its sampling defaults.
+    """A network with its process, its text encoder, its codec and its sampling defaults.
 
     It samples in float32 unless told otherwise: in bf16, which is faster on hardware that has it,
     a picture depends a little on the batch it is made in.
@@ -85,6 +88,7 @@ class Matryoshka:
         config: RunConfig,
         *,
         encoder: TextEncoder | None = None,
+        codec: Codec | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
     ) -> None:
@@ -94,6 +98,7 @@ class Matryoshka:
         self.config = config
         self.process = Process.from_config(config.process, net.config)
         self._encoder = encoder
+        self._codec = codec
         self._alone: dict[str, Tensor] = {}
 
     @classmethod
@@ -169,6 +174,18 @@ class Matryoshka:
         """The grid of every level, coarse to fine."""
         return tuple(Resolution(level.side, level.side) for level in self.net.config.levels)
 
+    @property
+    def picture_side(self) -> int:
+        """Side in pixels of the finest pictures."""
+        return self.resolutions[-1].height * self.config.pixels_per_side
+
+    @property
+    def codec(self) -> Codec:
+        """What levels are decoded by, loaded when it is first asked for. Raises `ConfigError`."""
+        if self._codec is None:
+            self._codec = load_codec(self.config, self.device)
+        return self._codec
+
     def sample(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -208,7 +225,7 @@ class Matryoshka:
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
             refuse_nan(state.z, chosen)
-            parts.append(state.z)
+            parts.append(tuple(self.codec.decode(level) for level in state.z))
         order = torch.cat(batches).argsort()
         levels = tuple(
             to_uint8(torch.cat(level)[order.to(level[0].device)].cpu(), self.config.data.pixels)
@@ -314,6 +331,7 @@ class Matryoshka:
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
             **{part: config[part] for part in ("process", "encoder")},
+            "codec": self.config.codec and self.config.codec.weights,
             "model": self.net.config.model_dump(mode="json"),
             "pixels": self.config.data.pixels,
             "sampling": self.sampling(settings).model_dump(mode="json"),
@@ -437,7 +455,7 @@ class Matryoshka:
 
     def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Ask for pictures that were at least as large as the finest level before resizing."""
-        side = float(self.net.config.levels[-1].side)
+        side = float(self.picture_side)
         return {name: torch.full((len(captions),), side) for name in self.net.config.micro_names}
 
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
@@ -567,7 +585,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         _check_metadata(file, config)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
-    return whole(weights, config, where=str(file))
+    return whole(weights, with_own_codec(config, folder), where=str(file))
 
 
 def _check_metadata(file: Path, config: RunConfig) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 from matryoshka_diffusion.config import (
     CoarseConfig,
+    CodecConfig,
+    CodecRunConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -271,6 +273,88 @@ def _upsampling(run: RunConfig, *, side: int, noise: float) -> RunConfig:
     return run.model_copy(update={"model": model, "sampling": sampling})
 
 
+# --- small runs on codes of an autoencoder (docs/baselines.md) ----------------------------------
+
+
+def openmoji_latent() -> RunConfig:
+    """OpenMoji at 64 pixels as codes of 16 x 16: latent diffusion, one level.
+
+    Commands: `mdm train openmoji-codec --out runs/codec`, then
+    `mdm train openmoji-latent --codec runs/codec --out runs/latent`.
+    """
+    # openmoji's own level of this side and as many images as it sees, for about as much arithmetic.
+    # The shift is that level's, too; it was not tuned for codes.
+    base = openmoji()
+    stage = StageConfig(levels=1, images=160_000, batch_size=64, lr=2e-3)
+    return _on_codes(base, "openmoji-latent", base.model.levels[:1], (stage,))
+
+
+def openmoji_codes() -> RunConfig:
+    """OpenMoji at 64 pixels as codes of 16 x 16 with a coarser level of 8 x 8: MDM on codes.
+
+    Commands: `mdm train openmoji-codec --out runs/codec`, then
+    `mdm train openmoji-codes --codec runs/codec --out runs/codes`.
+    """
+    small = {"heads": 4, "shift_power": 2.0}
+    levels = (
+        LevelConfig(
+            side=8, widths=(96, 192), blocks=(1, 1), attention=(0, 1), shift_ratio=2.0, **small
+        ),
+        LevelConfig(
+            side=16, widths=(64, 64), blocks=(1, 0), attention=(0, 0), shift_ratio=4.0, **small
+        ),
+    )
+    stages = (
+        StageConfig(levels=1, images=84_000, batch_size=64, lr=2e-3),
+        StageConfig(levels=2, images=76_000, batch_size=48, lr=2e-3, mix=(0.4, 0.6)),
+    )
+    return _on_codes(openmoji(), "openmoji-codes", levels, stages)
+
+
+def fashion_mnist_latent() -> RunConfig:
+    """Fashion-MNIST at 32 pixels as codes of 8 x 8: latent diffusion, one level.
+
+    Commands: `mdm train fashion-mnist-codec --out runs/codec`, then
+    `mdm train fashion-mnist-latent --codec runs/codec --out runs/latent`.
+    """
+    base = fashion_mnist()
+    level = base.model.levels[0].model_copy(update={"side": 8, "patch": 1})  # the same trunk
+    stage = StageConfig(levels=1, images=150_000, batch_size=128, lr=1e-3)
+    return _on_codes(base, "fashion-mnist-latent", (level,), (stage,))
+
+
+def folder_64_latent() -> RunConfig:
+    """A folder of your own pictures at 64 pixels as codes of 16 x 16: latent diffusion.
+
+    Commands: `mdm train codec --data DIR --out runs/codec`, then
+    `mdm train folder-64-latent --data DIR --codec runs/codec --out runs/latent`.
+    """
+    base, small = folder_64(), openmoji_latent()
+    return _on_codes(base, "folder-64-latent", small.model.levels, small.train.stages)
+
+
+def _on_codes(
+    base: RunConfig,
+    name: str,
+    levels: tuple[LevelConfig, ...],
+    stages: tuple[StageConfig, ...],
+    *,
+    factor: int = 4,
+    channels: int = 4,
+) -> RunConfig:
+    """`base` with levels of codes, of unit variance and without bounds to keep estimates in."""
+    nest = {"levels": levels, "channels": channels, "data_std": 1.0}
+    return base.model_copy(
+        update={
+            "name": name,
+            "model": base.model.model_copy(update=nest),
+            "codec": CodecConfig(factor=factor),
+            "train": base.train.model_copy(update={"stages": stages}),
+            "sampling": base.sampling.model_copy(update={"threshold": ("none",)}),
+        }
+    )
+
+
 def _small_training(*stages: StageConfig) -> TrainConfig:
     """Short runs: a high rate, quick averaging, a linear decay at the end."""
     return TrainConfig(
@@ -424,6 +508,25 @@ def _class_stages(*levels: int) -> tuple[StageConfig, ...]:
     return tuple(_stage(n, *length) for n, length in zip(levels, lengths, strict=False))
 
 
+def _imagenet_latent() -> RunConfig:
+    """S64 on codes of 64 x 64 (Appendix D.2: of the autoencoder KL-F4, which have 3 channels)."""
+    base = _class_run("imagenet-256-latent", (64,), _class_stages(1))
+    return _on_codes(base, base.name, base.model.levels, base.train.stages, channels=3)
+
+
+def _cc12m_latent() -> RunConfig:
+    """The changed S64 on codes of 32 x 32 (Appendix D.2: of KL-F8, which have 4 channels).
+
+    It does not halve after its first width, so attention is at 16 x 16 as in S64, with S64's
+    weights. The micro-condition tells of pictures, which have 256 pixels.
+    """
+    base = _text_run("cc12m-256-latent", (64,), _text_stages(1))
+    level = s64(text=True).model_copy(
+        update={"side": 32, "halve": (False, True), "micro": _scale(256)}
+    )
+    return _on_codes(base, base.name, (level,), base.train.stages, factor=8)
+
+
 def _released(name: str, sides: tuple[int, ...]) -> RunConfig:
     """The networks of the paper's released checkpoints (no text layers, attention unmasked)."""
     middle = "std" if len(sides) == 3 else "none"  # only the 1024 model divides, at its 256 level
@@ -501,6 +604,10 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "fashion-mnist-finest": fashion_mnist_finest,
     "fashion-mnist-base": fashion_mnist_base,
     "fashion-mnist-upsampler": fashion_mnist_upsampler,
+    "openmoji-latent": openmoji_latent,
+    "openmoji-codes": openmoji_codes,
+    "fashion-mnist-latent": fashion_mnist_latent,
+    "folder-64-latent": folder_64_latent,
     "cc12m-64": lambda: _text_run("cc12m-64", (64,), _text_stages(1)),
     "cc12m-256": lambda: _text_run("cc12m-256", (64, 256), _text_stages(1, 2)),
     "cc12m-256-nest3": lambda: _text_run("cc12m-256-nest3", (64, 128, 256), _text_stages(1, 3)),
@@ -524,10 +631,26 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "imagenet-256-upsampler": lambda: _upsampler_256(
         PRESETS["imagenet-256"](), "imagenet-256-upsampler"
     ),
+    "imagenet-256-latent": _imagenet_latent,
+    "cc12m-256-latent": _cc12m_latent,
     "released-64": lambda: _released("released-64", (64,)),
     "released-256": lambda: _released("released-256", (64, 256)),
     "released-1024": lambda: _released("released-1024", (64, 256, 1024)),
 }
+
+
+CODECS: dict[str, CodecRunConfig] = {
+    "codec": CodecRunConfig(
+        name="codec", data=DataConfig(source="folder", flip=True), side=64, images=200_000
+    ),
+    "openmoji-codec": CodecRunConfig(
+        name="openmoji-codec", data=DataConfig(source="openmoji"), side=64, images=12_000
+    ),
+    "fashion-mnist-codec": CodecRunConfig(
+        name="fashion-mnist-codec", data=DataConfig(source="fashion-mnist"), side=32, images=12_000
+    ),
+}
+"""Autoencoders to be trained, about five minutes on a 2-core CPU for each but `codec`."""
 
 
 def preset(name: str) -> RunConfig:
@@ -536,8 +659,10 @@ def preset(name: str) -> RunConfig:
     Raises:
         ConfigError: there is none; the message names the nearest and lists all.
     """
+    if name in CODECS:
+        raise ConfigError(f"{name} is an autoencoder: mdm train {name} trains it, and nothing else")
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        known = ", ".join(PRESETS)
+        known = ", ".join([*PRESETS, *CODECS])
         raise ConfigError(f"unknown preset {name!r} (did you mean {close}?); there are: {known}")
     return PRESETS[name]()

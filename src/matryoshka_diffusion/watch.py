@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from matryoshka_diffusion.codec.autoencoder import Codec, Identity
+from matryoshka_diffusion.codec.coded import Coded
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
@@ -34,9 +36,11 @@ class HeldOutLoss:
         held_out: Source,
         encode: Encode | None,
         device: torch.device | str,
+        codec: Codec | None = None,
     ) -> None:
         self.sources = {"seen": seen, "held_out": held_out}
         self.encode, self.device = encode, torch.device(device)
+        self.codec = codec or Identity()
 
     def __call__(self, view: View) -> dict[str, list[float]]:
         """`seen_loss_per_level` and `held_out_loss_per_level`, for the run's metrics."""
@@ -51,7 +55,7 @@ class HeldOutLoss:
         whole = config.train.model_copy(update={"condition_dropout": 0.0})
         plain = config.model_copy(update={"train": whole, "model": net.config})
         loader = Loader(source, config.train.seed, pixels=config.data.pixels)
-        feed = Feed(plain, loader, self.encode, self.device)
+        feed = Feed(plain, Coded(loader, self.codec), self.encode, self.device)
         process = Process.from_config(config.process, net.config)
         count = min(PICTURES, len(source))
         totals = torch.zeros(len(net.levels), dtype=torch.float64)

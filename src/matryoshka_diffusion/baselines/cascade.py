@@ -41,6 +41,11 @@ class Cascade:
         """The grid of every level, the base's before the upsampler's."""
         return (*self.base.resolutions, *self.upsampler.resolutions)
 
+    @property
+    def picture_side(self) -> int:
+        """Height and width in pixels of what is drawn."""
+        return self.upsampler.picture_side
+
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
         """The upsampler's sampling defaults with some of them replaced."""
         return self.upsampler.sampling(self._split(settings)[1])
@@ -146,6 +151,7 @@ def check_pair(base: RunConfig, upsampler: RunConfig) -> None:
         "model.classes": (base.model.classes, upsampler.model.classes),
         "data.classes": (base.data.classes, upsampler.data.classes),
         "encoder": (base.encoder, upsampler.encoder),
+        "codec": (base.codec, upsampler.codec),
     }
     for path, (there, here) in pairs.items():
         if there != here:

@@ -69,11 +69,14 @@ def _open_large(config: DataConfig, path: str, side: int) -> Source:
 
 def with_source(config: RunConfig) -> RunConfig:
     """A config for a folder whose path is something else becomes one for that."""
-    data = config.data
+    return config.model_copy(update={"data": sourced(config.data)})
+
+
+def sourced(data: DataConfig) -> DataConfig:
+    """The same, of a config's part about data."""
     if data.source != "folder" or data.path is None:
-        return config
-    data = data.model_copy(update={"source": kind_of(data.path)})
-    return config.model_copy(update={"data": data})
+        return data
+    return data.model_copy(update={"source": kind_of(data.path)})
 
 
 def kind_of(path: str) -> SourceName:

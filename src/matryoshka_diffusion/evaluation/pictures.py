@@ -96,7 +96,7 @@ def drawn(
         )
 
     store = Store.at(root, about, make, batch_size)
-    side = model.resolutions[-1].height
+    side = model.picture_side
     captions, belong_to = conditions.captions(count), conditions.pictures[:count]
     levels = len(model.resolutions)
     return PictureSet(model.config.name, count, side, store, levels, captions, belong_to)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.export.lockstep import lockstep
 from matryoshka_diffusion.export.pictures import FORMS, Pictures
 from matryoshka_diffusion.export.seeds import seeds_of
@@ -91,8 +92,14 @@ class MDMPipeline(DiffusionPipeline):
         """A pipeline with a copy of a loaded model's network and with its text encoder.
 
         Raises:
+            UsageError: the model is one of codes.
             OSError: the text encoder cannot be loaded.
         """
+        if model.config.codec is not None:
+            raise UsageError(
+                f"{model.config.name} draws codes (codec.path), which MDMPipeline cannot decode; "
+                "mdm export without --format diffusers carries the codec along"
+            )
         config = without_paths(model.config)
         network = MDMNetwork(config.model_dump(mode="json"), len(model.net.levels))
         load_weights(network.net, model.net.state_dict(), where=model.config.name)

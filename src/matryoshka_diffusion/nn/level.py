@@ -170,7 +170,10 @@ class Level(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, its attention layers and, in a decoder, the way to twice the side."""
+    """A residual block, its attention layers and, in a decoder, the way to the next width.
+
+    `up` is what that multiplies the side by; 0 where the block leads to none.
+    """
 
     def __init__(
         self,
@@ -179,7 +182,7 @@ class Block(nn.Module):
         inputs: int,
         outputs: int,
         attention: int,
-        up: bool = False,
+        up: int = 0,
     ) -> None:
         super().__init__()
         text = model.text.width if model.text else None
@@ -187,6 +190,7 @@ class Block(nn.Module):
         self.attention = nn.ModuleList(
             Attention(outputs, config.heads, text, config.attention_mlp) for _ in range(attention)
         )
+        self.scale = float(up)
         self.up = conv3(outputs, outputs) if up else None
 
     def forward(
@@ -195,7 +199,7 @@ class Block(nn.Module):
         h = self.residual(h, embedding)
         for layer in self.attention:
             h = layer(h, context.tokens, context.mask)
-        return h if self.up is None else self.up(F.interpolate(h, scale_factor=2.0))
+        return h if self.up is None else self.up(F.interpolate(h, scale_factor=self.scale))
 
 
 def _join(
@@ -210,23 +214,27 @@ def _join(
 
 
 class Down(nn.Conv2d):
-    """Halve the side by a strided convolution; it ignores what blocks are conditioned on."""
+    """Divide the side by a strided convolution; it ignores what blocks are conditioned on.
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, width, 3, stride=2, padding=1)
+    With stride 1 the side stays and the weights have the same shapes, so a level that halves less
+    is the same network at other resolutions (Appendix D.2).
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__(width, width, 3, stride=stride, padding=1)
 
     def forward(self, h: Tensor, embedding: Tensor, context: Context) -> Tensor:
         return super().forward(h)
 
 
 def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the width of every skip: the stem's, each block's, each halving's."""
+    """The way down, and the width of every skip: the stem's, each block's, each `Down`'s."""
     layers: list[nn.Module] = []
     width = config.widths[0]
     skips = [width]
     for index, wide in enumerate(config.widths):
         if index > 0:
-            layers.append(Down(width))
+            layers.append(Down(width, config.stride(index - 1)))
             skips.append(width)
         for _ in range(config.blocks[index]):
             layers.append(Block(model, config, width, wide, config.attention[index]))
@@ -243,14 +251,15 @@ def build_middle(model: ModelConfig, config: LevelConfig, core: int) -> nn.Modul
 
 
 def build_decoder(model: ModelConfig, config: LevelConfig, skips: list[int]) -> nn.ModuleList:
-    """The way up: one block for every skip, in reverse; the last one before a doubling has it."""
+    """The way up: one block for every skip, in reverse; the last one of a width leads up."""
     blocks: list[nn.Module] = []
     remaining = list(skips)
     width = skips[-1]
     for index in reversed(range(len(config.widths))):
         wide = config.widths[index]
         for number in range(config.blocks[index] + 1):
-            up = index > 0 and number == config.blocks[index]
+            leads_up = index > 0 and number == config.blocks[index]
+            up = config.stride(index - 1) if leads_up else 0
             inputs = width + remaining.pop()
             attention = config.attention[index]
             blocks.append(Block(model, config, inputs, wide, attention, up=up))

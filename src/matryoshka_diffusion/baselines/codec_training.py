@@ -1,0 +1,358 @@
+"""A small autoencoder of one's own, for `--codec` where there is none to be had.
+
+It is an `AutoencoderKL` of diffusers, trained on the absolute error of its pictures and a little of
+the divergence of its codes from N(0, 1) (Rombach et al. 2022), without their perceptual and
+adversarial losses: enough for small, plain pictures. The same command continues a stopped training
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from matryoshka_diffusion import sheet
+from matryoshka_diffusion.codec.autoencoder import Autoencoder
+from matryoshka_diffusion.codec.folder import OWN
+from matryoshka_diffusion.config import (
+    NORM_GROUPS,
+    CodecRunConfig,
+    ConfigError,
+    StageConfig,
+    TrainConfig,
+    load_codec_run,
+    override,
+    to_yaml,
+)
+from matryoshka_diffusion.data.batch import Source, to_float, to_uint8
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.sources import absolute, open_source, sourced
+from matryoshka_diffusion.data.split import split
+from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.files import refuse_full, require, write_atomically
+from matryoshka_diffusion.presets import CODECS
+from matryoshka_diffusion.rng import normal, stream
+from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.curriculum import Step, steps
+from matryoshka_diffusion.train.log import Metrics
+from matryoshka_diffusion.train.optim import (
+    build_optimizer,
+    load_moments,
+    moments,
+    set_learning_rate,
+)
+from matryoshka_diffusion.train.signals import Interrupts, Stopped
+
+AutoencoderKL: TypeAlias = Any
+"""That of diffusers, whose own annotations do not say what it returns."""
+
+CONFIG = "codec.yaml"
+MEASURED = 512
+"""Pictures that codes' scale and the error are measured on, evenly spread."""
+SHOWN = 24
+
+
+class Trained(NamedTuple):
+    """A codec's folder, and the error of its pictures: PSNR in decibels, and on which ones."""
+
+    folder: Path
+    psnr: float
+    measured_on: str
+
+
+def find_codec_run(
+    name: str, data: str | None, assignments: Sequence[str]
+) -> CodecRunConfig | None:
+    """The training of a codec that is called or lies at `name`, with changes; None if none is.
+
+    Raises:
+        ConfigError: the changes do not fit.
+    """
+    begun = Path(name) / CONFIG
+    if name not in CODECS and not begun.is_file():
+        return None
+    config = CODECS[name] if name in CODECS else load_codec_run(begun)
+    path = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
+    config = override(config, [*path, *assignments])
+    return config.model_copy(update={"data": sourced(config.data)})
+
+
+def train_codec(
+    config: CodecRunConfig,
+    out: Path,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train in the folder `out`, or go on with the training that is there.
+
+    It leaves the codec in `out/codec`, pictures beside their originals in `reconstructions.png` and
+    losses in `metrics.jsonl`. `progress` is told of images seen, and in all.
+
+    Raises:
+        ConfigError: `out` holds something else, or the training of another codec.
+        Stopped: SIGINT, SIGTERM or SIGUSR1; the training is saved.
+        RuntimeError: the loss is not finite.
+        ValueError, OSError, MissingExtra: the data or diffusers cannot be used.
+    """
+    _open(config, out)
+    source = open_source(config.data, config.side)
+    seen, held_out = split(source, config.data.held_out)
+    learner = Learner(config, seen.channels, torch.device(device))
+    if (path := checkpoint.newest(out / "checkpoints")) is not None:
+        learner.restore(checkpoint.read(path), str(path))
+    _learn(learner, _loader(config, seen), out, progress)
+    return _finish(learner, held_out or seen, "held-out" if held_out else "training", out)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def build(config: CodecRunConfig, colours: int) -> AutoencoderKL:
+    """The autoencoder with initial weights that depend on the seed alone."""
+    diffusers = require("diffusers", "diffusers", "training a codec")
+    depth = len(config.widths)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(config.seed, "initial weights codec").integers(2**63)))
+        return diffusers.AutoencoderKL(
+            in_channels=colours,
+            out_channels=colours,
+            latent_channels=config.channels,
+            block_out_channels=config.widths,
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            layers_per_block=config.blocks,
+            norm_num_groups=NORM_GROUPS,
+            mid_block_add_attention=False,
+            sample_size=config.side,
+            scaling_factor=1.0,
+        )
+
+
+def codec_loss(
+    model: AutoencoderKL,
+    pictures: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b k y x"],
+    kl_weight: float,
+) -> Float[Tensor, ""]:
+    """Mean absolute error of a pixel, and the weighted divergence of the codes for each pixel.
+
+    In the bound both are sums over a picture, so one number divides both. `noise` is the
+    posterior's.
+    """
+    posterior = model.encode(pictures).latent_dist
+    decoded = model.decode(posterior.mean + posterior.std * noise).sample
+    divergence = posterior.kl().mean() / pictures[0].numel()
+    return (decoded - pictures).abs().mean() + kl_weight * divergence
+
+
+class Learner:
+    """The autoencoder and the optimizer's memory: the part of a training that is saved."""
+
+    def __init__(self, config: CodecRunConfig, colours: int, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.schedule = _schedule(config)
+        self.model = build(config, colours).to(device).train()
+        self.optimizer = build_optimizer(self.model, self.schedule)
+        self.images_seen, self.seconds = 0, 0.0
+
+    def learn(self, step: Step, pictures: Float[Tensor, "b c h w"]) -> float:
+        """Take one step; returns its loss. Raises RuntimeError if that is not finite."""
+        side = self.config.side // self.config.factor
+        shape = (self.config.channels, side, side)
+        noise = torch.stack(
+            [normal(self.config.seed, "codec", n, shape=shape) for n in range(step.first, step.end)]
+        )
+        loss = codec_loss(
+            self.model, pictures.to(self.device), noise.to(self.device), self.config.kl_weight
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if not loss.isfinite():
+            raise RuntimeError(
+                f"the codec's loss is not finite after {step.first:,} images: a lower rate may "
+                f"help (--set lr={self.config.lr / 4:g})"
+            )
+        set_learning_rate(self.optimizer, step.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.images_seen = step.end
+        return loss.item()
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """All that the training needs to go on."""
+        state = {"images_seen": self.images_seen, "seconds": self.seconds}
+        memory = moments(self.optimizer, self.model)
+        return checkpoint.Snapshot(state, self.model.state_dict(), ema={}, optimizer=memory)
+
+    def restore(self, snapshot: checkpoint.Snapshot, where: str) -> None:
+        """Go on from a snapshot. Raises CheckpointError if it is of another autoencoder."""
+        checkpoint.load_weights(self.model, snapshot.weights, where=where)
+        load_moments(self.optimizer, self.model, snapshot.optimizer)
+        self.images_seen = snapshot.state["images_seen"]
+        self.seconds = snapshot.state["seconds"]
+
+
+def _learn(
+    learner: Learner, loader: Loader, out: Path, progress: Callable[[int, int], None] | None
+) -> None:
+    """Take the steps that are left, logging and saving on the way."""
+    config, metrics = learner.config, Metrics(out / "metrics.jsonl", learner.images_seen)
+    losses: list[float] = []
+    todo = steps(learner.schedule, learner.images_seen)
+    batches = look_ahead(lambda step: (step, _pictures(loader, step)), todo, workers=1, depth=2)
+    with Interrupts() as interrupts, closing(batches):
+        began = time.monotonic() - learner.seconds
+        for step, pictures in batches:
+            losses.append(learner.learn(step, pictures))
+            learner.seconds = time.monotonic() - began
+            saves = step.ends_stage or _passes(step, config.checkpoint_every_images)
+            saves = saves or interrupts.received > 0
+            if saves or _passes(step, config.log_every_images):
+                metrics.write(
+                    {
+                        "images_seen": step.end,
+                        "loss": sum(losses) / len(losses),
+                        "lr": step.lr,
+                        "seconds": learner.seconds,
+                    }
+                )
+                losses.clear()
+            if saves:  # a line of metrics ends with it, so resuming repeats the lines, too
+                checkpoint.save(out / "checkpoints", learner.snapshot(), keep=2)
+            if progress is not None:
+                progress(step.end, config.images)
+            if interrupts.received:
+                raise Stopped(
+                    f"stopped at {step.end:,} of {config.images:,} images and saved; the same "
+                    "command continues from there",
+                    interrupts.received,
+                )
+
+
+def _pictures(loader: Loader, step: Step) -> Float[Tensor, "b c h w"]:
+    return loader.batch(range(step.first, step.end)).picture
+
+
+def _passes(step: Step, every: int) -> bool:
+    return step.end // every > step.first // every
+
+
+def _schedule(config: CodecRunConfig) -> TrainConfig:
+    """What steps, rates and the optimizer are made from: one stage of one level."""
+    stage = StageConfig(levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr)
+    return TrainConfig(
+        stages=(stage,),
+        seed=config.seed,
+        warmup_images=config.warmup_images,
+        decay_share=config.decay_share,
+    )
+
+
+def _loader(config: CodecRunConfig, source: Source) -> Loader:
+    data = config.data
+    return Loader(
+        source,
+        config.seed,
+        crop=data.crop,
+        flip=data.flip,
+        augment=data.augment,
+        pixels=data.pixels,
+    )
+
+
+def _open(config: CodecRunConfig, out: Path) -> None:
+    """Begin in `out`, or find what the same config began there."""
+    path = out / CONFIG
+    if not path.is_file():
+        refuse_full(out)
+        write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
+    begun = load_codec_run(path)
+    for name in CodecRunConfig.model_fields:
+        there, here = getattr(begun, name), getattr(config, name)
+        if there != here:
+            raise ConfigError(
+                f"{out} holds the training of another codec: {name} is {there} there, {here} now; "
+                "give another --out, or drop the override to continue that one"
+            )
+
+
+# --- what it has learnt --------------------------------------------------------------------------
+
+
+def _finish(learner: Learner, source: Source, which: str, out: Path) -> Trained:
+    """Write the codec, scaled to codes of unit variance, and see how well it does."""
+    model = learner.model.eval()
+    count = min(MEASURED, len(source))
+    chosen = [n * len(source) // count for n in range(count)]
+    shown = np.stack([example.picture for example in source.many(chosen)])
+    pictures = to_float(shown, learner.config.data.pixels).permute(0, 3, 1, 2).contiguous()
+    codes = torch.cat(list(_means(model, pictures)))
+    model.register_to_config(
+        scaling_factor=1.0 / codes.double().std().item(), shift_factor=codes.double().mean().item()
+    )
+    _save(model, out / OWN)
+    codec = Autoencoder(model, device=learner.device)
+    decoded = to_uint8(codec.decode(codec.encode(pictures)), learner.config.data.pixels)
+    made = decoded.permute(0, 2, 3, 1).numpy()
+    error = psnr(shown, made)
+    told = f"{error:.2f} dB on {count} {which} pictures"
+    _draw(shown, made, f"{learner.config.name}: {told}", out / "reconstructions.png")
+    return Trained(out / OWN, error, f"{count} {which} pictures")
+
+
+@torch.no_grad()
+def _means(
+    model: AutoencoderKL, pictures: Float[Tensor, "b c h w"]
+) -> Iterator[Float[Tensor, "_ k y x"]]:
+    for part in pictures.split(64):
+        yield model.encode(part.to(model.device)).latent_dist.mean.cpu()
+
+
+def psnr(original: UInt8[np.ndarray, "..."], made: UInt8[np.ndarray, "..."]) -> float:
+    """Peak signal-to-noise ratio of bytes in decibels, from the mean error of all of them."""
+    square = np.mean((original.astype(np.float64) - made.astype(np.float64)) ** 2)
+    return float("inf") if square == 0.0 else float(10.0 * np.log10(255.0**2 / square))
+
+
+def _save(model: AutoencoderKL, folder: Path) -> None:
+    """Write the codec's folder, whole or not at all; one that is there is the same already."""
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        model.save_pretrained(unfinished)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _draw(
+    original: UInt8[np.ndarray, "b h w c"],
+    made: UInt8[np.ndarray, "b h w c"],
+    title: str,
+    path: Path,
+) -> None:
+    """Some pictures beside what became of them."""
+    chosen = [
+        n * len(original) // min(SHOWN, len(original)) for n in range(min(SHOWN, len(original)))
+    ]
+    image = sheet.grid(
+        [[original[n], made[n]] for n in chosen],
+        columns_titles=("original", "decoded"),
+        title=title,
+        blocks=4,
+    )
+    sheet.save_png(image, path, None)

@@ -1,0 +1,448 @@
+"""Codecs: codes and back, found and refused, stored to the bit, in training and in sampling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.codec.autoencoder import Identity, load_autoencoder, load_codec
+from matryoshka_diffusion.codec.cache import CodeCache
+from matryoshka_diffusion.codec.coded import Coded, store_codes
+from matryoshka_diffusion.codec.folder import WEIGHTS, codec_folder, fingerprint
+from matryoshka_diffusion.config import (
+    CodecConfig,
+    ConfigError,
+    DataConfig,
+    LevelConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    StageConfig,
+    TrainConfig,
+    UsageError,
+)
+from matryoshka_diffusion.data.batch import to_uint8
+from matryoshka_diffusion.data.folder import picture_folder
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.export import write_diffusers
+from matryoshka_diffusion.hub import without_paths
+from matryoshka_diffusion.info import describe
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.sample import last
+from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.trainer import train
+
+SIDES = (4, 8)
+"""Of codes; pictures have four times as many pixels."""
+
+
+def on_codes(
+    codec: Path | None, *, factor: int = 4, channels: int = 4, **data: object
+) -> RunConfig:
+    """A small run on codes of 4 x 4 and 8 x 8."""
+    inner = LevelConfig(side=4, widths=(32,), blocks=(1,), attention=(0,))
+    outer = LevelConfig(side=8, widths=(32, 32), blocks=(0, 0), attention=(0, 0))
+    return RunConfig(
+        name="coded",
+        model=ModelConfig(
+            levels=(inner, outer),
+            embedding=32,
+            channels=channels,
+            data_std=1.0,
+            augment="augment" in data,
+        ),
+        data=DataConfig(**{"source": "folder", "path": "photos", **data}),  # pyright: ignore
+        codec=CodecConfig(path=None if codec is None else str(codec), factor=factor),
+        train=TrainConfig(
+            stages=(StageConfig(levels=2, images=16, batch_size=4, lr=1e-3),),
+            precision="fp32",
+            layout="nchw",
+            log_every_images=1,
+            preview_every_images=8,
+        ),
+        sampling=SamplingConfig(steps=2, threshold=("none",)),
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Twelve pictures of noise, larger than needed."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (12, 48, 40, 3))):
+        save_png(picture.astype(np.uint8), folder / f"{number}.png", None)
+    return folder
+
+
+def pictures(count: int = 3, side: int = 32, colours: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, colours, side, side, generator=generator) * 2 - 1
+
+
+# --- codes and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "shift", "scale"),
+    [
+        ({"scaling_factor": 0.5}, 0.0, 0.5),
+        ({"scaling_factor": 2.0, "shift_factor": 0.25}, 0.25, 2.0),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [4.0] * 4},
+            [0.0, 1.0, 2.0, 3.0],
+            0.125,
+        ),
+    ],
+)
+def test_codes_are_the_scaled_means_of_the_posterior(settings, shift, scale, tiny_codec):
+    folder = tiny_codec(**settings)
+    codec = load_autoencoder(on_codes(folder))
+    model: Any = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        mean = model.encode(pictures()).latent_dist.mean
+        expected = (mean - torch.tensor(shift).view(-1, 1, 1)) * scale
+        codes = codec.encode(pictures())
+        torch.testing.assert_close(codes, expected)
+        torch.testing.assert_close(codec.decode(codes), model.decode(mean).sample)
+    assert codes.shape == (3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_averaged_codes_decode_to_smaller_pictures(factor, tiny_codec):
+    codec = load_autoencoder(on_codes(tiny_codec(factor=factor), factor=factor))
+    codes = codec.encode(pictures())
+    assert codes.shape[-1] == 32 // factor
+    assert codec.decode(codes[..., ::2, ::2]).shape == (3, 3, 16, 16)
+
+
+def test_a_picture_and_its_codes_do_not_depend_on_the_batch(tiny_codec):
+    codec = load_autoencoder(on_codes(tiny_codec()))
+    together = codec.encode(pictures(5))
+    assert torch.equal(codec.encode(pictures(5)[3:4]), together[3:4])
+    assert torch.equal(codec.decode(together[1:2]), codec.decode(together)[1:2])
+
+
+def test_the_codec_is_float32_where_the_network_is_not(tiny_codec):
+    codec = load_autoencoder(on_codes(tiny_codec()))
+    expected = codec.encode(pictures())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(pictures()), expected)
+        assert codec.decode(expected.bfloat16()).dtype == torch.float32
+
+
+def test_without_a_codec_pictures_are_their_own_codes():
+    config = on_codes(None).model_copy(update={"codec": None})
+    codec = load_codec(config)
+    x = pictures()
+    assert isinstance(codec, Identity)
+    assert codec.encode(x) is x
+    assert codec.decode(x) is x
+
+
+# --- what is no codec, or not the right one ------------------------------------------------------
+
+
+def damaged(folder: Path, out: Path, **changes) -> Path:
+    """A copy of a codec with other settings, or without some of its weights."""
+    shutil.copytree(folder, out)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**settings, **changes.get("settings", {})}))
+    weights = load_file(out / WEIGHTS)
+    change = changes.get("weights", lambda weights: weights)
+    save_file(change(weights), out / WEIGHTS, {"format": "pt"})
+    return out
+
+
+def nan_weights(weights):
+    return {name: x * float("nan") for name, x in weights.items()}
+
+
+def fewer_weights(weights):
+    return dict(list(weights.items())[1:])
+
+
+def test_a_codec_that_does_not_fit_is_refused(tiny_codec, tmp_path):
+    folder = tiny_codec()
+    other = damaged(folder, tmp_path / "other", settings={"_class_name": "VQModel"})
+    fewer = damaged(folder, tmp_path / "fewer", weights=fewer_weights)
+    bare = damaged(folder, tmp_path / "bare", settings={"latent_channels": None})
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "pickled")
+    for config, message in (
+        (on_codes(None), r"codec\.path is not set: .*--codec PATH.*mdm train codec"),
+        (on_codes(tmp_path / "gone"), r"codec\.path: there is no folder .*gone; if .* has moved"),
+        (on_codes(tmp_path), r"codec\.path: .* holds no AutoencoderKL"),
+        (on_codes(other), r"codec\.path: .* holds no AutoencoderKL"),
+        (on_codes(tmp_path / "pickled"), r"has no diffusion_pytorch_model\.safetensors"),
+        (on_codes(folder, factor=8), r"codec\.factor is 8, but .* 4 times .* codec\.factor=4"),
+        (on_codes(folder, channels=3), r"model\.channels is 3, but .* have 4: add --set model\.ch"),
+        (on_codes(fewer), r"codec\.path: the weights in .* do not fit .*missing_keys"),
+        (on_codes(bare), r"model\.channels is 4, but"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_autoencoder(config)
+
+
+def test_codes_that_are_not_numbers_are_refused(tiny_codec, tmp_path):
+    folder = damaged(tiny_codec(), tmp_path / "nan", weights=nan_weights)
+    with pytest.raises(ValueError, match=r"codec\.path: .* not finite"):
+        load_autoencoder(on_codes(folder)).encode(pictures())
+
+
+def test_a_codec_is_found_in_a_run_and_in_a_pipeline(tiny_codec, tmp_path):
+    for part in ("codec", "vae"):
+        shutil.copytree(tiny_codec(), tmp_path / part / part)
+        assert codec_folder(str(tmp_path / part)) == (tmp_path / part / part).resolve()
+
+
+def test_the_hash_is_of_what_codes_depend_on(tiny_codec, tmp_path):
+    folder = tiny_codec()
+    version = damaged(folder, tmp_path / "a", settings={"_diffusers_version": "9"})
+    scaled = damaged(folder, tmp_path / "b", settings={"scaling_factor": 3.0})
+    changed = damaged(
+        folder, tmp_path / "c", weights=lambda w: {name: x + 1e-3 for name, x in w.items()}
+    )
+    keys = [fingerprint(path) for path in (folder, version, scaled, changed)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+# --- stored codes --------------------------------------------------------------------------------
+
+
+def cached(folder: Path, path: Path) -> CodeCache:
+    return CodeCache(load_autoencoder(on_codes(folder)), path)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tmp_path):
+    data = DataConfig(source="folder", path=str(photos), flip=flip)
+    source = picture_folder(photos, 32, 0.01, "centre")
+    cache, fresh = (cached(tiny_codec(), tmp_path / name) for name in ("codes", "empty"))
+    told = []
+    store_codes(cache, source, data, lambda done, total: told.append((done, total)))
+    assert told == [(12, 12)]
+    assert len(cache.chunks) == 12 * (1 + flip)
+    assert cache.chunks.bytes > cache.bytes_of(12 * (1 + flip), 32)
+
+    cache.codec._model.to("meta")  # nothing can be encoded any more
+    loader = Loader(source, seed=3, flip=flip)
+    stored, made = (Coded(loader, one).batch(range(40)) for one in (cache, fresh))
+    assert torch.equal(stored.picture, made.picture)
+    assert stored.picture.is_contiguous()
+    assert stored.keys == made.keys
+    assert len(fresh.chunks) == 0
+
+
+def test_codes_are_stored_once_and_survive_the_process(tiny_codec, tmp_path):
+    x = list(pictures(4))
+    cached(tiny_codec(), tmp_path).add(x[:3])
+    again = cached(tiny_codec(), tmp_path)
+    again.add([*x, x[3]])
+    assert len(again.chunks) == 4
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    again.add(x)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_pictures_of_other_numbers_or_shapes_are_other_pictures(tiny_codec, tmp_path):
+    cache = cached(tiny_codec(), tmp_path)
+    x = pictures(1)
+    cache.add(list(x))
+    for other in (x.flip(-1), x + 1e-6, x.reshape(1, 3, 16, 64)):
+        assert torch.equal(cache.encode(other), cache.codec.encode(other))
+    assert torch.equal(cache.decode(cache.encode(x)), cache.codec.decode(cache.encode(x)))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def trained(config: RunConfig, folder: Path) -> dict[str, Tensor]:
+    """The weights after training on what `job.prepare` gives, as the command does."""
+    ready = job.prepare(config)
+    return load_file(train(ready.config, ready.loader, folder) / "model.safetensors")
+
+
+def test_training_is_the_same_with_and_without_stored_codes(
+    tiny_codec, photos, own_cache, tmp_path, monkeypatch
+):
+    config = on_codes(tiny_codec(), path=str(photos), flip=True)
+    stored = job.prepare(config)
+    assert stored.text == f"codes of 12 pictures from {own_cache / 'codes'}/" + stored.text[-32:]
+    assert stored.config.codec is not None
+    assert stored.config.codec.weights == fingerprint(tiny_codec())
+    one = trained(config, tmp_path / "stored")
+    shutil.rmtree(own_cache / "codes")
+    monkeypatch.setattr(job, "SMALL_BYTES", 0)
+    assert "they would take 24,576 bytes" in job.prepare(config).text
+    other = trained(config, tmp_path / "fresh")
+    assert not list((own_cache / "codes").rglob("*.safetensors"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("stored", "fresh")]
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in lines]
+    assert losses[0] == losses[1]
+    assert all(loss > 0 for loss in losses[0])
+
+
+@pytest.mark.parametrize("change", [{"crop": "random"}, {"augment": 0.5}])
+def test_what_is_never_shown_twice_is_not_stored(change, tiny_codec, photos, own_cache):
+    config = on_codes(tiny_codec(), path=str(photos), **change)
+    ready = job.prepare(config)
+    assert ready.text.endswith("no picture recurs as it was")
+    assert ready.loader.batch(range(2)).picture.shape == (2, 4, 8, 8)
+
+
+def test_pictures_of_another_number_of_channels_are_refused(tiny_codec, photos):
+    config = on_codes(tiny_codec(colours=1), path=str(photos))
+    with pytest.raises(ConfigError, match=r"is for pictures of 1 channels, but .* has 3"):
+        job.prepare(config)
+
+
+def train_command(photos, codec, out) -> int:
+    stages = "train.stages=[{levels: 1, images: 16, batch_size: 4, lr: 0.001}]"
+    settings = ["model.embedding=32", "model.levels[0].widths=[32, 32]", "model.text=null",
+                "encoder=null", "data.source=folder", "sampling.guidance=[1.0]", "sampling.steps=1",
+                "train.preview_every_images=8", "data.held_out=0.25", stages]  # fmt: skip
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    places = ["--data", str(photos), "--codec", str(codec), "--out", str(out)]
+    return cli.main(["train", "openmoji-latent", *places, *arguments])
+
+
+def test_the_command_trains_watches_draws_and_shares(tiny_codec, own_cache, tmp_path, capsys):
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3))):
+        save_png(picture.astype(np.uint8), tmp_path / "photos" / f"{number}.png", None)
+    shutil.copytree(tiny_codec(), tmp_path / "there")
+    out = tmp_path / "run"
+    assert train_command(tmp_path / "photos", tmp_path / "there", out) == 0
+    assert "codes of 40 pictures from" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_seen"] for line in lines if "held_out_loss_per_level" in line] == [8, 16]
+    assert len(list((out / "previews").glob("*.png"))) == 2
+    assert cli.main(["info", str(out)]) == 0
+    assert (
+        f"codes of pictures of 64 px, 4 times smaller along each side, by {tmp_path / 'there'}"
+        in (capsys.readouterr().out)
+    )
+    assert cli.main(["sample", str(out), "-n", "2", "-o", str(tmp_path / "samples")]) == 0
+
+    assert cli.main(["export", str(out), "-o", str(tmp_path / "shared")]) == 0
+    drawn = Matryoshka.load(out).sample(n=2).pictures
+    shutil.rmtree(tmp_path / "there")
+    (tmp_path / "shared").rename(tmp_path / "moved")
+    model = Matryoshka.load(tmp_path / "moved")
+    assert drawn.shape == (2, 64, 64, 3)
+    assert (model.sample(n=2).pictures == drawn).all()
+    assert model.picture_side == 64
+    capsys.readouterr()
+    assert cli.main(["sample", str(out), "-o", str(tmp_path / "more")]) == 2
+    assert "codec.path: there is no folder" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_codec_and_with_no_other(tiny_codec, photos, own_cache, tmp_path):
+    shutil.copytree(tiny_codec(), tmp_path / "codec")
+    config = on_codes(tmp_path / "codec", path=str(photos))
+    first = job.prepare(config).config
+    train(first, job.prepare(config).loader, tmp_path / "run")
+    again = job.find_config(str(tmp_path / "run"), None, [])
+    assert job.prepare(again).config.codec == first.codec
+    damaged(tiny_codec(), tmp_path / "scaled", settings={"scaling_factor": 3.0})
+    shutil.rmtree(tmp_path / "codec")
+    (tmp_path / "scaled").rename(tmp_path / "codec")
+    with pytest.raises(ConfigError, match=r"codec\.path: .* not the codec that coded was trained"):
+        job.prepare(again)
+    with pytest.raises(ConfigError, match=r"codec\.weights is .* there"):
+        trained(config, tmp_path / "run")
+
+
+def test_a_codec_is_put_into_any_config(tiny_codec):
+    changes = ["sampling.threshold=[none]", "model.channels=4"]
+    config = job.find_config("folder-64", None, changes, codec=str(tiny_codec(factor=8)))
+    assert config.codec == CodecConfig(path=str(tiny_codec(factor=8)), factor=8)
+    assert config.data_side == 512
+    kept = job.find_config("openmoji-latent", None, [], codec=str(tiny_codec(factor=8)))
+    assert kept.codec is not None
+    assert kept.codec.factor == 4  # whose levels are of that; loading says so
+    with pytest.raises(ConfigError, match=r"sampling\.threshold is clip"):
+        job.find_config("folder-64", None, [], codec=str(tiny_codec()))
+
+
+# --- sampling and sharing ------------------------------------------------------------------------
+
+
+def test_every_level_is_decoded(tiny_codec):
+    config = on_codes(tiny_codec())
+    model = Matryoshka(NestedUNet(config.model), config)
+    samples = model.sample(n=2, seed=5)
+    assert [level.shape for level in samples.levels] == [(2, 16, 16, 3), (2, 32, 32, 3)]
+    with pytest.raises(ConfigError, match=r"sampling\.threshold is clip"):
+        model.sample(threshold="clip")
+
+    state = last(model.stream(model.condition(None, None, 2)[1], (5, 6), config.sampling))
+    for codes, shown in zip(state.z, samples.levels, strict=True):
+        expected = to_uint8(load_autoencoder(config).decode(codes)).permute(0, 2, 3, 1)
+        assert (expected.numpy() == shown).all()
+
+
+def test_a_shared_model_names_no_folder_of_this_computer(tiny_codec, tmp_path):
+    config = on_codes(tiny_codec())
+    assert without_paths(config).codec == CodecConfig()
+    export_weights(tmp_path, NestedUNet(config.model).state_dict(), without_paths(config))
+    with pytest.raises(ConfigError, match=r"codec\.path is not set"):
+        Matryoshka.load(tmp_path).sample()
+
+
+def test_a_pipeline_of_diffusers_takes_no_codes(tiny_codec, tmp_path):
+    config = on_codes(tiny_codec())
+    with pytest.raises(UsageError, match=r"coded draws codes .* carries the codec along"):
+        write_diffusers(Matryoshka(NestedUNet(config.model), config), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_and_its_codec_go_to_the_hub_and_back(tiny_codec, tmp_path, monkeypatch):
+    class Api:
+        def __init__(self, token=None): ...
+
+        def create_repo(self, name, private, exist_ok):
+            return f"https://hub.test/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    def snapshot_download(name, revision, allow_patterns):
+        there = tmp_path / name
+        files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+        assert files - {"README.md"} == set(allow_patterns)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = on_codes(tiny_codec())
+    model = Matryoshka(NestedUNet(config.model), config)
+    model.push_to_hub("me/codes")
+    assert str(tiny_codec()) not in (tmp_path / "me" / "codes" / "config.json").read_text()
+    back = Matryoshka.from_pretrained("me/codes")
+    assert (back.sample(n=1).pictures == model.sample(n=1).pictures).all()
+
+
+def test_info_says_what_is_still_to_be_given():
+    text = describe(on_codes(None))
+    assert "levels are codes of pictures of 32 px" in text
+    assert "--codec" in text

@@ -1,0 +1,254 @@
+"""Training an autoencoder: it learns, goes on to the bit, and leaves codes of unit variance."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.baselines import codec_training
+from matryoshka_diffusion.baselines.codec_training import (
+    build,
+    codec_loss,
+    find_codec_run,
+    psnr,
+    train_codec,
+)
+from matryoshka_diffusion.codec.autoencoder import load_autoencoder
+from matryoshka_diffusion.codec.folder import WEIGHTS
+from matryoshka_diffusion.config import (
+    CodecRunConfig,
+    ConfigError,
+    from_yaml,
+    override,
+    to_yaml,
+)
+from matryoshka_diffusion.data.batch import to_float
+from matryoshka_diffusion.data.folder import picture_folder
+from matryoshka_diffusion.presets import CODECS, preset
+from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.train.signals import Stopped
+from test_codec import on_codes
+
+SMALL = ["side=16", "widths=[8, 8]", "channels=2", "images=160", "batch_size=8", "lr=0.01"]
+OFTEN = ["log_every_images=8", "checkpoint_every_images=8", "warmup_images=8"]
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory):
+    """Pictures of four patches of colour."""
+    folder = tmp_path_factory.mktemp("smooth")
+    for number, patches in enumerate(np.random.default_rng(0).integers(0, 256, (16, 2, 2, 3))):
+        picture = patches.astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        save_png(picture, folder / f"{number}.png", None)
+    return folder
+
+
+def small(folder, *changes) -> CodecRunConfig:
+    found = find_codec_run("codec", str(folder), [*SMALL, *OFTEN, *changes])
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(smooth, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "codec"
+    told = []
+    result = train_codec(small(smooth), out, progress=lambda *counts: told.append(counts))
+    assert told[-1] == (160, 160)
+    return out, result
+
+
+def lines(out):
+    """The metrics without what differs between equal trainings."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_error_of_a_pixel_and_the_divergence_beside_it():
+    model = build(override(CODECS["codec"], SMALL), 3)
+    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 8, 8)
+    with torch.no_grad():
+        posterior = model.encode(x).latent_dist
+        mean, log_variance = posterior.mean.double(), posterior.logvar.double()
+        decoded = model.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample
+        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / (2 * 3 * 16**2)
+        expected = (decoded - x).abs().double().mean() + 0.1 * divergence
+        found = codec_loss(model, x, noise, 0.1)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_learns_and_its_codes_have_unit_variance(trained, smooth):
+    out, result = trained
+    losses = [line["loss"] for line in lines(out)]
+    assert [line["images_seen"] for line in lines(out)] == list(range(8, 161, 8))
+    assert losses[-1] < 0.8 * losses[0]
+    assert result.folder == out / "codec"
+    assert result.measured_on == "16 training pictures"
+
+    codec = load_autoencoder(on_codes(out, factor=2, channels=2))
+    source = picture_folder(smooth, 16, 0.01, "centre")
+    shown = np.stack([example.picture for example in source.many(range(16))])
+    x = to_float(shown).permute(0, 3, 1, 2)
+    codes = codec.encode(x)
+    assert codes.shape == (16, 2, 8, 8)
+    assert codes.std().item() == pytest.approx(1.0, abs=1e-3)
+    assert codes.mean().item() == pytest.approx(0.0, abs=1e-3)
+    error = (codec.decode(codes).clamp(-1, 1) - x).square().mean().item()
+    assert result.psnr == pytest.approx(10 * math.log10(4 / error), abs=0.05)
+    assert (out / "reconstructions.png").is_file()
+
+
+def test_the_error_of_bytes_in_decibels():
+    dark = np.zeros((2, 4, 4, 3), np.uint8)
+    assert psnr(dark, dark) == float("inf")
+    assert psnr(dark, dark + 255) == pytest.approx(0.0)
+    assert psnr(dark, dark + 1) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_weights_depend_on_the_seed_alone():
+    config = override(CODECS["codec"], SMALL)
+    one, same = build(config, 3).state_dict(), build(config, 3).state_dict()
+    other = build(override(config, ["seed=1"]), 3).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_the_error_is_that_of_held_out_pictures_where_there_are_any(smooth, tmp_path):
+    result = train_codec(small(smooth, "data.held_out=0.25", "images=8"), tmp_path)
+    assert result.measured_on.endswith("held-out pictures")
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_training_goes_on_to_the_bit(trained, smooth, tmp_path, monkeypatch):
+    config, learn = small(smooth), codec_training.Learner.learn
+
+    def stopping(learner, step, pictures):
+        if step.first == 16:
+            signal.raise_signal(signal.SIGTERM)
+        return learn(learner, step, pictures)
+
+    monkeypatch.setattr(codec_training.Learner, "learn", stopping)
+    with pytest.raises(Stopped, match="stopped at 24 of 160 images and saved") as stopped:
+        train_codec(config, tmp_path)
+    assert stopped.value.code == 143
+    assert not (tmp_path / "codec").exists()
+    again = find_codec_run(str(tmp_path), None, [])
+    assert again is not None
+    assert again == config
+    monkeypatch.undo()
+    result = train_codec(again, tmp_path)
+    out, whole = trained
+    assert result.psnr == whole.psnr
+    assert lines(tmp_path) == lines(out)
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "codec" / name).read_bytes() == (out / "codec" / name).read_bytes()
+
+
+def test_a_finished_training_is_left_as_it_is(trained, smooth):
+    out, whole = trained
+    before = (out / "codec" / WEIGHTS).stat().st_mtime_ns
+    assert train_codec(small(smooth), out) == whole
+    assert (out / "codec" / WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_another_training_is_not_gone_on_with(trained, smooth, tmp_path):
+    out, _ = trained
+    with pytest.raises(ConfigError, match=r"of another codec: lr is 0\.01 there, 0\.02 now"):
+        train_codec(small(smooth, "lr=0.02"), out)
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty"):
+        train_codec(small(smooth), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29"):
+        train_codec(small(smooth, "lr=1.0e+30", "warmup_images=0"), tmp_path)
+
+
+# --- its config and its command ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
+    config = CODECS[name]
+    assert config.name == name
+    assert override(config, []) == config
+    base = {"codec": "folder-64"}.get(name, name.removesuffix("-codec"))
+    user = preset(f"{base}-latent")
+    assert user.codec is not None
+    assert user.codec.factor == config.factor
+    assert user.model.channels == config.channels
+    assert user.data_side == config.side
+    assert user.data.source == config.data.source
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lrs=1", r"--set lrs: unknown key \(did you mean lr\?\)"),
+        ("data={sauce: folder}", r"data\.sauce: unknown key \(did you mean data\.source\?\)"),
+        ("side=18", r"side 18 cannot be halved once for each of the 3 widths but the first"),
+        ("widths=[]", r"side 64 cannot be halved"),
+        ("widths=[12, 16]", r"widths: 12 is not a multiple of 8"),
+        ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        find_codec_run("openmoji-codec", None, [change])
+
+
+def test_only_codecs_are_trained_as_such(tmp_path):
+    assert find_codec_run("openmoji", None, []) is None
+    assert find_codec_run(str(tmp_path), None, []) is None
+    factor_8 = find_codec_run("codec", str(tmp_path), ["widths=[16, 32, 64, 64]"])
+    assert factor_8 is not None
+    assert factor_8.factor == 8
+    with pytest.raises(ConfigError, match="is an autoencoder: mdm train openmoji-codec trains it"):
+        preset("openmoji-codec")
+    with pytest.raises(ConfigError, match="unknown key"):
+        from_yaml(to_yaml(CODECS["codec"]))
+
+
+def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path, capsys):
+    settings = [word for change in [*SMALL, *OFTEN] for word in ("--set", change)]
+    out = str(tmp_path / "codec")
+    assert cli.main(["train", "codec", "--data", str(smooth), "--out", out, *settings]) == 0
+    said = capsys.readouterr().out
+    assert "dB on 16 training pictures" in said
+    assert f"mdm train folder-64-latent --data {smooth} --codec {out} --out RUN" in said
+    assert cli.main(["train", out]) == 0
+    changes = ["codec.factor=2", "model.channels=2", "model.levels[0].side=8"]
+    config = job.find_config("folder-64-latent", str(smooth), changes, codec=out)
+    assert job.prepare(config).loader.batch(range(3)).picture.shape == (3, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the codec's folder with --out"),
+        (["--out", "x", "--lora", "4"], "--lora is not for training a codec"),
+        (["--out", "x", "--gpus", "2"], "--gpus is not for training a codec"),
+        (["--out", "x", "--dry-run"], "--dry-run is not for training a codec"),
+        (["--out", "x"], "data.path is not set: give a folder with --data"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(["train", "codec", *arguments])
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status == 2
+    assert message in capsys.readouterr().err
