@@ -34,7 +34,7 @@ def _range(part: str, text: str) -> list[Decimal]:
     first, last, step = ends
     if step <= 0 or last < first:
         raise UsageError(f"{text!r}: a range goes up from FIRST to LAST in steps above 0")
-    count = int((last - first) / step) + 1
+    count = int((last - first) // step) + 1
     if count > MOST:
         raise UsageError(f"{text!r}: {count:,} values are more than {MOST:,}")
     return [first + number * step for number in range(count)]

@@ -137,7 +137,7 @@ def pareto(pairs: Sequence[tuple[float, float]]) -> list[int]:
     A pair beats another if it is as small in both and smaller in one.
 
     Example:
-        >>> pareto([(1, 3), (2, 2), (2, 3), (3, 1)])
+        >>> pareto([(1.0, 3.0), (2.0, 2.0), (2.0, 3.0), (3.0, 1.0)])
         [0, 1, 3]
     """
 
