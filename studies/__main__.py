@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the compute (1)")
+    parser.add_argument("--samples", type=int, default=1024, help="of a distance (1024)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON files go here")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="plots go here")
     return parser
@@ -36,7 +39,7 @@ def _chosen(options: argparse.Namespace) -> list:
     from studies.trials import all_trials
 
     names = tuple(options.names)
-    tasks = [*all_trials(), *all_drawings()]
+    tasks = [*all_trials(options.scale), *all_drawings()]
     return [task for task in tasks if not names or task.name.startswith(names)]
 
 
@@ -57,9 +60,8 @@ def _run(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     tasks = _chosen(options)
-    for name in work(
-        tasks, lambda t: run(t, options.work), options.results, options.work / "locks"
-    ):
+    do = partial(run, work=options.work, samples=options.samples)
+    for name in work(tasks, do, options.results, options.work / "locks"):
         print(f"done: {name}", flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""One trained network, sampled in other ways: guidance (Fig. 8c), solvers and steps."""
+"""A trained network, sampled in other ways: guidance (Fig. 8c), solvers, a cascade's noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from studies.trials import SETS, PictureSet
 
+COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+UNGUIDED = {"guidance": [1.0]}
 SOLVERS = {
     "ddpm-250": {"sampler": "ddpm", "steps": 250},
     **{f"ddim-{steps}": {"sampler": "ddim", "steps": steps} for steps in (10, 25, 50)},
@@ -34,15 +36,18 @@ class Drawing:
 
 
 def all_drawings() -> list[Drawing]:
-    """Every drawing of the base's networks; first one seed of everything, then the others."""
+    """Every drawing, first one seed of everything, then the others."""
     rounds = range(max(pictures.seeds for pictures in SETS.values()))
     return [each for seed in rounds for pictures in SETS.values() for each in _of(pictures, seed)]
 
 
 def _of(pictures: PictureSet, seed: int) -> list[Drawing]:
-    trial = f"{pictures.name}/mdm/{seed}"
-    solvers = {name: {**settings, "guidance": [1.0]} for name, settings in SOLVERS.items()}
-    guided = {f"guidance-{weight:g}": {"guidance": [weight]} for weight in GUIDANCE}
-    wanted = {**(solvers if seed < pictures.seeds else {})}
+    solvers = {f"mdm/{seed}/{name}": {**how, **UNGUIDED} for name, how in SOLVERS.items()}
+    noised = {
+        f"cascade/{seed}/noise-{noise:g}": {"coarse_noise": noise, **UNGUIDED}
+        for noise in COARSE_NOISES
+    }
+    guided = {f"mdm/{seed}/guidance-{weight:g}": {"guidance": [weight]} for weight in GUIDANCE}
+    wanted = {**solvers, **noised} if seed < pictures.seeds else {}
     wanted |= guided if seed < pictures.ablation_seeds else {}
-    return [Drawing(f"{trial}/{name}", settings) for name, settings in wanted.items()]
+    return [Drawing(f"{pictures.name}/{name}", settings) for name, settings in wanted.items()]

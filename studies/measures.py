@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.config import ProcessConfig, WeightingConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.features import NAME, EffNetLite0
@@ -17,7 +18,6 @@ from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.job import Job
 from matryoshka_diffusion.measure import retrieval
-from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.trainer import View
 from matryoshka_diffusion.watch import HeldOutLoss
@@ -36,10 +36,12 @@ def _network() -> EffNetLite0:
     return EffNetLite0()
 
 
-def distance(model: Matryoshka, source: Source, cache: Path, **settings: Any) -> float:
-    """Fréchet distance to a whole set of `SAMPLES` samples with conditions out of it."""
+def distance(model: Model, source: Source, cache: Path, samples: int, **settings: Any) -> float:
+    """Fréchet distance to a whole set of so many samples with conditions out of it."""
     features = _network()
-    made = Moments.stream(features(pictures) for pictures in _samples(model, source, settings))
+    made = Moments.stream(
+        features(pictures) for pictures in _samples(model, source, samples, settings)
+    )
     return frechet_distance(reference(source, cache), made)
 
 
@@ -59,15 +61,15 @@ def reference(source: Source, cache: Path) -> Moments:
 
 
 def _samples(
-    model: Matryoshka, source: Source, settings: dict[str, Any]
+    model: Model, source: Source, count: int, settings: dict[str, Any]
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Samples whose conditions are those of the set's pictures, spread evenly over it."""
-    chosen = np.linspace(0, len(source), SAMPLES, endpoint=False).astype(int)
-    for rows in _batches(SAMPLES):
+    chosen = np.linspace(0, len(source), count, endpoint=False).astype(int)
+    for rows in _batches(count):
         examples = [source[int(chosen[row])] for row in rows]
         conditions: dict[str, Any] = (
             {"prompts": [example.captions[0] for example in examples]}
-            if model.net.config.text is not None
+            if model.config.model.text is not None
             else {"classes": [example.label for example in examples]}
         )
         yield model.sample(**conditions, seed=SEED + rows.start, **settings).pictures
@@ -77,18 +79,24 @@ def _batches(total: int) -> Iterator[range]:
     return (range(first, min(first + BATCH, total)) for first in range(0, total, BATCH))
 
 
-def prompts_found(model: Matryoshka, job: Job, **settings: Any) -> dict[str, float] | None:
+def prompts_found(model: Model, job: Job, **settings: Any) -> dict[str, float] | None:
     """Prompt retrieval over trained captions; by default with the guidance of the set's preset."""
-    if model.net.config.text is None:
+    if model.config.model.text is None:
         return None
     found = retrieval(model, job.source, **settings)
     return {"first": found.first, "among_five": found.among_five, "count": found.count}
 
 
-def losses(net: NestedUNet, job: Job) -> dict[str, list[float]]:
-    """Loss per level on trained and on held-out pictures, under one weighting for all trials."""
+def losses(model: Path, job: Job) -> dict[str, list[float] | None]:
+    """Loss per level on trained and on held-out pictures, under one weighting for all trials.
+
+    None for what has not the set's pictures alone to denoise: upsamplers and models of codes.
+    """
     assert job.held_out is not None, "every trial holds pictures out"
+    if job.config.model.coarse is not None or job.config.codec is not None:
+        return {"seen_loss_per_level": None, "held_out_loss_per_level": None}
     process = ProcessConfig(prediction=job.config.process.prediction, weighting=COMMON_WEIGHT)
     config = job.config.model_copy(update={"process": process})
     watch = HeldOutLoss(job.source, job.held_out, job.encode, "cpu")
-    return watch(View(config, Path(), job.config.train.images, lambda: net))
+    net = Matryoshka.load(model).net
+    return dict(watch(View(config, Path(), job.config.train.images, lambda: net)))

@@ -45,7 +45,7 @@ def work(
         path = result_path(results, task.name)
         if not all(result_path(results, name).is_file() for name in task.needs):
             continue
-        with _claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
+        with claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
             if not mine or path.is_file():
                 continue
             text = json.dumps(do(task), indent=1) + "\n"
@@ -54,12 +54,12 @@ def work(
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether the lock could be had; it is held until the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:

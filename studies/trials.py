@@ -7,7 +7,7 @@ compute on the coarsest level, half on all levels, every row with all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matryoshka_diffusion.config import RunConfig, StageConfig, from_dict
@@ -44,17 +44,27 @@ SETS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at."""
+    """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at.
+
+    An upsampler has a `base` that is trained first. A config with a codec is without its path: all
+    trials of a set share the codec `codec`, whose training is not part of their compute.
+    """
 
     name: str
     config: RunConfig
     points: tuple[float, ...] = (1.0,)
+    base: RunConfig | None = None
     needs: tuple[str, ...] = ()
 
     @property
     def set(self) -> PictureSet:
         """The set of pictures it is about."""
         return SETS[self.name.split("/")[0]]
+
+    @property
+    def parts(self) -> tuple[RunConfig, ...]:
+        """The runs that its compute goes into, in their order."""
+        return (self.config,) if self.base is None else (self.base, self.config)
 
 
 def base(pictures: PictureSet, *, coarse: float = 0.5) -> RunConfig:
@@ -72,7 +82,7 @@ def _staged(
     shares: Sequence[float],
 ) -> RunConfig:
     """The run with these stages, sized, and with what all trials have in common."""
-    return _changed(
+    return changed(
         config,
         {
             "data.held_out": pictures.held_out,
@@ -89,7 +99,7 @@ def _staged(
     )
 
 
-def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """The config with the values at these paths replaced."""
     data = config.model_dump()
     for path, value in changes.items():
@@ -104,7 +114,37 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def _with_levels(config: RunConfig, **update: Any) -> RunConfig:
     """Every level with these fields replaced."""
     levels = [{**level.model_dump(), **update} for level in config.model.levels]
-    return _changed(config, {"model.levels": levels})
+    return changed(config, {"model.levels": levels})
+
+
+# --- (a) the baselines ---------------------------------------------------------------------------
+
+COMPARED = ("mdm", "joint", "levels-1", "finest", "cascade", "latent", "codes")
+"""Variants that are measured along their training, and with all seeds."""
+
+
+def finest_only(pictures: PictureSet) -> RunConfig:
+    """The joint training without the low-resolution losses."""
+    joint = base(pictures, coarse=0.0)
+    weights = [*[0.0] * (len(joint.model.levels) - 1), 1.0]
+    return changed(joint, {"process.level_weights": weights})
+
+
+def cascade(pictures: PictureSet) -> tuple[RunConfig, RunConfig]:
+    """A base on half of the compute, and an upsampler on the other half."""
+    small, large = (preset(f"{pictures.preset}-{part}") for part in ("base", "upsampler"))
+    return _half(small, pictures), _half(large, pictures)
+
+
+def _half(config: RunConfig, pictures: PictureSet) -> RunConfig:
+    return _staged(config, pictures, config.train.stages, (0.5,))
+
+
+def on_codes(pictures: PictureSet, kind: str) -> RunConfig:
+    """Latent DM (one level), or MDM on codes: half of the compute on the coarser level first."""
+    config = preset(f"{pictures.preset}-{kind}")
+    stages = [stage.model_copy(update={"mix": ()}) for stage in config.train.stages]
+    return _staged(config, pictures, stages, (1.0 / len(stages),) * len(stages))
 
 
 # --- (b) length of the coarse stage, (c) number of levels ---------------------------------------
@@ -180,7 +220,7 @@ def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
 
 
 def _process(prediction: str, weighting: str) -> Change:
-    return lambda config: _changed(
+    return lambda config: changed(
         config,
         {"process.prediction": prediction, "process.weighting": [{"name": weighting}]},
     )
@@ -206,7 +246,7 @@ CHOICES: dict[str, Change] = {
     "scaling-std": lambda config: _with_levels(config, input_scaling="std"),
     "scaling-analytic": lambda config: _with_levels(config, input_scaling="analytic"),
     "dropout-0.1": lambda config: _with_levels(config, dropout=0.1),
-    "time-log-snr": lambda config: _changed(config, {"model.time_input": "log-snr"}),
+    "time-log-snr": lambda config: changed(config, {"model.time_input": "log-snr"}),
 }
 
 
@@ -222,29 +262,35 @@ def choices(pictures: PictureSet) -> dict[str, RunConfig]:
 CURVE = (0.25, 0.5, 0.75, 1.0)
 
 
-def all_trials() -> list[Trial]:
-    """Every trial; first one seed of everything, then the others."""
-    rounds = max(pictures.seeds for pictures in SETS.values())
-    return [
-        trial
-        for seed in range(rounds)
-        for pictures in SETS.values()
-        for trial in _round(pictures, seed)
-    ]
+def all_trials(scale: float = 1.0) -> list[Trial]:
+    """Every trial, with a share of its compute; first one seed of everything, then the others."""
+    sets = [replace(each, flops=scale * each.flops) for each in SETS.values()]
+    rounds = range(max(pictures.seeds for pictures in sets))
+    return [trial for seed in rounds for each in sets for trial in _round(each, seed)]
 
 
 def _round(pictures: PictureSet, seed: int) -> list[Trial]:
-    compared = {"mdm": base(pictures), "joint": coarse_shares(pictures)["joint"]}
-    ablations = {**coarse_shares(pictures), **nests(pictures), **choices(pictures)}
-    trials = [_trial(pictures, name, config, seed, CURVE) for name, config in compared.items()]
-    if seed < pictures.ablation_seeds:
-        rest = {name: config for name, config in ablations.items() if name not in compared}
-        trials += [_trial(pictures, name, config, seed, (1.0,)) for name, config in rest.items()]
-    return trials if seed < pictures.seeds else []
-
-
-def _trial(
-    pictures: PictureSet, name: str, config: RunConfig, seed: int, points: tuple[float, ...]
-) -> Trial:
-    config = _changed(config, {"train.seed": seed, "name": f"{pictures.name}-{name}"})
-    return Trial(f"{pictures.name}/{name}/{seed}", config, points)
+    small, large = cascade(pictures)
+    configs = {
+        "mdm": base(pictures),
+        **coarse_shares(pictures),
+        **nests(pictures),
+        "finest": finest_only(pictures),
+        "cascade": large,
+        "latent": on_codes(pictures, "latent"),
+        **({"codes": on_codes(pictures, "codes")} if pictures.name == "emoji" else {}),
+        **choices(pictures),
+    }
+    wanted = configs if seed < pictures.ablation_seeds else COMPARED
+    order = sorted(wanted, key=lambda name: name not in COMPARED)  # the comparison first
+    seeded = {"train.seed": seed}
+    return [
+        Trial(
+            f"{pictures.name}/{name}/{seed}",
+            changed(configs[name], {**seeded, "name": f"{pictures.name}-{name}"}),
+            CURVE if name in COMPARED else (1.0,),
+            base=changed(small, seeded) if name == "cascade" else None,
+        )
+        for name in order
+        if name in configs and seed < pictures.seeds
+    ]

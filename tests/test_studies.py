@@ -13,7 +13,7 @@ from studies import measures
 from studies.compute import images_at, spent, with_budget
 from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
-from studies.queue import _claimed, result_path, work
+from studies.queue import claimed, result_path, work
 from studies.run import run
 from studies.table import Spread, distance, read_results, seeds_of
 from studies.trials import SETS, Trial, all_trials
@@ -30,9 +30,10 @@ def test_every_trial_has_its_own_name_and_the_compute_of_its_set():
     names = [task.name for task in [*TRIALS, *all_drawings()]]
     assert len(set(names)) == len(names)
     for trial in TRIALS:
-        model, train = trial.config.model, trial.config.train
-        assert spent(model, train.stages, train.images) == pytest.approx(trial.set.flops, rel=0.01)
-        assert train.seed == int(trial.name.split("/")[2])
+        runs = [(part.model, part.train) for part in trial.parts]
+        flops = sum(spent(model, train.stages, train.images) for model, train in runs)
+        assert flops == pytest.approx(trial.set.flops, rel=0.01)
+        assert {train.seed for _, train in runs} == {int(trial.name.split("/")[2])}
 
 
 def test_a_variant_differs_from_the_base_in_what_its_name_says():
@@ -89,7 +90,7 @@ def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
 
 def test_what_another_worker_has_is_left_to_it(tmp_path):
     task = Chore("set/one/0")
-    with _claimed(tmp_path / "set-one-0.lock") as mine:
+    with claimed(tmp_path / "set-one-0.lock") as mine:
         assert mine
         assert list(work([task], lambda _: {}, tmp_path / "results", tmp_path)) == []
     assert list(work([task], lambda _: {}, tmp_path / "results", tmp_path)) == ["set/one/0"]
@@ -128,18 +129,17 @@ def small_trial(tmp_path: Path) -> Trial:
 
 
 def test_a_trial_is_trained_measured_drawn_from_and_plotted(small_trial, tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "SAMPLES", 6)
     monkeypatch.setattr(measures, "BATCH", 4)
     drawing = Drawing("emoji/mdm/0/ddim-10", {"sampler": "ddim", "steps": 2, "guidance": [1.0]})
     results, locks = tmp_path / "results", tmp_path / "locks"
     tasks = [small_trial, drawing]
-    done = list(work(tasks, lambda task: run(task, tmp_path / "work"), results, locks))
+    done = list(work(tasks, lambda task: run(task, tmp_path / "work", 6), results, locks))
     assert done == ["emoji/mdm/0", "emoji/mdm/0/ddim-10"]
 
     told = read_results(results)
     trial, drawn = (told[name] for name in done)
     assert [point["share"] for point in trial["points"]] == [1.0], "at 0.1 it has one level"
-    assert trial["points"][0]["images"] == trial["images"] == 48
+    assert trial["points"][0]["images"] == sum(trial["images"]) == 48
     assert 0 < trial["points"][0]["seconds"] <= trial["seconds"]
     assert trial["points"][0][NAME] > 0
     assert len(trial["held_out_loss_per_level"]) == len(trial["seen_loss_per_level"]) == 2
@@ -154,13 +154,12 @@ def test_a_trial_is_trained_measured_drawn_from_and_plotted(small_trial, tmp_pat
             assert picture.width > 600
 
 
-def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "SAMPLES", 4)
-    once, again = (run(small_trial, tmp_path / name) for name in ("once", "again"))
+def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
+    once, again = (run(small_trial, tmp_path / name, 4) for name in ("once", "again"))
     assert once["points"][0][NAME] == again["points"][0][NAME]
     assert once["held_out_loss_per_level"] == again["held_out_loss_per_level"]
     other = replace(small_trial, config=override(small_trial.config, ["train.seed=1"]))
-    assert run(other, tmp_path / "other")["points"][0][NAME] != once["points"][0][NAME]
+    assert run(other, tmp_path / "other", 4)["points"][0][NAME] != once["points"][0][NAME]
 
 
 def test_spread_and_seeds():
