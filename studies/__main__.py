@@ -1,4 +1,4 @@
-"""`python -m studies list | run [NAME...] [--workers N] | plot`."""
+"""`python -m studies list | run [NAME...] [--workers N] | plot | table`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def main() -> int:
     options = _parser().parse_args()
     if options.command == "run" and options.workers > 1:
         return _several(options.workers)
-    return {"list": _list, "run": _run, "plot": _plot}[options.command](options)
+    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("command", choices=("list", "run", "plot"))
+    parser.add_argument("command", choices=("list", "run", "plot", "table"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
@@ -72,6 +72,15 @@ def _plot(options: argparse.Namespace) -> int:
 
     for path in draw_all(read_results(options.results), options.pictures):
         print(path)
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from studies.table import read_results, summary
+    from studies.trials import SETS
+
+    results = read_results(options.results)
+    print("\n\n".join(f"{name}\n\n{summary(results, name)}" for name in SETS))
     return 0
 
 

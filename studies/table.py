@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matryoshka_diffusion.eval.features import NAME
@@ -24,7 +24,7 @@ class Spread(NamedTuple):
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
         """The spread of at least one value."""
-        return Spread(statistics.fmean(values), min(values), max(values), len(values))
+        return Spread(fmean(values), min(values), max(values), len(values))
 
     def __str__(self) -> str:
         if self.count == 1:
@@ -68,12 +68,35 @@ def curve(results: Sequence[Result], of: str) -> list[tuple[float, Spread]]:
     line = []
     for share in shares:
         points = [p for result in results for p in result["points"] if p["share"] == share]
-        where = statistics.fmean(point[of] for point in points)
+        where = fmean(point[of] for point in points)
         line.append((where, Spread.of([point[NAME] for point in points])))
     return line
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table for docs/results.md."""
+def summary(results: Mapping[str, Result], pictures: str) -> str:
+    """A table of all trials of a set, for docs/results.md."""
+    variants = dict.fromkeys(task.split("/")[1] for task in results if task.startswith(pictures))
+    rows = []
+    for variant in variants:
+        found = seeds_of(results, pictures, variant)
+        if found:
+            held_out = [x["held_out_loss_per_level"] for x in found if x["held_out_loss_per_level"]]
+            losses = [fmean(level) for level in zip(*held_out, strict=True)]
+            rows.append(
+                (
+                    variant,
+                    distance(found),
+                    found_first(found) or "",
+                    " ".join(f"{loss:.3g}" for loss in losses),
+                    f"{fmean(sum(x['parameters']) for x in found) / 1e6:.2g} M",
+                    f"{fmean(x['seconds'] for x in found):.0f}",
+                )
+            )
+    rows.sort(key=lambda row: row[1].mean if row[1] else 0.0)
+    header = ("variant", NAME, "prompts found", "held-out losses", "parameters", "seconds")
+    return _markdown(header, rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -15,7 +15,7 @@ from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
 from studies.queue import claimed, result_path, work
 from studies.run import run
-from studies.table import Spread, distance, read_results, seeds_of
+from studies.table import Spread, distance, read_results, seeds_of, summary
 from studies.trials import SETS, Trial, all_trials
 
 from matryoshka_diffusion.config import DataConfig, RunConfig, override
@@ -147,6 +147,8 @@ def test_a_trial_is_trained_measured_drawn_from_and_plotted(small_trial, tmp_pat
     assert drawn["settings"]["sampler"] == "ddim"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
 
+    row = summary(told, "emoji").splitlines()[-1]
+    assert row.startswith("| mdm | ")
     paths = draw_all(told, tmp_path / "plots")
     assert [path.stem for path in paths] == list(FIGURES)
     for path in paths:
