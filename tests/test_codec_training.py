@@ -73,7 +73,7 @@ def lines(out):
 # --- learning ------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_error_of_a_pixel_and_the_divergence_beside_it():
+def test_the_loss_is_the_errors_of_a_pixel_and_the_divergence_beside_it():
     model = build(override(CODECS["codec"], SMALL), 3)
     x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 8, 8)
     with torch.no_grad():
@@ -81,7 +81,8 @@ def test_the_loss_is_the_error_of_a_pixel_and_the_divergence_beside_it():
         mean, log_variance = posterior.mean.double(), posterior.logvar.double()
         decoded = model.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / (2 * 3 * 16**2)
-        expected = (decoded - x).abs().double().mean() + 0.1 * divergence
+        error = (decoded - x).double()
+        expected = error.abs().mean() + (error**2).mean() + 0.1 * divergence
         found = codec_loss(model, x, noise, 0.1)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -200,7 +201,7 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
         ("data={sauce: folder}", r"data\.sauce: unknown key \(did you mean data\.source\?\)"),
         ("side=18", r"side 18 cannot be halved once for each of the 3 widths but the first"),
         ("widths=[]", r"side 64 cannot be halved"),
-        ("widths=[12, 16]", r"widths: 12 is not a multiple of 8"),
+        ("widths=[13, 16]", r"widths: 13 is not a multiple of 2"),
         ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
     ],
 )

@@ -31,8 +31,8 @@ from pydantic import (
 UNIFORM = 12**-0.5
 """The length of the plain mean over all of the training: averages are shorter than this 0.2887."""
 
-NORM_GROUPS = 8
-"""Groups of the group norms in a trained codec."""
+NORM_GROUPS = 2
+"""Groups of the group norms in a trained codec: few, because its first widths are small."""
 
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
