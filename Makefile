@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion test chaos check format clean
+.PHONY: help demo fashion study test chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
+	@echo "make study    compare MDM with its baselines, small (20 minutes): runs/study"
 	@echo "make test     run the tests"
 	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
@@ -23,6 +24,14 @@ demo: $(VENV)/.user
 
 fashion: $(VENV)/.user
 	$(BIN)/mdm train fashion-mnist --out runs/fashion
+
+FAMILIES := $(patsubst %,emoji/%/0,mdm joint levels-1 finest cascade latent)
+SMALL := --work runs/study --results runs/study/results --pictures runs/study
+
+study: $(VENV)/.dev
+	$(BIN)/python -m studies run $(FAMILIES) --workers 2 --scale 0.25 --samples 256 $(SMALL)
+	$(BIN)/python -m studies plot $(SMALL)
+	$(BIN)/python -m studies table $(SMALL)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

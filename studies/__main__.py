@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from studies.drawings import Drawing, all_drawings
+from studies.trials import Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -24,7 +28,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
     parser.add_argument("command", choices=("list", "run", "plot", "table"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a trial, or a folder such as emoji/ (all)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the compute (1)")
@@ -34,13 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(options: argparse.Namespace) -> list:
-    from studies.drawings import all_drawings
-    from studies.trials import all_trials
-
-    names = tuple(options.names)
+def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
     tasks = [*all_trials(options.scale), *all_drawings()]
-    return [task for task in tasks if not names or task.name.startswith(names)]
+    return [task for task in tasks if chosen(task.name, options.names)]
+
+
+def chosen(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a task is wanted: by its name, by a folder (`emoji/`) that it is in, or as all are.
+
+    >>> chosen("emoji/mdm/0/ddim-10", ["emoji/mdm/0"]), chosen("emoji/mdm/0/ddim-10", ["emoji/"])
+    (False, True)
+    """
+    return not wanted or any(
+        name.startswith(each) if each.endswith("/") else name == each for each in wanted
+    )
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import StageConfig, TrainConfig
-from matryoshka_diffusion.train.curriculum import active_model, stage_at, step_at, steps
+from matryoshka_diffusion.train.curriculum import (
+    active_model,
+    joined_after,
+    stage_at,
+    step_at,
+    steps,
+)
 from tiny_run import tiny_config
 
 
@@ -25,6 +31,15 @@ def trainings(draw: st.DrawFn) -> TrainConfig:
         mix = tuple(weight / sum(weights) for weight in weights) if sum(weights) else ()
         stages.append(stage(count, draw(st.integers(1, 60)), draw(st.integers(1, 17)), mix=mix))
     return TrainConfig(stages=tuple(stages), warmup_images=draw(st.integers(0, 40)))
+
+
+@given(trainings())
+def test_levels_join_after_the_steps_before_them(train):
+    joined = joined_after(train)
+    assert len(joined) == train.stages[-1].levels
+    for level, count in enumerate(joined):
+        plan = enumerate(steps(train))
+        assert next(number for number, step in plan if len(step.rows) > level) == count
 
 
 @given(trainings())

@@ -60,6 +60,19 @@ def test_new_parameters_start_as_they_are_and_old_averages_stay():
         assert torch.equal(ema.weights[name], before.get(name, value))
 
 
+def test_what_joins_late_forgets_its_initial_weights_as_soon():
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    ema = Ema(model, 0.9999)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    for step in range(5000, 6000):
+        ema.update(model, step, joined={"weight": 5000, "bias": 0}.__getitem__)
+    assert ema.weights["weight"].item() < 1e-3
+    assert 0.1 < ema.weights["bias"].item() < 0.3  # of age 5000 from the beginning
+
+
 def test_load_takes_values_not_storage():
     model = net()
     ema, other = Ema(model, 0.9), Ema(net(seed=1), 0.9)

@@ -485,6 +485,18 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
     assert no_dropout.loss != one.loss
 
 
+def test_the_average_of_a_new_level_warms_up_from_its_own_first_step():
+    config = tiny_config(ema_decay=0.9999)
+    learner, started = learner_after(24, config), NestedUNet(config.model, config.train.seed)
+    learner.grow(2)
+    feed = Feed(config, TinyPictures(), encode)
+    learner.learn(feed(next(steps(config.train, 24))))
+    initial, live = dict(started.named_parameters()), dict(learner.net.named_parameters())
+    for name, average in learner.ema.weights.items():
+        if name.startswith("levels.1."):  # (1 + 0) / (10 + 0) of what it was
+            torch.testing.assert_close(average, 0.1 * initial[name] + 0.9 * live[name])
+
+
 def test_tracks_of_a_new_level_begin_with_it():
     learner = learner_after(28, tiny_config(ema_power=(0.05, 0.1)))
     ages = {

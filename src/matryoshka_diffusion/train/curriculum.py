@@ -86,6 +86,16 @@ def _ramp(stage: StageConfig, old: int, images: int) -> tuple[float, ...]:
     return (1.0,) * old + (images / stage.ramp_images,) * (stage.levels - old)
 
 
+def joined_after(train: TrainConfig) -> tuple[int, ...]:
+    """How many steps the run takes before each of its levels joins, coarse to fine."""
+    joined: list[int] = []
+    taken = 0
+    for stage in train.stages:
+        joined += [taken] * (stage.levels - len(joined))
+        taken += -(-stage.images // stage.batch_size)
+    return tuple(joined)
+
+
 def stage_at(train: TrainConfig, number: int) -> int:
     """Index of the stage that image `number` (counted from 0) of the run is in."""
     ends = accumulate(stage.images for stage in train.stages)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from matryoshka_diffusion.train.world import fill, local
 class Ema:
     """An average of a network's learnt parameters over the last 1 / (1 - decay) steps, by name.
 
-    Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps; otherwise the
-    average would consist of initial weights for thousands of steps. It is kept in float32, and
-    sharded where the network is: each rank averages its own part.
+    Early on the decay is smaller, min(decay, (1 + s) / (10 + s)) after s steps of a parameter's own
+    life; otherwise the average would consist of initial weights for thousands of steps, in a level
+    that comes late most of all. It is kept in float32, and sharded where the network is: each rank
+    averages its own part.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
@@ -35,16 +37,28 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, net: nn.Module, steps: int, frozen: Container[str] = ()) -> None:
+    def update(
+        self,
+        net: nn.Module,
+        steps: int,
+        frozen: Container[str] = (),
+        joined: Callable[[str], int] = lambda _: 0,
+    ) -> None:
         """Move towards the live weights; `steps` is the number of optimizer steps before.
 
-        Averages of parameters named in `frozen` stay where they are.
+        Averages of parameters named in `frozen` stay where they are. `joined` says after how many
+        steps a parameter came.
         """
-        decay = min(self.decay, (1 + steps) / (10 + steps))
-        moving = {name: p for name, p in learnt_parameters(net).items() if name not in frozen}
-        averages = [local(self.weights[name]) for name in moving]
-        live = [local(value).float() for value in moving.values()]
-        get_ema_multi_avg_fn(decay)(averages, live, None)
+        generations = defaultdict(list)  # parameters of one age share their decay
+        for name, value in learnt_parameters(net).items():
+            if name not in frozen:
+                generations[joined(name)].append((self.weights[name], value))
+        for came, pairs in generations.items():
+            age = max(steps - came, 0)
+            averages = [local(average) for average, _ in pairs]
+            live = [local(value).float() for _, value in pairs]
+            decay = min(self.decay, (1 + age) / (10 + age))
+            get_ema_multi_avg_fn(decay)(averages, live, None)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the averages; the names must be those of the parameters."""

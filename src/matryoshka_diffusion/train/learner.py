@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
-from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.nn.nested import NestedUNet, grow, level_of
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.adapters import build_network, plain_network
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.compiled import compile_network
-from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.curriculum import active_model, joined_after
 from matryoshka_diffusion.train.ema import Ema
 from matryoshka_diffusion.train.ema_power import PowerEma
 from matryoshka_diffusion.train.engine import build_engine
@@ -154,6 +154,10 @@ class Learner:
         self.tracks.extend(self.net)
         load_moments(self.optimizer, self.net, memory)
 
+    def _joined(self, name: str) -> int:
+        """After how many steps of the run a parameter came."""
+        return joined_after(self.config.train)[level_of(name)]
+
     # --- one step --------------------------------------------------------------------------
 
     def learn(self, inputs: Inputs) -> Outcome:
@@ -176,7 +180,7 @@ class Learner:
         if finite:
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
-            self.ema.update(self.net, progress.steps, frozen)
+            self.ema.update(self.net, progress.steps, frozen, self._joined)
             self.tracks.update(self.net, step.count, frozen)
             self.progress = Progress(step.end, progress.steps + 1, progress.skipped, scale=scale)
             return Outcome(total, tuple(per_level), grad_norm)
