@@ -650,7 +650,11 @@ CODECS: dict[str, CodecRunConfig] = {
         name="fashion-mnist-codec", data=DataConfig(source="fashion-mnist"), side=32, images=12_000
     ),
 }
-"""Autoencoders to be trained, about five minutes on a 2-core CPU for each but `codec`."""
+"""Autoencoders to be trained, by name.
+
+On one core that others shared, OpenMoji's took 14 minutes and Fashion-MNIST's 7, to 26.1 and
+24.8 dB on training pictures (one run each).
+"""
 
 
 def preset(name: str) -> RunConfig:
