@@ -14,6 +14,7 @@ from matryoshka_diffusion.config import RunConfig, StageConfig, from_dict
 from matryoshka_diffusion.presets import preset
 from studies.compute import with_budget
 
+BATCH_SIZE = 32
 Change = Callable[[RunConfig], RunConfig]
 
 
@@ -82,6 +83,7 @@ def _staged(
     shares: Sequence[float],
 ) -> RunConfig:
     """The run with these stages, sized, and with what all trials have in common."""
+    stages = [stage.model_copy(update={"batch_size": BATCH_SIZE}) for stage in stages]
     return changed(
         config,
         {
@@ -91,6 +93,9 @@ def _staged(
                 for stage in with_budget(config.model, stages, shares, pictures.flops)
             ],
             "train.precision": "bf16",
+            # A third of the presets' length asks for shorter memories and smaller batches.
+            "train.ema_decay": 0.99,
+            "train.warmup_images": 1_600,
             "train.preview_every_images": 0,
             "train.checkpoint_every_images": 20_000,
             "train.keep_checkpoints": 1,
