@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from studies.drawings import Drawing, all_drawings
-from studies.trials import Trial, all_trials
+from studies.figures import draw_all
+from studies.queue import result_path, work
+from studies.run import SAMPLES, run
+from studies.table import read_results, summary
+from studies.trials import SETS, Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -19,7 +25,12 @@ PICTURES = ROOT / "docs" / "pictures" / "study"
 
 def main() -> int:
     """Parse and call."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results == RESULTS:
+        parser.error(
+            "--scale and --samples make another study: give it its own --work and --results"
+        )
     if options.command == "run" and options.workers > 1:
         return _several(options.workers)
     return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
@@ -34,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the compute (1)")
-    parser.add_argument("--samples", type=int, default=1024, help="of a distance (1024)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a distance ({SAMPLES})")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON files go here")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="plots go here")
     return parser
@@ -57,8 +68,6 @@ def chosen(name: str, wanted: Sequence[str]) -> bool:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from studies.queue import result_path
-
     for task in _chosen(options):
         done = "done" if result_path(options.results, task.name).is_file() else "    "
         print(f"{done}  {task.name}")
@@ -66,32 +75,21 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
-    from studies.queue import work
-    from studies.run import run
-
     torch.set_num_threads(1)
-    tasks = _chosen(options)
-    do = partial(run, work=options.work, samples=options.samples)
-    for name in work(tasks, do, options.results, options.work / "locks"):
-        print(f"done: {name}", flush=True)
-    return 0
+    do, failed = partial(run, work=options.work, samples=options.samples), 0
+    for name, error in work(_chosen(options), do, options.results, options.work / "locks"):
+        failed += error is not None
+        print(f"done: {name}" if error is None else f"failed: {name}: {error}", flush=True)
+    return int(failed > 0)
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from studies.figures import draw_all
-    from studies.table import read_results
-
     for path in draw_all(read_results(options.results), options.pictures):
         print(path)
     return 0
 
 
 def _table(options: argparse.Namespace) -> int:
-    from studies.table import read_results, summary
-    from studies.trials import SETS
-
     results = read_results(options.results)
     print("\n\n".join(f"{name}\n\n{summary(results, name)}" for name in SETS))
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from matryoshka_diffusion.eval.features import NAME
 from matryoshka_diffusion.files import write_atomically
-from studies.drawings import GUIDANCE
+from studies.drawings import COARSE_NOISES, GUIDANCE
 from studies.table import Result, Spread, curve, distance, found_first, seeds_of
 from studies.trials import CHOICES, SETS, PictureSet
 
@@ -20,9 +20,11 @@ FAMILIES = {
     "levels-1": "simple DM",
     "finest": "nested, finest loss only",
     "cascade": "cascaded DM",
-    "latent": "latent DM",
+    "latent": "latent DM (its codec comes on top)",
+    "codes": "MDM on codes (likewise)",
 }
 TITLES = {"fashion": "Fashion-MNIST 32", "emoji": "OpenMoji 64"}
+NOISED = {noise: f"cascade/noise-{noise:g}" for noise in COARSE_NOISES}
 _PANEL = (4.6, 3.6)
 
 
@@ -47,9 +49,23 @@ def _families(axis: Any, results: Results, pictures: PictureSet) -> None:
     for color, (variant, label) in enumerate(FAMILIES.items()):
         if found := seeds_of(results, pictures.name, variant):
             _line(axis, curve(found, "share"), f"C{color}", label)
-    axis.set_xlabel(f"training compute (1 = {pictures.flops:.0e} FLOPs)")
+            if variant == "cascade" and (best := _best_noise(results, pictures)):
+                axis.plot([1.0], [best], "*", color=f"C{color}", label="the same, best noise")
+    axis.set_xlabel("share of the training compute")
     axis.set_ylabel(NAME)
     _legend(axis)
+
+
+def _best_noise(results: Results, pictures: PictureSet) -> float | None:
+    """The cascade's lowest distance over the noises on its coarse picture, the mean over seeds."""
+    spreads = [distance(seeds_of(results, pictures.name, v)) for v in NOISED.values()]
+    return min((spread.mean for spread in spreads if spread is not None), default=None)
+
+
+def _noise(axis: Any, results: Results, pictures: PictureSet) -> None:
+    """(a) Appendix D.1: the noise on the picture between a cascade's networks."""
+    _final(axis, results, pictures, NOISED)
+    axis.set_xlabel("time of the noise on the coarse picture")
 
 
 def _coarse(axis: Any, results: Results, pictures: PictureSet) -> None:
@@ -110,6 +126,7 @@ def _choices(axis: Any, results: Results, pictures: PictureSet) -> None:
 
 FIGURES: dict[str, Callable[[Any, Results, PictureSet], None]] = {
     "a-families": _families,
+    "a-cascade-noise": _noise,
     "b-coarse-training": _coarse,
     "c-levels": _levels,
     "d-guidance": _guidance,

@@ -1,17 +1,17 @@
 """A queue that any number of workers go through: done once, continued after a kill.
 
-A task is done when its result file is there, whole. It is claimed by a lock on a file beside it,
-which the system releases when the worker dies, however it dies.
+A task is done when its result file is there, whole. It is claimed by a lock on a file, which the
+system releases when the worker dies, however it dies.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from matryoshka_diffusion.files import write_atomically
 
@@ -28,6 +28,13 @@ class Task(Protocol):
     def needs(self) -> tuple[str, ...]: ...
 
 
+class Outcome(NamedTuple):
+    """What became of a task: done if there is no error."""
+
+    name: str
+    error: Exception | None
+
+
 def result_path(results: Path, name: str) -> Path:
     """Where the result of a task lies: `emoji/mdm/0` in `emoji/mdm-0.json`."""
     set_name, rest = name.split("/", 1)
@@ -35,22 +42,44 @@ def result_path(results: Path, name: str) -> Path:
 
 
 def work(
-    tasks: Iterable[Task], do: Callable[[Any], dict[str, Any]], results: Path, locks: Path
-) -> Iterator[str]:
-    """Do what is neither done nor in the hands of another worker; yields the names done.
+    tasks: Sequence[Task], do: Callable[[Any], dict[str, Any]], results: Path, locks: Path
+) -> Iterator[Outcome]:
+    """Do what is neither done nor in the hands of another worker, until there is no more.
 
-    Tasks whose needs are not there yet are left out; another call finds them.
+    A task that fails is reported and left; the others go on.
     """
-    for task in tasks:
-        path = result_path(results, task.name)
-        if not all(result_path(results, name).is_file() for name in task.needs):
-            continue
-        with claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
-            if not mine or path.is_file():
-                continue
+    failed: set[str] = set()
+    while True:
+        before = len(failed), _count_done(tasks, results)
+        for task in tasks:
+            if task.name not in failed and (outcome := _try(task, do, results, locks)) is not None:
+                if outcome.error is not None:
+                    failed.add(task.name)
+                yield outcome
+        if before == (len(failed), _count_done(tasks, results)):
+            return
+
+
+def _try(
+    task: Task, do: Callable[[Any], dict[str, Any]], results: Path, locks: Path
+) -> Outcome | None:
+    """Do a task if it is this worker's to do, and its needs are there."""
+    path = result_path(results, task.name)
+    if not all(result_path(results, name).is_file() for name in task.needs):
+        return None
+    with claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
+        if not mine or path.is_file():
+            return None
+        try:
             text = json.dumps(do(task), indent=1) + "\n"
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
-        yield task.name
+            write_atomically(path, lambda file: file.write(text.encode()))
+        except (ValueError, OSError, RuntimeError) as error:
+            return Outcome(task.name, error)
+    return Outcome(task.name, None)
+
+
+def _count_done(tasks: Sequence[Task], results: Path) -> int:
+    return sum(result_path(results, task.name).is_file() for task in tasks)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from benchmarks.harness import commit, machine
-from safetensors.torch import load_file
 
 from matryoshka_diffusion.baselines.codec_training import train_codec
 from matryoshka_diffusion.baselines.load import open_model
@@ -21,9 +20,8 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.features import NAME
 from matryoshka_diffusion.job import Job, open_source, prepare
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import count_levels
-from matryoshka_diffusion.presets import CODECS
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.learner import NotFinite
 from matryoshka_diffusion.train.trainer import Hook, View, train
 from studies import measures
 from studies.compute import images_at, spent
@@ -32,6 +30,100 @@ from studies.queue import claimed
 from studies.trials import Trial, changed
 
 PRECISION = "bf16"
+SAMPLES = 1024
+"""Samples of a distance."""
+
+NEW = 0.1
+"""The share of its last stage that a network has behind it before it is measured."""
+
+DONE = "config.json"  # what a folder of weights gets last
+
+
+def run(task: Trial | Drawing, work: Path, samples: int = SAMPLES) -> dict[str, Any]:
+    """The result of a task; `work` is where its runs are, `samples` are those of a distance.
+
+    That a training does not stay finite is a result, too.
+    """
+    try:
+        found = (
+            run_trial(task, work, samples) if isinstance(task, Trial) else draw(task, work, samples)
+        )
+    except NotFinite as error:
+        found = {"failed": str(error)}
+    return {
+        "task": task.name,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(torch.device("cpu")),
+        **found,
+    }
+
+
+# --- a trial -------------------------------------------------------------------------------------
+
+
+def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
+    """Train, or go on with the training, and return what was measured."""
+    folder, before = work / "runs" / trial.name, 0.0
+    base = None if trial.base is None else work / "bases" / trial.name
+    config = _with_codec(trial, work)
+    if trial.base is not None and base is not None:
+        before = _train(prepare(trial.base), base)
+        config = changed(config, {"sampling.base": {"path": str(base.resolve())}})
+    job = prepare(config)
+    points = measured_at(trial)
+    seconds = before + _train(job, folder, points)
+    final = open_model(folder / "model", precision=PRECISION, base=base)
+    features = work / "eval"
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "parameters": [_parameters(part) for part in trial.parts],
+        "images": [part.train.images for part in trial.parts],
+        "flops": sum(map(_compute, trial.parts)),
+        "seconds": seconds,
+        "metric": f"{NAME}, {samples} samples, no guidance",
+        "points": [
+            {
+                "share": share,
+                "images": images,
+                "seconds": before + _seconds(folder, images),
+                NAME: measures.distance(
+                    open_model(_point(folder, share), precision=PRECISION, base=base),
+                    _pictures(job),
+                    samples,
+                    features,
+                    guidance=[1.0],
+                ),
+            }
+            for share, images in points.items()
+        ],
+        "prompts_found": measures.prompts_found(final, job.source, features),
+        **measures.losses(folder / "model", job),
+    }
+
+
+def measured_at(trial: Trial) -> dict[float, int]:
+    """The images that the trial's last run has seen at each of its points.
+
+    Points before that run has its last level, or has had it for a while, are left out.
+    """
+    config = trial.config
+    stages = config.train.stages
+    others = sum(map(_compute, trial.parts[:-1]))
+    total, last = others + _compute(config), spent(config.model, stages[-1:], stages[-1].images)
+    own = {point: point * total - others for point in trial.points}
+    return {
+        point: images_at(config.model, stages, cost / _compute(config))
+        for point, cost in own.items()
+        if cost - (_compute(config) - last) >= NEW * last
+    }
+
+
+def _train(job: Job, folder: Path, points: dict[float, int] | None = None) -> float:
+    """Train in a run folder; returns the wall time of the training over all its starts."""
+    keep: Hook = (1, Keep(folder, points or {}))
+    train(job.config, job.loader, folder, encode=job.encode, hooks=[keep])
+    return _seconds(folder, job.config.train.images)
 
 
 class Keep:
@@ -42,91 +134,25 @@ class Keep:
 
     def __call__(self, view: View) -> None:
         for share, images in self.points.items():
-            path = self.folder / f"{share:g}"
-            if view.images_seen >= images and not path.exists():
+            path = _point(self.folder, share)
+            if view.images_seen >= images and not (path / DONE).exists():
                 net = view.averaged()
+                assert len(net.levels) == len(view.config.model.levels)
                 checkpoint.export_weights(path, net.state_dict(), view.config)
 
 
-def run(task: Trial | Drawing, work: Path, samples: int = measures.SAMPLES) -> dict[str, Any]:
-    """The result of a task; `work` is where its runs are, `samples` are those of a distance."""
-    trained = isinstance(task, Trial)
-    found = run_trial(task, work, samples) if trained else draw(task, work, samples)
-    return {"task": task.name, **_provenance(), **found}
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(torch.device("cpu")),
-    }
-
-
-def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
-    """Train, or go on with the training, and return what was measured."""
-    folder, base = work / "runs" / trial.name, None
-    config, before = _with_codec(trial, work), 0.0
-    if trial.base is not None:
-        base = work / "bases" / trial.name
-        before = _train(prepare(trial.base), base)
-        config = changed(config, {"sampling.base": {"path": str(base.resolve())}})
-    job = prepare(config)
-    points = _points(trial)
-    seconds = before + _train(job, folder, points)
-    final = open_model(folder / "model", precision=PRECISION, base=base)
-    measured = [
-        _measure(job, folder / "points" / f"{share:g}", base, work, samples) for share in points
-    ]
-    return {
-        "config": job.config.model_dump(mode="json"),
-        "parameters": [_parameters(part) for part in trial.parts],
-        "images": [part.train.images for part in trial.parts],
-        "flops": sum(_compute(part) for part in trial.parts),
-        "seconds": seconds,
-        "metric": f"{NAME}, {samples} samples, no guidance",
-        "points": [
-            {
-                "share": share,
-                "images": points[share],
-                "seconds": before + _seconds(folder, points[share]),
-                NAME: fd,
-            }
-            for share, fd in zip(points, measured, strict=True)
-            if fd is not None
-        ],
-        "retrieval": measures.prompts_found(final, job),
-        **measures.losses(folder / "model", job),
-    }
-
-
-def _train(job: Job, folder: Path, points: dict[float, int] | None = None) -> float:
-    """Train in a run folder; returns the wall time of the training over all its starts."""
-    hook: Hook = (_interval(job.config), Keep(folder / "points", points or {}))
-    train(job.config, job.loader, folder, encode=job.encode, hooks=[hook])
-    return _seconds(folder, job.config.train.images)
+def _point(folder: Path, share: float) -> Path:
+    return folder / "points" / f"{share:g}"
 
 
 def _with_codec(trial: Trial, work: Path) -> RunConfig:
     """The trial's config with the path of its set's codec, which is trained first if it is not."""
-    if trial.config.codec is None:
+    if trial.codec is None:
         return trial.config
     folder = work / "codecs" / trial.set.name
     with claimed(work / "locks" / f"{trial.set.name}-codec.lock", wait=True):
-        train_codec(CODECS[f"{trial.set.preset}-codec"], folder)
+        train_codec(trial.codec, folder)
     return changed(trial.config, {"codec.path": str(codec_folder(str(folder)))})
-
-
-def _points(trial: Trial) -> dict[float, int]:
-    """The images that the trial's last run has seen at each point; none before it begins."""
-    costs = [_compute(part) for part in trial.parts]
-    before, train = sum(costs[:-1]), trial.config.train
-    shares = {point: (point * sum(costs) - before) / costs[-1] for point in trial.points}
-    return {
-        point: images_at(trial.config.model, train.stages, share)
-        for point, share in shares.items()
-        if share > 0.0
-    }
 
 
 def _compute(config: RunConfig) -> float:
@@ -138,6 +164,20 @@ def _parameters(config: RunConfig) -> int:
         return count_parameters(NestedUNet(config.model))
 
 
+def _pictures(job: Job) -> Source:
+    """The whole set, with what is held out."""
+    return open_source(job.config.data, job.config.data_side)
+
+
+def _seconds(folder: Path, images: int) -> float:
+    """Wall time of the training, over all its starts, until so many images were seen."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    return next(x["seconds"] for x in lines if "seconds" in x and x["images_seen"] >= images)
+
+
+# --- a drawing -----------------------------------------------------------------------------------
+
+
 def draw(drawing: Drawing, work: Path, samples: int) -> dict[str, Any]:
     """Measure a trained network under other sampling settings."""
     base = work / "bases" / drawing.trial
@@ -146,37 +186,13 @@ def draw(drawing: Drawing, work: Path, samples: int) -> dict[str, Any]:
         precision=PRECISION,
         base=base if base.is_dir() else None,
     )
-    job = prepare(model.config)
+    job, features = prepare(model.config), work / "eval"
     began = time.monotonic()
-    fd = measures.distance(model, _pictures(job), work / "references", samples, **drawing.settings)
+    fd = measures.distance(model, _pictures(job), samples, features, **drawing.settings)
     return {
         "settings": model.sampling(drawing.settings).model_dump(mode="json"),
         "metric": f"{NAME}, {samples} samples",
         NAME: fd,
         "seconds": time.monotonic() - began,
-        "retrieval": measures.prompts_found(model, job, **drawing.settings),
+        "prompts_found": measures.prompts_found(model, job.source, features, **drawing.settings),
     }
-
-
-def _measure(job: Job, path: Path, base: Path | None, work: Path, samples: int) -> float | None:
-    """The distance at a point; None where the network has not all of its levels yet."""
-    if count_levels(load_file(path / checkpoint.MODEL)) < len(job.config.model.levels):
-        return None
-    model = open_model(path, precision=PRECISION, base=base)
-    return measures.distance(model, _pictures(job), work / "references", samples, guidance=[1.0])
-
-
-def _pictures(job: Job) -> Source:
-    """The whole set, with what is held out."""
-    return open_source(job.config.data, job.config.data_side)
-
-
-def _interval(config: RunConfig) -> int:
-    """Images between two looks of a hook: four batches."""
-    return 4 * config.train.stages[0].batch_size
-
-
-def _seconds(folder: Path, images: int) -> float:
-    """Wall time of the training, over all its starts, until so many images were seen."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
-    return next(x["seconds"] for x in lines if "seconds" in x and x["images_seen"] >= images)

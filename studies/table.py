@@ -33,18 +33,20 @@ class Spread(NamedTuple):
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Every result by the name of its task."""
+    """Every result by the name of its task; of those that failed, only that they did."""
     found = (json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/*.json")))
     return {result["task"]: result for result in found}
 
 
 def seeds_of(results: Mapping[str, Result], pictures: str, variant: str) -> list[Result]:
-    """The results of a variant, `mdm` or `mdm/ddim-10`, over its seeds."""
+    """The results of a variant, `mdm` or `mdm/ddim-10`, over its seeds that did not fail."""
     name, *setting = variant.split("/")
     return [
         result
         for task, result in results.items()
-        if task.split("/")[:2] == [pictures, name] and task.split("/")[3:] == setting
+        if task.split("/")[:2] == [pictures, name]
+        and task.split("/")[3:] == setting
+        and "failed" not in result
     ]
 
 
@@ -58,7 +60,7 @@ def distance(results: Sequence[Result]) -> Spread | None:
 
 def found_first(results: Sequence[Result]) -> Spread | None:
     """The share of prompts whose picture is the nearest, over seeds."""
-    values = [result["retrieval"]["first"] for result in results if result.get("retrieval")]
+    values = [x["prompts_found"] for x in results if x["prompts_found"] is not None]
     return Spread.of(values) if values else None
 
 
@@ -73,28 +75,37 @@ def curve(results: Sequence[Result], of: str) -> list[tuple[float, Spread]]:
     return line
 
 
+OTHER_LOSSES = ("levels-", "shift-power-", "finest")
+"""Variants whose losses are not those of the others: another number of levels, of other noise, or
+of predictions that nobody trained."""
+
+
 def summary(results: Mapping[str, Result], pictures: str) -> str:
     """A table of all trials of a set, for docs/results.md."""
     variants = dict.fromkeys(task.split("/")[1] for task in results if task.startswith(pictures))
     rows = []
     for variant in variants:
         found = seeds_of(results, pictures, variant)
-        if found:
-            held_out = [x["held_out_loss_per_level"] for x in found if x["held_out_loss_per_level"]]
-            losses = [fmean(level) for level in zip(*held_out, strict=True)]
-            rows.append(
-                (
-                    variant,
-                    distance(found),
-                    found_first(found) or "",
-                    " ".join(f"{loss:.3g}" for loss in losses),
-                    f"{fmean(sum(x['parameters']) for x in found) / 1e6:.2g} M",
-                    f"{fmean(x['seconds'] for x in found):.0f}",
-                )
+        if (spread := distance(found)) is not None:
+            row = (
+                variant,
+                spread,
+                found_first(found) or "",
+                "" if variant.startswith(OTHER_LOSSES) else _losses(found),
+                f"{sum(found[0]['parameters']) / 1e6:.2g} M",
+                f"{fmean(x['seconds'] for x in found):.0f}",
             )
-    rows.sort(key=lambda row: row[1].mean if row[1] else 0.0)
+            rows.append(row)
+    rows.sort(key=lambda row: row[1].mean)
     header = ("variant", NAME, "prompts found", "held-out losses", "parameters", "seconds")
     return _markdown(header, rows)
+
+
+def _losses(results: Sequence[Result]) -> str:
+    """The held-out loss at each side, the mean over seeds."""
+    told = [result["held_out_loss"] for result in results if result["held_out_loss"]]
+    sides = told[0] if told else ()
+    return ", ".join(f"{side}: {fmean(loss[side] for loss in told):.3g}" for side in sides)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matryoshka_diffusion.config import RunConfig, StageConfig, from_dict
-from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, from_dict
+from matryoshka_diffusion.presets import CODECS, preset
 from studies.compute import with_budget
 
 BATCH_SIZE = 32
@@ -35,6 +35,13 @@ class PictureSet:
     held_out: float
     seeds: int
     ablation_seeds: int
+    scale: float = 1.0
+
+    @property
+    def codec(self) -> CodecRunConfig:
+        """The training of the set's codec."""
+        config = CODECS[f"{self.preset}-codec"]
+        return config.model_copy(update={"images": round(self.scale * config.images)})
 
 
 SETS = {
@@ -47,14 +54,15 @@ SETS = {
 class Trial:
     """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at.
 
-    An upsampler has a `base` that is trained first. A config with a codec is without its path: all
-    trials of a set share the codec `codec`, whose training is not part of their compute.
+    An upsampler has a `base` that is trained first. A model of codes has a `codec`, which all
+    trials of a set share; its training is not part of their compute.
     """
 
     name: str
     config: RunConfig
     points: tuple[float, ...] = (1.0,)
     base: RunConfig | None = None
+    codec: CodecRunConfig | None = None
     needs: tuple[str, ...] = ()
 
     @property
@@ -167,9 +175,6 @@ NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
     # The levels of the preset, coarse to fine, under another number of them. A level that takes
     # the place of two has their halvings; a level below the coarsest takes its deep half.
     "fashion": {
-        "levels-1": {
-            32: {"widths": (64, 64, 128), "blocks": (1, 1, 1), "attention": (0, 0, 1)},
-        },
         "levels-3": {
             8: {"widths": (128,), "blocks": (1,), "attention": (1,)},
             16: {"widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)},
@@ -177,9 +182,6 @@ NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
         },
     },
     "emoji": {
-        "levels-1": {
-            64: {"widths": (32, 64, 96, 192), "blocks": (0, 0, 1, 1), "attention": (0, 0, 0, 1)},
-        },
         "levels-2": {
             16: {"widths": (96, 192), "blocks": (1, 1), "attention": (0, 1)},
             64: {"widths": (32, 32, 32), "blocks": (0, 0, 0), "attention": (0, 0, 0)},
@@ -195,8 +197,13 @@ NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
 
 
 def nests(pictures: PictureSet) -> dict[str, RunConfig]:
-    """Fig. 8b: other numbers of levels; more than one are trained progressively, as the base is."""
-    return {name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()}
+    """Fig. 8b: other numbers of levels; more than one are trained progressively, as the base is.
+
+    One level is simple DM.
+    """
+    simple = preset(f"{pictures.preset}-simple")
+    others = {name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()}
+    return {"levels-1": _staged(simple, pictures, simple.train.stages, (1.0,)), **others}
 
 
 def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
@@ -212,13 +219,8 @@ def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
     ]
     first, last = config.train.stages[0], config.train.stages[-1]
     stage = last.model_copy(update={"mix": (), "levels": len(levels)})
-    # The stages go first: a model with fewer levels than they ask for is refused.
-    stages = (first, stage) if len(levels) > 1 else (stage,)
-    shares = (0.5, 0.5) if len(levels) > 1 else (1.0,)
-    data = config.model_dump()
-    data["model"]["levels"] = built
-    data["train"]["stages"] = [each.model_dump() for each in stages]
-    return _staged(from_dict(data), pictures, stages, shares)
+    nest = {"model.levels": built, "train.stages": [first.model_dump(), stage.model_dump()]}
+    return _staged(changed(config, nest), pictures, (first, stage), (0.5, 0.5))
 
 
 # --- (f) the open choices ------------------------------------------------------------------------
@@ -264,12 +266,12 @@ def choices(pictures: PictureSet) -> dict[str, RunConfig]:
 
 # --- the list ------------------------------------------------------------------------------------
 
-CURVE = (0.25, 0.5, 0.75, 1.0)
+CURVE = (0.25, 0.5, 0.7, 0.85, 1.0)
 
 
 def all_trials(scale: float = 1.0) -> list[Trial]:
     """Every trial, with a share of its compute; first one seed of everything, then the others."""
-    sets = [replace(each, flops=scale * each.flops) for each in SETS.values()]
+    sets = [replace(each, flops=scale * each.flops, scale=scale) for each in SETS.values()]
     rounds = range(max(pictures.seeds for pictures in sets))
     return [trial for seed in rounds for each in sets for trial in _round(each, seed)]
 
@@ -295,6 +297,7 @@ def _round(pictures: PictureSet, seed: int) -> list[Trial]:
             changed(configs[name], {**seeded, "name": f"{pictures.name}-{name}"}),
             CURVE if name in COMPARED else (1.0,),
             base=changed(small, seeded) if name == "cascade" else None,
+            codec=pictures.codec if configs[name].codec is not None else None,
         )
         for name in order
         if name in configs and seed < pictures.seeds
