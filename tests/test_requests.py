@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from matryoshka_diffusion.evaluation import requests, results
 from matryoshka_diffusion.evaluation.protocols import (
     captions_in_turn,
     captions_of_file,
+    labels_in_turn,
     random_labels,
     read_captions,
     retrieval_captions,
@@ -116,10 +118,33 @@ def test_random_classes_are_uniform_and_belong_to_the_sample():
 
 def test_captions_in_turn_start_again_and_those_of_retrieval_know_their_pictures():
     known = source()
-    assert captions_in_turn(known).of(range(39, 41)) == {"prompts": ["picture 39", "picture 0"]}
+    shown_in_turn = captions_in_turn(known).captions(80)
+    assert shown_in_turn[40:] == shown_in_turn[:40]
+    assert sorted(shown_in_turn[:40]) == sorted(f"picture {i}" for i in range(40))
+    assert shown_in_turn[:3] == ["picture 26", "picture 3", "picture 27"]  # the rule never changes
     shown = retrieval_captions(known)
     assert shown.limit == 40
     assert shown.captions(3) == [f"picture {i}" for i in shown.pictures[:3]]
+
+
+def sorted_by_class(labels=(0,) * 50 + (1,) * 50):
+    """A source as folders are read: one class after the other."""
+    return replace(source(100), labels=list(labels))
+
+
+def test_few_samples_of_a_source_that_is_sorted_by_class_have_every_class():
+    shown = labels_in_turn(sorted_by_class())
+    labels = shown.of(range(200))["classes"]
+    assert 3 <= sum(labels[:20]) <= 17
+    assert sum(labels[:100]) == 50
+    assert labels[100:] == labels[:100]
+    assert shown.of(range(7, 12)) == {"classes": labels[7:12]}
+
+
+def test_other_labels_of_the_same_pictures_are_other_conditions():
+    there, here = sorted_by_class(), sorted_by_class((1,) * 50 + (0,) * 50)
+    assert labels_in_turn(there).identity != labels_in_turn(here).identity
+    assert labels_in_turn(there).identity == labels_in_turn(sorted_by_class()).identity
 
 
 # --- references --------------------------------------------------------------------------------
@@ -132,7 +157,7 @@ def test_published_moments_are_used_as_they_are(tmp_path):
     options = {"source": source(), "n": 8, "networks": networks, "folder": tmp_path / "eval"}
     [found] = evaluate(model(), "fid", reference=reference, **options)
     look, tiny = Look("Inception", WIDTH), model()
-    samples = tiny.sample(classes=[i % 2 for i in range(8)], seed=1_000_000)
+    samples = tiny.sample(**labels_in_turn(source()).of(range(8)), seed=1_000_000)
     real = Moments.of(np.random.default_rng(0).normal(size=(40, WIDTH)))
     expected = frechet_distance(real, Moments.of(look(samples.pictures)))
     assert found.value == pytest.approx(expected, rel=1e-6)
