@@ -460,6 +460,20 @@ def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
+        (["--side", "32"], "pictures of one side, which is compared: leave --side away"),
+    ],
+)
+def test_what_two_sets_have_no_use_for_is_refused(options, message, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", pictures())
+    assert cli.main(["eval", *[str(tmp_path / "a.npz")] * 2, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", "4", "--side", "16"], "--side is of two sets"),
         (["--metrics", "fdi"], "no metric 'fdi'"),
         (["--protocol", "coco"], "invalid choice: 'coco'"),
         ([], "give -n"),

@@ -24,7 +24,7 @@ from matryoshka_diffusion.evaluation.references import Reference, of_npz, of_sou
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import Networks, Told, measure
 from matryoshka_diffusion.evaluation.shrunk import Shrunk
-from matryoshka_diffusion.files import cache_folder
+from matryoshka_diffusion.files import cache_folder, digest
 from matryoshka_diffusion.pipeline import WEIGHTS
 from matryoshka_diffusion.train.world import World
 
@@ -176,6 +176,8 @@ def compare(
     Raises:
         UsageError: a set cannot be compared; see `measure`.
     """
+    if side is not None and first.endswith(".npz"):
+        raise UsageError(f"{first} has pictures of one side, which is compared: leave --side away")
     samples = open_pictures(first, side or _side_of(first))
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")
@@ -204,3 +206,12 @@ def results_folder(run: str) -> Path:
     """Where features and results go: `RUN/eval` for a folder, else the cache."""
     path = Path(run)
     return path / "eval" if path.is_dir() else cache_folder("eval")
+
+
+def sweep_folder(run: str) -> Path:
+    """Where a sweep goes: `RUN/sweep` for a folder, else the model's own place in the cache."""
+    path = Path(run)
+    if path.is_dir():
+        return path / "sweep"
+    name = f"{path.stem}-{digest(str(path.resolve()))[:8]}" if path.is_file() else run
+    return cache_folder("sweep") / name
