@@ -375,6 +375,8 @@ def test_a_model_of_smaller_pictures_is_compared_with_averages_of_its_data(train
     base = trained_on.model_copy(update={"model": nest, "data": data})
     small = request(base, 8, n=10).source
     large = request(trained_on, 16, n=10).source
+    assert small
+    assert large
     assert (small.side, small.channels, len(small)) == (8, 3, len(large))
     expected = large[3].picture.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(small[3].picture, expected, atol=0.5)

@@ -180,8 +180,9 @@ def _clip_score(compared: Compared) -> list[Number]:
 
 def _cmmd(compared: Compared) -> list[Number]:
     real, made = (compared.features(side) for side in (compared.real, compared.made))
-    variant = cast("CLIP", compared.network).variant
-    return [Number(naming.cmmd(variant), cmmd(real, made))]
+    clip = cast("CLIP", compared.network)
+    flag = naming.cmmd_flag(clip.variant, clip.weights)
+    return [Number(naming.cmmd(clip.variant), cmmd(real, made), flags=(flag,))]
 
 
 def _retrieval(compared: Compared) -> list[Number]:
