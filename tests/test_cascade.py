@@ -251,6 +251,18 @@ def plain(config):
     return changed(config, "model", text=None).model_copy(update={"encoder": None})
 
 
+@pytest.mark.parametrize("averaged", [(True, True), (False, True), (True, False)])
+def test_the_weights_of_a_cascade_are_averages_if_those_of_both_networks_are(averaged):
+    configs = [
+        config.model_copy(
+            update={"train": config.train.model_copy(update={"ema_decay": 0.9 * known})}
+        )
+        for config, known in zip((base_config(), upsampler_config()), averaged, strict=True)
+    ]
+    both = Cascade(*[model_of(config) for config in configs])
+    assert both.describe({})["averaged"] == all(averaged)
+
+
 @pytest.fixture
 def runs(tmp_path):
     """A base and an upsampler, never trained, in folders."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -84,6 +87,57 @@ def test_it_says_what_it_is(clip, tiny_clip):
     assert clip.resize == "Pillow's bicubic and the middle square, 32x32"
     assert clip.texts(CAPTIONS).shape == (4, 16)
     assert isinstance(clip, Extractor)
+
+
+def copied(tiny_clip, folder, **said):
+    """The CLIP with a file that says how its pictures are prepared."""
+    shutil.copytree(tiny_clip, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return folder
+
+
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}
+
+
+def test_pictures_are_normalised_as_the_folder_says(clip, theirs, tiny_clip, tmp_path):
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    other = CLIP(copied(tiny_clip, tmp_path / "other", **HALF, **size))
+    pictures = noise()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in HALF.values())
+    pixels = (torch.tensor(pictures).permute(0, 3, 1, 2) / 255.0 - mean) / std
+    with torch.no_grad():
+        expected = theirs.get_image_features(pixels).pooler_output
+    np.testing.assert_allclose(other(pictures), expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert other.variant == f"ViT-24/8-32-{other.weights[:8]}", "no CLIP of OpenAI"
+    assert other.resize != clip.resize, "features are kept under this name"
+    usual = CLIP(copied(tiny_clip, tmp_path / "usual", size=32, crop_size=32, resample=3))
+    assert (usual.variant, usual.resize) == (clip.variant, clip.resize)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"size": 40}, "size is {'shortest_edge': 40}"),
+        ({"size": {"height": 32, "width": 32}}, "size is {'height': 32, 'width': 32}"),
+        ({"crop_size": 24}, "crop_size is {'height': 24"),
+        ({"do_center_crop": False}, "do_center_crop is False"),
+        ({"resample": 2}, "resample is 2"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "not of three colours"),
+        ({"image_mean": [0.5]}, "not of three colours"),
+        ({"image_mean": "grey"}, "no settings of a CLIP's pictures"),
+    ],
+)
+def test_pictures_that_are_prepared_in_another_way_are_refused(said, message, tiny_clip, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CLIP(copied(tiny_clip, tmp_path / "other", **said))
+
+
+def test_a_clip_with_another_activation_is_not_called_that_of_openai(tiny_clip, tmp_path):
+    folder = copied(tiny_clip, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "gelu"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert CLIP(folder).variant == f"ViT-24/8-32-{CLIP(folder).weights[:8]}"
 
 
 def test_other_sides_and_grey_pictures_are_brought_to_the_models(clip):

@@ -253,8 +253,9 @@ def with_measured(path):
     np.savez(path / "samples.npz", noise[::-1])
     for folder in ("val2014", "samples-a"):
         shutil.copytree(path / PHOTOS, path / folder)
-        for number, picture in enumerate(noise[: 4 if folder == "val2014" else 12]):
+        for number, picture in enumerate(noise):
             save_png(picture, path / folder / f"small-{number}.png", None)
+    save_png(noise[0, :12, :12], path / "val2014" / "below-the-side.png", None)  # COCO has some
     annotations = [{"id": n, "image_id": n, "caption": f"the jay of {n}"} for n in range(20)]
     (path / "captions_val2014.json").write_text(json.dumps({"annotations": annotations}))
 

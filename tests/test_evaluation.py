@@ -22,11 +22,19 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.retrieval import SEED
-from matryoshka_diffusion.evaluation import measures, results
+from matryoshka_diffusion.evaluation import measures, results, run
 from matryoshka_diffusion.evaluation.measures import METRICS, parse_metrics, thousands
-from matryoshka_diffusion.evaluation.protocols import unconditional
+from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown
+from matryoshka_diffusion.evaluation.protocols import (
+    captions_in_turn,
+    labels_in_turn,
+    unconditional,
+)
 from matryoshka_diffusion.evaluation.references import of_source
+from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate, find_networks
+from matryoshka_diffusion.evaluation.store import Store
+from matryoshka_diffusion.pipeline import Matryoshka
 from ranks import ROOT, start_ranks
 
 OVERLAP = ("precision", "recall", "density", "coverage")
@@ -51,8 +59,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_streamed_numbers_are_those_of_all_samples_in_memory(whole):
     tiny, known = model(), source()
-    labels = [i % 2 for i in range(SAMPLES)]
-    samples = tiny.sample(classes=labels, seed=SEED, batch_size=BATCHED)
+    asked = labels_in_turn(known).of(range(SAMPLES))
+    samples = tiny.sample(**asked, seed=SEED, batch_size=BATCHED)
     look = Look("EffNetLite0")
     real = np.stack([known[i].picture for i in range(len(known))])
     expected = frechet_distance(Moments.of(look(real)), Moments.of(look(samples.pictures)))
@@ -178,7 +186,7 @@ def test_the_clip_score_is_of_each_sample_and_its_own_caption(tmp_path):
     tiny, known, look = model("text"), source(), Look("CLIP")
     options = {"source": known, "networks": lambda _: look, "folder": tmp_path, "batch_size": 4}
     [found] = evaluate(tiny, "clip", n=10, **options)
-    captions = [f"picture {i}" for i in range(10)]
+    captions = captions_in_turn(known).captions(10)
     pictures = tiny.sample(captions, seed=SEED).pictures
     images, texts = look(pictures).astype(np.float64), look.texts(captions).astype(np.float64)
     cosines = (
@@ -191,6 +199,38 @@ def test_the_weights_that_were_not_averaged_are_named_in_the_number(tmp_path):
     options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
     [found] = evaluate(model(ema_decay=0.0), "fd", **options)
     assert found.metric.startswith("FD-EffNetLite0 [no EMA; n = 4 <= 6 features")
+
+
+class Certain(Look):
+    """Tells four classes apart without doubt."""
+
+    def __call__(self, pictures: Any) -> Any:
+        return np.eye(4)[pictures[:, 0, 0, 0]]
+
+    def probabilities(self, features: Any) -> Any:
+        return features
+
+
+def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_classes(tmp_path):
+    def make(rows: range, progress: Any) -> Shown:
+        shade = np.array([row // 100 for row in rows], np.uint8)
+        return Shown(np.broadcast_to(shade[:, None, None, None], (len(rows), 2, 2, 3)), [])
+
+    store = Store.at(tmp_path, {"sorted": True}, make, 100)
+    [found] = run.measure(
+        PictureSet("sorted", 400, 2, store),
+        None,
+        ["is"],
+        lambda _: Certain("Inception"),
+        Result(""),
+    )
+    assert found.value == pytest.approx(4.0, rel=0.05), "1 in splits of one class each"
+
+
+def test_averages_are_known_as_such_whatever_the_config_says():
+    plain, averages = model(ema_decay=0.0), model()
+    known = Matryoshka(plain.net, plain.config, averaged=True)
+    assert [one.describe({})["averaged"] for one in (plain, averages, known)] == [0, 1, 1]
 
 
 # --- what cannot be ----------------------------------------------------------------------------

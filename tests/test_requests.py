@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.features import weights_hash
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.evaluation import requests, results
+from matryoshka_diffusion.evaluation import references, requests, results
 from matryoshka_diffusion.evaluation.protocols import (
     captions_in_turn,
     captions_of_file,
+    labels_in_turn,
     random_labels,
     read_captions,
     retrieval_captions,
@@ -116,10 +119,33 @@ def test_random_classes_are_uniform_and_belong_to_the_sample():
 
 def test_captions_in_turn_start_again_and_those_of_retrieval_know_their_pictures():
     known = source()
-    assert captions_in_turn(known).of(range(39, 41)) == {"prompts": ["picture 39", "picture 0"]}
+    shown_in_turn = captions_in_turn(known).captions(80)
+    assert shown_in_turn[40:] == shown_in_turn[:40]
+    assert sorted(shown_in_turn[:40]) == sorted(f"picture {i}" for i in range(40))
+    assert shown_in_turn[:3] == ["picture 26", "picture 3", "picture 27"]  # the rule never changes
     shown = retrieval_captions(known)
     assert shown.limit == 40
     assert shown.captions(3) == [f"picture {i}" for i in shown.pictures[:3]]
+
+
+def sorted_by_class(labels=(0,) * 50 + (1,) * 50):
+    """A source as folders are read: one class after the other."""
+    return replace(source(100), labels=list(labels))
+
+
+def test_few_samples_of_a_source_that_is_sorted_by_class_have_every_class():
+    shown = labels_in_turn(sorted_by_class())
+    labels = shown.of(range(200))["classes"]
+    assert 3 <= sum(labels[:20]) <= 17
+    assert sum(labels[:100]) == 50
+    assert labels[100:] == labels[:100]
+    assert shown.of(range(7, 12)) == {"classes": labels[7:12]}
+
+
+def test_other_labels_of_the_same_pictures_are_other_conditions():
+    there, here = sorted_by_class(), sorted_by_class((1,) * 50 + (0,) * 50)
+    assert labels_in_turn(there).identity != labels_in_turn(here).identity
+    assert labels_in_turn(there).identity == labels_in_turn(sorted_by_class()).identity
 
 
 # --- references --------------------------------------------------------------------------------
@@ -132,7 +158,7 @@ def test_published_moments_are_used_as_they_are(tmp_path):
     options = {"source": source(), "n": 8, "networks": networks, "folder": tmp_path / "eval"}
     [found] = evaluate(model(), "fid", reference=reference, **options)
     look, tiny = Look("Inception", WIDTH), model()
-    samples = tiny.sample(classes=[i % 2 for i in range(8)], seed=1_000_000)
+    samples = tiny.sample(**labels_in_turn(source()).of(range(8)), seed=1_000_000)
     real = Moments.of(np.random.default_rng(0).normal(size=(40, WIDTH)))
     expected = frechet_distance(real, Moments.of(look(samples.pictures)))
     assert found.value == pytest.approx(expected, rel=1e-6)
@@ -193,6 +219,33 @@ def test_no_npz_at_all_is_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK no zip")
     with pytest.raises(UsageError, match="no reference batch that can be read"):
         of_npz(tmp_path / "a.npz")
+    np.save(tmp_path / "a.npy", pictures())
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(UsageError, match=r"no \.npz, which is a zip"):
+        of_npz(tmp_path / "a.npz")
+
+
+def test_no_byte_of_an_npz_is_read_twice(tmp_path, monkeypatch):
+    """Batches of stored pictures are a seek in the file; compressed ones are read on."""
+    shown = pictures(256)
+    np.savez(tmp_path / "stored.npz", mu=np.zeros(9), arr_0=shown)
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=shown)
+    opened = []
+    extended = zipfile.ZipFile.open
+
+    def counted(self, *arguments, **options):
+        opened.append(arguments)
+        return extended(self, *arguments, **options)
+
+    for name, times in (("stored", 0), ("compressed", 1)):
+        member = references._Member(tmp_path / f"{name}.npz")
+        opened.clear()
+        monkeypatch.setattr(zipfile.ZipFile, "open", counted)
+        for first in (0, 64, 192):
+            rows = range(first, first + 64)
+            np.testing.assert_array_equal(member.read(rows), shown[first : first + 64])
+        assert len(opened) == times, name
+        np.testing.assert_array_equal(member.read(range(5)), shown[:5])
 
 
 def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
@@ -203,6 +256,12 @@ def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
     assert "reference cut and shrunk to 16" in shrunk.metric
     with pytest.raises(UsageError, match=r"8 of 8 pictures .*the first one has 8"):
         compare(equal, small, ["fd"], looks())
+    few = folder_of(tmp_path / "few", [*pictures(23), *pictures(1, side=12)])
+    [number] = compare(equal, few, ["fd"], looks())
+    assert "reference 1 of 24 enlarged to 16" in number.metric
+    mixed = folder_of(tmp_path / "mixed", [*pictures(39, side=32), *pictures(1, side=12)])
+    [number] = compare(equal, mixed, ["fd"], looks())
+    assert "reference cut and shrunk to 16, 1 of 40 enlarged to 16" in number.metric
     [both] = compare(large, large, ["fd"], looks(), side=16)
     assert "samples cut and shrunk to 16; " in both.metric
     np.savez(tmp_path / "large.npz", pictures(8, side=32))
@@ -300,6 +359,31 @@ def test_what_does_not_fit_the_model_is_refused(kind, options, message, tmp_path
         request(model(kind).config, 16, **options)
 
 
+def test_coco_is_not_compared_with_the_training_pictures(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    asked = {"protocol": "coco30k", "captions": tmp_path / "a.txt"}
+    with pytest.raises(UsageError, match="name them, --ref val2014"):
+        request(model("text").config, 16, **asked)
+    assert request(model("text").config, 16, metrics="clip", **asked).reference is None
+
+
+def test_a_model_of_smaller_pictures_is_compared_with_averages_of_its_data(trained_on):
+    """As the base of a cascade, whose levels are D^r of pictures of `data.side`."""
+    data = trained_on.data.model_copy(update={"side": 16})
+    level = trained_on.model.levels[0]
+    nest = trained_on.model.model_copy(update={"levels": (level,)})
+    base = trained_on.model_copy(update={"model": nest, "data": data})
+    small = request(base, 8, n=10).source
+    large = request(trained_on, 16, n=10).source
+    assert small
+    assert large
+    assert (small.side, small.channels, len(small)) == (8, 3, len(large))
+    expected = large[3].picture.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(small[3].picture, expected, atol=0.5)
+    for name in ("name", "keys", "captions", "classes", "bad", "total"):
+        assert getattr(small, name) == getattr(large, name), name
+
+
 def test_nothing_is_held_out_of_a_run_that_holds_nothing_out(trained_on):
     config = trained_on.model_copy(
         update={"data": trained_on.data.model_copy(update={"held_out": 0.0})}
@@ -362,6 +446,13 @@ def test_eval_of_two_folders(tmp_path, capsys):
     assert not (tmp_path / "a" / "eval").exists(), "the reader's pictures are left alone"
 
 
+@pytest.mark.parametrize("words", [("{run}", "{data}"), ("{data}", "{run}/model")])
+def test_a_run_is_no_set_of_pictures(words, run, tmp_path, capsys):
+    names = [word.format(run=run, data=tmp_path / "data") for word in words]
+    assert cli.main(["eval", *names, "--side", "16"]) == 2
+    assert "not pictures: mdm eval" in capsys.readouterr().err
+
+
 def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
     names = [folder_of(tmp_path / name, pictures(8)) for name in "ab"]
     assert cli.main(["eval", *names, "-n", "4", "--cfg", "2"]) == 2
@@ -371,6 +462,20 @@ def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
+        (["--side", "32"], "pictures of one side, which is compared: leave --side away"),
+    ],
+)
+def test_what_two_sets_have_no_use_for_is_refused(options, message, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", pictures())
+    assert cli.main(["eval", *[str(tmp_path / "a.npz")] * 2, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", "4", "--side", "16"], "--side is of two sets"),
         (["--metrics", "fdi"], "no metric 'fdi'"),
         (["--protocol", "coco"], "invalid choice: 'coco'"),
         ([], "give -n"),

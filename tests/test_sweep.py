@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.evaluation import sweep as sweeping
 from matryoshka_diffusion.evaluation.grid import parse_numbers
+from matryoshka_diffusion.evaluation.requests import sweep_folder
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.evaluation.sweep import Point, best, front, lines_of, pareto, table
@@ -138,11 +140,44 @@ def test_the_table_marks_the_best_and_the_front():
 
 def test_the_command_draws_with_the_point():
     one = point(1, 1.0, ema=0.05, guidance=1.5, steps=25, sampler="ddim", coarse_noise=0.3)
-    assert sweeping.command("runs/a b", one).splitlines() == [
+    assert sweeping.command("runs/a b", one, {}).splitlines() == [
         "mdm ema 'runs/a b' --length 0.05 -o 'runs/a b-ema0.05'",
         "mdm sample 'runs/a b-ema0.05' --cfg 1.5 --steps 25 --sampler ddim --coarse-noise 0.3",
     ]
-    assert sweeping.command("r", point(1, 1.0, steps=9)) == "mdm sample r --steps 9"
+    fixed = {"guidance_interval": [-2.0, 5.5], "grid": "log-snr", "precision": "bf16", "base": "b"}
+    assert sweeping.command("r", point(1, 1.0, steps=9), fixed) == (
+        "mdm sample r --steps 9 --interval -2 5.5 --grid log-snr --precision bf16 --base b"
+    )
+
+
+def test_every_setting_of_a_sweep_is_an_option_of_sampling():
+    """What may be fixed has an option that `mdm sample` parses to the same setting."""
+    parser = cli.build_parser()
+    swept = parser.parse_args(["sweep", "m", "--steps", "2"])
+    fixed = {
+        "guidance_interval": [-2.0, 5.5],
+        "rescale": 0.7,
+        "grid": "log-snr",
+        "eta": 0.5,
+        "threshold": "dynamic",
+        "precision": "bf16",
+        "base": "b",
+    }
+    assert {*fixed, "guidance", "steps", "sampler", "coarse_noise"} == {*sweeping.OPTIONS}
+    assert all(hasattr(swept, name) for name in fixed)
+    line = sweeping.command("m", point(1, 1.0, steps=9), fixed)
+    sampled = vars(parser.parse_args(shlex.split(line)[1:]))
+    assert {name: sampled[name] for name in fixed} == fixed
+
+
+def test_shipped_models_and_files_have_sweeps_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.pth").touch()
+    named = [str(tmp_path / "a" / "model.pth"), str(tmp_path / "b" / "model.pth"), "openmoji"]
+    assert len({sweep_folder(one) for one in named}) == 3
+    assert sweep_folder("openmoji").parts[-2:] == ("sweep", "openmoji")
+    assert sweep_folder(str(tmp_path / "a")) == tmp_path / "a" / "sweep"
 
 
 # --- a sweep of a tiny model -------------------------------------------------------------------
@@ -171,6 +206,19 @@ def test_every_combination_is_measured_and_shared_with_eval(tmp_path):
     draw(points, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size[0] > 1.9 * picture.size[1]
+
+
+@pytest.mark.parametrize("grid", ["trailing", "log-snr"])
+@pytest.mark.parametrize("interval", [None, (-3.0, 2.0), (50.0, 60.0)])
+def test_evaluations_are_counted_as_the_network_sees_them(grid, interval, monkeypatch):
+    tiny, seen = model(), []
+    forward = tiny.net.forward
+    monkeypatch.setattr(tiny.net, "forward", lambda *a: seen.append(None) or forward(*a))
+    options = {"steps": 7, "grid": grid, "guidance": [2.0, 1.0], "guidance_interval": interval}
+    tiny.sample(classes=0, **options)
+    assert len(seen) == tiny.evaluations(options)
+    assert 7 <= len(seen) <= 14
+    assert (len(seen) == 14) == (interval is None)
 
 
 @pytest.fixture
@@ -203,6 +251,7 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
 def test_averages_are_those_of_mdm_ema(run, tmp_path):
     swept = sweeping.averaged(run, 0.05, model())
     assert isinstance(swept, Matryoshka)
+    assert swept.averaged
     assert job.average_model(run, 0.05, tmp_path / "average") < 1e-6
     written = Matryoshka.load(tmp_path / "average")
     for name, value in written.net.state_dict().items():

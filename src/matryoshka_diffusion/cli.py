@@ -287,8 +287,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: _Bars) -> Any:
     """The numbers of a model, and the folder that they belong into."""
+    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.evaluation.run import evaluate as run
 
+    if options.side is not None:
+        raise UsageError("--side is of two sets of pictures: a model draws one side, leave it away")
     model = _model(options, device)
     how = _measuring(options, model, world, device, bars)
     return run(model, **how, **_sampling(options)), how["folder"]
@@ -302,12 +305,13 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     from matryoshka_diffusion.evaluation.run import find_networks
     from matryoshka_diffusion.files import cache_folder
 
-    of_models = ("n", "ref", "protocol", "captions", "seed")
+    of_models = ("n", "ref", "protocol", "captions", "seed", "base")
     given = [name for name in of_models if getattr(options, name) is not None]
-    if given or _sampling(options):
+    given += [*(["precision"] if options.precision != "fp32" else []), *_sampling(options)]
+    if given:
         raise UsageError(
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
-            f"{', '.join([*given, *_sampling(options)])} away"
+            f"{', '.join(given)} away"
         )
     found = compare(
         options.model,
@@ -324,6 +328,7 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
 def sweep(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.evaluation import sweep as sweeping
+    from matryoshka_diffusion.evaluation.requests import sweep_folder
     from matryoshka_diffusion.evaluation.run import evaluate as run
     from matryoshka_diffusion.evaluation.sweep_plot import draw
     from matryoshka_diffusion.files import require
@@ -350,12 +355,14 @@ def sweep(options: argparse.Namespace) -> None:
         )
         if not world.leads:
             return
-    out = options.out or how["folder"].parent / "sweep"
+    out = options.out or sweep_folder(options.model)
     sweeping.write(points, out / "sweep.json")
     draw(points, out / "sweep.png")
     print(sweeping.table(points))
     print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
-    print(f"best:\n{sweeping.command(options.model, sweeping.best(points))}")
+    fixed = _sampling(options) | {"precision": options.precision, "base": options.base}
+    given = {name: value for name, value in fixed.items() if value not in (None, "fp32")}
+    print(f"best:\n{sweeping.command(options.model, sweeping.best(points), given)}")
 
 
 def _say_points(done: int, total: int) -> None:

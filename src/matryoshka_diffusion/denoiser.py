@@ -83,11 +83,7 @@ class Guided:
 
     def active_weights(self, t: Float[Tensor, " b"]) -> tuple[float, ...]:
         """Each level's weight at this time, which all rows share while sampling."""
-        low, high = self.interval
-        return tuple(
-            weight if low <= float(schedule.log_snr(t[:1])) <= high else 1.0
-            for schedule, weight in zip(self.schedules, self.weights, strict=True)
-        )
+        return active_weights(t[:1], self.schedules, self.weights, self.interval)
 
     def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
         if self.rescale == 0.0:
@@ -95,6 +91,20 @@ class Guided:
         axes = tuple(range(1, guided.ndim))
         ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
         return guided * (1.0 + self.rescale * (ratio - 1.0))
+
+
+def active_weights(
+    t: Float[Tensor, " 1"],
+    schedules: Sequence[NoiseSchedule],
+    weights: Sequence[float],
+    interval: tuple[float, float],
+) -> tuple[float, ...]:
+    """Each level's weight of guidance at one time: 1 outside of the interval of log-SNRs."""
+    low, high = interval
+    return tuple(
+        weight if low <= float(schedule.log_snr(t)) <= high else 1.0
+        for schedule, weight in zip(schedules, weights, strict=True)
+    )
 
 
 @dataclass(frozen=True)

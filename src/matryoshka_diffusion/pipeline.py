@@ -29,7 +29,14 @@ from matryoshka_diffusion.config import (
     load_config,
 )
 from matryoshka_diffusion.data.batch import to_float, to_uint8
-from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
+from matryoshka_diffusion.denoiser import (
+    Denoiser,
+    Guided,
+    NetworkDenoiser,
+    Pooled,
+    Thresholded,
+    active_weights,
+)
 from matryoshka_diffusion.diffusion import Process, augment_coarse, per_level
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
@@ -91,7 +98,10 @@ class Matryoshka:
         codec: Codec | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        averaged: bool | None = None,
     ) -> None:
+        """`averaged` says whether these are averages of weights, if `config` does not know it."""
+        self.averaged = config.train.ema_decay > 0.0 if averaged is None else averaged
         self.precision: Precision = precision
         self.device = torch.device(device)
         self.net = net.to(self.device).eval()
@@ -271,12 +281,16 @@ class Matryoshka:
         """The states of a sampler on its way from noise to pictures."""
         noise = self._noise(seeds, self.device)
         denoise = self.denoiser(cond.to(self.device), sampling, negative)
-        times = GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
+        times = self.times(sampling)
         options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
         sampler = SAMPLERS[sampling.sampler]
         yield from sampler(
             denoise, noise.start(), self.process.schedules, times, noise=noise, **options
         )
+
+    def times(self, sampling: SamplingConfig) -> Float[Tensor, " n"]:
+        """The times that a sampler visits, from noise to pictures: one more than its steps."""
+        return GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
 
     def _noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
         """The noise of these seeds; an upsampler's is another than that of the base it follows."""
@@ -325,11 +339,15 @@ class Matryoshka:
         return from_dict(data, where="sampling settings").sampling
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """All that samples depend on besides seeds and conditions, as JSON."""
+        """All that samples depend on besides seeds and conditions, as JSON.
+
+        And, as `averaged`, whether the weights are averages over the training.
+        """
         config = self.config.model_dump(mode="json")
         return {
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
+            "averaged": self.averaged,
             **{part: config[part] for part in ("process", "encoder")},
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.net.config.model_dump(mode="json"),
@@ -339,10 +357,19 @@ class Matryoshka:
         }
 
     def evaluations(self, settings: dict[str, Any]) -> int:
-        """How often the network is evaluated for one sample: once a step, with guidance twice."""
+        """How often the network is evaluated for one sample.
+
+        Once a step, and twice where a level is guided: where its weight is not 1 and its log-SNR
+        inside of the interval of guidance.
+        """
         sampling = self.sampling(settings)
-        guided = any(weight != 1.0 for weight in sampling.guidance)
-        return sampling.steps * (2 if guided else 1)
+        weights = per_level(sampling.guidance, len(self.net.levels))
+        interval = sampling.guidance_interval or UNBOUNDED
+        schedules = self.process.schedules
+        active = [
+            active_weights(t[None], schedules, weights, interval) for t in self.times(sampling)[:-1]
+        ]
+        return sum(1 if all(weight == 1.0 for weight in step) else 2 for step in active)
 
     # --- conditions ---
 

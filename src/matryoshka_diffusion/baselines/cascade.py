@@ -55,7 +55,8 @@ class Cascade:
         of_base, of_upsampler = self._split(settings)
         base, upsampler = self.base.describe(of_base), self.upsampler.describe(of_upsampler)
         weights = f"{upsampler['weights']} after {base['weights']}"
-        return {**upsampler, "weights": weights, "base": base}
+        averaged = base["averaged"] and upsampler["averaged"]
+        return {**upsampler, "weights": weights, "averaged": averaged, "base": base}
 
     def evaluations(self, settings: dict[str, Any]) -> int:
         """Of either network for one sample, together."""

@@ -13,13 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion.eval.checks import comparable, unit
+from matryoshka_diffusion.eval.clip_preparation import OPENAI, read_normalisation
 from matryoshka_diffusion.eval.features import weights_hash
 from matryoshka_diffusion.eval.resize import as_rgb, pil_bicubic
 from matryoshka_diffusion.files import require
 
-# Mean and standard deviation of the pixels that every CLIP of OpenAI was trained on.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 _LETTERS = {768: "B", 1024: "L", 1280: "H", 1664: "bigG"}
 
 
@@ -29,6 +27,8 @@ class CLIP:
     An `Extractor` of pictures. Attributes beyond the protocol's:
 
         variant: which CLIP it is, such as "ViT-L/14-336" (patches of 14 pixels, pictures of 336).
+            Its shape says so, with the beginning of its weights' hash where its activation or its
+            pictures' normalisation are not those of OpenAI.
     """
 
     name = "CLIP"
@@ -41,7 +41,8 @@ class CLIP:
         Raises:
             MissingExtra: transformers is not installed.
             FileNotFoundError: there is no such folder, or it has no safetensors.
-            ValueError: it holds something else than a CLIP.
+            ValueError: it holds something else than a CLIP, or its pictures are resized in another
+                way.
         """
         transformers = require("transformers", "eval", "CLIP")
         folder = Path(path).expanduser()
@@ -58,15 +59,25 @@ class CLIP:
         self._side: int = vision.image_size
         self.weights = weights_hash(*files)
         self.width: int = model.config.projection_dim
+        self._normalisation = read_normalisation(folder, self._side)
         self.resize = f"Pillow's bicubic and the middle square, {self._side}x{self._side}"
+        if self._normalisation != OPENAI:
+            self.resize += ", mean {} and deviation {}".format(*self._normalisation)
+        self.variant = self._variant(model.config)
+
+    def _variant(self, config: Any) -> str:
+        vision, acts = config.vision_config, (config.vision_config, config.text_config)
         letter = _LETTERS.get(vision.hidden_size, str(vision.hidden_size))
-        self.variant = f"ViT-{letter}/{vision.patch_size}-{self._side}"
+        shape = f"ViT-{letter}/{vision.patch_size}-{self._side}"
+        like_openai = all(part.hidden_act == "quick_gelu" for part in acts)
+        known = like_openai and self._normalisation == OPENAI
+        return shape if known else f"{shape}-{self.weights[:8]}"
 
     @torch.inference_mode()
     def __call__(self, pictures: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
         """Embeddings of one batch of pictures with one channel or three."""
         x = pil_bicubic(as_rgb(pictures, self.name, self._device), self._side) / 255.0
-        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in self._normalisation)
         pooled = self._model.vision_model(pixel_values=(x - mean) / std).pooler_output
         return self._model.visual_projection(pooled).cpu().numpy()
 

@@ -41,6 +41,20 @@ def cmmd(variant: str) -> str:
     return "CMMD" if variant == CMMD_VARIANT else f"CMMD-{variant}"
 
 
+def cmmd_flag(variant: str, weights: str) -> str | None:
+    """What to say of a CMMD by its published name, or None.
+
+    A fine-tuned CLIP has the shape of OpenAI's: only who has the file knows whose weights it holds.
+
+    Example:
+        >>> cmmd_flag("ViT-L/14-336", "0123456789abcdef")
+        'CLIP weights 01234567, taken for those of OpenAI'
+    """
+    if variant != CMMD_VARIANT:
+        return None
+    return f"CLIP weights {weights[:8]}, taken for those of OpenAI"
+
+
 def clip_score(variant: str) -> str:
     """The CLIP score, which no publication ties to one CLIP: so its name always says which.
 

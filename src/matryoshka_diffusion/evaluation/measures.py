@@ -32,6 +32,7 @@ from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
 from matryoshka_diffusion.evaluation.store import Column
 from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.rng import stream
 
 _NEIGHBOURS = max(PRECISION_RECALL_K, DENSITY_COVERAGE_K)
 
@@ -149,7 +150,10 @@ def _kernel(compared: Compared) -> list[Number]:
 
 def _inception_score(compared: Compared) -> list[Number]:
     inception = cast("Inception", compared.network)
-    found = inception_score(inception.probabilities(compared.features(compared.made)))
+    features = compared.features(compared.made)
+    # A folder of classes is sorted by them, and its splits would each hold a few.
+    shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
+    found = inception_score(inception.probabilities(shuffled))
     flag = naming.split_flag(compared.made.count, SPLITS, CLASSES)
     return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
 
@@ -176,8 +180,9 @@ def _clip_score(compared: Compared) -> list[Number]:
 
 def _cmmd(compared: Compared) -> list[Number]:
     real, made = (compared.features(side) for side in (compared.real, compared.made))
-    variant = cast("CLIP", compared.network).variant
-    return [Number(naming.cmmd(variant), cmmd(real, made))]
+    clip = cast("CLIP", compared.network)
+    flag = naming.cmmd_flag(clip.variant, clip.weights)
+    return [Number(naming.cmmd(clip.variant), cmmd(real, made), flags=(flag,))]
 
 
 def _retrieval(compared: Compared) -> list[Number]:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.retrieval import SEED
-from matryoshka_diffusion.evaluation.protocols import Conditions
+from matryoshka_diffusion.evaluation.protocols import Conditions, spread
 from matryoshka_diffusion.evaluation.store import Column, Store
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.pipeline import Progress, Samples
@@ -24,7 +24,6 @@ BATCH = 64
 FORMAT = 1
 """To be raised when the same settings give other samples, or columns hold other numbers."""
 
-_COMPARED = 4096
 _ALONE = World()
 
 
@@ -142,6 +141,6 @@ def fingerprint(source: Source) -> str:
 
     Hashing every picture of a large set would take about as long as measuring it.
     """
-    spread = range(0, len(source), -(-len(source) // _COMPARED))
-    hashes = [hashlib.sha256(source[row].picture.tobytes()).hexdigest() for row in spread]
+    rows = spread(len(source))
+    hashes = [hashlib.sha256(source[row].picture.tobytes()).hexdigest() for row in rows]
     return digest("\n".join([*source.keys, *hashes]))

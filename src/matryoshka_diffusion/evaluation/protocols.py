@@ -75,22 +75,42 @@ def unconditional() -> Conditions:
 
 
 def captions_in_turn(source: Source) -> Conditions:
-    """The first caption of each picture, over and over."""
+    """The first caption of each picture in a shuffled order, over and over; see `_shuffled`."""
     texts = [captions[0] for captions in source.captions or ()]
-    name = f"the captions of {source.name} in turn"
-    return Conditions(name, _hash(texts), caption=lambda i: texts[i % len(texts)])
+    name, order = f"the captions of {source.name}, shuffled", _shuffled(len(texts))
+    return Conditions(name, _hash(texts), caption=lambda i: texts[order[i % len(order)]])
 
 
 def labels_in_turn(source: Source) -> Conditions:
-    """The class of each picture, over and over."""
+    """The class of each picture in a shuffled order, over and over; see `_shuffled`.
 
-    def label(i: int) -> int:
-        found = source[i % len(source)].label
+    Classes are known by decoding their pictures, so the identity has those of 4,096 pictures
+    spread evenly (of all of a smaller set), and every key.
+    """
+
+    def of_picture(index: int) -> int:
+        found = source[index].label
         assert found is not None, "a model of classes was trained on a source that has them"
         return found
 
-    name = f"the classes of {source.name} in turn"
-    return Conditions(name, _hash([source.name, *source.keys]), label=label)
+    some = [str(of_picture(index)) for index in spread(len(source))]
+    identity = _hash([source.name, *source.classes, *some, *source.keys])
+    name, order = f"the classes of {source.name}, shuffled", _shuffled(len(source))
+    return Conditions(name, identity, label=lambda i: of_picture(order[i % len(order)]))
+
+
+def _shuffled(count: int) -> list[int]:
+    """The pictures 0 .. count - 1 in an order drawn once and for all.
+
+    Sources are often sorted by class: their first 1,000 pictures would be of one, and so would be
+    each split of an Inception score.
+    """
+    return stream(0, "evaluation order").permutation(count).tolist()
+
+
+def spread(count: int, most: int = 4096) -> range:
+    """At most `most` of the numbers 0 .. count - 1, evenly apart."""
+    return range(0, count, -(-count // most))
 
 
 def random_labels(classes: int) -> Conditions:

@@ -2,16 +2,20 @@
 
 FID is defined between sets of one resolution. Pictures of a source are cut to squares and brought
 to the side of the samples as training pictures are, which says so in the number's name if it was
-not the model's own data; what would have to be enlarged is refused, and so is an .npz of another
-resolution.
+not the model's own data. So is a small share that is enlarged: published numbers on COCO resize
+every picture of val2014, the few below 256 pixels as well. More than that is refused, and so is an
+.npz of another resolution.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -32,6 +36,8 @@ from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
 
+MOST_ENLARGED = 0.05
+"""The share of pictures below the compared side from which on a set is no reference."""
 _PICTURES = "arr_0.npy"
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -69,7 +75,7 @@ class Reference:
         A collective: the pictures are looked at, once.
 
         Raises:
-            UsageError: they have another resolution, or were enlarged.
+            UsageError: they have another resolution, or more than a few were enlarged.
         """
         if self.pictures is None:
             return f"{what} of unstated resolution"
@@ -82,13 +88,17 @@ class Reference:
             return None
         self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
         sides = self.pictures.all(ORIGINAL_SIDES)
-        if (enlarged := sides < side).any():
+        small = sides[sides < side]
+        if len(small) > MOST_ENLARGED * len(sides):
             raise UsageError(
-                f"{self.name}: {enlarged.sum():,} of {len(sides):,} pictures have fewer than the "
-                f"{side} pixels a side that are compared (the first one has {sides[enlarged][0]}): "
-                "what is enlarged is no reference"
+                f"{self.name}: {len(small):,} of {len(sides):,} pictures have fewer than the "
+                f"{side} pixels a side that are compared (the first one has {small[0]}): a set of "
+                f"which more than {MOST_ENLARGED:.0%} is enlarged is no reference"
             )
-        return f"{what} cut and shrunk to {side}" if (sides > side).any() else None
+        shrunk = [f"cut and shrunk to {side}"] if (sides > side).any() else []
+        enlarged = [f"{len(small):,} of {len(sides):,} enlarged to {side}"] if len(small) else []
+        changes = [*shrunk, *enlarged]
+        return f"{what} {', '.join(changes)}" if changes else None
 
 
 def of_source(source: Source, *, name: str | None = None, foreign: bool = False) -> Reference:
@@ -114,6 +124,8 @@ def of_npz(path: Path) -> Reference:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):  # an .npy by another name, which numpy would open
+        raise UsageError(f"{path} is no reference batch that can be read: no .npz, which is a zip")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
@@ -138,12 +150,18 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> Published:
 
 
 class _Member:
-    """The pictures of an .npz, read where they lie: a row is an offset."""
+    """The pictures of an .npz, a batch at a time.
+
+    They are read where they lie: a row is an offset into the file. If they are compressed, they
+    are read on from where the last batch ended, and only from the beginning to go back.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with zipfile.ZipFile(path) as archive:
-            self.checksum = archive.getinfo(_PICTURES).CRC
+            info = archive.getinfo(_PICTURES)
+            self.checksum = info.CRC
+            self._stored = info.compress_type == zipfile.ZIP_STORED
             with archive.open(_PICTURES) as file:
                 version = np.lib.format.read_magic(file)
                 read = _HEADERS.get(version)
@@ -151,6 +169,7 @@ class _Member:
                     raise ValueError(f"arr_0 has the unknown version {version}")
                 self.shape, in_columns, dtype = read(file)
                 self._begin = file.tell()
+        self._place = _data_offset(path, info) if self._stored else 0
         if dtype != np.uint8 or len(self.shape) != 4 or in_columns or self.shape[3] not in (1, 3):
             raise ValueError(
                 f"arr_0 is {dtype} of {self.shape}, not bytes of pictures (n, h, w, c)"
@@ -162,10 +181,35 @@ class _Member:
 
     def read(self, rows: range) -> np.ndarray:
         size = math.prod(self.shape[1:])
-        with zipfile.ZipFile(self._path) as archive, archive.open(_PICTURES) as file:
-            file.seek(self._begin + rows.start * size)
-            data = file.read(len(rows) * size)
+        begin, count = self._begin + rows.start * size, len(rows) * size
+        data = self._there(begin, count) if self._stored else self._onwards(begin, count)
         return np.frombuffer(data, np.uint8).reshape(len(rows), *self.shape[1:])
+
+    def _there(self, begin: int, count: int) -> bytes:
+        with open(self._path, "rb") as file:
+            file.seek(self._place + begin)
+            return file.read(count)
+
+    def _onwards(self, begin: int, count: int) -> bytes:
+        self._stream.seek(begin)  # forwards, it decompresses no more than what is skipped
+        return self._stream.read(count)
+
+    @cached_property
+    def _stream(self) -> zipfile.ZipExtFile:
+        """Open as long as this object lives."""
+        return cast("zipfile.ZipExtFile", zipfile.ZipFile(self._path).open(_PICTURES))
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where in the file a member's bytes begin: after its local header, a name and an extra field.
+
+    The lengths of these two are at bytes 26 and 28 of the header; the list at the end of a zip may
+    have another extra field.
+    """
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + name + extra
 
 
 def _pictures(path: Path) -> PictureSet:

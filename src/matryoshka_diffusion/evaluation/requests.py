@@ -23,7 +23,9 @@ from matryoshka_diffusion.evaluation.protocols import (
 from matryoshka_diffusion.evaluation.references import Reference, of_npz, of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import Networks, Told, measure
-from matryoshka_diffusion.files import cache_folder
+from matryoshka_diffusion.evaluation.shrunk import Shrunk
+from matryoshka_diffusion.files import cache_folder, digest
+from matryoshka_diffusion.pipeline import WEIGHTS
 from matryoshka_diffusion.train.world import World
 
 HELD_OUT = "held-out"
@@ -70,17 +72,28 @@ def request(
     conditions = _conditions(config, protocol, captions)
     retrieves = any(METRICS[name].retrieval for name in asked.metrics)
     compares = any(METRICS[name].compares and not METRICS[name].retrieval for name in asked.metrics)
+    if protocol == "coco30k" and compares and reference is None:
+        raise UsageError(
+            f"--protocol coco30k compares with pictures of COCO, not with those that {config.name} "
+            "was trained on: name them, --ref val2014"
+        )
     conditional = config.model.text is not None or bool(config.model.classes)
     own = (
         retrieves
         or (conditional and conditions is None)
         or (compares and reference in (None, HELD_OUT))
     )
-    whole = open_source(config.data, side) if own else None
+    whole = _own_pictures(config, side) if own else None
     source, held_out = (None, None) if whole is None else split(whole, config.data.held_out)
     return Request(
         asked.metrics, n, source, _reference(config, reference, held_out, side), conditions
     )
+
+
+def _own_pictures(config: RunConfig, side: int) -> Source:
+    """The pictures that a model of this `side` learnt from, which may be D^r of larger ones."""
+    source = open_source(config.data, config.data_side)
+    return source if source.side == side else Shrunk(source, side)
 
 
 def _metrics(config: RunConfig, metrics: str | None, n: int | None, protocol: str | None) -> Asked:
@@ -127,8 +140,20 @@ def open_pictures(name: str, side: int) -> Reference:
     """An .npz, or any data as squares of `side` pixels."""
     if name.endswith(".npz"):
         return of_npz(Path(name).expanduser())
+    _refuse_model(name)
     data = DataConfig(source=kind_of(name), path=absolute(name))
     return of_source(open_source(data, side), foreign=True)
+
+
+def _refuse_model(name: str) -> None:
+    """Raise `UsageError` for a folder whose pictures are a run's previews, not samples of it."""
+    folder = Path(name).expanduser()
+    found = [file for file in ("config.yaml", *WEIGHTS) if (folder / file).is_file()]
+    if found:
+        raise UsageError(
+            f"{name} is a run or a model (it holds {found[0]}), not pictures: mdm eval {name} "
+            "--ref DATA measures its samples"
+        )
 
 
 # --- two sets of pictures ----------------------------------------------------------------------
@@ -151,6 +176,8 @@ def compare(
     Raises:
         UsageError: a set cannot be compared; see `measure`.
     """
+    if side is not None and first.endswith(".npz"):
+        raise UsageError(f"{first} has pictures of one side, which is compared: leave --side away")
     samples = open_pictures(first, side or _side_of(first))
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")
@@ -179,3 +206,12 @@ def results_folder(run: str) -> Path:
     """Where features and results go: `RUN/eval` for a folder, else the cache."""
     path = Path(run)
     return path / "eval" if path.is_dir() else cache_folder("eval")
+
+
+def sweep_folder(run: str) -> Path:
+    """Where a sweep goes: `RUN/sweep` for a folder, else the model's own place in the cache."""
+    path = Path(run)
+    if path.is_dir():
+        return path / "sweep"
+    name = f"{path.stem}-{digest(str(path.resolve()))[:8]}" if path.is_file() else run
+    return cache_folder("sweep") / name

@@ -216,7 +216,7 @@ def _template(
         seed=seed,
         precision=described["precision"],
         batch_size=batch_size,
-        flags=() if model.config.train.ema_decay else ("no EMA",),
+        flags=() if described["averaged"] else ("no EMA",),
     )
 
 

@@ -35,9 +35,16 @@ MATCHED = 0.05
 
 OPTIONS = {
     "guidance": "--cfg",
+    "guidance_interval": "--interval",
+    "rescale": "--rescale",
     "steps": "--steps",
     "sampler": "--sampler",
+    "grid": "--grid",
+    "threshold": "--threshold",
+    "eta": "--eta",
     "coarse_noise": "--coarse-noise",
+    "precision": "--precision",
+    "base": "--base",
 }
 """How `mdm sample` is told of a setting."""
 
@@ -114,7 +121,7 @@ def averaged(
     weights, config = whole(average.weights, load_config(run / "config.yaml"), where=where)
     model = config.model.first(count_levels(weights))
     net = checkpoint.load_network(model, weights, where=where)
-    model = Matryoshka(net, config, device=device, precision=precision)
+    model = Matryoshka(net, config, device=device, precision=precision, averaged=True)
     return Cascade(usual.base, model) if isinstance(usual, Cascade) else model
 
 
@@ -152,8 +159,11 @@ def front(points: Sequence[Point]) -> list[int]:
     return pareto([(float(point.cost), badness(point.quality)) for point in points])
 
 
-def command(run: str, point: Point) -> str:
-    """The lines that draw samples with these settings."""
+def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
+    """The lines that draw samples with these settings.
+
+    `fixed` are those that all points of the sweep share, by the names of `OPTIONS`.
+    """
     lines, model = [], run
     if EMA in point.values:
         model = f"{run}-ema{point.values[EMA]:g}"
@@ -161,9 +171,9 @@ def command(run: str, point: Point) -> str:
         lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
     options = [
         word
-        for name, value in point.values.items()
+        for name, value in {**point.values, **fixed}.items()
         if name != EMA
-        for word in (OPTIONS[name], _plain(value))
+        for word in (OPTIONS[name], *_words(value))
     ]
     lines.append(shlex.join(["mdm", "sample", model, *options]))
     return "\n".join(lines)
@@ -193,6 +203,11 @@ def _note(result: Result) -> str:
     way = "higher" if result.higher_is_better else "lower"
     counts = result.sentence().rsplit(":", 1)[0]
     return f"{counts}; {way} is better"
+
+
+def _words(value: Any) -> list[str]:
+    """A value on a command line; an interval is two words."""
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else [_plain(value)]
 
 
 def _plain(value: Any) -> str:
