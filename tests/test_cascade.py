@@ -274,17 +274,15 @@ def test_a_base_is_named_in_the_config_or_when_it_is_opened(runs):
         open_model(runs / "up", base="nowhere")
 
 
-def test_training_notes_which_base_the_upsampler_is_for(runs):
+def test_training_notes_which_base_the_upsampler_is_for(runs, monkeypatch, capsys):
     for number in range(4):
         picture = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         save_png(picture, runs / "photos" / f"{number}.png", None)
     config = changed(plain(upsampler_config()), "data", path=str(runs / "photos"))
     (runs / "up.yaml").write_text(to_yaml(changed(config, "train", preview_every_images=8)))
     trained, out = str(runs / "trained"), str(runs / "out")
-    assert (
-        cli.main(["train", str(runs / "up.yaml"), "--base", str(runs / "base"), "--out", trained])
-        == 0
-    )
+    again = ["train", str(runs / "up.yaml"), "--base", str(runs / "base"), "--out", trained]
+    assert cli.main(again) == 0
     model = open_model(trained)
     assert isinstance(model, Cascade)
     noted = model.config.sampling.base
@@ -306,7 +304,14 @@ def test_training_notes_which_base_the_upsampler_is_for(runs):
     with pytest.raises(ConfigError, match=r"has other weights than .* name it again \(--base"):
         open_model(trained)
     assert isinstance(open_model(trained, base=runs / "base"), Cascade)
+    assert cli.main(again) == 0, "training does not use the base, whatever has become of it"
     (runs / "base").rename(runs / "moved")
+    monkeypatch.chdir(runs)
+    assert cli.main(again) == 0
+    assert cli.main([*again[:3], "base", *again[4:]]) == 0, "named as it was, by another path"
+    assert Matryoshka.load(trained).config.sampling.base == noted
+    assert cli.main([*again[:3], "moved", *again[4:]]) == 2
+    assert "holds a run of another config: sampling.base.path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"sampling\.base\.path: .* is not there .*--base RUN"):
         open_model(trained)
     assert without_paths(model.config).sampling.base is None

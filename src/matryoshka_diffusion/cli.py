@@ -476,6 +476,7 @@ def _train(
     import torch
 
     from matryoshka_diffusion import job
+    from matryoshka_diffusion.baselines.load import keep_base
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.hooks import Preview, preview_of
     from matryoshka_diffusion.train.ranks import compare_data
@@ -495,6 +496,7 @@ def _train(
             _Bar("encoding", " captions", tell=True) as bar,
             _Bar("encoding", " pictures", tell=True) as coding,
         ):
+            config = keep_base(config, out)
             ready = job.prepare(config, device, progress=bar, coding=coding)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))

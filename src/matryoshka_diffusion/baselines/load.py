@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
-from matryoshka_diffusion.config import BaseConfig, ConfigError, RunConfig, SamplingConfig
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    ConfigError,
+    RunConfig,
+    SamplingConfig,
+    load_config,
+)
 from matryoshka_diffusion.pipeline import (
     Matryoshka,
     Progress,
@@ -107,6 +113,22 @@ def find_base(config: RunConfig, other: str | Path | None = None) -> tuple[str |
     return named.path, theirs
 
 
+def keep_base(config: RunConfig, run: Path) -> RunConfig:
+    """The config with the base as the run in the folder `run` has noted it, if it names that one.
+
+    Training does not use the base, so a run goes on whatever has become of it.
+    """
+    named, written = config.sampling.base, run / "config.yaml"
+    if named is None or not written.is_file():
+        return config
+    noted = load_config(written).sampling.base
+    # A path that leads nowhere any more is still as it was typed, not absolute.
+    same = (named.path, str(Path(named.path).expanduser().resolve()))
+    if noted is None or noted.path not in same:
+        return config
+    return _with_base(config, noted)
+
+
 def note_base(config: RunConfig) -> RunConfig:
     """The config of an upsampler that is about to be trained, with the hash of its base's weights.
 
@@ -118,10 +140,12 @@ def note_base(config: RunConfig) -> RunConfig:
         return config
     weights, theirs = _read(config, named)
     check_pair(theirs, config)
-    noted = named.model_copy(update={"hash": fingerprint(weights)})
-    return config.model_copy(
-        update={"sampling": config.sampling.model_copy(update={"base": noted})}
-    )
+    return _with_base(config, named.model_copy(update={"hash": fingerprint(weights)}))
+
+
+def _with_base(config: RunConfig, base: BaseConfig) -> RunConfig:
+    sampling = config.sampling.model_copy(update={"base": base})
+    return config.model_copy(update={"sampling": sampling})
 
 
 def _read(config: RunConfig, named: BaseConfig) -> tuple[dict[str, Tensor], RunConfig]:
