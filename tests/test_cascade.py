@@ -13,7 +13,7 @@ from torch import Tensor
 from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
 from matryoshka_diffusion.baselines.load import Model, open_model
-from matryoshka_diffusion.baselines.pictures import read_coarse
+from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
 from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, override, to_yaml
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.export import write_diffusers
@@ -341,6 +341,10 @@ def test_own_pictures_are_enlarged(runs, capsys):
     command = ["sample", str(runs / "up"), "--steps", "2"]
     assert cli.main([*command, "--coarse", str(runs / "own"), "-o", str(runs / "out")]) == 0
     assert len(list((runs / "out").glob("00*.png"))) == 2
+    one = ["--coarse", str(runs / "own" / "a.png"), "-n", "3", "-o", str(runs / "three")]
+    assert cli.main([*command, *one]) == 0
+    several = [file.read_bytes() for file in (runs / "three").glob("00*.png")]
+    assert len(set(several)) == len(several) == 3, "of one picture, by seeds of their own"
     save_png(np.zeros((9, 8, 3), np.uint8), runs / "wide.png", None)
     (runs / "none").mkdir()
     (runs / "text.png").write_text("no picture")
@@ -354,6 +358,51 @@ def test_own_pictures_are_enlarged(runs, capsys):
         assert message in capsys.readouterr().err
     assert cli.main(["sample", str(runs / "base"), "--coarse", str(runs / "own")]) == 2
     assert "--coarse: base is no upsampler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pictures", "asked", "n", "wanted"),
+    [
+        (1, 1, 3, [0, 0, 0]),
+        (1, 2, 2, [0, 0, 0, 0]),
+        (3, 1, 2, [0, 0, 1, 1, 2, 2]),
+        (2, 2, 2, [0, 0, 1, 1]),
+    ],
+)
+def test_each_sample_is_of_one_of_the_own_pictures(pictures, asked, n, wanted):
+    small = np.arange(pictures, dtype=np.uint8)[:, None, None, None]
+    coarse, of_each = for_each(small, asked, n)
+    assert coarse.flatten().tolist() == wanted
+    assert of_each * asked == len(wanted), "as many as the model makes"
+
+
+def test_own_pictures_and_prompts_that_do_not_pair_are_counted():
+    with pytest.raises(UsageError, match="3 pictures for 2 prompts or classes; give one picture,"):
+        for_each(np.zeros((3, 8, 8, 3), np.uint8), 2, 1)
+
+
+def test_every_class_is_drawn_of_one_picture_if_none_is_named(tmp_path):
+    config = changed(plain(upsampler_config()), "model", classes=2)
+    config = changed(config, "sampling", guidance=(1.0,))
+    export_weights(tmp_path / "up", randomised(config).state_dict(), config)
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "own.png", None)
+    command = ["sample", str(tmp_path / "up"), "--coarse", str(tmp_path / "own.png"), "-n", "2"]
+    for more, names in (
+        ([], ["000-0.png", "001-0.png", "002-1.png", "003-1.png"]),
+        (["--class", "1"], ["000-1.png", "001-1.png"]),
+    ):
+        out = tmp_path / str(len(more))
+        assert cli.main([*command, *more, "-o", str(out)]) == 0
+        assert sorted(file.name for file in out.glob("00*.png")) == names
+
+
+def test_a_folder_that_a_base_has_drawn_into_is_enlarged(runs):
+    drawn = str(runs / "drawn")
+    assert cli.main(["sample", str(runs / "base"), "-n", "2", "-o", drawn]) == 0
+    assert len(read_coarse(runs / "drawn", 8, 3)) == 2, "without the sheets beside them"
+    command = ["sample", str(runs / "up"), "--steps", "2", "--coarse", drawn]
+    assert cli.main([*command, "-o", str(runs / "large")]) == 0
+    assert len(list((runs / "large").glob("00*.png"))) == 2
 
 
 def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs):

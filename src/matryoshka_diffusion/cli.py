@@ -151,7 +151,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion import gallery
+    from matryoshka_diffusion import gallery, sheet
     from matryoshka_diffusion.baselines.load import open_model
     from matryoshka_diffusion.pipeline import Matryoshka
 
@@ -180,19 +180,21 @@ def sample(options: argparse.Namespace) -> None:
     folder = options.out or gallery.default_folder(options.model, samples)
     gallery.save(samples, folder)
     count = len(samples.captions)
-    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / 'grid.png'}")
+    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / sheet.GRID}")
 
 
 def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """The small pictures of --coarse: all for one prompt or class, or one for each."""
-    from matryoshka_diffusion.baselines.pictures import read_coarse
+    """The small picture of --coarse for each sample, and how many samples a prompt has."""
+    from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
     from matryoshka_diffusion.config import UsageError
 
     if config.model.coarse is None:
         raise UsageError(f"--coarse: {config.name} is no upsampler")
     pictures = read_coarse(options.coarse, config.model.coarse.side, config.model.channels)
-    asked = len(options.prompt or options.classes or [None])
-    return {"coarse": pictures, "n": len(pictures) if asked == 1 else 1}
+    named = options.prompt or options.classes
+    asked = len(named) if named else max(config.model.classes, 1)  # none named: every class
+    coarse, n = for_each(pictures, asked, options.n)
+    return {"coarse": coarse, "n": n}
 
 
 def grow(options: argparse.Namespace) -> None:

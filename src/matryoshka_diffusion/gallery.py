@@ -38,8 +38,8 @@ def save(samples: Samples, folder: Path) -> None:
         settings = {**samples.settings, **own}
         name = "-".join(part for part in (f"{i:03d}", _slug(caption)) if part)
         sheet.save_png(picture, folder / f"{name}.png", settings)
-    sheet.save_png(grid(samples), folder / "grid.png", samples.settings)
-    sheet.save_png(levels(samples), folder / "levels.png", samples.settings)
+    sheet.save_png(grid(samples), folder / sheet.GRID, samples.settings)
+    sheet.save_png(levels(samples), folder / sheet.LEVELS, samples.settings)
 
 
 def grid(samples: Samples) -> Image:
