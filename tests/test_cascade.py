@@ -18,7 +18,7 @@ from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, ove
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
@@ -243,6 +243,14 @@ def test_an_upsampler_is_only_for_an_upsampler():
         check_pair(base_config(), base_config())
 
 
+@pytest.mark.parametrize("lora", [None, 2])
+def test_tuning_goes_on_with_pictures_of_the_side_that_the_base_learnt_from(tmp_path, lora):
+    config = changed(plain(base_config()), "data", side=16)
+    export_weights(tmp_path / "model", randomised(config).state_dict(), config)
+    tuned = job.find_config(str(tmp_path / "model"), None, [], lora=lora)
+    assert tuned.data_side == 16
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -405,8 +413,13 @@ def test_a_folder_that_a_base_has_drawn_into_is_enlarged(runs):
     assert len(list((runs / "large").glob("00*.png"))) == 2
 
 
-def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs):
-    job.export_model(str(runs / "up"), runs / "shared")
+def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs, capsys):
+    weights, config = find_model(runs / "up")
+    base = BaseConfig(path=str(runs / "base"), hash="of its weights")
+    export_weights(runs / "up" / "model", weights, changed(config, "sampling", base=base))
+    assert cli.main(["export", str(runs / "up"), "-o", str(runs / "shared")]) == 0
+    assert f"mdm sample {runs / 'shared'} --base RUN draws with it" in capsys.readouterr().out
+    assert str(runs) not in (runs / "shared" / "config.json").read_text()
     again = open_model(runs / "shared", base=runs / "base")
     first = open_model(runs / "up", base=runs / "base")
     np.testing.assert_array_equal(again.sample(n=2).pictures, first.sample(n=2).pictures)

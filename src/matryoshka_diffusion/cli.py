@@ -247,8 +247,8 @@ def export(options: argparse.Namespace) -> None:
         write_diffusers(model, options.out)
         print(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
     else:
-        job.export_model(options.model, options.out, options.dtype, options.text_encoder)
-        print(f"{options.out}: mdm sample {options.out} draws with it")
+        config = job.export_model(options.model, options.out, options.dtype, options.text_encoder)
+        print(f"{options.out}: {_drawing(options.out, config)} draws with it")
 
 
 def ema(options: argparse.Namespace) -> None:
@@ -529,8 +529,14 @@ def _train(
         if world.leads:
             drawn = out / "previews"
             previews = f", with previews in {drawn}" if drawn.is_dir() else ""
-            print(f"trained: {finished}{previews}; draw with mdm sample {out}")
+            print(f"trained: {finished}{previews}; draw with {_drawing(out, ready.config)}")
     return finished
+
+
+def _drawing(folder: Path, config: Any) -> str:
+    """The command that draws with a model; an upsampler that names no base must be given one."""
+    alone = config.model.coarse is None or config.sampling.base is not None
+    return f"mdm sample {folder}" if alone else f"mdm sample {folder} --base RUN"
 
 
 # --- the parser --------------------------------------------------------------------------------
