@@ -10,11 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion import cli, gallery, job
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
 from matryoshka_diffusion.baselines.load import Model, open_model
 from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
-from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, override, to_yaml
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    CoarseConfig,
+    CodecConfig,
+    ConfigError,
+    UsageError,
+    override,
+    to_yaml,
+)
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
@@ -167,6 +175,16 @@ def test_progress_counts_the_steps_of_both(cascade):
     assert told == [(done, 10) for done in range(1, 11)], "2 batches of 2 + 3 steps"
 
 
+def test_each_picture_remembers_its_own_part_of_what_the_base_was_asked(cascade, tmp_path):
+    gallery.save(cascade.sample(["red", "blue"], seed=10), tmp_path)
+    with Image.open(tmp_path / "001-blue.png") as picture:
+        settings = json.loads(picture.info[SETTINGS_KEY])
+    for of_one in (settings, settings["base"]):
+        assert (of_one["captions"], of_one["seeds"]) == (["blue"], [11])
+    assert settings["base"]["model"] == "base"
+    assert settings["base"]["weights"] == fingerprint(cascade.base.net.state_dict())
+
+
 @pytest.mark.parametrize("noise", [-0.1, 1.1])
 def test_noise_beyond_the_schedule_is_refused(cascade, noise):
     with pytest.raises(ConfigError, match=r"sampling\.coarse_noise"):
@@ -205,7 +223,11 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
         (changed(base_config(), "data", classes=("cat",)), "data.classes of base is .'cat',"),
         (
             changed(base_config(), "encoder", path="t5"),
-            "encoder of base is .*'t5'.* the same words",
+            "encoder of base is .*'t5'.* since both read the features of one encoder",
+        ),
+        (
+            base_config().model_copy(update={"codec": CodecConfig()}),
+            r"base draws codes \(codec\), but tiny enlarges pixels",
         ),
         (upsampler_config(), "tiny is an upsampler and draws nothing by itself"),
     ],
@@ -213,6 +235,16 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
 def test_a_base_that_does_not_fit_is_refused(base, message):
     with pytest.raises(ConfigError, match=message):
         check_pair(base, upsampler_config())
+
+
+def test_a_base_is_judged_by_the_levels_that_it_has_reached():
+    """The tiny run will draw 16 pixels, but until its second stage it draws 8."""
+    config = changed(upsampler_config(), "model", coarse=CoarseConfig(side=16))
+    check_pair(tiny_config(), config)
+    unfinished = Matryoshka(randomised(base_config()), tiny_config())
+    message = r"draws pictures of 8 pixels, .* is 16 \(it has 1 of its 2 levels: finish it first\)"
+    with pytest.raises(ConfigError, match=message):
+        Cascade(unfinished, Matryoshka(randomised(upsampler_config()), config))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from matryoshka_diffusion.pipeline import (
     Matryoshka,
     Progress,
     Samples,
+    count_levels,
     find_model,
     read_config,
     with_encoder,
@@ -139,7 +140,7 @@ def note_base(config: RunConfig) -> RunConfig:
     if named is None or named.hash:
         return config
     weights, theirs = _read(config, named)
-    check_pair(theirs, config)
+    check_pair(theirs, config, levels=count_levels(weights))
     return _with_base(config, named.model_copy(update={"hash": fingerprint(weights)}))
 
 
