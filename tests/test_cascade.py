@@ -10,15 +10,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion import cli, gallery, job
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
 from matryoshka_diffusion.baselines.load import Model, open_model
-from matryoshka_diffusion.baselines.pictures import read_coarse
-from matryoshka_diffusion.config import BaseConfig, ConfigError, UsageError, override, to_yaml
+from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    CoarseConfig,
+    CodecConfig,
+    ConfigError,
+    UsageError,
+    override,
+    to_yaml,
+)
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
@@ -167,6 +175,16 @@ def test_progress_counts_the_steps_of_both(cascade):
     assert told == [(done, 10) for done in range(1, 11)], "2 batches of 2 + 3 steps"
 
 
+def test_each_picture_remembers_its_own_part_of_what_the_base_was_asked(cascade, tmp_path):
+    gallery.save(cascade.sample(["red", "blue"], seed=10), tmp_path)
+    with Image.open(tmp_path / "001-blue.png") as picture:
+        settings = json.loads(picture.info[SETTINGS_KEY])
+    for of_one in (settings, settings["base"]):
+        assert (of_one["captions"], of_one["seeds"]) == (["blue"], [11])
+    assert settings["base"]["model"] == "base"
+    assert settings["base"]["weights"] == fingerprint(cascade.base.net.state_dict())
+
+
 @pytest.mark.parametrize("noise", [-0.1, 1.1])
 def test_noise_beyond_the_schedule_is_refused(cascade, noise):
     with pytest.raises(ConfigError, match=r"sampling\.coarse_noise"):
@@ -205,7 +223,11 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
         (changed(base_config(), "data", classes=("cat",)), "data.classes of base is .'cat',"),
         (
             changed(base_config(), "encoder", path="t5"),
-            "encoder of base is .*'t5'.* the same words",
+            "encoder of base is .*'t5'.* since both read the features of one encoder",
+        ),
+        (
+            base_config().model_copy(update={"codec": CodecConfig()}),
+            r"base draws codes \(codec\), but tiny enlarges pixels",
         ),
         (upsampler_config(), "tiny is an upsampler and draws nothing by itself"),
     ],
@@ -213,6 +235,16 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
 def test_a_base_that_does_not_fit_is_refused(base, message):
     with pytest.raises(ConfigError, match=message):
         check_pair(base, upsampler_config())
+
+
+def test_a_base_is_judged_by_the_levels_that_it_has_reached():
+    """The tiny run will draw 16 pixels, but until its second stage it draws 8."""
+    config = changed(upsampler_config(), "model", coarse=CoarseConfig(side=16))
+    check_pair(tiny_config(), config)
+    unfinished = Matryoshka(randomised(base_config()), tiny_config())
+    message = r"draws pictures of 8 pixels, .* is 16 \(it has 1 of its 2 levels: finish it first\)"
+    with pytest.raises(ConfigError, match=message):
+        Cascade(unfinished, Matryoshka(randomised(upsampler_config()), config))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +273,14 @@ def test_a_base_learns_from_the_pictures_that_its_upsampler_does(name):
 def test_an_upsampler_is_only_for_an_upsampler():
     with pytest.raises(ConfigError, match=r"base is no upsampler \(no model.coarse\)"):
         check_pair(base_config(), base_config())
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_tuning_goes_on_with_pictures_of_the_side_that_the_base_learnt_from(tmp_path, lora):
+    config = changed(plain(base_config()), "data", side=16)
+    export_weights(tmp_path / "model", randomised(config).state_dict(), config)
+    tuned = job.find_config(str(tmp_path / "model"), None, [], lora=lora)
+    assert tuned.data_side == 16
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -286,17 +326,15 @@ def test_a_base_is_named_in_the_config_or_when_it_is_opened(runs):
         open_model(runs / "up", base="nowhere")
 
 
-def test_training_notes_which_base_the_upsampler_is_for(runs):
+def test_training_notes_which_base_the_upsampler_is_for(runs, monkeypatch, capsys):
     for number in range(4):
         picture = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         save_png(picture, runs / "photos" / f"{number}.png", None)
     config = changed(plain(upsampler_config()), "data", path=str(runs / "photos"))
     (runs / "up.yaml").write_text(to_yaml(changed(config, "train", preview_every_images=8)))
     trained, out = str(runs / "trained"), str(runs / "out")
-    assert (
-        cli.main(["train", str(runs / "up.yaml"), "--base", str(runs / "base"), "--out", trained])
-        == 0
-    )
+    again = ["train", str(runs / "up.yaml"), "--base", str(runs / "base"), "--out", trained]
+    assert cli.main(again) == 0
     model = open_model(trained)
     assert isinstance(model, Cascade)
     noted = model.config.sampling.base
@@ -318,7 +356,14 @@ def test_training_notes_which_base_the_upsampler_is_for(runs):
     with pytest.raises(ConfigError, match=r"has other weights than .* name it again \(--base"):
         open_model(trained)
     assert isinstance(open_model(trained, base=runs / "base"), Cascade)
+    assert cli.main(again) == 0, "training does not use the base, whatever has become of it"
     (runs / "base").rename(runs / "moved")
+    monkeypatch.chdir(runs)
+    assert cli.main(again) == 0
+    assert cli.main([*again[:3], "base", *again[4:]]) == 0, "named as it was, by another path"
+    assert Matryoshka.load(trained).config.sampling.base == noted
+    assert cli.main([*again[:3], "moved", *again[4:]]) == 2
+    assert "holds a run of another config: sampling.base.path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"sampling\.base\.path: .* is not there .*--base RUN"):
         open_model(trained)
     assert without_paths(model.config).sampling.base is None
@@ -348,6 +393,10 @@ def test_own_pictures_are_enlarged(runs, capsys):
     command = ["sample", str(runs / "up"), "--steps", "2"]
     assert cli.main([*command, "--coarse", str(runs / "own"), "-o", str(runs / "out")]) == 0
     assert len(list((runs / "out").glob("00*.png"))) == 2
+    one = ["--coarse", str(runs / "own" / "a.png"), "-n", "3", "-o", str(runs / "three")]
+    assert cli.main([*command, *one]) == 0
+    several = [file.read_bytes() for file in (runs / "three").glob("00*.png")]
+    assert len(set(several)) == len(several) == 3, "of one picture, by seeds of their own"
     save_png(np.zeros((9, 8, 3), np.uint8), runs / "wide.png", None)
     (runs / "none").mkdir()
     (runs / "text.png").write_text("no picture")
@@ -363,8 +412,58 @@ def test_own_pictures_are_enlarged(runs, capsys):
     assert "--coarse: base is no upsampler" in capsys.readouterr().err
 
 
-def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs):
-    job.export_model(str(runs / "up"), runs / "shared")
+@pytest.mark.parametrize(
+    ("pictures", "asked", "n", "wanted"),
+    [
+        (1, 1, 3, [0, 0, 0]),
+        (1, 2, 2, [0, 0, 0, 0]),
+        (3, 1, 2, [0, 0, 1, 1, 2, 2]),
+        (2, 2, 2, [0, 0, 1, 1]),
+    ],
+)
+def test_each_sample_is_of_one_of_the_own_pictures(pictures, asked, n, wanted):
+    small = np.arange(pictures, dtype=np.uint8)[:, None, None, None]
+    coarse, of_each = for_each(small, asked, n)
+    assert coarse.flatten().tolist() == wanted
+    assert of_each * asked == len(wanted), "as many as the model makes"
+
+
+def test_own_pictures_and_prompts_that_do_not_pair_are_counted():
+    with pytest.raises(UsageError, match="3 pictures for 2 prompts or classes; give one picture,"):
+        for_each(np.zeros((3, 8, 8, 3), np.uint8), 2, 1)
+
+
+def test_every_class_is_drawn_of_one_picture_if_none_is_named(tmp_path):
+    config = changed(plain(upsampler_config()), "model", classes=2)
+    config = changed(config, "sampling", guidance=(1.0,))
+    export_weights(tmp_path / "up", randomised(config).state_dict(), config)
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "own.png", None)
+    command = ["sample", str(tmp_path / "up"), "--coarse", str(tmp_path / "own.png"), "-n", "2"]
+    for more, names in (
+        ([], ["000-0.png", "001-0.png", "002-1.png", "003-1.png"]),
+        (["--class", "1"], ["000-1.png", "001-1.png"]),
+    ):
+        out = tmp_path / str(len(more))
+        assert cli.main([*command, *more, "-o", str(out)]) == 0
+        assert sorted(file.name for file in out.glob("00*.png")) == names
+
+
+def test_a_folder_that_a_base_has_drawn_into_is_enlarged(runs):
+    drawn = str(runs / "drawn")
+    assert cli.main(["sample", str(runs / "base"), "-n", "2", "-o", drawn]) == 0
+    assert len(read_coarse(runs / "drawn", 8, 3)) == 2, "without the sheets beside them"
+    command = ["sample", str(runs / "up"), "--steps", "2", "--coarse", drawn]
+    assert cli.main([*command, "-o", str(runs / "large")]) == 0
+    assert len(list((runs / "large").glob("00*.png"))) == 2
+
+
+def test_an_upsampler_is_exported_for_us_and_not_for_diffusers(runs, capsys):
+    weights, config = find_model(runs / "up")
+    base = BaseConfig(path=str(runs / "base"), hash="of its weights")
+    export_weights(runs / "up" / "model", weights, changed(config, "sampling", base=base))
+    assert cli.main(["export", str(runs / "up"), "-o", str(runs / "shared")]) == 0
+    assert f"mdm sample {runs / 'shared'} --base RUN draws with it" in capsys.readouterr().out
+    assert str(runs) not in (runs / "shared" / "config.json").read_text()
     again = open_model(runs / "shared", base=runs / "base")
     first = open_model(runs / "up", base=runs / "base")
     np.testing.assert_array_equal(again.sample(n=2).pictures, first.sample(n=2).pictures)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import CoarseConfig, ConfigError, RunConfig, StageConfig, from_dict
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    CoarseConfig,
+    ConfigError,
+    RunConfig,
+    StageConfig,
+    from_dict,
+)
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.hooks import Preview, preview_of
@@ -243,7 +250,10 @@ def test_an_upsampler_that_cannot_be_is_refused(change: dict, message: str):
         from_dict(data)
 
 
-def test_info_says_what_is_enlarged():
-    assert "upsamples pictures of 8 pixels under noise of times up to 1; draws with 0.3" in (
-        describe(upsampler_config())
-    )
+def test_info_says_what_is_enlarged_and_who_draws_it():
+    config = upsampler_config()
+    said = "upsamples pictures of 8 pixels under noise of times up to 1; draws with 0.3, after "
+    assert f"{said}a base yet to be named (--base)" in describe(config)
+    sampling = config.sampling.model_copy(update={"base": BaseConfig(path="runs/base")})
+    named = config.model_copy(update={"sampling": sampling})
+    assert f"{said}runs/base\n" in describe(named)

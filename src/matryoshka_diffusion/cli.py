@@ -151,7 +151,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion import gallery
+    from matryoshka_diffusion import gallery, sheet
     from matryoshka_diffusion.baselines.load import open_model
     from matryoshka_diffusion.pipeline import Matryoshka
 
@@ -180,19 +180,21 @@ def sample(options: argparse.Namespace) -> None:
     folder = options.out or gallery.default_folder(options.model, samples)
     gallery.save(samples, folder)
     count = len(samples.captions)
-    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / 'grid.png'}")
+    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / sheet.GRID}")
 
 
 def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """The small pictures of --coarse: all for one prompt or class, or one for each."""
-    from matryoshka_diffusion.baselines.pictures import read_coarse
+    """The small picture of --coarse for each sample, and how many samples a prompt has."""
+    from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
     from matryoshka_diffusion.config import UsageError
 
     if config.model.coarse is None:
         raise UsageError(f"--coarse: {config.name} is no upsampler")
     pictures = read_coarse(options.coarse, config.model.coarse.side, config.model.channels)
-    asked = len(options.prompt or options.classes or [None])
-    return {"coarse": pictures, "n": len(pictures) if asked == 1 else 1}
+    named = options.prompt or options.classes
+    asked = len(named) if named else max(config.model.classes, 1)  # none named: every class
+    coarse, n = for_each(pictures, asked, options.n)
+    return {"coarse": coarse, "n": n}
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -245,8 +247,8 @@ def export(options: argparse.Namespace) -> None:
         write_diffusers(model, options.out)
         print(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
     else:
-        job.export_model(options.model, options.out, options.dtype, options.text_encoder)
-        print(f"{options.out}: mdm sample {options.out} draws with it")
+        config = job.export_model(options.model, options.out, options.dtype, options.text_encoder)
+        print(f"{options.out}: {_drawing(options.out, config)} draws with it")
 
 
 def ema(options: argparse.Namespace) -> None:
@@ -483,6 +485,7 @@ def _train(
     import torch
 
     from matryoshka_diffusion import job
+    from matryoshka_diffusion.baselines.load import keep_base
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.hooks import Preview, preview_of
     from matryoshka_diffusion.train.ranks import compare_data
@@ -502,6 +505,7 @@ def _train(
             _Bar("encoding", " captions", tell=True) as bar,
             _Bar("encoding", " pictures", tell=True) as coding,
         ):
+            config = keep_base(config, out)
             ready = job.prepare(config, device, progress=bar, coding=coding)
         compare_data(world, ready.source.keys)
         world.once(lambda: job.warm_start(ready.config, out))
@@ -532,8 +536,14 @@ def _train(
         if world.leads:
             drawn = out / "previews"
             previews = f", with previews in {drawn}" if drawn.is_dir() else ""
-            print(f"trained: {finished}{previews}; draw with mdm sample {out}")
+            print(f"trained: {finished}{previews}; draw with {_drawing(out, ready.config)}")
     return finished
+
+
+def _drawing(folder: Path, config: Any) -> str:
+    """The command that draws with a model; an upsampler that names no base must be given one."""
+    alone = config.model.coarse is None or config.sampling.base is not None
+    return f"mdm sample {folder}" if alone else f"mdm sample {folder} --base RUN"
 
 
 # --- the parser --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,18 @@ def save(samples: Samples, folder: Path) -> None:
         OSError: a file cannot be written; names it.
     """
     for i, (picture, caption) in enumerate(zip(samples.pictures, samples.captions, strict=True)):
-        own = {"captions": [caption], "seeds": [samples.seeds[i]]}
-        settings = {**samples.settings, **own}
+        settings = _of_one(samples.settings, i)
         name = "-".join(part for part in (f"{i:03d}", _slug(caption)) if part)
         sheet.save_png(picture, folder / f"{name}.png", settings)
-    sheet.save_png(grid(samples), folder / "grid.png", samples.settings)
-    sheet.save_png(levels(samples), folder / "levels.png", samples.settings)
+    sheet.save_png(grid(samples), folder / sheet.GRID, samples.settings)
+    sheet.save_png(levels(samples), folder / sheet.LEVELS, samples.settings)
+
+
+def _of_one(settings: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The settings with the caption and the seed of one picture alone, its base's too."""
+    own = {name: [settings[name][place]] for name in ("captions", "seeds") if name in settings}
+    base = settings.get("base")
+    return {**settings, **own, **({"base": _of_one(base, place)} if base else {})}
 
 
 def grid(samples: Samples) -> Image:

@@ -84,13 +84,20 @@ def without_paths(config: RunConfig) -> RunConfig:
     encoder = config.encoder
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
         encoder = encoder.model_copy(update={"path": None})
-    codec, sampling = config.codec, config.sampling
+    codec = config.codec
     if codec is not None:
         codec = codec.model_copy(update={"path": None})
-    if sampling.base is not None and _is_here(sampling.base.path):
-        sampling = sampling.model_copy(update={"base": None})
     update = {"data": data, "codec": codec, "encoder": encoder, "train": train}
-    return config.model_copy(update={**update, "sampling": sampling})
+    return without_base(config.model_copy(update=update))
+
+
+def without_base(config: RunConfig) -> RunConfig:
+    """The config of an upsampler without a base that is a folder of this computer."""
+    base = config.sampling.base
+    if base is None or not _is_here(base.path):
+        return config
+    sampling = config.sampling.model_copy(update={"base": None})
+    return config.model_copy(update={"sampling": sampling})
 
 
 def _is_here(path: str) -> bool:

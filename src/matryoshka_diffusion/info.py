@@ -161,9 +161,11 @@ def _about(config: RunConfig) -> list[str]:
     if any(weight != 1.0 for weight in process.level_weights):
         lines.append(f"weights of the levels' losses: {_list(process.level_weights)}")
     if config.model.coarse is not None:
+        base = config.sampling.base
         lines.append(
             f"upsamples pictures of {config.model.coarse.side} pixels under noise of times up to "
-            f"{config.model.coarse.max_noise:g}; draws with {config.sampling.coarse_noise:g}"
+            f"{config.model.coarse.max_noise:g}; draws with {config.sampling.coarse_noise:g}, "
+            f"after {'a base yet to be named (--base)' if base is None else base.path}"
         )
     if train.lora is not None:
         levels = _list([place + 1 for place in train.lora.levels]) or "all"

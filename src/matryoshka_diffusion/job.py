@@ -44,6 +44,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import refuse_full, write_atomically
+from matryoshka_diffusion.hub import without_base
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import (
@@ -163,7 +164,7 @@ def _tuning(model: Path, lr: float) -> RunConfig:
         ema_decay=0.999,
         condition_dropout=config.train.condition_dropout,
     )
-    data = DataConfig(source="folder", pixels=config.data.pixels)
+    data = DataConfig(source="folder", side=config.data.side, pixels=config.data.pixels)
     update = {"name": f"{config.name}-tuned", "train": train, "data": data}
     return config.model_copy(update=update)
 
@@ -389,8 +390,13 @@ def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConf
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None) -> None:
+def export_model(
+    run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None
+) -> RunConfig:
     """Write what sampling with `run` needs, and nothing else, into the folder `out`.
+
+    Returns:
+        The config written: that of an upsampler names no base that is a folder of this computer.
 
     Raises:
         ConfigError: `out` is not empty.
@@ -400,8 +406,9 @@ def export_model(run: str, out: Path, dtype: str = "fp32", text_encoder: str | N
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
-    config = carry_codec(config, out)
+    config = without_base(carry_codec(config, out))
     checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
+    return config
 
 
 def average_model(run: Path, length: float, out: Path) -> float:

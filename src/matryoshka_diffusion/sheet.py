@@ -24,6 +24,8 @@ else:  # what checks types while running must not need Pillow either
     Image = ImageDraw = FreeTypeFont = Any
 
 SETTINGS_KEY = "matryoshka-diffusion"
+GRID, LEVELS = "grid.png", "levels.png"
+"""The sheets that stand in a folder of samples, beside the pictures themselves."""
 
 GAP = 6
 MARGIN = 14

@@ -8,11 +8,13 @@ that it was trained with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from matryoshka_diffusion.config import ConfigError, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.pipeline import Matryoshka, Progress, Samples
 from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.train.adapters import fingerprint
 
 PER_LEVEL = ("guidance", "threshold")
 """Settings that may have an entry for each level, the base's first."""
@@ -28,7 +30,7 @@ class Cascade:
 
     def __init__(self, base: Matryoshka, upsampler: Matryoshka) -> None:
         """Raises ConfigError if the upsampler was not trained for pictures such as the base's."""
-        check_pair(base.config, upsampler.config)
+        check_pair(base.config, upsampler.config, levels=len(base.resolutions))
         self.base, self.upsampler = base, upsampler
 
     @property
@@ -78,7 +80,7 @@ class Cascade:
         """As `Matryoshka.sample`; both models sample with these settings.
 
         Each runs its own number of steps unless `steps` says how many for both. The settings of
-        the base's part are recorded under `base`.
+        the base's part are recorded under `base`, with its name and a hash of its weights.
         """
         of_base, of_upsampler = self._split(settings)
         counts = [self.base.sampling(of_base).steps, self.upsampler.sampling(of_upsampler).steps]
@@ -97,8 +99,13 @@ class Cascade:
             progress=_half(progress, counts, 1),
             **of_upsampler,
         )
-        recorded = {**large.settings, "base": small.settings}
+        recorded = {**large.settings, "base": {**small.settings, "weights": self._base_weights}}
         return Samples((*small.levels, *large.levels), large.captions, large.seeds, recorded)
+
+    @cached_property
+    def _base_weights(self) -> str:
+        """A hash, by which the base of a picture is known wherever it lies."""
+        return fingerprint(self.base.net.state_dict())
 
     def _split(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the base is told, and the upsampler: an entry for each level goes where it belongs.
@@ -131,32 +138,40 @@ def _half(progress: Progress | None, steps: Sequence[int], place: int) -> Progre
     return told
 
 
-def check_pair(base: RunConfig, upsampler: RunConfig) -> None:
+def check_pair(base: RunConfig, upsampler: RunConfig, *, levels: int | None = None) -> None:
     """Raise ConfigError naming the first reason why `base` cannot draw what `upsampler` enlarges.
 
-    Both are whole configs of trained models, or of the runs that will train them.
+    Both are whole configs of trained models, or of the runs that will train them. `levels` is how
+    many levels the base has, which are all that its training ends with only when it is finished.
     """
     coarse = upsampler.model.coarse
     if coarse is None:
         raise ConfigError(f"sampling.base: {upsampler.name} is no upsampler (no model.coarse)")
     if base.model.coarse is not None:
         raise ConfigError(f"sampling.base: {base.name} is an upsampler and draws nothing by itself")
-    drawn = base.model.levels[base.train.stages[-1].levels - 1].side
+    if base.codec is not None:
+        raise ConfigError(
+            f"sampling.base: {base.name} draws codes (codec), but {upsampler.name} enlarges pixels"
+        )
+    last = base.train.stages[-1].levels
+    reached = last if levels is None else levels
+    drawn = base.model.levels[reached - 1].side
     if drawn != coarse.side:
+        unfinished = f" (it has {reached} of its {last} levels: finish it first)"
         raise ConfigError(
             f"sampling.base: {base.name} draws pictures of {drawn} pixels, but model.coarse.side "
-            f"of {upsampler.name} is {coarse.side}"
+            f"of {upsampler.name} is {coarse.side}{unfinished * (reached < last)}"
         )
-    pairs = {
-        "model.channels": (base.model.channels, upsampler.model.channels),
-        "model.classes": (base.model.classes, upsampler.model.classes),
-        "data.classes": (base.data.classes, upsampler.data.classes),
-        "encoder": (base.encoder, upsampler.encoder),
-        "codec": (base.codec, upsampler.codec),
-    }
-    for path, (there, here) in pairs.items():
+    model, data = upsampler.model, upsampler.data
+    shared = (
+        ("model.channels", base.model.channels, model.channels, "one's colours are the other's"),
+        ("model.classes", base.model.classes, model.classes, "one class is asked of both"),
+        ("data.classes", base.data.classes, data.classes, "one class is asked of both, by name"),
+        ("encoder", base.encoder, upsampler.encoder, "both read the features of one encoder"),
+    )
+    for path, there, here, reason in shared:
         if there != here:
             raise ConfigError(
                 f"sampling.base: {path} of {base.name} is {there!r}, that of {upsampler.name} is "
-                f"{here!r}; both must be asked in the same words"
+                f"{here!r}; they must be equal, since {reason}"
             )

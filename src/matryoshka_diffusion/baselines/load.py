@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
-from matryoshka_diffusion.config import BaseConfig, ConfigError, RunConfig, SamplingConfig
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    ConfigError,
+    RunConfig,
+    SamplingConfig,
+    load_config,
+)
 from matryoshka_diffusion.pipeline import (
     Matryoshka,
     Progress,
     Samples,
+    count_levels,
     find_model,
     read_config,
     with_encoder,
@@ -107,6 +114,22 @@ def find_base(config: RunConfig, other: str | Path | None = None) -> tuple[str |
     return named.path, theirs
 
 
+def keep_base(config: RunConfig, run: Path) -> RunConfig:
+    """The config with the base as the run in the folder `run` has noted it, if it names that one.
+
+    Training does not use the base, so a run goes on whatever has become of it.
+    """
+    named, written = config.sampling.base, run / "config.yaml"
+    if named is None or not written.is_file():
+        return config
+    noted = load_config(written).sampling.base
+    # A path that leads nowhere any more is still as it was typed, not absolute.
+    same = (named.path, str(Path(named.path).expanduser().resolve()))
+    if noted is None or noted.path not in same:
+        return config
+    return _with_base(config, noted)
+
+
 def note_base(config: RunConfig) -> RunConfig:
     """The config of an upsampler that is about to be trained, with the hash of its base's weights.
 
@@ -117,11 +140,13 @@ def note_base(config: RunConfig) -> RunConfig:
     if named is None or named.hash:
         return config
     weights, theirs = _read(config, named)
-    check_pair(theirs, config)
-    noted = named.model_copy(update={"hash": fingerprint(weights)})
-    return config.model_copy(
-        update={"sampling": config.sampling.model_copy(update={"base": noted})}
-    )
+    check_pair(theirs, config, levels=count_levels(weights))
+    return _with_base(config, named.model_copy(update={"hash": fingerprint(weights)}))
+
+
+def _with_base(config: RunConfig, base: BaseConfig) -> RunConfig:
+    sampling = config.sampling.model_copy(update={"base": base})
+    return config.model_copy(update={"sampling": sampling})
 
 
 def _read(config: RunConfig, named: BaseConfig) -> tuple[dict[str, Tensor], RunConfig]:
