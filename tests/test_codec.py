@@ -372,6 +372,12 @@ def test_a_run_goes_on_with_its_codec_and_with_no_other(tiny_codec, photos, own_
         trained(config, tmp_path / "run")
 
 
+def test_a_side_of_pictures_is_counted_in_pixels():
+    assert on_codes(None, side=64).data_side == 64
+    with pytest.raises(ValueError, match=r"data\.side is 40, .* in pixels \(4 for each code\), 32"):
+        on_codes(None, side=40)
+
+
 def test_a_codec_is_put_into_any_config(tiny_codec):
     changes = ["sampling.threshold=[none]", "model.channels=4"]
     config = job.find_config("folder-64", None, changes, codec=str(tiny_codec(factor=8)))

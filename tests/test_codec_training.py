@@ -25,6 +25,7 @@ from matryoshka_diffusion.config import (
     CodecRunConfig,
     ConfigError,
     from_yaml,
+    load_codec_run,
     override,
     to_yaml,
 )
@@ -74,7 +75,8 @@ def lines(out):
 
 
 def test_the_loss_is_the_errors_of_a_pixel_and_the_divergence_beside_it():
-    model = build(override(CODECS["codec"], SMALL), 3)
+    config = override(CODECS["codec"], [*SMALL, "kl_weight=0.1", "square_weight=0.5"])
+    model = build(config, 3)
     x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 8, 8)
     with torch.no_grad():
         posterior = model.encode(x).latent_dist
@@ -82,8 +84,8 @@ def test_the_loss_is_the_errors_of_a_pixel_and_the_divergence_beside_it():
         decoded = model.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / (2 * 3 * 16**2)
         error = (decoded - x).double()
-        expected = error.abs().mean() + (error**2).mean() + 0.1 * divergence
-        found = codec_loss(model, x, noise, 0.1)
+        expected = error.abs().mean() + 0.5 * (error**2).mean() + 0.1 * divergence
+        found = codec_loss(model, x, noise, config)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -201,13 +203,27 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
         ("data={sauce: folder}", r"data\.sauce: unknown key \(did you mean data\.source\?\)"),
         ("side=18", r"side 18 cannot be halved once for each of the 3 widths but the first"),
         ("widths=[]", r"side 64 cannot be halved"),
-        ("widths=[13, 16]", r"widths: 13 is not a multiple of 2"),
+        ("widths=[13, 16]", r"widths: 13 is not a multiple of norm_groups, 2"),
+        ("norm_groups=3", r"widths: 16 is not a multiple of norm_groups, 3"),
+        ("square_weight=-1.0", r"square_weight: Input should be greater than or equal to 0"),
+        ("data.side=32", r"data\.side is 32: a codec has side, leave this away"),
+        ("data.classes=[a]", r"data\.classes: a codec is trained on pictures alone"),
         ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         find_codec_run("openmoji-codec", None, [change])
+
+
+def test_a_config_that_says_less_means_what_it_always_meant(tmp_path):
+    text = to_yaml(CODECS["codec"])
+    older = text.replace("norm_groups: 2\n", "").replace("square_weight: 1.0\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 2
+    (tmp_path / "codec.yaml").write_text(older)
+    assert load_codec_run(tmp_path / "codec.yaml") == CODECS["codec"]
+    groups = {n: build(override(CODECS["codec"], [f"norm_groups={n}"]), 3) for n in (2, 4)}
+    assert [m.config["norm_num_groups"] for m in groups.values()] == [2, 4]
 
 
 def test_only_codecs_are_trained_as_such(tmp_path):

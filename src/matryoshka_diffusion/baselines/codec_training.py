@@ -26,7 +26,6 @@ from matryoshka_diffusion import sheet
 from matryoshka_diffusion.codec.autoencoder import Autoencoder
 from matryoshka_diffusion.codec.folder import OWN
 from matryoshka_diffusion.config import (
-    NORM_GROUPS,
     CodecRunConfig,
     ConfigError,
     StageConfig,
@@ -133,7 +132,7 @@ def build(config: CodecRunConfig, colours: int) -> AutoencoderKL:
             down_block_types=("DownEncoderBlock2D",) * depth,
             up_block_types=("UpDecoderBlock2D",) * depth,
             layers_per_block=config.blocks,
-            norm_num_groups=NORM_GROUPS,
+            norm_num_groups=config.norm_groups,
             mid_block_add_attention=False,
             sample_size=config.side,
             scaling_factor=1.0,
@@ -144,9 +143,9 @@ def codec_loss(
     model: AutoencoderKL,
     pictures: Float[Tensor, "b c h w"],
     noise: Float[Tensor, "b k y x"],
-    kl_weight: float,
+    config: CodecRunConfig,
 ) -> Float[Tensor, ""]:
-    """Absolute plus squared error of a pixel, and the weighted divergence of codes for each pixel.
+    """Absolute and squared error of a pixel, and the divergence of codes for each pixel, weighted.
 
     The squared error makes colours right sooner, the absolute one edges sharp. In the bound error
     and divergence are sums over a picture, so one number divides both. `noise` is the posterior's.
@@ -155,7 +154,8 @@ def codec_loss(
     decoded = model.decode(posterior.mean + posterior.std * noise).sample
     divergence = posterior.kl().mean() / pictures[0].numel()
     error = decoded - pictures
-    return error.abs().mean() + error.square().mean() + kl_weight * divergence
+    square = config.square_weight * error.square().mean()
+    return error.abs().mean() + square + config.kl_weight * divergence
 
 
 class Learner:
@@ -176,7 +176,7 @@ class Learner:
             [normal(self.config.seed, "codec", n, shape=shape) for n in range(step.first, step.end)]
         )
         loss = codec_loss(
-            self.model, pictures.to(self.device), noise.to(self.device), self.config.kl_weight
+            self.model, pictures.to(self.device), noise.to(self.device), self.config
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
