@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import signal
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,7 +24,7 @@ from matryoshka_diffusion.baselines.codec_training import (
     train_codec,
 )
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
-from matryoshka_diffusion.codec.folder import WEIGHTS
+from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
 from matryoshka_diffusion.config import (
     CodecRunConfig,
     ConfigError,
@@ -165,18 +169,97 @@ def test_a_finished_training_is_left_as_it_is(trained, smooth):
     assert (out / "codec" / WEIGHTS).stat().st_mtime_ns == before
 
 
+def finished_again(trained, tmp_path):
+    """A copy of a finished training, and what finishes it once more."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    again = find_codec_run(str(tmp_path / "copy"), None, [])
+    assert again is not None
+    return tmp_path / "copy", lambda: train_codec(again, tmp_path / "copy")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def rescale(file):
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "scaling_factor": 2 * settings["scaling_factor"]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(WEIGHTS, cut), ("config.json", cut), ("config.json", rescale), ("config.json", Path.unlink)],
+)
+def test_a_codec_that_is_torn_or_another_is_written_anew(name, damage, trained, tmp_path):
+    copy, finish = finished_again(trained, tmp_path)
+    damage(copy / "codec" / name)
+    (copy / ".codec.0123abcd.tmp").mkdir()
+    assert finish().psnr == trained[1].psnr
+    assert not list(copy.glob(".*"))
+    for file in (WEIGHTS, "config.json"):
+        assert (copy / "codec" / file).read_bytes() == (trained[0] / "codec" / file).read_bytes()
+
+
+def test_a_codec_is_known_though_its_scale_was_rounded_elsewhere(trained, tmp_path):
+    copy, finish = finished_again(trained, tmp_path)
+    settings = json.loads((copy / "codec" / "config.json").read_text())
+    settings["scaling_factor"] *= 1 + 1e-7
+    (copy / "codec" / "config.json").write_text(json.dumps(settings))
+    finish()
+    assert json.loads((copy / "codec" / "config.json").read_text()) == settings
+
+
+def test_a_codec_is_what_diffusers_would_write(trained, tmp_path):
+    own = trained[0] / "codec"
+    diffusers.AutoencoderKL.from_pretrained(own, use_safetensors=True).save_pretrained(tmp_path)
+    assert (own / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    assert fingerprint(own) == fingerprint(tmp_path)
+    modes = {(trained[0] / name).stat().st_mode for name in ("codec.yaml", f"codec/{WEIGHTS}")}
+    assert len(modes) == 1
+
+
+def test_a_full_disk_is_said_and_leaves_no_codec(trained, tmp_path, monkeypatch):
+    copy, finish = finished_again(trained, tmp_path)
+    shutil.rmtree(copy / "codec")
+
+    def full(data, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(codec_training, "_put", full)
+    with pytest.raises(OSError, match=r"cannot write .*safetensors: No space .* bytes needed"):
+        finish()
+    assert not list((copy / "codec").iterdir())
+
+
 def test_another_training_is_not_gone_on_with(trained, smooth, tmp_path):
     out, _ = trained
-    with pytest.raises(ConfigError, match=r"of another codec: lr is 0\.01 there, 0\.02 now"):
+    with pytest.raises(ConfigError, match=r"of another codec: lr is 0\.01 there, 0\.02 now; give"):
         train_codec(small(smooth, "lr=0.02"), out)
+    with pytest.raises(ConfigError, match=r"another codec: data\.flip is True there, False now; "):
+        train_codec(small(smooth, "data.flip=false"), out)
     (tmp_path / "letter").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty"):
         train_codec(small(smooth), tmp_path)
 
 
+def test_what_cannot_begin_leaves_the_folder_to_what_can(smooth, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_codec(small(tmp_path / "nowhere"), tmp_path / "out")
+    train_codec(small(smooth, "images=8"), tmp_path / "out")
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
-    with pytest.raises(RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29"):
+    with pytest.raises(RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29, with another --out"):
         train_codec(small(smooth, "lr=1.0e+30", "warmup_images=0"), tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(smooth, tmp_path, monkeypatch):
+    def steep(*arguments):  # at 0 the root is finite, its slope is not
+        return codec_loss(*arguments) * 0 + next(arguments[0].parameters()).mul(0).sum().sqrt()
+
+    monkeypatch.setattr(codec_training, "codec_loss", steep)
+    with pytest.raises(RuntimeError, match="gradient is not finite after 0 images"):
+        train_codec(small(smooth), tmp_path)
 
 
 # --- its config and its command ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, load_config, to_yaml
+from matryoshka_diffusion.config import ConfigError, RunConfig, Strict, load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.layout import resolve_layout
 from matryoshka_diffusion.train.precision import resolve_precision
@@ -73,18 +73,22 @@ def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
     for key in DECIDED_AT_START:
         if getattr(asked.train, key) == "auto":
             asked = _with(asked, **{key: getattr(begun.train, key)})
+    if told := differences(begun, asked):
+        raise ConfigError(
+            f"{folder} holds a run of another config: {told}; give another --out, or drop the "
+            "override to continue that run"
+        )
+
+
+def differences(begun: Strict, asked: Strict) -> str:
+    """The first values that differ, each with its path; empty if none do."""
     there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (begun, asked))
     different = [path for path in {**there, **here} if there.get(path) != here.get(path)]
-    if different:
-        told = "; ".join(
-            f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
-            for path in different[:3]
-        )
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise ConfigError(
-            f"{folder} holds a run of another config: {told}{more}; give another --out, or drop "
-            "the override to continue that run"
-        )
+    told = "; ".join(
+        f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
+        for path in different[:3]
+    )
+    return told + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
