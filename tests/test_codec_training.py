@@ -249,7 +249,9 @@ def test_what_cannot_begin_leaves_the_folder_to_what_can(smooth, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
-    with pytest.raises(RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29, with another --out"):
+    with pytest.raises(
+        RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29, with another --out"
+    ):
         train_codec(small(smooth, "lr=1.0e+30", "warmup_images=0"), tmp_path)
 
 
@@ -321,6 +323,33 @@ def test_only_codecs_are_trained_as_such(tmp_path):
         from_yaml(to_yaml(CODECS["codec"]))
 
 
+def test_several_processes_do_not_train_one_codec(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "codec", "--data", "photos", "--out", str(tmp_path / "x")]) == 2
+    assert "WORLD_SIZE: a codec is trained by one process" in capsys.readouterr().err
+
+
+def test_what_lies_in_a_folder_goes_before_a_preset_of_its_name(smooth, tmp_path, monkeypatch):
+    config = small(smooth, "lr=0.5")
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "codec.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    for name in ("codec", "codec/codec.yaml"):
+        assert find_codec_run(name, None, []) == config
+    assert find_codec_run("openmoji-codec", None, []) == CODECS["openmoji-codec"]
+
+
+@pytest.mark.parametrize("command", ["sample", "info"])
+def test_a_codec_is_no_model_and_says_what_it_is_for(command, trained, capsys):
+    out, _ = trained
+    assert cli.main([command, str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is the training of an autoencoder" in said
+    assert f"mdm train PRESET --codec {out} trains a model on its codes" in said
+    assert cli.main([command, str(out / "codec")]) == 2
+    assert "codec is an autoencoder, which draws nothing" in capsys.readouterr().err
+
+
 def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path, capsys):
     settings = [word for change in [*SMALL, *OFTEN] for word in ("--set", change)]
     out = str(tmp_path / "codec")
@@ -341,6 +370,9 @@ def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path
         (["--out", "x", "--lora", "4"], "--lora is not for training a codec"),
         (["--out", "x", "--gpus", "2"], "--gpus is not for training a codec"),
         (["--out", "x", "--dry-run"], "--dry-run is not for training a codec"),
+        (["--out", "x", "--base", "y"], "--base is not for training a codec"),
+        (["--out", "x", "--parallel", "fsdp"], "--parallel is not for training a codec"),
+        (["--out", "x", "--rank-timeout", "9"], "--rank-timeout is not for training a codec"),
         (["--out", "x"], "data.path is not set: give a folder with --data"),
     ],
 )

@@ -671,7 +671,9 @@ class CodecRunConfig(Strict):
                 "but the first"
             )
         if odd := [width for width in self.widths if width % self.norm_groups]:
-            raise ValueError(f"widths: {odd[0]} is not a multiple of norm_groups, {self.norm_groups}")
+            raise ValueError(
+                f"widths: {odd[0]} is not a multiple of norm_groups, {self.norm_groups}"
+            )
         return self
 
     @model_validator(mode="after")

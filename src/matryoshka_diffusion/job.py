@@ -15,7 +15,7 @@ from matryoshka_diffusion.baselines.load import note_base
 from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
-from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card
+from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card, with_own_codec
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
@@ -109,7 +109,7 @@ def find_config(
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml")
+        config = with_own_codec(load_config(path / "config.yaml"), path)
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file():
@@ -411,7 +411,8 @@ def average_model(run: Path, length: float, out: Path) -> float:
         How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
 
     Raises:
-        UsageError: `out` is not empty, `run` is no run, or there is no average of this length.
+        UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the
+            run's codec is gone or another one.
         FileNotFoundError, ValueError: the run has no snapshots, or one is damaged.
     """
     refuse_full(out)
@@ -419,8 +420,9 @@ def average_model(run: Path, length: float, out: Path) -> float:
         raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run folder with a config.yaml in it")
-    config = load_config(run / "config.yaml")
     average = synthesise(run / "ema", length)
+    config = with_own_codec(load_config(run / "config.yaml"), run)
+    config = carry_codec(config, out)
     checkpoint.export_weights(out, average.weights, config)
     return average.error
 

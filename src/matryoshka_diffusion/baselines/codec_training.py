@@ -25,7 +25,7 @@ from torch import Tensor
 
 from matryoshka_diffusion import sheet
 from matryoshka_diffusion.codec.autoencoder import Autoencoder
-from matryoshka_diffusion.codec.folder import OWN, SETTINGS, WEIGHTS
+from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import (
     CodecRunConfig,
     ConfigError,
@@ -58,7 +58,6 @@ from matryoshka_diffusion.train.signals import Interrupts, Stopped
 AutoencoderKL: TypeAlias = Any
 """That of diffusers, whose own annotations do not say what it returns."""
 
-CONFIG = "codec.yaml"
 MEASURED = 512
 """Pictures that codes' scale and the error are measured on, evenly spread."""
 SHOWN = 24
@@ -77,17 +76,20 @@ class Trained(NamedTuple):
 def find_codec_run(
     name: str, data: str | None, assignments: Sequence[str]
 ) -> CodecRunConfig | None:
-    """The training of a codec that is called or lies at `name`, with changes; None if none is.
+    """The training of a codec that lies at `name` or is called so, with changes; None if none is.
+
+    `name` is the folder of a training, its codec.yaml or one of `CODECS`.
 
     Raises:
         ConfigError: the changes do not fit.
     """
-    begun = Path(name) / CONFIG
-    if name not in CODECS and not begun.is_file():
+    path = Path(name)
+    begun = path if path.name == TRAINING else path / TRAINING
+    if not begun.is_file() and name not in CODECS:
         return None
-    config = CODECS[name] if name in CODECS else load_codec_run(begun)
-    path = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
-    config = override(config, [*path, *assignments])
+    config = load_codec_run(begun) if begun.is_file() else CODECS[name]
+    changes = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
+    config = override(config, [*changes, *assignments])
     return config.model_copy(update={"data": sourced(config.data)})
 
 
@@ -113,8 +115,10 @@ def train_codec(
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
     learner = Learner(config, seen.channels, torch.device(device))
-    if not (out / CONFIG).is_file():  # it makes the folder this training's, so nothing fails after
-        write_atomically(out / CONFIG, lambda file: file.write(to_yaml(config).encode()))
+    if not (
+        out / TRAINING
+    ).is_file():  # it makes the folder this training's, so nothing fails after
+        write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     if (path := checkpoint.newest(out / "checkpoints")) is not None:
         learner.restore(checkpoint.read(path), str(path))
     _learn(learner, _loader(config, seen), out, progress)
@@ -181,9 +185,7 @@ class Learner:
         noise = torch.stack(
             [normal(self.config.seed, "codec", n, shape=shape) for n in range(step.first, step.end)]
         )
-        loss = codec_loss(
-            self.model, pictures.to(self.device), noise.to(self.device), self.config
-        )
+        loss = codec_loss(self.model, pictures.to(self.device), noise.to(self.device), self.config)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         if not (loss.isfinite() and norm.isfinite()):
@@ -282,9 +284,9 @@ def _loader(config: CodecRunConfig, source: Source) -> Loader:
 
 def _refuse_others(config: CodecRunConfig, out: Path) -> None:
     """Raise ConfigError if `out` holds anything but a training of this config."""
-    if not (out / CONFIG).is_file():
+    if not (out / TRAINING).is_file():
         return refuse_full(out)
-    if told := differences(load_codec_run(out / CONFIG), config):
+    if told := differences(load_codec_run(out / TRAINING), config):
         raise ConfigError(
             f"{out} holds the training of another codec: {told}; give another --out, or drop the "
             "override to continue that one"

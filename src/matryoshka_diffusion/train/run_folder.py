@@ -31,12 +31,13 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 
         OSError: it cannot be written.
     """
     path = folder / "config.yaml"
-    begun = load_config(path) if path.exists() else None
+    begun = written = load_config(path) if path.exists() else None
     if begun is not None:
+        begun = _with_codec_of(begun, asked)
         _check_same_run(folder, begun, asked)
     refuse_foreign(folder)
     config = resolved(begun or asked, device)
-    if config != begun:  # new, or prepared for a first start
+    if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
     return config
@@ -67,6 +68,14 @@ def resolved(config: RunConfig, device: torch.device) -> RunConfig:
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _with_codec_of(begun: RunConfig, asked: RunConfig) -> RunConfig:
+    """The run with its codec where that lies now: what it is says its hash, not its folder."""
+    old, new = begun.codec, asked.codec
+    if old is None or new is None or not old.weights or old.weights != new.weights:
+        return begun
+    return begun.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
 
 
 def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
