@@ -553,6 +553,8 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
     data = config.model_dump(mode="json")
     data["name"] = f"{config.name}-{side}"
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
+    if (data["data"]["side"] or 0) % (side * config.pixels_per_side):
+        data["data"]["side"] = None  # pictures of the finest level's side, as ever
     data["train"]["stages"] = [stage.model_dump(mode="json")]
     data["train"].update(init=None, init_levels=len(config.model.levels))
     for values in (
@@ -569,7 +571,8 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
 def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     """The paper's pattern for a finer level: widths double inwards, the last block is saved.
 
-    Around S64 this gives exactly the levels of Appendix A.
+    Around S64 this gives exactly the levels of Appendix A. Widths are multiples of 32, so where half
+    of one is none, the next larger is taken.
 
     Raises:
         ConfigError: `side` is not the finest side times a power of two.
@@ -582,7 +585,7 @@ def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     inner, blocks = finest.widths[0], finest.blocks[0]
     return LevelConfig(
         side=side,
-        widths=tuple(max(32, inner // 2 ** (halvings - i)) for i in range(halvings + 1)),
+        widths=tuple(32 * -(-inner // (32 * 2 ** (halvings - i))) for i in range(halvings + 1)),
         blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
         attention=(0,) * (halvings + 1),
         heads=finest.heads,
