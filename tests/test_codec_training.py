@@ -9,10 +9,10 @@ import shutil
 import signal
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.baselines import codec_training
@@ -211,7 +211,7 @@ def test_a_codec_is_known_though_its_scale_was_rounded_elsewhere(trained, tmp_pa
 
 def test_a_codec_is_what_diffusers_would_write(trained, tmp_path):
     own = trained[0] / "codec"
-    diffusers.AutoencoderKL.from_pretrained(own, use_safetensors=True).save_pretrained(tmp_path)
+    AutoencoderKL.from_pretrained(own, use_safetensors=True).save_pretrained(tmp_path)
     assert (own / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
     assert fingerprint(own) == fingerprint(tmp_path)
     modes = {(trained[0] / name).stat().st_mode for name in ("codec.yaml", f"codec/{WEIGHTS}")}

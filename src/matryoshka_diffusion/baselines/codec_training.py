@@ -179,7 +179,7 @@ class Learner:
         self.images_seen, self.seconds = 0, 0.0
 
     def learn(self, step: Step, pictures: Float[Tensor, "b c h w"]) -> float:
-        """Take one step; returns its loss. Raises RuntimeError if that or a gradient is not finite."""
+        """Take one step; returns its loss. Raises RuntimeError if that or its gradient is NaN or inf."""
         side = self.config.side // self.config.factor
         shape = (self.config.channels, side, side)
         noise = torch.stack(
