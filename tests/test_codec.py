@@ -39,7 +39,7 @@ from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.sample import last
 from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import export_weights
@@ -392,9 +392,13 @@ def half_way(tiny_codec, photos, tmp_path_factory):
     return out
 
 
-def test_an_unfinished_run_is_told_where_its_codec_is_now(half_way, tmp_path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_is_told_where_its_codec_is_now(finished, half_way, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(half_way, run)
+    if finished:
+        weights, config = find_model(run)
+        export_weights(run / "model", weights, config)
     shutil.copytree(half_way.parent / "there", moved)
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(str(half_way.parent / "there"), str(moved)))

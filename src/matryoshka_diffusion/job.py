@@ -571,8 +571,8 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
 def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     """The paper's pattern for a finer level: widths double inwards, the last block is saved.
 
-    Around S64 this gives exactly the levels of Appendix A. Widths are multiples of 32: where half of
-    one is none, the next larger is taken.
+    Around S64 this gives exactly the levels of Appendix A. Where half of a width is no multiple of
+    32, the next larger one is taken.
 
     Raises:
         ConfigError: `side` is not the finest side times a power of two.

@@ -514,7 +514,8 @@ def find_model(
         return _read_model(converted(path, progress=progress))
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
-            return _read_model(folder)
+            weights, config = _read_model(folder)
+            return weights, with_own_codec(moved_codec(config, path), folder)
     refuse_codec(path)
     if path.is_dir():
         newest = checkpoint.newest(path / "checkpoints")

@@ -179,7 +179,7 @@ class Learner:
         self.images_seen, self.seconds = 0, 0.0
 
     def learn(self, step: Step, pictures: Float[Tensor, "b c h w"]) -> float:
-        """Take one step; returns its loss. Raises RuntimeError if that or its gradient is NaN or inf."""
+        """Take one step; returns its loss. Raises RuntimeError unless all of it is finite."""
         side = self.config.side // self.config.factor
         shape = (self.config.channels, side, side)
         noise = torch.stack(
@@ -308,9 +308,9 @@ def _finish(learner: Learner, source: Source, which: str, out: Path) -> Trained:
     model.register_to_config(
         scaling_factor=1.0 / codes.double().std().item(), shift_factor=codes.double().mean().item()
     )
-    _save(model, out / OWN)
     for unfinished in out.glob(f".{OWN}.*.tmp"):  # whole folders, of versions that wrote so
         shutil.rmtree(unfinished, ignore_errors=True)
+    _save(model, out / OWN)
     codec = Autoencoder(model, device=learner.device)
     decoded = to_uint8(codec.decode(codec.encode(pictures)), learner.config.data.pixels)
     made = decoded.permute(0, 2, 3, 1).numpy()

@@ -43,7 +43,7 @@ def codec_folder(path: str) -> Path:
     if not there.is_dir():
         raise ConfigError(
             f"codec.path: there is no folder {there}; if the codec has moved, correct codec.path "
-            f"in the config, or put a copy into a folder {OWN} beside the model's weights"
+            f"in the config, or put a copy into a folder {OWN} in the run's or model's folder"
         )
     folder = next((there / part for part in PARTS if _is_codec(there / part)), None)
     if folder is None:
@@ -98,7 +98,7 @@ def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def moved_codec(config: RunConfig, run: Path) -> RunConfig:
-    """The config of a checkpoint in a run, whose codec may have been moved since.
+    """The config of what was trained in a run, whose codec may have been moved since.
 
     It is the run's own, or where the run's config says now.
     """
