@@ -39,7 +39,7 @@ from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.sample import last
 from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import export_weights
@@ -275,10 +275,15 @@ def own_cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def trained(config: RunConfig, folder: Path) -> dict[str, Tensor]:
-    """The weights after training on what `job.prepare` gives, as the command does."""
+def train_run(config: RunConfig, folder: Path) -> Path:
+    """Train on what `job.prepare` gives, as the command does."""
     ready = job.prepare(config)
-    return load_file(train(ready.config, ready.loader, folder) / "model.safetensors")
+    return train(ready.config, ready.loader, folder)
+
+
+def trained(config: RunConfig, folder: Path) -> dict[str, Tensor]:
+    """The weights after that."""
+    return load_file(train_run(config, folder) / "model.safetensors")
 
 
 def test_training_is_the_same_with_and_without_stored_codes(
@@ -286,9 +291,10 @@ def test_training_is_the_same_with_and_without_stored_codes(
 ):
     config = on_codes(tiny_codec(), path=str(photos), flip=True)
     stored = job.prepare(config)
-    assert stored.text == f"codes of 12 pictures from {own_cache / 'codes'}/" + stored.text[-32:]
+    key = fingerprint(tiny_codec())
+    assert stored.text == f"codes of 12 pictures from {own_cache / 'codes' / key[:32]}-cpu"
     assert stored.config.codec is not None
-    assert stored.config.codec.weights == fingerprint(tiny_codec())
+    assert stored.config.codec.weights == key
     one = trained(config, tmp_path / "stored")
     shutil.rmtree(own_cache / "codes")
     monkeypatch.setattr(job, "SMALL_BYTES", 0)
@@ -370,6 +376,71 @@ def test_a_run_goes_on_with_its_codec_and_with_no_other(tiny_codec, photos, own_
         job.prepare(again)
     with pytest.raises(ConfigError, match=r"codec\.weights is .* there"):
         trained(config, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def half_way(tiny_codec, photos, tmp_path_factory):
+    """A run with a checkpoint but no model yet, with averages to be put together."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    shutil.copytree(tiny_codec(), out.parent / "there")
+    config = on_codes(out.parent / "there", path=str(photos))
+    power = config.train.model_copy(
+        update={"ema_power": (0.05, 0.1), "ema_snapshot_every_images": 4}
+    )
+    train_run(config.model_copy(update={"train": power}), out)
+    shutil.rmtree(out / "model")
+    return out
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_is_told_where_its_codec_is_now(finished, half_way, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(half_way, run)
+    if finished:
+        weights, config = find_model(run)
+        export_weights(run / "model", weights, config)
+    shutil.copytree(half_way.parent / "there", moved)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(half_way.parent / "there"), str(moved)))
+    assert Matryoshka.load(run).config.codec.path == str(moved)  # pyright: ignore
+    shutil.copytree(moved, run / "codec")
+    assert Matryoshka.load(run).config.codec.path == str(run / "codec")  # pyright: ignore
+    assert job.find_config(str(run), None, []).codec.path == str(run / "codec")  # pyright: ignore
+
+
+def test_a_run_goes_on_with_a_codec_that_has_moved(half_way, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(half_way, run)
+    shutil.copytree(half_way.parent / "there", moved)
+    asked = job.prepare(job.find_config(str(run), None, [], codec=str(moved)))
+    train(asked.config, asked.loader, run)
+    assert Matryoshka.load(run).config.codec.path == str(moved)  # pyright: ignore
+    assert job.find_config(str(run), None, []).codec.path == str(moved)  # pyright: ignore
+
+
+def test_only_a_models_own_codec_is_carried_along(half_way, tmp_path):
+    run, there = tmp_path / "run", tmp_path / "there"
+    shutil.copytree(half_way, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(half_way.parent / "there"), str(there)))
+    damaged(half_way.parent / "there", there, settings={"scaling_factor": 3.0})
+    for carry in (
+        lambda: job.export_model(str(run), tmp_path / "model"),
+        lambda: job.average_model(run, 0.08, tmp_path / "average"),
+    ):
+        with pytest.raises(ConfigError, match=r"is not the codec that coded was trained with"):
+            carry()
+    assert not (tmp_path / "model").exists()
+    job.average_model(half_way, 0.08, tmp_path / "average")
+    own = Matryoshka.load(tmp_path / "average").config.codec
+    assert own is not None
+    assert own.path == str(tmp_path / "average" / "codec")
+
+
+def test_a_side_of_pictures_is_counted_in_pixels():
+    assert on_codes(None, side=64).data_side == 64
+    with pytest.raises(ValueError, match=r"data\.side is 40, .* in pixels \(4 for each code\), 32"):
+        on_codes(None, side=40)
 
 
 def test_a_codec_is_put_into_any_config(tiny_codec):

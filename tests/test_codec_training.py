@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.baselines import codec_training
@@ -20,11 +24,12 @@ from matryoshka_diffusion.baselines.codec_training import (
     train_codec,
 )
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
-from matryoshka_diffusion.codec.folder import WEIGHTS
+from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
 from matryoshka_diffusion.config import (
     CodecRunConfig,
     ConfigError,
     from_yaml,
+    load_codec_run,
     override,
     to_yaml,
 )
@@ -74,7 +79,8 @@ def lines(out):
 
 
 def test_the_loss_is_the_errors_of_a_pixel_and_the_divergence_beside_it():
-    model = build(override(CODECS["codec"], SMALL), 3)
+    config = override(CODECS["codec"], [*SMALL, "kl_weight=0.1", "square_weight=0.5"])
+    model = build(config, 3)
     x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 8, 8)
     with torch.no_grad():
         posterior = model.encode(x).latent_dist
@@ -82,8 +88,8 @@ def test_the_loss_is_the_errors_of_a_pixel_and_the_divergence_beside_it():
         decoded = model.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / (2 * 3 * 16**2)
         error = (decoded - x).double()
-        expected = error.abs().mean() + (error**2).mean() + 0.1 * divergence
-        found = codec_loss(model, x, noise, 0.1)
+        expected = error.abs().mean() + 0.5 * (error**2).mean() + 0.1 * divergence
+        found = codec_loss(model, x, noise, config)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -163,18 +169,99 @@ def test_a_finished_training_is_left_as_it_is(trained, smooth):
     assert (out / "codec" / WEIGHTS).stat().st_mtime_ns == before
 
 
+def finished_again(trained, tmp_path):
+    """A copy of a finished training, and what finishes it once more."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    again = find_codec_run(str(tmp_path / "copy"), None, [])
+    assert again is not None
+    return tmp_path / "copy", lambda: train_codec(again, tmp_path / "copy")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def rescale(file):
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "scaling_factor": 2 * settings["scaling_factor"]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(WEIGHTS, cut), ("config.json", cut), ("config.json", rescale), ("config.json", Path.unlink)],
+)
+def test_a_codec_that_is_torn_or_another_is_written_anew(name, damage, trained, tmp_path):
+    copy, finish = finished_again(trained, tmp_path)
+    damage(copy / "codec" / name)
+    (copy / ".codec.0123abcd.tmp").mkdir()
+    assert finish().psnr == trained[1].psnr
+    assert not list(copy.glob(".*"))
+    for file in (WEIGHTS, "config.json"):
+        assert (copy / "codec" / file).read_bytes() == (trained[0] / "codec" / file).read_bytes()
+
+
+def test_a_codec_is_known_though_its_scale_was_rounded_elsewhere(trained, tmp_path):
+    copy, finish = finished_again(trained, tmp_path)
+    settings = json.loads((copy / "codec" / "config.json").read_text())
+    settings["scaling_factor"] *= 1 + 1e-7
+    (copy / "codec" / "config.json").write_text(json.dumps(settings))
+    finish()
+    assert json.loads((copy / "codec" / "config.json").read_text()) == settings
+
+
+def test_a_codec_is_what_diffusers_would_write(trained, tmp_path):
+    own = trained[0] / "codec"
+    AutoencoderKL.from_pretrained(own, use_safetensors=True).save_pretrained(tmp_path)
+    assert (own / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    assert fingerprint(own) == fingerprint(tmp_path)
+    modes = {(trained[0] / name).stat().st_mode for name in ("codec.yaml", f"codec/{WEIGHTS}")}
+    assert len(modes) == 1
+
+
+def test_a_full_disk_is_said_and_leaves_no_codec(trained, tmp_path, monkeypatch):
+    copy, finish = finished_again(trained, tmp_path)
+    shutil.rmtree(copy / "codec")
+
+    def full(data, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(codec_training, "_put", full)
+    with pytest.raises(OSError, match=r"cannot write .*safetensors: No space .* bytes needed"):
+        finish()
+    assert not list((copy / "codec").iterdir())
+
+
 def test_another_training_is_not_gone_on_with(trained, smooth, tmp_path):
     out, _ = trained
-    with pytest.raises(ConfigError, match=r"of another codec: lr is 0\.01 there, 0\.02 now"):
+    with pytest.raises(ConfigError, match=r"of another codec: lr is 0\.01 there, 0\.02 now; give"):
         train_codec(small(smooth, "lr=0.02"), out)
+    with pytest.raises(ConfigError, match=r"another codec: data\.flip is True there, False now; "):
+        train_codec(small(smooth, "data.flip=false"), out)
     (tmp_path / "letter").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty"):
         train_codec(small(smooth), tmp_path)
 
 
+def test_what_cannot_begin_leaves_the_folder_to_what_can(smooth, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_codec(small(tmp_path / "nowhere"), tmp_path / "out")
+    train_codec(small(smooth, "images=8"), tmp_path / "out")
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
-    with pytest.raises(RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29"):
+    with pytest.raises(
+        RuntimeError, match=r"not finite after 8 images: .*--set lr=2\.5e\+29, with another --out"
+    ):
         train_codec(small(smooth, "lr=1.0e+30", "warmup_images=0"), tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(smooth, tmp_path, monkeypatch):
+    def steep(*arguments):  # at 0 the root is finite, its slope is not
+        return codec_loss(*arguments) * 0 + next(arguments[0].parameters()).mul(0).sum().sqrt()
+
+    monkeypatch.setattr(codec_training, "codec_loss", steep)
+    with pytest.raises(RuntimeError, match="gradient is not finite after 0 images"):
+        train_codec(small(smooth), tmp_path)
 
 
 # --- its config and its command ------------------------------------------------------------------
@@ -201,13 +288,27 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
         ("data={sauce: folder}", r"data\.sauce: unknown key \(did you mean data\.source\?\)"),
         ("side=18", r"side 18 cannot be halved once for each of the 3 widths but the first"),
         ("widths=[]", r"side 64 cannot be halved"),
-        ("widths=[13, 16]", r"widths: 13 is not a multiple of 2"),
+        ("widths=[13, 16]", r"widths: 13 is not a multiple of norm_groups, 2"),
+        ("norm_groups=3", r"widths: 16 is not a multiple of norm_groups, 3"),
+        ("square_weight=-1.0", r"square_weight: Input should be greater than or equal to 0"),
+        ("data.side=32", r"data\.side is 32: a codec has side, leave this away"),
+        ("data.classes=[a]", r"data\.classes: a codec is trained on pictures alone"),
         ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         find_codec_run("openmoji-codec", None, [change])
+
+
+def test_a_config_that_says_less_means_what_it_always_meant(tmp_path):
+    text = to_yaml(CODECS["codec"])
+    older = text.replace("norm_groups: 2\n", "").replace("square_weight: 1.0\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 2
+    (tmp_path / "codec.yaml").write_text(older)
+    assert load_codec_run(tmp_path / "codec.yaml") == CODECS["codec"]
+    groups = {n: build(override(CODECS["codec"], [f"norm_groups={n}"]), 3) for n in (2, 4)}
+    assert [m.config["norm_num_groups"] for m in groups.values()] == [2, 4]
 
 
 def test_only_codecs_are_trained_as_such(tmp_path):
@@ -220,6 +321,33 @@ def test_only_codecs_are_trained_as_such(tmp_path):
         preset("openmoji-codec")
     with pytest.raises(ConfigError, match="unknown key"):
         from_yaml(to_yaml(CODECS["codec"]))
+
+
+def test_several_processes_do_not_train_one_codec(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "codec", "--data", "photos", "--out", str(tmp_path / "x")]) == 2
+    assert "WORLD_SIZE: a codec is trained by one process" in capsys.readouterr().err
+
+
+def test_what_lies_in_a_folder_goes_before_a_preset_of_its_name(smooth, tmp_path, monkeypatch):
+    config = small(smooth, "lr=0.5")
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "codec.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    for name in ("codec", "codec/codec.yaml"):
+        assert find_codec_run(name, None, []) == config
+    assert find_codec_run("openmoji-codec", None, []) == CODECS["openmoji-codec"]
+
+
+@pytest.mark.parametrize("command", ["sample", "info"])
+def test_a_codec_is_no_model_and_says_what_it_is_for(command, trained, capsys):
+    out, _ = trained
+    assert cli.main([command, str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is the training of an autoencoder" in said
+    assert f"mdm train PRESET --codec {out} trains a model on its codes" in said
+    assert cli.main([command, str(out / "codec")]) == 2
+    assert "codec is an autoencoder, which draws nothing" in capsys.readouterr().err
 
 
 def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path, capsys):
@@ -242,6 +370,9 @@ def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path
         (["--out", "x", "--lora", "4"], "--lora is not for training a codec"),
         (["--out", "x", "--gpus", "2"], "--gpus is not for training a codec"),
         (["--out", "x", "--dry-run"], "--dry-run is not for training a codec"),
+        (["--out", "x", "--base", "y"], "--base is not for training a codec"),
+        (["--out", "x", "--parallel", "fsdp"], "--parallel is not for training a codec"),
+        (["--out", "x", "--rank-timeout", "9"], "--rank-timeout is not for training a codec"),
         (["--out", "x"], "data.path is not set: give a folder with --data"),
     ],
 )

@@ -16,7 +16,7 @@ from matryoshka_diffusion.config import ConfigError, UsageError, override, to_ya
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
-from matryoshka_diffusion.presets import nest, preset
+from matryoshka_diffusion.presets import PRESETS, nest, preset
 from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
 from matryoshka_diffusion.train.curriculum import Step
@@ -240,6 +240,28 @@ def test_the_next_level_follows_the_papers_pattern():
         grown = job.next_level(levels[:count], expected.side)
         power = {"shift_power": expected.shift_power}
         assert grown.model_copy(update=power) == expected
+
+
+def test_a_next_levels_widths_are_such_as_networks_take():
+    levels = preset("openmoji-base").model.levels
+    assert levels[-1].widths[0] == 96
+    assert job.next_level(levels, 32).widths == (64, 96)
+    assert job.next_level(levels, 64).widths == (32, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [*((name, 2) for name in PRESETS), ("openmoji-base", 8)]
+)
+def test_every_presets_model_can_be_grown(name, times, tmp_path, monkeypatch):
+    config = preset(name)
+    with torch.device("meta"):
+        small = NestedUNet(config.model)
+        monkeypatch.setattr(job, "find_model", lambda run: (small.state_dict(), config))
+        monkeypatch.setattr(job.checkpoint, "load_network", lambda *_, where: small)
+        monkeypatch.setattr(job, "_begin", lambda config, net, out: None)
+        side = times * config.model.levels[-1].side
+        grown = job.grow_run(name, side, tmp_path / "x")
+    assert [level.side for level in grown.model.levels[len(config.model.levels) :]] == [side]
 
 
 # --- text features -----------------------------------------------------------------------------

@@ -86,15 +86,20 @@ def train(options: argparse.Namespace) -> None:
 
 def _train_codec(config: Any, options: argparse.Namespace) -> None:
     """Train an autoencoder, and say how well it does and what it is for."""
-    from matryoshka_diffusion.baselines.codec_training import CONFIG, train_codec
+    from matryoshka_diffusion.baselines.codec_training import train_codec
+    from matryoshka_diffusion.codec.folder import TRAINING
     from matryoshka_diffusion.config import UsageError
 
-    others = ("--init", "--lora", "--codec", "--dry-run", "--log")
-    given = [name for name in others if getattr(options, name[2:].replace("-", "_"))]
-    if given or options.gpus > 1:
-        raise UsageError(f"{(given or ['--gpus'])[0]} is not for training a codec")
+    plain = build_parser().parse_args(["train", options.preset])
+    others = ("--init", "--base", "--lora", "--codec", "--dry-run", "--log", "--gpus", "--parallel")
+    for name in (*others, "--rank-timeout"):
+        key = name[2:].replace("-", "_")
+        if getattr(options, key) != getattr(plain, key):
+            raise UsageError(f"{name} is not for training a codec")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("WORLD_SIZE: a codec is trained by one process, without torchrun")
     begun = Path(options.preset)
-    out = options.out or (begun if (begun / CONFIG).is_file() else None)
+    out = options.out or (begun if (begun / TRAINING).is_file() else None)
     if out is None:
         raise SystemExit(_say("mdm train: give the codec's folder with --out", 2))
     with _Bar("training a codec", " images", tell=True) as bar:

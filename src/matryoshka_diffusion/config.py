@@ -31,9 +31,6 @@ from pydantic import (
 UNIFORM = 12**-0.5
 """The length of the plain mean over all of the training: averages are shorter than this 0.2887."""
 
-NORM_GROUPS = 2
-"""Groups of the group norms in a trained codec: few, because its first widths are small."""
-
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -542,10 +539,12 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         levels = len(self.model.levels)
-        if self.data_side % self.model.levels[-1].side:
+        finest = self.model.levels[-1].side * self.pixels_per_side
+        if self.data_side % finest:
+            codes = "" if self.codec is None else f" in pixels ({self.codec.factor} for each code)"
             raise ValueError(
-                f"data.side is {self.data_side}, no multiple of the finest level's side, "
-                f"{self.model.levels[-1].side}"
+                f"data.side is {self.data_side}, no multiple of the finest level's side{codes}, "
+                f"{finest}"
             )
         deepest = self.train.stages[-1].levels
         if deepest > levels:
@@ -633,9 +632,11 @@ class CodecRunConfig(Strict):
 
     Codes have `channels` numbers a position. `widths` are the channels of the network from the
     pictures down; each step to the next halves the side. `blocks` are the encoder's residual
-    blocks at each width, of which the decoder has one more. `kl_weight` is on the divergence of a
-    picture's codes from N(0, 1), summed over its codes, beside the error, summed over its pixels.
-    Lengths are counted in images seen.
+    blocks at each width, of which the decoder has one more. `norm_groups` is the groups of group
+    norms: few, because the first widths are small. The error is the absolute one of a pixel plus
+    `square_weight` times the squared one. `kl_weight` is on the divergence of a picture's codes
+    from N(0, 1), summed over its codes, beside the error, summed over its pixels. Lengths are
+    counted in images seen.
     """
 
     name: str
@@ -644,7 +645,9 @@ class CodecRunConfig(Strict):
     channels: PositiveInt = 4
     widths: tuple[PositiveInt, ...] = (16, 32, 64)
     blocks: PositiveInt = 1
-    kl_weight: Annotated[float, Field(ge=0.0)] = 1e-6
+    norm_groups: PositiveInt = 2
+    square_weight: Weight = 1.0
+    kl_weight: Weight = 1e-6
     images: PositiveInt
     batch_size: PositiveInt = 8
     lr: PositiveFloat = 2e-3
@@ -667,8 +670,18 @@ class CodecRunConfig(Strict):
                 f"side {self.side} cannot be halved once for each of the {len(self.widths)} widths "
                 "but the first"
             )
-        if odd := [width for width in self.widths if width % NORM_GROUPS]:
-            raise ValueError(f"widths: {odd[0]} is not a multiple of {NORM_GROUPS}")
+        if odd := [width for width in self.widths if width % self.norm_groups]:
+            raise ValueError(
+                f"widths: {odd[0]} is not a multiple of norm_groups, {self.norm_groups}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_pictures_alone(self) -> CodecRunConfig:
+        if self.data.side is not None:
+            raise ValueError(f"data.side is {self.data.side}: a codec has side, leave this away")
+        if self.data.classes:
+            raise ValueError("data.classes: a codec is trained on pictures alone, leave this away")
         return self
 
 

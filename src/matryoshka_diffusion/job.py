@@ -15,7 +15,7 @@ from matryoshka_diffusion.baselines.load import note_base
 from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
-from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card
+from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card, with_own_codec
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
@@ -110,7 +110,7 @@ def find_config(
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml")
+        config = with_own_codec(load_config(path / "config.yaml"), path)
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file():
@@ -418,7 +418,8 @@ def average_model(run: Path, length: float, out: Path) -> float:
         How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
 
     Raises:
-        UsageError: `out` is not empty, `run` is no run, or there is no average of this length.
+        UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the
+            run's codec is gone or another one.
         FileNotFoundError, ValueError: the run has no snapshots, or one is damaged.
     """
     refuse_full(out)
@@ -426,8 +427,9 @@ def average_model(run: Path, length: float, out: Path) -> float:
         raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run folder with a config.yaml in it")
-    config = load_config(run / "config.yaml")
     average = synthesise(run / "ema", length)
+    config = with_own_codec(load_config(run / "config.yaml"), run)
+    config = carry_codec(config, out)
     checkpoint.export_weights(out, average.weights, config)
     return average.error
 
@@ -558,6 +560,8 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
     data = config.model_dump(mode="json")
     data["name"] = f"{config.name}-{side}"
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
+    if (data["data"]["side"] or 0) % (side * config.pixels_per_side):
+        data["data"]["side"] = None  # pictures of the finest level's side, as ever
     data["train"]["stages"] = [stage.model_dump(mode="json")]
     data["train"].update(init=None, init_levels=len(config.model.levels))
     for values in (
@@ -574,7 +578,8 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
 def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     """The paper's pattern for a finer level: widths double inwards, the last block is saved.
 
-    Around S64 this gives exactly the levels of Appendix A.
+    Around S64 this gives exactly the levels of Appendix A. Where half of a width is no multiple of
+    32, the next larger one is taken.
 
     Raises:
         ConfigError: `side` is not the finest side times a power of two.
@@ -587,7 +592,7 @@ def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     inner, blocks = finest.widths[0], finest.blocks[0]
     return LevelConfig(
         side=side,
-        widths=tuple(max(32, inner // 2 ** (halvings - i)) for i in range(halvings + 1)),
+        widths=tuple(32 * -(-inner // (32 * 2 ** (halvings - i))) for i in range(halvings + 1)),
         blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
         attention=(0,) * (halvings + 1),
         heads=finest.heads,

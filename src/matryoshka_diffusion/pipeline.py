@@ -18,7 +18,7 @@ from torch import Tensor
 
 from matryoshka_diffusion import hub
 from matryoshka_diffusion.codec.autoencoder import Codec, load_codec
-from matryoshka_diffusion.codec.folder import with_own_codec
+from matryoshka_diffusion.codec.folder import moved_codec, refuse_codec, with_own_codec
 from matryoshka_diffusion.conditioning import Conditioning, equally_long
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -541,7 +541,9 @@ def find_model(
         return _read_model(converted(path, progress=progress))
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
-            return _read_model(folder)
+            weights, config = _read_model(folder)
+            return weights, with_own_codec(moved_codec(config, path), folder)
+    refuse_codec(path)
     if path.is_dir():
         newest = checkpoint.newest(path / "checkpoints")
         if newest is None:
@@ -551,6 +553,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
+        config = moved_codec(config, path)
         return whole(snapshot.ema, config, where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:

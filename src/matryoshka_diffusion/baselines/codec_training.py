@@ -8,25 +8,25 @@ losses: enough for small, plain pictures. The same command continues a stopped t
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
+import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion import sheet
 from matryoshka_diffusion.codec.autoencoder import Autoencoder
-from matryoshka_diffusion.codec.folder import OWN
+from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import (
-    NORM_GROUPS,
     CodecRunConfig,
     ConfigError,
     StageConfig,
@@ -52,15 +52,17 @@ from matryoshka_diffusion.train.optim import (
     moments,
     set_learning_rate,
 )
+from matryoshka_diffusion.train.run_folder import differences
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
 
 AutoencoderKL: TypeAlias = Any
 """That of diffusers, whose own annotations do not say what it returns."""
 
-CONFIG = "codec.yaml"
 MEASURED = 512
 """Pictures that codes' scale and the error are measured on, evenly spread."""
 SHOWN = 24
+MEASURES = ("scaling_factor", "shift_factor")
+"""The settings of a codec that are measured."""
 
 
 class Trained(NamedTuple):
@@ -74,17 +76,20 @@ class Trained(NamedTuple):
 def find_codec_run(
     name: str, data: str | None, assignments: Sequence[str]
 ) -> CodecRunConfig | None:
-    """The training of a codec that is called or lies at `name`, with changes; None if none is.
+    """The training of a codec that lies at `name` or is called so, with changes; None if none is.
+
+    `name` is the folder of a training, its codec.yaml or one of `CODECS`.
 
     Raises:
         ConfigError: the changes do not fit.
     """
-    begun = Path(name) / CONFIG
-    if name not in CODECS and not begun.is_file():
+    path = Path(name)
+    begun = path if path.name == TRAINING else path / TRAINING
+    if not begun.is_file() and name not in CODECS:
         return None
-    config = CODECS[name] if name in CODECS else load_codec_run(begun)
-    path = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
-    config = override(config, [*path, *assignments])
+    config = load_codec_run(begun) if begun.is_file() else CODECS[name]
+    changes = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
+    config = override(config, [*changes, *assignments])
     return config.model_copy(update={"data": sourced(config.data)})
 
 
@@ -103,13 +108,17 @@ def train_codec(
     Raises:
         ConfigError: `out` holds something else, or the training of another codec.
         Stopped: SIGINT, SIGTERM or SIGUSR1; the training is saved.
-        RuntimeError: the loss is not finite.
+        RuntimeError: the loss or its gradient is not finite.
         ValueError, OSError, MissingExtra: the data or diffusers cannot be used.
     """
-    _open(config, out)
+    _refuse_others(config, out)
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
     learner = Learner(config, seen.channels, torch.device(device))
+    if not (
+        out / TRAINING
+    ).is_file():  # it makes the folder this training's, so nothing fails after
+        write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     if (path := checkpoint.newest(out / "checkpoints")) is not None:
         learner.restore(checkpoint.read(path), str(path))
     _learn(learner, _loader(config, seen), out, progress)
@@ -133,7 +142,7 @@ def build(config: CodecRunConfig, colours: int) -> AutoencoderKL:
             down_block_types=("DownEncoderBlock2D",) * depth,
             up_block_types=("UpDecoderBlock2D",) * depth,
             layers_per_block=config.blocks,
-            norm_num_groups=NORM_GROUPS,
+            norm_num_groups=config.norm_groups,
             mid_block_add_attention=False,
             sample_size=config.side,
             scaling_factor=1.0,
@@ -144,9 +153,9 @@ def codec_loss(
     model: AutoencoderKL,
     pictures: Float[Tensor, "b c h w"],
     noise: Float[Tensor, "b k y x"],
-    kl_weight: float,
+    config: CodecRunConfig,
 ) -> Float[Tensor, ""]:
-    """Absolute plus squared error of a pixel, and the weighted divergence of codes for each pixel.
+    """Absolute and squared error of a pixel, and the divergence of codes for each pixel, weighted.
 
     The squared error makes colours right sooner, the absolute one edges sharp. In the bound error
     and divergence are sums over a picture, so one number divides both. `noise` is the posterior's.
@@ -155,7 +164,8 @@ def codec_loss(
     decoded = model.decode(posterior.mean + posterior.std * noise).sample
     divergence = posterior.kl().mean() / pictures[0].numel()
     error = decoded - pictures
-    return error.abs().mean() + error.square().mean() + kl_weight * divergence
+    square = config.square_weight * error.square().mean()
+    return error.abs().mean() + square + config.kl_weight * divergence
 
 
 class Learner:
@@ -169,21 +179,20 @@ class Learner:
         self.images_seen, self.seconds = 0, 0.0
 
     def learn(self, step: Step, pictures: Float[Tensor, "b c h w"]) -> float:
-        """Take one step; returns its loss. Raises RuntimeError if that is not finite."""
+        """Take one step; returns its loss. Raises RuntimeError unless all of it is finite."""
         side = self.config.side // self.config.factor
         shape = (self.config.channels, side, side)
         noise = torch.stack(
             [normal(self.config.seed, "codec", n, shape=shape) for n in range(step.first, step.end)]
         )
-        loss = codec_loss(
-            self.model, pictures.to(self.device), noise.to(self.device), self.config.kl_weight
-        )
+        loss = codec_loss(self.model, pictures.to(self.device), noise.to(self.device), self.config)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        if not loss.isfinite():
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if not (loss.isfinite() and norm.isfinite()):
+            what = "gradient" if loss.isfinite() else "loss"
             raise RuntimeError(
-                f"the codec's loss is not finite after {step.first:,} images: a lower rate may "
-                f"help (--set lr={self.config.lr / 4:g})"
+                f"the codec's {what} is not finite after {step.first:,} images: a lower rate may "
+                f"help (--set lr={self.config.lr / 4:g}, with another --out)"
             )
         set_learning_rate(self.optimizer, step.lr)
         self.optimizer.step()
@@ -273,20 +282,16 @@ def _loader(config: CodecRunConfig, source: Source) -> Loader:
     )
 
 
-def _open(config: CodecRunConfig, out: Path) -> None:
-    """Begin in `out`, or find what the same config began there."""
-    path = out / CONFIG
-    if not path.is_file():
-        refuse_full(out)
-        write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
-    begun = load_codec_run(path)
-    for name in CodecRunConfig.model_fields:
-        there, here = getattr(begun, name), getattr(config, name)
-        if there != here:
-            raise ConfigError(
-                f"{out} holds the training of another codec: {name} is {there} there, {here} now; "
-                "give another --out, or drop the override to continue that one"
-            )
+def _refuse_others(config: CodecRunConfig, out: Path) -> None:
+    """Raise ConfigError if `out` holds anything but a training of this config."""
+    if not (out / TRAINING).is_file():
+        return refuse_full(out)
+    if told := differences(load_codec_run(out / TRAINING), config):
+        raise ConfigError(
+            f"{out} holds the training of another codec: {told}; give another --out, or drop the "
+            "override to continue that one"
+        )
+    return None
 
 
 # --- what it has learnt --------------------------------------------------------------------------
@@ -303,6 +308,8 @@ def _finish(learner: Learner, source: Source, which: str, out: Path) -> Trained:
     model.register_to_config(
         scaling_factor=1.0 / codes.double().std().item(), shift_factor=codes.double().mean().item()
     )
+    for unfinished in out.glob(f".{OWN}.*.tmp"):  # whole folders, of versions that wrote so
+        shutil.rmtree(unfinished, ignore_errors=True)
     _save(model, out / OWN)
     codec = Autoencoder(model, device=learner.device)
     decoded = to_uint8(codec.decode(codec.encode(pictures)), learner.config.data.pixels)
@@ -328,15 +335,47 @@ def psnr(original: UInt8[np.ndarray, "..."], made: UInt8[np.ndarray, "..."]) -> 
 
 
 def _save(model: AutoencoderKL, folder: Path) -> None:
-    """Write the codec's folder, whole or not at all; one that is there is the same already."""
-    if folder.is_dir():
+    """Write the codec's folder as `save_pretrained` does, unless this codec is there already.
+
+    The settings, without which a folder is no codec, go first and come last.
+
+    Raises:
+        OSError: it cannot be written; names the path and the reason.
+    """
+    if _holds(folder, model):
         return
-    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    (folder / SETTINGS).unlink(missing_ok=True)
+    weights = safetensors.torch.save(_weights(model), metadata={"format": "pt"})
+    for name, data in ((WEIGHTS, weights), (SETTINGS, model.to_json_string().encode())):
+        write_atomically(folder / name, partial(_put, data), needed=len(data))
+
+
+def _put(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
+
+
+def _weights(model: AutoencoderKL) -> dict[str, Tensor]:
+    return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+
+
+def _holds(folder: Path, model: AutoencoderKL) -> bool:
+    """Whether the codec in a folder has these weights, and this scale and shift but for rounding.
+
+    Those are measured anew at the end of each start, maybe on another device; models that were
+    trained on this codec know it by the hash of the first.
+    """
     try:
-        model.save_pretrained(unfinished)
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        there = safetensors.torch.load_file(folder / WEIGHTS)
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+        measured = [settings[name] for name in MEASURES]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+    here = _weights(model)
+    return (
+        there.keys() == here.keys()
+        and all(torch.equal(there[name], here[name]) for name in here)
+        and np.allclose(measured, [model.config[name] for name in MEASURES], rtol=1e-4, atol=1e-4)
+    )
 
 
 def _draw(

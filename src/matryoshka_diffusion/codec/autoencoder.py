@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matryoshka_diffusion.codec.folder import check_weights, codec_folder, fingerprint, read_card
+from matryoshka_diffusion.codec.folder import check_codec, check_weights, codec_folder, read_card
 from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.files import require
 
@@ -123,12 +123,7 @@ def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> A
             f"model.channels is {config.model.channels}, but codes of {folder} have "
             f"{card.channels}: add --set model.channels={card.channels}"
         )
-    key = fingerprint(folder)
-    if config.codec.weights not in ("", key):
-        raise ConfigError(
-            f"codec.path: {folder} is not the codec that {config.name} was trained with: its hash "
-            f"is {key[:12]}..., that one's {config.codec.weights[:12]}...; give the folder of that"
-        )
+    key = check_codec(config.codec, folder, config.name)
     diffusers = require("diffusers", "diffusers", "a codec")
     model, loading = diffusers.AutoencoderKL.from_pretrained(
         str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True

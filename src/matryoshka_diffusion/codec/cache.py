@@ -21,16 +21,18 @@ class CodeCache:
     """A `Codec` with a memory on disk. Nothing is stored unless `add` is called.
 
     Codes are found by the picture's own numbers, as it is after cropping, mirroring and turning,
-    so there is no way to be given those of another one. The folder is the codec's own.
+    so there is no way to be given those of another one. The folder is the codec's own on one type
+    of device: another one rounds differently.
     """
 
     def __init__(self, codec: Autoencoder, folder: Path | None = None) -> None:
         self.codec = codec
-        self.folder = cache_folder("codes", codec.key[:32]) if folder is None else folder
+        own = f"{codec.key[:32]}-{codec.device.type}"
+        self.folder = cache_folder("codes", own) if folder is None else folder
         self.chunks = Chunks(self.folder, codec.channels, torch.float32)
 
     def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
-        """Codes, the same bits whether they were stored or not."""
+        """Codes, the same bits whether they were stored by such a device or not."""
         rows = self.chunks.find([name_of(picture) for picture in pictures]).tolist()
         codes = [
             self.codec.encode(picture) if row < 0 else self._read(row, picture.shape[-2])

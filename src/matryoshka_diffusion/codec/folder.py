@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from matryoshka_diffusion.config import ConfigError, RunConfig
+from matryoshka_diffusion.config import CodecConfig, ConfigError, RunConfig, load_config
 from matryoshka_diffusion.files import write_atomically
 
 CLASS = "AutoencoderKL"
@@ -20,6 +20,8 @@ SETTINGS, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 FILES = (SETTINGS, WEIGHTS)
 OWN = "codec"
 """The folder of a model's own codec, beside the weights; so a trained codec's in its run."""
+TRAINING = "codec.yaml"
+"""The config of a codec's training, in its folder."""
 PARTS = ("", OWN, "vae")
 """Where a codec may lie in a folder that is given: there, in a run or model, in a pipeline."""
 
@@ -41,7 +43,7 @@ def codec_folder(path: str) -> Path:
     if not there.is_dir():
         raise ConfigError(
             f"codec.path: there is no folder {there}; if the codec has moved, correct codec.path "
-            f"in the config, or put a copy into a folder {OWN} beside the model's weights"
+            f"in the config, or put a copy into a folder {OWN} in the run's or model's folder"
         )
     folder = next((there / part for part in PARTS if _is_codec(there / part)), None)
     if folder is None:
@@ -95,16 +97,57 @@ def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"codec": codec})
 
 
+def moved_codec(config: RunConfig, run: Path) -> RunConfig:
+    """The config of what was trained in a run, whose codec may have been moved since.
+
+    It is the run's own, or where the run's config says now.
+    """
+    if config.codec is not None and (run / "config.yaml").is_file():
+        now = load_config(run / "config.yaml").codec
+        codec = config.codec.model_copy(update={"path": now and now.path})
+        config = config.model_copy(update={"codec": codec})
+    return with_own_codec(config, run)
+
+
+def refuse_codec(path: Path) -> None:
+    """Raise `ConfigError` if what is asked to be a model is an autoencoder, or its training."""
+    if (path / TRAINING).is_file():
+        raise ConfigError(
+            f"{path} is the training of an autoencoder, which draws nothing by itself: mdm train "
+            f"PRESET --codec {path} trains a model on its codes, mdm train {path} goes on with it"
+        )
+    if _is_codec(path):
+        raise ConfigError(
+            f"{path} is an autoencoder, which draws nothing by itself: mdm train PRESET --codec "
+            f"{path} trains a model on its codes"
+        )
+
+
+def check_codec(config: CodecConfig, folder: Path, name: str) -> str:
+    """The hash of the codec in `folder`. Raises `ConfigError` if that of model `name` is another.
+
+    A config that has no hash yet agrees with every codec.
+    """
+    key = fingerprint(folder)
+    if config.weights not in ("", key):
+        raise ConfigError(
+            f"codec.path: {folder} is not the codec that {name} was trained with: its hash is "
+            f"{key[:12]}..., that one's {config.weights[:12]}...; give the folder of that"
+        )
+    return key
+
+
 def carry_codec(config: RunConfig, folder: Path) -> RunConfig:
     """Copy the codec of a run into the model folder `folder`; returns the config that says so.
 
     Raises:
-        ConfigError: there is no codec at `codec.path`.
+        ConfigError: there is no codec at `codec.path`, or it is not the one of the run.
         OSError: it cannot be written.
     """
     if config.codec is None or config.codec.path is None:
         return config
     there = codec_folder(config.codec.path)
+    check_codec(config.codec, there, config.name)
     for name in FILES:
         with open(there / name, "rb") as source:
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, load_config, to_yaml
+from matryoshka_diffusion.config import ConfigError, RunConfig, Strict, load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.layout import resolve_layout
 from matryoshka_diffusion.train.precision import resolve_precision
@@ -31,12 +31,13 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 
         OSError: it cannot be written.
     """
     path = folder / "config.yaml"
-    begun = load_config(path) if path.exists() else None
+    begun = written = load_config(path) if path.exists() else None
     if begun is not None:
+        begun = _with_codec_of(begun, asked)
         _check_same_run(folder, begun, asked)
     refuse_foreign(folder)
     config = resolved(begun or asked, device)
-    if config != begun:  # new, or prepared for a first start
+    if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
     return config
@@ -69,22 +70,34 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
+def _with_codec_of(begun: RunConfig, asked: RunConfig) -> RunConfig:
+    """The run with its codec where that lies now: what it is says its hash, not its folder."""
+    old, new = begun.codec, asked.codec
+    if old is None or new is None or not old.weights or old.weights != new.weights:
+        return begun
+    return begun.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
+
+
 def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
     for key in DECIDED_AT_START:
         if getattr(asked.train, key) == "auto":
             asked = _with(asked, **{key: getattr(begun.train, key)})
+    if told := differences(begun, asked):
+        raise ConfigError(
+            f"{folder} holds a run of another config: {told}; give another --out, or drop the "
+            "override to continue that run"
+        )
+
+
+def differences(begun: Strict, asked: Strict) -> str:
+    """The first values that differ, each with its path; empty if none do."""
     there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (begun, asked))
     different = [path for path in {**there, **here} if there.get(path) != here.get(path)]
-    if different:
-        told = "; ".join(
-            f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
-            for path in different[:3]
-        )
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise ConfigError(
-            f"{folder} holds a run of another config: {told}{more}; give another --out, or drop "
-            "the override to continue that run"
-        )
+    told = "; ".join(
+        f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
+        for path in different[:3]
+    )
+    return told + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
