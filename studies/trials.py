@@ -27,6 +27,7 @@ class PictureSet:
         flops: the compute of every trial.
         held_out: share of the pictures that is not trained on.
         seeds: of the comparison with the baselines; ablations have the first `ablation_seeds`.
+        scale: the share of the study's compute that `flops` already is, for the codec.
     """
 
     name: str

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from matryoshka_diffusion import sheet
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
+from matryoshka_diffusion.evaluation.shrunk import shrink
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.pyramid import Resolution, down_sample
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.trainer import View
 
@@ -39,20 +38,11 @@ def preview_of(source: Source, config: RunConfig, count: int = PREVIEWS) -> dict
         asked = {"classes": list(range(min(PREVIEWS, model.classes)))}
     if model.coarse is not None:
         examples = [source[index] for index in chosen]
-        real = np.stack([example.picture for example in examples])
-        asked["coarse"] = _made_small(real, model.coarse.side)
+        side = model.coarse.side
+        asked["coarse"] = np.stack([shrink(example.picture, side) for example in examples])
         asked |= {"classes": [example.label for example in examples]} if model.classes else {}
         asked |= {"n": 1 if model.text or model.classes else count}
     return asked
-
-
-def _made_small(
-    pictures: UInt8[np.ndarray, "b h w c"], side: int
-) -> UInt8[np.ndarray, "b side side c"]:
-    """D^r of pictures as bytes."""
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-    small = down_sample(x, Resolution(side, side)).round().to(torch.uint8)
-    return small.permute(0, 2, 3, 1).numpy()
 
 
 class Preview:

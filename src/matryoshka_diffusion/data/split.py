@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.data.bad import BadFile, Quarantine
+from matryoshka_diffusion.data.around import Around
 from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.files import digest
 
@@ -14,23 +14,15 @@ _DIGITS = 13
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Around):
     """Some examples of a source, in its order: `indices` ascend. A `Source` itself."""
 
     source: Source
     indices: Sequence[int]
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
     def side(self) -> int:
         return self.source.side
-
-    @property
-    def channels(self) -> int:
-        return self.source.channels
 
     @property
     def captions(self) -> Sequence[tuple[str, ...]] | None:
@@ -38,30 +30,11 @@ class Part:
         return None if captions is None else [captions[index] for index in self.indices]
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes
-
-    @property
-    def bad(self) -> tuple[BadFile, ...]:
-        return self.source.bad
-
-    @property
-    def quarantine(self) -> Quarantine:
-        return self.source.quarantine
-
-    @property
-    def total(self) -> int:
-        return self.source.total
-
-    @property
     def keys(self) -> Sequence[str]:
         return [self.source.keys[index] for index in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.many([index])[0]
 
     def many(
         self,

@@ -9,25 +9,17 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.data.bad import BadFile, Quarantine
+from matryoshka_diffusion.data.around import Around
 from matryoshka_diffusion.data.batch import Example, Source
 from matryoshka_diffusion.pyramid import Resolution, down_sample
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Shrunk(Around):
     """The examples of a source, averaged to `side` pixels. A `Source` itself."""
 
     source: Source
     side: int
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def channels(self) -> int:
-        return self.source.channels
 
     @property
     def keys(self) -> Sequence[str]:
@@ -37,27 +29,8 @@ class Shrunk:
     def captions(self) -> Sequence[tuple[str, ...]] | None:
         return self.source.captions
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes
-
-    @property
-    def bad(self) -> tuple[BadFile, ...]:
-        return self.source.bad
-
-    @property
-    def quarantine(self) -> Quarantine:
-        return self.source.quarantine
-
-    @property
-    def total(self) -> int:
-        return self.source.total
-
     def __len__(self) -> int:
         return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.many([index])[0]
 
     def many(
         self,
