@@ -15,8 +15,9 @@ from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
 from studies.queue import result_path, work
 from studies.run import SAMPLES, run
-from studies.table import read_results, summary
-from studies.trials import SETS, Trial, all_trials
+from studies.spread import read_results
+from studies.table import tables
+from studies.trials import Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -106,8 +107,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    results = read_results(options.results)
-    print("\n\n".join(f"{name}\n\n{summary(results, name)}" for name in SETS))
+    print(tables(read_results(options.results)))
     return 0
 
 
