@@ -18,6 +18,7 @@ from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
 from matryoshka_diffusion.data import clips as clips_module
 from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
@@ -261,6 +262,12 @@ def test_a_random_clip_belongs_to_its_sample(folder):
     whole = shown.batch(range(20)).picture
     parts = [shown.batch(range(*ends)).picture for ends in ((13, 20), (0, 5), (5, 13))]
     assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
+
+
+def test_codes_of_a_frame_are_stored_only_if_it_recurs(folder):
+    shown = {clip: can_store(data(folder, clip=clip)) for clip in CHOICES}
+    assert shown == {"start": True, "fixed": True, "random": False}
+    assert can_store(DataConfig(source="openmoji"))
 
 
 # --- what is done to a clip --------------------------------------------------------------------
