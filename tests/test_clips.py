@@ -169,8 +169,8 @@ def test_reports_speak_of_clips(folder):
     source = opened(folder, clip="start")
     assert "6 clips of 4 frames" in describe(source)
     assert "6 clips of 4 frames of 16 px, captions" in summary(source)
-    few, many = contact_sheet(opened(folder, None), 6), contact_sheet(source, 6)
-    assert many.width > few.width  # several frames of each
+    stills, moving = contact_sheet(opened(folder, None), 6), contact_sheet(source, 6)
+    assert moving.height > stills.height  # four frames of each in as many columns
 
 
 # --- decoded once, or on demand ----------------------------------------------------------------
