@@ -66,7 +66,7 @@ class Container:
                 stamps.append(stamp)
                 check_count(len(stamps))
                 self._last = packet.duration
-                if packet.is_keyframe:
+                if packet.is_keyframe and packet.dts is not None:
                     self._keys[stamp] = packet.dts
         self.count = len(stamps)
         if not stamps:
