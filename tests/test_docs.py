@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 
 import evaluating
+from filming import film
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import override
 from matryoshka_diffusion.presets import preset
@@ -231,6 +233,22 @@ def with_forms(path):
     items = list(made["openmoji_items"](64, 40))
     for form, write in made["FORMS"].items():
         write(items, path / "forms" / form)
+    with_videos(path)
+
+
+def with_videos(path):
+    """Three captioned videos of a square that moves, in a folder and in a shard."""
+    still = np.full((72, 96, 3), 255, np.uint8)
+    still[24:48, 36:60] = (200, 30, 40)
+    (path / "video-shards").mkdir()
+    with tarfile.open(path / "video-shards" / "00000.tar", "w") as shard:
+        for name, axis, step in (("right", 1, 1), ("left", 1, -1), ("down", 0, 1)):
+            frames = [np.roll(still, n * step, axis=axis) for n in range(64)]
+            video = film(path / "videos" / f"{name}.mp4", frames)
+            words = video.with_suffix(".txt")
+            words.write_text(f"a square that moves {name}")
+            for file in (video, words):
+                shard.add(file, file.name)
 
 
 def with_shards(path):

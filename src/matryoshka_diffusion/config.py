@@ -57,6 +57,7 @@ SourceName = Literal[
     "clips",
     "fluent-emoji",
 ]
+VIDEO_SOURCES: tuple[SourceName, ...] = ("clips", "fluent-emoji")
 EncoderName = Literal["minilm", "t5"]
 
 

@@ -276,6 +276,7 @@ def _loader(config: CodecRunConfig, source: Source) -> Loader:
         source,
         config.seed,
         crop=data.crop,
+        clip=data.clip,
         flip=data.flip,
         augment=data.augment,
         pixels=data.pixels,

@@ -9,7 +9,7 @@ import numpy as np
 
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.codec.cache import CodeCache
-from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.config import VIDEO_SOURCES, DataConfig
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
 from matryoshka_diffusion.data.loader import Loader
 
@@ -32,7 +32,8 @@ class Coded:
 
 def can_store(data: DataConfig) -> bool:
     """Whether a picture is shown in one or two forms, not in ever new ones."""
-    return data.crop == "centre" and data.augment == 0.0
+    same_frame = data.source not in VIDEO_SOURCES or data.clip != "random"
+    return data.crop == "centre" and data.augment == 0.0 and same_frame
 
 
 def store_codes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -21,7 +22,7 @@ _DURATION_AT, _DURATION_BYTES = 12, 3  # inside an ANMF chunk
 class Animation:
     """A `Video`. Frames are put together from the first on, since each changes what was before."""
 
-    def __init__(self, file: BinaryIO, form: str, deadline: Deadline) -> None:
+    def __init__(self, file: BinaryIO | io.BytesIO, form: str, deadline: Deadline) -> None:
         self._file, self._form, self._deadline = file, form, deadline
         file.seek(0)
         self._image = Image.open(file, formats=(form,))

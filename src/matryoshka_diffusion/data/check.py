@@ -62,7 +62,8 @@ def contact_sheet(source: Source, count: int = 64) -> Image:
     words = [_words(example, source.classes) for example in examples]
     title = f"{source.name}: {shown} of {len(source):,} {_noun(source)}"
     if any(words):
-        return grid(pictures, captions=words, title=title, cell=_CELL, blocks=_COLUMNS)
+        blocks = _COLUMNS // len(pictures[0])
+        return grid(pictures, captions=words, title=title, cell=_CELL, blocks=blocks)
     stills = [still for frames in pictures for still in frames]
     rows = [stills[start : start + _COLUMNS] for start in range(0, len(stills), _COLUMNS)]
     return grid(rows, title=title, cell=_CELL)

@@ -129,7 +129,7 @@ def open_video(file: bytes | Path) -> Iterator[Video]:
         raise PictureError(f"corrupt or truncated ({error})") from error
 
 
-def _video(file: BinaryIO) -> Video:
+def _video(file: BinaryIO | io.BytesIO) -> Video:
     size = file.seek(0, io.SEEK_END)
     if size > MAX_BYTES:
         raise PictureError(f"the file is larger than {MAX_BYTES // 2**20} MiB")
@@ -160,7 +160,7 @@ def _check_whole(stated: int, size: int) -> None:
         raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
 
 
-def _end_of_boxes(file: BinaryIO, size: int) -> int:
+def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int) -> int:
     """Where the last of an MP4's outermost boxes ends, according to their headers."""
     end = 0
     while end < size:

@@ -8,6 +8,7 @@ frame, and frames are counted.
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class Container:
             and no path: so nothing in a file can make it read another one.
     """
 
-    def __init__(self, file: BinaryIO, demuxer: str, deadline: Deadline) -> None:
+    def __init__(self, file: BinaryIO | io.BytesIO, demuxer: str, deadline: Deadline) -> None:
         self._file, self._demuxer, self._deadline = file, demuxer, deadline
         stamps, self._keys = [], {}
         with _reported(), self._opened() as (container, stream):
@@ -65,7 +66,7 @@ class Container:
                 stamps.append(stamp)
                 check_count(len(stamps))
                 self._last = packet.duration
-                if packet.is_keyframe:
+                if packet.is_keyframe and packet.dts is not None:
                     self._keys[stamp] = packet.dts
         self.count = len(stamps)
         if not stamps:
@@ -144,6 +145,8 @@ class Container:
             stream = container.streams.best("video")
             if stream is None:
                 raise PictureError("it has no pictures, only sound or text")
+            if not stream.width:  # FFmpeg, too, keeps to the bound
+                raise PictureError(f"it has no size, or more than {MAX_PIXELS:,} pixels")
             judge(stream.width, stream.height, MAX_PIXELS)
             stream.codec_context.options = options
             stream.codec_context.thread_count = 1  # clips are decoded side by side

@@ -95,7 +95,7 @@ def pick(video: Video, frames: int, stride: int, fps: float | None, start: float
 
 def resampled(times: Times, fps: float) -> Sequence[int]:
     """The frame nearest in time to 0, 1/fps, 2/fps, ... as long as the video lasts."""
-    count = max(int(times.end * fps + 1e-6), 1)
+    count = max(round(times.end * fps), 1)  # some formats round their times
     check_count(count)
     middles = (times.starts[1:] + times.starts[:-1]) / 2
     return np.searchsorted(middles, np.arange(count) / fps, side="left").tolist()

@@ -6,7 +6,13 @@ import os
 import re
 from pathlib import Path
 
-from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, SourceName
+from matryoshka_diffusion.config import (
+    VIDEO_SOURCES,
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    SourceName,
+)
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import is_remote
 
@@ -43,7 +49,7 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         return fashion_mnist(side, path)
     if config.path is None or path is None:
         raise ConfigError(f"data.path is not set: {_what_to_bring(config.source)}")
-    if config.source in ("clips", "fluent-emoji"):
+    if config.source in VIDEO_SOURCES:
         return _open_videos(config, path, side, frames)
     if config.source == "folder":
         from matryoshka_diffusion.data.folder import picture_folder

@@ -1,0 +1,452 @@
+"""Sets of clips: folders, shards and emoji as sources, and what a run is shown of them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from filming import animate, film, noise, numbers, shoot, steps
+from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.codec.coded import can_store
+from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
+from matryoshka_diffusion.data import clips as clips_module
+from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
+from matryoshka_diffusion.data.check import contact_sheet, describe, summary
+from matryoshka_diffusion.data.crop import Cut, cut_square
+from matryoshka_diffusion.data.encoded import PicturesOnDemand
+from matryoshka_diffusion.data.film import open_film, write_film
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
+from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.evaluation.shrunk import Shrunk, shrink
+from matryoshka_diffusion.presets import preset
+
+SIDE, FRAMES = 16, 4
+CHOICES = ("start", "fixed", "random")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Six animations of 20 frames, two of them in a sub-folder, all with captions."""
+    path = tmp_path_factory.mktemp("folder")
+    for number in range(6):
+        name = f"{'deep/' * (number > 3)}{number}.webp"
+        animate(path / name, noise(20, (20, 28), number))
+        (path / name).with_suffix(".txt").write_text(f"clip {number}\nnumber {number}")
+    return path
+
+
+def data(path: Path | str, **options) -> DataConfig:
+    usual = {"source": "clips", "frame_stride": 2, "clip_frames": FRAMES}
+    return DataConfig(**{**usual, "path": str(path), **options})
+
+
+def opened(path: Path | str, frames: int | None = FRAMES, **options) -> Source:
+    return open_source(data(path, **options), SIDE, frames)
+
+
+def loader(source: Source, seed: int = 0, **options) -> Loader:
+    return Loader(source, seed, **options)
+
+
+def packed(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", CHOICES)
+def test_a_folder_is_read_as_one_of_pictures_is(folder, clip):
+    source = opened(folder, clip=clip)
+    assert isinstance(source, PicturesOnDemand if clip == "random" else Pictures)
+    assert source.keys == ["0.webp", "1.webp", "2.webp", "3.webp", "deep/4.webp", "deep/5.webp"]
+    assert source.captions == [(f"clip {n}", f"number {n}") for n in range(6)]
+    assert (source.side, source.frames, source.channels) == (SIDE, FRAMES, 3)
+    assert (source.total, source.bad, source.classes) == (6, (), ())
+    assert source[5].picture.shape == (FRAMES, SIDE, SIDE, 3)
+    assert source[5].original_side == 20
+
+
+def test_sub_folders_are_classes_and_a_table_gives_captions(tmp_path):
+    for name in ("cat/0.gif", "dog/1.gif", "dog/2.gif"):
+        animate(tmp_path / name, steps(8))
+    source = opened(tmp_path, clip="start")
+    assert source.classes == ("cat", "dog")
+    assert [source[n].label for n in range(3)] == [0, 1, 1]
+    rows = [{"file_name": f"{name}.gif", "text": name} for name in ("cat/0", "dog/1", "x")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path, clip="start", max_bad_fraction=0.5)
+    assert source.classes == ()
+    assert source.captions == [("cat/0",), ("dog/1",)]
+    assert [file.path for file in source.bad] == ["dog/2.gif", "metadata.jsonl:3"]
+    assert source.total == 4
+
+
+def test_videos_of_every_container_lie_in_one_folder(tmp_path):
+    names = ["a.avi", "b.mkv", "c.mp4", "d.webm", "e.gif", "f.mov"]
+    for name in names:
+        shoot(tmp_path / name, steps(8))
+    (tmp_path / "thumbnail.png").write_bytes(b"passed over")
+    source = opened(tmp_path, clip="start")
+    assert list(source.keys) == sorted(names)
+    assert [numbers(source[n].picture) for n in range(6)] == [[0, 2, 4, 6]] * 6
+
+
+def test_a_folder_without_videos_says_what_to_put_there(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no video: put MP4, WEBM, AVI.*NAME\.mp4"):
+        opened(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.path is not set: give a folder.*MP4"):
+        open_source(DataConfig(source="clips"), SIDE)
+
+
+def test_bad_videos_are_counted_and_too_many_are_an_error(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        film(tmp_path / name, steps(9))
+    film(tmp_path / "short.mp4", steps(3))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-30])
+    (tmp_path / "old.wmv").touch()
+    source = opened(tmp_path, clip="start", max_bad_fraction=0.5)
+    assert list(source.keys) == ["a.mp4", "b.mp4", "c.mp4"]
+    short, cut, old = (file for file in sorted(source.bad, key=lambda file: -len(file.path)))
+    assert str(short) == "short.mp4: it has 3 frames, a clip needs 7"
+    assert cut.path == "cut.mp4"
+    assert cut.reason.startswith("truncated: it has")
+    assert old.reason.startswith(".wmv is not read: make it MP4")
+    with pytest.raises(ValueError, match="files cannot be used"):
+        opened(tmp_path, clip="start")
+
+
+def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
+    for number in range(6):
+        animate(tmp_path / f"{number}.webp", steps(3 if number in (2, 3) else 9))
+    source = opened(tmp_path, max_bad_fraction=0.5)
+    with pytest.warns(UserWarning, match=r"[23]\.webp: it has 3 frames, a clip needs 7"):
+        stood_in = source.many([2, 1, 3])
+    assert [example.key for example in stood_in] == ["4.webp", "1.webp", "4.webp"]
+    assert [file.path for file in source.bad] == ["2.webp", "3.webp"]
+    assert len(source.quarantine.state()) == 2
+    with pytest.warns(match="3 frames"), pytest.raises(ValueError, match="cannot be used"):
+        opened(tmp_path, max_bad_fraction=0.2).many(range(6))
+
+
+def test_data_check_lists_bad_clips(tmp_path, capsys):
+    for number in range(3):
+        animate(tmp_path / "set" / f"{number}.webp", noise(2 if number == 1 else 61, (9, 9)))
+    sheet = tmp_path / "sheet.png"
+    words = ["data", "check", str(tmp_path / "set"), "--sheet", str(sheet)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert cli.main([*words, "--set", "data.source=clips"]) == 1
+    said = capsys.readouterr()
+    assert "1.webp: it has 2 frames, a clip needs 61" in said.out
+    assert "1 of 3 files are bad" in said.err
+    assert sheet.is_file()
+
+
+def test_reports_speak_of_clips(folder):
+    source = opened(folder, clip="start")
+    assert "6 clips of 4 frames" in describe(source)
+    assert "6 clips of 4 frames of 16 px, captions" in summary(source)
+    stills, moving = contact_sheet(opened(folder, None), 6), contact_sheet(source, 6)
+    assert moving.height > stills.height  # four frames of each in as many columns
+
+
+# --- decoded once, or on demand ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+@pytest.mark.parametrize("frames", [FRAMES, None])
+def test_clips_that_do_not_vary_are_decoded_once(folder, monkeypatch, frames, crop):
+    cuts = [Cut(n / 6) for n in range(6)]
+    options = {"clip": "fixed", "crop": crop}
+    once = opened(folder, frames, **options)
+    monkeypatch.setattr(clips_module, "DECODED_ONCE", 0)
+    demand = opened(folder, frames, **options)
+    assert isinstance(once, Pictures)
+    assert isinstance(demand, PicturesOnDemand)
+    for a, b in zip(once.many(range(6), cuts), demand.many(range(6), cuts), strict=True):
+        assert (a.picture == b.picture).all()
+        assert a[1:] == b[1:]
+
+
+def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
+    made = opened(folder, clip="start")
+    with monkeypatch.context() as patch:
+        patch.setattr(clips_module, "open_video", None)
+        again = opened(folder, clip="start")
+        assert (again[3].picture == made[3].picture).all()
+        for change in ({"frame_stride": 1}, {"clip": "fixed"}, {"fps": 10.0}, {"crop": "random"}):
+            with pytest.raises(TypeError):
+                opened(folder, **{"clip": "start", **change})
+        with pytest.raises(TypeError):
+            opened(folder, 3, clip="start")
+
+
+@given(
+    st.lists(st.tuples(st.integers(5, 9), st.integers(5, 9)), min_size=1, max_size=4),
+    st.integers(1, 3),
+)
+def test_a_film_gives_back_the_clips_that_were_written(tmp_path_factory, shapes, frames):
+    path = tmp_path_factory.mktemp("film") / "a.npy"
+    shapes = [(5, w) if h > w else (h, 5) for h, w in shapes]
+    chance = np.random.default_rng(0)
+    written = [chance.integers(0, 256, (frames, *s, 3), dtype=np.uint8) for s in shapes]
+    write_film(path, iter(written), 5, 3, needed=1)
+    film_read = open_film(path, 5, 3, shapes, frames)
+    assert film_read is not None
+    for number, clip in enumerate(written):
+        assert (film_read[number] == clip).all()
+
+
+# --- where a clip begins -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", CHOICES)
+def test_pictures_are_the_first_frames_of_what_a_run_on_clips_is_shown(folder, clip):
+    options = {"crop": "random", "flip": True}
+    moving = loader(opened(folder, clip=clip, crop="random"), clip=clip, **options)
+    still = loader(opened(folder, None, clip=clip, crop="random"), clip=clip, **options)
+    for first in (0, 7):
+        videos, pictures = (one.batch(range(first, first + 9)) for one in (moving, still))
+        assert videos.picture.shape == (9, 3, FRAMES, SIDE, SIDE)
+        assert (videos.picture[:, :, 0] == pictures.picture).all()
+        assert videos.keys == pictures.keys
+        assert videos.captions == pictures.captions
+
+
+def beginnings(path: Path, clip: str, count: int, seed: int = 0) -> list[int]:
+    """Where the clips of samples 0 .. count - 1 begin, of videos of 23 `steps`."""
+    batch = loader(opened(path, clip=clip), seed, clip=clip).batch(range(count))
+    shown = to_uint8(batch.picture).movedim(1, -1).numpy()
+    assert all(set(np.diff(numbers(one))) == {2} for one in shown)
+    return [numbers(one)[0] for one in shown]
+
+
+def test_a_clip_begins_where_the_config_says(tmp_path):
+    for number in range(4):
+        animate(tmp_path / f"{number}.gif", steps(23))
+    assert beginnings(tmp_path, "start", 8) == [0] * 8
+    fixed = {n: opened(tmp_path, clip="fixed")[n].picture.tobytes() for n in range(4)}
+    assert len(set(fixed.values())) > 1
+    assert fixed == {n: opened(tmp_path)[n].picture.tobytes() for n in range(4)}
+    assert beginnings(tmp_path, "fixed", 8, 0) != beginnings(tmp_path, "start", 8)
+    drawn = beginnings(tmp_path, "random", 170)
+    assert set(drawn) == set(range(17))  # of 23 frames, 17 have 6 after them
+    assert beginnings(tmp_path, "random", 170, seed=1) != drawn
+
+
+def test_a_random_clip_belongs_to_its_sample(folder):
+    shown = loader(opened(folder), 3, clip="random")
+    whole = shown.batch(range(20)).picture
+    parts = [shown.batch(range(*ends)).picture for ends in ((13, 20), (0, 5), (5, 13))]
+    assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
+
+
+def test_codes_of_a_frame_are_stored_only_if_it_recurs(folder):
+    shown = {clip: can_store(data(folder, clip=clip)) for clip in CHOICES}
+    assert shown == {"start": True, "fixed": True, "random": False}
+    assert can_store(DataConfig(source="openmoji"))
+
+
+# --- what is done to a clip --------------------------------------------------------------------
+
+
+def test_all_frames_are_mirrored_and_cut_alike(folder):
+    source = opened(folder, clip="start", crop="random")
+    plain = loader(source, crop="random").batch(range(30)).picture
+    turned = loader(source, crop="random", flip=True).batch(range(30)).picture
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(turned, plain, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(turned, plain, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert 5 < sum(mirrored) < 25
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(4, 9), st.integers(4, 9))
+def test_a_square_is_the_same_of_all_frames(place, height, width):
+    clip = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    cut = cut_square(clip, place)
+    assert all((a == cut_square(b, place)).all() for a, b in zip(cut, clip, strict=True))
+
+
+def test_augmentation_is_of_pictures_only(folder):
+    with pytest.raises(ConfigError, match=r"data\.augment is 0\.1, but clips .* has clips"):
+        loader(opened(folder), augment=0.1)
+    assert loader(opened(folder, None), augment=0.5).batch(range(3)).augment is not None
+
+
+def test_sources_around_clips_have_clips(folder):
+    source = opened(folder, clip="start")
+    seen, held_out = split(source, 0.5)
+    assert isinstance(seen, Part)
+    assert held_out is not None
+    assert seen.frames == held_out.frames == FRAMES
+    small = Shrunk(source, SIDE // 2)
+    assert (small.frames, small.side) == (FRAMES, 8)
+    expected = np.stack([shrink(frame, 8) for frame in source[0].picture])
+    assert (small[0].picture == expected).all()
+
+
+# --- shards ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", ["start", "random"])
+def test_shards_hold_clips(folder, tmp_path, clip):
+    members = {}
+    for number in range(4):
+        members[f"{number}.webp"] = (folder / f"{number}.webp").read_bytes()
+        members[f"{number}.jpg"] = b"a thumbnail, which is passed over"
+        members[f"{number}.json"] = json.dumps({"caption": f"clip {number}"}).encode()
+    members |= {"4.jpg": b"no clip", "4.txt": b"words", "5.mp4": b"", "5.txt": b"words"}
+    path = packed(tmp_path / "a.tar", members)
+    source = opened(path, clip=clip, max_bad_fraction=0.5)
+    assert list(source.keys) == [f"a.tar:{number}" for number in range(4)]
+    assert source.captions == [(f"clip {number}",) for number in range(4)]
+    assert [file.reason[:19] for file in source.bad] == [
+        "it has no MP4, WEBM",
+        "its video is empty",
+    ]
+    same = opened(folder, clip=clip)
+    cuts = [Cut(start=0.4 if clip == "random" else None)] * 4
+    for a, b in zip(source.many(range(4), cuts), same.many(range(4), cuts), strict=True):
+        assert (a.picture == b.picture).all()
+
+
+def test_a_shard_may_be_read_for_its_pictures_or_for_its_clips(folder, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    members = {
+        "0.gif": animate(tmp_path / "a.gif", steps(9)).read_bytes(),
+        "0.png": (tmp_path / "a.png").read_bytes(),
+    }
+    path = packed(tmp_path / "a.tar", members)
+    assert opened(path, clip="start").frames == FRAMES
+    pictures = open_source(DataConfig(source="shards", path=str(path)), SIDE)
+    assert pictures.frames is None
+    assert (pictures[0].picture == 0).all()
+    assert opened(path, clip="start")[0].picture.max() > 0
+
+
+# --- Fluent emoji ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory) -> Path:
+    """A small package of the same make."""
+    package = tmp_path_factory.mktemp("emoji") / "package"
+    clear = [np.zeros((32, 32, 4), np.uint8) for _ in range(8)]
+    for place, frame in enumerate(clear):
+        frame[8:24, 8 + place : 16 + place] = (200, 30, 40, 255)
+    moving = {"1f34e": 8, "1f400": 8, "1f3f3-fe0f-200d-1f308": 8, "1f44b-1f3fb": 8, "1f32c-fe0f": 3}
+    for name, count in moving.items():
+        animate(package / "assets" / f"{name}.webp", clear[:count])
+    Image.fromarray(clear[0]).save(package / "assets" / "1f1e6-1f1f1.webp")
+    (package / "assets" / "notes.webp").touch()
+    (package / "package.json").write_text("{}")
+    return package
+
+
+@pytest.mark.parametrize("inside", ["..", ".", "assets"])
+def test_fluent_emoji_are_captioned_clips_on_white(emoji, inside):
+    pytest.importorskip("emoji")
+    source = opened(emoji / inside, source="fluent-emoji", clip="start")
+    assert list(source.keys) == ["1f34e", "1f3f3-fe0f-200d-1f308", "1f400"]
+    assert source.captions == [("red apple",), ("rainbow flag",), ("rat",)]
+    assert (source.frames, source.bad) == (FRAMES, ())
+    apple = source[0].picture.astype(int)
+    assert (apple[:, 0, 0] == 255).all()
+    reddest = [np.argmax(frame[8, :, 0] - frame[8, :, 1]) for frame in apple]
+    assert reddest == sorted(set(reddest))  # it moves to the right
+
+
+def test_damaged_emoji_are_attributed(emoji, tmp_path):
+    pytest.importorskip("emoji")
+    for path in (emoji / "assets").glob("1f*.webp"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "1f34e.webp").write_bytes((emoji / "assets" / "1f34e.webp").read_bytes()[:-9])
+    source = opened(tmp_path, source="fluent-emoji", clip="start", max_bad_fraction=0.5)
+    assert [(file.path, file.reason[:9]) for file in source.bad] == [("1f34e", "truncated")]
+
+
+def test_without_the_package_its_name_is_told(tmp_path):
+    pytest.importorskip("emoji")
+    with pytest.raises(FileNotFoundError, match="npm package @lobehub/fluent-emoji-anim-1"):
+        opened(tmp_path / "gone", source="fluent-emoji")
+    with pytest.raises(ValueError, match="holds no animation"):
+        opened(tmp_path, source="fluent-emoji")
+    with pytest.raises(ConfigError, match="npm package"):
+        open_source(DataConfig(source="fluent-emoji"), SIDE)
+
+
+# --- from a config -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", ["data.frame_stride=0", "data.fps=0.0", "data.clip=middle", "data.clip_frames=0"]
+)
+def test_impossible_clips_are_refused_by_the_config(change):
+    with pytest.raises(ConfigError, match=change.split("=")[0].replace(".", r"\.")):
+        override(preset("folder-64"), [change])
+
+
+def of_frames(config: RunConfig, frames: int) -> RunConfig:
+    """The config with that many frames in its finest level."""
+    *coarser, finest = config.model.levels
+    levels = (*coarser, finest.model_copy(update={"frames": frames}))
+    model = config.model.model_copy(update={"levels": levels})
+    return config.model_copy(update={"model": model})
+
+
+def test_a_model_of_clips_needs_clips_and_one_of_pictures_pictures(folder):
+    config = job.find_config("folder-64", None, [f"data={data(folder).model_dump_json()}"])
+    assert job.complete(config, opened(folder, None)).model.text is not None
+    with pytest.raises(ConfigError, match=r"draws pictures, but clips .* has clips of 4 frames$"):
+        job.complete(config, opened(folder))
+    with pytest.raises(
+        ConfigError, match=r"draws clips of 16 frames.*has pictures: .*data\.source=clips"
+    ):
+        job.complete(of_frames(config, 16), opened(folder, None))
+
+
+def test_a_folder_of_videos_is_recognised(tmp_path):
+    shoot(tmp_path / "a" / "b.webp", steps(2))
+    assert kind_of(str(tmp_path)) == "folder"  # it may be a picture
+    shoot(tmp_path / "videos" / "in" / "b.mp4", steps(2))
+    assert kind_of(str(tmp_path / "videos")) == "clips"
+    assert kind_of(str(tmp_path)) == "folder"
+    found = with_source(override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"']))
+    assert found.data.source == "clips"
+
+
+def test_clips_without_pyav_name_the_extra_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ImportError, match=r'pip install "matryoshka-diffusion\[video\]"'):
+        opened(folder)
+
+
+def test_frames_are_counted_by_what_is_shown(tmp_path):
+    animate(tmp_path / "a.webp", steps(5), [1000] * 5)
+    for frames, rate in itertools.product((2, 5), (None, 1.0, 2.0)):
+        source = opened(tmp_path, frames, clip="start", fps=rate, frame_stride=1)
+        expected = [n // 2 if rate == 2.0 else n for n in range(frames)]
+        assert numbers(source[0].picture) == expected
