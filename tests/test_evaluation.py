@@ -35,6 +35,7 @@ from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate, find_networks
 from matryoshka_diffusion.evaluation.store import Store
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.train.posthoc import average_of
 from ranks import ROOT, start_ranks
 
 OVERLAP = ("precision", "recall", "density", "coverage")
@@ -227,10 +228,11 @@ def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_clas
     assert found.value == pytest.approx(4.0, rel=0.05), "1 in splits of one class each"
 
 
-def test_averages_are_known_as_such_whatever_the_config_says():
+def test_averages_are_known_as_such_whenever_they_were_made():
     plain, averages = model(ema_decay=0.0), model()
-    known = Matryoshka(plain.net, plain.config, averaged=True)
-    assert [one.describe({})["averaged"] for one in (plain, averages, known)] == [0, 1, 1]
+    afterwards = Matryoshka(plain.net, average_of(plain.config, 0.08))
+    found = [one.describe({})["averaged"] for one in (plain, averages, afterwards)]
+    assert found == [False, True, True]
 
 
 # --- what cannot be ----------------------------------------------------------------------------

@@ -162,6 +162,23 @@ def test_a_model_of_any_average_is_made_after_training(tmp_path):
         job.average_model(tmp_path / "model", 0.08, tmp_path / "other")
 
 
+def test_an_average_made_after_training_is_known_as_one(tmp_path):
+    raw = tiny_config(ema_decay=0.0, ema_power=(0.05, 0.1), ema_snapshot_every_images=16)
+    train(raw, TinyPictures(), tmp_path / "run", encode=encode)
+    job.average_model(tmp_path / "run", 0.08, tmp_path / "average")
+    job.export_model(str(tmp_path / "average"), tmp_path / "shared")
+    kept = {name: find_model(tmp_path / name)[1].train for name in ("run", "average", "shared")}
+    assert [one.averaged for one in kept.values()] == [None, 0.08, 0.08]
+    assert [one.gives_averages for one in kept.values()] == [False, True, True]
+    for name in kept:
+        of_pictures = Matryoshka.load(tmp_path / name).describe({})
+        assert of_pictures["averaged"] == kept[name].gives_averages
+    grown = job.grow_run(str(tmp_path / "average"), 32, tmp_path / "grown")
+    assert not grown.train.gives_averages, "that will be another training"
+    with pytest.raises(UsageError, match=r"train\.averaged: mdm ema notes it"):
+        job.find_config("openmoji", None, ["train.averaged=0.1"])
+
+
 def with_init(config, init, levels=2):
     stage = config.train.stages[-1].model_copy(update={"levels": levels, "images": 8, "mix": ()})
     changed = config.train.model_copy(update={"init": str(init), "stages": (stage,)})

@@ -251,7 +251,7 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
 def test_averages_are_those_of_mdm_ema(run, tmp_path):
     swept = sweeping.averaged(run, 0.05, model())
     assert isinstance(swept, Matryoshka)
-    assert swept.averaged
+    assert swept.describe({})["averaged"]
     assert job.average_model(run, 0.05, tmp_path / "average") < 1e-6
     written = Matryoshka.load(tmp_path / "average")
     for name, value in written.net.state_dict().items():

@@ -478,7 +478,8 @@ class TrainConfig(Strict):
     `ema_power` are lengths of averages to keep beside the one that `ema_decay` is for, as shares
     of the training, below `UNIFORM`; 0.05 and 0.1 serve most. Snapshots of them, every
     `ema_snapshot_every_images` (by default 32 in a run), give an average of any length afterwards;
-    docs/training.md says how well they match which.
+    docs/training.md says how well they match which. `averaged` is nothing to choose: `mdm ema`
+    notes in a model's config which length the average has that its weights are.
     """
 
     stages: tuple[StageConfig, ...]
@@ -501,6 +502,7 @@ class TrainConfig(Strict):
     ema_decay: Share = 0.9999
     ema_power: tuple[AverageLength, ...] = ()
     ema_snapshot_every_images: PositiveInt | None = None
+    averaged: AverageLength | None = None
     condition_dropout: Share = 0.1
     log_every_images: PositiveInt = 2_000
     preview_every_images: Natural = 20_000
@@ -511,6 +513,11 @@ class TrainConfig(Strict):
     def images(self) -> int:
         """Images seen over all stages."""
         return sum(stage.images for stage in self.stages)
+
+    @property
+    def gives_averages(self) -> bool:
+        """Whether a model's weights are averages over the training."""
+        return self.ema_decay > 0.0 or self.averaged is not None
 
     @property
     def ema_snapshot_interval(self) -> int:

@@ -62,7 +62,7 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema_power import PowerEma
-from matryoshka_diffusion.train.posthoc import synthesise
+from matryoshka_diffusion.train.posthoc import average_of, synthesise
 from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
@@ -106,7 +106,7 @@ def find_config(
 
     Raises:
         ConfigError: there is none of that name, or the changes do not fit.
-        UsageError: `lora` without a model.
+        UsageError: `lora` without a model, or `train.averaged` given.
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
@@ -136,7 +136,12 @@ def find_config(
         where = Path(base).expanduser()
         path = str(where.resolve()) if where.exists() else base
         changes.append(f"sampling.base={BaseConfig(path=path).model_dump_json()}")
-    return with_source(override(config, changes))
+    asked = override(config, changes)
+    if asked.train.averaged is not None:
+        raise UsageError(
+            "train.averaged: mdm ema notes it of a model, a run has none; leave it away"
+        )
+    return with_source(asked)
 
 
 def _with_codec(old: CodecConfig | None, folder: Path) -> str:
@@ -442,7 +447,7 @@ def average_model(run: Path, length: float, out: Path) -> float:
         raise UsageError(f"{run}: no run folder with a config.yaml in it")
     average = synthesise(run / "ema", length)
     config = with_own_codec(load_config(run / "config.yaml"), run)
-    config = carry_codec(config, out)
+    config = average_of(carry_codec(config, out), length)
     checkpoint.export_weights(out, average.weights, config)
     return average.error
 
@@ -577,7 +582,7 @@ def _with_level(config: RunConfig, level: LevelConfig) -> RunConfig:
     if (data["data"]["side"] or 0) % (level.side * config.pixels_per_side):
         data["data"]["side"] = None  # pictures of the finest level's side, as ever
     data["train"]["stages"] = [stage.model_dump(mode="json")]
-    data["train"].update(init=None, init_levels=len(config.model.levels))
+    data["train"].update(init=None, init_levels=len(config.model.levels), averaged=None)
     for values in (
         data["process"]["weighting"],
         data["process"]["level_weights"],

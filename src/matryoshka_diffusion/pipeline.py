@@ -117,10 +117,7 @@ class Matryoshka:
         codec: Codec | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
-        averaged: bool | None = None,
     ) -> None:
-        """`averaged` says whether these are averages of weights, if `config` does not know it."""
-        self.averaged = config.train.ema_decay > 0.0 if averaged is None else averaged
         self.precision: Precision = precision
         self.device = torch.device(device)
         self.net = net.to(self.device).eval()
@@ -366,7 +363,7 @@ class Matryoshka:
         return {
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
-            "averaged": self.averaged,
+            "averaged": self.config.train.gives_averages,
             **{part: config[part] for part in ("process", "encoder")},
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.net.config.model_dump(mode="json"),

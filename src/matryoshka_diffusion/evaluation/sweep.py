@@ -24,7 +24,7 @@ from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.pipeline import Matryoshka, count_levels, whole
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.posthoc import synthesise
+from matryoshka_diffusion.train.posthoc import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
 
 EMA = "ema"
@@ -118,10 +118,11 @@ def averaged(
     average = synthesise(run / "ema", length)
     if average.error > MATCHED:
         warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
-    weights, config = whole(average.weights, load_config(run / "config.yaml"), where=where)
+    config = average_of(load_config(run / "config.yaml"), length)
+    weights, config = whole(average.weights, config, where=where)
     model = config.model.first(count_levels(weights))
     net = checkpoint.load_network(model, weights, where=where)
-    model = Matryoshka(net, config, device=device, precision=precision, averaged=True)
+    model = Matryoshka(net, config, device=device, precision=precision)
     return Cascade(usual.base, model) if isinstance(usual, Cascade) else model
 
 

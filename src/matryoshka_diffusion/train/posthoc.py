@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.train.ema_power import exponent
 
 
@@ -43,6 +44,12 @@ class Average(NamedTuple):
 
     weights: dict[str, Tensor]
     error: float
+
+
+def average_of(config: RunConfig, length: float) -> RunConfig:
+    """The config of a model whose weights are a run's average of this length."""
+    train = config.train.model_copy(update={"averaged": length})
+    return config.model_copy(update={"train": train})
 
 
 def inner(a: Profile, b: Profile) -> float:
