@@ -163,7 +163,7 @@ def emoji_video() -> RunConfig:
     clip = picture.model_copy(
         update={
             "frames": 16,
-            "widths": (64,) * 5,
+            "widths": (32, 32, 64, 64, 64),
             "blocks": (1, 1, 1, 1, 0),
             "attention": (0,) * 5,
             "halve_frames": (True,) * 4,
