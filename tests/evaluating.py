@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,58 @@ class _Scripted(torch.nn.Module):
         return features if return_features else self.output(features)
 
 
+class Clips(torch.nn.Module):
+    """A network of clips without options: the mean of each frame's channels, mixed."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(9, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(torch.nn.functional.adaptive_avg_pool3d(x, (3, 1, 1)).flatten(1))
+
+
+class _I3D(torch.nn.Module):
+    """What the TorchScript file of StyleGAN-V is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips = Clips(400)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = False,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        assert resize
+        features = self.clips(x / 127.5 - 1.0 if rescale else x)
+        return features if return_features else features.softmax(dim=1)
+
+
 def make_inception(path: Path) -> None:
     """A TorchScript file that `Inception` loads."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    save_scripted(seeded(_Scripted), path)
+
+
+def make_video_net(path: Path) -> None:
+    """A TorchScript file that `VideoNet` takes for I3D."""
+    save_scripted(seeded(_I3D), path)
+
+
+def seeded(network: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """What `network` makes with weights that are always the same."""
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.jit.save(torch.jit.script(_Scripted()), str(path))
+        return network()
+
+
+def save_scripted(network: torch.nn.Module, path: Path) -> None:
+    """A network as a TorchScript file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(network), str(path))
 
 
 WIDTH = 24
