@@ -1,7 +1,7 @@
 """How much do clips move, and do samples move as much as real clips?
 
-Distances per frame look at one picture at a time: frames in any order, or one frame repeated, are as
-good to them. Differences of neighbouring frames tell these apart.
+Distances per frame look at one picture at a time: to them frames in any order, or one frame
+repeated, are as good. Differences of neighbouring frames tell these apart.
 """
 
 from __future__ import annotations
