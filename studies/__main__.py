@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,17 +23,29 @@ RESULTS = ROOT / "studies" / "results"
 PICTURES = ROOT / "docs" / "pictures" / "study"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and call."""
+    options = parse(arguments)
+    if options.command == "run" and options.workers > 1:
+        return _several(options)
+    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, in any order; leaves with status 2 if they make no sense."""
     parser = _parser()
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args(arguments)
     if (options.scale, options.samples) != (1.0, SAMPLES) and options.results == RESULTS:
         parser.error(
             "--scale and --samples make another study: give it its own --work and --results"
         )
-    if options.command == "run" and options.workers > 1:
-        return _several(options.workers)
-    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
+    tasks = [task.name for task in _tasks()] if options.names else []
+    for name in options.names:
+        if not any(chosen(task, [name]) for task in tasks):
+            parser.error(
+                f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
+            )
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
-    tasks = [*all_trials(options.scale), *all_drawings()]
-    return [task for task in tasks if chosen(task.name, options.names)]
+    return [task for task in _tasks(options.scale) if chosen(task.name, options.names)]
+
+
+@cache
+def _tasks(scale: float = 1.0) -> tuple[Trial | Drawing, ...]:
+    return (*all_trials(scale), *all_drawings())
 
 
 def chosen(name: str, wanted: Sequence[str]) -> bool:
@@ -95,10 +111,13 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
-def _several(workers: int) -> int:
-    """The same command in several processes, which share the queue."""
-    command = [sys.executable, "-m", "studies", *sys.argv[1:], "--workers", "1"]
-    running = [subprocess.Popen(command) for _ in range(workers)]
+def _several(options: argparse.Namespace) -> int:
+    """The same run in several processes of one worker, which share the queue."""
+    alone = vars(options) | {"workers": 1}
+    names, task = alone.pop("names"), alone.pop("command")
+    given = [f"--{name}={value}" for name, value in alone.items()]
+    command = [sys.executable, "-m", "studies", task, *names, *given]
+    running = [subprocess.Popen(command) for _ in range(options.workers)]
     return max(process.wait() for process in running)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from studies.__main__ import main, parse
 from studies.compute import images_at, spent, with_budget
 from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
@@ -120,6 +121,45 @@ def test_a_task_that_fails_is_told_of_and_the_others_go_on(tmp_path):
     assert str(outcomes.pop("set/bad/0")) == "no space"
     assert outcomes == {"set/good/0": None}
     assert [path.name for path in (tmp_path / "results" / "set").iterdir()] == ["good-0.json"]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run emoji/mdm/0 fashion/ --workers 2 --work w",
+        "run --workers 2 emoji/mdm/0 --work w fashion/",
+        "--work w run --workers=2 emoji/mdm/0 fashion/",
+        "--workers 2 --work w run emoji/mdm/0 fashion/",
+        "run --workers 2 --work w -- emoji/mdm/0 fashion/",
+    ],
+)
+def test_workers_are_given_what_was_asked_for_in_any_order(arguments, monkeypatch):
+    started = []
+
+    class Worker:
+        def __init__(self, command: list[str]) -> None:
+            assert command[1:3] == ["-m", "studies"]
+            started.append(parse(command[3:]))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Worker)
+    assert main(arguments.split()) == 0
+    alone = parse(["run", "emoji/mdm/0", "fashion/", "--work", "w"])
+    assert alone.workers == 1
+    assert started == [alone, alone]
+
+
+@pytest.mark.parametrize("name", ["emoji/mdn/0", "emoji", "cats/"])
+def test_a_name_that_nothing_has_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["run", "emoji/mdm/0", name])
+    assert left.value.code == 2
+    assert f"{name}: no trial" in capsys.readouterr().err
 
 
 # --- one trial, whole ----------------------------------------------------------------------------
