@@ -87,14 +87,16 @@ def video_flag(network: str, weights: str, resize: str) -> str:
     return f"weights {weights[:8]}{taken}; {resize}"
 
 
-def frames_flag(clips: int, frames: int) -> str:
-    """What a metric of pictures has to say where the pictures are the frames of clips.
+def frames_flag(count: int, frames: int | None) -> str | None:
+    """What a metric of pictures has to say of clips, whose frames are pictures to it, or None.
 
     Example:
         >>> frames_flag(22, 16)
         'frames of clips, 22 x 16'
+        >>> frames_flag(22, None) is None
+        True
     """
-    return f"frames of clips, {clips:,} x {frames}"
+    return None if frames is None else f"frames of clips, {count:,} x {frames}"
 
 
 def rank_flag(count: int, width: int) -> str | None:

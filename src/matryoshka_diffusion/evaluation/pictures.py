@@ -1,4 +1,4 @@
-"""Sets of pictures to be measured: those that a model draws, and those of a source."""
+"""Sets of pictures or clips to be measured: those that a model draws, and those of a source."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class PictureSet:
         side: of the pictures in pixels.
         levels: of each picture.
         captions: of each picture; empty where there are none.
+        frames: of each, where they are clips; None for pictures.
         belong_to: the number of the training picture that each one's caption is of, where the
             captions are those of single pictures.
     """
@@ -47,6 +48,17 @@ class PictureSet:
     levels: int = 1
     captions: Sequence[str] = ()
     belong_to: Sequence[int] = ()
+    frames: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What they are, for people."""
+        return "pictures" if self.frames is None else f"clips of {self.frames} frames"
+
+    @property
+    def num_frames(self) -> int:
+        """How many pictures there are, each frame of a clip counted."""
+        return self.count * (self.frames or 1)
 
     def fill(
         self,
@@ -105,9 +117,9 @@ def drawn(
 
 
 class Shown(NamedTuple):
-    """Pictures of a source, and the shorter sides that they had before they were resized."""
+    """Pictures or clips of a source, and the shorter sides that they had before."""
 
-    pictures: UInt8[np.ndarray, "b h w c"]
+    pictures: UInt8[np.ndarray, "b *frames h w c"]
     original_sides: Sequence[int]
 
 
