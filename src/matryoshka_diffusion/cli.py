@@ -130,7 +130,7 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
 
     source = None
     if config.data.source != "folder" or config.data.path is not None:
-        source = job.open_source(config.data, config.data_side)
+        source = job.open_source(config.data, config.data_side, config.data_frames)
         config = job.complete(config, source)
     pictures = None if source is None else len(source)
     gpus = gpus if gpus > 1 else 8  # of which most machines for this have so many
@@ -295,7 +295,7 @@ def data_check(options: argparse.Namespace) -> None:
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = job.find_config(options.preset, options.data, everything)
     try:
-        source = job.open_source(config.data, config.data_side)
+        source = job.open_source(config.data, config.data_side, config.data_frames)
         print(describe(source))
     except NoneUsable as error:
         print(describe_bad(error.bad))

@@ -46,7 +46,17 @@ SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
 Crop = Literal["centre", "random"]
-SourceName = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
+ClipStart = Literal["start", "fixed", "random"]
+SourceName = Literal[
+    "openmoji",
+    "fashion-mnist",
+    "folder",
+    "shards",
+    "parquet",
+    "datasets",
+    "clips",
+    "fluent-emoji",
+]
 EncoderName = Literal["minilm", "t5"]
 
 
@@ -100,6 +110,7 @@ class LevelConfig(Strict):
     """
 
     side: PositiveInt
+    frames: PositiveInt | None = None
     widths: tuple[PositiveInt, ...]
     blocks: tuple[Natural, ...]
     attention: tuple[Natural, ...]
@@ -295,6 +306,12 @@ class DataConfig(Strict):
     time a picture is shown. `augment` is the share of pictures that each geometric transformation
     happens to; a network that is not told of it would draw such pictures. `held_out` is the share
     of pictures that are not trained on, whose loss is logged.
+
+    Of a video, a clip is every `frame_stride`-th frame, after it was brought to `fps` frames per
+    second (None: as it is). `clip` is where it begins: at the start of the video, at one random
+    place for each video, or somewhere else each time it is shown. A model of pictures is shown the
+    first frame of such a clip of `clip_frames` frames; for a model of clips, its finest level says
+    how many there are.
     """
 
     source: SourceName
@@ -307,6 +324,10 @@ class DataConfig(Strict):
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
     held_out: BelowOne = 0.0
+    frame_stride: PositiveInt = 4
+    fps: PositiveFloat | None = None
+    clip: ClipStart = "random"
+    clip_frames: PositiveInt = 16
 
 
 class CodecConfig(Strict):
@@ -535,6 +556,11 @@ class RunConfig(Strict):
     def data_side(self) -> int:
         """Side in pixels of the pictures that the levels are made of."""
         return self.data.side or self.model.levels[-1].side * self.pixels_per_side
+
+    @property
+    def data_frames(self) -> int | None:
+        """Frames of the clips that the levels are made of; None of pictures."""
+        return self.model.levels[-1].frames
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
