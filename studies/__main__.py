@@ -15,8 +15,9 @@ from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
 from studies.queue import result_path, work
 from studies.run import SAMPLES, run
-from studies.table import read_results, summary
-from studies.trials import SETS, Trial, all_trials
+from studies.spread import read_results
+from studies.table import tables
+from studies.trials import Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -106,17 +107,16 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    results = read_results(options.results)
-    print("\n\n".join(f"{name}\n\n{summary(results, name)}" for name in SETS))
+    print(tables(read_results(options.results)))
     return 0
 
 
 def _several(options: argparse.Namespace) -> int:
     """The same run in several processes of one worker, which share the queue."""
-    alone = vars(options) | {"workers": 1}
-    names, task = alone.pop("names"), alone.pop("command")
+    alone = {**vars(options), "workers": 1}
+    words = [alone.pop("command"), *alone.pop("names")]
     given = [f"--{name}={value}" for name, value in alone.items()]
-    command = [sys.executable, "-m", "studies", task, *names, *given]
+    command = [sys.executable, "-m", "studies", *words, *given]
     running = [subprocess.Popen(command) for _ in range(options.workers)]
     return max(process.wait() for process in running)
 

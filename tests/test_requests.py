@@ -463,6 +463,7 @@ def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
     ("options", "message"),
     [
         (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
+        (["--batch-size", "8", "--cfg", "2"], "leave batch_size, guidance away"),
         (["--side", "32"], "pictures of one side, which is compared: leave --side away"),
     ],
 )

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.cli_options import (
+    BATCH_SIZE,
     MODEL,
+    PRECISION,
     RANK_TIMEOUT,
     SAMPLERS,
     add_base,
@@ -57,9 +59,10 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     from matryoshka_diffusion.evaluation.run import find_networks
     from matryoshka_diffusion.files import cache_folder
 
-    of_models = ("n", "ref", "protocol", "captions", "seed", "base")
-    given = [name for name in of_models if getattr(options, name) is not None]
-    given += [*(["precision"] if options.precision != "fp32" else []), *sampling(options)]
+    unnamed = dict.fromkeys(("n", "ref", "protocol", "captions", "seed", "base"))
+    of_models = {**unnamed, "precision": PRECISION, "batch_size": BATCH_SIZE}
+    given = [name for name, usual in of_models.items() if getattr(options, name) != usual]
+    given += sampling(options)
     if given:
         raise UsageError(
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
@@ -113,7 +116,7 @@ def sweep(options: argparse.Namespace) -> None:
     print(sweeping.table(points))
     print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
     fixed = sampling(options) | {"precision": options.precision, "base": options.base}
-    given = {name: value for name, value in fixed.items() if value not in (None, "fp32")}
+    given = {name: value for name, value in fixed.items() if value not in (None, PRECISION)}
     print(f"best:\n{sweeping.command(options.model, sweeping.best(points), given)}")
 
 

@@ -12,6 +12,8 @@ SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
 RANK_TIMEOUT = 60  # seconds
+BATCH_SIZE = 64
+PRECISION = "fp32"
 MODEL = "run folder, model folder, released .pth or shipped model"
 
 
@@ -57,10 +59,17 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
         "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
     )
     command.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (64)"
+        "--batch-size",
+        type=positive,
+        default=BATCH_SIZE,
+        metavar="N",
+        help=f"pictures at a time ({BATCH_SIZE})",
     )
     command.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (fp32)"
+        "--precision",
+        choices=("fp32", "bf16"),
+        default=PRECISION,
+        help=f"of the network ({PRECISION})",
     )
 
 
