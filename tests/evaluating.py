@@ -8,12 +8,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
 from matryoshka_diffusion.data.batch import Pictures
@@ -27,7 +29,7 @@ from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 from tiny_run import encode, tiny_config
 
-SAMPLES, BATCHED = 22, 4
+SAMPLES, BATCHED, FRAMES = 22, 4, 2
 
 
 class Look:
@@ -85,10 +87,25 @@ def source(count: int = 40, side: int = 16) -> Pictures:
     )
 
 
-def model(kind: str = "classes", **train: Any) -> Matryoshka:
-    """A model of classes, of text or of neither, with random weights."""
+def clips(count: int = 12, frames: int = FRAMES, side: int = 16) -> Pictures:
+    """Clips with captions, in the place of a source of videos."""
+    still = source(count, side)
+    shape = (count, frames, side, side, 3)
+    shown = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
+    return replace(still, name="clips", array=shown, labels=None, classes=())
+
+
+def model(kind: str = "classes", frames: int | None = None, **train: Any) -> Matryoshka:
+    """A model of classes, of text or of neither, with random weights; with frames, one of clips."""
     config = tiny_config(dropout=0.0, **train)
     nest = config.model
+    if frames is not None:
+        coarse, fine = nest.levels
+        halves = {"halve": (True, False), "halve_frames": (False, True)}
+        changes = {"widths": (32,) * 3, "blocks": (1,) * 3, "attention": (0,) * 3, **halves}
+        nest = nest.model_copy(
+            update={"levels": (coarse, fine.model_copy(update={"frames": frames, **changes}))}
+        )
     if kind != "text":
         nest = nest.model_copy(update={"text": None, "classes": 2 if kind == "classes" else 0})
     data = config.data.model_copy(update={"classes": ("cat", "dog")})
@@ -104,11 +121,14 @@ def model(kind: str = "classes", **train: Any) -> Matryoshka:
 # --- files -------------------------------------------------------------------------------------
 
 
-def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> None:
+def make_run(
+    folder: Path, kind: str, data: Path, t5: Path | None = None, frames: int | None = None
+) -> None:
     """A run folder: the model, its config, and snapshots of averages of two lengths."""
-    trained = model(kind)
+    trained = model(kind, frames)
     config = trained.config
-    update: dict[str, Any] = {"data": config.data.model_copy(update={"path": str(data)})}
+    source = {"path": str(data), **({} if frames is None else {"source": "clips"})}
+    update: dict[str, Any] = {"data": config.data.model_copy(update=source)}
     if t5 is not None:
         assert config.model.text is not None
         text = config.model.text.model_copy(update={"features": 24})
@@ -125,6 +145,16 @@ def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> Non
                 parameter.mul_(1.1)
         tracks.update(trained.net, 4)
         write_snapshot(folder / "ema", tracks.state(), images_seen)
+
+
+def make_videos(folder: Path, shown: Any) -> str:
+    """Clips (n, f, h, w, c) as files that lose nothing; their folder."""
+    folder.mkdir()
+    for number, clip in enumerate(shown):
+        first, *others = map(Image.fromarray, clip)
+        path = folder / f"{number:03d}.webp"
+        first.save(path, save_all=True, append_images=others, lossless=True, duration=100)
+    return str(folder)
 
 
 class _Scripted(torch.nn.Module):
@@ -217,6 +247,15 @@ def measured(folder: Path, **options: Any) -> Any:
     return evaluate(model(), ("fd", "agreement"), folder=folder, **(given | options))
 
 
+CLIPS = ("fd", "fd-frames", "motion", "agreement", "retrieval")
+
+
+def measured_clips(folder: Path, **options: Any) -> Any:
+    """What there is to say of a few clips."""
+    given = {"source": clips(), "n": 10, "networks": looks(), "batch_size": BATCHED}
+    return evaluate(model("text", FRAMES), CLIPS, folder=folder, **(given | options))
+
+
 def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
     from matryoshka_diffusion.train.world import joined
@@ -229,7 +268,8 @@ def main(folder: str, kill_at: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with joined(torch.device("cpu"), "ddp", 30) as world:
-        measured(Path(folder), world=world, progress=told)
+        for measure in (measured, measured_clips):
+            measure(Path(folder), world=world, progress=told)
 
 
 assert BATCH != BATCHED, "references and samples are cut into different batches"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import evaluating
-from evaluating import BATCHED, SAMPLES, Look, looks, measured, model, source
+from evaluating import BATCHED, SAMPLES, Look, looks, measured, measured_clips, model, source
 from matryoshka_diffusion import measure
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
@@ -83,11 +83,13 @@ def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):
 
 
 def test_two_ranks_do_what_one_does(whole, tmp_path):
-    ranks = start_ranks(2, str(tmp_path), script=evaluating.__file__)
+    ranks = start_ranks(2, str(tmp_path / "both"), script=evaluating.__file__)
+    clips = measured_clips(tmp_path / "alone")
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    assert files(tmp_path) == files(whole[0])
-    assert measured(tmp_path) == whole[1]
+    assert files(tmp_path / "both") == files(whole[0]) | files(tmp_path / "alone")
+    assert measured(tmp_path / "both") == whole[1]
+    assert measured_clips(tmp_path / "both") == clips
 
 
 def test_what_is_known_is_not_made_again(tmp_path):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evaluating import Look, looks, make_inception, make_video_net
+import evaluating
+from evaluating import Look, looks, make_inception, make_run, make_video_net, make_videos
+from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.eval.agreement import level_agreement
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.motion import compare_motion, motion
+from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.eval.video import VIDEO, VideoNet
-from matryoshka_diffusion.evaluation import measures
+from matryoshka_diffusion.evaluation import measures, results
 from matryoshka_diffusion.evaluation.measures import METRICS
 from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown
+from matryoshka_diffusion.evaluation.protocols import captions_in_turn
 from matryoshka_diffusion.evaluation.references import Reference
+from matryoshka_diffusion.evaluation.requests import compare, request
 from matryoshka_diffusion.evaluation.results import Result
-from matryoshka_diffusion.evaluation.run import find_networks, measure
+from matryoshka_diffusion.evaluation.run import evaluate, find_networks, measure
 from matryoshka_diffusion.evaluation.store import Store
 
 COUNT, FRAMES, SIDE, BATCHED = 10, 3, 16, 4
@@ -152,6 +160,146 @@ def test_every_metric_of_pictures_takes_frames(measured, monkeypatch):
     found = measured(names, clips(), clips(14, seed=1))
     assert all(np.isfinite(result.value) for result in found)
     assert all("frames of clips, 10 x 3" in result.metric for result in found)
+
+
+# --- samples of a model ------------------------------------------------------------------------
+
+
+def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
+    tiny, known, look = evaluating.model("text", 2), evaluating.clips(), Look("EffNetLite0")
+    samples = tiny.sample(captions_in_turn(known).captions(10), seed=SEED, batch_size=BATCHED)
+    made, real = samples.levels[-1], np.stack([known[n].picture for n in range(len(known))])
+    distance, by_frame, moves, agreement, retrieved = evaluating.measured_clips(tmp_path)
+    expected = frechet_distance(*(Moments.of(look(pictures(side))) for side in (real, made)))
+    assert made.shape == (10, 2, SIDE, SIDE, 3)
+    assert distance.value == pytest.approx(expected, rel=1e-9)
+    assert distance.metric.startswith("FD-EffNetLite0 [frames of clips, 10 x 2]")
+    assert list(by_frame.others) == ["frame 0", "frame 1"]
+    assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
+    assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
+    assert (retrieved.n, retrieved.frames) == (12, 2)
+
+
+def test_a_model_of_other_clips_than_its_reference_is_refused(tmp_path):
+    options = {"n": 4, "networks": looks(), "folder": tmp_path}
+    with pytest.raises(UsageError, match="clips has clips of 4 frames, tiny clips of 2 frames"):
+        evaluate(evaluating.model("text", 2), "fd", source=evaluating.clips(frames=4), **options)
+    with pytest.raises(UsageError, match="fvd is about clips, and tiny has pictures"):
+        evaluate(evaluating.model("text"), "fvd", source=evaluating.source(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def trained_on(tmp_path):
+    """A config whose training clips are there: videos of 5 frames, every second one taken."""
+    make_videos(tmp_path / "data", clips(frames=5))
+    for number in range(COUNT):
+        (tmp_path / "data" / f"{number:03d}.txt").write_text(f"clip {number}")
+    config = evaluating.model("text", 2).config
+    changes = {
+        "source": "clips",
+        "path": str(tmp_path / "data"),
+        "frame_stride": 2,
+        "clip_frames": 2,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def test_the_training_clips_are_the_reference_unless_others_are_named(trained_on, tmp_path):
+    asked = request(trained_on, SIDE, 2, n=10)
+    assert asked.metrics == ("retrieval", "fd", "motion")
+    assert asked.source is not None
+    assert (asked.source.frames, asked.source.side) == (2, SIDE)
+    other = make_videos(tmp_path / "other", clips(6, frames=5, seed=1))
+    named = request(trained_on, SIDE, 2, n=10, reference=other).reference
+    assert named is not None
+    assert named.pictures is not None
+    assert named.pictures.kind == "clips of 2 frames"
+    assert named.name.endswith("other, frame stride 2")
+    assert named.foreign
+
+
+def test_a_model_whose_level_has_fewer_frames_is_compared_with_the_first_of_each(trained_on):
+    """Not with clips of neighbouring frames, which would move less."""
+    levels = trained_on.model.levels
+    finest = levels[1].model_copy(update={"frames": 3})
+    nest = trained_on.model.model_copy(update={"levels": (levels[0], finest)})
+    config = trained_on.model_copy(update={"model": nest})
+    source = request(config, 8, 1, n=10).source
+    assert source is not None
+    assert (source.side, source.frames) == (8, 1)
+    whole = open_source(config.data, SIDE, 3)
+    for number in (0, 3):
+        expected = whole[number].picture[:1].reshape(1, 8, 2, 8, 2, 3).mean(axis=(2, 4))
+        np.testing.assert_allclose(source[number].picture, expected, atol=0.5)
+
+
+def test_a_model_of_pictures_that_learns_from_videos_is_compared_with_first_frames(trained_on):
+    source = request(trained_on, SIDE, None, n=10).source
+    assert source is not None
+    assert (source.side, source.frames) == (SIDE, None)
+    assert source[0].picture.shape == (SIDE, SIDE, 3)
+
+
+# --- sets of videos ----------------------------------------------------------------------------
+
+
+def test_two_sets_of_videos_are_compared_samples_frame_by_frame(tmp_path):
+    made, real, look = clips(frames=4), clips(14, frames=5, seed=1, top=200), Look("EffNetLite0")
+    names = make_videos(tmp_path / "made", made), make_videos(tmp_path / "real", real)
+    distance, moves = compare(
+        *names, ["fd", "motion"], looks(), side=SIDE, frames=FRAMES, frame_stride=2
+    )
+    shown = real[:, ::2], made[:, :FRAMES]
+    expected = frechet_distance(*(Moments.of(look(pictures(side))) for side in shown))
+    assert distance.value == pytest.approx(expected, rel=1e-9)
+    assert moves.value == compare_motion(*map(motion, shown)).distance
+    assert distance.reference.endswith("real, frame stride 2")
+    assert (distance.n, distance.frames, distance.reference_count) == (10, FRAMES, 14)
+
+
+def test_larger_videos_are_shrunk_and_the_number_says_so(tmp_path):
+    made = make_videos(tmp_path / "made", clips())
+    [found] = compare(made, made, ["motion"], looks(), side=8, frames=2, frame_stride=1)
+    assert found.metric == (
+        "motion distance-2f [samples cut and shrunk to 8; reference cut and shrunk to 8]"
+    )
+
+
+def test_a_stride_without_frames_is_refused(tmp_path):
+    made = make_videos(tmp_path / "made", clips(2))
+    with pytest.raises(UsageError, match="is of videos: give --frames"):
+        compare(made, made, ["fd"], looks(), side=SIDE, frame_stride=2)
+
+
+# --- the commands ------------------------------------------------------------------------------
+
+
+def test_eval_measures_a_run_of_clips(tmp_path, capsys):
+    make_videos(tmp_path / "data", clips(frames=5))
+    make_run(tmp_path / "run", "nothing", tmp_path / "data", frames=2)
+    make_video_net(tmp_path / "i3d.pt")
+    arguments = ["eval", str(tmp_path / "run"), "-n", "6", "--steps", "1", "--batch-size", "4"]
+    asked = ["--metrics", "fvd,motion,agreement", "--fvd", str(tmp_path / "i3d.pt")]
+    assert cli.main([*arguments, *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("FVD-6-2f [weights ")
+    assert "] of 6 clips to 10 clips: " in lines[0]
+    assert lines[2].startswith("motion distance-2f of 6 clips to 10 clips: ")
+    kept = (tmp_path / "run" / "eval" / results.FILE).read_text().splitlines()
+    assert [json.loads(line)["frames"] for line in kept] == [2, 2, 2]
+    for option in ("--frames", "--frame-stride"):
+        assert cli.main([*arguments, option, "2"]) == 2
+        assert f"{option} is of two sets: " in capsys.readouterr().err
+
+
+def test_eval_of_two_sets_of_videos(tmp_path, capsys):
+    made, real = (make_videos(tmp_path / name, clips(4, 5, seed=n)) for n, name in enumerate("ab"))
+    options = ["--side", str(SIDE), "--frames", "3", "--frame-stride", "2", "--metrics", "motion"]
+    assert cli.main(["eval", made, real, *options]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("motion distance-3f of 4 clips to 4 clips: ")
+    assert "frame stride 2" in said
 
 
 # --- how it is measured ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.protocols import Conditions, spread
 from matryoshka_diffusion.evaluation.store import Column, Store
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.pipeline import Progress, Samples
+from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
 
 BATCH = 64
@@ -82,6 +82,13 @@ class PictureSet:
 # --- samples of a model ------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """Samples of a model: what is measured, the finest level, and all levels."""
+
+    pictures: UInt8[np.ndarray, "b *frames h w c"]
+    levels: Sequence[UInt8[np.ndarray, "b ... c"]]
+
+
 def drawn(
     model: Model,
     conditions: Conditions,
@@ -97,20 +104,21 @@ def drawn(
     about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
     about |= {"conditions": conditions.name, "of": conditions.identity}
 
-    def make(rows: range, progress: Progress) -> Samples:
-        return model.sample(
+    def make(rows: range, progress: Progress) -> Drawn:
+        samples = model.sample(
             **conditions.of(rows),
             seed=seed + rows.start,
             batch_size=batch_size,
             progress=progress,
             **given,
         )
+        return Drawn(samples.levels[-1], samples.levels)
 
     store = Store.at(root, about, make, batch_size)
     side = model.picture_side
     captions, belong_to = conditions.captions(count), conditions.pictures[:count]
-    levels = len(model.resolutions)
-    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to)
+    levels, frames = len(model.resolutions), model.resolutions[-1].frames
+    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to, frames)
 
 
 # --- pictures of a source ----------------------------------------------------------------------
@@ -143,9 +151,13 @@ def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet:
         "pictures": fingerprint(source),
         "batch_size": batch_size,
     }
+    if source.frames is not None:
+        about["frames"] = source.frames
     captions = [captions[0] for captions in source.captions or ()]
     store = Store.at(root, about, make, batch_size)
-    return PictureSet(source.name, len(source), source.side, store, captions=captions)
+    return PictureSet(
+        source.name, len(source), source.side, store, captions=captions, frames=source.frames
+    )
 
 
 def fingerprint(source: Source) -> str:
