@@ -113,8 +113,8 @@ def test_the_distance_between_clips_is_that_of_their_features(measured, tmp_path
     expected = frechet_distance(*(Moments.stream(map(net, part)) for part in parts))
     assert found.value == pytest.approx(expected, rel=1e-6)
     assert found.metric == (
-        f"FVD-10-3f [weights {net.weights[:8]}, taken for the I3D of Kinetics-400; inside the "
-        "TorchScript file to 224x224; n = 10 <= 400 features: rank-deficient]"
+        f"FVD-10-3f [weights {net.weights[:8]}, taken for the I3D of Kinetics-400; resize inside "
+        "the TorchScript file to 224x224; n = 10 <= 400 features: rank-deficient]"
     )
     assert (found.extractor, found.extractor_weights) == ("I3D", net.weights)
 
@@ -178,11 +178,14 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
     assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
     assert (retrieved.n, retrieved.frames) == (12, 2)
+    assert distance.reference == "clips, frame stride 4"
 
 
 def test_a_model_of_other_clips_than_its_reference_is_refused(tmp_path):
     options = {"n": 4, "networks": looks(), "folder": tmp_path}
-    with pytest.raises(UsageError, match="clips has clips of 4 frames, tiny clips of 2 frames"):
+    with pytest.raises(
+        UsageError, match=r"clips, frame stride 4 has clips of 4 frames, tiny clips"
+    ):
         evaluate(evaluating.model("text", 2), "fd", source=evaluating.clips(frames=4), **options)
     with pytest.raises(UsageError, match="fvd is about clips, and tiny has pictures"):
         evaluate(evaluating.model("text"), "fvd", source=evaluating.source(), **options)

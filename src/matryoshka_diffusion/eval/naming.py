@@ -80,11 +80,11 @@ def video_flag(network: str, weights: str, resize: str) -> str:
     """What every distance between clips has to say of its network: papers differ in both.
 
     Example:
-        >>> video_flag("I3D", "0123456789abcdef", "resized inside")
-        'weights 01234567, taken for the I3D of Kinetics-400; resized inside'
+        >>> video_flag("I3D", "0123456789abcdef", "inside the file")
+        'weights 01234567, taken for the I3D of Kinetics-400; resize inside the file'
     """
     taken = ", taken for the I3D of Kinetics-400" if network == I3D else ""
-    return f"weights {weights[:8]}{taken}; {resize}"
+    return f"weights {weights[:8]}{taken}; resize {resize}"
 
 
 def frames_flag(count: int, frames: int | None) -> str | None:

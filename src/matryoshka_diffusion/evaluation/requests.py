@@ -24,7 +24,7 @@ from matryoshka_diffusion.evaluation.protocols import (
     captions_of_file,
     random_labels,
 )
-from matryoshka_diffusion.evaluation.references import Reference, of_npz, of_source
+from matryoshka_diffusion.evaluation.references import Reference, name_of, of_npz, of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import Networks, Told, measure
 from matryoshka_diffusion.evaluation.shrunk import Shrunk
@@ -146,7 +146,8 @@ def _reference(
     if held_out is None:
         raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): leave --ref away")
     share = config.data.held_out
-    return of_source(held_out, name=f"the held-out {share:.3g} of {held_out.name}")
+    whole = name_of(held_out, config.data)
+    return of_source(held_out, name=f"the held-out {share:.3g} of {whole}")
 
 
 def open_pictures(name: str, side: int, frames: int | None = None, **cut: Any) -> Reference:
@@ -157,15 +158,10 @@ def open_pictures(name: str, side: int, frames: int | None = None, **cut: Any) -
     if name.endswith(".npz"):
         return of_npz(Path(name).expanduser())
     _refuse_model(name)
-    if frames is None:
-        data = DataConfig(source=kind_of(name), path=absolute(name))
-        return of_source(open_source(data, side), foreign=True)
-    data = DataConfig(source="clips", path=absolute(name), **cut)
+    kind = kind_of(name) if frames is None else "clips"
+    data = DataConfig(source=kind, path=absolute(name), **cut)
     source = open_source(data, side, frames)
-    rate = "" if data.fps is None else f" at {data.fps:g} fps"
-    return of_source(
-        source, name=f"{source.name}, frame stride {data.frame_stride}{rate}", foreign=True
-    )
+    return of_source(source, name=name_of(source, data), foreign=True)
 
 
 def _refuse_model(name: str) -> None:

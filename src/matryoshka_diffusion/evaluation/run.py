@@ -37,7 +37,7 @@ from matryoshka_diffusion.evaluation.protocols import (
     retrieval_captions,
     unconditional,
 )
-from matryoshka_diffusion.evaluation.references import Reference, of_source
+from matryoshka_diffusion.evaluation.references import Reference, name_of, of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.store import Column
 from matryoshka_diffusion.files import cache_folder
@@ -96,7 +96,9 @@ def evaluate(
 
     @cache
     def own() -> Reference | None:
-        return None if source is None else of_source(source)
+        return (
+            None if source is None else of_source(source, name=name_of(source, model.config.data))
+        )
 
     def measured(names: Sequence[str], shown: Conditions, count: int, to: Reference | None) -> Any:
         samples = drawn(
