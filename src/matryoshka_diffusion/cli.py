@@ -126,10 +126,11 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
     """Say what a run would be, and what its data looks like if it was named."""
     from matryoshka_diffusion import job
     from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.data.sources import PACKAGED
     from matryoshka_diffusion.info import describe_plan
 
     source = None
-    if config.data.source != "folder" or config.data.path is not None:
+    if config.data.path is not None or config.data.source in PACKAGED:
         source = job.open_source(config.data, config.data_side, config.data_frames)
         config = job.complete(config, source)
     pictures = None if source is None else len(source)

@@ -11,6 +11,8 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import is_remote
 
 HUGGING_FACE = "hf:"
+PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")
+"""Sources that need no path."""
 _SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$")  # compressed ones too, for shards.py to explain
 _LARGE: tuple[SourceName, ...] = ("shards", "parquet")
 
