@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
 from matryoshka_diffusion.data.batch import Pictures
@@ -26,7 +29,7 @@ from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 from tiny_run import encode, tiny_config
 
-SAMPLES, BATCHED = 22, 4
+SAMPLES, BATCHED, FRAMES = 22, 4, 2
 
 
 class Look:
@@ -84,10 +87,25 @@ def source(count: int = 40, side: int = 16) -> Pictures:
     )
 
 
-def model(kind: str = "classes", **train: Any) -> Matryoshka:
-    """A model of classes, of text or of neither, with random weights."""
+def clips(count: int = 12, frames: int = FRAMES, side: int = 16) -> Pictures:
+    """Clips with captions, in the place of a source of videos."""
+    still = source(count, side)
+    shape = (count, frames, side, side, 3)
+    shown = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
+    return replace(still, name="clips", array=shown, labels=None, classes=())
+
+
+def model(kind: str = "classes", frames: int | None = None, **train: Any) -> Matryoshka:
+    """A model of classes, of text or of neither, with random weights; with frames, one of clips."""
     config = tiny_config(dropout=0.0, **train)
     nest = config.model
+    if frames is not None:
+        coarse, fine = nest.levels
+        halves = {"halve": (True, False), "halve_frames": (False, True)}
+        changes = {"widths": (32,) * 3, "blocks": (1,) * 3, "attention": (0,) * 3, **halves}
+        nest = nest.model_copy(
+            update={"levels": (coarse, fine.model_copy(update={"frames": frames, **changes}))}
+        )
     if kind != "text":
         nest = nest.model_copy(update={"text": None, "classes": 2 if kind == "classes" else 0})
     data = config.data.model_copy(update={"classes": ("cat", "dog")})
@@ -103,11 +121,14 @@ def model(kind: str = "classes", **train: Any) -> Matryoshka:
 # --- files -------------------------------------------------------------------------------------
 
 
-def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> None:
+def make_run(
+    folder: Path, kind: str, data: Path, t5: Path | None = None, frames: int | None = None
+) -> None:
     """A run folder: the model, its config, and snapshots of averages of two lengths."""
-    trained = model(kind)
+    trained = model(kind, frames)
     config = trained.config
-    update: dict[str, Any] = {"data": config.data.model_copy(update={"path": str(data)})}
+    source = {"path": str(data), **({} if frames is None else {"source": "clips"})}
+    update: dict[str, Any] = {"data": config.data.model_copy(update=source)}
     if t5 is not None:
         assert config.model.text is not None
         text = config.model.text.model_copy(update={"features": 24})
@@ -126,6 +147,16 @@ def make_run(folder: Path, kind: str, data: Path, t5: Path | None = None) -> Non
         write_snapshot(folder / "ema", tracks.state(), images_seen)
 
 
+def make_videos(folder: Path, shown: Any) -> str:
+    """Clips (n, f, h, w, c) as files that lose nothing; their folder."""
+    folder.mkdir()
+    for number, clip in enumerate(shown):
+        first, *others = map(Image.fromarray, clip)
+        path = folder / f"{number:03d}.webp"
+        first.save(path, save_all=True, append_images=others, lossless=True, duration=100)
+    return str(folder)
+
+
 class _Scripted(torch.nn.Module):
     """What the TorchScript file of Inception is asked."""
 
@@ -139,12 +170,58 @@ class _Scripted(torch.nn.Module):
         return features if return_features else self.output(features)
 
 
+class Clips(torch.nn.Module):
+    """A network of clips without options: the mean of each frame's channels, mixed."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(9, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(torch.nn.functional.adaptive_avg_pool3d(x, (3, 1, 1)).flatten(1))
+
+
+class _I3D(torch.nn.Module):
+    """What the TorchScript file of StyleGAN-V is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips = Clips(400)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = False,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        assert resize
+        features = self.clips(x / 127.5 - 1.0 if rescale else x)
+        return features if return_features else features.softmax(dim=1)
+
+
 def make_inception(path: Path) -> None:
     """A TorchScript file that `Inception` loads."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    save_scripted(seeded(_Scripted), path)
+
+
+def make_video_net(path: Path) -> None:
+    """A TorchScript file that `VideoNet` takes for I3D."""
+    save_scripted(seeded(_I3D), path)
+
+
+def seeded(network: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """What `network` makes with weights that are always the same."""
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.jit.save(torch.jit.script(_Scripted()), str(path))
+        return network()
+
+
+def save_scripted(network: torch.nn.Module, path: Path) -> None:
+    """A network as a TorchScript file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(network), str(path))
 
 
 WIDTH = 24
@@ -170,6 +247,15 @@ def measured(folder: Path, **options: Any) -> Any:
     return evaluate(model(), ("fd", "agreement"), folder=folder, **(given | options))
 
 
+CLIPS = ("fd", "fd-frames", "motion", "agreement", "retrieval")
+
+
+def measured_clips(folder: Path, **options: Any) -> Any:
+    """What there is to say of a few clips."""
+    given = {"source": clips(), "n": 10, "networks": looks(), "batch_size": BATCHED}
+    return evaluate(model("text", FRAMES), CLIPS, folder=folder, **(given | options))
+
+
 def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
     from matryoshka_diffusion.train.world import joined
@@ -182,7 +268,8 @@ def main(folder: str, kill_at: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with joined(torch.device("cpu"), "ddp", 30) as world:
-        measured(Path(folder), world=world, progress=told)
+        for measure in (measured, measured_clips):
+            measure(Path(folder), world=world, progress=told)
 
 
 assert BATCH != BATCHED, "references and samples are cut into different batches"

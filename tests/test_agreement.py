@@ -26,6 +26,16 @@ def test_levels_of_one_picture_agree_up_to_the_rounding():
     assert 0.0 < gaps.max() <= 0.5 / 255
 
 
+def test_the_levels_of_a_clip_agree_in_space_and_time():
+    """D^r in time is the first frame of every so many; a picture is the first of all."""
+    clips = pictures(16, count=12).reshape(3, 4, 16, 16, 3)
+    halved = averaged(clips[:, ::2].reshape(6, 16, 16, 3), 8).reshape(3, 2, 8, 8, 3)
+    levels = [level.round().astype(np.uint8) for level in (halved[:, 0], halved)]
+    assert level_agreement([*levels, clips]).max() <= 0.5 / 255
+    other = averaged(clips[:, 1], 8).round().astype(np.uint8)
+    assert level_agreement([other, clips]).min() > 0.01
+
+
 def test_each_picture_and_level_has_its_own_difference():
     fine = np.full((2, 8, 8, 1), 100, np.uint8)
     coarse = np.full((2, 2, 2, 1), 100, np.uint8)

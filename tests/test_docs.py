@@ -274,8 +274,21 @@ def with_measured(path):
         for number, picture in enumerate(noise):
             save_png(picture, path / folder / f"small-{number}.png", None)
     save_png(noise[0, :12, :12], path / "val2014" / "below-the-side.png", None)  # COCO has some
+    evaluating.make_videos(path / "real-clips", ramps(3))
+    evaluating.make_videos(path / "samples-clips", ramps(3)[:, ::4])
+    videos, runs = path / "real-clips", path / "runs"
+    evaluating.make_run(runs / "webvid-16x64", "nothing", videos, frames=evaluating.FRAMES)
+    evaluating.make_video_net(path / "i3d_torchscript.pt")
     annotations = [{"id": n, "image_id": n, "caption": f"the jay of {n}"} for n in range(20)]
     (path / "captions_val2014.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def ramps(count):
+    """Clips of 64 frames of 64 pixels in which a ramp of grey moves, each at its own speed."""
+    frames, place = np.ogrid[:64, :64]
+    moving = [(2 * place + (2 + speed) * frames) % 256 for speed in range(count)]
+    shape = (count, 64, 64, 64, 3)
+    return np.broadcast_to(np.array(moving, np.uint8)[:, :, None, :, None], shape)
 
 
 PREPARED = {

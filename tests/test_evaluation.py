@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import evaluating
-from evaluating import BATCHED, SAMPLES, Look, looks, measured, model, source
+from evaluating import BATCHED, SAMPLES, Look, looks, measured, measured_clips, model, source
 from matryoshka_diffusion import measure
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
@@ -84,11 +84,13 @@ def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):
 
 
 def test_two_ranks_do_what_one_does(whole, tmp_path):
-    ranks = start_ranks(2, str(tmp_path), script=evaluating.__file__)
+    ranks = start_ranks(2, str(tmp_path / "both"), script=evaluating.__file__)
+    clips = measured_clips(tmp_path / "alone")
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    assert files(tmp_path) == files(whole[0])
-    assert measured(tmp_path) == whole[1]
+    assert files(tmp_path / "both") == files(whole[0]) | files(tmp_path / "alone")
+    assert measured(tmp_path / "both") == whole[1]
+    assert measured_clips(tmp_path / "both") == clips
 
 
 def test_what_is_known_is_not_made_again(tmp_path):
@@ -152,9 +154,10 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path, monkey
         monkeypatch.setitem(METRICS, name, METRICS[name]._replace(least=2))
     few = functools.partial(measures.kernel_distance, subsets=2, size=10)
     monkeypatch.setattr(measures, "kernel_distance", few)
+    of_pictures = [name for name, metric in METRICS.items() if not metric.clips]
     found = evaluate(
         model("text"),
-        list(METRICS),
+        of_pictures,
         source=source(),
         n=30,
         networks=looks(),
@@ -166,7 +169,7 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path, monkey
         *(f"{kind}-{network}" for kind in OVERLAP for network in ("Inception", "EffNetLite0")),
         *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement"),
     }
-    assert {result.key for result in found} == set(METRICS)
+    assert {result.key for result in found} == set(of_pictures)
     assert all(np.isfinite(result.value) for result in found)
     better = {result.key for result in found if result.higher_is_better}
     assert better == {"is", "prdc", "prdc-fd", "clip", "retrieval"}

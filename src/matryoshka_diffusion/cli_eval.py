@@ -44,8 +44,10 @@ def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: B
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.evaluation.run import evaluate as run
 
-    if options.side is not None:
-        raise UsageError("--side is of two sets of pictures: a model draws one side, leave it away")
+    of_sets = {"--side": options.side, "--frames": options.frames, "--frame-stride": options.stride}
+    for name, value in of_sets.items():
+        if value is not None:
+            raise UsageError(f"{name} is of two sets: what a model draws is known, leave it away")
     model = _model(options, device)
     how = _measuring(options, model, world, device, bars)
     return run(model, **how, **sampling(options)), how["folder"]
@@ -72,8 +74,10 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
         options.model,
         options.other,
         parse_metrics(options.metrics or "fd").metrics,
-        find_networks(device, options.inception, options.clip),
+        find_networks(device, options.inception, options.clip, options.fvd, options.frames),
         side=options.side,
+        frames=options.frames,
+        frame_stride=options.stride,
         world=world,
         progress=bars,
     )
@@ -151,10 +155,12 @@ def _measuring(
     from matryoshka_diffusion.evaluation.requests import request, results_folder
     from matryoshka_diffusion.evaluation.run import find_networks
 
+    frames = model.resolutions[-1].frames
     with world.first_here("data"):  # what one rank of a machine decodes, the others find
         asked = request(
             model.config,
             model.picture_side,
+            frames,
             metrics=options.metrics,
             n=options.n,
             protocol=options.protocol,
@@ -163,7 +169,7 @@ def _measuring(
         )
     return {
         **asked._asdict(),
-        "networks": find_networks(device, options.inception, options.clip),
+        "networks": find_networks(device, options.inception, options.clip, options.fvd, frames),
         "folder": results_folder(options.model),
         "seed": SEED if options.seed is None else options.seed,
         "batch_size": options.batch_size,
@@ -195,6 +201,16 @@ def add_eval(commands: Any) -> None:
     command.add_argument("model", metavar="RUN|DATA", help=f"{MODEL}, or pictures")
     command.add_argument("other", metavar="DATA", nargs="?", help="the pictures to compare with")
     command.add_argument("--side", type=positive, metavar="N", help="of pictures, in pixels")
+    command.add_argument(
+        "--frames", type=positive, metavar="N", help="of clips, of two sets of them"
+    )
+    command.add_argument(
+        "--frame-stride",
+        dest="stride",
+        type=positive,
+        metavar="K",
+        help="take every K-th frame of the real clips (4); of samples every one",
+    )
     _add_measuring(command)
     add_sampling(command)
 
@@ -234,7 +250,8 @@ def _add_measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--metrics",
         metavar="LIST",
-        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd",
+        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd; of "
+        "clips fvd, motion, fd-frames, fid-frames, too",
     )
     command.add_argument("-n", type=positive, help="how many samples")
     command.add_argument(
@@ -247,6 +264,7 @@ def _add_measuring(command: argparse.ArgumentParser) -> None:
     add_base(command)
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
     command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")
+    command.add_argument("--fvd", type=Path, metavar="FILE", help="TorchScript network of clips")
     command.add_argument("--seed", type=int, help="of sample 0 (1000000)")
 
 

@@ -16,6 +16,7 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.report import choose
 from matryoshka_diffusion.evaluation.shrunk import shrink
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.trainer import View
 
@@ -38,8 +39,8 @@ def preview_of(source: Source, config: RunConfig, count: int = PREVIEWS) -> dict
         asked = {"classes": list(range(min(PREVIEWS, model.classes)))}
     if model.coarse is not None:
         examples = [source[index] for index in chosen]
-        side = model.coarse.side
-        asked["coarse"] = np.stack([shrink(example.picture, side) for example in examples])
+        grid = Resolution(model.coarse.side, model.coarse.side)
+        asked["coarse"] = np.stack([shrink(example.picture, grid) for example in examples])
         asked |= {"classes": [example.label for example in examples]} if model.classes else {}
         asked |= {"n": 1 if model.text or model.classes else count}
     return asked

@@ -20,10 +20,6 @@ class Around(ABC):
         return self.source.name
 
     @property
-    def frames(self) -> int | None:
-        return self.source.frames
-
-    @property
     def channels(self) -> int:
         return self.source.channels
 

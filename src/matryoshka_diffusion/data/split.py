@@ -24,6 +24,10 @@ class Part(Around):
         return self.source.side
 
     @property
+    def frames(self) -> int | None:
+        return self.source.frames
+
+    @property
     def captions(self) -> Sequence[tuple[str, ...]] | None:
         captions = self.source.captions
         return None if captions is None else [captions[index] for index in self.indices]

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from matryoshka_diffusion.pyramid import Resolution, down_sample
+from matryoshka_diffusion.pyramid import down_sample, resolution_of
 
 
 def level_agreement(
-    levels: Sequence[UInt8[np.ndarray, "b _ _ c"]],
+    levels: Sequence[UInt8[np.ndarray, "b ... c"]],
 ) -> Float[np.ndarray, "b coarser"]:
-    """mean |D^r(x_R) - x_r| of every picture, for the levels r = 1 .. R - 1.
+    """mean |D^r(x_R) - x_r| of every picture or clip, for the levels r = 1 .. R - 1.
 
     D^r is the area average that training pictures come down by (`pyramid.down_sample`). A picture
     whose levels are one picture has 0, but for the rounding to bytes, up to 1/510. One row a
@@ -39,12 +39,12 @@ def level_agreement(
     return np.stack(gaps, axis=1) if gaps else np.zeros((len(levels[-1]), 0))
 
 
-def _float(pictures: UInt8[np.ndarray, "b h w c"]) -> Float[torch.Tensor, "b c h w"]:
-    return torch.from_numpy(pictures.transpose(0, 3, 1, 2) / 255.0)
+def _float(pictures: UInt8[np.ndarray, "b *grid c"]) -> Float[torch.Tensor, "b c *grid"]:
+    return torch.from_numpy(np.moveaxis(pictures, -1, 1) / 255.0)
 
 
 def _gap(
-    finest: Float[torch.Tensor, "b c H W"], level: Float[torch.Tensor, "b c h w"]
+    finest: Float[torch.Tensor, "b c *fine"], level: Float[torch.Tensor, "b c *grid"]
 ) -> Float[np.ndarray, " b"]:
-    coarse = down_sample(finest, Resolution(*level.shape[-2:]))
-    return (coarse - level).abs().mean(dim=(1, 2, 3)).numpy()
+    gaps = (down_sample(finest, resolution_of(level)) - level).abs()
+    return gaps.mean(dim=tuple(range(1, gaps.ndim))).numpy()

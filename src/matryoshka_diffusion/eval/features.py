@@ -31,7 +31,7 @@ _CHUNK = 1 << 20
 
 @runtime_checkable
 class Extractor(Protocol):
-    """A frozen network from pictures to features, with all that a number needs to say of it.
+    """A frozen network from pictures (or clips) to features, with what a number has to say of it.
 
     Attributes:
         name: for people and in the names of numbers: "EffNetLite0", "Inception", "CLIP".
@@ -45,7 +45,9 @@ class Extractor(Protocol):
     resize: str
     width: int
 
-    def __call__(self, pictures: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]: ...
+    def __call__(
+        self, shown: UInt8[np.ndarray, "b *frames h w c"], /
+    ) -> Float[np.ndarray, "b width"]: ...
 
 
 def weights_hash(*paths: Path) -> str:

@@ -14,8 +14,6 @@ The weights cannot be shipped. Two files of them are in use, both made from Tens
 from __future__ import annotations
 
 import pickle
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ from matryoshka_diffusion.eval.features import weights_hash
 from matryoshka_diffusion.eval.inception_net import CLASSES, SIDE, WIDTH, FIDInception
 from matryoshka_diffusion.eval.naming import INCEPTION
 from matryoshka_diffusion.eval.resize import as_rgb, tf1_bilinear
+from matryoshka_diffusion.eval.torchscript import is_torchscript, load_torchscript, reason
 
 _EXPECTED = (
     "expected the TorchScript file inception-2015-12-05.pt or the state dict "
@@ -66,7 +65,7 @@ class Inception:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {_EXPECTED}")
         self.weights = weights_hash(path)
-        load = _scripted if _is_torchscript(path) else _ported
+        load = _scripted if is_torchscript(path) else _ported
         self._path, self._device = path, torch.device(device)
         self._network = load(path, self._device)
         self.resize = self._network.resize
@@ -97,25 +96,16 @@ class Inception:
         return odds / odds.sum(axis=1, keepdims=True)
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Both kinds may be zip archives; only TorchScript's has code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
 def _scripted(path: Path, device: torch.device) -> _Network:
     probe = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
     try:
-        with warnings.catch_warnings(), torch.inference_mode():
-            # torch calls TorchScript deprecated; the file is what it is.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            net = torch.jit.load(str(path), map_location=device).eval()
+        with torch.inference_mode():
+            net = load_torchscript(path, device)
             shape = tuple(net(probe, return_features=True).shape)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is a TorchScript file, but no Inception: {reason}") from error
+        raise ValueError(
+            f"{path} is a TorchScript file, but no Inception: {reason(error)}"
+        ) from error
     if shape != (1, WIDTH):
         raise ValueError(f"{path}: a picture has features of shape {shape}, not (1, {WIDTH})")
     classifiers = [

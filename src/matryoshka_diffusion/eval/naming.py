@@ -1,12 +1,13 @@
 """What a number is called: after the network that it looks through, with what is wrong with it.
 
-"FID", "KID", "IS" and "CMMD" are the published protocols and belong to their networks. The same
-formula on another network is another number, so it has another name.
+"FID", "KID", "IS", "CMMD" and "FVD" are the published protocols and belong to their networks. The
+same formula on another network is another number, so it has another name.
 """
 
 from __future__ import annotations
 
 INCEPTION = "Inception"
+I3D = "I3D"
 CMMD_VARIANT = "ViT-L/14-336"
 """The CLIP of Jayasumana et al. 2024."""
 
@@ -63,6 +64,39 @@ def clip_score(variant: str) -> str:
         'CLIP-ViT-B/32-224'
     """
     return f"CLIP-{variant}"
+
+
+def video_frechet(network: str, weights: str) -> str:
+    """The Fréchet distance between clips on the features of a video network.
+
+    Example:
+        >>> video_frechet("I3D", "0123456789abcdef"), video_frechet("Video", "0123456789abcdef")
+        ('FVD', 'FD-Video-01234567')
+    """
+    return "FVD" if network == I3D else f"FD-{network}-{weights[:8]}"
+
+
+def video_flag(network: str, weights: str, resize: str) -> str:
+    """What every distance between clips has to say of its network: papers differ in both.
+
+    Example:
+        >>> video_flag("I3D", "0123456789abcdef", "inside the file")
+        'weights 01234567, taken for the I3D of Kinetics-400; resize inside the file'
+    """
+    taken = ", taken for the I3D of Kinetics-400" if network == I3D else ""
+    return f"weights {weights[:8]}{taken}; resize {resize}"
+
+
+def frames_flag(count: int, frames: int | None) -> str | None:
+    """What a metric of pictures has to say of clips, whose frames are pictures to it, or None.
+
+    Example:
+        >>> frames_flag(22, 16)
+        'frames of clips, 22 x 16'
+        >>> frames_flag(22, None) is None
+        True
+    """
+    return None if frames is None else f"frames of clips, {count:,} x {frames}"
 
 
 def rank_flag(count: int, width: int) -> str | None:

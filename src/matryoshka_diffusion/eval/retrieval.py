@@ -6,6 +6,7 @@ picture nearest to the sample and see whether it is the prompted one.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +42,9 @@ class Retrieval(NamedTuple):
 
 
 def prompt_retrieval(
-    samples: UInt8[np.ndarray, "n s s c"],
+    samples: UInt8[np.ndarray, "n *frames s s c"],
     prompted: Int[np.ndarray, " n"],
-    training: UInt8[np.ndarray, "m t t c"],
+    training: UInt8[np.ndarray, "m *frames t t c"],
 ) -> Retrieval:
     """Compare every sample with all training pictures, by squared distance at 16 pixels.
 
@@ -79,15 +80,16 @@ def retrieval_of_averages(
     return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(drawn))
 
 
-def averages(pictures: UInt8[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]:
-    """Area averages at 16 pixels, one row for each picture.
+def averages(pictures: UInt8[np.ndarray, "n *frames s s c"]) -> Float[np.ndarray, "n d"]:
+    """Area averages at 16 pixels, one row for each picture; of a clip those of all its frames.
 
     For windows of 2, 4, 8... pixels they and all that is computed from them here are exact in
     float64, so that ties are ties.
     """
-    count, side, _, channels = pictures.shape
+    count, *frames, side, _, channels = pictures.shape
     if side % SIDE:
         raise ValueError(f"pictures of side {side} cannot be averaged to {SIDE} pixels")
     window = side // SIDE
-    tiles = pictures.reshape(count, SIDE, window, SIDE, window, channels)
-    return tiles.mean(axis=(2, 4), dtype=np.float64).reshape(count, SIDE * SIDE * channels)
+    tiles = pictures.reshape(count, *frames, SIDE, window, SIDE, window, channels)
+    small = tiles.mean(axis=(-4, -2), dtype=np.float64)
+    return small.reshape(count, math.prod(small.shape[1:]))

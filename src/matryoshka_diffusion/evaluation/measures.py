@@ -21,6 +21,7 @@ from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
+from matryoshka_diffusion.eval.motion import compare_motion, motion
 from matryoshka_diffusion.eval.neighbours import (
     DENSITY_COVERAGE_K,
     PRECISION_RECALL_K,
@@ -28,6 +29,7 @@ from matryoshka_diffusion.eval.neighbours import (
     precision_recall,
 )
 from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
+from matryoshka_diffusion.eval.video import VIDEO
 from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
 from matryoshka_diffusion.evaluation.store import Column
@@ -50,7 +52,7 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """What a metric is given: pictures whose columns are there.
+    """What a metric is given: pictures whose `column` is there.
 
     `reference` is None for metrics that compare with nothing, `extractor` for those that look
     through no network. `published` takes the place of the reference's pictures.
@@ -60,6 +62,7 @@ class Compared:
     reference: Reference | None
     extractor: Extractor | None
     published: Published | None
+    column: Column
 
     @property
     def network(self) -> Extractor:
@@ -73,10 +76,15 @@ class Compared:
         return self.reference.pictures
 
     def features(self, pictures: PictureSet) -> np.ndarray:
-        return pictures.all(features_of(self.network))
+        """One row a picture, or a frame, or a clip: whatever it is that the network looks at."""
+        return _rows(pictures.all(self.column))
 
     def moments(self, pictures: PictureSet) -> Moments:
-        return Moments.stream(pictures.stream(features_of(self.network)))
+        return Moments.stream(map(_rows, pictures.stream(self.column)))
+
+    def moments_at(self, frame: int, pictures: PictureSet) -> Moments:
+        """Those of one frame of every clip."""
+        return Moments.stream(rows[:, frame] for rows in pictures.stream(self.column))
 
 
 class Metric(NamedTuple):
@@ -92,6 +100,7 @@ class Metric(NamedTuple):
         captions: whether each sample needs the caption that it was made for.
         levels: whether it looks at all levels of a sample, which pictures of a source do not have.
         retrieval: whether it is about samples of the captions of single training pictures.
+        clips: whether it is about clips, which pictures are not.
     """
 
     compute: Callable[[Compared], list[Number]]
@@ -103,6 +112,16 @@ class Metric(NamedTuple):
     captions: bool = False
     levels: bool = False
     retrieval: bool = False
+    clips: bool = False
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether each frame of a clip is a picture to it."""
+        return self.network not in ("", VIDEO)
+
+    def count(self, pictures: PictureSet) -> int:
+        """How many samples these are to it."""
+        return pictures.num_frames if self.of_frames else pictures.count
 
     def published(self, reference: Reference | None) -> Published | None:
         """What it takes in the place of the reference's pictures."""
@@ -113,18 +132,38 @@ class Metric(NamedTuple):
     def looks_at(self, extractor: Extractor | None) -> Column:
         """What has to be known of each picture; `extractor` is the metric's network."""
         if extractor is not None:
-            return features_of(extractor)
+            return (features_of if self.of_frames else features_of_clips)(extractor)
         assert self.column is not None, "a metric looks through a network, or says at what"
         return self.column
 
 
 def features_of(extractor: Extractor) -> Column:
-    """The features of a network, in a folder that is named after its weights and its resizing."""
-    name = f"{extractor.name}-{extractor.weights}-{digest(extractor.resize)[:8]}"
-    return Column(name, lambda batch: extractor(batch.pictures))
+    """The features of a network of pictures; of a clip a row for each frame."""
+    return Column(_folder(extractor), lambda batch: _by_frame(extractor, batch.pictures))
+
+
+def features_of_clips(extractor: Extractor) -> Column:
+    """The features of a network of clips."""
+    return Column(_folder(extractor), lambda batch: extractor(batch.pictures))
+
+
+def _folder(extractor: Extractor) -> str:
+    return f"{extractor.name}-{extractor.weights}-{digest(extractor.resize)[:8]}"
+
+
+def _by_frame(extractor: Extractor, shown: np.ndarray) -> np.ndarray:
+    """Features (b, d) of pictures, (b, f, d) of clips: their first frames are looked at first."""
+    if shown.ndim == 4:
+        return extractor(shown)
+    return np.stack([extractor(frames) for frames in shown.swapaxes(0, 1)], axis=1)
+
+
+def _rows(features: np.ndarray) -> np.ndarray:
+    return features.reshape(-1, features.shape[-1])
 
 
 AVERAGES: Column = Column("averages", lambda batch: averages(batch.pictures))
+MOTION: Column = Column("motion", lambda batch: motion(batch.pictures))
 AGREEMENT: Column = Column("agreement", lambda batch: level_agreement(batch.levels))
 
 
@@ -135,11 +174,45 @@ def _frechet(compared: Compared) -> list[Number]:
     network, made = compared.network, compared.made
     name = naming.frechet(network.name)
     if network.name == naming.INCEPTION:
-        name = f"{name}-{thousands(made.count)}"
+        name = f"{name}-{thousands(made.num_frames)}"
     real = compared.published or compared.moments(compared.real)
     # Few pictures of the reference are part of what the reference is; few samples are a choice.
-    flag = naming.rank_flag(made.count, network.width)
+    flag = naming.rank_flag(made.num_frames, network.width)
     return [Number(name, frechet_distance(real, compared.moments(made)), flags=(flag,))]
+
+
+def _frechet_by_frame(compared: Compared) -> list[Number]:
+    """One distance for each frame: where they rise, samples drift away from real clips."""
+    network, made = compared.network, compared.made
+    assert made.frames is not None, "refused before"
+    found = [
+        frechet_distance(*(compared.moments_at(frame, side) for side in (compared.real, made)))
+        for frame in range(made.frames)
+    ]
+    name, flag = (
+        f"{naming.frechet(network.name)}-by-frame",
+        naming.rank_flag(made.count, network.width),
+    )
+    others = {f"frame {frame}": distance for frame, distance in enumerate(found)}
+    return [Number(name, float(np.mean(found)), others, (flag,))]
+
+
+def _video_frechet(compared: Compared) -> list[Number]:
+    network, made = compared.network, compared.made
+    name = naming.video_frechet(network.name, network.weights)
+    real, drawn = (compared.moments(side) for side in (compared.real, made))
+    flags = (
+        naming.video_flag(network.name, network.weights, network.resize),
+        naming.rank_flag(made.count, network.width),
+    )
+    name = f"{name}-{thousands(made.count)}-{made.frames}f"
+    return [Number(name, frechet_distance(real, drawn), flags=flags)]
+
+
+def _motion(compared: Compared) -> list[Number]:
+    found = compare_motion(*(side.all(MOTION) for side in (compared.real, compared.made)))
+    others = {"ratio": found.ratio, "still": found.still, "still real": found.still_real}
+    return [Number(f"motion distance-{compared.made.frames}f", found.distance, others)]
 
 
 def _kernel(compared: Compared) -> list[Number]:
@@ -171,8 +244,10 @@ def _overlap(compared: Compared) -> list[Number]:
 def _clip_score(compared: Compared) -> list[Number]:
     clip, captions = cast("CLIP", compared.network), compared.made.captions
     scores, first = [], 0
-    for images in compared.made.stream(features_of(clip)):
-        scores.append(clip_score(images, clip.texts(captions[first : first + len(images)])))
+    for images in compared.made.stream(compared.column):
+        texts, rows = clip.texts(captions[first : first + len(images)]), _rows(images)
+        # Each frame of a clip is scored by the clip's caption.
+        scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
         first += len(images)
     score = float(np.concatenate(scores).mean())
     return [Number(naming.clip_score(clip.variant), score, higher_is_better=True)]
@@ -211,6 +286,10 @@ METRICS: dict[str, Metric] = {
     "cmmd": Metric(_cmmd, CLIP.name, least=1),
     "retrieval": Metric(_retrieval, column=AVERAGES, least=1, captions=True, retrieval=True),
     "agreement": Metric(_agreement, column=AGREEMENT, compares=False, least=1, levels=True),
+    "fvd": Metric(_video_frechet, VIDEO, clips=True),
+    "fd-frames": Metric(_frechet_by_frame, NETWORK, clips=True),
+    "fid-frames": Metric(_frechet_by_frame, naming.INCEPTION, clips=True),
+    "motion": Metric(_motion, column=MOTION, least=1, clips=True),
 }
 
 

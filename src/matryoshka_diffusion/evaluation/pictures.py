@@ -1,4 +1,4 @@
-"""Sets of pictures to be measured: those that a model draws, and those of a source."""
+"""Sets of pictures or clips to be measured: those that a model draws, and those of a source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.protocols import Conditions, spread
 from matryoshka_diffusion.evaluation.store import Column, Store
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.pipeline import Progress, Samples
+from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
 
 BATCH = 64
@@ -36,6 +36,7 @@ class PictureSet:
         side: of the pictures in pixels.
         levels: of each picture.
         captions: of each picture; empty where there are none.
+        frames: of each, where they are clips; None for pictures.
         belong_to: the number of the training picture that each one's caption is of, where the
             captions are those of single pictures.
     """
@@ -47,6 +48,17 @@ class PictureSet:
     levels: int = 1
     captions: Sequence[str] = ()
     belong_to: Sequence[int] = ()
+    frames: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What they are, for people."""
+        return "pictures" if self.frames is None else f"clips of {self.frames} frames"
+
+    @property
+    def num_frames(self) -> int:
+        """How many pictures there are, each frame of a clip counted."""
+        return self.count * (self.frames or 1)
 
     def fill(
         self,
@@ -70,6 +82,13 @@ class PictureSet:
 # --- samples of a model ------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """Samples of a model: what is measured, the finest level, and all levels."""
+
+    pictures: UInt8[np.ndarray, "b *frames h w c"]
+    levels: Sequence[UInt8[np.ndarray, "b ... c"]]
+
+
 def drawn(
     model: Model,
     conditions: Conditions,
@@ -85,29 +104,30 @@ def drawn(
     about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
     about |= {"conditions": conditions.name, "of": conditions.identity}
 
-    def make(rows: range, progress: Progress) -> Samples:
-        return model.sample(
+    def make(rows: range, progress: Progress) -> Drawn:
+        samples = model.sample(
             **conditions.of(rows),
             seed=seed + rows.start,
             batch_size=batch_size,
             progress=progress,
             **given,
         )
+        return Drawn(samples.levels[-1], samples.levels)
 
     store = Store.at(root, about, make, batch_size)
     side = model.picture_side
     captions, belong_to = conditions.captions(count), conditions.pictures[:count]
-    levels = len(model.resolutions)
-    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to)
+    levels, frames = len(model.resolutions), model.resolutions[-1].frames
+    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to, frames)
 
 
 # --- pictures of a source ----------------------------------------------------------------------
 
 
 class Shown(NamedTuple):
-    """Pictures of a source, and the shorter sides that they had before they were resized."""
+    """Pictures or clips of a source, and the shorter sides that they had before."""
 
-    pictures: UInt8[np.ndarray, "b h w c"]
+    pictures: UInt8[np.ndarray, "b *frames h w c"]
     original_sides: Sequence[int]
 
 
@@ -131,9 +151,13 @@ def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet:
         "pictures": fingerprint(source),
         "batch_size": batch_size,
     }
+    if source.frames is not None:
+        about["frames"] = source.frames
     captions = [captions[0] for captions in source.captions or ()]
     store = Store.at(root, about, make, batch_size)
-    return PictureSet(source.name, len(source), source.side, store, captions=captions)
+    return PictureSet(
+        source.name, len(source), source.side, store, captions=captions, frames=source.frames
+    )
 
 
 def fingerprint(source: Source) -> str:

@@ -19,7 +19,7 @@ from typing import cast
 
 import numpy as np
 
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.inception_net import WIDTH
 from matryoshka_diffusion.eval.metrics import Reference as Published
@@ -104,6 +104,14 @@ class Reference:
 def of_source(source: Source, *, name: str | None = None, foreign: bool = False) -> Reference:
     """All pictures of a source; their features are kept in the cache."""
     return Reference(name or source.name, shown(source, reference_folder()), foreign=foreign)
+
+
+def name_of(source: Source, data: DataConfig) -> str:
+    """What a reference is called: of videos, also how its clips were cut out."""
+    if source.frames is None:
+        return source.name
+    rate = "" if data.fps is None else f" at {data.fps:g} fps"
+    return f"{source.name}, frame stride {data.frame_stride}{rate}"
 
 
 def reference_folder() -> Path:

@@ -1,10 +1,14 @@
-"""What a command line names, opened: protocols, references, captions, two sets of pictures."""
+"""What a command line names, opened: protocols, references, captions, two sets of pictures.
+
+A set of videos is one of clips where frames are asked for. Those of a reference are cut as the
+clips that the model was trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -20,7 +24,7 @@ from matryoshka_diffusion.evaluation.protocols import (
     captions_of_file,
     random_labels,
 )
-from matryoshka_diffusion.evaluation.references import Reference, of_npz, of_source
+from matryoshka_diffusion.evaluation.references import Reference, name_of, of_npz, of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import Networks, Told, measure
 from matryoshka_diffusion.evaluation.shrunk import Shrunk
@@ -45,6 +49,7 @@ class Request(NamedTuple):
 def request(
     config: RunConfig,
     side: int,
+    frames: int | None = None,
     *,
     metrics: str | None = None,
     n: int | None = None,
@@ -55,8 +60,10 @@ def request(
     """Open what is named, and the model's own training pictures where they are needed.
 
     Args:
+        side: of what the model draws.
+        frames: of each clip; None if it draws pictures.
         metrics: those of the protocol if not given; without one prompt retrieval, and with `n` the
-            Fréchet distance on the packaged network.
+            Fréchet distance on the packaged network and, of clips, how much they move.
         n: in the place of what a protocol or the name of a metric says.
         protocol: one of `PROTOCOLS`.
         captions: a file to draw captions from.
@@ -66,7 +73,7 @@ def request(
         UsageError: something is missing, or does not fit the model.
         OSError, ValueError: the data cannot be used.
     """
-    asked = _metrics(config, metrics, n, protocol)
+    asked = _metrics(config, frames, metrics, n, protocol)
     if n is None:
         n = asked.n if protocol is None else asked.n or PROTOCOLS[protocol].n
     conditions = _conditions(config, protocol, captions)
@@ -83,25 +90,32 @@ def request(
         or (conditional and conditions is None)
         or (compares and reference in (None, HELD_OUT))
     )
-    whole = _own_pictures(config, side) if own else None
+    whole = _own_pictures(config, side, frames) if own else None
     source, held_out = (None, None) if whole is None else split(whole, config.data.held_out)
-    return Request(
-        asked.metrics, n, source, _reference(config, reference, held_out, side), conditions
+    compared = None if reference is None else _reference(config, reference, held_out, side, frames)
+    return Request(asked.metrics, n, source, compared, conditions)
+
+
+def _own_pictures(config: RunConfig, side: int, frames: int | None) -> Source:
+    """What a model of this `side` and these `frames` learnt from: perhaps D^r of something larger.
+
+    Pictures are the first frames of clips, which need not be decoded for them.
+    """
+    source = open_source(config.data, config.data_side, frames and config.data_frames)
+    return (
+        source if (source.side, source.frames) == (side, frames) else Shrunk(source, side, frames)
     )
 
 
-def _own_pictures(config: RunConfig, side: int) -> Source:
-    """The pictures that a model of this `side` learnt from, which may be D^r of larger ones."""
-    source = open_source(config.data, config.data_side)
-    return source if source.side == side else Shrunk(source, side)
-
-
-def _metrics(config: RunConfig, metrics: str | None, n: int | None, protocol: str | None) -> Asked:
+def _metrics(
+    config: RunConfig, frames: int | None, metrics: str | None, n: int | None, protocol: str | None
+) -> Asked:
     if metrics is not None:
         return parse_metrics(metrics)
     if protocol is not None:
         return parse_metrics(PROTOCOLS[protocol].metrics)
-    usual = [*(["retrieval"] if config.model.text is not None else []), *(["fd"] if n else [])]
+    distances = ["fd"] if frames is None else ["fd", "motion"]
+    usual = [*(["retrieval"] if config.model.text is not None else []), *(distances if n else [])]
     if not usual:
         raise UsageError(f"{config.name} has no prompts to retrieve: give -n for the distance")
     return parse_metrics(usual)
@@ -124,25 +138,30 @@ def _conditions(
 
 
 def _reference(
-    config: RunConfig, name: str | None, held_out: Source | None, side: int
-) -> Reference | None:
-    if name is None:
-        return None
+    config: RunConfig, name: str, held_out: Source | None, side: int, frames: int | None
+) -> Reference:
     if name != HELD_OUT:
-        return open_pictures(name, side)
+        like = config.data
+        return open_pictures(name, side, frames, frame_stride=like.frame_stride, fps=like.fps)
     if held_out is None:
         raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): leave --ref away")
     share = config.data.held_out
-    return of_source(held_out, name=f"the held-out {share:.3g} of {held_out.name}")
+    whole = name_of(held_out, config.data)
+    return of_source(held_out, name=f"the held-out {share:.3g} of {whole}")
 
 
-def open_pictures(name: str, side: int) -> Reference:
-    """An .npz, or any data as squares of `side` pixels."""
+def open_pictures(name: str, side: int, frames: int | None = None, **cut: Any) -> Reference:
+    """An .npz, or any data as squares of `side` pixels; with `frames`, clips of a set of videos.
+
+    `cut` says how clips are cut out of videos: `frame_stride`, `fps` and `clip` of the config.
+    """
     if name.endswith(".npz"):
         return of_npz(Path(name).expanduser())
     _refuse_model(name)
-    data = DataConfig(source=kind_of(name), path=absolute(name))
-    return of_source(open_source(data, side), foreign=True)
+    kind = kind_of(name) if frames is None else "clips"
+    data = DataConfig(source=kind, path=absolute(name), **cut)
+    source = open_source(data, side, frames)
+    return of_source(source, name=name_of(source, data), foreign=True)
 
 
 def _refuse_model(name: str) -> None:
@@ -166,24 +185,31 @@ def compare(
     networks: Networks,
     *,
     side: int | None = None,
+    frames: int | None = None,
+    frame_stride: int | None = None,
     world: World = _ALONE,
     progress: Told | None = None,
 ) -> list[Result]:
     """Measure the pictures of `first` as if they were samples, against those of `second`.
 
-    `side` is that of the first picture if not given.
+    `side` is that of the first picture if not given. With `frames`, both are sets of videos:
+    samples begin where they begin and have each frame; real ones are cut as training clips are, by
+    `frame_stride`.
 
     Raises:
         UsageError: a set cannot be compared; see `measure`.
     """
     if side is not None and first.endswith(".npz"):
         raise UsageError(f"{first} has pictures of one side, which is compared: leave --side away")
-    samples = open_pictures(first, side or _side_of(first))
+    if frames is None and frame_stride is not None:
+        raise UsageError("--frame-stride is of videos: give --frames, too")
+    samples = open_pictures(first, side or _side_of(first), frames, frame_stride=1, clip="start")
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")
     flag = samples.flag(samples.pictures.side, "samples", world=world)
     template = Result(of=samples.name, flags=() if flag is None else (flag,))
-    reference = open_pictures(second, samples.pictures.side)
+    stride = {} if frame_stride is None else {"frame_stride": frame_stride}
+    reference = open_pictures(second, samples.pictures.side, frames, clip="fixed", **stride)
     return measure(
         samples.pictures, reference, metrics, networks, template, world=world, progress=progress
     )

@@ -31,6 +31,7 @@ class Result:
             "FID-50K" or "FID-2K [n = 2,000 <= 2,048 features: rank-deficient]".
         others: what belongs to it, such as the standard deviation of a KID.
         n: how many samples.
+        frames: of each, where they are clips; None for pictures.
         words: the whole number for people, where it has a sentence of its own.
         flags: what is wrong with all numbers of this model; in `metric`, too.
         weights: a hash of the model's weights; empty for pictures.
@@ -50,6 +51,7 @@ class Result:
     metric: str = ""
     value: float = math.nan
     n: int = 0
+    frames: int | None = None
     words: str = ""
     flags: tuple[str, ...] = ()
     higher_is_better: bool = False
@@ -70,10 +72,11 @@ class Result:
         """The number for people."""
         if self.words:
             return flagged(self.words, *self.flags)
-        counts = f" of {self.n:,} samples"
+        made, real = ("samples", "pictures") if self.frames is None else ("clips", "clips")
+        counts = f" of {self.n:,} {made}"
         if self.reference:
             known = self.reference_count is not None
-            counts += f" to {self.reference_count:,} pictures" if known else f" to {self.reference}"
+            counts += f" to {self.reference_count:,} {real}" if known else f" to {self.reference}"
         others = "".join(f", {name} {value:.4g}" for name, value in self.others.items())
         return f"{self.metric}{counts}: {_shown(self.value)}{others}"
 

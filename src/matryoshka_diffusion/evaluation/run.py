@@ -19,8 +19,9 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.clip import CLIP
 from matryoshka_diffusion.eval.features import EffNetLite0, Extractor
 from matryoshka_diffusion.eval.inception import Inception
-from matryoshka_diffusion.eval.naming import INCEPTION, flagged
+from matryoshka_diffusion.eval.naming import INCEPTION, flagged, frames_flag
 from matryoshka_diffusion.eval.retrieval import SEED
+from matryoshka_diffusion.eval.video import FRAMES, VIDEO, VideoNet
 from matryoshka_diffusion.evaluation.measures import (
     METRICS,
     Compared,
@@ -36,7 +37,7 @@ from matryoshka_diffusion.evaluation.protocols import (
     retrieval_captions,
     unconditional,
 )
-from matryoshka_diffusion.evaluation.references import Reference, of_source
+from matryoshka_diffusion.evaluation.references import Reference, name_of, of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.store import Column
 from matryoshka_diffusion.files import cache_folder
@@ -95,7 +96,9 @@ def evaluate(
 
     @cache
     def own() -> Reference | None:
-        return None if source is None else of_source(source)
+        return (
+            None if source is None else of_source(source, name=name_of(source, model.config.data))
+        )
 
     def measured(names: Sequence[str], shown: Conditions, count: int, to: Reference | None) -> Any:
         samples = drawn(
@@ -162,7 +165,8 @@ def _compared(
     metric: Metric,
 ) -> Compared:
     to = reference if metric.compares else None
-    return Compared(made, to, extractors.get(metric.network), metric.published(to))
+    extractor = extractors.get(metric.network)
+    return Compared(made, to, extractor, metric.published(to), metric.looks_at(extractor))
 
 
 def _columns(metrics: Iterable[Metric], extractors: Mapping[str, Extractor]) -> list[Column]:
@@ -178,8 +182,9 @@ def _part(progress: Told | None, what: str) -> Progress | None:
 def _result(
     template: Result, key: str, number: Number, compared: Compared, flag: str | None
 ) -> Result:
-    flags = (*template.flags, *number.flags, flag if compared.reference else None)
-    network, reference = compared.extractor, compared.reference
+    made, network, reference = compared.made, compared.extractor, compared.reference
+    seen = frames_flag(made.count, made.frames) if METRICS[key].of_frames else None
+    flags = (*template.flags, seen, *number.flags, flag if reference else None)
     update: dict[str, Any] = {}
     if network is not None:
         update |= {
@@ -198,7 +203,8 @@ def _result(
         others=number.others,
         words=number.words,
         higher_is_better=number.higher_is_better,
-        n=compared.made.count,
+        n=made.count,
+        frames=made.frames,
         **update,
     )
 
@@ -265,8 +271,12 @@ def _count(n: int | None, shown: Conditions) -> int:
 
 def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | None) -> None:
     """Raise `UsageError` if the metric lacks what it needs."""
-    if made.count < metric.least:
-        raise UsageError(f"{name} needs at least {metric.least:,} samples, not {made.count:,}")
+    if metric.clips and made.frames is None:
+        raise UsageError(f"{name} is about clips, and {made.name} has pictures: leave it away")
+    if metric.count(made) < metric.least:
+        raise UsageError(
+            f"{name} needs at least {metric.least:,} samples, not {metric.count(made):,}"
+        )
     if metric.captions and not made.captions:
         raise UsageError(f"{name} needs captions, which {made.name} was not drawn for")
     if metric.levels and made.levels < 2:
@@ -281,10 +291,16 @@ def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | 
                 f"{name} needs the pictures of its reference, but {reference.name} holds only mu "
                 "and sigma of Inception's features"
             )
-    elif reference.pictures.count < metric.least:
+        return
+    if reference.pictures.frames != made.frames:
+        raise UsageError(
+            f"{reference.name} has {reference.pictures.kind}, {made.name} {made.kind}: only clips "
+            "of as many frames can be compared"
+        )
+    if metric.count(reference.pictures) < metric.least:
         raise UsageError(
             f"{name} needs at least {metric.least:,} pictures of reference, not "
-            f"{reference.pictures.count:,} ({reference.name})"
+            f"{metric.count(reference.pictures):,} ({reference.name})"
         )
 
 
@@ -295,8 +311,13 @@ def find_networks(
     device: torch.device | str = "cpu",
     inception: str | Path | None = None,
     clip: str | Path | None = None,
+    video: str | Path | None = None,
+    frames: int | None = None,
 ) -> Networks:
-    """The networks by name, each loaded when it is first asked for."""
+    """The networks by name, each loaded when it is first asked for.
+
+    `video` is FVD's network, which will be asked about clips of `frames` frames (16 if not given).
+    """
 
     @cache
     def load(name: str) -> Extractor:
@@ -311,8 +332,15 @@ def find_networks(
                 "the CLIP score and CMMD look through CLIP: give a folder of transformers with "
                 "--clip PATH"
             )
+        if name == VIDEO and video is None:
+            raise UsageError(
+                "FVD looks through a network of clips: give its TorchScript file, --fvd FILE "
+                "(i3d_torchscript.pt); fd, fd-frames and motion need none"
+            )
         if name == INCEPTION:
             return Inception(str(inception), device)
+        if name == VIDEO:
+            return VideoNet(str(video), frames or FRAMES, device)
         return CLIP(str(clip), device) if name == CLIP.name else EffNetLite0(device)
 
     return load

@@ -1,4 +1,4 @@
-"""D^r of a source's pictures: what the levels of a model learn from that draws smaller ones."""
+"""D^r of a source's pictures or clips: what a model learns from that draws smaller ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from matryoshka_diffusion.pyramid import Resolution, down_sample
 
 @dataclass(frozen=True)
 class Shrunk(Around):
-    """The examples of a source, averaged to `side` pixels. A `Source` itself."""
+    """The examples of a source, brought down to `side` pixels and `frames`. A `Source` itself."""
 
     source: Source
     side: int
+    frames: int | None
 
     @property
     def keys(self) -> Sequence[str]:
@@ -41,14 +42,14 @@ class Shrunk(Around):
     ) -> list[Example]:
         """The examples at `indices`, their pictures rounded to bytes."""
         found = self.source.many(indices, cuts, among)
-        return [example._replace(picture=shrink(example.picture, self.side)) for example in found]
+        grid = Resolution(self.side, self.side, self.frames)
+        return [example._replace(picture=shrink(example.picture, grid)) for example in found]
 
 
 def shrink(
-    picture: UInt8[np.ndarray, "*frames H W c"], side: int
-) -> UInt8[np.ndarray, "*frames h w c"]:
-    """D^r of a picture or of each frame. Raises `ValueError` if `side` does not divide its own."""
-    *frames, height, width, channels = picture.shape
-    x = torch.from_numpy(picture.astype(np.float32)).reshape(-1, height, width, channels)
-    small = down_sample(x.permute(0, 3, 1, 2), Resolution(side, side)).permute(0, 2, 3, 1)
-    return small.round().to(torch.uint8).reshape(*frames, side, side, channels).numpy()
+    picture: UInt8[np.ndarray, "*fine c"], resolution: Resolution
+) -> UInt8[np.ndarray, "*grid c"]:
+    """D^r of a picture or clip. Raises `ValueError` if the grid does not divide its own."""
+    x = torch.from_numpy(picture.astype(np.float32)).movedim(-1, 0)[None]
+    small = down_sample(x, resolution)[0].movedim(0, -1)
+    return small.round().to(torch.uint8).numpy()
