@@ -31,6 +31,7 @@ from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
 from matryoshka_diffusion.data.split import Part, split
 from matryoshka_diffusion.evaluation.shrunk import Shrunk, shrink
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import Resolution
 
 SIDE, FRAMES = 16, 4
 CHOICES = ("start", "fixed", "random")
@@ -302,9 +303,9 @@ def test_sources_around_clips_have_clips(folder):
     assert isinstance(seen, Part)
     assert held_out is not None
     assert seen.frames == held_out.frames == FRAMES
-    small = Shrunk(source, SIDE // 2)
+    small = Shrunk(source, SIDE // 2, FRAMES)
     assert (small.frames, small.side) == (FRAMES, 8)
-    expected = np.stack([shrink(frame, 8) for frame in source[0].picture])
+    expected = np.stack([shrink(frame, Resolution(8, 8)) for frame in source[0].picture])
     assert (small[0].picture == expected).all()
 
 

@@ -173,7 +173,9 @@ def test_an_average_made_after_training_is_known_as_one(tmp_path):
     for name in kept:
         of_pictures = Matryoshka.load(tmp_path / name).describe({})
         assert of_pictures["averaged"] == kept[name].gives_averages
-    grown = job.grow_run(str(tmp_path / "average"), 32, tmp_path / "grown")
+    grown = job.grow_run(
+        str(tmp_path / "average"), partial(job.next_level, side=32), tmp_path / "grown"
+    )
     assert not grown.train.gives_averages, "that will be another training"
     with pytest.raises(UsageError, match=r"train\.averaged: mdm ema notes it"):
         job.find_config("openmoji", None, ["train.averaged=0.1"])
