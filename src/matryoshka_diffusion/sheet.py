@@ -109,9 +109,10 @@ def rows_of_levels(
     return [list(row) for row in zip(*levels, strict=True)]
 
 
-def titles_of_levels(levels: Sequence[UInt8[np.ndarray, "b _ _ c"]]) -> list[str]:
-    """Column titles for `rows_of_levels`, such as "16 px"."""
-    return [f"{level.shape[2]} px" for level in levels]
+def titles_of_levels(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]]) -> list[str]:
+    """Column titles for levels, such as "64 px" of pictures and "16 x 64 px" of 16 frames."""
+    counts = [f"{level.shape[1]} x " if level.ndim == 5 else "" for level in levels]
+    return [f"{count}{level.shape[-2]} px" for count, level in zip(counts, levels, strict=True)]
 
 
 @dataclass(frozen=True)
