@@ -39,7 +39,7 @@ def test_a_sheet_has_a_page_for_every_moment_that_is_an_ordinary_grid():
         expected = sheet.grid(
             [[STILL[clip], levels[1][clip, moment]] for clip in range(2)],
             captions=captions,
-            columns_titles=["4 px", "3 x 8 px"],
+            columns_titles=["4 px", "3x8 px"],
             title="T",
             cell=32,
         )

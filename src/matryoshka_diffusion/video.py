@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.files import MissingExtra, require, whole_folder, write_atomically
+from matryoshka_diffusion.flipbook import write_gif, write_webp
 from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png, to_image
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def save_clip(
     without a suffix becomes a folder of `0000.png`, `0001.png`, ..., which must be new or empty.
 
     Times are rounded where frames begin, to milliseconds in a WebP and to hundredths of a second
-    in a GIF: how long a frame is shown varies by that much, the length of the clip does not. In
-    both, a frame equal to the one before it is stored as that one shown longer.
+    in a GIF: how long a frame is shown varies by that much, the length of the clip does not.
 
     Args:
         frames: uint8 pictures (h, w, 3), (h, w, 1) or (h, w) of one size, at least one; an array
-            (f, h, w, c) is such frames. MP4 and PNG are written frame by frame.
+            (f, h, w, c) is such frames. They are encoded one by one, but for a GIF, whose palette
+            is made of all.
         fps: frames per second.
         settings: what the clip was made with, or None.
 
@@ -170,57 +171,8 @@ def _add_h264(container: Any, size: tuple[int, int], fps: float) -> Any:
     return stream
 
 
-def _write_webp(images: Iterator[Image], fps: float, text: str | None, file: BinaryIO) -> None:
-    from PIL.ExifTags import Base
-    from PIL.Image import Exif
-
-    exif = Exif()
-    if text is not None:
-        exif[Base.ImageDescription] = text
-    first = next(images)
-    first.save(
-        file,
-        format="WEBP",
-        save_all=True,
-        append_images=list(images),
-        duration=1000 / fps,  # Pillow adds these up and rounds the sums
-        loop=0,
-        lossless=True,
-        quality=50,  # of a lossless file: how hard it is made small
-        exif=exif,
-    )
-
-
-def _write_gif(images: Iterator[Image], fps: float, text: str | None, file: BinaryIO) -> None:
-    paletted = _with_one_palette(list(images))
-    begins = [round(100 * number / fps) for number in range(len(paletted) + 1)]
-    paletted[0].save(
-        file,
-        format="GIF",
-        save_all=True,
-        append_images=paletted[1:],
-        duration=[10 * (end - begin) for begin, end in itertools.pairwise(begins)],
-        loop=0,
-        optimize=False,  # which would give frames palettes of their own
-        **({} if text is None else {"comment": text.encode()}),
-    )
-
-
-def _with_one_palette(images: list[Image]) -> list[Image]:
-    """The frames in 256 colours that are chosen for all of them together (median cut)."""
-    from PIL import Image as pictures
-
-    width, height = images[0].size
-    column = pictures.new("RGB", (width, height * len(images)))
-    for number, image in enumerate(images):
-        column.paste(image, (0, height * number))
-    column = column.quantize(256, method=pictures.Quantize.MEDIANCUT)
-    tops = range(0, column.height, height)
-    return [column.crop((0, top, width, top + height)) for top in tops]
-
-
 _WRITERS: dict[str, Callable[[Iterator[Image], float, str | None, BinaryIO], None]] = {
     ".mp4": _write_mp4,
-    ".webp": _write_webp,
-    ".gif": _write_gif,
+    ".webp": write_webp,
+    ".gif": write_gif,
 }
