@@ -10,7 +10,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator
 from struct import pack
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +29,8 @@ class _Patch(NamedTuple):
     duration: int
 
 
-def write_webp(images: Iterable[Image], fps: float, text: str | None, file: BinaryIO) -> None:
-    """Write an animated WebP that repeats forever and loses nothing, with `text` as description.
+def webp(images: Iterable[Image], fps: float, text: str | None) -> bytes:
+    """An animated WebP that repeats forever and loses nothing, with `text` as EXIF description.
 
     Frames begin at whole milliseconds. The chunks are those of RFC 9649, section 2.7.
     """
@@ -49,7 +49,7 @@ def write_webp(images: Iterable[Image], fps: float, text: str | None, file: Bina
     flags = 0x02 | (0x08 if description else 0)  # an animation, with EXIF
     header = _chunk(b"VP8X", pack("<I", flags) + _three(width - 1) + _three(height - 1))
     forever = _chunk(b"ANIM", pack("<IH", 0, 0))
-    file.write(_chunk(b"RIFF", b"".join([b"WEBP", header, forever, *frames, description])))
+    return _chunk(b"RIFF", b"".join([b"WEBP", header, forever, *frames, description]))
 
 
 def _webp_frame(patch: _Patch) -> bytes:
@@ -69,25 +69,26 @@ def _three(number: int) -> bytes:
     return number.to_bytes(3, "little")
 
 
-def write_gif(images: Iterable[Image], fps: float, text: str | None, file: BinaryIO) -> None:
-    """Write a GIF that repeats forever, in 256 colours for all its frames, with `text` as comment.
+def gif(images: Iterable[Image], fps: float, text: str | None) -> bytes:
+    """A GIF that repeats forever, in 256 colours for all its frames, with `text` as comment.
 
     Frames begin at whole hundredths of a second. The blocks are those of the GIF89a specification.
     """
-    from PIL.GifImagePlugin import getdata
-
     paletted = _with_one_palette(list(images))
     palette = bytes(paletted[0].getpalette("RGB") or ()).ljust(3 * 256, b"\0")
-    file.write(b"GIF89a" + pack("<HHBBB", *paletted[0].size, 0xF7, 0, 0) + palette)
-    file.write(b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")  # repeat forever
-    if text is not None:
-        file.write(b"\x21\xfe" + b"".join(_blocks(text.encode())) + b"\0")
-    for patch in _patches(paletted, 100 / fps):
-        keep = 1 << 2  # what this frame has drawn, under the next
-        file.write(b"\x21\xf9\x04" + pack("<BHB", keep, patch.duration, 0) + b"\0")
-        for block in getdata(patch.image, (patch.left, patch.top)):
-            file.write(block)
-    file.write(b"\x3b")
+    header = b"GIF89a" + pack("<HHBBB", *paletted[0].size, 0xF7, 0, 0) + palette
+    forever = b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"
+    comment = b"" if text is None else b"\x21\xfe" + b"".join(_blocks(text.encode())) + b"\0"
+    frames = map(_gif_frame, _patches(paletted, 100 / fps))
+    return b"".join([header, forever, comment, *frames, b"\x3b"])
+
+
+def _gif_frame(patch: _Patch) -> bytes:
+    from PIL.GifImagePlugin import getdata
+
+    keep = 1 << 2  # what this frame has drawn, under the next
+    control = b"\x21\xf9\x04" + pack("<BHB", keep, patch.duration, 0) + b"\0"
+    return control + b"".join(getdata(patch.image, (patch.left, patch.top)))
 
 
 def _blocks(content: bytes) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.files import MissingExtra, require, whole_folder, write_atomically
-from matryoshka_diffusion.flipbook import write_gif, write_webp
+from matryoshka_diffusion.flipbook import gif, webp
 from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png, to_image
 
 if TYPE_CHECKING:
@@ -70,12 +70,14 @@ def save_clip(
         OSError: with the path, if it cannot be written.
     """
     check_clip(path, fps)
-    images = _images(frames)
-    suffix = path.suffix.lower()
+    images, text, suffix = _images(frames), _as_text(settings), path.suffix.lower()
     if not suffix:
         _save_pngs(images, path, settings)
+    elif suffix == ".mp4":
+        write_atomically(path, partial(_write_mp4, images, fps, text))
     else:
-        write_atomically(path, partial(_WRITERS[suffix], images, fps, _as_text(settings)))
+        content = {".webp": webp, ".gif": gif}[suffix](images, fps, text)
+        write_atomically(path, lambda file: file.write(content), needed=len(content))
 
 
 def check_clip(path: Path, fps: float) -> None:
@@ -169,10 +171,3 @@ def _add_h264(container: Any, size: tuple[int, int], fps: float) -> Any:
     codec.color_range = LIMITED_RANGE
     codec.thread_count = 1
     return stream
-
-
-_WRITERS: dict[str, Callable[[Iterator[Image], float, str | None, BinaryIO], None]] = {
-    ".mp4": _write_mp4,
-    ".webp": write_webp,
-    ".gif": write_gif,
-}
