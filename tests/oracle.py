@@ -8,8 +8,9 @@ exactly. Everything is float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,7 +25,7 @@ from matryoshka_diffusion.schedule import NoiseSchedule, Shifted
 
 @dataclass(frozen=True)
 class GaussianPictures:
-    """Pictures of one channel and one row, x ~ N(mean, covariance), seen through schedules.
+    """Pictures or clips of one channel, x ~ N(mean, covariance), seen through schedules.
 
     Called with (z, t) it is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
     """
@@ -36,9 +37,14 @@ class GaussianPictures:
 
     @cached_property
     def pools(self) -> tuple[Tensor, ...]:
-        """D^r as matrices, by averaging the unit vectors."""
-        units = torch.eye(len(self.mean), dtype=torch.float64)[:, None, None]
-        return tuple(level.flatten(1).T for level in build_pyramid(units, self.resolutions))
+        """D^r as matrices, from what it makes of the unit vectors."""
+        units = torch.eye(len(self.mean), dtype=torch.float64)
+        return tuple(level.flatten(1).T for level in self.pyramid(units))
+
+    def pyramid(self, numbers: Tensor) -> Pyramid:
+        """All levels of pictures that are given as rows of their numbers."""
+        x = numbers.reshape(len(numbers), *self.resolutions[-1].shape(1))
+        return build_pyramid(x, self.resolutions)
 
     @cached_property
     def precision(self) -> Tensor:
@@ -77,7 +83,8 @@ class GaussianPictures:
 def prediction_of(kind: Prediction, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
     """An estimate of x written as an estimate of x, eps or v = alpha eps - sigma x."""
     alpha, sigma = (
-        part.sqrt().view(-1, 1, 1, 1) for part in (log_snr.sigmoid(), (-log_snr).sigmoid())
+        part.sqrt().view(-1, *[1] * (z.ndim - 1))
+        for part in (log_snr.sigmoid(), (-log_snr).sigmoid())
     )
     eps = (z - alpha * x) / sigma
     return {"x0": x, "eps": eps, "v": alpha * eps - sigma * x}[kind]
@@ -94,6 +101,20 @@ def small_world(base: NoiseSchedule) -> GaussianPictures:
     )
 
 
+def small_clips(base: NoiseSchedule) -> GaussianPictures:
+    """A pixel, two frames of a pixel, two frames of two pixels: refined in time, then in space.
+
+    The first frame is at rest more often than the second one, so they differ for D^r.
+    """
+    world = small_world(base)
+    spread = torch.tensor([0.5, 0.5, 1.5, 1.5], dtype=torch.float64)
+    return replace(
+        world,
+        covariance=spread[:, None] * world.covariance * spread,
+        resolutions=(Resolution(1, 1), Resolution(1, 1, 2), Resolution(1, 2, 2)),
+    )
+
+
 # --- pushing Gaussians through samplers ---------------------------------------------------------
 
 
@@ -104,8 +125,8 @@ class UnitNoise:
     """
 
     def __init__(self, resolutions: Sequence[Resolution], steps: int) -> None:
-        self.shapes = [(1, side.height, side.width) for side in resolutions]
-        self.sizes = [side.height * side.width for side in resolutions]
+        self.shapes = [resolution.shape(1) for resolution in resolutions]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
         self.steps = steps
         self.rows = 1 + sum(self.sizes) * (1 + steps)
 

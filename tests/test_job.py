@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
 def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_path):
     out = tmp_path / "grown"
     changes = ["train.stages[0].images=8", "train.ema_power=[0.1]"]
-    config = job.grow_run(str(trained), 32, out, changes)
+    config = job.grow_run(str(trained), partial(job.next_level, side=32), out, changes)
     assert [level.side for level in config.model.levels] == [8, 16, 32]
     weights, small_config = find_model(trained)
     small, large = NestedUNet(small_config.model).eval(), NestedUNet(config.model).eval()
@@ -118,13 +119,21 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
 def test_a_grown_run_may_begin_gently(trained, tmp_path):
     length = "train.stages[0].images=8"
-    config = job.grow_run(str(trained), 32, tmp_path, [length], freeze_coarse=4, ramp=8)
+    config = job.grow_run(
+        str(trained), partial(job.next_level, side=32), tmp_path, [length], freeze_coarse=4, ramp=8
+    )
     (stage,) = config.train.stages
     assert (stage.freeze_coarse_images, stage.ramp_images) == (4, 8)
     assert config.train.init_levels == 2
     assert "coarse levels frozen for 4, new ones ramped over 8" in describe(config)
     with pytest.raises(UsageError, match=r"9 is more than the new stage's 8 images.*images="):
-        job.grow_run(str(trained), 32, tmp_path / "x", [length], freeze_coarse=9)
+        job.grow_run(
+            str(trained),
+            partial(job.next_level, side=32),
+            tmp_path / "x",
+            [length],
+            freeze_coarse=9,
+        )
 
 
 def test_a_warm_start_is_from_as_many_levels_as_are_announced(trained, tmp_path):
@@ -202,17 +211,17 @@ def test_a_warm_start_may_have_more_levels_but_no_other_ones(trained, tmp_path):
 
 def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
-        job.grow_run(str(trained), 32, trained)
+        job.grow_run(str(trained), partial(job.next_level, side=32), trained)
     for side in (16, 24, 8, 48):
         with pytest.raises(ConfigError, match=r"16 times a power of two \(32, 64, 128"):
-            job.grow_run(str(trained), side, tmp_path / "x")
+            job.grow_run(str(trained), partial(job.next_level, side=side), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_next_level_keeps_the_shift_that_its_nest_has():
     levels = preset("openmoji").model.levels
     assert [level.shift_ratio for level in levels] == [2.0, 4.0, 8.0]
-    assert job.next_level(levels, 256).shift_ratio == 32.0
+    assert job.next_level(levels[-1], 256).shift_ratio == 32.0
 
 
 def test_a_run_that_is_still_growing_is_not_grown(tmp_path):
@@ -220,7 +229,7 @@ def test_a_run_that_is_still_growing_is_not_grown(tmp_path):
     small = NestedUNet(config.model.first(1))
     export_weights(tmp_path / "run" / "model", small.state_dict(), config)
     with pytest.raises(ConfigError, match="has reached 1 of its 2 levels: finish it first"):
-        job.grow_run(str(tmp_path / "run"), 32, tmp_path / "x")
+        job.grow_run(str(tmp_path / "run"), partial(job.next_level, side=32), tmp_path / "x")
 
 
 def test_an_encoder_of_another_width_is_refused(tmp_path):
@@ -237,7 +246,7 @@ def test_the_next_level_follows_the_papers_pattern():
     levels = nest(64, 256, 1024, text=True)
     for count in (1, 2):
         expected = levels[count]
-        grown = job.next_level(levels[:count], expected.side)
+        grown = job.next_level(levels[count - 1], expected.side)
         power = {"shift_power": expected.shift_power}
         assert grown.model_copy(update=power) == expected
 
@@ -245,8 +254,8 @@ def test_the_next_level_follows_the_papers_pattern():
 def test_a_next_levels_widths_are_such_as_networks_take():
     levels = preset("openmoji-base").model.levels
     assert levels[-1].widths[0] == 96
-    assert job.next_level(levels, 32).widths == (64, 96)
-    assert job.next_level(levels, 64).widths == (32, 64, 96)
+    assert job.next_level(levels[-1], 32).widths == (64, 96)
+    assert job.next_level(levels[-1], 64).widths == (32, 64, 96)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +269,7 @@ def test_every_presets_model_can_be_grown(name, times, tmp_path, monkeypatch):
         monkeypatch.setattr(job.checkpoint, "load_network", lambda *_, where: small)
         monkeypatch.setattr(job, "_begin", lambda config, net, out: None)
         side = times * config.model.levels[-1].side
-        grown = job.grow_run(name, side, tmp_path / "x")
+        grown = job.grow_run(name, partial(job.next_level, side=side), tmp_path / "x")
     assert [level.side for level in grown.model.levels[len(config.model.levels) :]] == [side]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_a_run_of_adapters_samples_finished_or_not_and_exports_whole(tuned, mode
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * theirs.abs().max().item())
         assert loaded.config.train.lora is None, "the weights are whole"
     Matryoshka.load(tmp_path / "average")
-    grown = job.grow_run(str(tuned), 32, tmp_path / "grown")
+    grown = job.grow_run(str(tuned), partial(job.next_level, side=32), tmp_path / "grown")
     assert (grown.train.init, grown.train.lora) == (None, None), "it begins with whole weights"
 
 

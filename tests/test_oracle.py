@@ -13,7 +13,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction, WeightingConfig, WeightingName
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
-from matryoshka_diffusion.pyramid import Pyramid, build_pyramid
+from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.sample import (
     ddim,
     ddpm,
@@ -34,6 +34,7 @@ from oracle import (
     UnitNoise,
     moments,
     no_noise,
+    small_clips,
     small_world,
     stacked,
 )
@@ -41,9 +42,14 @@ from oracle import (
 DOUBLINGS = (50, 100, 200, 400)
 
 
-def covariance_error(sampler: Callable, grid: Callable, steps: int) -> float:
+every_world = pytest.mark.parametrize("make", [small_world, small_clips])
+
+
+def covariance_error(
+    sampler: Callable, grid: Callable, steps: int, make: Callable = small_world
+) -> float:
     """Relative error of the covariance that a deterministic sampler gives the finest level."""
-    world = small_world(Cosine())
+    world = make(Cosine())
     noise = UnitNoise(world.resolutions, steps=0)
     times = grid(steps, world.schedules[0])
     state = last(sampler(world, noise.start(), world.schedules, times, noise=no_noise))
@@ -58,14 +64,15 @@ def relative(found: Tensor, truth: Tensor) -> float:
 # --- the oracle itself --------------------------------------------------------------------------
 
 
-def test_the_posterior_mean_is_the_regression_of_x_on_all_levels():
+@every_world
+def test_the_posterior_mean_is_the_regression_of_x_on_all_levels(make: Callable):
     """The textbook formula S A' (A S A' + Sigma)^-1, which the oracle states the other way."""
-    world = small_world(squared_cosine_table())
+    world = make(squared_cosine_table())
     t = torch.tensor([0.02, 0.3, 0.99], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     z = tuple(
-        torch.randn(3, 1, 1, side.width, generator=generator, dtype=torch.float64)
-        for side in world.resolutions
+        torch.randn(3, *resolution.shape(1), generator=generator, dtype=torch.float64)
+        for resolution in world.resolutions
     )
     pools = torch.cat(world.pools)
     for row in range(3):
@@ -85,12 +92,25 @@ def test_the_posterior_mean_is_the_regression_of_x_on_all_levels():
         torch.testing.assert_close(stacked(world(z, t))[row], pools @ x)
 
 
+def test_of_a_clip_the_coarsest_level_is_the_average_of_the_first_frame():
+    first, second, _ = small_clips(Cosine()).pools
+    assert first.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    assert second.tolist() == [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+
+
 # --- samplers -----------------------------------------------------------------------------------
 
 
 def test_ddim_covariance_error_halves_as_steps_double():
     errors = [covariance_error(ddim, trailing_grid, steps) for steps in DOUBLINGS]
     assert errors == pytest.approx([0.088, 0.046, 0.024, 0.012], rel=0.03)
+    for coarse, fine in pairwise(errors):
+        assert fine / coarse == pytest.approx(0.5, abs=0.03)
+
+
+def test_ddim_covariance_error_halves_for_clips_too():
+    errors = [covariance_error(ddim, trailing_grid, steps, small_clips) for steps in DOUBLINGS]
+    assert errors[-1] < 0.02
     for coarse, fine in pairwise(errors):
         assert fine / coarse == pytest.approx(0.5, abs=0.03)
 
@@ -114,9 +134,10 @@ def test_dpm_solver_beats_ddim_at_equal_steps(grid: Callable, steps: int):
     assert second_order < 0.65 * covariance_error(ddim, grid, steps)
 
 
-def test_ddpm_covariance_error_halves_and_its_mean_is_exact():
+@every_world
+def test_ddpm_covariance_error_halves_and_its_mean_is_exact(make: Callable):
     """Ancestral sampling adds noise at every step: each of its numbers is pushed through too."""
-    world = small_world(Cosine())
+    world = make(Cosine())
     errors = []
     for steps in (50, 100, 200):
         noise = UnitNoise(world.resolutions, steps)
@@ -131,13 +152,14 @@ def test_ddpm_covariance_error_halves_and_its_mean_is_exact():
         assert 0.5 < fine / coarse < 0.63
 
 
+@every_world
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim-eta-0.5", "ddim-eta-1"])
-def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str):
+def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str, make: Callable):
     """Were x known, z_s given x would be N(alpha_s x, sigma_s^2) at every step, of any length."""
-    world = small_world(Cosine())
+    world = make(Cosine())
     units = UnitNoise(world.resolutions, steps=6)
     times = torch.tensor([0.9, 0.7, 0.65, 0.4, 0.1, 0.02, 0.0], dtype=torch.float64)
-    pictures = build_pyramid(world.mean.expand(units.rows, 1, 1, 4), world.resolutions)
+    pictures = world.pyramid(world.mean.expand(units.rows, 4))
     start = diffuse(pictures, units.start(), times[:1].expand(units.rows), world.schedules)
 
     run = ddpm if sampler == "ddpm" else ddim
@@ -151,14 +173,15 @@ def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str):
             torch.testing.assert_close(covariance, sigma**2 * torch.eye(len(mean)).double())
 
 
+@every_world
 @pytest.mark.parametrize("sampler", [ddpm, ddim, dpmpp_2m])
-def test_levels_agree_in_the_end(sampler: Callable):
-    """Each level takes its own steps, yet the last picture of each is a pooled finest one."""
-    world = small_world(Cosine())
+def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
+    """Each level takes its own steps, yet the last picture of each is D^r of the finest one."""
+    world = make(Cosine())
     noise = UnitNoise(world.resolutions, steps=0)
     times = trailing_grid(10, world.schedules[0])
     z = last(sampler(world, noise.start(), world.schedules, times, noise=noise)).z
-    for found, pooled in zip(z, build_pyramid(z[-1], world.resolutions), strict=True):
+    for found, pooled in zip(z, world.pyramid(z[-1].flatten(1)), strict=True):
         torch.testing.assert_close(found, pooled)
 
 
@@ -181,14 +204,15 @@ TIMES = (0.05, 0.4, 0.75, 0.97)
 def joint_axes(world: GaussianPictures) -> tuple[Pyramid, Pyramid]:
     """Pictures and noise one standard deviation from the mean along each axis of (x, eps)."""
     pixels = len(world.mean)
-    sizes = [side.width for side in world.resolutions]
+    shapes = [resolution.shape(1) for resolution in world.resolutions]
+    sizes = [math.prod(shape) for shape in shapes]
     rows = pixels + sum(sizes)
     x = world.mean.repeat(rows, 1)
     x[:pixels] += torch.linalg.cholesky(world.covariance).T
     noise = torch.zeros(rows, sum(sizes), dtype=torch.float64)
     noise[pixels:].fill_diagonal_(1.0)
-    eps = tuple(level[:, None, None] for level in noise.split(sizes, dim=1))
-    return build_pyramid(x[:, None, None], world.resolutions), eps
+    levels = zip(noise.split(sizes, dim=1), shapes, strict=True)
+    return world.pyramid(x), tuple(level.reshape(rows, *shape) for level, shape in levels)
 
 
 def expected_loss(world: GaussianPictures, net: Callable, process: Process, t: float) -> Tensor:
@@ -205,13 +229,14 @@ def process_of(world: GaussianPictures, prediction: Prediction, name: WeightingN
     return Process(world.schedules, prediction, (weighting,) * 3, (1.0, 1.0, 1.0))
 
 
+@every_world
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
-    prediction: Prediction, name: WeightingName
+    prediction: Prediction, name: WeightingName, make: Callable
 ):
     """Weight times the mean posterior variance of the level's pixels: nothing can do better."""
-    world = small_world(Cosine())
+    world = make(Cosine())
     process = process_of(world, prediction, name)
     for t in TIMES:
         time = torch.tensor([t], dtype=torch.float64)
@@ -228,10 +253,11 @@ def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
         torch.testing.assert_close(found, torch.cat(minimum), rtol=1e-6, atol=1e-12)
 
 
+@every_world
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_leaving_the_oracle_raises_the_loss(prediction: Prediction):
+def test_leaving_the_oracle_raises_the_loss(prediction: Prediction, make: Callable):
     """In either direction and by the square: the oracle is the minimum."""
-    world = small_world(Cosine())
+    world = make(Cosine())
     process = process_of(world, prediction, "v_clipped")
     oracle = world.as_network(prediction)
     generator = torch.Generator().manual_seed(0)
@@ -240,7 +266,7 @@ def test_leaving_the_oracle_raises_the_loss(prediction: Prediction):
     def bent(size: float) -> Callable:
         def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
             # The bend is linear around E[z_t], where the error stays 0.
-            mean = build_pyramid(world.mean.expand(len(t), 1, 1, -1), world.resolutions)
+            mean = world.pyramid(world.mean.expand(len(t), -1))
             clean = tuple(torch.zeros_like(level) for level in z)
             offset = stacked(z) - stacked(diffuse(mean, clean, t, world.schedules))
             return tuple(

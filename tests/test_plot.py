@@ -40,7 +40,7 @@ def run(tmp_path):
 def test_values_are_those_of_the_run(run):
     curves = read_curves(run)
     assert curves.name == "first"
-    assert curves.sides == (8, 16)
+    assert curves.sizes == ("8", "16")
     assert _points(curves.lines, "loss_per_level", 0) == [
         (8, 1),
         (16, 1 / 2),

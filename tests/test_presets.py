@@ -22,7 +22,7 @@ from matryoshka_diffusion.costs import forward_flops
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import PRESETS, preset
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid
+from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.schedule import build_schedules
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
@@ -74,16 +74,16 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
     def numbers(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, generator=generator)
 
-    sides = [Resolution(level.side, level.side) for level in model.levels]
-    x = build_pyramid(numbers(model.channels, *sides[-1]), sides)
-    noise = tuple(numbers(model.channels, *side) for side in sides)
+    shapes = [resolution.shape(model.channels) for resolution in resolutions_of(model)]
+    x = build_pyramid(numbers(*shapes[-1]), resolutions_of(model))
+    noise = tuple(numbers(*shape) for shape in shapes)
     names = {micro.name for level in model.levels for micro in level.micro}
     cond = Conditioning(
         labels=torch.arange(rows) if model.classes else None,
         tokens=numbers(4, model.text.features) if model.text else None,
         mask=torch.arange(4) < torch.tensor([[4], [2]]) if model.text else None,
         micro={name: torch.tensor([10.0, 30.0]) for name in names},
-        image=numbers(model.channels, *sides[0]) if model.coarse else None,
+        image=numbers(*shapes[0]) if model.coarse else None,
         image_t=torch.tensor([0.2, 0.7]) if model.coarse else None,
     )
     if model.classes or (model.text and model.text.learned_null):

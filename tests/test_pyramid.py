@@ -9,12 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from matryoshka_diffusion.config import LevelConfig, ModelConfig
+from matryoshka_diffusion.job import next_frames
 from matryoshka_diffusion.pyramid import (
     Resolution,
     build_pyramid,
     down_sample,
+    frames_as_rows,
     pad_rows,
     ragged,
+    resolution_of,
+    resolutions_of,
+    rows_as_frames,
     rows_of_mix,
 )
 
@@ -51,6 +57,58 @@ def test_pooled_noise_is_smaller_by_the_side_ratio():
 def test_the_same_resolution_is_the_same_picture():
     x = picture(2, 3, 6, 4)
     assert torch.equal(down_sample(x, Resolution(6, 4)), x)
+
+
+# --- clips ---------------------------------------------------------------------------------------
+
+
+@given(small, small, small, st.integers(1, 3), st.integers(1, 3))
+def test_down_sampling_a_clip_keeps_first_frames_and_averages_each(frames, fewer, side, up, rows):
+    x = picture(rows, 2, frames * fewer, side * up, side * up)
+    expected = [down_sample(x[:, :, n * fewer], Resolution(side, side)) for n in range(frames)]
+    found = down_sample(x, Resolution(side, side, frames))
+    assert torch.equal(found, torch.stack(expected, dim=2))
+    assert torch.equal(down_sample(x, Resolution(side, side)), expected[0])
+
+
+def test_the_papers_pyramid_of_a_clip():
+    resolutions = [Resolution(2, 2), Resolution(2, 2, 4), Resolution(4, 4, 4)]
+    x = picture(3, 1, 4, 4, 4)
+    levels = build_pyramid(x, resolutions)
+    assert [tuple(level.shape) for level in levels] == [(3, 1, 2, 2), (3, 1, 4, 2, 2), x.shape]
+    assert [resolution_of(level) for level in levels] == resolutions
+    assert torch.equal(levels[1][:, :, 0], levels[0])
+    assert torch.equal(levels[2], x)
+
+
+def test_a_level_has_the_frames_that_its_config_says():
+    video = next_frames(LevelConfig(side=8, widths=(32,), blocks=(1,), attention=(0,)), 4)
+    picture_level = LevelConfig(side=8, widths=(32,), blocks=(1,), attention=(0,))
+    model = ModelConfig(levels=(picture_level, video), embedding=32)
+    assert resolutions_of(model) == (Resolution(8, 8), Resolution(8, 8, 4))
+    assert [each.shape(3) for each in resolutions_of(model)] == [(3, 8, 8), (3, 4, 8, 8)]
+
+
+@pytest.mark.parametrize(("given_frames", "frames"), [(None, 2), (3, 2), (2, 4)])
+def test_frames_that_do_not_divide_are_refused(given_frames, frames):
+    x = picture(1, *Resolution(4, 4, given_frames).shape(1))
+    with pytest.raises(ValueError, match=f"a level of {frames} frames cannot be made of"):
+        down_sample(x, Resolution(4, 4, frames))
+
+
+@given(st.integers(0, 3), small)
+def test_frames_become_rows_clip_by_clip_and_clips_again(rows, frames):
+    x = picture(rows, 2, frames, 3, 3)
+    flat = frames_as_rows(x)
+    assert flat.shape == (rows * frames, 2, 3, 3)
+    assert torch.equal(rows_as_frames(flat, frames), x)
+    for row in range(rows):
+        assert torch.equal(flat[row * frames], x[row, :, 0])
+    assert frames_as_rows(flat) is flat
+    assert rows_as_frames(flat, None) is flat
+
+
+# --- sides -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resolution", [Resolution(3, 4), Resolution(4, 3), Resolution(16, 16)])

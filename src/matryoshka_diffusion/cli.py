@@ -208,14 +208,16 @@ def grow(options: argparse.Namespace) -> None:
 
     config = job.grow_run(
         options.model,
-        options.to,
+        partial(job.next_level, side=options.to)
+        if options.frames is None
+        else partial(job.next_frames, frames=options.frames),
         options.out,
         options.set,
         freeze_coarse=options.freeze_coarse,
         ramp=options.ramp,
     )
-    sides = ", ".join(str(level.side) for level in config.model.levels)
-    print(f"{options.out}: levels {sides}; mdm train {options.out} trains them")
+    sizes = ", ".join(level.size for level in config.model.levels)
+    print(f"{options.out}: levels {sizes}; mdm train {options.out} trains them")
 
 
 def info(options: argparse.Namespace) -> None:
@@ -680,9 +682,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "grow", grow, "put a finer level around a trained model")
     command.add_argument("model", metavar="RUN", help=_MODEL)
-    command.add_argument(
-        "--to", type=_positive, required=True, metavar="SIDE", help="in pixels, or codes"
-    )
+    finer = command.add_mutually_exclusive_group(required=True)
+    finer.add_argument("--to", type=_positive, metavar="SIDE", help="in pixels, or codes")
+    finer.add_argument("--frames", type=_positive, metavar="N", help="of clips, at the same side")
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     command.add_argument(
         "--freeze-coarse",

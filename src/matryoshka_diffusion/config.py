@@ -97,13 +97,20 @@ class LevelConfig(Strict):
     each halving: channels, residual blocks on the way down (the way up has one more), and
     attention layers after each block. `halve` says of each step from one width to the next
     whether it halves the side; empty means that all do.
+
+    A level with `frames` denoises clips of so many. `halve_frames` says of each step whether it
+    halves these, instead of the side, and `frame_attention` is the layers of attention over frames
+    after each block; empty means none.
     """
 
     side: PositiveInt
+    frames: PositiveInt | None = None
     widths: tuple[PositiveInt, ...]
     blocks: tuple[Natural, ...]
     attention: tuple[Natural, ...]
     halve: tuple[bool, ...] = ()
+    halve_frames: tuple[bool, ...] = ()
+    frame_attention: tuple[Natural, ...] = ()
     heads: PositiveInt = 8
     attention_mlp: bool = False
     middle: bool = False
@@ -113,6 +120,11 @@ class LevelConfig(Strict):
     micro: tuple[MicroConfig, ...] = ()
     shift_ratio: PositiveFloat = 1.0
     shift_power: float = 1.0
+
+    @property
+    def size(self) -> str:
+        """What the level is called: its side, after its frames where it has them ("16x64")."""
+        return f"{self.side}" if self.frames is None else f"{self.frames}x{self.side}"
 
     @property
     def stem_side(self) -> int:
@@ -129,9 +141,23 @@ class LevelConfig(Strict):
         """Side of the level's features after its last halving, where the coarser doll sits."""
         return self.stem_side // self.reduction
 
+    @property
+    def core_frames(self) -> int:
+        """Frames of the level's features where the coarser doll sits; 1 in a level without."""
+        return self.frames_at(len(self.widths) - 1)
+
     def stride(self, step: int) -> int:
         """What the step from the width of this index to the next one divides the side by."""
-        return 2 if not self.halve or self.halve[step] else 1
+        halved = self.halve[step] if self.halve else self.frame_stride(step) == 1
+        return 2 if halved else 1
+
+    def frame_stride(self, step: int) -> int:
+        """What the step from the width of this index to the next one divides the frames by."""
+        return 2 if self.halve_frames and self.halve_frames[step] else 1
+
+    def frames_at(self, index: int) -> int:
+        """Frames of the features that have the width of this index; a picture is one."""
+        return (self.frames or 1) // math.prod(self.frame_stride(step) for step in range(index))
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> LevelConfig:
@@ -142,12 +168,19 @@ class LevelConfig(Strict):
                 raise ValueError(
                     f"{name} needs one entry for each of the {len(self.widths)} widths"
                 )
-        if self.halve and len(self.halve) != len(self.widths) - 1:
+        for name in ("halve", "halve_frames"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.widths) - 1:
+                raise ValueError(
+                    f"{name} needs one entry for each of the {len(self.widths) - 1} steps between "
+                    "widths, or none"
+                )
+        if self.frame_attention and len(self.frame_attention) != len(self.widths):
             raise ValueError(
-                f"halve needs one entry for each of the {len(self.widths) - 1} steps between "
-                "widths, or none"
+                f"frame_attention needs one entry for each of the {len(self.widths)} widths, or "
+                "none"
             )
-        attending = [w for w, count in zip(self.widths, self.attention, strict=True) if count]
+        attentions = (self.attention, self.frame_attention or (0,) * len(self.widths))
+        attending = [w for w, *counts in zip(self.widths, *attentions, strict=True) if any(counts)]
         attending += [self.widths[-1]] if self.middle else []
         for width in attending:
             if width % self.heads:
@@ -155,6 +188,22 @@ class LevelConfig(Strict):
         step = self.patch * self.reduction
         if self.side % step:
             raise ValueError(f"side {self.side} is not divisible by patch x halvings = {step}")
+        return self
+
+    @model_validator(mode="after")
+    def _frames_agree(self) -> LevelConfig:
+        if self.frames is None and (any(self.halve_frames) or any(self.frame_attention)):
+            raise ValueError(
+                "halve_frames and frame_attention: the level has no frames, set frames"
+            )
+        if any(map(all, zip(self.halve, self.halve_frames, strict=False))):
+            raise ValueError(
+                "halve and halve_frames: a step halves the side or the frames, not both; use two"
+            )
+        if (self.frames or 1) % 2 ** sum(self.halve_frames):
+            raise ValueError(
+                f"frames {self.frames} cannot be halved {sum(self.halve_frames)} times"
+            )
         return self
 
 
@@ -237,6 +286,12 @@ class ModelConfig(Strict):
                     f"has side {fine.core_side}, but the coarser level starts at "
                     f"{coarse.stem_side}; change side, patch or the number of widths"
                 )
+            if fine.core_frames != (coarse.frames or 1) or (coarse.frames and not fine.frames):
+                raise ValueError(
+                    f"levels[{index}] does not nest on levels[{index - 1}]: after its halvings it "
+                    f"has frames {fine.core_frames}, but the coarser level has "
+                    f"{coarse.frames or 'none'}; change frames or halve_frames"
+                )
             if fine.side % coarse.side:
                 raise ValueError(
                     f"levels[{index}].side {fine.side} is no multiple of {coarse.side}"
@@ -253,6 +308,8 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _coarse_is_smaller(self) -> ModelConfig:
         side = self.levels[0].side
+        if self.coarse and self.levels[-1].frames:
+            raise ValueError("coarse: an upsampler draws pictures, but levels[-1] has frames")
         if self.coarse and (side <= self.coarse.side or side % self.coarse.side):
             raise ValueError(
                 f"coarse.side is {self.coarse.side}, but levels[0].side = {side} must be a "
@@ -537,6 +594,11 @@ class RunConfig(Strict):
         """Side in pixels of the pictures that the levels are made of."""
         return self.data.side or self.model.levels[-1].side * self.pixels_per_side
 
+    @property
+    def data_frames(self) -> int | None:
+        """Frames of the clips that the levels are made of; None of pictures."""
+        return self.model.levels[-1].frames
+
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         levels = len(self.model.levels)
@@ -583,6 +645,11 @@ class RunConfig(Strict):
                 f"data.augment is {self.data.augment:g}, but the network is not told how pictures "
                 "were transformed and would draw such ones: add --set model.augment=true (a model "
                 "that was trained without it cannot have it: set data.augment=0)"
+            )
+        if self.data_frames and (self.codec is not None or self.data.augment):
+            name = "data.augment" if self.codec is None else "codec"
+            raise ValueError(
+                f"{name} is for pictures, but model.levels[-1] has frames: leave it away"
             )
         if (self.model.text is None) != (self.encoder is None):
             raise ValueError("model.text and encoder go together: give both or neither")

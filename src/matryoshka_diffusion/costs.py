@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 
 TEXT_TOKENS = 64
 """Tokens of text that costs are counted with."""
@@ -73,7 +73,7 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
 def _one_picture(model: ModelConfig) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
     with torch.device("meta"):
         net = NestedUNet(model)
-        z = tuple(torch.empty(1, model.channels, level.side, level.side) for level in model.levels)
+        z = tuple(torch.empty(1, *each.shape(model.channels)) for each in resolutions_of(model))
         first = z[0] if model.coarse else None
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,

@@ -19,7 +19,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Threshold
 from matryoshka_diffusion.diffusion import Network, Process, to_x0
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
+from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
 from matryoshka_diffusion.schedule import NoiseSchedule, expand
 
 
@@ -139,7 +139,7 @@ class Pooled:
     def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
         estimates = self.denoiser(z, t)
         return tuple(
-            down_sample(estimates[-1], Resolution(*x.shape[-2:])) if pooled else x
+            down_sample(estimates[-1], resolution_of(x)) if pooled else x
             for x, pooled in zip(estimates, self.untrained, strict=True)
         )
 

@@ -25,7 +25,7 @@ from matryoshka_diffusion.config import (
     ProcessConfig,
     WeightingConfig,
 )
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, up_sample
+from matryoshka_diffusion.pyramid import Pyramid, resolution_of, up_sample
 from matryoshka_diffusion.schedule import (
     NoiseSchedule,
     alpha_sigma,
@@ -119,7 +119,7 @@ def augment_coarse(
     Noise comes after enlarging and follows the schedule of the level that sees it (Appendix D.1).
     It hides how the pictures of a base differ from real ones; t = 0 hides nothing.
     """
-    (seen,) = diffuse((up_sample(coarse, Resolution(*noise.shape[-2:])),), (noise,), t, (schedule,))
+    (seen,) = diffuse((up_sample(coarse, resolution_of(noise)),), (noise,), t, (schedule,))
     return seen
 
 

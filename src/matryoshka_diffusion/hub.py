@@ -126,7 +126,7 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
         else f"Trained on {config.train.images:,} images of the source `{config.data.source}` as "
         "`config.json`\nsays."
     )
-    sides = ", ".join(str(level.side) for level in model.levels)
+    sides = ", ".join(level.size for level in model.levels)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---

@@ -130,7 +130,8 @@ def _gigabytes(count: int) -> str:
 
 def _size(level: LevelConfig) -> str:
     patch = f" /{level.patch}" if level.patch > 1 else ""
-    return f"{level.side}x{level.side}{patch}"
+    frames = f"{level.frames}x" if level.frames else ""
+    return f"{frames}{level.side}x{level.side}{patch}"
 
 
 def _widths(level: LevelConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -459,7 +459,7 @@ def convert_released(
 
 def grow_run(
     run: str,
-    side: int,
+    finer: Callable[[LevelConfig], LevelConfig],
     out: Path,
     assignments: Sequence[str] = (),
     *,
@@ -468,13 +468,14 @@ def grow_run(
 ) -> RunConfig:
     """Start a run in `out` whose network is that of `run` with one finer level around it.
 
-    The coarse predictions of the new network are bit-equal to the old ones. `freeze_coarse` and
-    `ramp` are the new stage's `freeze_coarse_images` and `ramp_images`; `assignments` change the
-    config of the new run, for instance the widths of the new level.
+    `finer` makes that level out of the finest one (`next_level` or `next_frames`). The coarse
+    predictions of the new network are bit-equal to the old ones. `freeze_coarse` and `ramp` are
+    the new stage's `freeze_coarse_images` and `ramp_images`; `assignments` change the config of
+    the new run, for instance the widths of the new level.
 
     Raises:
-        UsageError: the side does not nest on the finest level, `out` is not empty, or the new stage
-            is shorter than `freeze_coarse` or `ramp`.
+        UsageError: the new level does not nest on the finest one, `out` is not empty, or the new
+            stage is shorter than `freeze_coarse` or `ramp`.
         FileNotFoundError, ValueError: `run` is no trained model.
     """
     refuse_full(out)
@@ -482,7 +483,7 @@ def grow_run(
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    larger, changes = _with_level(config, side), list(assignments)
+    larger, changes = _with_level(config, finer(config.model.levels[-1])), list(assignments)
     images = override(larger, changes).train.stages[0].images
     lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
     gentle = [f"train.stages[0].{name}={length}" for name, length in lengths]
@@ -550,17 +551,17 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
     write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
 
 
-def _with_level(config: RunConfig, side: int) -> RunConfig:
-    """The config with a level of `side` on top and one stage of training that has all levels."""
+def _with_level(config: RunConfig, level: LevelConfig) -> RunConfig:
+    """The config with a level on top and one stage of training that has all levels."""
     last = config.train.stages[-1]
-    levels = (*config.model.levels, next_level(config.model.levels, side))
+    levels = (*config.model.levels, level)
     stage = StageConfig(
         levels=len(levels), images=last.images, batch_size=last.batch_size, lr=last.lr
     )
     data = config.model_dump(mode="json")
-    data["name"] = f"{config.name}-{side}"
+    data["name"] = f"{config.name}-{level.size}"
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
-    if (data["data"]["side"] or 0) % (side * config.pixels_per_side):
+    if (data["data"]["side"] or 0) % (level.side * config.pixels_per_side):
         data["data"]["side"] = None  # pictures of the finest level's side, as ever
     data["train"]["stages"] = [stage.model_dump(mode="json")]
     data["train"].update(init=None, init_levels=len(config.model.levels))
@@ -572,10 +573,10 @@ def _with_level(config: RunConfig, side: int) -> RunConfig:
     ):
         if len(values) > 1:  # one for each level: the new one takes the finest one's
             values.append(values[-1])
-    return from_dict(data, where=f"--to {side}")
+    return from_dict(data, where=f"a level of {level.size}")
 
 
-def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
+def next_level(finest: LevelConfig, side: int) -> LevelConfig:
     """The paper's pattern for a finer level: widths double inwards, the last block is saved.
 
     Around S64 this gives exactly the levels of Appendix A. Where half of a width is no multiple of
@@ -584,14 +585,11 @@ def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
     Raises:
         ConfigError: `side` is not the finest side times a power of two.
     """
-    finest = levels[-1]
-    halvings = (side // finest.side).bit_length() - 1
-    if side <= finest.side or finest.side * 2**halvings != side:
-        wanted = ", ".join(str(finest.side * 2**n) for n in (1, 2, 3))
-        raise ConfigError(f"--to {side}: give {finest.side} times a power of two ({wanted}, ...)")
+    halvings = _halvings("--to", side, finest.side)
     inner, blocks = finest.widths[0], finest.blocks[0]
     return LevelConfig(
         side=side,
+        frames=finest.frames,
         widths=tuple(32 * -(-inner // (32 * 2 ** (halvings - i))) for i in range(halvings + 1)),
         blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
         attention=(0,) * (halvings + 1),
@@ -601,6 +599,42 @@ def next_level(levels: Sequence[LevelConfig], side: int) -> LevelConfig:
         shift_ratio=finest.shift_ratio * side / finest.side,
         shift_power=finest.shift_power,
     )
+
+
+def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
+    """The paper's pattern for a level with more frames: one width, attention over frames at each.
+
+    Around S64, for 16 frames, it is MDM-S64T16 (Appendix A). The schedule's shift there is 4 at
+    the same side: the root of the factor in numbers, as that of a level finer in space is.
+
+    Raises:
+        ConfigError: `frames` is no power of two times those of the finest level (1 of a picture).
+    """
+    halvings = _halvings("--frames", frames, finest.frames or 1)
+    blocks = finest.blocks[0]
+    return LevelConfig(
+        side=finest.side,
+        frames=frames,
+        widths=(finest.widths[0],) * (halvings + 1),
+        blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
+        attention=(0,) * (halvings + 1),
+        halve_frames=(True,) * halvings,
+        frame_attention=(*[1] * halvings, 0),
+        heads=finest.heads,
+        patch=finest.patch,
+        micro=finest.micro,
+        shift_ratio=finest.shift_ratio * 2 ** (halvings / 2),
+        shift_power=finest.shift_power,
+    )
+
+
+def _halvings(option: str, asked: int, finest: int) -> int:
+    """How often `asked` is to be halved to be `finest`."""
+    count = (asked // finest).bit_length() - 1
+    if asked <= finest or finest * 2**count != asked:
+        wanted = ", ".join(str(finest * 2**n) for n in (1, 2, 3))
+        raise ConfigError(f"{option} {asked}: give {finest} times a power of two ({wanted}, ...)")
+    return count
 
 
 def _rescaled(micro: MicroConfig, side: int) -> MicroConfig:

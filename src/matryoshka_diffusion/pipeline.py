@@ -39,7 +39,7 @@ from matryoshka_diffusion.denoiser import (
 )
 from matryoshka_diffusion.diffusion import Process, augment_coarse, per_level
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
 from matryoshka_diffusion.released import converted, read_released
 from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
@@ -56,25 +56,44 @@ UNBOUNDED = (-float("inf"), float("inf"))
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures that belong together.
+    """Pictures, or clips, that belong together.
 
     Attributes:
-        levels: bytes of every level, coarse to fine; the last is the full resolution. Where levels
-            are codes, each is decoded.
+        levels: bytes of every level, coarse to fine; the last is the full resolution. A level with
+            frames holds clips. Where levels are codes, each is decoded.
         captions: what each picture was asked to show.
         seeds: each picture's own seed; alone or in any batch it gives the same picture.
         settings: all that is needed to make them again.
     """
 
-    levels: tuple[UInt8[np.ndarray, "n _ _ c"], ...]
+    levels: tuple[UInt8[np.ndarray, "n ... c"], ...]
     captions: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: dict[str, Any]
 
     @property
     def pictures(self) -> UInt8[np.ndarray, "n h w c"]:
-        """The finest level."""
-        return self.levels[-1]
+        """The finest level of pictures: what was drawn or, of clips, the picture they begin with.
+
+        Raises:
+            UsageError: all levels are clips.
+        """
+        return self._finest(4, "there are clips only: take `videos`")
+
+    @property
+    def videos(self) -> UInt8[np.ndarray, "n f h w c"]:
+        """The clips of the finest level.
+
+        Raises:
+            UsageError: the model draws pictures.
+        """
+        return self._finest(5, "the model draws pictures, no clips: take `pictures`")
+
+    def _finest(self, axes: int, otherwise: str) -> UInt8[np.ndarray, "n ... c"]:
+        for level in reversed(self.levels):
+            if level.ndim == axes:
+                return level
+        raise UsageError(otherwise)
 
 
 class Matryoshka:
@@ -182,7 +201,7 @@ class Matryoshka:
     @property
     def resolutions(self) -> tuple[Resolution, ...]:
         """The grid of every level, coarse to fine."""
-        return tuple(Resolution(level.side, level.side) for level in self.net.config.levels)
+        return resolutions_of(self.net.config)
 
     @property
     def picture_side(self) -> int:
@@ -239,7 +258,7 @@ class Matryoshka:
         order = torch.cat(batches).argsort()
         levels = tuple(
             to_uint8(torch.cat(level)[order.to(level[0].device)].cpu(), self.config.data.pixels)
-            .permute(0, 2, 3, 1)
+            .movedim(1, -1)
             .numpy()
             for level in zip(*parts, strict=True)
         )

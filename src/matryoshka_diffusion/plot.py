@@ -19,10 +19,10 @@ _HEIGHT, _WIDTH = 2.6, 9.0  # inches of a panel
 
 
 class Curves(NamedTuple):
-    """A run's name, the sides of its levels, and its lines of metrics."""
+    """A run's name, what its levels are called, and its lines of metrics."""
 
     name: str
-    sides: tuple[int, ...]
+    sizes: tuple[str, ...]
     lines: list[dict[str, Any]]
 
 
@@ -39,7 +39,7 @@ def read_curves(run: Path) -> Curves:
     if not lines:
         raise UsageError(f"{path}: nothing has been logged yet")
     levels = load_config(run / "config.yaml").model.levels
-    return Curves(run.name, tuple(level.side for level in levels), lines)
+    return Curves(run.name, tuple(level.size for level in levels), lines)
 
 
 def _whole(lines: Iterable[str]) -> Iterable[str]:
@@ -58,16 +58,16 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = [read_curves(run) for run in runs]
-    sides = sorted({side for one in curves for side in one.sides})
-    panels = len(sides) + len(_SMALLER)
+    sizes = sorted({size for one in curves for size in one.sizes}, key=_pixels)
+    panels = len(sizes) + len(_SMALLER)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * panels), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True)
-    for axis, side in zip(axes, sides, strict=False):
-        axis.set_ylabel(f"loss at {side}")
+    for axis, size in zip(axes, sizes, strict=False):
+        axis.set_ylabel(f"loss at {size}")
         axis.set_yscale("log")
         for color, one in enumerate(curves):
-            _loss(axis, one, side, f"C{color}")
-    for axis, (title, (key, scale)) in zip(axes[len(sides) :], _SMALLER.items(), strict=True):
+            _loss(axis, one, size, f"C{color}")
+    for axis, (title, (key, scale)) in zip(axes[len(sizes) :], _SMALLER.items(), strict=True):
         axis.set_ylabel(title)
         axis.set_yscale(scale)
         for color, one in enumerate(curves):
@@ -78,10 +78,16 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))
 
 
-def _loss(axis: Any, one: Curves, side: int, color: str) -> None:
-    if side not in one.sides:
+def _pixels(size: str) -> tuple[int, ...]:
+    """Clips after pictures of their side."""
+    *frames, side = map(int, size.split("x"))
+    return side, *frames
+
+
+def _loss(axis: Any, one: Curves, size: str, color: str) -> None:
+    if size not in one.sizes:
         return
-    level = one.sides.index(side)
+    level = one.sizes.index(size)
     _draw(axis, _points(one.lines, "loss_per_level", level), color, label=one.name)
     for kind, style in (("seen", ":"), ("held_out", "--")):
         points = _points(one.lines, f"{kind}_loss_per_level", level)

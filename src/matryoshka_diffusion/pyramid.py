@@ -15,26 +15,68 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from matryoshka_diffusion.config import ModelConfig
+
 Pyramid: TypeAlias = tuple[Tensor, ...]
-"""Levels coarse to fine, each (b_r, c, h_r, w_r). A finer level may hold fewer rows, a prefix."""
+"""Levels coarse to fine, each (b_r, c, h_r, w_r) or, of clips, (b_r, c, f_r, h_r, w_r).
+
+A finer level may hold fewer rows, a prefix.
+"""
 
 
 class Resolution(NamedTuple):
-    """The grid of one level, in pixels."""
+    """The grid of one level: pixels and, where it holds clips, frames."""
 
     height: int
     width: int
+    frames: int | None = None
+
+    def shape(self, channels: int) -> tuple[int, ...]:
+        """The shape of a picture (c, h, w), or of a clip (c, f, h, w)."""
+        clip = () if self.frames is None else (self.frames,)
+        return (channels, *clip, self.height, self.width)
 
 
-def down_sample(x: Float[Tensor, "b c H W"], resolution: Resolution) -> Float[Tensor, "b c h w"]:
-    """D^r of Section 3.1: the area average of `x` on a coarser grid.
+def resolution_of(x: Float[Tensor, "b c *grid"]) -> Resolution:
+    """The grid of pictures or clips."""
+    *frames, height, width = x.shape[2:]
+    return Resolution(height, width, *frames)
+
+
+def resolutions_of(model: ModelConfig) -> tuple[Resolution, ...]:
+    """The grid of every level of a nest, coarse to fine."""
+    return tuple(Resolution(level.side, level.side, level.frames) for level in model.levels)
+
+
+def down_sample(
+    x: Float[Tensor, "b c *fine"], resolution: Resolution
+) -> Float[Tensor, "b c *grid"]:
+    """D^r of Section 3.1: in time the first frame, in space the area average on a coarser grid.
 
     An average (not bi-linear interpolation, which skips pixels beyond a factor of two) is what
     makes pooled noise smaller by exactly the pooled area, the fact that schedule shifts rest on.
+    In time the paper indexes: a level with fewer frames has the first of every so many, and one
+    without frames the first of all.
 
     Raises:
-        ValueError: the picture's side is no multiple of the level's.
+        ValueError: the picture's side is no multiple of the level's, or its frames are not.
     """
+    return _average(_first_frames(x, resolution.frames), resolution)
+
+
+def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
+    given = resolution_of(x).frames
+    if given == frames:
+        return x
+    if given is None or given % (frames or 1):
+        raise ValueError(
+            f"a level of {frames} frames cannot be made of {given or 'no'} frames: there must be a "
+            "multiple of the level's"
+        )
+    return x[:, :, 0] if frames is None else x[:, :, :: given // frames]
+
+
+def _average(x: Float[Tensor, "b c *fine"], resolution: Resolution) -> Tensor:
     height, width = x.shape[-2:]
     if height % resolution.height or width % resolution.width:
         raise ValueError(
@@ -42,7 +84,11 @@ def down_sample(x: Float[Tensor, "b c H W"], resolution: Resolution) -> Float[Te
             f"{resolution.height}x{resolution.width}: its sides must be multiples of the level's"
         )
     window = (height // resolution.height, width // resolution.width)
-    return x if window == (1, 1) else F.avg_pool2d(x, window)
+    return (
+        x
+        if window == (1, 1)
+        else F.avg_pool2d(x.flatten(1, -3), window).view(len(x), *resolution.shape(x.shape[1]))
+    )
 
 
 def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
@@ -55,11 +101,13 @@ def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tens
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
 
 
-def build_pyramid(x: Float[Tensor, "b c h w"], resolutions: Sequence[Resolution]) -> Pyramid:
+def build_pyramid(x: Float[Tensor, "b c *grid"], resolutions: Sequence[Resolution]) -> Pyramid:
     """[D^1(x), ..., D^R(x)] for `resolutions` given coarse to fine.
 
     Example:
         >>> build_pyramid(torch.ones(2, 3, 8, 8), [Resolution(4, 4), Resolution(8, 8)])[0].shape
+        torch.Size([2, 3, 4, 4])
+        >>> build_pyramid(torch.ones(2, 3, 6, 8, 8), [Resolution(4, 4)])[0].shape  # of a clip
         torch.Size([2, 3, 4, 4])
     """
     return tuple(down_sample(x, resolution) for resolution in resolutions)
@@ -101,6 +149,19 @@ def _rows_since_start(mix: Sequence[float], total: int) -> list[int]:
 def _floor(x: float) -> int:
     """Floor that forgives the last bits of a product such as 0.3 * 10."""
     return int(x + 1e-6)
+
+
+def frames_as_rows(x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "n c h w"]:
+    """Every frame of a clip as a row of its own, the clips one after the other; pictures stay.
+
+    What works in space alone need not know of time.
+    """
+    return x if resolution_of(x).frames is None else x.transpose(1, 2).flatten(0, 1)
+
+
+def rows_as_frames(x: Float[Tensor, "n c h w"], frames: int | None) -> Float[Tensor, "b c *grid"]:
+    """The clips whose frames are these rows; without frames, rows are pictures."""
+    return x if frames is None else x.unflatten(0, (len(x) // frames, frames)).transpose(1, 2)
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:

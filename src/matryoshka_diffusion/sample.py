@@ -62,11 +62,11 @@ class SeededNoise:
     ) -> None:
         self.family = family
         self.seeds = tuple(seeds)
-        self.shapes = [(channels, side.height, side.width) for side in resolutions]
+        self.shapes = [resolution.shape(channels) for resolution in resolutions]
         self.device = device
 
     def __call__(self, purpose: str, step: int, level: int) -> Tensor:
-        """Standard normal numbers, (samples, channels, height, width) of the level."""
+        """Standard normal numbers, (samples, channels, height, width) or those of clips."""
         shape = self.shapes[level]
         rows = [
             rng.normal(seed, f"{self.family} {purpose}", step, level, shape=shape)

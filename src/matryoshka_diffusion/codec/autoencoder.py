@@ -20,17 +20,17 @@ AutoencoderKL: TypeAlias = Any
 class Codec(Protocol):
     """Pictures in [-1, 1] to codes of about unit variance, and back."""
 
-    def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]: ...
-    def decode(self, codes: Float[Tensor, "b k y x"]) -> Float[Tensor, "b c h w"]: ...
+    def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b k *codes"]: ...
+    def decode(self, codes: Float[Tensor, "b k *codes"]) -> Float[Tensor, "b c *grid"]: ...
 
 
 class Identity:
-    """The codec of a model of pixels."""
+    """The codec of a model of pixels, of pictures or clips."""
 
-    def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         return pictures
 
-    def decode(self, codes: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         return codes
 
 

@@ -158,7 +158,7 @@ class Batch:
     """Some samples of a run.
 
     Attributes:
-        picture: numbers in [-1, 1].
+        picture: numbers in [-1, 1], (b, c, h, w) or those of clips (b, c, f, h, w).
         captions: one for each row, "" where the source has none.
         labels: None where the source has no classes.
         original_side: shorter side of the original pictures in pixels.
@@ -167,7 +167,7 @@ class Batch:
         augment: how each picture was transformed; None if none was.
     """
 
-    picture: Float[Tensor, "b c h w"]
+    picture: Float[Tensor, "b c *grid"]
     captions: tuple[str, ...]
     labels: Int[Tensor, " b"] | None
     original_side: Float[Tensor, " b"]

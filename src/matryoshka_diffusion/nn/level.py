@@ -24,14 +24,15 @@ from matryoshka_diffusion.nn.layers import (
     without_autocast,
     zero,
 )
-from matryoshka_diffusion.pyramid import pad_rows
+from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames, per_frame
+from matryoshka_diffusion.pyramid import frames_as_rows, pad_rows, rows_as_frames
 from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
 
 
 class Trail(NamedTuple):
-    """What `encode` leaves behind for `decode`."""
+    """What `encode` leaves behind for `decode`; each frame of a clip is one of n rows."""
 
-    features: Float[Tensor, "b c y x"]
+    features: Float[Tensor, "n c y x"]
     skips: tuple[Tensor, ...]
     embedding: Float[Tensor, "b e"]
     context: Context
@@ -40,8 +41,9 @@ class Trail(NamedTuple):
 class Level(nn.Module):
     """A level of the nest: `encode` on the way in, `decode` on the way out.
 
-    `coarse_width` is the width of the next coarser doll's stem, which `inward` feeds and `outward`
-    hears back from. The coarsest level has none: there `inward` is the identity and `middle` may
+    Inside, each frame of a clip is a row of its own; what works over time says so. `coarse_width`
+    is the width of the next coarser doll's stem, which `inward` feeds and `outward` hears back
+    from. The coarsest level has none: there `inward` is the identity and `middle` may
     hold blocks. It is also the one that sees an upsampler's coarse picture, beside its own input,
     so that growing, which adds finer levels, changes nothing about that.
     """
@@ -82,11 +84,11 @@ class Level(nn.Module):
 
     def encode(
         self,
-        z: Float[Tensor, "b c h w"],
+        z: Float[Tensor, "b c *grid"],
         finer: Float[Tensor, "f k y x"] | None,
         t: Float[Tensor, " a"],
         context: Context,
-    ) -> tuple[Float[Tensor, "b k2 y2 x2"], Trail]:
+    ) -> tuple[Float[Tensor, "n k2 y2 x2"], Trail]:
         """Features for the next coarser level, and the trail that `decode` needs.
 
         `finer` are the features that the next finer level sends in. It may hold fewer rows than
@@ -95,9 +97,10 @@ class Level(nn.Module):
         rows = len(z)
         t, context = t[:rows], context.rows(rows)
         embedding = self.embed(t, context)
-        h = self.stem(self.unshuffle(self._beside_coarse(self.scale(z, t), context)))
+        scaled = self._beside_coarse(self.scale(z, t), context)
+        h = self.stem(self.unshuffle(frames_as_rows(scaled)))
         if finer is not None:
-            h = h + pad_rows(finer, rows)
+            h = h + pad_rows(finer, len(h))
         skips = [h]
         for layer in self.encoder:
             h = self._run(layer, h, embedding, context)
@@ -106,7 +109,7 @@ class Level(nn.Module):
 
     def decode(
         self, trail: Trail, coarser: Float[Tensor, "a k y x"] | None
-    ) -> tuple[Float[Tensor, "b k2 y2 x2"], Float[Tensor, "b c h w"]]:
+    ) -> tuple[Float[Tensor, "n k2 y2 x2"], Float[Tensor, "b c *grid"]]:
         """Features for the next finer level, and this level's prediction."""
         h, skips, embedding, context = trail
         if self.outward is not None and coarser is not None:
@@ -115,15 +118,16 @@ class Level(nn.Module):
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             h = self._run(_join, block, h, skip, embedding, context)
-        return h, self.shuffle(self._run(self._predict, h))
+        predicted = self.shuffle(self._run(self._predict, h))
+        return h, rows_as_frames(predicted, self.config.frames)
 
-    def _beside_coarse(self, z: Float[Tensor, "b c h w"], context: Context) -> Tensor:
+    def _beside_coarse(self, z: Float[Tensor, "b c *grid"], context: Context) -> Tensor:
         """What the stem sees: the noisy picture and, in an upsampler, the coarse one beside it."""
         if self.image_time is None or context.image is None:
             return z
         return torch.cat([z, context.image], dim=1)
 
-    def _predict(self, h: Float[Tensor, "b c y x"]) -> Float[Tensor, "b p y x"]:
+    def _predict(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n p y x"]:
         """The output layer, in the precision of its weights: under autocast too it is float32."""
         with without_autocast(h.device):
             return self.head(F.silu(self.norm(h.to(self.norm.weight.dtype))))
@@ -155,24 +159,26 @@ class Level(nn.Module):
         # The level's own log-SNR from +20 (clean) to -20 (noise).
         return 500.0 - 25.0 * self.schedule.log_snr(t).clamp(-20.0, 20.0)
 
-    def scale(self, z: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]) -> Tensor:
+    def scale(self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"]) -> Tensor:
         """Bring the input to unit scale, in the way that the level's `input_scaling` names."""
         if self.config.input_scaling == "none":
             return z
         if self.config.input_scaling == "std":
-            centred = z - z.mean(dim=(1, 2, 3), keepdim=True)
+            axes = tuple(range(1, z.ndim))
+            centred = z - z.mean(dim=axes, keepdim=True)
             degrees = math.prod(z.shape[1:]) - 1
             # Unbiased as torch.std, which warns where a level holds no rows.
-            return z / (centred.square().sum(dim=(1, 2, 3), keepdim=True) / degrees).sqrt()
+            return z / (centred.square().sum(dim=axes, keepdim=True) / degrees).sqrt()
         alpha, sigma = alpha_sigma(self.schedule.log_snr(t))
         variance = (alpha * self.data_std).square() + sigma.square()
         return z * expand(variance.rsqrt(), z)
 
 
 class Block(nn.Module):
-    """A residual block, its attention layers and, in a decoder, the way to the next width.
+    """A residual block, its attention layers and, in a decoder, the way `up` to the next width.
 
-    `up` is what that multiplies the side by; 0 where the block leads to none.
+    It belongs to the width of `index` of its level, which decides how many layers attend, and over
+    how many frames.
     """
 
     def __init__(
@@ -181,34 +187,42 @@ class Block(nn.Module):
         config: LevelConfig,
         inputs: int,
         outputs: int,
-        attention: int,
-        up: int = 0,
+        index: int,
+        attention: int | None = None,
+        up: bool = False,
     ) -> None:
         super().__init__()
         text = model.text.width if model.text else None
+        attention = config.attention[index] if attention is None else attention
+        over_frames = config.frame_attention[index] if config.frame_attention else 0
+        self.frames = config.frames_at(index)
         self.residual = ResidualBlock(inputs, outputs, model.embedding, config.dropout)
         self.attention = nn.ModuleList(
             Attention(outputs, config.heads, text, config.attention_mlp) for _ in range(attention)
         )
-        self.scale = float(up)
-        self.up = conv3(outputs, outputs) if up else None
+        self.frame_attention = nn.ModuleList(
+            FrameAttention(outputs, config.heads, self.frames) for _ in range(over_frames)
+        )
+        self.up = build_up(config, outputs, index - 1) if up else None
 
     def forward(
-        self, h: Float[Tensor, "b c y x"], embedding: Float[Tensor, "b e"], context: Context
-    ) -> Float[Tensor, "b c2 y2 x2"]:
-        h = self.residual(h, embedding)
+        self, h: Float[Tensor, "n c y x"], embedding: Float[Tensor, "b e"], context: Context
+    ) -> Float[Tensor, "m c2 y2 x2"]:
+        h = self.residual(h, per_frame(embedding, self.frames))
         for layer in self.attention:
-            h = layer(h, context.tokens, context.mask)
-        return h if self.up is None else self.up(F.interpolate(h, scale_factor=self.scale))
+            h = layer(h, *(per_frame(x, self.frames) for x in (context.tokens, context.mask)))
+        for layer in self.frame_attention:
+            h = layer(h)
+        return h if self.up is None else self.up(h)
 
 
 def _join(
     block: Block,
-    h: Float[Tensor, "b c y x"],
-    skip: Float[Tensor, "b c2 y x"],
+    h: Float[Tensor, "n c y x"],
+    skip: Float[Tensor, "n c2 y x"],
     embedding: Float[Tensor, "b e"],
     context: Context,
-) -> Float[Tensor, "b c3 y2 x2"]:
+) -> Float[Tensor, "m c3 y2 x2"]:
     """A block of the decoder with what the encoder had left for it."""
     return block(torch.cat([h, skip], dim=1), embedding, context)
 
@@ -227,6 +241,31 @@ class Down(nn.Conv2d):
         return super().forward(h)
 
 
+class Up(nn.Conv2d):
+    """Multiply the side by repeating pixels, then a convolution; with scale 1 the side stays."""
+
+    def __init__(self, width: int, scale: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+        self.scale = float(scale)
+
+    def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n c y2 x2"]:
+        return super().forward(F.interpolate(h, scale_factor=self.scale))
+
+
+def build_down(config: LevelConfig, width: int, step: int) -> nn.Module:
+    """What the step down from the width of this index does: to the frames, or else to the side."""
+    if config.frame_stride(step) > 1:
+        return DownFrames(width, config.frames_at(step))
+    return Down(width, config.stride(step))
+
+
+def build_up(config: LevelConfig, width: int, step: int) -> nn.Module:
+    """The way back from `build_down`."""
+    if config.frame_stride(step) > 1:
+        return UpFrames(width, config.frames_at(step + 1))
+    return Up(width, config.stride(step))
+
+
 def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:
     """The way down, and the width of every skip: the stem's, each block's, each `Down`'s."""
     layers: list[nn.Module] = []
@@ -234,10 +273,10 @@ def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleLis
     skips = [width]
     for index, wide in enumerate(config.widths):
         if index > 0:
-            layers.append(Down(width, config.stride(index - 1)))
+            layers.append(build_down(config, width, index - 1))
             skips.append(width)
         for _ in range(config.blocks[index]):
-            layers.append(Block(model, config, width, wide, config.attention[index]))
+            layers.append(Block(model, config, width, wide, index))
             width = wide
             skips.append(width)
     return nn.ModuleList(layers), skips
@@ -247,7 +286,8 @@ def build_middle(model: ModelConfig, config: LevelConfig, core: int) -> nn.Modul
     """A block with one attention layer and one without, where nothing coarser is nested."""
     if not config.middle:
         return nn.ModuleList()
-    return nn.ModuleList(Block(model, config, core, core, attention) for attention in (1, 0))
+    deepest = len(config.widths) - 1
+    return nn.ModuleList(Block(model, config, core, core, deepest, n) for n in (1, 0))
 
 
 def build_decoder(model: ModelConfig, config: LevelConfig, skips: list[int]) -> nn.ModuleList:
@@ -259,10 +299,8 @@ def build_decoder(model: ModelConfig, config: LevelConfig, skips: list[int]) -> 
         wide = config.widths[index]
         for number in range(config.blocks[index] + 1):
             leads_up = index > 0 and number == config.blocks[index]
-            up = config.stride(index - 1) if leads_up else 0
             inputs = width + remaining.pop()
-            attention = config.attention[index]
-            blocks.append(Block(model, config, inputs, wide, attention, up=up))
+            blocks.append(Block(model, config, inputs, wide, index, up=leads_up))
             width = wide
     assert not remaining, "every skip has its block"
     return nn.ModuleList(blocks)

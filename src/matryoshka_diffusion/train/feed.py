@@ -14,7 +14,14 @@ from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import CoarseConfig, RunConfig
 from matryoshka_diffusion.data.batch import Batch
 from matryoshka_diffusion.diffusion import augment_coarse
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid, down_sample, ragged
+from matryoshka_diffusion.pyramid import (
+    Pyramid,
+    Resolution,
+    build_pyramid,
+    down_sample,
+    ragged,
+    resolutions_of,
+)
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules
 from matryoshka_diffusion.text.cache import pad
@@ -108,8 +115,8 @@ class Feed:
 
     def _inputs(self, step: Step, ids: range) -> Inputs:
         batch = self._loader.batch(ids)
-        seed, levels = self._config.train.seed, self._config.model.levels[: len(step.rows)]
-        resolutions = [Resolution(level.side, level.side) for level in levels]
+        seed = self._config.train.seed
+        resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(n < step.first + count for n in ids) for count in step.rows]
         x = ragged(build_pyramid(batch.picture, resolutions), rows)

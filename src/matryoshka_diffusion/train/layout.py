@@ -16,7 +16,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig, RunConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 from matryoshka_diffusion.train.precision import Asked, autocast
 
 Layout = Literal["nchw", "channels_last"]
@@ -114,8 +114,8 @@ def random_inputs(
     """Arguments for a network, of the right shapes and no meaning."""
     draw = torch.Generator().manual_seed(0)
     z = tuple(
-        torch.randn(rows, model.channels, level.side, level.side, generator=draw).to(device)
-        for level in model.levels
+        torch.randn(rows, *resolution.shape(model.channels), generator=draw).to(device)
+        for resolution in resolutions_of(model)
     )
     text = model.text
     cond = Conditioning(

@@ -155,7 +155,7 @@ class Display:
     def _text(self) -> str:
         recent = summary(self._recent)
         losses = " ".join(
-            f"{level.side}:{'-' if loss is None else format(loss, '.4f')}"
+            f"{level.size}:{'-' if loss is None else format(loss, '.4f')}"
             for level, loss in zip(
                 self._config.model.levels, recent["loss_per_level"], strict=False
             )

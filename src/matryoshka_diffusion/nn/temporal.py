@@ -1,0 +1,94 @@
+"""What a doll needs for clips: attention over frames, and convolutions that resample them.
+
+Features hold the frames of a clip as rows, one after the other (`pyramid.frames_as_rows`), so that
+bricks which work in space alone see pictures. Here the rows of a clip come together again.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from matryoshka_diffusion.nn.conditioner import Context
+from matryoshka_diffusion.nn.layers import attend, norm, sinusoid, split_heads, zero
+
+SEQUENCES = 32_768
+"""How many sequences attend at a time: GPU kernels count them with 16 bits."""
+
+
+class FrameAttention(nn.Module):
+    """Self-attention over the frames of a clip, at each position alone (Fig. 10).
+
+    A position attends to itself at other times; space is the business of other layers. Frames are
+    told apart by sines of their number, which the paper does not mention: without them attention
+    could not know before from after.
+    """
+
+    def __init__(self, width: int, heads: int, frames: int) -> None:
+        super().__init__()
+        self.heads, self.frames = heads, frames
+        self.norm = norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:
+        """`h` has the frames of each clip as rows."""
+        clips = len(h) // self.frames
+        numbers = sinusoid(torch.arange(self.frames, device=h.device).float(), h.shape[1])
+        told = self.norm(h) + numbers.to(h).repeat(clips, 1)[:, :, None, None]
+        qkv = self.qkv(told).unflatten(0, (clips, self.frames)).flatten(3)
+        sequences = qkv.permute(0, 3, 1, 2).flatten(0, 1)  # one for each position of each clip
+        attended = torch.cat([self._attend(part) for part in sequences.split(SEQUENCES)])
+        attended = attended.unflatten(0, (clips, -1 if clips else 0)).permute(0, 2, 3, 1)
+        return h + self.out(attended.reshape(h.shape))
+
+    def _attend(self, qkv: Float[Tensor, "s f k"]) -> Float[Tensor, "s f c"]:
+        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=2))
+        return attend(q, k, v, None).transpose(1, 2).flatten(2)
+
+
+class DownFrames(nn.Conv2d):
+    """Halve the frames by a strided convolution over three of them, at each position alone.
+
+    Output n is centred on frame 2 n, so the last of several halvings is centred on the first
+    frame, the one that D^r keeps.
+    """
+
+    def __init__(self, width: int, frames: int) -> None:
+        super().__init__(width, width, (3, 1), stride=(2, 1), padding=(1, 0))
+        self.frames = frames
+
+    def forward(
+        self, h: Float[Tensor, "n c y x"], embedding: Tensor, context: Context
+    ) -> Float[Tensor, "m c y x"]:
+        """It ignores what blocks are conditioned on."""
+        return _as_rows(super().forward(_over_time(h, self.frames)), h)
+
+
+class UpFrames(nn.Conv2d):
+    """Double the frames: repeat each, then a convolution over three, at each position alone."""
+
+    def __init__(self, width: int, frames: int) -> None:
+        super().__init__(width, width, (3, 1), padding=(1, 0))
+        self.frames = frames
+
+    def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "m c y x"]:
+        doubled = F.interpolate(_over_time(h, self.frames), scale_factor=(2.0, 1.0))
+        return _as_rows(super().forward(doubled), h)
+
+
+def per_frame(x: Tensor | None, frames: int) -> Tensor | None:
+    """What belongs to a clip, repeated for each of its frames."""
+    return x if x is None or frames == 1 else x.repeat_interleave(frames, dim=0)
+
+
+def _over_time(h: Float[Tensor, "n c y x"], frames: int) -> Float[Tensor, "b c f p"]:
+    """Clips as pictures whose height is time and whose width is all positions."""
+    return h.unflatten(0, (len(h) // frames, frames)).flatten(3).transpose(1, 2)
+
+
+def _as_rows(clips: Float[Tensor, "b c f p"], like: Float[Tensor, "n c y x"]) -> Tensor:
+    """Back from `_over_time`: frames as rows, positions as in `like`."""
+    return clips.transpose(1, 2).flatten(0, 1).unflatten(2, like.shape[2:])

@@ -1,0 +1,301 @@
+"""Levels with frames: growth, ragged rows, what attention and resampling over frames compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import LevelConfig, ModelConfig, TextConfig
+from matryoshka_diffusion.job import next_frames, next_level
+from matryoshka_diffusion.nn import temporal
+from matryoshka_diffusion.nn.conditioner import Context
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
+from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
+from matryoshka_diffusion.presets import outer, s64
+from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
+
+ROWS, FRAMES = 3, 4
+TEXT = TextConfig(features=12, width=16, layers=1, heads=2)
+TIMES = torch.tensor([0.1, 0.5, 0.9])
+NOTHING = Context(None, None, None, {}, None, None)
+
+PICTURE = LevelConfig(
+    side=8, widths=(32, 64), blocks=(1, 1), attention=(0, 1), middle=True, heads=4
+)
+MOVING = next_frames(PICTURE, FRAMES)
+FINE = next_level(MOVING, 16)
+
+
+def nest(*levels: LevelConfig) -> ModelConfig:
+    return ModelConfig(levels=levels, embedding=32, text=TEXT)
+
+
+def awake(config: ModelConfig) -> NestedUNet:
+    """A network whose zero-initialised weights have values: otherwise it says nothing."""
+    net = NestedUNet(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1, generator=generator)
+    return net.eval()
+
+
+def noisy(config: ModelConfig, rows: int = ROWS) -> Pyramid:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(
+        torch.randn(rows, *resolution.shape(3), generator=generator)
+        for resolution in resolutions_of(config)
+    )
+
+
+def words(rows: int = ROWS) -> Conditioning:
+    tokens = torch.randn(ROWS, 5, 12, generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    return Conditioning(tokens=tokens[:rows], mask=mask[:rows])
+
+
+@torch.no_grad()
+def run(net: NestedUNet, z: Pyramid) -> Pyramid:
+    rows = len(z[0])
+    return net(z, TIMES[:rows], words(rows))
+
+
+# --- the paper's levels (Appendix A) -------------------------------------------------------------
+
+
+def test_16_frames_around_s64_are_the_papers_s64t16():
+    level = next_frames(s64(text=True), 16)
+    assert level.frames == 16
+    assert [level.frames_at(index) for index in range(5)] == [16, 8, 4, 2, 1]
+    assert level.widths == (256,) * 5
+    assert level.blocks == (2, 2, 2, 2, 1)
+    assert level.attention == (0, 0, 0, 0, 0)
+    assert level.frame_attention == (1, 1, 1, 1, 0)
+    assert (level.side, level.core_side, level.core_frames) == (64, 64, 1)
+    assert (level.shift_ratio, level.shift_power) == (4.0, 1.0)
+
+
+def test_256_pixels_around_s64t16_are_the_papers_s64t16s256():
+    level = next_level(next_frames(s64(text=True), 16), 256)
+    papers = outer(256, (64, 128, 256), power=1.0)
+    assert level == papers.model_copy(update={"frames": 16, "shift_ratio": 16.0})
+    assert (level.core_side, level.core_frames) == (64, 16)
+
+
+def test_frames_are_those_of_the_finest_level_times_a_power_of_two():
+    with pytest.raises(ValueError, match=r"--frames 6: give 1 times a power of two \(2, 4, 8"):
+        next_frames(PICTURE, 6)
+    with pytest.raises(ValueError, match=r"--frames 4: give 4 times a power of two \(8, 16, 32"):
+        next_frames(MOVING, 4)
+    assert next_frames(MOVING, 8).core_frames == FRAMES
+
+
+# --- the nest ------------------------------------------------------------------------------------
+
+
+def test_a_prediction_has_the_shape_of_its_level():
+    config = nest(PICTURE, MOVING, FINE)
+    shapes = [tuple(y.shape) for y in run(awake(config), noisy(config))]
+    assert shapes == [(ROWS, 3, 8, 8), (ROWS, 3, 4, 8, 8), (ROWS, 3, 4, 16, 16)]
+
+
+@pytest.mark.parametrize("outer_levels", [(MOVING,), (MOVING, FINE)])
+def test_growing_in_time_keeps_the_picture_bit_for_bit(outer_levels: tuple[LevelConfig, ...]):
+    net = awake(nest(PICTURE))
+    config = nest(PICTURE, *outer_levels)
+    grown = grow(net, config)
+    z = noisy(config)
+    assert torch.equal(run(grown, z)[0], run(net, z[:1])[0])
+    new = {key.split(".")[1] for key in grown.state_dict().keys() - net.state_dict().keys()}
+    assert new == {str(place) for place in range(1, 1 + len(outer_levels))}
+
+
+def test_a_new_level_does_not_hear_its_frames_whatever_their_order():
+    """Noise on new levels, in any order of the frames, cannot move what was trained."""
+    config = nest(PICTURE, MOVING)
+    grown = grow(awake(nest(PICTURE)), config)
+    picture, clip = noisy(config)
+    shuffled = clip[:, :, torch.tensor([2, 0, 3, 1])]
+    assert torch.equal(run(grown, (picture, clip))[0], run(grown, (picture, shuffled))[0])
+
+
+@pytest.mark.parametrize("rows", [(3, 0, 0), (3, 2, 0), (3, 2, 1)])
+def test_image_rows_of_a_mixed_batch_equal_the_image_model(rows: tuple[int, ...]):
+    """Bit for bit, although the adapters are awake: rows without clips see only padding."""
+    config = nest(PICTURE, MOVING, FINE)
+    net = awake(config)
+    mixed = run(net, ragged(noisy(config), rows))
+    assert [len(y) for y in mixed] == list(rows)
+    alone = NestedUNet(nest(PICTURE)).eval()
+    alone.load_state_dict({key: net.state_dict()[key] for key in alone.state_dict()})
+    expected = run(alone, noisy(config)[:1])[0]
+    assert torch.equal(mixed[0][rows[1] :], expected[rows[1] :])
+
+
+def test_a_level_of_no_clips_runs_forwards_and_backwards():
+    config = nest(PICTURE, MOVING, FINE)
+    net = awake(config).train()
+    out = net(ragged(noisy(config), (3, 1, 0)), TIMES, words())
+    torch.stack([y.square().sum() for y in out]).sum().backward()
+    for name, parameter in net.levels[2].named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    assert net.levels[1].stem.weight.grad is not None
+    assert net.levels[1].stem.weight.grad.any()
+
+
+def test_one_level_alone_denoises_clips():
+    """Simple DM for video: no picture level inside."""
+    alone = LevelConfig(
+        side=8, frames=4, widths=(32, 32, 64), blocks=(1, 1, 1), attention=(0, 0, 1),
+        halve_frames=(False, True), frame_attention=(1, 1, 0), heads=4, middle=True,
+        input_scaling="std",
+    )  # fmt: skip
+    config = nest(alone)
+    assert (alone.core_side, alone.core_frames) == (4, 2)
+    clip = noisy(config)[0]
+    net = awake(config)
+    (y,) = run(net, (clip,))
+    assert y.shape == clip.shape
+    scaled = net.levels[0].scale(clip, TIMES)
+    torch.testing.assert_close(scaled.flatten(1).std(1), torch.ones(ROWS))
+
+
+# --- equivariance --------------------------------------------------------------------------------
+
+
+def spatial_only(**changes: Any) -> LevelConfig:
+    """A level with frames in which nothing works over time, and text is attended to."""
+    fields = {"side": 8, "widths": (32, 64), "blocks": (1, 1), "attention": (0, 1), "heads": 4}
+    return LevelConfig(**{**fields, "frames": FRAMES, **changes})
+
+
+def test_a_level_without_temporal_layers_treats_each_frame_as_a_picture():
+    """So shuffling the frames of the input shuffles those of the output, and does nothing else."""
+    moving = awake(nest(spatial_only()))
+    still = awake(nest(spatial_only(frames=None)))
+    still.load_state_dict(moving.state_dict())
+    (clip,) = noisy(nest(spatial_only()))
+    order = torch.tensor([2, 0, 3, 1])
+    (found,) = run(moving, (clip,))
+    torch.testing.assert_close(run(moving, (clip[:, :, order],))[0], found[:, :, order])
+    for frame in range(FRAMES):
+        torch.testing.assert_close(found[:, :, frame], run(still, (clip[:, :, frame],))[0])
+
+
+def test_clips_of_a_batch_do_not_see_each_other():
+    config = nest(PICTURE, MOVING)
+    net = awake(config)
+    z = noisy(config)
+    for whole, alone in zip(run(net, z), run(net, tuple(level[:1] for level in z)), strict=True):
+        torch.testing.assert_close(whole[:1], alone)
+
+
+def test_the_order_of_frames_matters_where_attention_looks_over_time():
+    config = nest(PICTURE, MOVING)
+    net = awake(config)
+    picture, clip = noisy(config)
+    order = torch.tensor([2, 0, 3, 1])
+    found = run(net, (picture, clip))[1]
+    shuffled = run(net, (picture, clip[:, :, order]))[1]
+    assert not torch.allclose(shuffled, found[:, :, order], atol=1e-3)
+
+
+# --- attention over frames -----------------------------------------------------------------------
+
+
+def attention() -> FrameAttention:
+    torch.manual_seed(0)
+    layer = FrameAttention(32, heads=4, frames=FRAMES).double()
+    with torch.no_grad():
+        for parameter in layer.out.parameters():
+            parameter.normal_()
+    return layer
+
+
+def features(clips: int = 2, side: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(clips * FRAMES, 32, side, side, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_attention_over_frames_is_softmax_over_the_times_of_one_position():
+    layer, h = attention(), features()
+    half = torch.exp(-torch.log(torch.tensor(1e4)) * torch.arange(16) / 16)
+    angles = torch.arange(FRAMES)[:, None] * half
+    numbers = torch.cat([angles.sin(), angles.cos()], dim=1).double()
+    expected = h.clone()
+    normal = layer.norm(h)
+    for clip in range(2):
+        rows = slice(clip * FRAMES, (clip + 1) * FRAMES)
+        for y in range(3):
+            for x in range(3):
+                tokens = normal[rows, :, y, x] + numbers
+                qkv = tokens @ layer.qkv.weight[:, :, 0, 0].T + layer.qkv.bias
+                heads = [part.view(FRAMES, 4, 8).transpose(0, 1) for part in qkv.chunk(3, 1)]
+                scores = (heads[0] @ heads[1].transpose(1, 2) / 8**0.5).softmax(-1)
+                attended = (scores @ heads[2]).transpose(0, 1).reshape(FRAMES, 32, 1, 1)
+                expected[rows, :, y, x] += layer.out(attended)[:, :, 0, 0]
+    torch.testing.assert_close(layer(h), expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_over_frames_knows_nothing_of_space():
+    layer, h = attention(), features()
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    moved = h.flatten(2)[:, :, order].view_as(h)
+    torch.testing.assert_close(layer(moved), layer(h).flatten(2)[:, :, order].view_as(h))
+
+
+@torch.no_grad()
+def test_many_sequences_attend_in_parts(monkeypatch: pytest.MonkeyPatch):
+    layer, h = attention(), features()
+    whole = layer(h)
+    monkeypatch.setattr(temporal, "SEQUENCES", 4)
+    torch.testing.assert_close(layer(h), whole)
+
+
+def test_attention_over_frames_starts_as_a_no_op():
+    h = features().float()
+    assert torch.equal(FrameAttention(32, heads=4, frames=FRAMES)(h), h)
+
+
+# --- resampling of frames ------------------------------------------------------------------------
+
+
+def by_hand(conv: nn.Conv2d, clip: Tensor, centre: int) -> Tensor:
+    """The convolution's three taps around one frame of a clip (c, f, y, x)."""
+    assert conv.bias is not None
+    out = conv.bias.view(-1, 1, 1).expand(-1, *clip.shape[2:])
+    for tap, frame in enumerate((centre - 1, centre, centre + 1)):
+        if 0 <= frame < clip.shape[1]:
+            out = out + torch.einsum("oi,iyx->oyx", conv.weight[:, :, tap, 0], clip[:, frame])
+    return out
+
+
+@torch.no_grad()
+def test_halving_frames_is_a_convolution_centred_on_every_other_one():
+    torch.manual_seed(0)
+    layer, h = DownFrames(32, FRAMES).double(), features()
+    found = layer(h, torch.empty(0), NOTHING).unflatten(0, (2, FRAMES // 2))
+    clips = h.unflatten(0, (2, FRAMES)).transpose(1, 2)
+    for clip in range(2):
+        for frame in range(FRAMES // 2):
+            expected = by_hand(layer, clips[clip], 2 * frame)
+            torch.testing.assert_close(found[clip, frame], expected)
+
+
+@torch.no_grad()
+def test_doubling_frames_repeats_each_and_convolves():
+    torch.manual_seed(0)
+    layer, h = UpFrames(32, FRAMES).double(), features()
+    found = layer(h).unflatten(0, (2, 2 * FRAMES))
+    clips = h.unflatten(0, (2, FRAMES)).repeat_interleave(2, dim=1).transpose(1, 2)
+    for clip in range(2):
+        for frame in range(2 * FRAMES):
+            torch.testing.assert_close(found[clip, frame], by_hand(layer, clips[clip], frame))
