@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ class Decoded(NamedTuple):
     frames: np.ndarray
     begins: list[float]  # seconds
     seconds: float
-    comment: str | None
+    settings: Any
 
 
 def smooth(frames=6, height=32, width=48):
@@ -53,7 +53,12 @@ def decode(path):
             frames.append(np.asarray(image.convert("RGB")))
             durations.append(image.info.get("duration", 0) / 1000)
     begins = list(itertools.accumulate(durations, initial=0.0))
-    return Decoded(np.stack(frames), begins[:-1], begins[-1], comment)
+    return Decoded(np.stack(frames), begins[:-1], begins[-1], settings_in(comment))
+
+
+def settings_in(comment):
+    """What was written with the clip; nothing without a comment."""
+    return json.loads(comment)[SETTINGS_KEY] if comment else None
 
 
 def decode_mp4(path):
@@ -65,8 +70,8 @@ def decode_mp4(path):
         assert (stream.codec_context.name, stream.frames) == ("h264", len(frames))
         seconds = float(stream.duration * stream.time_base)
         assert float(stream.average_rate) == pytest.approx(len(frames) / seconds)
-        comment = container.metadata.get("comment")
-        return Decoded(frames, [frame.time for frame in decoded], seconds, comment)
+        settings = settings_in(container.metadata.get("comment"))
+        return Decoded(frames, [frame.time for frame in decoded], seconds, settings)
 
 
 def psnr(a, b):
@@ -84,7 +89,7 @@ def test_a_clip_comes_back_with_its_frames_its_times_and_its_settings(suffix, fp
     assert found.frames.shape == clip.shape
     np.testing.assert_allclose(found.begins, np.arange(6) / fps, rtol=0, atol=0.51 * unit)
     assert found.seconds == pytest.approx(6 / fps, abs=0.51 * unit)
-    assert json.loads(found.comment) == {SETTINGS_KEY: SETTINGS}
+    assert found.settings == SETTINGS
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -97,7 +102,7 @@ def test_any_size_and_a_single_frame(suffix, frames, height, width, tmp_path):
     video.save_clip(clip, tmp_path / f"a{suffix}", 8.0, None)
     found = decode(tmp_path / f"a{suffix}")
     assert found.frames.shape == clip.shape
-    assert found.comment is None
+    assert found.settings is None
     assert psnr(clip, found.frames) > 35
 
 

@@ -34,8 +34,9 @@ def run_folder(folder, finest):
     changed = {"model": nest, "encoder": None, "data": data, "sampling": sampling}
     config = config.model_copy(update=changed)
     net = NestedUNet(nest, seed=3)
-    for level in net.levels:  # which draw nothing at first
-        torch.nn.init.normal_(level.head.weight, generator=torch.Generator().manual_seed(0))
+    for name, weight in net.named_parameters():
+        if name.endswith("head.weight"):  # which draws nothing at first
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     export_weights(folder / "model", net.state_dict(), config)
     return folder
 
@@ -85,8 +86,8 @@ def test_one_sample_in_a_file_is_the_clip_itself(videos, suffix, fps, tmp_path, 
     assert draw(videos, "-o", out, "--seed", 7, *given) == 0
     found = decode(out)
     assert found.seconds == pytest.approx(FRAMES / fps)
-    settings = json.loads(found.comment)[sheet.SETTINGS_KEY]
-    assert (settings["captions"], settings["seeds"], settings["fps"]) == (["dog"], [7], fps)
+    made = found.settings
+    assert (made["captions"], made["seeds"], made["fps"]) == (["dog"], [7], fps)
     drawn = Matryoshka.load(videos).sample(classes="dog", seed=7).videos[0]
     assert found.frames.shape == drawn.shape
     assert (drawn[1:] != drawn[:-1]).any(axis=(1, 2, 3)).all()
@@ -125,7 +126,7 @@ def test_a_folder_has_each_clip_and_sheets_of_all(videos, tmp_path, capsys):
     samples = Matryoshka.load(videos).sample(classes="dog", n=2)
     found = decode(out / "001-dog.webp")
     np.testing.assert_array_equal(found.frames, samples.videos[1])
-    assert json.loads(found.comment)[sheet.SETTINGS_KEY]["seeds"] == [1]
+    assert found.settings["seeds"] == [1]
     assert len(decode(out / "levels.webp").frames) == len(decode(out / "grid.webp").frames)
     assert set(names(out)) - {"000-dog.webp", "001-dog.webp"} <= set(sheet.SHEETS)
     assert capsys.readouterr().out == f"2 clips in {out}, together in {out / 'grid.webp'}\n"
@@ -157,7 +158,7 @@ def test_previews_of_clips_move(videos, tmp_path):
     found = decode(path)
     assert len(found.frames) == FRAMES
     assert found.seconds == pytest.approx(FRAMES / 8)
-    assert json.loads(found.comment)[sheet.SETTINGS_KEY]["images_seen"] == 1234
+    assert found.settings["images_seen"] == 1234
 
 
 # --- pictures ----------------------------------------------------------------------------------

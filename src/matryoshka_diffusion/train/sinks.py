@@ -114,6 +114,8 @@ class TensorBoard:
     def __init__(self, folder: Path, config: RunConfig, images_seen: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        module = "tensorboard.compat.proto.summary_pb2"
+        self._proto: Any = require(module, "tensorboard", "--log tensorboard")
         # TensorBoard drops what earlier files say from this step on.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
 
@@ -124,8 +126,8 @@ class TensorBoard:
 
     def picture(self, name: str, path: Path, images_seen: int) -> None:
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
+        Summary: Any = self._proto.Summary
         with Image.open(path) as image:
             width, height = image.size
             moves = getattr(image, "is_animated", False)
