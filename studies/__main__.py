@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -15,25 +15,38 @@ from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
 from studies.queue import result_path, work
 from studies.run import SAMPLES, run
-from studies.table import read_results, summary
-from studies.trials import SETS, Trial, all_trials
+from studies.spread import read_results
+from studies.table import tables
+from studies.trials import Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
 PICTURES = ROOT / "docs" / "pictures" / "study"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and call."""
+    options = parse(arguments)
+    if options.command == "run" and options.workers > 1:
+        return _several(options)
+    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, in any order; leaves with status 2 if they make no sense."""
     parser = _parser()
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args(arguments)
     if (options.scale, options.samples) != (1.0, SAMPLES) and options.results == RESULTS:
         parser.error(
             "--scale and --samples make another study: give it its own --work and --results"
         )
-    if options.command == "run" and options.workers > 1:
-        return _several(options.workers)
-    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
+    tasks = [task.name for task in _tasks()] if options.names else []
+    for name in options.names:
+        if not any(chosen(task, [name]) for task in tasks):
+            parser.error(
+                f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
+            )
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +65,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
-    tasks = [*all_trials(options.scale), *all_drawings()]
-    return [task for task in tasks if chosen(task.name, options.names)]
+    return [task for task in _tasks(options.scale) if chosen(task.name, options.names)]
+
+
+@cache
+def _tasks(scale: float = 1.0) -> tuple[Trial | Drawing, ...]:
+    return (*all_trials(scale), *all_drawings())
 
 
 def chosen(name: str, wanted: Sequence[str]) -> bool:
@@ -90,15 +107,17 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    results = read_results(options.results)
-    print("\n\n".join(f"{name}\n\n{summary(results, name)}" for name in SETS))
+    print(tables(read_results(options.results)))
     return 0
 
 
-def _several(workers: int) -> int:
-    """The same command in several processes, which share the queue."""
-    command = [sys.executable, "-m", "studies", *sys.argv[1:], "--workers", "1"]
-    running = [subprocess.Popen(command) for _ in range(workers)]
+def _several(options: argparse.Namespace) -> int:
+    """The same run in several processes of one worker, which share the queue."""
+    alone = {**vars(options), "workers": 1}
+    words = [alone.pop("command"), *alone.pop("names")]
+    given = [f"--{name}={value}" for name, value in alone.items()]
+    command = [sys.executable, "-m", "studies", *words, *given]
+    running = [subprocess.Popen(command) for _ in range(options.workers)]
     return max(process.wait() for process in running)
 
 

@@ -1,59 +1,100 @@
-"""The paper's figures again, drawn from the results that are there."""
+"""The paper's figures again, drawn from the results that are there.
+
+Lines go through means over seeds; bands and bars reach from the lowest to the highest of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.eval.features import NAME
 from matryoshka_diffusion.files import write_atomically
-from studies.drawings import COARSE_NOISES, GUIDANCE
-from studies.table import Result, Spread, curve, distance, found_first, seeds_of
-from studies.trials import CHOICES, SETS, PictureSet
+from studies.drawings import SOLVERS
+from studies.groups import FAMILIES, GROUPS, NOISED, TITLES, Group
+from studies.spread import BASE, Results, Spread, curve, distance, found_first, seeds_of
+from studies.trials import SETS, PictureSet
 
-Results = Mapping[str, Result]
+DISTANCE = f"{NAME} ↓"  # lower is better
+MARKERS = "os^vDPX"
+_PANEL = (4.6, 4.1)  # inches
+_DPI = 150
 
-FAMILIES = {
-    "mdm": "MDM",
-    "joint": "MDM, no progressive training",
-    "levels-1": "simple DM",
-    "finest": "nested, finest loss only",
-    "cascade": "cascaded DM",
-    "latent": "latent DM (its codec comes on top)",
-    "codes": "MDM on codes (likewise)",
-}
-TITLES = {"fashion": "Fashion-MNIST 32", "emoji": "OpenMoji 64"}
-NOISED = {noise: f"cascade/noise-{noise:g}" for noise in COARSE_NOISES}
-_PANEL = (4.6, 3.6)
+Points = Sequence[tuple[float, Spread]]
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Draw every figure into `folder`; what has no result yet is left out of it."""
-    from matplotlib.figure import Figure
-
+    """Draw the figures that there are results for, with a panel for each set that has some."""
     paths = []
     for name, draw in FIGURES.items():
-        figure = Figure(figsize=(_PANEL[0] * len(SETS), _PANEL[1]), layout="constrained")
-        for axis, pictures in zip(figure.subplots(1, len(SETS)), SETS.values(), strict=True):
-            axis.set_title(TITLES[pictures.name])
-            draw(axis, results, pictures)
-        path = folder / f"{name}.png"
-        write_atomically(path, lambda file, figure=figure: figure.savefig(file, dpi=110))
-        paths.append(path)
+        there = [each for each in SETS.values() if _has_results(results, GROUPS[name], each)]
+        if there:
+            path = folder / f"{name}.png"
+            figure = _figure(results, GROUPS[name], draw, there)
+            write_atomically(path, lambda file, figure=figure: figure.savefig(file, dpi=_DPI))
+            paths.append(path)
     return paths
+
+
+def _has_results(results: Results, group: Group, pictures: PictureSet) -> bool:
+    """Whether there is more than the base, which nearly every group has."""
+    others = [variant for variant in group.variants(pictures).values() if variant != BASE]
+    return any(seeds_of(results, pictures.name, variant) for variant in others)
+
+
+def _figure(
+    results: Results,
+    group: Group,
+    draw: Callable[[Any, Results, PictureSet], None],
+    sets: Sequence[PictureSet],
+) -> Any:
+    """A panel for each set, under one title and over one legend."""
+    from matplotlib.figure import Figure
+
+    width, height = _PANEL
+    figure = Figure(figsize=(max(width * len(sets), 1.3 * width), height), layout="constrained")
+    figure.suptitle(group.title, fontsize=11)
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axis, pictures in zip(panels, sets, strict=True):
+        axis.set_title(TITLES[pictures.name], fontsize=10)
+        axis.grid(alpha=0.25)
+        draw(axis, results, pictures)
+    _legend(figure)
+    return figure
+
+
+def _legend(figure: Any) -> None:
+    """One legend below all panels, where it covers nothing."""
+    labelled = [axis.get_legend_handles_labels() for axis in figure.axes]
+    entries = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries,
+            loc="outside lower center",
+            ncols=3,
+            fontsize=9,
+            frameon=False,
+        )
+
+
+# --- the figures ---------------------------------------------------------------------------------
 
 
 def _families(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(a) Fig. 4: the distance along the training."""
-    for color, (variant, label) in enumerate(FAMILIES.items()):
+    for n, (label, variant) in enumerate(FAMILIES.items()):
         if found := seeds_of(results, pictures.name, variant):
-            _line(axis, curve(found, "share"), f"C{color}", label)
+            points = [(flops / 1e12, spread) for flops, spread in curve(found)]
+            _line(axis, points, n, label)
+            _band(axis, points, n)
             if variant == "cascade" and (best := _best_noise(results, pictures)):
-                axis.plot([1.0], [best], "*", color=f"C{color}", label="the same, best noise")
-    axis.set_xlabel("share of the training compute")
-    axis.set_ylabel(NAME)
-    _legend(axis)
+                at_best = "cascaded DM, at its best noise"
+                axis.plot(points[-1][0], best, "*", color=f"C{n}", label=at_best, markersize=11)
+    axis.set_xlim(left=0.0)
+    axis.set_xlabel("training compute (TFLOPs)")
+    _of_distances(axis)
 
 
 def _best_noise(results: Results, pictures: PictureSet) -> float | None:
@@ -62,66 +103,81 @@ def _best_noise(results: Results, pictures: PictureSet) -> float | None:
     return min((spread.mean for spread in spreads if spread is not None), default=None)
 
 
+def _numbers(name: str, axis: Any, results: Results, pictures: PictureSet) -> None:
+    """The final distance along a group whose values are numbers."""
+    variants = GROUPS[name].variants(pictures)
+    points = _finals(results, pictures, {float(x): v for x, v in variants.items()})
+    _line(axis, points, 0, "")
+    _bars(axis, points, 0)
+    for x, spread in points:
+        if variants[f"{x:g}"] == BASE:
+            label = "the base of the study"
+            axis.plot(x, spread.mean, "o", color="C0", fillstyle="none", markersize=11, label=label)
+    axis.set_xticks([float(x) for x in variants], list(variants))
+    axis.set_xlabel(GROUPS[name].varied)
+    axis.set_ylabel(DISTANCE)
+
+
 def _noise(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(a) Appendix D.1: the noise on the picture between a cascade's networks."""
-    _final(axis, results, pictures, NOISED)
-    axis.set_xlabel("time of the noise on the coarse picture")
+    _numbers("a-cascade-noise", axis, results, pictures)
 
 
 def _coarse(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(b) Fig. 8a: the share of compute that went to the coarsest level first."""
-    variants = {0.0: "joint", 0.25: "coarse-0.25", 0.5: "mdm", 0.75: "coarse-0.75"}
-    _final(axis, results, pictures, variants)
-    axis.set_xlabel("share of compute on the coarsest level alone")
+    _numbers("b-coarse-training", axis, results, pictures)
 
 
 def _levels(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(c) Fig. 8b: the number of nested levels."""
-    own = {"fashion": 2, "emoji": 3}[pictures.name]
-    names = ("levels-1", "levels-2", "levels-3", "levels-4")
-    variants = {float(n): "mdm" if n == own else name for n, name in enumerate(names, 1)}
-    _final(axis, results, pictures, variants)
-    axis.set_xlabel("levels")
-    axis.set_xticks(range(1, own + 2))
+    _numbers("c-levels", axis, results, pictures)
 
 
 def _guidance(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(d) Fig. 8c: guidance against the distance, and against retrieval where there are prompts."""
-    variants: dict[float, str] = {weight: f"mdm/guidance-{weight:g}" for weight in GUIDANCE}
-    _final(axis, results, pictures, variants)
-    axis.set_xlabel("guidance weight")
-    found = {w: found_first(seeds_of(results, pictures.name, v)) for w, v in variants.items()}
-    points = [(weight, spread) for weight, spread in found.items() if spread is not None]
-    if points:
+    _numbers("d-guidance", axis, results, pictures)
+    variants = GROUPS["d-guidance"].variants(pictures)
+    found = {
+        float(w): found_first(seeds_of(results, pictures.name, v)) for w, v in variants.items()
+    }
+    if points := [(weight, spread) for weight, spread in found.items() if spread is not None]:
+        axis.lines[0].set_label("distance")
         other = axis.twinx()
-        _line(other, points, "C1", "prompts found")
-        other.set_ylabel("share of prompts found")
+        _line(other, points, 1, "prompts found")
+        _bars(other, points, 1)
+        other.set_ylabel("share of prompts found ↑")
 
 
 def _solvers(axis: Any, results: Results, pictures: PictureSet) -> None:
     """(e): solver and steps."""
-    for color, (solver, steps) in enumerate(
-        {"ddpm": (250,), "ddim": (10, 25, 50), "dpmpp-2m": (10, 25, 50)}.items()
-    ):
-        variants: dict[float, str] = {n: f"mdm/{solver}-{n}" for n in steps}
-        _final(axis, results, pictures, variants, f"C{color}", solver)
+    samplers = dict.fromkeys(how["sampler"] for how in SOLVERS.values())
+    for n, sampler in enumerate(samplers):
+        mine = {how["steps"]: name for name, how in SOLVERS.items() if how["sampler"] == sampler}
+        variants = {float(steps): f"mdm/{name}" for steps, name in mine.items()}
+        points = _finals(results, pictures, variants)
+        _line(axis, points, n, sampler)
+        _bars(axis, points, n)
+    steps = sorted({how["steps"] for how in SOLVERS.values()})
     axis.set_xscale("log")
-    axis.set_xlabel("steps")
-    _legend(axis)
+    axis.set_xticks(steps, map(str, steps))
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("steps of the sampler (log scale)")
+    _of_distances(axis)
 
 
 def _choices(axis: Any, results: Results, pictures: PictureSet) -> None:
-    """(f): every open choice beside the base."""
-    names = ["mdm", *CHOICES, "mixed"]
-    rows = [(name, distance(seeds_of(results, pictures.name, name))) for name in names]
-    there = [(name, spread) for name, spread in reversed(rows) if spread is not None]
-    for row, (name, spread) in enumerate(there):
-        axis.barh(row, spread.mean, color="C0" if name == "mdm" else "0.7")
-        axis.plot([spread.low, spread.high], [row, row], color="k")
-    axis.set_yticks(
-        range(len(there)), ["x0-v_clipped (base)" if n == "mdm" else n for n, _ in there]
-    )
-    axis.set_xlabel(NAME)
+    """(f): every open choice, and how far from the base it leads."""
+    variants = GROUPS["f-choices"].variants(pictures)
+    rows = [(v, distance(seeds_of(results, pictures.name, v)), x) for x, v in variants.items()]
+    there = [(v, spread, x) for v, spread, x in reversed(rows) if spread is not None]
+    for row, (variant, spread, _) in enumerate(there):
+        color = "C0" if variant == BASE else "0.3"
+        axis.plot([spread.low, spread.high], [row, row], color=color)
+        axis.plot(spread.mean, row, "o", color=color)
+        if variant == BASE:
+            axis.axvline(spread.mean, color=color, linestyle=":", label="the base of the study")
+    axis.set_yticks(range(len(there)), [x for *_, x in there])
+    axis.set_xlabel(DISTANCE)
 
 
 FIGURES: dict[str, Callable[[Any, Results, PictureSet], None]] = {
@@ -135,30 +191,46 @@ FIGURES: dict[str, Callable[[Any, Results, PictureSet], None]] = {
 }
 
 
-def _final(
-    axis: Any,
-    results: Results,
-    pictures: PictureSet,
-    variants: Mapping[float, str],
-    color: str = "C0",
-    label: str = "",
-) -> None:
-    """A line through the final distances of variants."""
+# --- their parts ---------------------------------------------------------------------------------
+
+
+def _finals(results: Results, pictures: PictureSet, variants: Mapping[float, str]) -> Points:
+    """The final distances of the variants that have results."""
     found = {x: distance(seeds_of(results, pictures.name, v)) for x, v in variants.items()}
-    points = [(x, spread) for x, spread in found.items() if spread is not None]
-    if points:
-        _line(axis, points, color, label)
-    axis.set_ylabel(NAME)
+    return [(x, spread) for x, spread in found.items() if spread is not None]
 
 
-def _line(axis: Any, points: list[tuple[float, Spread]], color: str, label: str) -> None:
-    """The means as a line, the range over seeds as a band."""
-    x = [where for where, _ in points]
-    axis.plot(x, [s.mean for _, s in points], "o-", color=color, label=label, markersize=4)
-    low, high = ([getattr(s, end) for _, s in points] for end in ("low", "high"))
-    axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+def _line(axis: Any, points: Points, n: int, label: str) -> None:
+    """The n-th line of a panel, through the means."""
+    x, means = [x for x, _ in points], [spread.mean for _, spread in points]
+    axis.plot(x, means, color=f"C{n}", marker=MARKERS[n], markersize=5, label=label)
 
 
-def _legend(axis: Any) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
+def _band(axis: Any, points: Points, n: int) -> None:
+    """The range over seeds all along a line."""
+    axis.fill_between(*_ranges(points), color=f"C{n}", alpha=0.15, linewidth=0)
+
+
+def _bars(axis: Any, points: Points, n: int) -> None:
+    """The range over seeds at each point, where points differ in the number of seeds."""
+    axis.vlines(*_ranges(points), color=f"C{n}", linewidth=1)
+
+
+def _ranges(points: Points) -> tuple[list[float], list[float], list[float]]:
+    """Where the points are, and the lowest and the highest over seeds there."""
+    return (
+        [x for x, _ in points],
+        [spread.low for _, spread in points],
+        [spread.high for _, spread in points],
+    )
+
+
+def _of_distances(axis: Any) -> None:
+    """A vertical axis for distances of different orders."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(MaxNLocator(6))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylabel(f"{DISTANCE} (log scale)")

@@ -1,113 +1,116 @@
-"""The results that are there, as numbers over seeds."""
+"""The groups of results as Markdown, for docs/results.md."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
 
 from matryoshka_diffusion.eval.features import NAME
+from studies.groups import GROUPS, TITLES, Group
+from studies.spread import (
+    BASE,
+    Result,
+    Results,
+    Spread,
+    against_base,
+    by_seed,
+    distance,
+    found_first,
+    seeds_of,
+)
+from studies.trials import SETS, PictureSet
 
-Result = dict[str, Any]
-
-
-class Spread(NamedTuple):
-    """A number over seeds: the mean, and the lowest and highest that it is of."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
-        return Spread(fmean(values), min(values), max(values), len(values))
-
-    def __str__(self) -> str:
-        if self.count == 1:
-            return f"{self.mean:.3g}"
-        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g}, {self.count} seeds)"
-
-
-def read_results(folder: Path) -> dict[str, Result]:
-    """Every result by the name of its task; of those that failed, only that they did."""
-    found = (json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/*.json")))
-    return {result["task"]: result for result in found}
-
-
-def seeds_of(results: Mapping[str, Result], pictures: str, variant: str) -> list[Result]:
-    """The results of a variant, `mdm` or `mdm/ddim-10`, over its seeds that did not fail."""
-    name, *setting = variant.split("/")
-    return [
-        result
-        for task, result in results.items()
-        if task.split("/")[:2] == [pictures, name]
-        and task.split("/")[3:] == setting
-        and "failed" not in result
-    ]
-
-
-def distance(results: Sequence[Result]) -> Spread | None:
-    """The final distance over seeds."""
-    values = [
-        result["points"][-1][NAME] if "points" in result else result[NAME] for result in results
-    ]
-    return Spread.of(values) if values else None
-
-
-def found_first(results: Sequence[Result]) -> Spread | None:
-    """The share of prompts whose picture is the nearest, over seeds."""
-    values = [x["prompts_found"] for x in results if x["prompts_found"] is not None]
-    return Spread.of(values) if values else None
-
-
-def curve(results: Sequence[Result], of: str) -> list[tuple[float, Spread]]:
-    """The distance along the training, against `of` a point: `share`, `images` or `seconds`."""
-    shares = sorted({point["share"] for result in results for point in result["points"]})
-    line = []
-    for share in shares:
-        points = [p for result in results for p in result["points"] if p["share"] == share]
-        where = fmean(point[of] for point in points)
-        line.append((where, Spread.of([point[NAME] for point in points])))
-    return line
-
-
+FAILED = "failed: not finite"
 OTHER_LOSSES = ("levels-", "shift-power-", "finest")
 """Variants whose losses are not those of the others: another number of levels, of other noise, or
 of predictions that nobody trained."""
 
+Row = dict[str, str]
 
-def summary(results: Mapping[str, Result], pictures: str) -> str:
-    """A table of all trials of a set, for docs/results.md."""
-    variants = dict.fromkeys(task.split("/")[1] for task in results if task.startswith(pictures))
-    rows = []
-    for variant in variants:
-        found = seeds_of(results, pictures, variant)
-        if (spread := distance(found)) is not None:
-            row = (
-                variant,
-                spread,
-                found_first(found) or "",
-                "" if variant.startswith(OTHER_LOSSES) else _losses(found),
-                f"{sum(found[0]['parameters']) / 1e6:.2g} M",
-                f"{fmean(x['seconds'] for x in found):.0f}",
-            )
-            rows.append(row)
-    rows.sort(key=lambda row: row[1].mean)
-    header = ("variant", NAME, "prompts found", "held-out losses", "parameters", "seconds")
-    return _markdown(header, rows)
+
+def tables(results: Results) -> str:
+    """A section for each group, in it a table for each set of pictures that has results of it."""
+    sections = []
+    for group in GROUPS.values():
+        parts = [part for each in SETS.values() if (part := table(results, group, each))]
+        if parts:
+            sections.append("\n\n".join([f"### {group.title}", *parts]))
+    return "\n\n".join(sections)
+
+
+def table(results: Results, group: Group, pictures: PictureSet) -> str:
+    """What was measured, and a row for each variant that has a result; empty if only the base has.
+
+    Numbers are means over seeds, with the range of the distances. A column that no row fills is
+    left out.
+    """
+    there = {
+        value: variant
+        for value, variant in group.variants(pictures).items()
+        if by_seed(results, pictures.name, variant)
+    }
+    if not {*there.values()} - {BASE}:
+        return ""
+    rows = [_row(results, group, pictures, *each) for each in there.items()]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    head = ": ".join([TITLES[pictures.name], *_metrics(results, pictures, [*there.values()])])
+    return "\n".join([head, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _row(results: Results, group: Group, pictures: PictureSet, value: str, variant: str) -> Row:
+    done = seeds_of(results, pictures.name, variant)
+    failed = len(by_seed(results, pictures.name, variant)) - len(done)
+    change = against_base(results, pictures.name, variant)
+    final, found = distance(done), found_first(done)
+    return {
+        group.varied: value,
+        NAME: FAILED if final is None else told(final),
+        "against the base": "the base" if variant == BASE else _told_change(change),
+        "seeds": f"{len(done)}, {failed} {FAILED}" if done and failed else str(len(done) + failed),
+        "prompts found": "" if found is None else told(found),
+        "held-out loss": "" if variant.startswith(OTHER_LOSSES) else _losses(done),
+        "parameters": _parameters(done),
+        "wall seconds": f"{fmean(x['seconds'] for x in done):,.0f}" if done else "",
+    }
+
+
+def _told_change(change: Spread | None) -> str:
+    """A change in per cent, with the range where there are several seeds.
+
+    >>> _told_change(Spread(0.05, -0.011, 0.1, 2)), _told_change(Spread(-0.2, -0.2, -0.2, 1))
+    ('+5.0% (-1.1 to +10.0)', '-20.0%')
+    """
+    if change is None:
+        return ""
+    mean, low, high = (f"{100 * x:+.1f}" for x in change[:3])
+    return f"{mean}%" if change.count == 1 else f"{mean}% ({low} to {high})"
 
 
 def _losses(results: Sequence[Result]) -> str:
     """The held-out loss at each side, the mean over seeds."""
-    told = [result["held_out_loss"] for result in results if result["held_out_loss"]]
-    sides = told[0] if told else ()
-    return ", ".join(f"{side}: {fmean(loss[side] for loss in told):.3g}" for side in sides)
+    losses = [each for x in results if (each := x.get("held_out_loss"))]
+    sides = losses[0] if losses else ()
+    return ", ".join(f"{side}: {fmean(loss[side] for loss in losses):.3g}" for side in sides)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def _parameters(results: Sequence[Result]) -> str:
+    """Of each network that was trained; drawings train none."""
+    counts = results[0].get("parameters", ()) if results else ()
+    return " + ".join(f"{count / 1e6:.2g} M" for count in counts)
+
+
+def _metrics(results: Results, pictures: PictureSet, variants: Sequence[str]) -> list[str]:
+    """What the distances of the variants are."""
+    found = [x["metric"] for each in variants for x in seeds_of(results, pictures.name, each)]
+    return list(dict.fromkeys(found))
+
+
+def told(spread: Spread) -> str:
+    """The mean, and the range where there are several seeds.
+
+    >>> told(Spread(2.0, 1.0, 3.5, 2)), told(Spread(1234.5, 1234.5, 1234.5, 1))
+    ('2 (1 to 3.5)', '1,234')
+    """
+    mean, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}" for x in spread[:3])
+    return mean if spread.count == 1 else f"{mean} ({low} to {high})"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import cli, gallery, job
+from matryoshka_diffusion import cli, cli_options, gallery, job
 from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.hooks import Preview
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -41,9 +41,9 @@ def model(tmp_path_factory):
 
 
 def test_the_choices_are_those_of_the_library():
-    assert set(cli.SAMPLERS) == set(SAMPLERS)
-    assert set(cli.GRIDS) == set(GRIDS)
-    assert set(cli.THRESHOLDS) == set(THRESHOLDS)
+    assert set(cli_options.SAMPLERS) == set(SAMPLERS)
+    assert set(cli_options.GRIDS) == set(GRIDS)
+    assert set(cli_options.THRESHOLDS) == set(THRESHOLDS)
 
 
 def test_sample_writes_pictures_a_grid_and_all_levels_with_their_settings(model, tmp_path, capsys):

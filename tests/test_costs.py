@@ -49,6 +49,11 @@ def test_a_network_in_training_takes_five_times_its_weights_and_adapters_less():
 PAPER = {
     "imagenet-64": ["300,000 steps of 512"],
     "imagenet-256": ["300,000 steps of 512", "500,000 steps of 256"],
+    "webvid-16x256": [
+        "500,000 steps of 2,048",
+        "500,000 steps of 512",
+        "300,000 steps of 128",
+    ],
     "cc12m-256": ["500,000 steps of 2,048", "500,000 steps of 1,024"],
     "cc12m-1024": ["500,000 steps of 2,048", "500,000 steps of 1,024", "100,000 steps of 768"],
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion import cli, job, terminal
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, UsageError, override, to_yaml
 from matryoshka_diffusion.info import describe
@@ -342,7 +342,7 @@ def test_embed_stores_what_training_then_reads(tmp_path, own_cache, tiny_t5, cap
     folder = photos(tmp_path / "photos", captions=("a jay", "red", "a jay", "blue"))
     config = text_config(folder, "nowhere", precision="fp32")
     (tmp_path / "mine.yaml").write_text(to_yaml(config))
-    monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
     embed = ["embed", str(tmp_path / "mine.yaml"), "--text-encoder", str(tiny_t5)]
     assert cli.main(embed) == 0
     said = capsys.readouterr()

@@ -49,6 +49,7 @@ def _shrunk_level(level: LevelConfig, divisor: int) -> LevelConfig:
             "widths": (64,) * len(level.widths),
             "blocks": tuple(min(count, 1) for count in level.blocks),
             "attention": tuple(min(count, 1) for count in level.attention),
+            "frame_attention": tuple(min(count, 1) for count in level.frame_attention),
         }
     )
 

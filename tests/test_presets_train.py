@@ -47,8 +47,9 @@ class Smooth:
         side, channels = self.model.levels[-1].side, self.model.channels
         coarse = [normal(0, "picture", n, shape=(channels, 2, 2)).clamp(-1, 1) for n in ids]
         picture = torch.nn.functional.interpolate(torch.stack(coarse), size=(side, side))
+        frames = [picture.roll(n, dims=3) for n in range(self.model.levels[-1].frames or 0)]
         return Batch(
-            picture=picture,
+            picture=torch.stack(frames, dim=2) if frames else picture,
             captions=tuple(f"picture {n}" for n in ids),
             labels=torch.tensor([n % self.model.classes for n in ids])
             if self.model.classes
@@ -95,4 +96,4 @@ def test_a_shrunk_preset_trains_grows_and_samples(
         given = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
     samples = model.sample(prompts, classes=classes, coarse=given, steps=1)
     sides = [level.side * config.pixels_per_side for level in config.model.levels]
-    assert [tuple(level.shape[1:3]) for level in samples.levels] == [(s, s) for s in sides]
+    assert [tuple(level.shape[-3:-1]) for level in samples.levels] == [(s, s) for s in sides]

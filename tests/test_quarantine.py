@@ -190,8 +190,8 @@ def test_what_is_restored_is_neither_read_nor_told_again(shard, monkeypatch):
     again.quarantine.restore(json.loads(json.dumps(first.quarantine.state())))
     assert again.bad == first.bad
     assert isinstance(again, encoded.PicturesOnDemand)
-    read, whole = [], again._read
-    monkeypatch.setattr(again, "_read", lambda n, *how: read.append(n) or whole(n, *how))
+    read, whole = [], again._load
+    monkeypatch.setattr(again, "_load", lambda n: read.append(n) or whole(n))
     assert again[3].key == stand_in == "s.tar:05"
     assert read == [5]
     assert Part(again, [3, 4, 5])[0].key == stand_in

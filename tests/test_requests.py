@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluating import WIDTH, Look, looks, make_inception, make_run, model, source
-from matryoshka_diffusion import cli
+from matryoshka_diffusion import cli, cli_eval
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.features import weights_hash
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
@@ -463,6 +463,7 @@ def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
     ("options", "message"),
     [
         (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
+        (["--batch-size", "8", "--cfg", "2"], "leave batch_size, guidance away"),
         (["--side", "32"], "pictures of one side, which is compared: leave --side away"),
     ],
 )
@@ -493,4 +494,4 @@ def test_eval_refuses_in_one_line(run, options, message, capsys):
 
 
 def test_the_protocols_of_the_command_are_those_of_the_library():
-    assert set(cli.PROTOCOLS) == set(requests.PROTOCOLS)
+    assert set(cli_eval.PROTOCOLS) == set(requests.PROTOCOLS)

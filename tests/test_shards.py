@@ -21,9 +21,9 @@ from matryoshka_diffusion.data import blobs, encoded, shard_index, tar
 from matryoshka_diffusion.data.batch import Pictures, Source
 from matryoshka_diffusion.data.check import contact_sheet, describe
 from matryoshka_diffusion.data.encoded import PicturesOnDemand
-from matryoshka_diffusion.data.images import read_picture
+from matryoshka_diffusion.data.images import PICTURES, read_picture
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.shards import shards
+from matryoshka_diffusion.data.shards import sharded, shards
 from matryoshka_diffusion.data.sources import absolute, kind_of, open_source
 from matryoshka_diffusion.files import MissingExtra
 
@@ -330,7 +330,7 @@ def test_indexing_reads_headers_and_not_pictures(tmp_path):
 def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     path = write(tmp_path / "s.tar", captioned(3))
     shards(str(path), 16, 0.0)
-    monkeypatch.setattr("matryoshka_diffusion.data.shards.decode_picture", None)
+    monkeypatch.setattr("matryoshka_diffusion.data.encoded.decode_picture", None)
     assert (shards(str(path), 16, 0.0)[1].picture == COLOURS[1]).all()
 
 
@@ -671,10 +671,9 @@ def test_huge_pictures_inside_are_refused_before_they_are_decoded(tmp_path, monk
         str(write(tmp_path / "s.tar", [("bomb.png", bomb), ("a.png", encode())])), 16, 1.0
     )
     assert keys(source) == ["s.tar:a"]
-    monkeypatch.setattr(shard_index, "MAX_BYTES", 100)
     write(tmp_path / "t.tar", [("large.png", bytes(101))])
-    with pytest.raises(ValueError, match=r"t\.tar:large: its picture is too large"):
-        shards(str(tmp_path / "t.tar"), 16, 1.0)
+    [large] = sharded(str(tmp_path / "t.tar"), PICTURES._replace(max_bytes=100)).samples
+    assert large.flaw == "its picture is too large"
 
 
 # --- files elsewhere -------------------------------------------------------------------------

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from studies.__main__ import main, parse
 from studies.compute import images_at, spent, with_budget
 from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
+from studies.groups import GROUPS
 from studies.queue import claimed, result_path, work
 from studies.run import measured_at, run
-from studies.table import Spread, distance, read_results, seeds_of, summary
+from studies.spread import Spread, against_base, curve, distance, read_results, seeds_of
+from studies.table import table, tables
 from studies.trials import SETS, Trial, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig, override
@@ -122,6 +126,45 @@ def test_a_task_that_fails_is_told_of_and_the_others_go_on(tmp_path):
     assert [path.name for path in (tmp_path / "results" / "set").iterdir()] == ["good-0.json"]
 
 
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run emoji/mdm/0 fashion/ --workers 2 --work w",
+        "run --workers 2 emoji/mdm/0 --work w fashion/",
+        "--work w run --workers=2 emoji/mdm/0 fashion/",
+        "--workers 2 --work w run emoji/mdm/0 fashion/",
+        "run --workers 2 --work w -- emoji/mdm/0 fashion/",
+    ],
+)
+def test_workers_are_given_what_was_asked_for_in_any_order(arguments, monkeypatch):
+    started = []
+
+    class Worker:
+        def __init__(self, command: list[str]) -> None:
+            assert command[1:3] == ["-m", "studies"]
+            started.append(parse(command[3:]))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Worker)
+    assert main(arguments.split()) == 0
+    alone = parse(["run", "emoji/mdm/0", "fashion/", "--work", "w"])
+    assert alone.workers == 1
+    assert started == [alone, alone]
+
+
+@pytest.mark.parametrize("name", ["emoji/mdn/0", "emoji", "cats/"])
+def test_a_name_that_nothing_has_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["run", "emoji/mdm/0", name])
+    assert left.value.code == 2
+    assert f"{name}: no trial" in capsys.readouterr().err
+
+
 # --- one trial, whole ----------------------------------------------------------------------------
 
 
@@ -145,7 +188,7 @@ def small_trial(tmp_path: Path) -> Trial:
     return Trial("emoji/mdm/0", made, points=(0.1, 1.0))
 
 
-def test_a_trial_is_trained_measured_drawn_from_and_plotted(small_trial, tmp_path):
+def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     drawing = Drawing("emoji/mdm/0/ddim-10", {"sampler": "ddim", "steps": 2, "guidance": [1.0]})
     results, locks = tmp_path / "results", tmp_path / "locks"
     tasks = [small_trial, drawing]
@@ -164,13 +207,9 @@ def test_a_trial_is_trained_measured_drawn_from_and_plotted(small_trial, tmp_pat
     assert drawn["settings"]["sampler"] == "ddim"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
 
-    row = summary(told, "emoji").splitlines()[-1]
-    assert row.startswith("| mdm | ")
-    paths = draw_all(told, tmp_path / "plots")
-    assert [path.stem for path in paths] == list(FIGURES)
-    for path in paths:
-        with Image.open(path) as picture:
-            assert picture.width > 600
+    (path,) = draw_all(told, tmp_path / "plots")
+    assert path.name == "e-solvers.png"
+    assert [line.split(" | ")[0] for line in tables(told).splitlines()[-1:]] == ["| ddim-10"]
 
 
 def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
@@ -179,6 +218,9 @@ def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
     assert once["held_out_loss"] == again["held_out_loss"]
     other = replace(small_trial, config=override(small_trial.config, ["train.seed=1"]))
     assert run(other, tmp_path / "other", 4)["points"][0][NAME] != once["points"][0][NAME]
+
+
+# --- what came out -------------------------------------------------------------------------------
 
 
 def test_spread_and_seeds():
@@ -190,8 +232,121 @@ def test_spread_and_seeds():
     assert distance(seeds_of(results, "fashion", "mdm")) == Spread(2.0, 1.0, 3.0, 2)
     assert distance(seeds_of(results, "fashion", "mdm/ddim-10")) == Spread(7.0, 7.0, 7.0, 1)
     assert distance(seeds_of(results, "emoji", "mdm")) is None
-    assert str(Spread(2.0, 1.0, 3.0, 2)) == "2 (1 to 3, 2 seeds)"
     assert set(SETS) == {"fashion", "emoji"}
+
+
+def finished(*finals: float | None, losses: dict[str, float] | None = None) -> list[dict]:
+    """The results of a trial's seeds by their final distances; None: it failed."""
+    return [
+        {"failed": "step 9: the loss is not finite"}
+        if final is None
+        else {
+            "parameters": [7_200_000],
+            "flops": 2e12,
+            "seconds": 600.0 + seed,
+            "metric": "FD, 4 samples",
+            "points": [{"share": share, NAME: final / share} for share in (0.5, 1.0)],
+            "prompts_found": 0.25 * seed,
+            "held_out_loss": losses,
+        }
+        for seed, final in enumerate(finals)
+    ]
+
+
+def named(trials: dict[str, list[dict]]) -> dict[str, dict]:
+    """Results by task, of a set's variants."""
+    return {
+        f"{name}/{seed}": {"task": f"{name}/{seed}", **found}
+        for name, results in trials.items()
+        for seed, found in enumerate(results)
+    }
+
+
+def test_a_table_compares_with_the_base_of_the_same_seed_and_says_what_failed():
+    results = named(
+        {
+            "emoji/mdm": finished(100.0, 200.0, 600.0, losses={"16": 0.5, "64": 0.25}),
+            "emoji/x0-v": finished(110.0, 210.0, losses={"16": 0.25, "64": 0.125}),
+            "emoji/v-v": finished(50.0, None),
+            "emoji/eps-eps": finished(None),
+            "emoji/shift-power-1": finished(1500.0, losses={"16": 0.1, "64": 0.1}),
+        }
+    )
+    assert against_base(results, "emoji", "x0-v") == pytest.approx((0.075, 0.05, 0.1, 2))
+    head, _, columns, _, *rows = table(results, GROUPS["f-choices"], SETS["emoji"]).splitlines()
+    assert head == "OpenMoji 64: FD, 4 samples"
+    assert columns == (
+        f"| choice | {NAME} | against the base | seeds | prompts found | held-out loss | "
+        "parameters | wall seconds |"
+    )
+    assert rows == [
+        "| x0-v_clipped | 300 (100 to 600) | the base | 3 | 0.25 (0 to 0.5) | 16: 0.5, 64: 0.25 | "
+        "7.2 M | 601 |",
+        "| x0-v | 160 (110 to 210) | +7.5% (+5.0 to +10.0) | 2 | 0.125 (0 to 0.25) | "
+        "16: 0.25, 64: 0.125 | 7.2 M | 600 |",
+        "| v-v | 50 | -50.0% | 1, 1 failed: not finite | 0 |  | 7.2 M | 600 |",
+        "| eps-eps | failed: not finite |  | 1 |  |  |  |  |",
+        "| shift-power-1 | 1,500 | +1400.0% | 1 | 0 |  | 7.2 M | 600 |",
+    ]
+
+
+def test_tables_leave_out_what_nothing_is_known_of():
+    results = named({"fashion/mdm": finished(3.0), "emoji/mdm": finished(3.0)})
+    assert tables(results) == "", "there is nothing to compare the base with"
+    for result in results.values():
+        result["prompts_found"] = None
+    told = tables(results | named({"fashion/finest": finished(4.0)}))
+    assert told.startswith("### (a) Families")
+    assert "Fashion-MNIST" in told
+    assert "OpenMoji" not in told
+    told = tables(results | named({"fashion/eps-eps": finished(None)}))
+    assert "prompts found" not in told
+
+
+def test_a_curve_is_along_the_compute():
+    line = curve(finished(10.0, 30.0))
+    assert line == [(1e12, Spread(40.0, 20.0, 60.0, 2)), (2e12, Spread(20.0, 10.0, 30.0, 2))]
+
+
+def everything(pictures: str) -> dict[str, dict]:
+    """Results of all that a set's groups compare, of two seeds."""
+    variants = {v for group in GROUPS.values() for v in group.variants(SETS[pictures]).values()}
+    found = {}
+    for n, variant in enumerate(sorted(variants)):
+        name, *setting = variant.split("/")
+        for seed, result in enumerate(finished(100.0 + n, 120.0 + n)):
+            if setting:
+                result = {NAME: result.pop("points")[-1][NAME], **result}
+            task = "/".join([pictures, name, str(seed), *setting])
+            found[task] = {"task": task, **result}
+    return found
+
+
+def test_every_figure_has_a_panel_for_each_set_with_results_and_its_legend_below(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_all(everything("emoji"), tmp_path)
+    draw_all(everything("emoji") | everything("fashion"), tmp_path)
+    titles = [[x.get_title() for x in figure.axes if x.get_title()] for figure in drawn]
+    assert titles[: len(FIGURES)] == [["OpenMoji 64"]] * len(FIGURES)
+    assert titles[len(FIGURES) :] == [["Fashion-MNIST 32", "OpenMoji 64"]] * len(FIGURES)
+    for figure in drawn:
+        figure.draw_without_rendering()  # lays it out
+        panels = [axis.get_window_extent() for axis in figure.axes]
+        assert all(axis.get_xlabel() or axis.get_ylabel() for axis in figure.axes)
+        assert not any(axis.get_legend() for axis in figure.axes)
+        for legend in figure.legends:
+            top = legend.get_window_extent().y1
+            assert all(top < panel.y0 for panel in panels)
+    assert [len(figure.legends) for figure in drawn[: len(FIGURES)]] == [1, 0, 1, 1, 1, 1, 1]
+
+
+def test_figures_are_wide_enough_to_read(tmp_path):
+    for path in draw_all(everything("emoji"), tmp_path):
+        with Image.open(path) as picture:
+            assert picture.width >= 850
 
 
 # --- other families ------------------------------------------------------------------------------

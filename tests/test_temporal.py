@@ -15,7 +15,7 @@ from matryoshka_diffusion.nn import temporal
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
-from matryoshka_diffusion.presets import outer, s64
+from matryoshka_diffusion.presets import s64, t16, t16s256
 from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
 
 ROWS, FRAMES = 3, 4
@@ -69,7 +69,8 @@ def run(net: NestedUNet, z: Pyramid) -> Pyramid:
 
 
 def test_16_frames_around_s64_are_the_papers_s64t16():
-    level = next_frames(s64(text=True), 16)
+    level = t16()
+    assert next_frames(s64(text=True), 16) == level
     assert level.frames == 16
     assert [level.frames_at(index) for index in range(5)] == [16, 8, 4, 2, 1]
     assert level.widths == (256,) * 5
@@ -81,9 +82,11 @@ def test_16_frames_around_s64_are_the_papers_s64t16():
 
 
 def test_256_pixels_around_s64t16_are_the_papers_s64t16s256():
-    level = next_level(next_frames(s64(text=True), 16), 256)
-    papers = outer(256, (64, 128, 256), power=1.0)
-    assert level == papers.model_copy(update={"frames": 16, "shift_ratio": 16.0})
+    level = next_level(t16(), 256)
+    assert level == t16s256()
+    assert level.widths == (64, 128, 256)
+    assert level.blocks == (2, 2, 1)
+    assert (level.shift_ratio, level.shift_power) == (16.0, 1.0)
     assert (level.core_side, level.core_frames) == (64, 16)
 
 

@@ -20,6 +20,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.batch import Batch
 from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.trainer import train
@@ -146,8 +147,15 @@ def test_videos_are_of_video_models_and_pictures_of_picture_levels(image_run: Pa
 
 
 def test_info_shows_frames(video_run: Path):
+    """Of each level its size; of each width its frames and its attention over them (Appendix A)."""
     lines = describe(job.find_config(str(video_run), None, [])).splitlines()
     assert [line.split()[1] for line in lines[2:4]] == ["8x8", "4x8x8"]
+    header, inner, moving, fine = describe(preset("webvid-16x256")).splitlines()[1:5]
+    frames, over = header.index("frames"), header.index("attention over")
+    end = over + len("attention over them")
+    cells = [(line[frames:over].strip(), line[over:end].strip()) for line in (inner, moving, fine)]
+    assert cells == [("", ""), ("16 8 4 2 1", "1 1 1 1 0"), ("16 16 16", "0 0 0")]
+    assert "frames" not in describe(preset("cc12m-64"))
 
 
 def test_what_is_for_pictures_is_refused_for_clips(video_run: Path):

@@ -46,7 +46,17 @@ SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
 Crop = Literal["centre", "random"]
-SourceName = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
+ClipStart = Literal["start", "fixed", "random"]
+SourceName = Literal[
+    "openmoji",
+    "fashion-mnist",
+    "folder",
+    "shards",
+    "parquet",
+    "datasets",
+    "clips",
+    "fluent-emoji",
+]
 EncoderName = Literal["minilm", "t5"]
 
 
@@ -352,6 +362,12 @@ class DataConfig(Strict):
     time a picture is shown. `augment` is the share of pictures that each geometric transformation
     happens to; a network that is not told of it would draw such pictures. `held_out` is the share
     of pictures that are not trained on, whose loss is logged.
+
+    Of a video, a clip is every `frame_stride`-th frame, after it was brought to `fps` frames per
+    second (None: as it is). `clip` is where it begins: at the start of the video, at one random
+    place for each video, or somewhere else each time it is shown. A model of pictures is shown the
+    first frame of such a clip of `clip_frames` frames; for a model of clips, its finest level says
+    how many there are.
     """
 
     source: SourceName
@@ -364,6 +380,10 @@ class DataConfig(Strict):
     pixels: Pixels = "symmetric"
     max_bad_fraction: Share = 0.01
     held_out: BelowOne = 0.0
+    frame_stride: PositiveInt = 4
+    fps: PositiveFloat | None = None
+    clip: ClipStart = "random"
+    clip_frames: PositiveInt = 16
 
 
 class CodecConfig(Strict):

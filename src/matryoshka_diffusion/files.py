@@ -19,6 +19,7 @@ from typing import BinaryIO
 from matryoshka_diffusion.config import ConfigError
 
 _STALE_SECONDS = 3600.0
+_DIGITS = 13  # hexadecimal ones that a float holds exactly
 
 
 class MissingExtra(ImportError):
@@ -154,6 +155,11 @@ def _missing(module: str, extra: str, purpose: str, reason: str) -> MissingExtra
 def digest(text: str) -> str:
     """32 hexadecimal digits that stand for `text` in the names of cached files."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1) that belongs to `text`."""
+    return int(digest(text)[:_DIGITS], 16) / 16**_DIGITS
 
 
 def refuse_full(out: Path) -> None:

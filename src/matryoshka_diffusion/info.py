@@ -20,7 +20,9 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.released import read_released
 from matryoshka_diffusion.schedule import build_schedules
 
-HEADER = ("level", "size", "widths", "blocks", "attention", "parameters", "GFLOP", "log-SNR(0.5)")
+WORDS = ("level", "size", "widths", "blocks", "attention")
+OF_CLIPS = ("frames", "attention over them")
+NUMBERS = ("parameters", "GFLOP", "log-SNR(0.5)")
 
 
 def describe(config: RunConfig) -> str:
@@ -29,7 +31,9 @@ def describe(config: RunConfig) -> str:
     with torch.device("meta"):
         net = NestedUNet(model)
     flops = [forward_flops(model, count) for count in range(1, len(model.levels) + 1)]
-    rows: list[tuple[str, ...]] = [HEADER]
+    moves = any(level.frames for level in model.levels)
+    words = WORDS + OF_CLIPS * moves
+    rows: list[tuple[str, ...]] = [words + NUMBERS]
     half = torch.tensor([0.5], dtype=torch.float64)
     for place, (level, schedule) in enumerate(
         zip(model.levels, build_schedules(model), strict=True)
@@ -41,6 +45,7 @@ def describe(config: RunConfig) -> str:
                 _size(level),
                 _widths(level),
                 *(_list(values) for values in (level.blocks, level.attention)),
+                *(_list(values) for values in _over_time(level) if moves),
                 f"{count_parameters(net.levels[place]):,}",
                 f"{own_flops / 1e9:.2f}",
                 f"{schedule.log_snr(half).item():+.2f}",
@@ -48,12 +53,16 @@ def describe(config: RunConfig) -> str:
         )
     shared = count_parameters(net.conditioner)
     if shared:
-        rows.append(("shared", _condition(model), "", "", "", f"{shared:,}", "", ""))
+        rows.append(_padded(("shared", _condition(model)), words, f"{shared:,}", "", ""))
     total = count_parameters(net)
-    rows.append(("total", "", "", "", "", f"{total:,}", f"{flops[-1] / 1e9:.2f}", ""))
-    return "\n".join(
-        [f"{config.name}: {total / 1e6:.1f} M parameters", *_align(rows), *_about(config)]
-    )
+    rows.append(_padded(("total",), words, f"{total:,}", f"{flops[-1] / 1e9:.2f}", ""))
+    table = _align(rows, words=len(words))
+    return "\n".join([f"{config.name}: {total / 1e6:.1f} M parameters", *table, *_about(config)])
+
+
+def _padded(cells: tuple[str, ...], words: tuple[str, ...], *numbers: str) -> tuple[str, ...]:
+    """A row with little to say in words."""
+    return (*cells, *[""] * (len(words) - len(cells)), *numbers)
 
 
 def describe_released(path: Path) -> str:
@@ -114,8 +123,10 @@ def _data_needed(config: RunConfig, pictures: int | None) -> str:
     model, images = config.model, config.train.images
     beside = "captions" if model.text else "classes" if model.classes else "nothing"
     epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
+    frames = config.data_frames
+    shown = "pictures" if frames is None else f"clips of {frames} frames"
     return (
-        f"data: pictures of {config.data_side} pixels or more, with {beside} beside them; "
+        f"data: {shown} of {config.data_side} pixels or more, with {beside} beside them; "
         f"{images:,} are seen{epochs}"
     )
 
@@ -139,6 +150,14 @@ def _widths(level: LevelConfig) -> str:
     first, *others = level.widths
     steps = (f"{'=' if level.stride(n) == 1 else ''}{wide}" for n, wide in enumerate(others))
     return " ".join([str(first), *steps])
+
+
+def _over_time(level: LevelConfig) -> tuple[Sequence[int], Sequence[int]]:
+    """Of each width, its frames and its layers of attention over them; nothing of pictures."""
+    if level.frames is None:
+        return (), ()
+    steps = range(len(level.widths))
+    return [level.frames_at(step) for step in steps], level.frame_attention or (0,) * len(steps)
 
 
 def _list(values: Sequence[int | float]) -> str:
@@ -206,13 +225,13 @@ def _list_shares(mix: tuple[float, ...]) -> str:
     return "/".join(f"{share:.3g}" for share in mix)
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width; words to the left, numbers to the right."""
+def _align(rows: list[tuple[str, ...]], *, words: int) -> list[str]:
+    """Columns of equal width; words, which are the first columns, to the left, numbers right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if column < 5 else cell.rjust(width)
+            cell.ljust(width) if column < words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

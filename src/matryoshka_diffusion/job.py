@@ -187,7 +187,7 @@ def prepare(
             upsampler is missing or does not fit, or the codec is not for this model.
         ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
     """
-    source = open_source(config.data, config.data_side)
+    source = open_source(config.data, config.data_side, config.data_frames)
     config = note_base(complete(config, source))
     data = config.data
     encode, text = None, ""
@@ -200,6 +200,7 @@ def prepare(
         source,
         config.train.seed,
         crop=data.crop,
+        clip=data.clip,
         flip=data.flip,
         augment=data.augment,
         pixels=data.pixels,
@@ -272,7 +273,7 @@ def captions_to_embed(
         UsageError: there is no text.
         ValueError, OSError, MissingExtra: as `prepare`.
     """
-    source = open_source(config.data, config.data_side)
+    source = open_source(config.data, config.data_side, config.data_frames)
     config = complete(config, source)
     if config.encoder is None:
         raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")
@@ -343,7 +344,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     """Fill in what only the data knows: the names of its classes, captions for a bare model.
 
     Raises:
-        ConfigError: model and data disagree on channels, classes or captions.
+        ConfigError: model and data disagree on channels, frames, classes or captions.
     """
     model = config.model
     has_captions = bool(source.captions)
@@ -351,6 +352,8 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         raise ConfigError(
             f"model.channels is {model.channels}, but {source.name} has {source.channels}"
         )
+    if source.frames != config.data_frames:
+        raise ConfigError(_other_frames(config, source))
     if model.text is not None and not has_captions:
         raise ConfigError(
             f"model.text is set, but {source.name} has no captions: add NAME.txt beside NAME.png "
@@ -366,6 +369,16 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     if model.text is None and not model.classes:
         config = _conditioned(config, has_captions, len(source.classes))
     return from_dict(config.model_dump(mode="json"), where="completed config")
+
+
+def _other_frames(config: RunConfig, source: Source) -> str:
+    """Why a model of clips cannot be trained on pictures, or the other way round."""
+    drawn, held = (
+        "pictures" if frames is None else f"clips of {frames} frames"
+        for frames in (config.data_frames, source.frames)
+    )
+    remedy = ": name videos with data.source=clips" if source.frames is None else ""
+    return f"the model draws {drawn}, but {source.name} has {held}{remedy}"
 
 
 def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConfig:

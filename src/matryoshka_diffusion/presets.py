@@ -122,6 +122,65 @@ def folder_64() -> RunConfig:
     )
 
 
+# --- small runs: clips -------------------------------------------------------------------------
+
+
+def emoji_still() -> RunConfig:
+    """Text-to-image on the first frames of animated emoji, 32 pixels: where `emoji-video` begins.
+
+    Command: `mdm train emoji-still --data DIR --out runs/still`, where DIR is the unpacked npm
+    package `@lobehub/fluent-emoji-anim-1`.
+    """
+    level = LevelConfig(
+        side=32,
+        widths=(64, 128),
+        blocks=(1, 2),
+        attention=(0, 1),
+        heads=4,
+        patch=2,
+        shift_ratio=2.0,
+        shift_power=2.0,
+    )
+    model = ModelConfig(levels=(level,), embedding=512, text=TextConfig(features=384, width=256))
+    return RunConfig(
+        name="emoji-still",
+        model=model,
+        data=DataConfig(source="fluent-emoji", clip="start"),
+        encoder=EncoderConfig(name="minilm"),
+        train=_small_training(StageConfig(levels=1, images=40_000, batch_size=32, lr=1e-3)),
+        sampling=SamplingConfig(grid="log-snr", guidance=(3.0,)),
+    )
+
+
+def emoji_video() -> RunConfig:
+    """Text-to-video on animated emoji, levels {32, 16x32}: stills first, then how they move.
+
+    Command: `mdm train emoji-video --data DIR --out runs/moving`; or from a run of `emoji-still`,
+    `mdm grow runs/still --frames 16 --out runs/moving` and `mdm train runs/moving`.
+    """
+    still = emoji_still()
+    (picture,) = still.model.levels
+    clip = picture.model_copy(
+        update={
+            "frames": 16,
+            "widths": (64,) * 5,
+            "blocks": (1, 1, 1, 1, 0),
+            "attention": (0,) * 5,
+            "halve_frames": (True,) * 4,
+            "frame_attention": (1, 1, 1, 1, 0),
+            "shift_ratio": 8.0,
+        }
+    )
+    moving = StageConfig(levels=2, images=16_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
+    return still.model_copy(
+        update={
+            "name": "emoji-video",
+            "model": still.model.model_copy(update={"levels": (picture, clip)}),
+            "train": _small_training(*still.train.stages, moving),
+        }
+    )
+
+
 # --- small runs: the paper's baselines (Section 4.1) -------------------------------------------
 # Each is as long as its forward passes take the arithmetic of all stages of the run that it is
 # compared with, to 1 %; base and upsampler share it. Costs are of one picture's forward pass.
@@ -425,13 +484,42 @@ def nest(*sides: int, text: bool) -> tuple[LevelConfig, ...]:
     return (s64(text=text), *outers)
 
 
+def t16() -> LevelConfig:
+    """MDM-S64T16: 16 frames around S64, halved until one is left, at 64 x 64 all along."""
+    return LevelConfig(
+        side=64,
+        frames=16,
+        widths=(256,) * 5,
+        blocks=(2, 2, 2, 2, 1),
+        attention=(0,) * 5,
+        halve_frames=(True,) * 4,
+        frame_attention=(1, 1, 1, 1, 0),
+        micro=_scale(64),
+        shift_ratio=4.0,
+    )
+
+
+def t16s256() -> LevelConfig:
+    """MDM-S64T16S256: around these frames the same at 256 pixels, each a picture of its own."""
+    level = outer(256, (64, 128, 256), power=1.0)
+    return level.model_copy(update={"frames": 16, "shift_ratio": 16.0})
+
+
 # --- the paper's runs (Appendix B) -------------------------------------------------------------
 
 
 def _text_run(name: str, sides: tuple[int, ...], stages: tuple[StageConfig, ...]) -> RunConfig:
-    """CC12M with FLAN-T5-XL features and two self-attention layers on top of them."""
+    """CC12M."""
+    data = DataConfig(source="folder", held_out=0.001)
+    return _captioned(name, nest(*sides, text=True), stages, data)
+
+
+def _captioned(
+    name: str, levels: tuple[LevelConfig, ...], stages: tuple[StageConfig, ...], data: DataConfig
+) -> RunConfig:
+    """Captions as FLAN-T5-XL features with two self-attention layers on top of them."""
     model = ModelConfig(
-        levels=nest(*sides, text=True),
+        levels=levels,
         embedding=1024,
         text=TextConfig(features=2048, width=1024, layers=2),
     )
@@ -439,7 +527,7 @@ def _text_run(name: str, sides: tuple[int, ...], stages: tuple[StageConfig, ...]
         name=name,
         model=model,
         process=_V_PREDICTION,
-        data=DataConfig(source="folder", held_out=0.001),
+        data=data,
         encoder=EncoderConfig(name="t5", path="google/flan-t5-xl", max_tokens=128),
         train=_paper_training(stages, condition_dropout=0.1),  # ours: guidance needs it
         sampling=SamplingConfig(sampler="ddpm", steps=250, guidance=(7.0,), threshold=("dynamic",)),
@@ -506,6 +594,18 @@ def _class_stages(*levels: int) -> tuple[StageConfig, ...]:
     """ImageNet: 64, then 256 pixels; the paper has no stage at 1024, this one is CC12M's."""
     lengths = ((512, 300_000), (256, 500_000), (192, 100_000))
     return tuple(_stage(n, *length) for n, length in zip(levels, lengths, strict=False))
+
+
+def _video_run(name: str, levels: int) -> RunConfig:
+    """WebVid-10M: 64 pixels, then 16 frames of them, then 16 frames of 256 pixels.
+
+    Every fourth frame, mirrored or not; of each video one clip (Appendix E), which we take from a
+    random place that stays.
+    """
+    data = DataConfig(source="clips", flip=True, frame_stride=4, clip="fixed", held_out=0.001)
+    lengths = ((2048, 500_000), (512, 500_000), (128, 300_000))
+    stages = tuple(_stage(n, *length) for n, length in enumerate(lengths[:levels], start=1))
+    return _captioned(name, (s64(text=True), t16(), t16s256())[:levels], stages, data)
 
 
 def _imagenet_latent() -> RunConfig:
@@ -596,6 +696,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "openmoji": openmoji,
     "fashion-mnist": fashion_mnist,
     "folder-64": folder_64,
+    "emoji-still": emoji_still,
+    "emoji-video": emoji_video,
     "openmoji-simple": openmoji_simple,
     "openmoji-finest": openmoji_finest,
     "openmoji-base": openmoji_base,
@@ -615,6 +717,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "cc12m-1024-nest5": lambda: _text_run(
         "cc12m-1024-nest5", (64, 128, 256, 512, 1024), _text_stages(1, 3, 5)
     ),
+    "webvid-64": lambda: _video_run("webvid-64", 1),
+    "webvid-16x64": lambda: _video_run("webvid-16x64", 2),
+    "webvid-16x256": lambda: _video_run("webvid-16x256", 3),
     "imagenet-64": lambda: _class_run("imagenet-64", (64,), _class_stages(1)),
     "imagenet-256": lambda: _class_run("imagenet-256", (64, 256), _class_stages(1, 2)),
     "imagenet-256-nest3": lambda: _class_run(

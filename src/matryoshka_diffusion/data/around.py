@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.batch import Example, Source
+from matryoshka_diffusion.data.crop import Cut
 
 
 class Around(ABC):
@@ -17,6 +18,10 @@ class Around(ABC):
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def frames(self) -> int | None:
+        return self.source.frames
 
     @property
     def channels(self) -> int:
@@ -45,6 +50,6 @@ class Around(ABC):
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]: ...

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import Pixels
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
-from matryoshka_diffusion.data.crop import CENTRE, cut_square
+from matryoshka_diffusion.data.crop import Cut, cut_square
 from matryoshka_diffusion.data.film import Film
 
 
 class Example(NamedTuple):
-    """One picture and what is known about it.
+    """One picture or clip and what is known about it.
 
     Attributes:
-        picture: bytes, a square of the source's side.
+        picture: bytes, a square of the source's side; of a source with frames, as many squares.
         captions: alternatives that say the same; empty where there are none.
         label: index into the source's classes.
         key: what the source calls the picture, stable between runs.
         original_side: shorter side of the original in pixels, before it was resized.
     """
 
-    picture: UInt8[np.ndarray, "side side c"]
+    picture: UInt8[np.ndarray, "*frames side side c"]
     captions: tuple[str, ...]
     label: int | None
     key: str
@@ -37,14 +37,15 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Square pictures in a fixed order.
+    """Square pictures, or clips of such, in a fixed order.
 
-    Where a source has more than the square, `places` say what to cut: 0 the beginning of the longer
-    side, towards 1 its end, the middle if nothing is said. Where a source replaces bad pictures by
-    others, `among` says by which: those of a part (their indices, ascending), so that what another
-    part holds stays there.
+    Where a source has more than the square or the clip, `cuts` say what to cut: the middle of a
+    picture, and what the source chooses of a video, if nothing is said. Where a source replaces bad
+    pictures by others, `among` says by which: those of a part (their indices, ascending), so that
+    what another part holds stays there.
 
     Attributes:
+        frames: how many each clip has; None where there are pictures.
         keys: what each picture is called.
         captions: one tuple a picture, known without decoding any; None where there are none.
         classes: their names; empty where there are none.
@@ -57,6 +58,8 @@ class Source(Protocol):
     def name(self) -> str: ...
     @property
     def side(self) -> int: ...
+    @property
+    def frames(self) -> int | None: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -76,7 +79,7 @@ class Source(Protocol):
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]: ...
 
@@ -87,14 +90,14 @@ class Pictures:
 
     Attributes:
         name: for people, such as "openmoji".
-        array: the pictures by number. Those that no entry of `rows` points to are unused.
+        array: the pictures or clips by number. Those that no entry of `rows` points to are unused.
         rows: where in `array` each picture lies; all columns are aligned with this one.
         captions: one tuple a picture; None where the source has none.
         labels: one index into `classes` a picture; None where the source has none.
     """
 
     name: str
-    array: UInt8[np.ndarray, "n side side channels"] | Film
+    array: UInt8[np.ndarray, "n *frames side side channels"] | Film
     rows: Sequence[int]
     keys: Sequence[str]
     original_sides: Sequence[int]
@@ -106,12 +109,18 @@ class Pictures:
     @property
     def side(self) -> int:
         """Height and width of the pictures."""
-        return min(self.array[self.rows[0]].shape[:2])
+        return min(self.array[self.rows[0]].shape[-3:-1])
+
+    @property
+    def frames(self) -> int | None:
+        """Those of a clip; None for pictures."""
+        shape = self.array[self.rows[0]].shape
+        return shape[0] if len(shape) == 4 else None
 
     @property
     def channels(self) -> int:
         """1 for grey, 3 for colour."""
-        return self.array[self.rows[0]].shape[2]
+        return self.array[self.rows[0]].shape[-1]
 
     @property
     def quarantine(self) -> Quarantine:
@@ -127,20 +136,20 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return self._example(index, CENTRE)
+        return self._example(index, Cut())
 
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]:
         """The examples at `indices`; all of them are good, so none is replaced."""
-        return [self._example(*pair) for pair in placed(indices, places)]
+        return [self._example(*pair) for pair in with_cuts(indices, cuts)]
 
-    def _example(self, index: int, place: float) -> Example:
+    def _example(self, index: int, cut: Cut) -> Example:
         return Example(
-            picture=np.array(cut_square(self.array[self.rows[index]], place)),
+            picture=np.array(cut_square(self.array[self.rows[index]], cut.place)),
             captions=() if self.captions is None else self.captions[index],
             label=None if self.labels is None else self.labels[index],
             key=self.keys[index],
@@ -148,9 +157,9 @@ class Pictures:
         )
 
 
-def placed(indices: Sequence[int], places: Sequence[float] | None) -> list[tuple[int, float]]:
-    """Each index with its place; the middle where none was given."""
-    return list(zip(indices, places or [CENTRE] * len(indices), strict=True))
+def with_cuts(indices: Sequence[int], cuts: Sequence[Cut] | None) -> list[tuple[int, Cut]]:
+    """Each index with its cut; the usual one where none was given."""
+    return list(zip(indices, cuts or [Cut()] * len(indices), strict=True))
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Batch:
     """Some samples of a run.
 
     Attributes:
-        picture: numbers in [-1, 1], (b, c, h, w) or those of clips (b, c, f, h, w).
+        picture: numbers in [-1, 1]; clips have their frames before height and width.
         captions: one for each row, "" where the source has none.
         labels: None where the source has no classes.
         original_side: shorter side of the original pictures in pixels.
@@ -167,7 +176,7 @@ class Batch:
         augment: how each picture was transformed; None if none was.
     """
 
-    picture: Float[Tensor, "b c *grid"]
+    picture: Float[Tensor, "b c *frames h w"]
     captions: tuple[str, ...]
     labels: Int[Tensor, " b"] | None
     original_side: Float[Tensor, " b"]

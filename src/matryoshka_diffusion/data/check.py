@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL.Image import Image
 
 from matryoshka_diffusion.data.bad import BadFile
@@ -13,7 +15,7 @@ from matryoshka_diffusion.sheet import grid
 
 _SHOWN = 20
 _AT_A_TIME = 256
-_COLUMNS, _CELL = 8, 96
+_COLUMNS, _CELL, _STILLS = 8, 96, 4
 
 
 def summary(source: Source) -> str:
@@ -22,7 +24,7 @@ def summary(source: Source) -> str:
     if source.captions:
         conditions = "captions"
     bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
-    return f"{source.name}: {len(source):,} pictures of {source.side} px, {conditions}{bad}"
+    return f"{source.name}: {len(source):,} {_noun(source)} of {source.side} px, {conditions}{bad}"
 
 
 def describe(source: Source) -> str:
@@ -33,7 +35,7 @@ def describe(source: Source) -> str:
         labels[example.label] += 1
         captions.append(example.captions)
     lines = [
-        f"{source.name}: {len(source):,} pictures",
+        f"{source.name}: {len(source):,} {_noun(source)}",
         f"  side      {source.side} px, {source.channels} channel{'s' * (source.channels > 1)}",
         f"  originals {_original_sides(sides, source.side)}",
     ]
@@ -50,17 +52,32 @@ def describe_bad(bad: Sequence[BadFile]) -> str:
 
 
 def contact_sheet(source: Source, count: int = 64) -> Image:
-    """At most `count` pictures, spread evenly over the source, beside their captions or classes."""
+    """At most `count` pictures, spread evenly over the source, beside their captions or classes.
+
+    Of a clip, up to four frames are shown.
+    """
     shown = min(count, len(source))
     examples = source.many([place * len(source) // shown for place in range(shown)])
-    pictures = [example.picture for example in examples]
+    pictures = [_stills(example.picture) for example in examples]
     words = [_words(example, source.classes) for example in examples]
-    title = f"{source.name}: {shown} of {len(source):,} pictures"
+    title = f"{source.name}: {shown} of {len(source):,} {_noun(source)}"
     if any(words):
-        rows = [[picture] for picture in pictures]
-        return grid(rows, captions=words, title=title, cell=_CELL, blocks=_COLUMNS)
-    rows = [pictures[start : start + _COLUMNS] for start in range(0, shown, _COLUMNS)]
+        return grid(pictures, captions=words, title=title, cell=_CELL, blocks=_COLUMNS)
+    stills = [still for frames in pictures for still in frames]
+    rows = [stills[start : start + _COLUMNS] for start in range(0, len(stills), _COLUMNS)]
     return grid(rows, title=title, cell=_CELL)
+
+
+def _noun(source: Source) -> str:
+    return "pictures" if source.frames is None else f"clips of {source.frames} frames"
+
+
+def _stills(picture: UInt8[np.ndarray, "*frames side side c"]) -> list[np.ndarray]:
+    """A picture itself; of a clip, up to four frames spread evenly over it."""
+    if picture.ndim == 3:
+        return [picture]
+    count = min(_STILLS, len(picture))
+    return [picture[place * (len(picture) - 1) // max(count - 1, 1)] for place in range(count)]
 
 
 def _words(example: Example, classes: Sequence[str]) -> str:

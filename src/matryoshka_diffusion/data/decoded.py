@@ -1,4 +1,4 @@
-"""A set of pictures decoded once, into a film on disk with notes beside it."""
+"""A set of pictures or clips decoded once, into a film on disk with notes beside it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,15 @@ def workers() -> int:
 
 
 def decode_once(
-    cache: Path, state: str, count: int, read: Callable[[int], Picture], side: int, title: str
+    cache: Path,
+    state: str,
+    count: int,
+    read: Callable[[int], Picture],
+    side: int,
+    title: str,
+    frames: int | None = None,
 ) -> Decoded:
-    """All of `count` pictures, from the folder `cache`, filled first unless it fits `state`.
+    """All of `count` pictures or clips, from the folder `cache`, filled first unless it fits.
 
     The notes (shapes, sides and reasons) are written before the film, so where the film is, they
     are. Films of other states are removed once nobody has written them for an hour: until then
@@ -49,16 +55,17 @@ def decode_once(
         state: changes with whatever the pictures depend on besides the decoder.
         read: picture n; raises PictureError, and is called from several threads.
         side: the shorter one of every picture, in pixels.
+        frames: of every clip; None for pictures.
 
     Raises:
         OSError: the cache cannot be written.
     """
     name = digest("\n".join([str(DECODER), state]))
     path, notes = cache / f"{name}.npy", cache / f"{name}.json"
-    film, found = _kept(path, notes, count, side)
+    film, found = _kept(path, notes, count, side, frames)
     if film is None:
-        _write(path, notes, count, read, side, title)
-        film, found = _kept(path, notes, count, side)
+        _write(path, notes, count, read, side, title, frames)
+        film, found = _kept(path, notes, count, side, frames)
     if film is None:
         raise OSError(f"{path} vanished or changed as soon as it was written: try again")
     for old in (*cache.glob("*.npy"), *cache.glob("*.json")):
@@ -76,7 +83,9 @@ class _Note(NamedTuple):
     reason: str
 
 
-def _kept(path: Path, notes: Path, count: int, side: int) -> tuple[Film | None, list[_Note]]:
+def _kept(
+    path: Path, notes: Path, count: int, side: int, frames: int | None
+) -> tuple[Film | None, list[_Note]]:
     """What the cache holds; no film, with a warning where that is a surprise, if it holds none."""
     if not path.exists():
         return None, []
@@ -84,33 +93,44 @@ def _kept(path: Path, notes: Path, count: int, side: int) -> tuple[Film | None, 
     if found is None:
         warnings.warn(f"{notes} is corrupt: the pictures are decoded again", stacklevel=4)
         return None, []
-    return open_film(path, side, _CHANNELS, [note.shape for note in found]), found
+    return open_film(path, side, _CHANNELS, [note.shape for note in found], frames), found
 
 
 def _write(
-    path: Path, notes: Path, count: int, read: Callable[[int], Picture], side: int, title: str
+    path: Path,
+    notes: Path,
+    count: int,
+    read: Callable[[int], Picture],
+    side: int,
+    title: str,
+    frames: int | None,
 ) -> None:
     """Decode everything into the film at `path`, and write the notes before it is complete."""
     from tqdm import tqdm
 
-    def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    unit = " pictures" if frames is None else " clips"
+
+    def pictures() -> Iterator[UInt8[np.ndarray, "*frames h w 3"]]:
         found = []
         decoded = look_ahead(
             lambda n: _try(read, n), range(count), workers=workers(), depth=4 * workers()
         )
-        for picture, note in tqdm(decoded, desc=title, total=count, unit=" pictures", disable=None):
+        for picture, note in tqdm(decoded, desc=title, total=count, unit=unit, disable=None):
             found.append(note)
             yield picture
         text = json.dumps(found)
         write_atomically(notes, lambda file: file.write(text.encode()))
 
-    write_film(path, pictures(), side, _CHANNELS, needed=count * side**2 * _CHANNELS)
+    needed = count * (frames or 1) * side**2 * _CHANNELS
+    write_film(path, pictures(), side, _CHANNELS, needed=needed)
 
 
-def _try(read: Callable[[int], Picture], n: int) -> tuple[UInt8[np.ndarray, "h w 3"], _Note]:
+def _try(
+    read: Callable[[int], Picture], n: int
+) -> tuple[UInt8[np.ndarray, "*frames h w 3"], _Note]:
     try:
         pixels, original_side = read(n)
-        height, width = pixels.shape[:2]
+        height, width = pixels.shape[-3:-1]
         return pixels, _Note((height, width), original_side, "")
     except PictureError as error:
         return np.zeros((0, 0, _CHANNELS), np.uint8), _Note((0, 0), 0, str(error))

@@ -1,23 +1,24 @@
-"""From a catalogue of encoded pictures to a source: decoded once if they are few, else on demand.
+"""From a catalogue of encoded pictures or videos to a source: decoded once, or on demand.
 
-Up to `DECODED_ONCE` pictures go into an array on disk, which makes later epochs cheap. A larger set
-would fill the disk: its pictures are decoded when they are asked for, a batch at a time.
+What is small goes into an array on disk, which makes later epochs cheap. A larger set would fill
+the disk: its pictures are decoded when they are asked for, a batch at a time.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.bad import BadFile, Quarantine, refuse_too_many
-from matryoshka_diffusion.data.batch import Example, Pictures, Source, placed
-from matryoshka_diffusion.data.crop import cut_square
+from matryoshka_diffusion.data.batch import Example, Pictures, Source, with_cuts
+from matryoshka_diffusion.data.crop import Cut, cut_square
 from matryoshka_diffusion.data.decoded import decode_once, workers
-from matryoshka_diffusion.data.images import PictureError
-from matryoshka_diffusion.data.samples import Catalogue, class_names, judged
+from matryoshka_diffusion.data.images import Picture, PictureError, decode_picture, read_picture
+from matryoshka_diffusion.data.samples import Catalogue, Decoder, class_names, judged
 from matryoshka_diffusion.data.store import look_ahead
 from matryoshka_diffusion.files import cache_folder, digest
 
@@ -25,8 +26,29 @@ DECODED_ONCE = 20_000
 """Pictures; at 256 pixels a side they take 4 GB."""
 
 
-def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float, crop: Crop) -> Source:
-    """The good samples of a catalogue in its order, as squares of `side` pixels.
+@dataclass(frozen=True)
+class PictureDecoder:
+    """Makes a picture of a file. A `Decoder`."""
+
+    side: int
+    crop: Crop = "centre"
+    frames: None = None
+
+    @property
+    def options(self) -> str:
+        return f"{self.side}, {self.crop}"
+
+    def decodes_once(self, count: int) -> bool:
+        return count <= DECODED_ONCE
+
+    def __call__(self, file: bytes | Path, key: str, start: float | None = None) -> Picture:
+        if isinstance(file, bytes):
+            return decode_picture(file, self.side, self.crop)
+        return read_picture(file, self.side, self.crop)
+
+
+def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: float) -> Source:
+    """The good samples of a catalogue in its order, as what the decoder makes of them.
 
     Raises:
         ValueError: there are no samples, or more than `max_bad_fraction` of them are bad. Of a set
@@ -43,25 +65,26 @@ def open_catalogue(catalogue: Catalogue, side: int, max_bad_fraction: float, cro
     good = replace(
         catalogue,
         samples=kept,
-        read=lambda n, side, crop: catalogue.read(rows[n], side, crop),
+        load=lambda n: catalogue.load(rows[n]),
         classes=class_names(kept, catalogue.classes),
     )
-    if len(kept) > DECODED_ONCE:
-        return PicturesOnDemand(good, side, bad, max_bad_fraction, crop)
-    return _decoded(good, side, bad, max_bad_fraction, crop)
+    if decoder.decodes_once(len(kept)):
+        return _decoded(good, decoder, bad, max_bad_fraction)
+    return PicturesOnDemand(good, decoder, bad, max_bad_fraction)
 
 
 def _decoded(
-    good: Catalogue, side: int, bad: Sequence[BadFile], max_bad_fraction: float, crop: Crop
+    good: Catalogue, decoder: Decoder, bad: Sequence[BadFile], max_bad_fraction: float
 ) -> Pictures:
     samples = good.samples
     decoded = decode_once(
-        cache_folder("decoded", digest(f"{good.name} at {side}, {crop}")),
+        cache_folder("decoded", digest(f"{good.name} at {decoder.options}")),
         "\n".join([good.state, *(sample.key for sample in samples)]),
         len(samples),
-        lambda n: good.read(n, side, crop),
-        side,
-        f"decoding at {side} px",
+        lambda n: decoder(good.load(n), samples[n].key),
+        decoder.side,
+        f"decoding at {decoder.side} px",
+        decoder.frames,
     )
     found = (
         BadFile(samples[n].key, reason, samples[n].offset) for n, reason in decoded.bad.items()
@@ -86,7 +109,7 @@ def _decoded(
 
 
 class PicturesOnDemand:
-    """A `Source` that decodes a picture whenever it is asked for.
+    """A `Source` that decodes a picture or a clip whenever it is asked for.
 
     A picture that turns out bad is replaced by the next good one (of those it is asked for among),
     so what is at an index depends on the data alone: not on what was read before, nor on the number
@@ -98,17 +121,16 @@ class PicturesOnDemand:
     def __init__(
         self,
         good: Catalogue,
-        side: int,
+        decoder: Decoder,
         bad: Sequence[BadFile],
         max_bad_fraction: float,
-        crop: Crop,
     ) -> None:
         captions = [sample.captions for sample in good.samples]
-        self.name, self.side, self.classes = good.name, side, good.classes
+        self.name, self.classes = good.name, good.classes
+        self.side, self.frames = decoder.side, decoder.frames
         self.captions = captions if captions[0] else None
         self.keys = [sample.key for sample in good.samples]
-        self._samples, self._read = good.samples, good.read
-        self._crop: Crop = crop
+        self._samples, self._load, self._decode = good.samples, good.load, decoder
         self.total = len(good.samples) + len(bad)
         self.quarantine = Quarantine(good.name, bad, self.total, max_bad_fraction)
 
@@ -126,27 +148,26 @@ class PicturesOnDemand:
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]:
         """The examples at `indices`, decoded in several threads."""
-        pairs = placed(indices, places)
+        pairs = with_cuts(indices, cuts)
         allowed = range(len(self)) if among is None else among
         read = partial(self._example, among=allowed)
         return list(look_ahead(read, pairs, workers=workers(), depth=len(pairs)))
 
-    def _example(self, at: tuple[int, float], among: Sequence[int]) -> Example:
-        index, place = at
+    def _example(self, at: tuple[int, Cut], among: Sequence[int]) -> Example:
+        index, cut = at
         for n in self._from(index, among):
+            sample = self._samples[n]
             try:
-                picture = self._read(n, self.side, self._crop)
+                picture = self._decode(self._load(n), sample.key, cut.start)
             except PictureError as error:
-                sample = self._samples[n]
                 self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
-            sample = self._samples[n]
             return Example(
-                picture=cut_square(picture.pixels, place),
+                picture=cut_square(picture.pixels, cut.place),
                 captions=sample.captions,
                 label=sample.label,
                 key=sample.key,

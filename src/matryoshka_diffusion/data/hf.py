@@ -12,8 +12,7 @@ from typing import Any
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.columns import Row, find_columns, rows, to_samples
-from matryoshka_diffusion.data.encoded import open_catalogue
-from matryoshka_diffusion.data.images import Picture, decode_picture, read_picture
+from matryoshka_diffusion.data.encoded import PictureDecoder, open_catalogue
 from matryoshka_diffusion.data.parquet import picture_bytes
 from matryoshka_diffusion.data.samples import Catalogue
 from matryoshka_diffusion.files import require
@@ -43,14 +42,14 @@ def hugging_face(name: str, side: int, max_bad_fraction: float, crop: Crop = "ce
     samples, classes = to_samples(keys, found, names)
     pictures = table.select_columns([columns.picture])
 
-    def read(n: int, side: int, crop: Crop) -> Picture:
+    def load(n: int) -> bytes | Path:
         value = pictures[n][columns.picture]
         if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            return read_picture(Path(value["path"]), side, crop)
-        return decode_picture(picture_bytes(value), side, crop)
+            return Path(value["path"])
+        return picture_bytes(value)
 
-    catalogue = Catalogue(f"datasets {name}", str(table._fingerprint), samples, read, classes)
-    return open_catalogue(catalogue, side, max_bad_fraction, crop)
+    catalogue = Catalogue(f"datasets {name}", str(table._fingerprint), samples, load, classes)
+    return open_catalogue(catalogue, PictureDecoder(side, crop), max_bad_fraction)
 
 
 def _opened(datasets: Any, name: str) -> Any:

@@ -28,14 +28,35 @@ MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 4 * MAX_PIXELS
 """What an uncompressed picture of `MAX_PIXELS` would take: no honest file is larger."""
+
+
+class Kind(NamedTuple):
+    """The files that a set is made of, and what they are called.
+
+    Attributes:
+        noun: for one of them.
+        formats: what is read.
+        suffixes: of such files.
+        others: of files that are refused, which is reported; what has neither is passed over.
+        max_bytes: of one file.
+    """
+
+    noun: str
+    formats: str
+    suffixes: frozenset[str]
+    others: frozenset[str]
+    max_bytes: int
+
+
+PICTURES = Kind("picture", "PNG, JPEG or WEBP", SUFFIXES, OTHER_SUFFIXES, MAX_BYTES)
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """How many times its shorter side is kept of a picture's longer one, around the middle.
 
 A random crop needs more than the square; the bound is for panoramas, which would fill the memory.
 """
 
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
     OSError,
     SyntaxError,
     ValueError,
@@ -55,7 +76,7 @@ class PictureError(ValueError):
 class Picture(NamedTuple):
     """A decoded file: what may be shown of it, and the shorter side it had before."""
 
-    pixels: UInt8[np.ndarray, "h w 3"]
+    pixels: UInt8[np.ndarray, "*frames h w 3"]
     original_side: int
 
 
@@ -93,33 +114,34 @@ def decode_picture(data: bytes, side: int, crop: Crop = "centre") -> Picture:
 def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
     try:
         image = Image.open(file, formats=FORMATS)
-        _judge(*image.size)
+        judge(*image.size)
         original_side = min(image.size)
         image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
         image.load()
         upright = ImageOps.exif_transpose(image)
-        return Picture(_resized(upright, side, REACH[crop]), original_side)
+        return Picture(resized(upright, side, REACH[crop]), original_side)
     except PictureError:
         raise
-    except _TOO_LARGE as error:
+    except TOO_LARGE as error:
         raise PictureError(f"too large: {error}") from error
     except Image.UnidentifiedImageError as error:
         raise PictureError("not a PNG, JPEG or WEBP picture, or damaged at its start") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise PictureError(f"corrupt or truncated ({error})") from error
 
 
-def _judge(width: int, height: int) -> None:
+def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise PictureError unless a picture of this size is worth decoding, and can be."""
     if min(width, height) < MIN_SIDE:
         raise PictureError(f"too small: {width}x{height}, under {MIN_SIDE} pixels a side")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > max_pixels:
         raise PictureError(
             f"too large: {width}x{height}, over {MAX_SIDE} pixels a side or "
-            f"{MAX_PIXELS // 10**6} megapixels"
+            f"{max_pixels // 10**6} megapixels"
         )
 
 
-def _resized(image: Image.Image, side: int, reach: int) -> np.ndarray:
+def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w 3"]:
     """The middle of the picture: one side of it is `side`, the other at most `reach` times that.
 
     Resized with Lanczos: it averages over the whole area that a new pixel covers at any ratio,

@@ -1,4 +1,4 @@
-"""The loader: what sample n of a run is (picture, crop, caption, flip, augmentation), no more.
+"""The loader: what sample n of a run is (picture, cut, caption, flip, augmentation), no more.
 
 A batch is a pure function of (seed, ids), so resuming, another batch size or another number of
 processes cannot change what the model is shown.
@@ -11,10 +11,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from matryoshka_diffusion.config import Crop, Pixels
+from matryoshka_diffusion.config import ClipStart, ConfigError, Crop, Pixels
 from matryoshka_diffusion.data.augment import augmented, draw_augmentation
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
-from matryoshka_diffusion.data.crop import CENTRE
+from matryoshka_diffusion.data.crop import CENTRE, Cut
 from matryoshka_diffusion.rng import stream
 
 
@@ -22,9 +22,13 @@ class Loader:
     """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
     With the crop "random", a picture that is longer than the square is cut somewhere else each
-    time. With `flip`, every other picture on average is mirrored left to right. `augment` is the
-    share of pictures that each geometric transformation happens to; the batch tells of them.
-    `pixels` is how bytes become numbers.
+    time. With the clip "random", a video that is longer than the clip is begun somewhere else each
+    time; else the source knows where. With `flip`, every other picture or clip on average is
+    mirrored left to right. `augment` is the share of pictures that each geometric transformation
+    happens to; the batch tells of them. `pixels` is how bytes become numbers.
+
+    Raises:
+        ConfigError: `augment` of clips, which is not made.
     """
 
     def __init__(
@@ -33,45 +37,51 @@ class Loader:
         seed: int,
         *,
         crop: Crop = "centre",
+        clip: ClipStart = "start",
         flip: bool = False,
         augment: float = 0.0,
         pixels: Pixels = "symmetric",
     ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
+        if augment and source.frames is not None:
+            raise ConfigError(
+                f"data.augment is {augment:g}, but {source.name} has clips: augmentation is of "
+                "pictures only (--set data.augment=0.0)"
+            )
         self.source = source
         self.seed = seed
         self.crop: Crop = crop
+        self.clip: ClipStart = clip
         self.flip = flip
         self.augment = augment
         self.pixels: Pixels = pixels
 
     def batch(self, ids: range) -> Batch:
         """The samples with these global numbers n."""
-        examples = self.source.many([self._index(n) for n in ids], [self._place(n) for n in ids])
-        done = [draw_augmentation(self.seed, n, self.augment) for n in ids]
-        pictures = np.stack(
-            [
-                augmented(self._turned(x.picture, n), how)
-                for x, n, how in zip(examples, ids, done, strict=True)
-            ]
-        )
-        told = torch.from_numpy(np.stack([how.numbers() for how in done]))
+        examples = self.source.many([self._index(n) for n in ids], [self._cut(n) for n in ids])
+        pictures = [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
+        told = None
+        if self.augment:
+            done = [draw_augmentation(self.seed, n, self.augment) for n in ids]
+            pictures = [augmented(*pair) for pair in zip(pictures, done, strict=True)]
+            told = torch.from_numpy(np.stack([how.numbers() for how in done]))
         return Batch(
-            picture=to_float(pictures, self.pixels).permute(0, 3, 1, 2).contiguous(),
+            picture=to_float(np.stack(pictures), self.pixels).movedim(-1, 1).contiguous(),
             captions=tuple(self._one(x.captions, n) for x, n in zip(examples, ids, strict=True)),
             labels=torch.tensor([x.label for x in examples]) if self.source.classes else None,
             original_side=torch.tensor([float(x.original_side) for x in examples]),
             ids=torch.tensor(ids),
             keys=tuple(x.key for x in examples),
-            augment=told if self.augment else None,
+            augment=told,
         )
 
     def _index(self, n: int) -> int:
         epoch, position = divmod(n, len(self.source))
         return int(_permutation(self.seed, epoch, len(self.source))[position])
 
-    def _place(self, n: int) -> float:
-        return CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
+    def _cut(self, n: int) -> Cut:
+        place = CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
+        return Cut(place, stream(self.seed, "clip", n).random() if self.clip == "random" else None)
 
     def _one(self, captions: tuple[str, ...], n: int) -> str:
         if len(captions) < 2:
@@ -80,7 +90,7 @@ class Loader:
 
     def _turned(self, picture: np.ndarray, n: int) -> np.ndarray:
         mirrored = self.flip and stream(self.seed, "flip", n).random() < 0.5
-        return picture[:, ::-1] if mirrored else picture
+        return picture[..., ::-1, :] if mirrored else picture
 
 
 @lru_cache(maxsize=4)

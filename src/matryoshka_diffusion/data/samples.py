@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.images import Picture
 
 MAX_CLASSES = 100_000
@@ -34,21 +34,44 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """A set of samples and how to read their pictures.
+    """A set of samples and where their pictures, or videos, are.
 
     Attributes:
         name: for people, such as "shards /data/*.tar".
         state: changes when the set does; pictures that were decoded before are kept for it.
-        read: (n, side, crop) -> the picture of sample n, as `images.read_picture` gives it; raises
-            PictureError. Any thread may call it.
+        load: (n) -> the file of sample n, or its bytes. Any thread may call it.
         classes: their names; empty if the set knows numbers only.
     """
 
     name: str
     state: str
     samples: Sequence[Sample]
-    read: Callable[[int, int, Crop], Picture]
+    load: Callable[[int], bytes | Path]
     classes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What is made of a file: a picture or a clip whose shorter side is `side`.
+
+    Attributes:
+        frames: of a clip; None for pictures.
+        options: all that its results depend on besides the file, for the names of caches.
+    """
+
+    @property
+    def side(self) -> int: ...
+    @property
+    def frames(self) -> int | None: ...
+    @property
+    def options(self) -> str: ...
+    def decodes_once(self, count: int) -> bool:
+        """Whether the results for `count` files are always the same, and few enough to be kept."""
+        ...
+
+    def __call__(self, file: bytes | Path, key: str, start: float | None = None) -> Picture:
+        """The picture, or the clip that begins at `start` (see `crop.Cut`). Raises PictureError."""
+        ...
 
 
 def judged(samples: Sequence[Sample], classes: Sequence[str]) -> list[Sample]:

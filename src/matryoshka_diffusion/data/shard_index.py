@@ -20,7 +20,7 @@ from matryoshka_diffusion.data.captions import (
     lines,
     texts_of,
 )
-from matryoshka_diffusion.data.images import MAX_BYTES, OTHER_SUFFIXES, SUFFIXES
+from matryoshka_diffusion.data.images import PICTURES, Kind
 from matryoshka_diffusion.data.samples import Sample
 from matryoshka_diffusion.data.tar import Member, members
 from matryoshka_diffusion.files import cache_folder, digest, write_atomically
@@ -29,7 +29,7 @@ VERSION = 2
 """To be raised when the same shard would be indexed in another way than before."""
 
 _TEXT, _RECORD, _CLASS = frozenset({".txt"}), frozenset({".json"}), frozenset({".cls"})
-_USED = SUFFIXES | OTHER_SUFFIXES | _TEXT | _RECORD | _CLASS
+_NOTES = _TEXT | _RECORD | _CLASS
 _MAX_RECORD_BYTES = 2**20
 _MAX_CLASS_BYTES = 64
 _MAX_ORIGINAL = 10**6  # pixels a side; what claims more is not believed
@@ -46,20 +46,21 @@ class _FlawError(ValueError):
     """The sample cannot be used; the message says why."""
 
 
-def shard_index(blob: Blob) -> list[Located]:
-    """The samples of a shard in order, bad ones with their flaws and offsets.
+def shard_index(blob: Blob, kind: Kind = PICTURES) -> list[Located]:
+    """The samples of a shard with files of that kind in order, bad ones with flaws and offsets.
 
     Raises:
         OSError: the shard cannot be read, or the cache not written.
     """
-    cache = cache_folder("shards") / f"{digest(blob.path)}.json"
+    what = blob.path if kind is PICTURES else f"{kind.noun}s of {blob.path}"
+    cache = cache_folder("shards") / f"{digest(what)}.json"
     state = {"version": VERSION, "size": blob.size, "stamp": blob.stamp}
     try:
         return _parsed(json.loads(cache.read_bytes()), state)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # it is not there, of an older state or damaged: it is made again
     with opened(blob.path) as file:
-        found = list(_samples(file, blob.size))
+        found = list(_samples(file, blob.size, kind))
     samples = [[*located.sample, located.size] for located in found]
     text = json.dumps({**state, "samples": samples})
     write_atomically(cache, lambda file: file.write(text.encode()), needed=len(text))
@@ -79,15 +80,16 @@ def _parsed(data: Any, state: Mapping[str, Any]) -> list[Located]:
 # --- from members to samples -----------------------------------------------------------------
 
 
-def _samples(file: Readable, size: int) -> Iterator[Located]:
+def _samples(file: Readable, size: int, kind: Kind) -> Iterator[Located]:
     seen: set[str] = set()
-    wanted = (member for member in members(file, size) if member.flaw or _is_used(member.name))
+    used = kind.suffixes | kind.others | _NOTES
+    wanted = (x for x in members(file, size) if x.flaw or _is_used(x.name, used))
     for key, group in groupby(wanted, _key):
         parts = list(group)
         try:
             if key in seen:
                 raise _FlawError("its key was used before: members of a sample lie side by side")
-            yield _sample(file, key, parts)
+            yield _sample(file, key, parts, kind)
         except (_FlawError, CaptionError) as error:
             yield Located(Sample(key, flaw=str(error), offset=parts[0].start), 0)
         seen.add(key)
@@ -105,21 +107,21 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
 
 
-def _is_used(name: str) -> bool:
+def _is_used(name: str, suffixes: frozenset[str]) -> bool:
     """Other columns are passed over, and so are hidden files."""
-    return _split(name)[1] in _USED and not name.rpartition("/")[2].startswith(".")
+    return _split(name)[1] in suffixes and not name.rpartition("/")[2].startswith(".")
 
 
-def _sample(file: Readable, key: str, parts: Sequence[Member]) -> Located:
+def _sample(file: Readable, key: str, parts: Sequence[Member], kind: Kind) -> Located:
     """Raises _FlawError or CaptionError."""
     for part in parts:
         if part.flaw:
             raise _FlawError(part.flaw)
-    picture = _only(parts, SUFFIXES, "picture")
+    picture = _only(parts, kind.suffixes, kind.noun)
     if picture is None:
-        raise _FlawError("it has no PNG, JPEG or WEBP picture")
-    if not 0 < picture.size <= MAX_BYTES:
-        raise _FlawError("its picture is empty" if not picture.size else "its picture is too large")
+        raise _FlawError(f"it has no {kind.formats} {kind.noun}")
+    if not 0 < picture.size <= kind.max_bytes:
+        raise _FlawError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
     record = _record(file, _only(parts, _RECORD, ".json"))
     text = _only(parts, _TEXT, ".txt")
     texts = texts_of(record) if text is None else lines(_small(file, text, MAX_SIDECAR_BYTES))

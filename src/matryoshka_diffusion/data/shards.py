@@ -12,26 +12,31 @@ from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import Blob, expand, read_range, short_names, stat
 from matryoshka_diffusion.data.decoded import workers
-from matryoshka_diffusion.data.encoded import open_catalogue
-from matryoshka_diffusion.data.images import Picture, decode_picture
+from matryoshka_diffusion.data.encoded import PictureDecoder, open_catalogue
+from matryoshka_diffusion.data.images import PICTURES, Kind
 from matryoshka_diffusion.data.samples import Catalogue
 from matryoshka_diffusion.data.shard_index import Located, shard_index
 from matryoshka_diffusion.data.store import look_ahead
 
 
 def shards(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "centre") -> Source:
-    """The samples of all shards that `pattern` stands for (see `blobs.expand`), in their order.
+    """The pictures of all shards that `pattern` stands for (see `blobs.expand`), in their order.
 
     Raises:
         OSError: a shard is not there or cannot be read.
         ValueError: a shard is compressed, no samples, or too many of them are bad.
         MissingExtra: the shards lie elsewhere, and fsspec is not installed.
     """
+    return open_catalogue(sharded(pattern), PictureDecoder(side, crop), max_bad_fraction)
+
+
+def sharded(pattern: str, kind: Kind = PICTURES) -> Catalogue:
+    """The samples of the shards whose files are of that kind. Raises as `shards`."""
     paths = expand(pattern, ".tar")
     for path in paths:
         if not path.endswith(".tar"):
             raise ValueError(f"{path}: shards are plain .tar files, which can be read in any order")
-    blobs, indices = _indexed(paths)
+    blobs, indices = _indexed(paths, kind)
     located: list[Located] = []
     where: list[Blob] = []
     for blob, name, index in zip(blobs, short_names(paths), indices, strict=True):
@@ -40,27 +45,25 @@ def shards(pattern: str, side: int, max_bad_fraction: float, crop: Crop = "centr
             located.append(Located(named, size))
             where.append(blob)
 
-    def read(n: int, side: int, crop: Crop) -> Picture:
+    def load(n: int) -> bytes:
         sample, size = located[n]
         assert sample.offset is not None, "the index says where a sample lies"
-        data = read_range(where[n].path, sample.offset, size)
-        return decode_picture(data, side, crop)
+        return read_range(where[n].path, sample.offset, size)
 
-    catalogue = Catalogue(
+    return Catalogue(
         name=f"shards {pattern}",
         state="\n".join(f"{blob.path} {blob.size} {blob.stamp}" for blob in blobs),
         samples=[sample for sample, _ in located],
-        read=read,
+        load=load,
     )
-    return open_catalogue(catalogue, side, max_bad_fraction, crop)
 
 
-def _indexed(paths: Sequence[str]) -> tuple[list[Blob], list[list[Located]]]:
+def _indexed(paths: Sequence[str], kind: Kind) -> tuple[list[Blob], list[list[Located]]]:
     from tqdm import tqdm
 
     def one(path: str) -> tuple[Blob, list[Located]]:
         blob = stat(path)
-        return blob, shard_index(blob)
+        return blob, shard_index(blob, kind)
 
     found = look_ahead(one, paths, workers=workers(), depth=4 * workers())
     shown = tqdm(

@@ -11,12 +11,17 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import is_remote
 
 HUGGING_FACE = "hf:"
+PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")
+"""Sources that need no path."""
 _SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$")  # compressed ones too, for shards.py to explain
 _LARGE: tuple[SourceName, ...] = ("shards", "parquet")
 
 
-def open_source(config: DataConfig, side: int) -> Source:
-    """The pictures that `config` names, at the finest level's `side`.
+def open_source(config: DataConfig, side: int, frames: int | None = None) -> Source:
+    """The pictures that `config` names, at the finest level's `side`; of videos, clips of `frames`.
+
+    Without `frames`, videos give the pictures that their clips begin with. Sources of pictures give
+    pictures in either case.
 
     The first call for a set and side may take a while: it decodes or renders into the cache.
 
@@ -36,16 +41,40 @@ def open_source(config: DataConfig, side: int) -> Source:
         from matryoshka_diffusion.data.idx import fashion_mnist
 
         return fashion_mnist(side, path)
-    from matryoshka_diffusion.data.folder import FORMS, picture_folder
-
     if config.path is None or path is None:
-        raise ConfigError(
-            f"data.path is not set: give a folder with --data ({FORMS}), or tar shards, parquet "
-            "files or hf:NAME"
-        )
+        raise ConfigError(f"data.path is not set: {_what_to_bring(config.source)}")
+    if config.source in ("clips", "fluent-emoji"):
+        return _open_videos(config, path, side, frames)
     if config.source == "folder":
+        from matryoshka_diffusion.data.folder import picture_folder
+
         return picture_folder(path, side, config.max_bad_fraction, config.crop)
     return _open_large(config, absolute(config.path), side)
+
+
+def _what_to_bring(source: SourceName) -> str:
+    from matryoshka_diffusion.data.clips import VIDEOS
+    from matryoshka_diffusion.data.fluent_emoji import PACKAGE
+    from matryoshka_diffusion.data.folder import forms
+    from matryoshka_diffusion.data.images import PICTURES
+
+    if source == "fluent-emoji":
+        return f"give the folder of the unpacked npm package {PACKAGE} with --data"
+    if source == "clips":
+        return f"give a folder with --data ({forms(VIDEOS)}), or tar shards"
+    return f"give a folder with --data ({forms(PICTURES)}), or tar shards, parquet files or hf:NAME"
+
+
+def _open_videos(config: DataConfig, path: Path, side: int, frames: int | None) -> Source:
+    from matryoshka_diffusion.data.clip_sets import clips
+    from matryoshka_diffusion.data.clips import clip_decoder
+    from matryoshka_diffusion.data.fluent_emoji import fluent_emoji
+
+    assert config.path is not None, "its path was asked for"
+    decoder = clip_decoder(config, side, frames)
+    if config.source == "fluent-emoji":
+        return fluent_emoji(path, decoder, config.max_bad_fraction)
+    return clips(absolute(config.path), decoder, config.max_bad_fraction)
 
 
 def _open_large(config: DataConfig, path: str, side: int) -> Source:
@@ -80,10 +109,13 @@ def sourced(data: DataConfig) -> DataConfig:
 
 
 def kind_of(path: str) -> SourceName:
-    """What is at `path`: an `hf:` name, shards, parquet files, or a folder of pictures.
+    """What is at `path`: an `hf:` name, shards, parquet files, or a folder of pictures or videos.
 
-    A folder that holds shards or parquet files is one of those unless there are pictures, too.
+    A folder that holds something else is one of that unless there are pictures, too.
     """
+    from matryoshka_diffusion.data.clips import CONTAINERS
+    from matryoshka_diffusion.data.images import SUFFIXES
+
     if path.startswith(HUGGING_FACE):
         return "datasets"
     path = os.path.expanduser(path)
@@ -91,7 +123,8 @@ def kind_of(path: str) -> SourceName:
         return _kind_of_file(path)
     kinds = {_kind_of_file(name) for name in os.listdir(path)}
     large: SourceName | None = next((kind for kind in _LARGE if kind in kinds), None)
-    return "folder" if large is None or _holds_pictures(path) else large
+    found: SourceName | None = large or ("clips" if _holds(path, CONTAINERS) else None)
+    return "folder" if found is None or _holds(path, SUFFIXES) else found
 
 
 def _kind_of_file(name: str) -> SourceName:
@@ -100,11 +133,9 @@ def _kind_of_file(name: str) -> SourceName:
     return "shards" if _SHARD.search(name) else "folder"
 
 
-def _holds_pictures(folder: str) -> bool:
-    from matryoshka_diffusion.data.images import SUFFIXES
-
+def _holds(folder: str, suffixes: frozenset[str]) -> bool:
     files = (name for _, _, names in os.walk(folder) for name in names)
-    return any(os.path.splitext(name)[1].lower() in SUFFIXES for name in files)
+    return any(os.path.splitext(name)[1].lower() in suffixes for name in files)
 
 
 def absolute(path: str) -> str:

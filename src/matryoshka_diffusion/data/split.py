@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.around import Around
 from matryoshka_diffusion.data.batch import Example, Source
-from matryoshka_diffusion.files import digest
-
-_DIGITS = 13
+from matryoshka_diffusion.data.crop import Cut
+from matryoshka_diffusion.files import fraction
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class Part(Around):
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]:
         """The examples at `indices`; what stands in for a bad one is of this part, too."""
         among = range(len(self)) if among is None else among
-        return self.source.many(self._whole(indices), places, self._whole(among))
+        return self.source.many(self._whole(indices), cuts, self._whole(among))
 
     def _whole(self, indices: Sequence[int]) -> list[int]:
         """Indices into the source."""
@@ -62,7 +61,7 @@ def split(source: Source, share: float) -> tuple[Source, Source | None]:
     """
     if share == 0.0:
         return source, None
-    held = [_place(key) < share for key in source.keys]
+    held = [fraction(key) < share for key in source.keys]
     seen, unseen = ([n for n, is_held in enumerate(held) if is_held == side] for side in (0, 1))
     if not seen or not unseen:
         raise ConfigError(
@@ -71,8 +70,3 @@ def split(source: Source, share: float) -> tuple[Source, Source | None]:
             "(--set data.held_out=0 trains on all)"
         )
     return Part(source, seen), Part(source, unseen)
-
-
-def _place(key: str) -> float:
-    """A number in [0, 1) that belongs to a key."""
-    return int(digest(key)[:_DIGITS], 16) / 16**_DIGITS

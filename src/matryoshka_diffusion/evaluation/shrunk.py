@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.data.around import Around
 from matryoshka_diffusion.data.batch import Example, Source
+from matryoshka_diffusion.data.crop import Cut
 from matryoshka_diffusion.pyramid import Resolution, down_sample
 
 
@@ -35,16 +36,19 @@ class Shrunk(Around):
     def many(
         self,
         indices: Sequence[int],
-        places: Sequence[float] | None = None,
+        cuts: Sequence[Cut] | None = None,
         among: Sequence[int] | None = None,
     ) -> list[Example]:
         """The examples at `indices`, their pictures rounded to bytes."""
-        found = self.source.many(indices, places, among)
+        found = self.source.many(indices, cuts, among)
         return [example._replace(picture=shrink(example.picture, self.side)) for example in found]
 
 
-def shrink(picture: UInt8[np.ndarray, "H W c"], side: int) -> UInt8[np.ndarray, "h w c"]:
-    """D^r of one picture. Raises `ValueError` if `side` does not divide its own."""
-    x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
-    small = down_sample(x, Resolution(side, side))[0].permute(1, 2, 0)
-    return small.round().to(torch.uint8).numpy()
+def shrink(
+    picture: UInt8[np.ndarray, "*frames H W c"], side: int
+) -> UInt8[np.ndarray, "*frames h w c"]:
+    """D^r of a picture or of each frame. Raises `ValueError` if `side` does not divide its own."""
+    *frames, height, width, channels = picture.shape
+    x = torch.from_numpy(picture.astype(np.float32)).reshape(-1, height, width, channels)
+    small = down_sample(x.permute(0, 3, 1, 2), Resolution(side, side)).permute(0, 2, 3, 1)
+    return small.round().to(torch.uint8).reshape(*frames, side, side, channels).numpy()

@@ -1,0 +1,131 @@
+"""The options that several commands of `mdm` have, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from matryoshka_diffusion.terminal import one_line, say
+
+SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
+GRIDS = ("trailing", "log-snr", "released")
+THRESHOLDS = ("none", "clip", "dynamic")
+RANK_TIMEOUT = 60  # seconds
+BATCH_SIZE = 64
+PRECISION = "fp32"
+MODEL = "run folder, model folder, released .pth or shipped model"
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    """Add a command, which calls `run` with its options; `text` says what it does."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """The option --device, for `find_device`."""
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_base(command: Any) -> None:
+    """The option --base."""
+    command.add_argument(
+        "--base", metavar="RUN", help="of an upsampler: the model that draws what it enlarges"
+    )
+
+
+def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> None:
+    """Everything that samples depend on; what is swept has options of its own."""
+    add_device(command)
+    if not swept:
+        _add_sampler(command)
+    command.add_argument(
+        "--interval",
+        dest="guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="guide only between these log-SNRs",
+    )
+    command.add_argument("--rescale", type=float, metavar="SHARE", help="of guidance, 0 to 1")
+    command.add_argument("--eta", type=float, help="of ddim: 0 deterministic, 1 as noisy as ddpm")
+    command.add_argument("--grid", choices=GRIDS, help="times that the sampler visits")
+    command.add_argument(
+        "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=positive,
+        default=BATCH_SIZE,
+        metavar="N",
+        help=f"pictures at a time ({BATCH_SIZE})",
+    )
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default=PRECISION,
+        help=f"of the network ({PRECISION})",
+    )
+
+
+def _add_sampler(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sampler", choices=SAMPLERS, help="if not that of the model's config")
+    command.add_argument(
+        "--steps", type=positive, metavar="N", help="of the sampler, if not those of the config"
+    )
+    command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument(
+        "--coarse-noise",
+        type=float,
+        metavar="T",
+        help="of an upsampler: time, 0 to 1, of the noise on the picture that it enlarges",
+    )
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that were given."""
+    names = (
+        *("sampler", "steps", "grid", "threshold", "eta"),
+        *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
+    )
+    return {n: value for n in names if (value := getattr(options, n, None)) is not None}
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, or an error that says so."""
+    return _whole(text, 1, "above 0")
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on, or an error that says so."""
+    return _whole(text, 0, "from 0 on")
+
+
+def _whole(text: str, least: int, which: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {which}")
+    return value
+
+
+def find_device(name: str) -> str:
+    """The device of that name, if torch can use it; of `auto`, the best that is there."""
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise SystemExit(say(f"--device {name}: {one_line(error)}", 2)) from error
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

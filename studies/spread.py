@@ -1,0 +1,92 @@
+"""The results that are there, as numbers over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matryoshka_diffusion.eval.features import NAME
+
+Result = dict[str, Any]
+Results = Mapping[str, Result]
+
+BASE = "mdm"
+"""The variant that every other is compared with."""
+
+
+class Spread(NamedTuple):
+    """A number over seeds: the mean, and the lowest and highest that it is of."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread | None:
+        """The spread of the values; None of no value."""
+        if not values:
+            return None
+        return Spread(fmean(values), min(values), max(values), len(values))
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """Every result by the name of its task; of those that failed, only that they did."""
+    found = (json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/*.json")))
+    return {result["task"]: result for result in found}
+
+
+def by_seed(results: Results, pictures: str, variant: str) -> dict[str, Result]:
+    """The results of a variant, `mdm` or `mdm/ddim-10`, for each of its seeds, failed or not."""
+    name, *setting = variant.split("/")
+    return {
+        task.split("/")[2]: result
+        for task, result in results.items()
+        if task.split("/")[:2] == [pictures, name] and task.split("/")[3:] == setting
+    }
+
+
+def seeds_of(results: Results, pictures: str, variant: str) -> list[Result]:
+    """The results of a variant over its seeds that did not fail."""
+    return [x for x in by_seed(results, pictures, variant).values() if "failed" not in x]
+
+
+def distance(results: Sequence[Result]) -> Spread | None:
+    """The final distance over seeds."""
+    return Spread.of([_final(result) for result in results])
+
+
+def found_first(results: Sequence[Result]) -> Spread | None:
+    """The share of prompts whose picture is the nearest, over seeds."""
+    return Spread.of([x["prompts_found"] for x in results if x["prompts_found"] is not None])
+
+
+def against_base(results: Results, pictures: str, variant: str) -> Spread | None:
+    """How much larger the final distance is than the base's of the same seed, as a share of it."""
+    base, other = (
+        {seed: x for seed, x in by_seed(results, pictures, name).items() if "failed" not in x}
+        for name in (BASE, variant)
+    )
+    return Spread.of(
+        [_final(other[seed]) / _final(base[seed]) - 1.0 for seed in other if seed in base]
+    )
+
+
+def curve(results: Sequence[Result]) -> list[tuple[float, Spread]]:
+    """The distance along the training, against the FLOPs that were spent until then."""
+    shares = sorted({point["share"] for result in results for point in result["points"]})
+    line = []
+    for share in shares:
+        there = [(x["flops"], p) for x in results for p in x["points"] if p["share"] == share]
+        spread = Spread.of([point[NAME] for _, point in there])
+        assert spread is not None, "a share comes from a point"
+        line.append((share * fmean(flops for flops, _ in there), spread))
+    return line
+
+
+def _final(result: Result) -> float:
+    """A trial's distance at its end, or a drawing's."""
+    return result["points"][-1][NAME] if "points" in result else result[NAME]
