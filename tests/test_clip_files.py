@@ -14,6 +14,7 @@ from PIL.ExifTags import Base
 
 from matryoshka_diffusion import video
 from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.data.clips import open_video
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.sheet import SETTINGS_KEY
 
@@ -91,6 +92,18 @@ def test_a_clip_comes_back_with_its_frames_its_times_and_its_settings(suffix, fp
     assert found.seconds == pytest.approx(6 / fps, abs=0.51 * unit)
     assert found.settings == SETTINGS
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", video.SUFFIXES)
+def test_what_is_written_can_be_trained_on(suffix, tmp_path):
+    clip = smooth(6, 16, 24)[[0, 1, 1, 2, 3, 5]]
+    video.save_clip(clip, tmp_path / f"a{suffix}", 12.5, SETTINGS)
+    with open_video(tmp_path / f"a{suffix}") as film:
+        times = film.times()
+        np.testing.assert_allclose(times.starts, np.arange(6) / 12.5, rtol=0, atol=1e-6)
+        assert (film.count, times.end) == (6, pytest.approx(6 / 12.5))
+        frames = [np.asarray(frame.convert("RGB")) for frame in film.frames(range(6))]
+    assert psnr(clip, np.stack(frames)) > 28
 
 
 @pytest.mark.parametrize("suffix", video.SUFFIXES)
