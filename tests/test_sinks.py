@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shutil
 import struct
@@ -13,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.files import MissingExtra
@@ -20,6 +22,7 @@ from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.sinks import SINKS, find_sink, scalars
 from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.video import save_clip
 from tiny_run import TinyPictures, encode, tiny_config
 
 
@@ -105,7 +108,29 @@ def test_tensorboard_shows_what_the_metrics_say_and_nothing_twice(tmp_path):
         assert [event.step for event in shown] == [step for step, _ in points]
         values = np.array([value for _, value in points])
         np.testing.assert_array_equal([event.value for event in shown], values.astype(np.float32))
-    assert [event.step for event in events.Images("previews")] == [16, 32, 48]
+    shown = events.Images("previews")
+    assert [event.step for event in shown] == [16, 32, 48]
+    with Image.open(io.BytesIO(shown[1].encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.full((4, 4, 3), 32))
+
+
+def test_tensorboard_shows_previews_that_move(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    clip = np.stack([np.full((4, 6, 3), 50 * k, np.uint8) for k in range(5)])
+    save_clip(clip, tmp_path / "a.webp", 4.0, None)
+    sink = find_sink("tensorboard")(tmp_path, tiny_config(), 0)
+    sink.picture("previews", tmp_path / "a.webp", 16)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("previews")
+    assert (event.step, event.width, event.height) == (16, 6, 4)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        assert image.format == "GIF"
+        for frame, expected in zip(ImageSequence.Iterator(image), clip, strict=True):
+            np.testing.assert_array_equal(np.asarray(frame.convert("RGB")), expected)
+            assert frame.info["duration"] == 250
 
 
 # --- Weights & Biases --------------------------------------------------------------------------
@@ -245,6 +270,8 @@ def test_a_real_offline_run_of_wandb_holds_the_curves(tmp_path, monkeypatch):
     save_png(np.zeros((4, 4, 3), np.uint8), path, None)
     sink.write({"images_seen": 16, "loss": 0.5, "loss_per_level": [0.25]})
     sink.picture("previews", path, 16)
+    save_clip(np.zeros((2, 4, 4, 3), np.uint8), tmp_path / "clip.webp", 4.0, None)
+    sink.picture("moving", tmp_path / "clip.webp", 16)
     sink.write({"images_seen": 32, "loss": 0.125, "loss_per_level": [None]})
     sink.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -256,7 +283,10 @@ def test_a_real_offline_run_of_wandb_holds_the_curves(tmp_path, monkeypatch):
     assert found["loss"] == [(16, 0.5), (32, 0.125)]
     assert found["loss_per_level/0"] == [(16, 0.25)]
     assert [step for step, _ in found["previews/path"]] == [16], found.keys()
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/previews*.png"))) == 1
+    images = tmp_path.glob("wandb/offline-run-*/files/media/images/*")
+    previews = sorted((path.name[:6], path.suffix, path.read_bytes()) for path in images)
+    clip = (tmp_path / "clip.webp").read_bytes()  # as it is, and browsers show that it moves
+    assert previews == [("moving", ".webp", clip), ("previe", ".png", path.read_bytes())]
 
 
 # --- that fail ---------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from matryoshka_diffusion.terminal import Bar, leads, one_line, say, show_warnin
 
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
+CLIPS = ("webp", "mp4", "gif", "png")
 PARALLEL = ("ddp", "fsdp")
 LOGS = ("tensorboard", "wandb")
 _MATCHED = 0.05
@@ -163,7 +164,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion import gallery, sheet
+    from matryoshka_diffusion import gallery
     from matryoshka_diffusion.baselines.load import open_model
     from matryoshka_diffusion.pipeline import Matryoshka
 
@@ -177,6 +178,8 @@ def sample(options: argparse.Namespace) -> None:
             text_encoder=options.text_encoder,
             progress=bar,
         )
+    settings = sampling(options)
+    gallery.check(model, options.out, options.clips, settings)
     own = _own_pictures(options, model.config) if enlarging else {"n": options.n}
     with Bar("sampling", " steps") as bar:
         samples = model.sample(
@@ -187,12 +190,10 @@ def sample(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             progress=bar,
             **own,
-            **sampling(options),
+            **settings,
         )
-    folder = options.out or gallery.default_folder(options.model, samples)
-    gallery.save(samples, folder)
-    count = len(samples.captions)
-    print(f"{count} picture{'s' * (count > 1)} in {folder}, together in {folder / sheet.GRID}")
+    out = options.out or gallery.default_folder(options.model, samples)
+    print(gallery.told(samples, out, gallery.save(samples, out, options.clips)))
 
 
 def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -493,7 +494,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PNG|DIR",
         help="enlarge these small pictures, of an upsampler",
     )
-    command.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the pictures go")
+    command.add_argument(
+        *("-o", "--out"),
+        type=Path,
+        metavar="PATH",
+        help="a folder for all, or one file: .png, of videos also .mp4, .webp, .gif",
+    )
+    command.add_argument(
+        "--clips", choices=CLIPS, help="how videos are written into a folder (webp, losslessly)"
+    )
+    command.add_argument("--fps", type=float, help="of videos: frames per second, if not the run's")
     _add_text_encoder(command)
     add_sampling(command)
 

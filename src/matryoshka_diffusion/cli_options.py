@@ -91,7 +91,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
     names = (
         *("sampler", "steps", "grid", "threshold", "eta"),
-        *("guidance", "guidance_interval", "rescale", "coarse_noise"),
+        *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
     )
     return {n: value for n in names if (value := getattr(options, n, None)) is not None}
 

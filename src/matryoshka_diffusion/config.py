@@ -578,7 +578,7 @@ class SamplingConfig(Strict):
     """Sampling defaults; tuples have one entry for every level or one each (coarse to fine).
 
     An upsampler has `coarse_noise`, the time of the noise that the coarse picture is given, and
-    the `base` that draws that picture.
+    the `base` that draws that picture. Clips are written with `fps` frames per second.
     """
 
     sampler: SamplerName = "dpmpp-2m"
@@ -591,6 +591,7 @@ class SamplingConfig(Strict):
     eta: Share = 0.0
     coarse_noise: Share | None = None
     base: BaseConfig | None = None
+    fps: PositiveFloat = 8.0
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> SamplingConfig:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -57,6 +57,27 @@ def write_atomically(
     finally:
         with contextlib.suppress(OSError):  # mostly: it has its name by now
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes the name `path` when it is complete; else it is removed.
+
+    Raises:
+        OSError: with the path, if there is something already (an empty folder is replaced), or if
+            it cannot be written.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {_reason(error, path, None)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # mostly: it has its name by now
 
 
 def remove_stale(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matryoshka_diffusion import sheet
+from matryoshka_diffusion import animation
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
@@ -49,8 +49,9 @@ def preview_of(source: Source, config: RunConfig, count: int = PREVIEWS) -> dict
 class Preview:
     """Samples of every level side by side, drawn with the averaged weights and fixed seeds.
 
-    Files are `previews/<images seen>.png` in the run's folder. `asked` are arguments of
-    `Matryoshka.sample` (`preview_of`); coarse pictures among them are shown, too.
+    Files are `previews/<images seen>.png` in the run's folder, or `.webp` that moves where a level
+    has frames. `asked` are arguments of `Matryoshka.sample` (`preview_of`); coarse pictures among
+    them are shown, too.
     """
 
     def __init__(
@@ -73,14 +74,13 @@ class Preview:
         samples = model.sample(**self.asked)
         given = (self.asked["coarse"],) if "coarse" in self.asked else ()
         levels = (*given, *samples.levels)
-        image = sheet.grid(
-            sheet.rows_of_levels(levels),
+        pages = animation.pages(
+            levels,
             captions=samples.captions,
-            columns_titles=sheet.titles_of_levels(levels),
             title=f"{view.config.name} after {view.images_seen:,} images",
             cell=96,
             blocks=2,
         )
-        path = view.folder / "previews" / f"{view.images_seen:010d}.png"
-        sheet.save_png(image, path, {**samples.settings, "images_seen": view.images_seen})
-        return path
+        path = view.folder / "previews" / f"{view.images_seen:010d}"
+        settings = {**samples.settings, "images_seen": view.images_seen}
+        return animation.save_pages(pages, path, samples.settings["fps"], settings)

@@ -368,7 +368,8 @@ class Matryoshka:
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.net.config.model_dump(mode="json"),
             "pixels": self.config.data.pixels,
-            "sampling": self.sampling(settings).model_dump(mode="json"),
+            # How fast clips are shown changes no sample.
+            "sampling": self.sampling(settings).model_dump(mode="json", exclude={"fps"}),
             "precision": self.precision,
         }
 

@@ -24,8 +24,9 @@ else:  # what checks types while running must not need Pillow either
     Image = ImageDraw = FreeTypeFont = Any
 
 SETTINGS_KEY = "matryoshka-diffusion"
-GRID, LEVELS = "grid.png", "levels.png"
-"""The sheets that stand in a folder of samples, beside the pictures themselves."""
+GRID, LEVELS, STRIP = "grid", "levels", "strip"
+SHEETS = tuple(f"{name}{suffix}" for name in (GRID, LEVELS, STRIP) for suffix in (".png", ".webp"))
+"""What may stand in a folder of samples, beside the pictures or clips themselves."""
 
 GAP = 6
 MARGIN = 14
@@ -109,9 +110,10 @@ def rows_of_levels(
     return [list(row) for row in zip(*levels, strict=True)]
 
 
-def titles_of_levels(levels: Sequence[UInt8[np.ndarray, "b _ _ c"]]) -> list[str]:
-    """Column titles for `rows_of_levels`, such as "16 px"."""
-    return [f"{level.shape[2]} px" for level in levels]
+def titles_of_levels(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]]) -> list[str]:
+    """Column titles for levels, such as "64 px" of pictures and "16x64 px" of 16 frames."""
+    counts = [f"{level.shape[1]}x" if level.ndim == 5 else "" for level in levels]
+    return [f"{count}{level.shape[-2]} px" for count, level in zip(counts, levels, strict=True)]
 
 
 @dataclass(frozen=True)

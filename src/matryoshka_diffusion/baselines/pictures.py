@@ -10,14 +10,14 @@ from PIL import Image
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.images import SUFFIXES, PictureError, read_picture
-from matryoshka_diffusion.sheet import GRID, LEVELS
+from matryoshka_diffusion.sheet import SHEETS
 
 
 def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n side side channels"]:
     """The picture at `path`, or all of a folder by name, each exactly `side` x `side`.
 
     They are not resized: how a picture was made small decides what is there to enlarge. Of a folder
-    that samples were saved to, the sheets `grid.png` and `levels.png` are left out.
+    that samples were saved to, the sheets (`grid.png`, ...) are left out.
 
     Raises:
         FileNotFoundError: there is no picture.
@@ -26,7 +26,7 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
     files = [path]
     if path.is_dir():
         pictures = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        files = sorted(file for file in pictures if file.name not in (GRID, LEVELS))
+        files = sorted(file for file in pictures if file.name not in SHEETS)
     if not files or not path.exists():
         raise FileNotFoundError(f"{path}: no picture here to enlarge (PNG, JPEG or WEBP)")
     return np.stack([_read(file, side, channels) for file in files])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.files import require, write_atomically
+from matryoshka_diffusion.flipbook import gif
 from matryoshka_diffusion.train.log import Metrics
 
 
@@ -113,6 +114,8 @@ class TensorBoard:
     def __init__(self, folder: Path, config: RunConfig, images_seen: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        module = "tensorboard.compat.proto.summary_pb2"
+        self._proto: Any = require(module, "tensorboard", "--log tensorboard")
         # TensorBoard drops what earlier files say from this step on.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
 
@@ -122,16 +125,33 @@ class TensorBoard:
         self._writer.flush()
 
     def picture(self, name: str, path: Path, images_seen: int) -> None:
-        import numpy as np
         from PIL import Image
 
+        Summary: Any = self._proto.Summary
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image(name, pixels, images_seen, dataformats="HWC")
+            width, height = image.size
+            moves = getattr(image, "is_animated", False)
+            encoded = _as_gif(image) if moves else path.read_bytes()
+        shown = Summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=encoded
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+        self._writer._get_file_writer().add_summary(summary, images_seen)
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_gif(image: Any) -> bytes:
+    """An animation in the one form of which TensorBoard knows that it moves."""
+    from PIL import ImageSequence
+
+    frames, milliseconds = [], 0
+    for frame in ImageSequence.Iterator(image):
+        frames.append(frame.convert("RGB"))
+        milliseconds += frame.info["duration"]
+    return gif(frames, 1000 * len(frames) / milliseconds, None)
 
 
 class WeightsAndBiases:
