@@ -153,17 +153,17 @@ def emoji_still() -> RunConfig:
 
 
 def emoji_video() -> RunConfig:
-    """Text-to-video on animated emoji, levels {32, 16x32}: stills first, then how they move.
+    """Text-to-video on animated emoji, levels {32, 16x32}: how the stills of `emoji-still` move.
 
-    Command: `mdm train emoji-video --data DIR --out runs/moving`; or from a run of `emoji-still`,
-    `mdm grow runs/still --frames 16 --out runs/moving` and `mdm train runs/moving`.
+    Command: `mdm train emoji-video --data DIR --init runs/still --out runs/moving`, after a run of
+    `emoji-still` in runs/still.
     """
     still = emoji_still()
     (picture,) = still.model.levels
     clip = picture.model_copy(
         update={
             "frames": 16,
-            "widths": (32, 32, 64, 64, 64),
+            "widths": (32, 32, 64, 64, 64),  # most frames have the fewest channels
             "blocks": (1, 1, 1, 1, 0),
             "attention": (0,) * 5,
             "halve_frames": (True,) * 4,
@@ -171,12 +171,13 @@ def emoji_video() -> RunConfig:
             "shift_ratio": 8.0,
         }
     )
-    moving = StageConfig(levels=2, images=16_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
+    stage = StageConfig(levels=2, images=16_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
+    often = {"warmup_images": 1_600, "preview_every_images": 4_000}
     return still.model_copy(
         update={
             "name": "emoji-video",
             "model": still.model.model_copy(update={"levels": (picture, clip)}),
-            "train": _small_training(*still.train.stages, moving),
+            "train": _small_training(stage).model_copy(update=often),
         }
     )
 
