@@ -168,10 +168,11 @@ def emoji_video() -> RunConfig:
             "attention": (0,) * 5,
             "halve_frames": (True,) * 4,
             "frame_attention": (1, 1, 1, 1, 0),
+            "heads": 1,
             "shift_ratio": 8.0,
         }
     )
-    stage = StageConfig(levels=2, images=16_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
+    stage = StageConfig(levels=2, images=12_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
     often = {"warmup_images": 1_600, "preview_every_images": 4_000}
     return still.model_copy(
         update={
