@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from matryoshka_diffusion import denoiser
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction, Threshold, WeightingConfig
 from matryoshka_diffusion.denoiser import (
@@ -184,6 +185,14 @@ def test_dynamic_thresholding_by_its_definition(seed: int, scale: float):
     extent = torch.from_numpy(extent).float().view(3, 1, 1, 1)
     expected = torch.minimum(torch.maximum(x, -extent), extent) / extent
     torch.testing.assert_close(dynamic_threshold(x), expected)
+
+
+def test_dynamic_thresholding_of_more_numbers_than_torch_sorts(monkeypatch: pytest.MonkeyPatch):
+    """The quantile is one of the numbers then, next to the one between two of them."""
+    x = 3.0 * torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    between = dynamic_threshold(x)
+    monkeypatch.setattr(denoiser, "MOST_NUMBERS", 100)
+    torch.testing.assert_close(dynamic_threshold(x), between, rtol=5e-3, atol=0.0)
 
 
 def test_dynamic_thresholding_leaves_pictures_in_range_and_bounds_wild_ones():

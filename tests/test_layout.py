@@ -22,7 +22,7 @@ from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Stopped
 from test_trainer import run, stop_at, there
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, encode, tiny_config, tiny_video
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LAST = torch.channels_last
@@ -86,6 +86,10 @@ def test_both_layouts_are_timed_on_what_the_run_computes(monkeypatch):
     assert kinds[:4] == ["nchw", "channels_last"] * 2, "they take turns"
     assert sorted(seconds) == ["channels_last", "nchw"]
     assert all(value > 0 for value in seconds.values())
+
+
+def test_layouts_of_clips_are_timed_too():
+    assert seconds_per_pass(tiny_video(), CPU).keys() == {"nchw", "channels_last"}
 
 
 @pytest.mark.parametrize(

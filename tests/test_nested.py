@@ -229,11 +229,20 @@ def test_rows_with_all_levels_equal_the_whole_network():
         torch.testing.assert_close(mixed[:2], whole[:2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scaling", ["none", "std", "analytic"])
-def test_a_level_of_no_rows_runs_forwards_and_backwards(scaling: str):
+@pytest.mark.parametrize(
+    ("scaling", "patch"), [("none", 1), ("std", 1), ("analytic", 1), ("none", 2)]
+)
+def test_a_level_of_no_rows_runs_forwards_and_backwards(scaling: str, patch: int):
     """So that processes with and without fine rows take part in the same gradients."""
     config = nest(3, text=TEXT, classes=3)
-    top = config.levels[2].model_copy(update={"input_scaling": scaling, "attention": (1, 0)})
+    top = config.levels[2].model_copy(
+        update={
+            "side": 32 * patch,
+            "patch": patch,
+            "input_scaling": scaling,
+            "attention": (1, 0),
+        }
+    )
     config = config.model_copy(update={"levels": (*config.levels[:2], top)})
     net = wake(NestedUNet(config)).train()
     micro_batch = Conditioning(labels=torch.tensor([0, 1, 2, 0]), tokens=words())

@@ -31,7 +31,7 @@ def short(name: str) -> RunConfig:
         for stage in run.train.stages
     )
     often = {"log_every_images": 1, "checkpoint_every_images": ROWS, "warmup_images": ROWS}
-    learning = run.train.model_copy(update={"stages": stages, **often})
+    learning = run.train.model_copy(update={"stages": stages, "init_levels": 0, **often})
     return revalidated(
         run.model_copy(update={"model": shrunk(run.model), "train": learning}),
     )

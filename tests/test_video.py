@@ -12,6 +12,7 @@ import torch
 from matryoshka_diffusion import job
 from matryoshka_diffusion.config import (
     ConfigError,
+    LoraConfig,
     RunConfig,
     StageConfig,
     UsageError,
@@ -19,23 +20,16 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import Batch
 from matryoshka_diffusion.info import describe
+from matryoshka_diffusion.nn.lora import attach
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed
+from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.trainer import train
-from tiny_run import TinyPictures, tiny_config
-
-FRAMES = 4
-
-
-class TinyClips(TinyPictures):
-    """Pictures of `TinyPictures` that move to the right, a pixel a frame."""
-
-    def batch(self, ids: range) -> Batch:
-        batch = super().batch(ids)
-        frames = [batch.picture.roll(n, dims=3) for n in range(FRAMES)]
-        return Batch(**{**vars(batch), "picture": torch.stack(frames, dim=2)})
+from tiny_run import FRAMES, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 
 def image_config(**train: Any) -> RunConfig:
@@ -52,11 +46,17 @@ def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def grown(image_run: Path, out: Path, *changes: str, data: str | None = "films") -> RunConfig:
+    """A run of `FRAMES` frames around the image run, on a folder of videos that is not there."""
+    finer = partial(job.next_frames, frames=FRAMES)
+    return job.grow_run(str(image_run), finer, out, changes, data=data)
+
+
 @pytest.fixture(scope="module")
 def video_run(image_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video") / "run"
     changes = ["train.stages[0].images=8", "train.stages[0].mix=[0.5, 0.5]"]
-    job.grow_run(str(image_run), partial(job.next_frames, frames=FRAMES), folder, changes)
+    grown(image_run, folder, *changes)
     train(job.find_config(str(folder), None, []), TinyClips(), folder)
     return folder
 
@@ -83,8 +83,7 @@ def test_noise_of_a_level_belongs_to_the_sample_whatever_the_batch(video_run: Pa
 
 def test_growing_in_time_keeps_what_the_image_run_draws(image_run: Path, tmp_path: Path):
     """Bit for bit at step 0, through the sampler, noise on the frames or not."""
-    finer = partial(job.next_frames, frames=FRAMES)
-    job.grow_run(str(image_run), finer, tmp_path / "grown")
+    grown(image_run, tmp_path / "grown")
     options: dict[str, Any] = {"n": 3, "seed": 5, "steps": 4}
     before = Matryoshka.load(image_run).sample(**options)
     after = Matryoshka.load(tmp_path / "grown").sample(**options)
@@ -116,8 +115,7 @@ def test_a_video_run_that_is_killed_goes_on_as_if_it_had_not_been(
         "train.stages[0].mix=[0.5, 0.5]",
         "train.checkpoint_every_images=4",
     ]
-    finer = partial(job.next_frames, frames=FRAMES)
-    config = job.grow_run(str(image_run), finer, tmp_path, changes)
+    config = grown(image_run, tmp_path, *changes)
     with pytest.raises(Killed):
         train(config, Dying(), tmp_path)
     train(config, TinyClips(), tmp_path)
@@ -202,3 +200,83 @@ def test_a_picture_level_cannot_be_put_around_clips(video_run: Path):
         job.from_dict(
             {**config.model_dump(mode="json"), "model": {"levels": levels, "embedding": 32}}
         )
+
+
+# --- data of a run that is grown in time -------------------------------------------------------
+
+
+def test_a_run_grown_in_time_is_trained_on_the_videos_it_was_given(
+    image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The config that is written is the one that training asks for, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    config = grown(image_run, tmp_path / "run", "data.frame_stride=2")
+    assert config.data.source == "clips"
+    assert config.data.path == str(tmp_path / "films")
+    assert config.data.frame_stride == 2
+    assert job.find_config(str(tmp_path / "run"), None, []) == config
+
+
+def test_a_run_on_pictures_is_not_grown_in_time_without_videos(image_run: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"4 frames, but .* pictures .*: give videos with --data"):
+        grown(image_run, tmp_path / "run", data=None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_augmentation_ends_where_clips_begin(tmp_path: Path):
+    config = override(image_config(), ["model.augment=true", "data.augment=0.1"])
+    train(config, TinyPictures(), tmp_path / "image")
+    assert grown(tmp_path / "image", tmp_path / "run").data.augment == 0.0
+
+
+def test_a_model_of_clips_is_tuned_at_its_own_pace(video_run: Path, tmp_path: Path):
+    config = override(job.find_config(str(video_run), None, []), ["data.frame_stride=2"])
+    weights = Matryoshka.load(video_run).net.state_dict()
+    export_weights(tmp_path / "model", weights, config)
+    tuning = job.find_config(str(tmp_path / "model"), None, [])
+    assert tuning.data.frame_stride == 2
+
+
+# --- what training offers, on clips ------------------------------------------------------------
+
+
+def learn(rows: tuple[int, ...] = (4, 2), **settings: Any) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of a step of a network that says something."""
+    config = tiny_video(**{"precision": "fp32", **settings})
+    learner = Learner(config, torch.device("cpu"))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in learner.net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    inputs = Feed(config, TinyClips(), encode)(Step(0, 0, rows, 0.0, False))
+    loss = learner.learn(inputs).loss
+    return loss, {name: p.grad for name, p in learner.net.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [(4, 2), (4, 0)])
+def test_recomputed_clips_have_the_same_gradients(rows: tuple[int, ...], precision: str):
+    loss, gradients = learn(rows, precision=precision)
+    again, recomputed = learn(rows, precision=precision, recompute=(0, 1))
+    assert again == loss
+    assert all(torch.equal(recomputed[name], gradients[name]) for name in gradients)
+
+
+def test_clips_in_channels_last_have_the_same_loss():
+    losses = [learn(layout=layout, dropout=0.0)[0] for layout in ("nchw", "channels_last")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_parts_of_a_batch_of_clips_add_up():
+    assert learn(accumulate=2, dropout=0.0)[0] == pytest.approx(learn(dropout=0.0)[0], rel=1e-5)
+
+
+def test_bf16_is_close_to_fp32_on_clips():
+    assert learn(precision="bf16", dropout=0.0)[0] == pytest.approx(learn(dropout=0.0)[0], rel=0.02)
+
+
+def test_adapters_are_put_around_attention_over_frames():
+    net = attach(NestedUNet(tiny_video().model), LoraConfig(rank=2, levels=(1,)))
+    adapted = {name.rsplit(".", 2)[0] for name, p in net.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in adapted} == {"qkv", "out"}
+    assert all("frame_attention" in name for name in adapted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from matryoshka_diffusion.config import (
     TrainConfig,
 )
 from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.job import next_frames
 from matryoshka_diffusion.rng import stream
 
+FRAMES = 4
 CAPTIONS = ("red", "a green square", "blue thing", "")
 
 
@@ -82,6 +85,26 @@ class TinyPictures:
             ids=torch.tensor(ids),
             keys=tuple(f"picture-{n % 16}" for n in ids),
         )
+
+
+def tiny_video(*, dropout: float = 0.1, **train: Any) -> RunConfig:
+    """Its first level, and four frames of it around that: one stage of both levels."""
+    stage = StageConfig(levels=2, images=24, batch_size=4, lr=1e-2, mix=(0.5, 0.5))
+    config = tiny_config(dropout=dropout, **{"stages": (stage,), **train})
+    picture = config.model.levels[0]
+    clip = next_frames(picture, FRAMES).model_copy(update={"dropout": dropout})
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"levels": (picture, clip)})}
+    )
+
+
+class TinyClips(TinyPictures):
+    """Pictures of `TinyPictures` that move to the right, a pixel a frame."""
+
+    def batch(self, ids: range) -> Batch:
+        batch = super().batch(ids)
+        frames = [batch.picture.roll(n, dims=3) for n in range(FRAMES)]
+        return replace(batch, picture=torch.stack(frames, dim=2))
 
 
 def encode(captions: Sequence[str]) -> list[Tensor]:

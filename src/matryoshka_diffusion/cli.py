@@ -220,6 +220,7 @@ def grow(options: argparse.Namespace) -> None:
         else partial(job.next_frames, frames=options.frames),
         options.out,
         options.set,
+        data=options.data,
         freeze_coarse=options.freeze_coarse,
         ramp=options.ramp,
     )
@@ -539,6 +540,7 @@ def build_parser() -> argparse.ArgumentParser:
     finer = command.add_mutually_exclusive_group(required=True)
     finer.add_argument("--to", type=positive, metavar="SIDE", help="in pixels, or codes")
     finer.add_argument("--frames", type=positive, metavar="N", help="of clips, at the same side")
+    command.add_argument("--data", metavar="DATA", help="to train on, if not what RUN was")
     command.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run")
     command.add_argument(
         "--freeze-coarse",

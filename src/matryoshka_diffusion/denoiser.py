@@ -22,6 +22,9 @@ from matryoshka_diffusion.diffusion import Network, Process, to_x0
 from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
 from matryoshka_diffusion.schedule import NoiseSchedule, expand
 
+MOST_NUMBERS = 2**24
+"""That torch takes the quantile of; clips may have more."""
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -151,9 +154,16 @@ def dynamic_threshold(
 
     Saturated pixels are pushed inwards instead of being cut off (Saharia et al., 2022).
     """
-    extent = torch.quantile(x.abs().flatten(1).float(), quantile, dim=1).clamp(1.0, ceiling)
-    extent = expand(extent, x)
+    extent = expand(_quantile(x.abs().flatten(1).float(), quantile).clamp(1.0, ceiling), x)
     return x.clamp(-extent, extent) / extent
+
+
+def _quantile(rows: Float[Tensor, "b n"], q: float) -> Float[Tensor, " b"]:
+    """The quantile of each row; of more numbers than torch takes, the nearest one of them."""
+    count = rows.shape[1]
+    if count <= MOST_NUMBERS:
+        return torch.quantile(rows, q, dim=1)
+    return rows.kthvalue(1 + round(q * (count - 1)), dim=1).values
 
 
 THRESHOLDS: dict[Threshold, Callable[[Tensor], Tensor]] = {

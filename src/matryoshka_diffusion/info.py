@@ -105,13 +105,14 @@ def describe_plan(
         fixed = training_bytes(net, len(config.train.ema_power))
         each = activation_bytes(config.model, stage.levels, config.train.recompute)
         each = each if precision == "fp32" else each // 2
+        shown = "a clip" if config.model.levels[stage.levels - 1].frames else "a picture"
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
         rows = -(-stage.batch_size // config.train.accumulate)
         steps = -(-stage.images // stage.batch_size)
         lines += [
             f"stage {place}: {steps:,} steps of {stage.batch_size:,}, "
             f"{_teraflops(work)} a step at most",
-            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} a picture; "
+            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} {shown}; "
             f"{_gigabytes(fixed + rows * each)} on one device, "
             f"{_gigabytes(fixed // (gpus if shards else 1) + -(-rows // gpus) * each)} "
             f"on each of {gpus}{' with shards' if shards else ''}",

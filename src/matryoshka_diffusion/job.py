@@ -19,6 +19,7 @@ from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_ca
 from matryoshka_diffusion.config import (
     GENTLE,
     UNIFORM,
+    VIDEO_SOURCES,
     BaseConfig,
     CodecConfig,
     ConfigError,
@@ -41,7 +42,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import absolute, open_source, with_source
+from matryoshka_diffusion.data.sources import PACKAGED, absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.hub import without_base
@@ -169,7 +170,9 @@ def _tuning(model: Path, lr: float) -> RunConfig:
         ema_decay=0.999,
         condition_dropout=config.train.condition_dropout,
     )
-    data = DataConfig(source="folder", side=config.data.side, pixels=config.data.pixels)
+    # What the model depends on stays; what it was trained on is to be named.
+    kept = ("side", "pixels", "frame_stride", "fps", "clip", "clip_frames")
+    data = DataConfig(source="folder", **{name: getattr(config.data, name) for name in kept})
     update = {"name": f"{config.name}-tuned", "train": train, "data": data}
     return config.model_copy(update=update)
 
@@ -481,6 +484,7 @@ def grow_run(
     out: Path,
     assignments: Sequence[str] = (),
     *,
+    data: str | None = None,
     freeze_coarse: int = 0,
     ramp: int = 0,
 ) -> RunConfig:
@@ -488,12 +492,14 @@ def grow_run(
 
     `finer` makes that level out of the finest one (`next_level` or `next_frames`). The coarse
     predictions of the new network are bit-equal to the old ones. `freeze_coarse` and `ramp` are
-    the new stage's `freeze_coarse_images` and `ramp_images`; `assignments` change the config of
-    the new run, for instance the widths of the new level.
+    the new stage's `freeze_coarse_images` and `ramp_images`; `data` is what the new run is trained
+    on, if not what `run` was; `assignments` change the config of the new run, for instance the
+    widths of the new level.
 
     Raises:
-        UsageError: the new level does not nest on the finest one, `out` is not empty, or the new
-            stage is shorter than `freeze_coarse` or `ramp`.
+        UsageError: the new level does not nest on the finest one, or needs videos where `run` had
+            pictures; `out` is not empty, or the new stage is shorter than `freeze_coarse` or
+            `ramp`.
         FileNotFoundError, ValueError: `run` is no trained model.
     """
     refuse_full(out)
@@ -512,6 +518,7 @@ def grow_run(
             f"--freeze-coarse and --ramp: {max(freeze_coarse, ramp)} is more than the new stage's "
             f"{images} images; give less, or make it longer with --set train.stages[0].images="
         ) from error
+    grown = _on_data(grown, data)
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
@@ -569,6 +576,22 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
     write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
 
 
+def _on_data(config: RunConfig, data: str | None) -> RunConfig:
+    """The config of a grown run with the data it was given; a level with frames needs videos."""
+    video = config.data.source in VIDEO_SOURCES
+    if config.data_frames and not video and data is None:
+        raise ConfigError(
+            f"the new level has {config.data_frames} frames, but the run was trained on pictures "
+            f"(data.source={config.data.source}): give videos with --data"
+        )
+    if data is None:
+        return with_source(config)
+    packaged = config.data.source in PACKAGED
+    kind = "clips" if config.data_frames and not video else "folder" if packaged else None
+    update = {"path": absolute(data), **({} if kind is None else {"source": kind})}
+    return with_source(config.model_copy(update={"data": config.data.model_copy(update=update)}))
+
+
 def _with_level(config: RunConfig, level: LevelConfig) -> RunConfig:
     """The config with a level on top and one stage of training that has all levels."""
     last = config.train.stages[-1]
@@ -581,6 +604,8 @@ def _with_level(config: RunConfig, level: LevelConfig) -> RunConfig:
     data["model"]["levels"] = [level.model_dump(mode="json") for level in levels]
     if (data["data"]["side"] or 0) % (level.side * config.pixels_per_side):
         data["data"]["side"] = None  # pictures of the finest level's side, as ever
+    if level.frames is not None:
+        data["data"]["augment"] = 0.0  # what it does to pictures, it does not do to clips
     data["train"]["stages"] = [stage.model_dump(mode="json")]
     data["train"].update(init=None, init_levels=len(config.model.levels), averaged=None)
     for values in (

@@ -173,12 +173,12 @@ def emoji_video() -> RunConfig:
         }
     )
     stage = StageConfig(levels=2, images=12_000, batch_size=16, lr=1e-3, mix=(0.25, 0.75))
-    often = {"warmup_images": 1_600, "preview_every_images": 4_000}
+    then = {"init_levels": 1, "warmup_images": 1_600, "preview_every_images": 4_000}
     return still.model_copy(
         update={
             "name": "emoji-video",
             "model": still.model.model_copy(update={"levels": (picture, clip)}),
-            "train": _small_training(stage).model_copy(update=often),
+            "train": _small_training(stage).model_copy(update=then),
         }
     )
 

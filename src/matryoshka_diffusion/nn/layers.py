@@ -35,6 +35,28 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
+class Unshuffle(nn.PixelUnshuffle):
+    """Squares of pixels as channels, also of no rows, which torch leaves as they are."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        if len(x):
+            return super().forward(x)
+        _, channels, height, width = x.shape
+        patch = self.downscale_factor
+        return x.reshape(0, channels * patch**2, height // patch, width // patch)
+
+
+class Shuffle(nn.PixelShuffle):
+    """Back from `Unshuffle`."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        if len(x):
+            return super().forward(x)
+        _, channels, height, width = x.shape
+        patch = self.upscale_factor
+        return x.reshape(0, channels // patch**2, height * patch, width * patch)
+
+
 def sinusoid(x: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     """Sines, then cosines, of x times width / 2 frequencies from 1 down to 1/10000."""
     half = width // 2

@@ -17,6 +17,8 @@ from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.layers import (
     Attention,
     ResidualBlock,
+    Shuffle,
+    Unshuffle,
     conv3,
     mlp,
     norm,
@@ -70,7 +72,7 @@ class Level(nn.Module):
         upsamples = model.coarse is not None and not nested
         self.image_time = mlp(self.frequencies, model.embedding) if upsamples else None
         pixels = model.channels * config.patch**2
-        self.unshuffle = nn.PixelUnshuffle(config.patch)
+        self.unshuffle = Unshuffle(config.patch)
         self.stem = conv3(2 * pixels if upsamples else pixels, config.widths[0])
         self.encoder, skips = build_encoder(model, config)
         core = skips[-1]
@@ -80,7 +82,7 @@ class Level(nn.Module):
         self.decoder = build_decoder(model, config, skips)
         self.norm = norm(config.widths[0])
         self.head = zero(conv3(config.widths[0], pixels))
-        self.shuffle = nn.PixelShuffle(config.patch)
+        self.shuffle = Shuffle(config.patch)
 
     def encode(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import ConfigError, LoraConfig
 from matryoshka_diffusion.nn.layers import Attention, zero
 from matryoshka_diffusion.nn.nested import NestedUNet, level_of
+from matryoshka_diffusion.nn.temporal import FrameAttention
 from matryoshka_diffusion.rng import stream
 
 
@@ -82,7 +83,7 @@ def merged_state(net: NestedUNet) -> dict[str, Tensor]:
 def _chosen(net: NestedUNet, lora: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """The maps to adapt: name, the module that holds it, and what it is called there."""
     levels = lora.levels or range(len(net.levels))
-    kind = Attention if lora.maps == "attention" else nn.Module
+    kind = (Attention, FrameAttention) if lora.maps == "attention" else nn.Module
     for place, owner in net.named_modules():
         if place.startswith("levels.") and level_of(place) in levels and isinstance(owner, kind):
             for child, part in owner.named_children():

@@ -25,6 +25,7 @@ FORMATS: dict[Layout, torch.memory_format] = {
     "nchw": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
+OF_CLIPS = {**FORMATS, "channels_last": torch.channels_last_3d}
 ROWS, REPEATS, TOKENS = 16, 5, 32
 MARGIN = 1.05
 """Channels last is chosen if it is faster by more than this: a tie must not be decided by noise."""
@@ -59,7 +60,10 @@ def placed(net: NestedUNet, device: torch.device, layout: Layout) -> NestedUNet:
 
 def arranged(x: Pyramid, layout: Layout) -> Pyramid:
     """The same pictures in a layout; those that are in it already are not copied."""
-    return tuple(level.contiguous(memory_format=FORMATS[layout]) for level in x)
+    return tuple(
+        level.contiguous(memory_format=(FORMATS if level.ndim == 4 else OF_CLIPS)[layout])
+        for level in x
+    )
 
 
 def seconds_per_pass(config: RunConfig, device: torch.device) -> dict[Layout, float]:
