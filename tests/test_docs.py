@@ -56,6 +56,16 @@ SMALL = (
     "sampling.steps=2",
 )
 
+TWO_FRAMES = (
+    "model.levels[1].frames=2",
+    "model.levels[1].widths=[32, 32]",
+    "model.levels[1].blocks=[1, 0]",
+    "model.levels[1].attention=[0, 0]",
+    "model.levels[1].halve_frames=[true]",
+    "model.levels[1].frame_attention=[1, 0]",
+)
+"""A level of clips in the place of one whose 16 frames are halved four times."""
+
 
 def paper(name: str) -> tuple[str, ...]:
     """A preset of the paper as `tests/test_presets.py` shrinks it, with the small T5."""
@@ -88,20 +98,20 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "emoji-video": (
         *SMALL,
         "model.text.width=32",
-        "model.levels[-1].widths=[32, 32, 32, 32, 32]",
+        *TWO_FRAMES,
         "train.stages=[{levels: 2, images: 8, batch_size: 4, lr: 0.001, mix: [0.25, 0.75]}]",
     ),
     "cc12m-64": paper("cc12m-64"),
     "cc12m-256": paper("cc12m-256"),
     "cc12m-1024": paper("cc12m-1024"),
-    "webvid-16x256": (*paper("webvid-16x256"), "model.levels[2].widths=[32, 32, 32]"),
+    "webvid-16x256": (*paper("webvid-16x256"), *TWO_FRAMES, "model.levels[2].frames=2"),
 }
 CODECS: dict[str, tuple[str, ...]] = {
     "codec": ("widths=[8, 8, 8]", "images=16", "batch_size=8"),
 }
 """Trainings of autoencoders, which are no presets of a run."""
-CLIPS = ("emoji-video",)
-"""Presets of clips, whose levels have more widths than those of small pictures."""
+STARTED = ("emoji-video",)
+"""Presets that go on from a model (`--init`) and are shrunk by the table all the same."""
 GROWN = (
     "train.stages[-1].images=2",
     "train.stages[-1].batch_size=1",
@@ -115,6 +125,8 @@ REPLACED = {
     "--gpus 4": "--gpus 1",
     "--gpus 8": "--gpus 2",
     "--nproc-per-node 8": "--nproc-per-node 1",
+    "runs/t2i64 --frames 16": "runs/t2i64 --frames 2",
+    "runs/first --frames 16": "runs/first --frames 2",
     "runs/t2v64 --to 256": "runs/t2v64 --to 16",
 }
 """What is large in a command of any kind, and what stands in its place."""
@@ -189,7 +201,7 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return ["--device", "cpu"] if "--gpus" in arguments else []
         case ["train", name, *_] if name in CODECS:
             return settings(CODECS[name])
-        case ["train", name, *_] if "--init" in arguments and name not in CLIPS:
+        case ["train", name, *_] if "--init" in arguments and name not in STARTED:
             return settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
         case ["train", name, *_] if name in SHRUNK:
             device = ["--device", "cpu"] if "--gpus" in arguments else []
