@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 import evaluating
-from filming import film
+from filming import animate, film
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import override
 from matryoshka_diffusion.presets import preset
@@ -56,6 +56,16 @@ SMALL = (
     "sampling.steps=2",
 )
 
+TWO_FRAMES = (
+    "model.levels[1].frames=2",
+    "model.levels[1].widths=[32, 32]",
+    "model.levels[1].blocks=[1, 0]",
+    "model.levels[1].attention=[0, 0]",
+    "model.levels[1].halve_frames=[true]",
+    "model.levels[1].frame_attention=[1, 0]",
+)
+"""A level of clips in the place of one whose 16 frames are halved four times."""
+
 
 def paper(name: str) -> tuple[str, ...]:
     """A preset of the paper as `tests/test_presets.py` shrinks it, with the small T5."""
@@ -84,13 +94,24 @@ SHRUNK: dict[str, tuple[str, ...]] = {
         stages(1),
     ),
     "folder-64-latent": (*SMALL, stages(1)),
+    "emoji-still": (*SMALL, "model.text.width=32", stages(1)),
+    "emoji-video": (
+        *SMALL,
+        "model.text.width=32",
+        *TWO_FRAMES,
+        "train.stages=[{levels: 2, images: 8, batch_size: 4, lr: 0.001, mix: [0.25, 0.75]}]",
+    ),
+    "cc12m-64": paper("cc12m-64"),
     "cc12m-256": paper("cc12m-256"),
     "cc12m-1024": paper("cc12m-1024"),
+    "webvid-16x256": (*paper("webvid-16x256"), *TWO_FRAMES, "model.levels[2].frames=2"),
 }
 CODECS: dict[str, tuple[str, ...]] = {
     "codec": ("widths=[8, 8, 8]", "images=16", "batch_size=8"),
 }
 """Trainings of autoencoders, which are no presets of a run."""
+STARTED = ("emoji-video",)
+"""Presets that go on from a model (`--init`) and are shrunk by the table all the same."""
 GROWN = (
     "train.stages[-1].images=2",
     "train.stages[-1].batch_size=1",
@@ -104,6 +125,9 @@ REPLACED = {
     "--gpus 4": "--gpus 1",
     "--gpus 8": "--gpus 2",
     "--nproc-per-node 8": "--nproc-per-node 1",
+    "runs/t2i64 --frames 16": "runs/t2i64 --frames 2",
+    "runs/first --frames 16": "runs/first --frames 2",
+    "runs/t2v64 --to 256": "runs/t2v64 --to 16",
 }
 """What is large in a command of any kind, and what stands in its place."""
 
@@ -177,7 +201,7 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return ["--device", "cpu"] if "--gpus" in arguments else []
         case ["train", name, *_] if name in CODECS:
             return settings(CODECS[name])
-        case ["train", name, *_] if "--init" in arguments:
+        case ["train", name, *_] if "--init" in arguments and name not in STARTED:
             return settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
         case ["train", name, *_] if name in SHRUNK:
             device = ["--device", "cpu"] if "--gpus" in arguments else []
@@ -251,6 +275,16 @@ def with_videos(path):
                 shard.add(file, file.name)
 
 
+def with_emoji(path):
+    """Videos, and a small package of the same make as Fluent Emoji's."""
+    with_videos(path)
+    still = np.full((32, 32, 3), 255, np.uint8)
+    still[8:24, 4:12] = (200, 30, 40)
+    for step, code_point in enumerate(("1f30a", "1f40c", "1f32a-fe0f"), start=1):
+        frames = [np.roll(still, n * step, axis=1) for n in range(61)]
+        animate(path / "package" / "assets" / f"{code_point}.webp", frames)
+
+
 def with_shards(path):
     """Shards as docs/many-gpus.md makes them from four folders of captioned pictures."""
     for part in range(4):
@@ -298,6 +332,7 @@ PREPARED = {
     "growing.md": with_shards,
     "many-gpus.md": with_shards,
     "released-checkpoints.md": with_releases,
+    "video.md": with_emoji,
 }
 
 
@@ -316,7 +351,7 @@ def bash_blocks(document: str) -> list[str]:
 def all_commands():
     """The commands of all documents, each with the name of its document."""
     for path in DOCUMENTS:
-        python = path.name in ("README.md", "evaluation.md", "growing.md")
+        python = path.name in ("README.md", "evaluation.md", "growing.md", "video.md")
         for words in commands(read(path.name), python=python):
             shown = words[:1] if words[0] == "python" else words
             yield pytest.param(path.name, words, id=f"{path.name}: {shlex.join(shown)}")
