@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from matryoshka_diffusion import animation, cli, gallery, sheet
-from matryoshka_diffusion.config import LevelConfig
+from matryoshka_diffusion.config import ConfigError, LevelConfig
 from matryoshka_diffusion.hooks import Preview
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -241,8 +241,9 @@ def test_fps_changes_no_sample(videos):
     """So measurements of a model do not depend on it."""
     model = Matryoshka.load(videos)
     assert model.describe({"fps": 3.0}) == model.describe({})
-    with pytest.raises(ValueError, match=r"sampling\.fps"):
-        model.sampling({"fps": 0.0})
+    for fps in (0.001, 1001.0):  # which no form of clip can hold
+        with pytest.raises(ConfigError, match=r"sampling\.fps"):
+            model.sampling({"fps": fps})
 
 
 def test_the_command_knows_the_forms_of_clips():

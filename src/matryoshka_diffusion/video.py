@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.config import FASTEST_FPS, SLOWEST_FPS, UsageError
 from matryoshka_diffusion.files import MissingExtra, require, whole_folder, write_atomically
 from matryoshka_diffusion.flipbook import gif, webp
 from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png, to_image
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 else:
     Image = Any
 
-SLOWEST = 0.01
-FASTEST = {".mp4": 1000.0, ".webp": 1000.0, ".gif": 50.0, "": 1000.0}
+FASTEST = {".mp4": FASTEST_FPS, ".webp": 90.0, ".gif": 50.0, "": FASTEST_FPS}
 """Frames per second that a form of clip can hold, by its suffix; none is a folder of PNGs.
 
-WebP counts milliseconds, GIF hundredths of a second, of which browsers make ten if there is one.
+WebP counts milliseconds and GIF hundredths of a second; browsers show a frame of a hundredth or
+less for ten.
 """
 SUFFIXES = tuple(filter(None, FASTEST))
 
@@ -93,9 +93,9 @@ def check_clip(path: Path, fps: float) -> None:
             f"{path}: clips are written as {', '.join(SUFFIXES)}, or without a suffix as a folder "
             "of PNGs"
         )
-    if not SLOWEST <= fps <= FASTEST[suffix]:
+    if not SLOWEST_FPS <= fps <= FASTEST[suffix]:
         raise UsageError(
-            f"{path}: {fps:g} frames per second; this form of clip can have {SLOWEST:g} to "
+            f"{path}: {fps:g} frames per second; this form of clip can have {SLOWEST_FPS:g} to "
             f"{FASTEST[suffix]:g}"
         )
     if suffix == ".mp4" and "libx264" not in _av().codecs_available:
