@@ -13,8 +13,9 @@ from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
 from matryoshka_diffusion import video
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.clips import open_video
+from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.sheet import SETTINGS_KEY
 
@@ -104,6 +105,12 @@ def test_what_is_written_can_be_trained_on(suffix, tmp_path):
         assert (film.count, times.end) == (6, pytest.approx(6 / 12.5))
         frames = [np.asarray(frame.convert("RGB")) for frame in film.frames(range(6))]
     assert psnr(clip, np.stack(frames)) > 28
+
+
+def test_a_folder_of_frames_is_no_video(tmp_path):
+    video.save_clip(smooth(2, 16, 16), tmp_path / "a", 8.0, None)
+    with pytest.raises(ValueError, match="holds no video"):
+        open_source(DataConfig(source="clips", path=str(tmp_path)), 16, 2)
 
 
 @pytest.mark.parametrize("suffix", video.SUFFIXES)
@@ -254,6 +261,16 @@ def test_a_folder_that_has_something_in_it_stays(tmp_path):
 def test_what_cannot_be_written_is_refused(name, fps, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         video.save_clip(smooth(1), tmp_path / name, fps, None)
+
+
+@pytest.mark.parametrize(("suffix", "most"), [(".mp4", 16384), (".webp", 16383), (".gif", 65535)])
+def test_frames_are_as_large_as_a_file_can_hold(suffix, most, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    video.save_clip(np.zeros((1, 2, most, 3), np.uint8), path, 8.0, None)
+    assert decode(path).frames.shape == (1, 2, most, 3)
+    message = f"a{suffix}: frames of 2 x {most + 1} pixels; .* can have {most} a side"
+    with pytest.raises(UsageError, match=message):
+        video.save_clip(np.zeros((1, most + 1, 2, 3), np.uint8), path, 8.0, None)
 
 
 def test_a_clip_has_frames(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion import animation, cli, gallery, sheet
+from matryoshka_diffusion import animation, cli, gallery, sheet, video
 from matryoshka_diffusion.config import ConfigError, LevelConfig
 from matryoshka_diffusion.hooks import Preview
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -132,6 +132,22 @@ def test_a_folder_has_each_clip_and_sheets_of_all(videos, tmp_path, capsys):
     assert capsys.readouterr().out == f"2 clips in {out}, together in {out / 'grid.webp'}\n"
 
 
+def test_sheets_show_as_many_clips_as_they_can_hold(videos, tmp_path, monkeypatch, capsys):
+    each_with_a_caption = sheet.grid_size(gallery.ON_SHEETS, 8, cell=gallery.CELL, captioned=True)
+    assert max(each_with_a_caption) < video.LARGEST[".webp"]
+    monkeypatch.setattr(gallery, "ON_SHEETS", 2)
+    assert draw(videos, "-n", 3, "-o", tmp_path) == 0
+    first = Matryoshka.load(videos).sample(classes="dog", n=2)
+    for name, expected in (("grid", gallery.grid(first)), ("levels", gallery.levels(first))):
+        found = decode(tmp_path / f"{name}.webp")
+        np.testing.assert_array_equal(found.frames, np.stack([np.asarray(x) for x in expected]))
+        assert found.settings["seeds"] == [0, 1]
+    assert settings_of(tmp_path / "strip.png")["seeds"] == [0, 1]
+    assert (tmp_path / "002-dog.webp").is_file()
+    together = f"the first 2 together in {tmp_path / 'grid.webp'}"
+    assert capsys.readouterr().out == f"3 clips in {tmp_path}, {together}\n"
+
+
 @pytest.mark.parametrize(
     ("form", "files"),
     [
@@ -200,6 +216,8 @@ def undrawn(monkeypatch):
         ("videos", ["-o", "a.gif", "--fps", "60"], "a.gif: 60 frames per second; this form"),
         ("videos", ["--clips", "gif", "--fps", "60"], "can have 0.01 to 50"),
         ("videos", ["-o", "a.gif", "--clips", "gif"], "--clips gif is for a folder"),
+        ("videos", ["-o", "a.webp", "-n", "1000"], "a grid of 1000 clips has 1228 x 16772 pixels"),
+        ("videos", ["-o", "a.mp4", "-n", "1000"], "this form can have 16384 a side: give a folder"),
         ("videos", ["-o", "file/a.mp4"], "file is a file, not a folder"),
         ("videos", ["-o", "file"], "file is a file, not a folder"),
         ("pictures", ["-o", "locked/new/a.png"], "nothing can be written in "),
