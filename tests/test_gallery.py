@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from test_clip_files import decode
 from tiny_run import tiny_config
 
 FRAMES = 4
+LOADED = functools.cache(Matryoshka.load)
 
 
 def run_folder(folder, finest):
@@ -30,7 +32,7 @@ def run_folder(folder, finest):
     levels = (config.model.levels[0], finest)
     nest = config.model.model_copy(update={"text": None, "classes": 2, "levels": levels})
     data = config.data.model_copy(update={"classes": ("cat", "dog")})
-    sampling = config.sampling.model_copy(update={"steps": 2})
+    sampling = config.sampling.model_copy(update={"steps": 1})
     changed = {"model": nest, "encoder": None, "data": data, "sampling": sampling}
     config = config.model_copy(update=changed)
     net = NestedUNet(nest, seed=3)
@@ -60,6 +62,12 @@ def videos(tmp_path_factory):
         halve_frames=(True, True),
     )
     return run_folder(tmp_path_factory.mktemp("videos"), finest)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(monkeypatch):
+    """Each of the two models is read from its folder for the first test that wants it."""
+    monkeypatch.setattr(Matryoshka, "load", lambda run, **_: LOADED(str(run)))
 
 
 def draw(model, *arguments):
