@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
 from matryoshka_diffusion import animation, sheet
+from test_clip_files import decode
 from test_sheet import count
 
 STILL = np.full((2, 4, 4, 3), 250, np.uint8)
@@ -54,6 +55,14 @@ def test_a_film_strip_has_every_kth_frame_of_each_clip(frames, shown):
     found = {frame: count(image, (100 + frame, 1, 1)) for frame in range(frames)}
     assert found == {frame: 128 * 128 * (frame in shown) for frame in range(frames)}
     assert animation.strip(counted(2, 4, 100)).width == 2 * 128 + sheet.GAP + 2 * sheet.MARGIN
+
+
+def test_a_sheet_moves_no_faster_than_it_can(tmp_path):
+    """A run whose clips are written with more frames per second has previews all the same."""
+    path = animation.save_pages(animation.pages([counted(6, 4, 100)]), tmp_path / "a", 1000.0, None)
+    found = decode(path)
+    assert found.seconds == pytest.approx(6 / 90, abs=0.001)
+    assert np.diff([*found.begins, found.seconds]).min() > 0.0105, "10 ms are shown as 100"
 
 
 def test_a_page_is_a_png_and_several_are_an_animation(tmp_path):

@@ -37,7 +37,7 @@ from matryoshka_diffusion.train.checkpoint import export_weights
 from oracle import moments, no_noise, small_world
 from test_pipeline import Words, randomised
 from test_upsampler import upsampler_config
-from tiny_run import tiny_config
+from tiny_run import tiny_config, with_frames
 
 
 def base_config():
@@ -229,6 +229,7 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
             base_config().model_copy(update={"codec": CodecConfig()}),
             r"base draws codes \(codec\), but tiny enlarges pixels",
         ),
+        (with_frames(base_config()), "base draws clips, but tiny enlarges pictures"),
         (upsampler_config(), "tiny is an upsampler and draws nothing by itself"),
     ],
 )

@@ -16,7 +16,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from matryoshka_diffusion.config import EncoderConfig, RunConfig, from_dict
+from matryoshka_diffusion.config import (
+    ConfigError,
+    EncoderConfig,
+    RunConfig,
+    UsageError,
+    from_dict,
+)
 from matryoshka_diffusion.export import lockstep, write_diffusers
 from matryoshka_diffusion.export.network import MDMNetwork
 from matryoshka_diffusion.export.pipeline import MDMPipeline
@@ -24,7 +30,7 @@ from matryoshka_diffusion.export.seeds import seeds_of
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
-from test_pipeline import class_model, plain_model, randomised
+from test_pipeline import class_model, moving, plain_model, randomised
 from test_text import save_t5
 from tiny_run import tiny_config
 
@@ -489,14 +495,23 @@ def test_the_network_loads_alone(folder, model):
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(FileExistsError, match="no empty folder"):
+    with pytest.raises(ConfigError, match="is not empty: give another"):
         write_diffusers(plain_model(), tmp_path)
-    with pytest.raises(FileExistsError, match="no empty folder"):
+    with pytest.raises(ConfigError, match="precious is a file: give another"):
         write_diffusers(plain_model(), tmp_path / "precious")
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     (tmp_path / "empty").mkdir()
     write_diffusers(plain_model(), tmp_path / "empty")
     assert (tmp_path / "empty" / "model_index.json").is_file()
+
+
+def test_a_model_of_clips_is_refused(tmp_path):
+    model, message = moving(plain_model()), "tiny draws clips, MDMPipeline only pictures"
+    with pytest.raises(UsageError, match=message):
+        MDMPipeline.from_matryoshka(model)
+    with pytest.raises(UsageError, match=message):
+        write_diffusers(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_its_end_does_not_appear(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion import animation, cli, gallery, sheet
-from matryoshka_diffusion.config import LevelConfig
+from matryoshka_diffusion import animation, cli, gallery, sheet, video
+from matryoshka_diffusion.config import ConfigError, LevelConfig
 from matryoshka_diffusion.hooks import Preview
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -22,6 +23,7 @@ from test_clip_files import decode
 from tiny_run import tiny_config
 
 FRAMES = 4
+LOADED = functools.cache(Matryoshka.load)
 
 
 def run_folder(folder, finest):
@@ -30,7 +32,7 @@ def run_folder(folder, finest):
     levels = (config.model.levels[0], finest)
     nest = config.model.model_copy(update={"text": None, "classes": 2, "levels": levels})
     data = config.data.model_copy(update={"classes": ("cat", "dog")})
-    sampling = config.sampling.model_copy(update={"steps": 2})
+    sampling = config.sampling.model_copy(update={"steps": 1})
     changed = {"model": nest, "encoder": None, "data": data, "sampling": sampling}
     config = config.model_copy(update=changed)
     net = NestedUNet(nest, seed=3)
@@ -60,6 +62,12 @@ def videos(tmp_path_factory):
         halve_frames=(True, True),
     )
     return run_folder(tmp_path_factory.mktemp("videos"), finest)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(monkeypatch):
+    """Each of the two models is read from its folder for the first test that wants it."""
+    monkeypatch.setattr(Matryoshka, "load", lambda run, **_: LOADED(str(run)))
 
 
 def draw(model, *arguments):
@@ -132,6 +140,22 @@ def test_a_folder_has_each_clip_and_sheets_of_all(videos, tmp_path, capsys):
     assert capsys.readouterr().out == f"2 clips in {out}, together in {out / 'grid.webp'}\n"
 
 
+def test_sheets_show_as_many_clips_as_they_can_hold(videos, tmp_path, monkeypatch, capsys):
+    each_with_a_caption = sheet.grid_size(gallery.ON_SHEETS, 8, cell=gallery.CELL, captioned=True)
+    assert max(each_with_a_caption) < video.LARGEST[".webp"]
+    monkeypatch.setattr(gallery, "ON_SHEETS", 2)
+    assert draw(videos, "-n", 3, "-o", tmp_path) == 0
+    first = Matryoshka.load(videos).sample(classes="dog", n=2)
+    for name, expected in (("grid", gallery.grid(first)), ("levels", gallery.levels(first))):
+        found = decode(tmp_path / f"{name}.webp")
+        np.testing.assert_array_equal(found.frames, np.stack([np.asarray(x) for x in expected]))
+        assert found.settings["seeds"] == [0, 1]
+    assert settings_of(tmp_path / "strip.png")["seeds"] == [0, 1]
+    assert (tmp_path / "002-dog.webp").is_file()
+    together = f"the first 2 together in {tmp_path / 'grid.webp'}"
+    assert capsys.readouterr().out == f"3 clips in {tmp_path}, {together}\n"
+
+
 @pytest.mark.parametrize(
     ("form", "files"),
     [
@@ -200,6 +224,8 @@ def undrawn(monkeypatch):
         ("videos", ["-o", "a.gif", "--fps", "60"], "a.gif: 60 frames per second; this form"),
         ("videos", ["--clips", "gif", "--fps", "60"], "can have 0.01 to 50"),
         ("videos", ["-o", "a.gif", "--clips", "gif"], "--clips gif is for a folder"),
+        ("videos", ["-o", "a.webp", "-n", "1000"], "a grid of 1000 clips has 1228 x 16772 pixels"),
+        ("videos", ["-o", "a.mp4", "-n", "1000"], "this form can have 16384 a side: give a folder"),
         ("videos", ["-o", "file/a.mp4"], "file is a file, not a folder"),
         ("videos", ["-o", "file"], "file is a file, not a folder"),
         ("pictures", ["-o", "locked/new/a.png"], "nothing can be written in "),
@@ -241,8 +267,9 @@ def test_fps_changes_no_sample(videos):
     """So measurements of a model do not depend on it."""
     model = Matryoshka.load(videos)
     assert model.describe({"fps": 3.0}) == model.describe({})
-    with pytest.raises(ValueError, match=r"sampling\.fps"):
-        model.sampling({"fps": 0.0})
+    for fps in (0.001, 1001.0):  # which no form of clip can hold
+        with pytest.raises(ConfigError, match=r"sampling\.fps"):
+            model.sampling({"fps": fps})
 
 
 def test_the_command_knows_the_forms_of_clips():

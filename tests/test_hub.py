@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from matryoshka_diffusion.pipeline import Matryoshka
-from test_pipeline import class_model, plain_model, text_model
+from test_pipeline import class_model, moving, plain_model, text_model
 
 
 @pytest.fixture
@@ -76,6 +76,18 @@ def test_the_card_says_what_it_is_and_how_to_call_it(make, task, call, site):
     assert 'from_pretrained("me/dolls")' in card
     assert call in card
     assert "8, 16" in card
+
+
+@pytest.mark.parametrize(("make", "task"), [(text_model, "text-to-video"), (class_model, None)])
+def test_the_card_of_a_model_of_clips_speaks_of_clips(make, task, site):
+    moving(make()).push_to_hub("me/films")
+    card = (site / "me" / "films" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]).get("pipeline_tag") == task
+    assert "denoises every clip at the sides 8, 4x16" in card
+    assert "Trained on 48 clips of" in card
+    assert "samples.videos  # uint8, (clips, frames, height, width, channels)" in card
+    assert "picture" not in card
+    assert "image" not in card
 
 
 def test_paths_of_this_computer_are_not_shared(site, tmp_path):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+from matryoshka_diffusion.codec.autoencoder import Identity
 from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, count_levels, find_model
 from matryoshka_diffusion.train.checkpoint import export_weights
-from tiny_run import encode, tiny_config
+from tiny_run import encode, tiny_config, with_frames
 
 
 class Words:
@@ -56,6 +58,13 @@ def plain_model():
     return Matryoshka(randomised(config), config)
 
 
+def moving(model):
+    """A model whose finest level has frames, with all else as here."""
+    config = with_frames(model.config)
+    encoder = None if config.encoder is None else Words()
+    return Matryoshka(randomised(config), config, encoder=encoder)
+
+
 @pytest.fixture
 def exported(tmp_path):
     config = tiny_config()
@@ -84,6 +93,23 @@ def test_every_level_comes_back_coarse_to_fine_with_captions_seeds_and_settings(
     assert samples.settings["steps"] == 3
     assert samples.settings["sampler"] == "dpmpp-2m"
     json.dumps(samples.settings)
+
+
+def test_of_a_batch_that_is_drawn_only_bytes_are_kept():
+    plain, floats = plain_model(), []
+
+    class Watched(Identity):
+        def decode(self, codes):
+            decoded = codes.clone()
+            floats.append(weakref.ref(decoded))
+            return decoded
+
+    def progress(done, total):
+        assert all(decoded() is None for decoded in floats)
+
+    model = Matryoshka(plain.net, plain.config, codec=Watched())
+    model.sample(n=3, steps=1, batch_size=1, progress=progress)
+    assert len(floats) == 3 * 2
 
 
 def test_prompts_guidance_and_classes_change_the_picture():

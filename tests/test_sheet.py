@@ -36,6 +36,12 @@ def test_pictures_of_every_level_are_shown_at_the_same_size():
     assert len({box[1] for box in found}) == 1
 
 
+@pytest.mark.parametrize("captions", [None, ["one", "two"]])
+def test_the_size_of_a_grid_is_known_before_it_is_drawn(captions):
+    drawn = sheet.grid([[plain(RED)] * 3, [plain(BLUE)]], captions=captions, cell=40)
+    assert drawn.size == sheet.grid_size(2, 3, cell=40, captioned=captions is not None)
+
+
 def test_enlarging_repeats_pixels():
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image = np.asarray(sheet.grid([[picture]], cell=64))

@@ -20,7 +20,7 @@ from matryoshka_diffusion import cli
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.sinks import SINKS, find_sink, scalars
+from matryoshka_diffusion.train.sinks import SINKS, _as_gif, find_sink, scalars
 from matryoshka_diffusion.train.trainer import train
 from matryoshka_diffusion.video import save_clip
 from tiny_run import TinyPictures, encode, tiny_config
@@ -131,6 +131,15 @@ def test_tensorboard_shows_previews_that_move(tmp_path):
         for frame, expected in zip(ImageSequence.Iterator(image), clip, strict=True):
             np.testing.assert_array_equal(np.asarray(frame.convert("RGB")), expected)
             assert frame.info["duration"] == 250
+
+
+def test_a_gif_for_tensorboard_is_no_faster_than_a_gif_can_be(tmp_path):
+    clip = np.arange(4, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    save_clip(clip, tmp_path / "a.webp", 90.0, None)
+    with Image.open(tmp_path / "a.webp") as image:
+        shown = _as_gif(image)
+    with Image.open(io.BytesIO(shown)) as image:
+        assert [frame.info["duration"] for frame in ImageSequence.Iterator(image)] == [20] * 4
 
 
 # --- Weights & Biases --------------------------------------------------------------------------

@@ -70,6 +70,13 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
     )
 
 
+def with_frames(config: RunConfig, frames: int = 4) -> RunConfig:
+    """The run with so many frames in its finest level."""
+    finest = config.model.levels[-1].model_copy(update={"frames": frames})
+    model = config.model.model_copy(update={"levels": (*config.model.levels[:-1], finest)})
+    return config.model_copy(update={"model": model})
+
+
 class TinyPictures:
     """A loader of smooth random pictures, a pure function of the sample number."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion import sheet
-from matryoshka_diffusion.video import save_clip
+from matryoshka_diffusion.video import FASTEST, save_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,6 +67,8 @@ def save_pages(
 ) -> Path:
     """Write a sheet to `path` with a suffix: `.png` of one page, `.webp` of several in turn.
 
+    Where `fps` is more than a WebP holds, the sheet moves as fast as it can.
+
     Returns:
         The path with its suffix.
 
@@ -78,5 +80,5 @@ def save_pages(
         sheet.save_png(pages[0], path, settings)
     else:
         path = path.with_name(f"{path.name}.webp")
-        save_clip(map(np.asarray, pages), path, fps, settings)
+        save_clip(map(np.asarray, pages), path, min(fps, FASTEST[".webp"]), settings)
     return path

@@ -179,7 +179,8 @@ def sample(options: argparse.Namespace) -> None:
             progress=bar,
         )
     settings = sampling(options)
-    gallery.check(model, options.out, options.clips, settings)
+    asked = _count_asked(options, model.config)
+    gallery.check(model, options.out, options.clips, settings, asked=asked, n=options.n)
     own = _own_pictures(options, model.config) if enlarging else {"n": options.n}
     with Bar("sampling", " steps") as bar:
         samples = model.sample(
@@ -196,6 +197,12 @@ def sample(options: argparse.Namespace) -> None:
     print(gallery.told(samples, out, gallery.save(samples, out, options.clips)))
 
 
+def _count_asked(options: argparse.Namespace, config: Any) -> int:
+    """How many prompts or classes samples are drawn of; if none is named, every class."""
+    named = options.prompt or options.classes
+    return len(named) if named else max(config.model.classes, 1)
+
+
 def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """The small picture of --coarse for each sample, and how many samples a prompt has."""
     from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
@@ -204,9 +211,7 @@ def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     if config.model.coarse is None:
         raise UsageError(f"--coarse: {config.name} is no upsampler")
     pictures = read_coarse(options.coarse, config.model.coarse.side, config.model.channels)
-    named = options.prompt or options.classes
-    asked = len(named) if named else max(config.model.classes, 1)  # none named: every class
-    coarse, n = for_each(pictures, asked, options.n)
+    coarse, n = for_each(pictures, _count_asked(options, config), options.n)
     return {"coarse": coarse, "n": n}
 
 
@@ -502,7 +507,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="a folder for all, or one file: .png, of videos also .mp4, .webp, .gif",
     )
     command.add_argument(
-        "--clips", choices=CLIPS, help="how videos are written into a folder (webp, losslessly)"
+        "--clips",
+        choices=CLIPS,
+        help="how videos are written into a folder (webp, losslessly); png, a folder of frames for "
+        "each, is for other programs: mdm reads no such videos",
     )
     command.add_argument("--fps", type=float, help="of videos: frames per second, if not the run's")
     _add_text_encoder(command)

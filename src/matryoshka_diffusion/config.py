@@ -35,6 +35,8 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
+SLOWEST_FPS, FASTEST_FPS = 0.01, 1000.0  # of the clips that are written
+WrittenFps = Annotated[float, Field(ge=SLOWEST_FPS, le=FASTEST_FPS)]
 AverageLength = Annotated[float, Field(gt=0.0, lt=UNIFORM)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
@@ -578,7 +580,8 @@ class SamplingConfig(Strict):
     """Sampling defaults; tuples have one entry for every level or one each (coarse to fine).
 
     An upsampler has `coarse_noise`, the time of the noise that the coarse picture is given, and
-    the `base` that draws that picture. Clips are written with `fps` frames per second.
+    the `base` that draws that picture. Clips are written with `fps` frames per second, 0.01 to 1000
+    (a sheet that moves has at most 90, which is what WebP holds).
     """
 
     sampler: SamplerName = "dpmpp-2m"
@@ -591,7 +594,7 @@ class SamplingConfig(Strict):
     eta: Share = 0.0
     coarse_noise: Share | None = None
     base: BaseConfig | None = None
-    fps: PositiveFloat = 8.0
+    fps: WrittenFps = 8.0
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> SamplingConfig:

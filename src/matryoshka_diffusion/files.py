@@ -72,6 +72,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        if path.is_dir():
+            path.rmdir()  # only if it is empty; not every system renames onto a folder
         temporary.rename(path)
         sync_folder(path.parent)
     except OSError as error:

@@ -29,6 +29,10 @@ CLIP_FORMS: dict[ClipForm, str] = {"webp": ".webp", "mp4": ".mp4", "gif": ".gif"
 """What clips in a folder are written as, and the suffix of each; PNGs have a folder for a clip."""
 
 CELL = 128
+ROW = 8
+"""Samples of one caption side by side, at most."""
+ON_SHEETS = 64
+"""Clips that the sheets in a folder show, the first: a WebP is no higher than 16,383 pixels."""
 
 
 # --- where samples go --------------------------------------------------------------------------
@@ -46,7 +50,13 @@ def default_folder(run: str, samples: Samples) -> Path:
 
 
 def check(
-    model: Model, out: Path | None, clips: ClipForm | None, settings: Mapping[str, Any]
+    model: Model,
+    out: Path | None,
+    clips: ClipForm | None,
+    settings: Mapping[str, Any],
+    *,
+    asked: int,
+    n: int,
 ) -> None:
     """Refuse what `save` could not write, before anything is drawn.
 
@@ -54,10 +64,13 @@ def check(
         out: a folder, or a file by its suffix; None is `default_folder`.
         clips: the form asked for, if one was.
         settings: those asked for, of sampling.
+        asked: how many captions or classes samples are asked of.
+        n: samples for each of these.
 
     Raises:
         UsageError: the model has no such samples, the suffix is none that is written, a form of
-            clip cannot have so many frames per second, or nothing can be written there.
+            clip cannot have so many frames per second or be so large, or nothing can be written
+            there.
         ConfigError: `clips` are folders of PNGs, and there is something in the folder already.
         MissingExtra: MP4s, and no package that writes them.
     """
@@ -72,6 +85,8 @@ def check(
     in_folder = (out or Path("samples")) / f"clip{CLIP_FORMS[clips or 'webp']}"
     if file is None or _moves(file):
         video.check_clip(file or in_folder, model.sampling(dict(settings)).fps)
+    if file is not None and _moves(file) and asked * n > 1:
+        _refuse_large(model, file, asked, n)
     if clips == "png" and out is not None:
         refuse_full(out)
 
@@ -110,6 +125,19 @@ def _refuse_clips(
             raise UsageError(f"{option} {given}: {name} draws pictures, no clips")
 
 
+def _refuse_large(model: Model, file: Path, asked: int, n: int) -> None:
+    """Raise `UsageError` if a grid of the samples is larger than the file can be."""
+    captioned = model.config.model.text is not None or model.config.model.classes > 0
+    cell = _unshrunk(model.resolutions[-1].width)
+    size = sheet.grid_size(asked * -(-n // ROW), min(n, ROW), cell=cell, captioned=captioned)
+    largest = video.LARGEST[file.suffix.lower()]
+    if max(size) > largest:
+        raise UsageError(
+            f"-o {file}: a grid of {asked * n} clips has {size[0]} x {size[1]} pixels, but this "
+            f"form can have {largest} a side: give a folder, or draw fewer (-n)"
+        )
+
+
 def _refuse_unwritable(folder: Path) -> None:
     """Raise `UsageError` unless files can be made in a folder, which is not there yet perhaps."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -127,8 +155,8 @@ def save(samples: Samples, out: Path, clips: ClipForm | None = None) -> Path:
 
     A folder gets `000-red-apple.png`, ..., `grid.png` and `levels.png`. Of a model of videos these
     are `.webp` that move and lose nothing, or clips in another form, and there is a film strip,
-    `strip.png`. A file that moves shows the only sample itself, several as a grid; a PNG has the
-    film strips of clips. Settings are in the metadata.
+    `strip.png`; sheets show the first `ON_SHEETS` clips. A file that moves shows the only sample
+    itself, several as a grid; a PNG has the film strips of clips. Settings are in the metadata.
 
     Returns:
         The file with all samples together.
@@ -142,14 +170,15 @@ def save(samples: Samples, out: Path, clips: ClipForm | None = None) -> Path:
 def told(samples: Samples, out: Path, together: Path) -> str:
     """What `save` wrote, for the reader of a command's output."""
     kind, count = "clip" if _has_clips(samples) else "picture", len(samples.captions)
-    where = out if together == out else f"{out}, together in {together}"
+    shown = "" if _on_sheets(samples) is samples else f"the first {ON_SHEETS} "
+    where = out if together == out else f"{out}, {shown}together in {together}"
     return f"{count} {kind}{'s' * (count > 1)} in {where}"
 
 
 def _save_file(samples: Samples, out: Path) -> Path:
     finest, settings, only = samples.levels[-1], samples.settings, len(samples.captions) == 1
     if _moves(out):
-        cell = max(CELL, finest.shape[-2])  # nothing is averaged away
+        cell = _unshrunk(finest.shape[-2])
         frames = finest[0] if only else map(np.asarray, grid(samples, cell))
         video.save_clip(frames, out, settings["fps"], settings)
     elif _has_clips(samples):
@@ -162,14 +191,15 @@ def _save_file(samples: Samples, out: Path) -> Path:
 def _save_folder(samples: Samples, folder: Path, clips: ClipForm | None) -> Path:
     suffix = CLIP_FORMS[clips or "webp"] if _has_clips(samples) else ".png"
     for i, (picture, caption) in enumerate(zip(samples.levels[-1], samples.captions, strict=True)):
-        settings = _of_one(samples.settings, i)
+        settings = _of(samples.settings, slice(i, i + 1))
         name = "-".join(part for part in (f"{i:03d}", _slug(caption)) if part)
         _save_one(picture, folder / f"{name}{suffix}", settings)
-    if _has_clips(samples):
-        sheet.save_png(_strip(samples), folder / f"{sheet.STRIP}.png", samples.settings)
-    settings, fps = samples.settings, samples.settings["fps"]
-    animation.save_pages(levels(samples), folder / sheet.LEVELS, fps, settings)
-    return animation.save_pages(grid(samples), folder / sheet.GRID, fps, settings)
+    shown = _on_sheets(samples)
+    settings, fps = shown.settings, shown.settings["fps"]
+    if _has_clips(shown):
+        sheet.save_png(_strip(shown), folder / f"{sheet.STRIP}.png", settings)
+    animation.save_pages(levels(shown), folder / sheet.LEVELS, fps, settings)
+    return animation.save_pages(grid(shown), folder / sheet.GRID, fps, settings)
 
 
 def _save_one(
@@ -181,18 +211,31 @@ def _save_one(
         sheet.save_png(picture, path, settings)
 
 
-def _of_one(settings: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """The settings with the caption and the seed of one picture alone, its base's too."""
-    own = {name: [settings[name][place]] for name in ("captions", "seeds") if name in settings}
+def _of(settings: Mapping[str, Any], places: slice) -> dict[str, Any]:
+    """The settings with the captions and the seeds of these samples alone, their base's too."""
+    own = {name: settings[name][places] for name in ("captions", "seeds") if name in settings}
     base = settings.get("base")
-    return {**settings, **own, **({"base": _of_one(base, place)} if base else {})}
+    return {**settings, **own, **({"base": _of(base, places)} if base else {})}
+
+
+def _on_sheets(samples: Samples) -> Samples:
+    """The samples that sheets in a folder show: all pictures, the first `ON_SHEETS` clips."""
+    if not _has_clips(samples) or len(samples.seeds) <= ON_SHEETS:
+        return samples
+    first = slice(ON_SHEETS)
+    return Samples(
+        tuple(level[first] for level in samples.levels),
+        samples.captions[first],
+        samples.seeds[first],
+        _of(samples.settings, first),
+    )
 
 
 # --- drawing sheets ----------------------------------------------------------------------------
 
 
 def grid(samples: Samples, cell: int = CELL) -> list[Image]:
-    """The finest level of all samples: a row for each caption, in lines of at most eight.
+    """The finest level of all samples: a row for each caption, in lines of at most `ROW`.
 
     One page for each frame; one in all of pictures.
     """
@@ -204,11 +247,16 @@ def _grid(pictures: UInt8[np.ndarray, "n h w c"], captions_of: tuple[str, ...], 
     rows: list[list[Any]] = []
     captions: list[str] = []
     for picture, caption in zip(pictures, captions_of, strict=True):
-        if not rows or caption != captions[-1] or len(rows[-1]) == 8:
+        if not rows or caption != captions[-1] or len(rows[-1]) == ROW:
             rows.append([])
             captions.append(caption)
         rows[-1].append(picture)
     return sheet.grid(rows, captions=captions if any(captions) else None, cell=cell)
+
+
+def _unshrunk(width: int) -> int:
+    """The cells in which no pixel of samples so wide is averaged away."""
+    return max(CELL, width)
 
 
 def levels(samples: Samples) -> list[Image]:

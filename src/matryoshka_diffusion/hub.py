@@ -108,10 +108,11 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
     """The text of a repository's `README.md`: what the model is and how it is called."""
     model = config.model
     takes = "text" if model.text else "class" if model.classes else "nothing"
-    task = "text-to-image" if takes == "text" else "unconditional-image-generation"
+    clips = model.levels[-1].frames is not None
+    task = _task(takes == "text", clips)
     header = {
         "library_name": "matryoshka-diffusion",
-        "pipeline_tag": task,
+        **({"pipeline_tag": task} if task else {}),
         "tags": ["matryoshka-diffusion", "diffusion"],
         **({"license": license} if license else {}),
     }
@@ -120,10 +121,15 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
         "class": "model.sample(classes=0, n=4)",
         "nothing": "model.sample(n=4)",
     }[takes]
+    one, many, result = (
+        ("clip", "clips", "samples.videos  # uint8, (clips, frames, height, width, channels)")
+        if clips
+        else ("picture", "images", "samples.pictures  # uint8, (pictures, height, width, channels)")
+    )
     origin = (
         "Converted from the checkpoint of the paper's release."
         if config.name.startswith("released-")
-        else f"Trained on {config.train.images:,} images of the source `{config.data.source}` as "
+        else f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
         "`config.json`\nsays."
     )
     sides = ", ".join(level.size for level in model.levels)
@@ -133,7 +139,7 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
 
 # {config.name}
 
-A [Matryoshka diffusion model]({PAPER}): one network denoises every picture at the sides {sides}
+A [Matryoshka diffusion model]({PAPER}): one network denoises every {one} at the sides {sides}
 at once. It is conditioned on {"nothing" if takes == "nothing" else f"a {takes}"}.
 
 ```python
@@ -141,9 +147,16 @@ from matryoshka_diffusion import Matryoshka
 
 model = Matryoshka.from_pretrained("{repository}")
 samples = {call}
-samples.pictures  # uint8, (pictures, height, width, channels); samples.levels holds all sides
+{result}; samples.levels holds all sides
 ```
 
-{origin} What the pictures show, whom they belong to and what the model must not be used for, only
+{origin} What the {one}s show, whom they belong to and what the model must not be used for, only
 the person who trained it can say: please do, here.
 """
+
+
+def _task(text: bool, clips: bool) -> str | None:
+    """The hub's name for what a model does; it has none for clips of classes or of nothing."""
+    if clips:
+        return "text-to-video" if text else None
+    return "text-to-image" if text else "unconditional-image-generation"

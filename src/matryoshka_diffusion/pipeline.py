@@ -241,7 +241,7 @@ class Matryoshka:
         captions, cond = self.condition(prompts, classes, n)
         seeds = tuple(range(seed, seed + len(captions)))
         cond = self.beside_coarse(cond, coarse, seeds, sampling)
-        parts: list[Pyramid] = []
+        parts: list[list[UInt8[Tensor, "b ... c"]]] = []
         batches = self.batches(cond, len(seeds), batch_size)
         for number, rows in enumerate(batches):
             chosen = [seeds[row] for row in rows.tolist()]
@@ -251,14 +251,9 @@ class Matryoshka:
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
             refuse_nan(state.z, chosen)
-            parts.append(tuple(self.codec.decode(level) for level in state.z))
+            parts.append([self._bytes(level) for level in state.z])
         order = torch.cat(batches).argsort()
-        levels = tuple(
-            to_uint8(torch.cat(level)[order.to(level[0].device)].cpu(), self.config.data.pixels)
-            .movedim(1, -1)
-            .numpy()
-            for level in zip(*parts, strict=True)
-        )
+        levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         recorded = {
             "model": self.config.name,
             "captions": captions,
@@ -268,6 +263,11 @@ class Matryoshka:
             **sampling.model_dump(mode="json"),
         }
         return Samples(levels, captions, seeds, recorded)
+
+    def _bytes(self, level: Float[Tensor, "b ..."]) -> UInt8[Tensor, "b ... c"]:
+        """What is kept of a batch: its pictures or clips, decoded."""
+        decoded = self.codec.decode(level).cpu()
+        return to_uint8(decoded, self.config.data.pixels).movedim(1, -1)
 
     def batches(
         self, cond: Conditioning, count: int, batch_size: int

@@ -103,6 +103,12 @@ def grid(
     return page
 
 
+def grid_size(rows: int, columns: int, *, cell: int, captioned: bool) -> tuple[int, int]:
+    """Width and height in pixels of a `grid` of one block without titles."""
+    width = _caption_width(cell) if captioned else 0
+    return _Layout(rows, columns, cell, 1, width, titled=False, headed=False).size
+
+
 def rows_of_levels(
     levels: Sequence[UInt8[np.ndarray, "b _ _ c"]],
 ) -> list[list[UInt8[np.ndarray, "_ _ c"]]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.config import FASTEST_FPS, SLOWEST_FPS, UsageError
 from matryoshka_diffusion.files import MissingExtra, require, whole_folder, write_atomically
 from matryoshka_diffusion.flipbook import gif, webp
 from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png, to_image
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 else:
     Image = Any
 
-SLOWEST = 0.01
-FASTEST = {".mp4": 1000.0, ".webp": 1000.0, ".gif": 50.0, "": 1000.0}
+FASTEST = {".mp4": FASTEST_FPS, ".webp": 90.0, ".gif": 50.0, "": FASTEST_FPS}
 """Frames per second that a form of clip can hold, by its suffix; none is a folder of PNGs.
 
-WebP counts milliseconds, GIF hundredths of a second, of which browsers make ten if there is one.
+WebP counts milliseconds and GIF hundredths of a second; browsers show a frame of a hundredth or
+less for ten.
 """
+LARGEST = {".mp4": 16384, ".webp": 16383, ".gif": 65535, "": 2**31 - 1}
+"""Pixels a side that x264, WebP, GIF and PNG can hold, by the suffix."""
 SUFFIXES = tuple(filter(None, FASTEST))
 
 CRF = "12"  # h264's quantizer at constant quality: 18 is called visually lossless, 0 loses nothing
@@ -65,12 +67,12 @@ def save_clip(
         settings: what the clip was made with, or None.
 
     Raises:
-        UsageError, MissingExtra: as `check_clip`.
+        UsageError, MissingExtra: as `check_clip`, or the frames are larger than the form can hold.
         ValueError: there are no frames, or none that a picture can be made of.
         OSError: with the path, if it cannot be written.
     """
     check_clip(path, fps)
-    images, text, suffix = _images(frames), _as_text(settings), path.suffix.lower()
+    images, text, suffix = _images(frames, path), _as_text(settings), path.suffix.lower()
     if not suffix:
         _save_pngs(images, path, settings)
     elif suffix == ".mp4":
@@ -93,9 +95,9 @@ def check_clip(path: Path, fps: float) -> None:
             f"{path}: clips are written as {', '.join(SUFFIXES)}, or without a suffix as a folder "
             "of PNGs"
         )
-    if not SLOWEST <= fps <= FASTEST[suffix]:
+    if not SLOWEST_FPS <= fps <= FASTEST[suffix]:
         raise UsageError(
-            f"{path}: {fps:g} frames per second; this form of clip can have {SLOWEST:g} to "
+            f"{path}: {fps:g} frames per second; this form of clip can have {SLOWEST_FPS:g} to "
             f"{FASTEST[suffix]:g}"
         )
     if suffix == ".mp4" and "libx264" not in _av().codecs_available:
@@ -109,16 +111,23 @@ def _av() -> ModuleType:
     return require("av", "video", "writing an MP4")
 
 
-def _images(frames: Iterable[UInt8[np.ndarray, "..."]]) -> Iterator[Image]:
+def _images(frames: Iterable[UInt8[np.ndarray, "..."]], path: Path) -> Iterator[Image]:
     """The frames as pictures in colour or grey, one at a time.
 
     Raises:
         ValueError: at once if there are none; at the first of another size.
+        UsageError: at once if the file cannot hold their size.
     """
     images = map(to_image, frames)
     first = next(images, None)
     if first is None:
         raise ValueError("a clip needs at least one frame")
+    largest = LARGEST[path.suffix.lower()]
+    if max(first.size) > largest:
+        raise UsageError(
+            f"{path}: frames of {first.width} x {first.height} pixels; this form of clip can have "
+            f"{largest} a side"
+        )
 
     def alike(image: Image) -> Image:
         if image.size != first.size:

@@ -155,7 +155,12 @@ def check_pair(base: RunConfig, upsampler: RunConfig, *, levels: int | None = No
         )
     last = base.train.stages[-1].levels
     reached = last if levels is None else levels
-    drawn = base.model.levels[reached - 1].side
+    finest = base.model.levels[reached - 1]
+    if finest.frames is not None:
+        raise ConfigError(
+            f"sampling.base: {base.name} draws clips, but {upsampler.name} enlarges pictures"
+        )
+    drawn = finest.side
     if drawn != coarse.side:
         unfinished = f" (it has {reached} of its {last} levels: finish it first)"
         raise ConfigError(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.files import refuse_full, whole_folder
 from matryoshka_diffusion.pipeline import Matryoshka
 
 
@@ -20,25 +17,18 @@ def write_diffusers(model: Matryoshka, folder: Path) -> None:
     its tokenizer. It appears whole or not at all.
 
     Raises:
-        UsageError: the model is an upsampler.
+        UsageError: the model is an upsampler, or one of codes or clips.
         MissingExtra: diffusers or transformers is not installed.
-        FileExistsError: the folder holds something already.
+        ConfigError: the folder holds something already.
         OSError: it cannot be written, or the text encoder cannot be loaded.
     """
-    if model.config.model.coarse is not None:
-        raise UsageError(f"{model.config.name} is an upsampler, for which diffusers has no form")
     from matryoshka_diffusion.export.pipeline import MDMPipeline
 
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is no empty folder: name a new one")
-    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    refuse_full(folder)
+    pipe = MDMPipeline.from_matryoshka(model)
     try:
-        MDMPipeline.from_matryoshka(model).save_pretrained(unfinished)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(unfinished, folder)
+        with whole_folder(folder) as unfinished:
+            pipe.save_pretrained(unfinished)
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

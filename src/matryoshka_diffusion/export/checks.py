@@ -9,6 +9,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.export.network import MDMNetwork
+from matryoshka_diffusion.pipeline import Matryoshka
+
+
+def check_drawn(model: Matryoshka) -> None:
+    """Raise UsageError for a model that draws what a pipeline could not, or with what it lacks."""
+    name, ours = model.config.name, "mdm export without --format diffusers"
+    if model.config.model.coarse is not None:
+        raise UsageError(f"{name} is an upsampler, for which diffusers has no form")
+    if model.config.codec is not None:
+        raise UsageError(
+            f"{name} draws codes (codec.path), which MDMPipeline cannot decode; {ours} carries the "
+            "codec along"
+        )
+    if model.resolutions[-1].frames is not None:
+        raise UsageError(f"{name} draws clips, MDMPipeline only pictures; {ours} writes it")
 
 
 def check_encoder(

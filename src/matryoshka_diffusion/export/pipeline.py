@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.export.lockstep import lockstep
 from matryoshka_diffusion.export.pictures import FORMS, Pictures
 from matryoshka_diffusion.export.seeds import seeds_of
@@ -37,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 from matryoshka_diffusion.export.checks import (  # noqa: E402
     check_complete,
+    check_drawn,
     check_encoder,
     check_vocabulary,
 )
@@ -92,14 +92,10 @@ class MDMPipeline(DiffusionPipeline):
         """A pipeline with a copy of a loaded model's network and with its text encoder.
 
         Raises:
-            UsageError: the model is one of codes.
+            UsageError: the model is an upsampler, or one of codes or clips.
             OSError: the text encoder cannot be loaded.
         """
-        if model.config.codec is not None:
-            raise UsageError(
-                f"{model.config.name} draws codes (codec.path), which MDMPipeline cannot decode; "
-                "mdm export without --format diffusers carries the codec along"
-            )
+        check_drawn(model)
         config = without_paths(model.config)
         network = MDMNetwork(config.model_dump(mode="json"), len(model.net.levels))
         load_weights(network.net, model.net.state_dict(), where=model.config.name)

@@ -18,6 +18,7 @@ from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.flipbook import gif
 from matryoshka_diffusion.train.log import Metrics
+from matryoshka_diffusion.video import FASTEST
 
 
 @runtime_checkable
@@ -144,14 +145,14 @@ class TensorBoard:
 
 
 def _as_gif(image: Any) -> bytes:
-    """An animation in the one form of which TensorBoard knows that it moves."""
+    """An animation in the one form of which TensorBoard knows that it moves, as fast as it can."""
     from PIL import ImageSequence
 
     frames, milliseconds = [], 0
     for frame in ImageSequence.Iterator(image):
         frames.append(frame.convert("RGB"))
         milliseconds += frame.info["duration"]
-    return gif(frames, 1000 * len(frames) / milliseconds, None)
+    return gif(frames, min(1000 * len(frames) / milliseconds, FASTEST[".gif"]), None)
 
 
 class WeightsAndBiases:
