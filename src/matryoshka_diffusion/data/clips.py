@@ -39,6 +39,7 @@ VIDEOS = Kind(
     ANIMATIONS | CONTAINERS,
     frozenset({".3gp", ".apng", ".flv", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv"}),
     MAX_BYTES,
+    previews=ANIMATIONS,
 )
 DECODED_ONCE = 2**30
 """Bytes of clips that are always the same."""
@@ -77,7 +78,8 @@ class ClipDecoder:
         return f"{', '.join(map(str, parts))}, version {_VERSION}"
 
     def decodes_once(self, count: int) -> bool:
-        bytes_of_clip = (self.frames or 1) * self.side**2 * REACH[self.crop] * _CHANNELS
+        """By `length`, also of pictures, so that bad files are treated alike in both."""
+        bytes_of_clip = self.length * self.side**2 * REACH[self.crop] * _CHANNELS
         return self.clip != "random" and count * bytes_of_clip <= DECODED_ONCE
 
     def pick(self, video: Video, start: float) -> list[int]:
