@@ -23,6 +23,7 @@ from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, over
 from matryoshka_diffusion.data import clips as clips_module
 from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
+from matryoshka_diffusion.data.clips import clip_decoder
 from matryoshka_diffusion.data.crop import Cut, cut_square
 from matryoshka_diffusion.data.encoded import PicturesOnDemand
 from matryoshka_diffusion.data.film import open_film, write_film
@@ -115,6 +116,20 @@ def test_videos_of_every_container_lie_in_one_folder(tmp_path):
     assert [numbers(source[n].picture) for n in range(6)] == [[0, 2, 4, 6]] * 6
 
 
+def test_what_lies_beside_videos_is_passed_over(tmp_path):
+    """Previews of the same name, be they still or not, and shards that were made of the folder."""
+    film(tmp_path / "in" / "a.mp4", steps(8))
+    animate(tmp_path / "in" / "b.gif", steps(8))
+    for name in ("a.WEBP", "b.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / "in" / name)
+    files = sorted((tmp_path / "in").iterdir())
+    shard = packed(tmp_path / "old.tar", {file.name: file.read_bytes() for file in files})
+    for path, keys in ((tmp_path, ["in/a.mp4", "in/b.gif"]), (shard, ["old.tar:a", "old.tar:b"])):
+        source = opened(path, clip="start")
+        assert (list(source.keys), source.bad) == (keys, ())
+        assert [numbers(source[n].picture) for n in range(2)] == [[0, 2, 4, 6]] * 2
+
+
 def test_a_folder_without_videos_says_what_to_put_there(tmp_path):
     with pytest.raises(ValueError, match=r"holds no video: put MP4, WEBM, AVI.*NAME\.mp4"):
         opened(tmp_path)
@@ -190,6 +205,14 @@ def test_clips_that_do_not_vary_are_decoded_once(folder, monkeypatch, frames, cr
     for a, b in zip(once.many(range(6), cuts), demand.many(range(6), cuts), strict=True):
         assert (a.picture == b.picture).all()
         assert a[1:] == b[1:]
+
+
+def test_pictures_and_clips_of_a_set_are_decoded_alike():
+    moving, still = (clip_decoder(data("x", clip="fixed"), SIDE, n) for n in (FRAMES, None))
+    most = 2**30 // (FRAMES * SIDE**2 * 3)
+    for one in (moving, still):
+        assert one.decodes_once(most)
+        assert not one.decodes_once(most + 1)
 
 
 def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
@@ -291,9 +314,7 @@ def test_a_square_is_the_same_of_all_frames(place, height, width):
     assert all((a == cut_square(b, place)).all() for a, b in zip(cut, clip, strict=True))
 
 
-def test_augmentation_is_of_pictures_only(folder):
-    with pytest.raises(ConfigError, match=r"data\.augment is 0\.1, but clips .* has clips"):
-        loader(opened(folder), augment=0.1)
+def test_first_frames_may_be_augmented(folder):
     assert loader(opened(folder, None), augment=0.5).batch(range(3)).augment is not None
 
 
@@ -391,9 +412,9 @@ def test_damaged_emoji_are_attributed(emoji, tmp_path):
 
 def test_without_the_package_its_name_is_told(tmp_path):
     pytest.importorskip("emoji")
-    with pytest.raises(FileNotFoundError, match="npm package @lobehub/fluent-emoji-anim-1"):
+    with pytest.raises(FileNotFoundError, match=r"anim-1, or .* --set data\.source=clips"):
         opened(tmp_path / "gone", source="fluent-emoji")
-    with pytest.raises(ValueError, match="holds no animation"):
+    with pytest.raises(ValueError, match=r"holds no animation.* --set data\.source=clips"):
         opened(tmp_path, source="fluent-emoji")
     with pytest.raises(ConfigError, match="npm package"):
         open_source(DataConfig(source="fluent-emoji"), SIDE)
@@ -424,7 +445,7 @@ def test_a_model_of_clips_needs_clips_and_one_of_pictures_pictures(folder):
     with pytest.raises(ConfigError, match=r"draws pictures, but clips .* has clips of 4 frames$"):
         job.complete(config, opened(folder))
     with pytest.raises(
-        ConfigError, match=r"draws clips of 16 frames.*has pictures: .*data\.source=clips"
+        ConfigError, match=r"draws clips of 16 frames.*has pictures: .*--set data\.source=clips"
     ):
         job.complete(of_frames(config, 16), opened(folder, None))
 
@@ -433,10 +454,22 @@ def test_a_folder_of_videos_is_recognised(tmp_path):
     shoot(tmp_path / "a" / "b.webp", steps(2))
     assert kind_of(str(tmp_path)) == "folder"  # it may be a picture
     shoot(tmp_path / "videos" / "in" / "b.mp4", steps(2))
+    (tmp_path / "videos" / "old.tar").touch()
     assert kind_of(str(tmp_path / "videos")) == "clips"
     assert kind_of(str(tmp_path)) == "folder"
     found = with_source(override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"']))
     assert found.data.source == "clips"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("", "clips"), ("a.tar", "clips"), ("a.parquet", "parquet"), ("hf:a", "datasets")],
+)
+def test_a_model_of_clips_looks_for_videos(tmp_path, name, found):
+    animate(tmp_path / "a.gif", steps(2))  # of which a model of pictures would take none
+    path = name if name.startswith("hf:") else str(tmp_path / name)
+    config = override(preset("folder-64"), [f"data.path={json.dumps(path)}"])
+    assert with_source(of_frames(config, 16)).data.source == found
 
 
 def test_clips_without_pyav_name_the_extra_before_anything_is_read(folder, monkeypatch):

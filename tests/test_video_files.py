@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.data import animations, clips, containers, frames
 from matryoshka_diffusion.data.clips import ClipDecoder, open_video
 from matryoshka_diffusion.data.containers import Container
-from matryoshka_diffusion.data.frames import Times, resampled
+from matryoshka_diffusion.data.frames import Deadline, Times, resampled
 from matryoshka_diffusion.data.images import PictureError, read_picture
 
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "webp", "gif")
@@ -129,6 +131,28 @@ def test_a_seek_that_leads_beyond_is_made_good(moving, monkeypatch):
     last = containers._Key(number=0, decoded=10**6)
     monkeypatch.setattr(Container, "_key_before", lambda self, first: last)
     assert (decoder(3, 2)(moving["mp4"], "key", 0.4).pixels == expected).all()
+
+
+def hidden(path: Path, places: Sequence[int]) -> bytes:
+    """A WEBM whose packets at these places are decoded and not shown."""
+    import av
+
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for number, packet in enumerate(container.demux(video=0)):
+            if number in places:
+                assert packet.pos is not None
+                data[data.index(bytes(packet), packet.pos)] &= ~0x10
+    return bytes(data)
+
+
+def test_frames_that_are_never_shown_do_not_count(videos):
+    """Two-pass VP8 stores such frames, for others to refer to."""
+    data = hidden(videos["webm"], [3, 4, 20])
+    with open_video(data) as video:
+        assert video.count == 21
+    assert shown(data) == [0, 2, 6, 8]
+    assert shown(data, 0.999) == [16, 18, 21, 23]
 
 
 def test_only_what_is_needed_is_decoded(videos, monkeypatch):
@@ -283,6 +307,39 @@ def test_everything_is_bounded(videos, suffix, monkeypatch):
     assert shown(path) == [0, 2, 4, 6]
 
 
+def test_time_in_which_nothing_is_decoded_does_not_count(monkeypatch):
+    monkeypatch.setattr(frames, "MAX_SECONDS", 0.02)
+    deadline = Deadline()
+    time.sleep(0.04)
+    deadline.check()
+    begun = time.thread_time()
+    while time.thread_time() < begun + 0.03:
+        pass
+    with pytest.raises(PictureError, match="takes longer than"):
+        deadline.check()
+
+
+def test_packets_without_a_frame_take_their_time_too(videos):
+    class Patient(Deadline):
+        left = 40
+
+        def check(self) -> None:
+            self.left -= 1
+            if not self.left:
+                raise PictureError("over")
+
+    data = hidden(videos["webm"], range(2, 23))  # 24 packets, 3 frames
+    video = Container(io.BytesIO(data), "matroska", Patient())
+    with pytest.raises(PictureError, match="over"):
+        list(video.frames([2]))
+
+
+def test_boxes_without_an_end_take_their_time_too(monkeypatch):
+    monkeypatch.setattr(frames, "MAX_SECONDS", -1.0)
+    with pytest.raises(PictureError, match="takes longer than"):
+        shown(b"\0\0\0\x08free" * 9)
+
+
 def test_a_rate_beyond_reason_is_refused(videos):
     with pytest.raises(PictureError, match="more than 100,000 frames"):
         shown(videos["mp4"], fps=1e9)
@@ -348,6 +405,13 @@ def test_sound_alone_is_no_video(tmp_path):
         container.mux(stream.encode(None))
     with pytest.raises(PictureError, match="only sound or text"):
         shown(tmp_path / "a.mkv")
+
+
+def test_a_codec_that_nobody_knows_is_named_as_the_reason(videos):
+    data = videos["mp4"].read_bytes()
+    assert data.count(b"avc1") > 0
+    with pytest.raises(PictureError, match="its codec is not known"):
+        shown(data.replace(b"avc1", b"zzzz"))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "avi", "webp", "gif"])

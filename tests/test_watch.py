@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion import cli, job, watch
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.split import Part, split
@@ -71,18 +73,38 @@ def view(net: NestedUNet, tmp_path) -> View:
 def test_the_loss_is_the_same_at_every_call_and_follows_the_weights(tmp_path):
     config = tiny_config(dropout=0.0)
     seen, unseen = pictures(40), pictures(40, first=100)
-    watch = HeldOutLoss(seen, unseen, encode, "cpu")
+    loss = HeldOutLoss(seen, unseen, encode, "cpu")
     net = NestedUNet(config.model).eval()
-    before = watch(view(net, tmp_path))
+    before = loss(view(net, tmp_path))
     torch.rand(3)
-    assert watch(view(net, tmp_path)) == before
+    assert loss(view(net, tmp_path)) == before
     assert [len(losses) for losses in before.values()] == [2, 2]
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1)
-    after = watch(view(net, tmp_path))
+    after = loss(view(net, tmp_path))
     assert after["seen_loss_per_level"] != before["seen_loss_per_level"]
     assert after["held_out_loss_per_level"] != before["held_out_loss_per_level"]
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(None, [8, 2]), (4, [2] * 5), (16, [1] * 10)])
+def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch, frames, expected):
+    config = tiny_config(dropout=0.0)
+    coarse, fine = config.model.levels
+    levels = (coarse, fine.model_copy(update={"frames": frames}))
+    model = config.model.model_copy(update={"levels": levels})
+    shape = (10, 16, 16, 3) if frames is None else (10, frames, 16, 16, 3)
+    source = replace(pictures(10), array=np.zeros(shape, np.uint8))
+    asked = []
+
+    def no_loss(net, x, *_, **__) -> SimpleNamespace:
+        asked.append(len(x[-1]))
+        return SimpleNamespace(per_level=torch.zeros(2))
+
+    monkeypatch.setattr(watch, "BATCH", 8)
+    monkeypatch.setattr(watch, "matryoshka_loss", no_loss)
+    HeldOutLoss(source, source, encode, "cpu")(view(NestedUNet(model).eval(), tmp_path))
+    assert asked == 2 * expected
 
 
 def test_training_never_sees_what_is_held_out(tmp_path):

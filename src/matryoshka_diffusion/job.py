@@ -385,7 +385,7 @@ def _other_frames(config: RunConfig, source: Source) -> str:
         "pictures" if frames is None else f"clips of {frames} frames"
         for frames in (config.data_frames, source.frames)
     )
-    remedy = ": name videos with data.source=clips" if source.frames is None else ""
+    remedy = ": name videos with --set data.source=clips" if source.frames is None else ""
     return f"the model draws {drawn}, but {source.name} has {held}{remedy}"
 
 

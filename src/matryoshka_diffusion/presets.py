@@ -602,7 +602,8 @@ def _video_run(name: str, levels: int) -> RunConfig:
     """WebVid-10M: 64 pixels, then 16 frames of them, then 16 frames of 256 pixels.
 
     Every fourth frame, mirrored or not; of each video one clip (Appendix E), which we take from a
-    random place that stays.
+    random place that stays. The stage on pictures, too, decodes whole clips where finer levels need
+    them: growing `webvid-64` is cheaper (docs/growing.md).
     """
     data = DataConfig(source="clips", flip=True, frame_stride=4, clip="fixed", held_out=0.001)
     lengths = ((2048, 500_000), (512, 500_000), (128, 300_000))

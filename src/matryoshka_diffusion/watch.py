@@ -20,6 +20,7 @@ from matryoshka_diffusion.train.trainer import View
 
 PICTURES = 512
 BATCH = 32
+"""Pictures, or frames: so many clips at once might not fit where training does."""
 
 
 class HeldOutLoss:
@@ -59,7 +60,8 @@ class HeldOutLoss:
         process = Process.from_config(config.process, net.config)
         count = min(PICTURES, len(source))
         totals = torch.zeros(len(net.levels), dtype=torch.float64)
-        for step in _steps(count, len(net.levels)):
+        batch = max(BATCH // (plain.data_frames or 1), 1)
+        for step in _steps(count, batch, len(net.levels)):
             given = feed(step)
             with autocast(config.train.precision, self.device):
                 loss = matryoshka_loss(
@@ -69,8 +71,8 @@ class HeldOutLoss:
         return (totals / count).tolist()
 
 
-def _steps(count: int, levels: int) -> Iterator[Step]:
+def _steps(count: int, batch: int, levels: int) -> Iterator[Step]:
     """The samples 0 .. count - 1, every one with all levels."""
-    for first in range(0, count, BATCH):
-        rows = (min(BATCH, count - first),) * levels
+    for first in range(0, count, batch):
+        rows = (min(batch, count - first),) * levels
         yield Step(stage=0, first=first, rows=rows, lr=0.0, ends_stage=False)

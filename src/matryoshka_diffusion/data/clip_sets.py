@@ -9,7 +9,7 @@ from matryoshka_diffusion.data.blobs import is_remote
 from matryoshka_diffusion.data.clips import VIDEOS, ClipDecoder
 from matryoshka_diffusion.data.containers import pyav
 from matryoshka_diffusion.data.encoded import open_catalogue
-from matryoshka_diffusion.data.folder import class_of, list_folder, state_of
+from matryoshka_diffusion.data.folder import class_of, holds, list_folder, state_of
 from matryoshka_diffusion.data.samples import Catalogue, Sample
 from matryoshka_diffusion.data.shards import sharded
 
@@ -23,9 +23,15 @@ def clips(path: str, decoder: ClipDecoder, max_bad_fraction: float) -> Source:
         MissingExtra: PyAV is not installed, or fsspec for shards that lie elsewhere.
     """
     pyav()  # now and not after hours, when the first video is decoded
-    is_folder = not is_remote(path) and Path(path).is_dir() and not any(Path(path).glob("*.tar"))
-    catalogue = _folder(Path(path)) if is_folder else sharded(path, VIDEOS)
+    catalogue = _folder(Path(path)) if _is_folder(path) else sharded(path, VIDEOS)
     return open_catalogue(catalogue, decoder, max_bad_fraction)
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is a folder of videos: one of shards holds no video beside them."""
+    if is_remote(path) or not Path(path).is_dir():
+        return False
+    return not any(Path(path).glob("*.tar")) or holds(Path(path), VIDEOS.suffixes)
 
 
 def _folder(path: Path) -> Catalogue:

@@ -39,6 +39,7 @@ VIDEOS = Kind(
     ANIMATIONS | CONTAINERS,
     frozenset({".3gp", ".apng", ".flv", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv"}),
     MAX_BYTES,
+    previews=ANIMATIONS,
 )
 DECODED_ONCE = 2**30
 """Bytes of clips that are always the same."""
@@ -47,7 +48,7 @@ _CHANNELS = 3
 _HEAD = 12
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
 _UNKNOWN = 2**32 - 1
-_VERSION = 1  # to be raised when the same file would give another clip
+_VERSION = 2  # to be raised when the same file would give another clip
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class ClipDecoder:
         return f"{', '.join(map(str, parts))}, version {_VERSION}"
 
     def decodes_once(self, count: int) -> bool:
-        bytes_of_clip = (self.frames or 1) * self.side**2 * REACH[self.crop] * _CHANNELS
+        """By `length`, also of pictures, so that bad files are treated alike in both."""
+        bytes_of_clip = self.length * self.side**2 * REACH[self.crop] * _CHANNELS
         return self.clip != "random" and count * bytes_of_clip <= DECODED_ONCE
 
     def pick(self, video: Video, start: float) -> list[int]:
@@ -147,7 +149,7 @@ def _video(file: BinaryIO | io.BytesIO) -> Video:
     if head[:3] == b"GIF":
         return Animation(file, "GIF", deadline)
     if head[4:8] in _BOXES:
-        _check_whole(_end_of_boxes(file, size), size)
+        _check_whole(_end_of_boxes(file, size, deadline), size)
         return Container(file, "mov", deadline)
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return Container(file, "matroska", deadline)
@@ -160,10 +162,11 @@ def _check_whole(stated: int, size: int) -> None:
         raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
 
 
-def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int) -> int:
+def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int, deadline: Deadline) -> int:
     """Where the last of an MP4's outermost boxes ends, according to their headers."""
     end = 0
     while end < size:
+        deadline.check()
         file.seek(end)
         head = file.read(16)
         length = int.from_bytes(head[:4], "big")

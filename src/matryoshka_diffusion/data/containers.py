@@ -22,6 +22,9 @@ from matryoshka_diffusion.data.images import PictureError, judge
 from matryoshka_diffusion.files import require
 
 _SEEKABLE = frozenset({"mov", "matroska"})
+_VP8_SHOWN = 0x10
+"""In a packet's first byte (RFC 6386, 9.1). VP8 also stores frames that are only referred to; later
+codecs put those into the packet of one that is shown."""
 _WIDEST = 4.0  # pixels: what claims to be wider or narrower than that is not believed
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
@@ -58,9 +61,12 @@ class Container:
         with _reported(), self._opened() as (container, stream):
             self._unit = stream.time_base
             self._rate = stream.average_rate or stream.guessed_rate
+            hides = stream.codec_context.codec.canonical_name == "vp8"
             for packet in container.demux(stream):
                 deadline.check()
                 if not packet.size or packet.is_discard:  # the end, or outside of an edit
+                    continue
+                if hides and not memoryview(packet)[0] & _VP8_SHOWN:
                     continue
                 stamp = packet.dts if packet.pts is None else packet.pts
                 stamps.append(stamp)
@@ -89,7 +95,6 @@ class Container:
         left = list(reversed(wanted))
         with _reported(), self._opened() as (container, stream):
             for number, frame in self._from(container, stream, wanted[0]):
-                self._deadline.check()
                 if frame.is_corrupt:
                     raise PictureError(f"corrupt: frame {number} of {self.count} is damaged")
                 if number > left[-1]:
@@ -106,14 +111,14 @@ class Container:
         if (key := self._key_before(first)) is not None:
             container.seek(key.decoded, stream=stream)
             # What is shown before its key frame refers to what was passed over.
-            begun = self._numbered(container.decode(stream))
+            begun = self._numbered(self._decoded(container, stream))
             whole = (pair for pair in begun if pair[0] >= key.number)
             if (pair := next(whole, None)) is not None and pair[0] <= first:
                 yield pair
                 yield from whole
                 return
             container.seek(min(self._keys.values()), stream=stream)  # it has led beyond
-        yield from self._numbered(container.decode(stream))
+        yield from self._numbered(self._decoded(container, stream))
 
     def _key_before(self, first: int) -> _Key | None:
         """The key frame to begin at; None for the beginning of the file."""
@@ -134,6 +139,12 @@ class Container:
             if frame.pts in numbers:
                 yield numbers[frame.pts], frame
 
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        """All frames from here on; some packets give none, and take their time, too."""
+        for packet in container.demux(stream):
+            self._deadline.check()
+            yield from packet.decode()
+
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         """The container and its video stream, at the beginning."""
@@ -145,6 +156,8 @@ class Container:
             stream = container.streams.best("video")
             if stream is None:
                 raise PictureError("it has no pictures, only sound or text")
+            if stream.codec_context is None:
+                raise PictureError("its codec is not known to FFmpeg")
             if not stream.width:  # FFmpeg, too, keeps to the bound
                 raise PictureError(f"it has no size, or more than {MAX_PIXELS:,} pixels")
             judge(stream.width, stream.height, MAX_PIXELS)

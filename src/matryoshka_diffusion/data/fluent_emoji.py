@@ -17,6 +17,10 @@ from matryoshka_diffusion.data.images import PictureError
 from matryoshka_diffusion.data.samples import Catalogue, Sample
 
 PACKAGE = "@lobehub/fluent-emoji-anim-1"
+_REMEDY = (
+    f"give the folder of the unpacked npm package {PACKAGE}, or name videos of your own with --set "
+    "data.source=clips"
+)
 _INSIDE = ("package/assets", "assets", ".")
 
 
@@ -32,14 +36,14 @@ def fluent_emoji(path: Path, decoder: ClipDecoder, max_bad_fraction: float) -> S
         MissingExtra: the package with the names of emoji is not installed.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: give the folder of the unpacked npm package {PACKAGE}")
+        raise FileNotFoundError(f"{path}: {_REMEDY}")
     folder = next(path / name for name in _INSIDE if (path / name).is_dir())
     found = find_emoji(folder, "*.webp", "fluent-emoji")
     emoji = [one for one in found if _lasts(one.path, decoder)]
     if not emoji:
         raise ValueError(
-            f"{path} holds no animation NAME.webp of an emoji that is long enough for a clip: give "
-            f"the folder of the unpacked npm package {PACKAGE}"
+            f"{path} holds no animation NAME.webp of an emoji that is long enough for a clip: "
+            f"{_REMEDY}"
         )
     catalogue = Catalogue(
         name=f"fluent-emoji {path}",

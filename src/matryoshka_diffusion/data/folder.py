@@ -90,6 +90,11 @@ def list_folder(path: Path, kind: Kind) -> Listing:
     return Listing(names, bad, None, classes)
 
 
+def holds(folder: Path, suffixes: frozenset[str]) -> bool:
+    """Whether a file with one of these suffixes lies in the folder or deeper."""
+    return any(_suffix(name) in suffixes for _, _, names in os.walk(folder) for name in names)
+
+
 def forms(kind: Kind) -> str:
     """What to do, for people who have not brought anything yet."""
     suffix = kind.formats.split(",")[0].lower()
@@ -128,7 +133,21 @@ def _find(folder: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
                 bad[name] = "it is a broken link or no regular file"
             elif file.suffix.lower() in kind.suffixes:
                 names.append(name)
-    return sorted(names), bad
+    return sorted(_without_previews(names, kind)), bad
+
+
+def _without_previews(names: Sequence[str], kind: Kind) -> list[str]:
+    small = {name for name in names if _suffix(name) in kind.previews}
+    whole = {_stem(name) for name in names if name not in small}
+    return [name for name in names if name not in small or _stem(name) not in whole]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _decode(folder: Path, names: Sequence[str], side: int, crop: Crop) -> Decoded:

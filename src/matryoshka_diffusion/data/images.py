@@ -39,6 +39,8 @@ class Kind(NamedTuple):
         suffixes: of such files.
         others: of files that are refused, which is reported; what has neither is passed over.
         max_bytes: of one file.
+        previews: those of the suffixes that are passed over beside another of them, as a thumbnail
+            of the same name is.
     """
 
     noun: str
@@ -46,6 +48,7 @@ class Kind(NamedTuple):
     suffixes: frozenset[str]
     others: frozenset[str]
     max_bytes: int
+    previews: frozenset[str] = frozenset()
 
 
 PICTURES = Kind("picture", "PNG, JPEG or WEBP", SUFFIXES, OTHER_SUFFIXES, MAX_BYTES)

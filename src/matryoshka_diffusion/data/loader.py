@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from matryoshka_diffusion.config import ClipStart, ConfigError, Crop, Pixels
+from matryoshka_diffusion.config import ClipStart, Crop, Pixels
 from matryoshka_diffusion.data.augment import augmented, draw_augmentation
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
 from matryoshka_diffusion.data.crop import CENTRE, Cut
@@ -26,9 +26,6 @@ class Loader:
     time; else the source knows where. With `flip`, every other picture or clip on average is
     mirrored left to right. `augment` is the share of pictures that each geometric transformation
     happens to; the batch tells of them. `pixels` is how bytes become numbers.
-
-    Raises:
-        ConfigError: `augment` of clips, which is not made.
     """
 
     def __init__(
@@ -43,11 +40,7 @@ class Loader:
         pixels: Pixels = "symmetric",
     ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
-        if augment and source.frames is not None:
-            raise ConfigError(
-                f"data.augment is {augment:g}, but {source.name} has clips: augmentation is of "
-                "pictures only (--set data.augment=0.0)"
-            )
+        assert not augment or source.frames is None, "the config refuses to augment clips"
         self.source = source
         self.seed = seed
         self.crop: Crop = crop

@@ -25,7 +25,7 @@ from matryoshka_diffusion.data.samples import Sample
 from matryoshka_diffusion.data.tar import Member, members
 from matryoshka_diffusion.files import cache_folder, digest, write_atomically
 
-VERSION = 2
+VERSION = 3
 """To be raised when the same shard would be indexed in another way than before."""
 
 _TEXT, _RECORD, _CLASS = frozenset({".txt"}), frozenset({".json"}), frozenset({".cls"})
@@ -117,7 +117,8 @@ def _sample(file: Readable, key: str, parts: Sequence[Member], kind: Kind) -> Lo
     for part in parts:
         if part.flaw:
             raise _FlawError(part.flaw)
-    picture = _only(parts, kind.suffixes, kind.noun)
+    chosen = _only(parts, kind.suffixes - kind.previews, kind.noun)
+    picture = chosen or _only(parts, kind.previews, kind.noun)
     if picture is None:
         raise _FlawError(f"it has no {kind.formats} {kind.noun}")
     if not 0 < picture.size <= kind.max_bytes:

@@ -104,22 +104,27 @@ def _open_large(config: DataConfig, path: str, side: int) -> Source:
 
 def with_source(config: RunConfig) -> RunConfig:
     """A config for a folder whose path is something else becomes one for that."""
-    return config.model_copy(update={"data": sourced(config.data)})
+    clips = config.data_frames is not None
+    return config.model_copy(update={"data": sourced(config.data, clips=clips)})
 
 
-def sourced(data: DataConfig) -> DataConfig:
-    """The same, of a config's part about data."""
+def sourced(data: DataConfig, *, clips: bool = False) -> DataConfig:
+    """The same, of a config's part about data; a model of `clips` takes what may hold videos so."""
     if data.source != "folder" or data.path is None:
         return data
-    return data.model_copy(update={"source": kind_of(data.path)})
+    kind = kind_of(data.path)
+    found: SourceName = "clips" if clips and kind in ("folder", "shards") else kind
+    return data.model_copy(update={"source": found})
 
 
 def kind_of(path: str) -> SourceName:
     """What is at `path`: an `hf:` name, shards, parquet files, or a folder of pictures or videos.
 
-    A folder that holds something else is one of that unless there are pictures, too.
+    A folder that holds something else is one of that unless there are pictures, too; videos count
+    before shards and parquet files.
     """
     from matryoshka_diffusion.data.clips import CONTAINERS
+    from matryoshka_diffusion.data.folder import holds
     from matryoshka_diffusion.data.images import SUFFIXES
 
     if path.startswith(HUGGING_FACE):
@@ -129,19 +134,14 @@ def kind_of(path: str) -> SourceName:
         return _kind_of_file(path)
     kinds = {_kind_of_file(name) for name in os.listdir(path)}
     large: SourceName | None = next((kind for kind in _LARGE if kind in kinds), None)
-    found: SourceName | None = large or ("clips" if _holds(path, CONTAINERS) else None)
-    return "folder" if found is None or _holds(path, SUFFIXES) else found
+    found: SourceName | None = "clips" if holds(Path(path), CONTAINERS) else large
+    return "folder" if found is None or holds(Path(path), SUFFIXES) else found
 
 
 def _kind_of_file(name: str) -> SourceName:
     if name.endswith(".parquet"):
         return "parquet"
     return "shards" if _SHARD.search(name) else "folder"
-
-
-def _holds(folder: str, suffixes: frozenset[str]) -> bool:
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    return any(os.path.splitext(name)[1].lower() in suffixes for name in files)
 
 
 def absolute(path: str) -> str:
