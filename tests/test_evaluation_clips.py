@@ -151,15 +151,54 @@ def test_the_clip_whose_every_frame_is_nearest_is_retrieved(measured):
     assert found.value == 1.0
 
 
-def test_every_metric_of_pictures_takes_frames(measured, monkeypatch):
+INDEPENDENT = "kid,kd,cmmd,prdc,prdc-fd"
+
+
+def test_clips_that_stand_still_are_as_many_samples_as_pictures(tmp_path, monkeypatch):
     for name in ("kid", "kd"):  # whose subsets have 1,000 rows
         monkeypatch.setitem(METRICS, name, METRICS[name]._replace(least=2))
-    few = functools.partial(measures.kernel_distance, subsets=2, size=10)
+    few = functools.partial(measures.kernel_distance, subsets=2, size=8)
     monkeypatch.setattr(measures, "kernel_distance", few)
-    names = "fd,fid,kid,is,prdc,kd,prdc-fd,cmmd,fid-frames"
-    found = measured(names, clips(), clips(14, seed=1))
+    made, real = clips(10, 1), clips(14, 1, seed=1)
+
+    def found(folder: Any, *shown: Any) -> Any:
+        made, real = (set_of(one, folder, f"set {n}") for n, one in enumerate(shown))
+        return measure(made, Reference("real", real), INDEPENDENT.split(","), looks(), Result(""))
+
+    pictures = found(tmp_path / "pictures", made[:, 0], real[:, 0])
+    still = found(tmp_path / "clips", made.repeat(FRAMES, 1), real.repeat(FRAMES, 1))
+    assert [one.value for one in still] == [one.value for one in pictures]
+    assert all("one frame of each clip" in one.metric for one in still)
+
+
+def nearly_still(seed):
+    """60 clips of 8 frames that differ by a few bytes."""
+    return clips(60, 1, seed=seed + 10, top=252) + clips(60, 8, seed=seed, top=4)
+
+
+def test_sets_of_one_distribution_overlap_however_alike_frames_are(measured):
+    found = measured("prdc-fd", nearly_still(0), nearly_still(1))
+    precision, recall, density, coverage = (result.value for result in found)
+    assert min(precision, recall, coverage) > 0.7
+    assert density == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_frame_of_a_clip_is_always_the_same(measured):
+    real = nearly_still(0)
+    same = {result.metric.split("-")[0]: result.value for result in measured("prdc", real, real)}
+    assert (same["precision"], same["recall"], same["coverage"]) == (1.0, 1.0, 1.0)
+
+
+def test_every_metric_of_moments_takes_all_frames(measured):
+    found = measured("fd,fid,is,fid-frames", clips(), clips(14, seed=1))
     assert all(np.isfinite(result.value) for result in found)
     assert all("frames of clips, 10 x 3" in result.metric for result in found)
+
+
+def test_the_splits_of_the_inception_score_are_of_frames(measured):
+    made = np.broadcast_to(clips(1, 20)[:, :, :1, :1], (504, 20, 1, 1, 3))  # 10,080 frames
+    [found] = measured("is", made, made)
+    assert found.metric == "IS [frames of clips, 504 x 20]"
 
 
 # --- samples of a model ------------------------------------------------------------------------
@@ -178,13 +217,14 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
     assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
     assert (retrieved.n, retrieved.frames) == (12, 2)
-    assert distance.reference == "clips, frame stride 4"
+    assert distance.reference == "clips, frame stride 4, from a fixed place"
 
 
 def test_a_model_of_other_clips_than_its_reference_is_refused(tmp_path):
     options = {"n": 4, "networks": looks(), "folder": tmp_path}
     with pytest.raises(
-        UsageError, match=r"clips, frame stride 4 has clips of 4 frames, tiny clips"
+        UsageError,
+        match=r"clips, frame stride 4, from a fixed place has clips of 4 frames, tiny clips",
     ):
         evaluate(evaluating.model("text", 2), "fd", source=evaluating.clips(frames=4), **options)
     with pytest.raises(UsageError, match="fvd is about clips, and tiny has pictures"):
@@ -218,7 +258,7 @@ def test_the_training_clips_are_the_reference_unless_others_are_named(trained_on
     assert named is not None
     assert named.pictures is not None
     assert named.pictures.kind == "clips of 2 frames"
-    assert named.name.endswith("other, frame stride 2")
+    assert named.name.endswith("other, frame stride 2, from a fixed place")
     assert named.foreign
 
 
@@ -257,7 +297,7 @@ def test_two_sets_of_videos_are_compared_samples_frame_by_frame(tmp_path):
     expected = frechet_distance(*(Moments.of(look(pictures(side))) for side in shown))
     assert distance.value == pytest.approx(expected, rel=1e-9)
     assert moves.value == compare_motion(*map(motion, shown)).distance
-    assert distance.reference.endswith("real, frame stride 2")
+    assert distance.reference.endswith("real, frame stride 2, from a fixed place")
     assert (distance.n, distance.frames, distance.reference_count) == (10, FRAMES, 14)
 
 
@@ -339,8 +379,10 @@ def test_a_network_is_shown_a_batch_of_frames_and_not_all_of_a_clip(measured):
         ("fd", clips(), clips(frames=4), r"real has clips of 4 frames, made clips of 3 frames"),
         ("fd", clips(), clips()[:, 0], "real has pictures, made clips of 3 frames: only clips"),
         ("fd", clips()[:, 0], clips(), "real has clips of 3 frames, made pictures"),
-        ("kid", clips(), clips(), "kid needs at least 1,000 samples, not 30"),
+        ("kid", clips(), clips(), "kid needs at least 1,000 samples, not 10"),
         ("fvd", clips(1), clips(), "fvd needs at least 2 samples, not 1"),
+        ("fd-frames", clips(1), clips(), "fd-frames needs at least 2 samples, not 1"),
+        ("prdc-fd", clips(5), clips(), "prdc-fd needs at least 6 samples, not 5"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(metrics, made, real, message, measured):

@@ -79,6 +79,18 @@ class Compared:
         """One row a picture, or a frame, or a clip: whatever it is that the network looks at."""
         return _rows(pictures.all(self.column))
 
+    def independent(self, pictures: PictureSet) -> np.ndarray:
+        """One row a picture, and of each clip one frame, always the same.
+
+        Frames of a clip are alike: among all frames the nearest neighbours of one are those of its
+        own clip, and the pairs that an unbiased estimator averages over are no independent ones.
+        """
+        rows = pictures.all(self.column)
+        if pictures.frames is None:
+            return rows
+        chosen = stream(0, "evaluation frames").integers(pictures.frames, size=len(rows))
+        return rows[np.arange(len(rows)), chosen]
+
     def moments(self, pictures: PictureSet) -> Moments:
         return Moments.stream(map(_rows, pictures.stream(self.column)))
 
@@ -96,7 +108,8 @@ class Metric(NamedTuple):
         column: what it takes of the pictures if not a network's features.
         compares: whether it needs a reference.
         moments: whether moments of the features, which may be published, are all that it needs.
-        least: how many pictures it needs on each side.
+        least: how many samples it needs on each side, as `count` counts them.
+        independent: whether it is about independent samples: then it takes a frame of each clip.
         captions: whether each sample needs the caption that it was made for.
         levels: whether it looks at all levels of a sample, which pictures of a source do not have.
         retrieval: whether it is about samples of the captions of single training pictures.
@@ -109,6 +122,7 @@ class Metric(NamedTuple):
     compares: bool = True
     moments: bool = False
     least: int = 2
+    independent: bool = False
     captions: bool = False
     levels: bool = False
     retrieval: bool = False
@@ -121,7 +135,8 @@ class Metric(NamedTuple):
 
     def count(self, pictures: PictureSet) -> int:
         """How many samples these are to it."""
-        return pictures.num_frames if self.of_frames else pictures.count
+        by_frame = self.of_frames and not self.independent and not self.clips
+        return pictures.num_frames if by_frame else pictures.count
 
     def published(self, reference: Reference | None) -> Published | None:
         """What it takes in the place of the reference's pictures."""
@@ -216,7 +231,7 @@ def _motion(compared: Compared) -> list[Number]:
 
 
 def _kernel(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     found = kernel_distance(real, made)
     return [Number(naming.kernel(compared.network.name), found.mean, {"std": found.std})]
 
@@ -227,12 +242,12 @@ def _inception_score(compared: Compared) -> list[Number]:
     # A folder of classes is sorted by them, and its splits would each hold a few.
     shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
     found = inception_score(inception.probabilities(shuffled))
-    flag = naming.split_flag(compared.made.count, SPLITS, CLASSES)
+    flag = naming.split_flag(len(features), SPLITS, CLASSES)
     return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
 
 
 def _overlap(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     found = {
         **precision_recall(real, made)._asdict(),
         **density_coverage(real, made)._asdict(),
@@ -254,7 +269,7 @@ def _clip_score(compared: Compared) -> list[Number]:
 
 
 def _cmmd(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     clip = cast("CLIP", compared.network)
     flag = naming.cmmd_flag(clip.variant, clip.weights)
     return [Number(naming.cmmd(clip.variant), cmmd(real, made), flags=(flag,))]
@@ -277,13 +292,13 @@ def _agreement(compared: Compared) -> list[Number]:
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, NETWORK, moments=True),
     "fid": Metric(_frechet, naming.INCEPTION, moments=True),
-    "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE),
+    "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE, independent=True),
     "is": Metric(_inception_score, naming.INCEPTION, compares=False, least=SPLITS),
-    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1),
-    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE),
-    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1),
+    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1, independent=True),
+    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE, independent=True),
+    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1, independent=True),
     "clip": Metric(_clip_score, CLIP.name, compares=False, least=1, captions=True),
-    "cmmd": Metric(_cmmd, CLIP.name, least=1),
+    "cmmd": Metric(_cmmd, CLIP.name, least=1, independent=True),
     "retrieval": Metric(_retrieval, column=AVERAGES, least=1, captions=True, retrieval=True),
     "agreement": Metric(_agreement, column=AGREEMENT, compares=False, least=1, levels=True),
     "fvd": Metric(_video_frechet, VIDEO, clips=True),

@@ -111,7 +111,8 @@ def name_of(source: Source, data: DataConfig) -> str:
     if source.frames is None:
         return source.name
     rate = "" if data.fps is None else f" at {data.fps:g} fps"
-    return f"{source.name}, frame stride {data.frame_stride}{rate}"
+    begin = "the start" if data.clip == "start" else "a fixed place"
+    return f"{source.name}, frame stride {data.frame_stride}{rate}, from {begin}"
 
 
 def reference_folder() -> Path:

@@ -183,7 +183,8 @@ def _result(
     template: Result, key: str, number: Number, compared: Compared, flag: str | None
 ) -> Result:
     made, network, reference = compared.made, compared.extractor, compared.reference
-    seen = frames_flag(made.count, made.frames) if METRICS[key].of_frames else None
+    metric = METRICS[key]
+    seen = frames_flag(made.count, made.frames, metric.independent) if metric.of_frames else None
     flags = (*template.flags, seen, *number.flags, flag if reference else None)
     update: dict[str, Any] = {}
     if network is not None:
