@@ -21,7 +21,7 @@ from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
-from matryoshka_diffusion.eval.motion import compare_motion, motion
+from matryoshka_diffusion.eval.motion import compare_motion, motion, refuse_still
 from matryoshka_diffusion.eval.neighbours import (
     DENSITY_COVERAGE_K,
     PRECISION_RECALL_K,
@@ -114,6 +114,8 @@ class Metric(NamedTuple):
         levels: whether it looks at all levels of a sample, which pictures of a source do not have.
         retrieval: whether it is about samples of the captions of single training pictures.
         clips: whether it is about clips, which pictures are not.
+        least_frames: how many frames these need.
+        check: raises ValueError if the reference's pictures, whose column is there, are of no use.
     """
 
     compute: Callable[[Compared], list[Number]]
@@ -127,6 +129,8 @@ class Metric(NamedTuple):
     levels: bool = False
     retrieval: bool = False
     clips: bool = False
+    least_frames: int = 1
+    check: Callable[[PictureSet], None] = lambda real: None
 
     @property
     def of_frames(self) -> bool:
@@ -224,9 +228,13 @@ def _video_frechet(compared: Compared) -> list[Number]:
     return [Number(name, frechet_distance(real, drawn), flags=flags)]
 
 
+def _check_motion(real: PictureSet) -> None:
+    refuse_still(real.all(MOTION))
+
+
 def _motion(compared: Compared) -> list[Number]:
     found = compare_motion(*(side.all(MOTION) for side in (compared.real, compared.made)))
-    others = {"ratio": found.ratio, "still": found.still, "still real": found.still_real}
+    others = {"ratio": found.ratio, "slight": found.slight, "slight real": found.slight_real}
     return [Number(f"motion distance-{compared.made.frames}f", found.distance, others)]
 
 
@@ -304,8 +312,16 @@ METRICS: dict[str, Metric] = {
     "fvd": Metric(_video_frechet, VIDEO, clips=True),
     "fd-frames": Metric(_frechet_by_frame, NETWORK, clips=True),
     "fid-frames": Metric(_frechet_by_frame, naming.INCEPTION, clips=True),
-    "motion": Metric(_motion, column=MOTION, least=1, clips=True),
+    "motion": Metric(
+        _motion, column=MOTION, least=1, clips=True, least_frames=2, check=_check_motion
+    ),
 }
+
+
+def load(metrics: Sequence[str], networks: Callable[[str], Extractor]) -> dict[str, Extractor]:
+    """The networks of the metrics by name: first of all, since one that is missing is refused."""
+    names = dict.fromkeys(METRICS[name].network for name in metrics)
+    return {name: networks(name) for name in names if name}
 
 
 # --- names -------------------------------------------------------------------------------------

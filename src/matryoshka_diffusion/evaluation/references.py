@@ -235,4 +235,5 @@ def _pictures(path: Path) -> PictureSet:
         "crc32": member.checksum,
         "batch_size": BATCH,
     }
-    return PictureSet(path.name, count, side, Store.at(reference_folder(), about, make, BATCH))
+    store = Store.at(reference_folder(), about, make, BATCH)
+    return PictureSet(path.name, count, side, lambda: store)
