@@ -227,7 +227,7 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
 
 def test_a_model_of_other_clips_than_its_reference_is_refused(tmp_path):
     options = {"n": 4, "networks": looks(), "folder": tmp_path}
-    still = evaluating.clips()
+    still: Any = evaluating.clips()
     still.array[:] = still.array[:, :1]
     with pytest.raises(ValueError, match="none of the real clips moves"):
         evaluate(evaluating.model("text", 2), "motion", source=still, **options)

@@ -81,8 +81,6 @@ def request(
     if n is None:
         n = asked.n if protocol is None else asked.n or PROTOCOLS[protocol].n
     conditions = _conditions(config, protocol, captions)
-    if networks is not None:
-        load(asked.metrics, networks)
     retrieves = any(METRICS[name].retrieval for name in asked.metrics)
     compares = any(METRICS[name].compares and not METRICS[name].retrieval for name in asked.metrics)
     if protocol == "coco30k" and compares and reference is None:
@@ -90,6 +88,8 @@ def request(
             f"--protocol coco30k compares with pictures of COCO, not with those that {config.name} "
             "was trained on: name them, --ref val2014"
         )
+    if networks is not None:
+        load(asked.metrics, networks)
     conditional = config.model.text is not None or bool(config.model.classes)
     own = (
         retrieves
