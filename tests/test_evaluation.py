@@ -222,7 +222,7 @@ def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_clas
 
     store = Store.at(tmp_path, {"sorted": True}, make, 100)
     [found] = run.measure(
-        PictureSet("sorted", 400, 2, store),
+        PictureSet("sorted", 400, 2, lambda: store),
         None,
         ["is"],
         lambda _: Certain("Inception"),
@@ -259,6 +259,7 @@ def test_averages_are_known_as_such_whenever_they_were_made():
         ("fid", {"networks": find_networks()}, "give its weights, --inception FILE"),
         ("clip", {"networks": find_networks(), "model": "text"}, "--clip PATH"),
         ("retrieval", {"source": None, "model": "text"}, "needs the pictures that"),
+        ("retrieval,kid", {"model": "text"}, "kid needs at least 1,000 samples, not 22"),
         ("fd", {"source": None, "model": "text"}, "a file of captions"),
     ],
 )

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluating
 from evaluating import Look, looks, make_inception, make_run, make_video_net, make_videos
 from matryoshka_diffusion import cli
 from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.eval.agreement import level_agreement
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
+from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.eval.motion import compare_motion, motion
 from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.eval.video import VIDEO, VideoNet
-from matryoshka_diffusion.evaluation import measures, results
+from matryoshka_diffusion.evaluation import measures, requests, results
+from matryoshka_diffusion.evaluation import pictures as measured_pictures
 from matryoshka_diffusion.evaluation.measures import METRICS
-from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown
+from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, batch_of, shown
 from matryoshka_diffusion.evaluation.protocols import captions_in_turn
 from matryoshka_diffusion.evaluation.references import Reference
 from matryoshka_diffusion.evaluation.requests import compare, request
@@ -45,7 +50,7 @@ def set_of(shown: Any, root: Any, name: str, **options: Any) -> PictureSet:
 
     store = Store.at(root, {"name": name}, make, BATCHED)
     frames = shown.shape[1] if shown.ndim == 5 else None
-    return PictureSet(name, len(shown), SIDE, store, frames=frames, **options)
+    return PictureSet(name, len(shown), SIDE, lambda: store, frames=frames, **options)
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ def test_motion_is_that_of_the_clips_in_memory(measured):
     [found] = measured("motion", made, real)
     expected = compare_motion(motion(real), motion(made))
     assert found.value == expected.distance
-    assert found.others == {"ratio": expected.ratio, "still": 0.5, "still real": 0.0}
+    assert found.others == {"ratio": expected.ratio, "slight": 0.5, "slight real": 0.0}
     assert found.sentence().startswith("motion distance-3f of 10 clips to 14 clips: ")
     assert found.extractor == ""
 
@@ -151,15 +156,54 @@ def test_the_clip_whose_every_frame_is_nearest_is_retrieved(measured):
     assert found.value == 1.0
 
 
-def test_every_metric_of_pictures_takes_frames(measured, monkeypatch):
+INDEPENDENT = "kid,kd,cmmd,prdc,prdc-fd"
+
+
+def test_clips_that_stand_still_are_as_many_samples_as_pictures(tmp_path, monkeypatch):
     for name in ("kid", "kd"):  # whose subsets have 1,000 rows
         monkeypatch.setitem(METRICS, name, METRICS[name]._replace(least=2))
-    few = functools.partial(measures.kernel_distance, subsets=2, size=10)
+    few = functools.partial(measures.kernel_distance, subsets=2, size=8)
     monkeypatch.setattr(measures, "kernel_distance", few)
-    names = "fd,fid,kid,is,prdc,kd,prdc-fd,cmmd,fid-frames"
-    found = measured(names, clips(), clips(14, seed=1))
+    made, real = clips(10, 1), clips(14, 1, seed=1)
+
+    def found(folder: Any, *shown: Any) -> Any:
+        made, real = (set_of(one, folder, f"set {n}") for n, one in enumerate(shown))
+        return measure(made, Reference("real", real), INDEPENDENT.split(","), looks(), Result(""))
+
+    pictures = found(tmp_path / "pictures", made[:, 0], real[:, 0])
+    still = found(tmp_path / "clips", made.repeat(FRAMES, 1), real.repeat(FRAMES, 1))
+    assert [one.value for one in still] == [one.value for one in pictures]
+    assert all("one frame of each clip" in one.metric for one in still)
+
+
+def nearly_still(seed):
+    """60 clips of 8 frames that differ by a few bytes."""
+    return clips(60, 1, seed=seed + 10, top=252) + clips(60, 8, seed=seed, top=4)
+
+
+def test_sets_of_one_distribution_overlap_however_alike_frames_are(measured):
+    found = measured("prdc-fd", nearly_still(0), nearly_still(1))
+    precision, recall, density, coverage = (result.value for result in found)
+    assert min(precision, recall, coverage) > 0.7
+    assert density == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_frame_of_a_clip_is_always_the_same(measured):
+    real = nearly_still(0)
+    same = {result.metric.split("-")[0]: result.value for result in measured("prdc", real, real)}
+    assert (same["precision"], same["recall"], same["coverage"]) == (1.0, 1.0, 1.0)
+
+
+def test_every_metric_of_moments_takes_all_frames(measured):
+    found = measured("fd,fid,is,fid-frames", clips(), clips(14, seed=1))
     assert all(np.isfinite(result.value) for result in found)
     assert all("frames of clips, 10 x 3" in result.metric for result in found)
+
+
+def test_the_splits_of_the_inception_score_are_of_frames(measured):
+    made = np.broadcast_to(clips(1, 20)[:, :, :1, :1], (504, 20, 1, 1, 3))  # 10,080 frames
+    [found] = measured("is", made, made)
+    assert found.metric == "IS [frames of clips, 504 x 20]"
 
 
 # --- samples of a model ------------------------------------------------------------------------
@@ -178,13 +222,18 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
     assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
     assert (retrieved.n, retrieved.frames) == (12, 2)
-    assert distance.reference == "clips, frame stride 4"
+    assert distance.reference == "clips, frame stride 4, from a fixed place"
 
 
 def test_a_model_of_other_clips_than_its_reference_is_refused(tmp_path):
     options = {"n": 4, "networks": looks(), "folder": tmp_path}
+    still: Any = evaluating.clips()
+    still.array[:] = still.array[:, :1]
+    with pytest.raises(ValueError, match="none of the real clips moves"):
+        evaluate(evaluating.model("text", 2), "motion", source=still, **options)
     with pytest.raises(
-        UsageError, match=r"clips, frame stride 4 has clips of 4 frames, tiny clips"
+        UsageError,
+        match=r"clips, frame stride 4, from a fixed place has clips of 4 frames, tiny clips",
     ):
         evaluate(evaluating.model("text", 2), "fd", source=evaluating.clips(frames=4), **options)
     with pytest.raises(UsageError, match="fvd is about clips, and tiny has pictures"):
@@ -218,8 +267,68 @@ def test_the_training_clips_are_the_reference_unless_others_are_named(trained_on
     assert named is not None
     assert named.pictures is not None
     assert named.pictures.kind == "clips of 2 frames"
-    assert named.name.endswith("other, frame stride 2")
+    assert named.name.endswith("other, frame stride 2, from a fixed place")
     assert named.foreign
+
+
+def test_other_clips_begin_where_the_runs_own_do(trained_on, tmp_path):
+    shown = clips(6, frames=5, seed=1)
+    other = make_videos(tmp_path / "other", shown)
+    data = trained_on.data.model_copy(update={"clip": "start"})
+    config = trained_on.model_copy(update={"data": data})
+    named = request(config, SIDE, 2, n=10, reference=other).reference
+    assert named is not None
+    assert named.pictures is not None
+    assert named.name.endswith("other, frame stride 2, from the start")
+    named.pictures.fill([measures.MOTION])
+    np.testing.assert_array_equal(named.pictures.all(measures.MOTION), motion(shown[:, [0, 2]]))
+
+
+def test_the_runs_own_data_is_read_as_the_run_reads_it(trained_on, tmp_path, monkeypatch):
+    opened = []
+
+    def open_source(data: Any, side: int, frames: int | None) -> Any:
+        opened.append(data.source)
+        return evaluating.clips()
+
+    monkeypatch.setattr(requests, "open_source", open_source)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a clip")
+    data = trained_on.data.model_copy(update={"source": "fluent-emoji"})
+    config = trained_on.model_copy(update={"data": data})
+    for name in (data.path, str(tmp_path)):
+        request(config, SIDE, 2, n=10, metrics="fd", captions=captions, reference=name)
+    assert opened == ["fluent-emoji", "clips"]
+
+
+@pytest.mark.parametrize("name", ["hf:pictures", "pictures.parquet"])
+def test_sets_of_pictures_alone_are_no_reference_of_clips(name, trained_on):
+    with pytest.raises(UsageError, match=f"{name} has pictures.* name a folder of videos"):
+        request(trained_on, SIDE, 2, n=10, reference=name)
+
+
+def test_clips_at_random_places_are_decoded_and_looked_through_once(trained_on, monkeypatch):
+    """However many models are compared with them."""
+    assert trained_on.data.clip == "random"
+    looked, fingerprint = [], measured_pictures.fingerprint
+    monkeypatch.setattr(
+        measured_pictures, "fingerprint", lambda source: looked.append(1) or fingerprint(source)
+    )
+    asked = request(trained_on, SIDE, 2, n=2, metrics="motion")
+    assert isinstance(asked.source, Pictures), "in an array on disk"
+    assert not looked, "what cannot be measured is refused before"
+    for steps in (1, 2):
+        evaluate(evaluating.model("text", 2), **asked._asdict(), networks=looks(), steps=steps)
+    assert looked == [1]
+
+
+def test_what_is_missing_is_said_before_any_data_is_opened(trained_on, tmp_path):
+    nowhere = trained_on.data.model_copy(update={"path": str(tmp_path / "nowhere")})
+    config = trained_on.model_copy(update={"data": nowhere})
+    with pytest.raises(UsageError, match="--fvd FILE"):
+        request(config, SIDE, 2, n=10, metrics="fvd", networks=find_networks())
+    with pytest.raises(UsageError, match="--fvd FILE"):
+        compare("nowhere", "nowhere", ["fvd"], find_networks(), side=SIDE, frames=2)
 
 
 def test_a_model_whose_level_has_fewer_frames_is_compared_with_the_first_of_each(trained_on):
@@ -257,7 +366,7 @@ def test_two_sets_of_videos_are_compared_samples_frame_by_frame(tmp_path):
     expected = frechet_distance(*(Moments.of(look(pictures(side))) for side in shown))
     assert distance.value == pytest.approx(expected, rel=1e-9)
     assert moves.value == compare_motion(*map(motion, shown)).distance
-    assert distance.reference.endswith("real, frame stride 2")
+    assert distance.reference.endswith("real, frame stride 2, from a fixed place")
     assert (distance.n, distance.frames, distance.reference_count) == (10, FRAMES, 14)
 
 
@@ -267,6 +376,24 @@ def test_larger_videos_are_shrunk_and_the_number_says_so(tmp_path):
     assert found.metric == (
         "motion distance-2f [samples cut and shrunk to 8; reference cut and shrunk to 8]"
     )
+
+
+def test_sheets_that_move_are_no_samples(tmp_path):
+    made = make_videos(tmp_path / "made", clips(4))
+    shutil.copy(tmp_path / "made" / "000.webp", tmp_path / "made" / "grid.webp")
+    [found] = compare(made, made, ["motion"], looks(), frames=FRAMES, frame_stride=1)
+    assert (found.n, found.reference_count, found.value) == (4, 4, 0.0)
+
+
+def test_videos_are_not_silently_compared_by_their_first_frames(tmp_path):
+    videos = make_videos(tmp_path / "videos", clips(2))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, picture in enumerate(clips(8)[:, 0]):
+        Image.fromarray(picture).save(pictures / f"{number}.png")
+    for names in ((videos, str(pictures)), (str(pictures), videos)):
+        with pytest.raises(UsageError, match=f"{videos} holds videos: give --frames"):
+            compare(*names, ["fd"], looks(), side=SIDE)
 
 
 def test_a_stride_without_frames_is_refused(tmp_path):
@@ -328,6 +455,24 @@ def test_a_network_is_shown_a_batch_of_frames_and_not_all_of_a_clip(measured):
     assert max(shape[0] for shape in shapes) == BATCHED
 
 
+def test_as_many_frames_as_pictures_are_in_memory_at_a_time(tmp_path):
+    [found] = evaluate(
+        evaluating.model("text", 2),
+        "fd",
+        source=evaluating.clips(),
+        n=2,
+        networks=looks(),
+        folder=tmp_path,
+    )
+    assert found.batch_size == 32
+    sizes = [
+        shown(one, tmp_path).open_store().batch_size
+        for one in (evaluating.source(), evaluating.clips())
+    ]
+    assert sizes == [64, 32]
+    assert batch_of(100) == 1
+
+
 # --- what cannot be ----------------------------------------------------------------------------
 
 
@@ -339,13 +484,23 @@ def test_a_network_is_shown_a_batch_of_frames_and_not_all_of_a_clip(measured):
         ("fd", clips(), clips(frames=4), r"real has clips of 4 frames, made clips of 3 frames"),
         ("fd", clips(), clips()[:, 0], "real has pictures, made clips of 3 frames: only clips"),
         ("fd", clips()[:, 0], clips(), "real has clips of 3 frames, made pictures"),
-        ("kid", clips(), clips(), "kid needs at least 1,000 samples, not 30"),
+        ("kid", clips(), clips(), "kid needs at least 1,000 samples, not 10"),
         ("fvd", clips(1), clips(), "fvd needs at least 2 samples, not 1"),
+        ("motion", clips(frames=1), clips(frames=1), "motion needs clips of at least 2 frames"),
+        ("fd-frames", clips(1), clips(), "fd-frames needs at least 2 samples, not 1"),
+        ("prdc-fd", clips(5), clips(), "prdc-fd needs at least 6 samples, not 5"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(metrics, made, real, message, measured):
     with pytest.raises(UsageError, match=message):
         measured(metrics, made, real)
+
+
+def test_moments_of_pictures_are_refused_as_their_pictures_are(tmp_path):
+    moments = Published(np.zeros(6), np.eye(6))
+    samples = set_of(clips(), tmp_path, "made")
+    with pytest.raises(UsageError, match=r"adm\.npz has moments of pictures, made clips of 3"):
+        measure(samples, Reference("adm.npz", None, moments), ["fid"], looks(), Result("made"))
 
 
 def test_fvd_needs_a_network_of_clips(measured, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion.eval.motion import STILL, compare_motion, motion, wasserstein
+from matryoshka_diffusion.eval.motion import SLIGHT, compare_motion, motion, wasserstein
 
 NUMBERS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=8).map(np.array)
 
@@ -45,6 +45,13 @@ def test_each_clip_has_its_own_motion_however_they_are_batched():
     np.testing.assert_array_equal(motion(many), alone)
 
 
+def test_an_eye_that_blinks_moves_slightly_and_is_not_still():
+    eye = np.zeros((2, 64, 64), np.uint8)
+    eye[1, :2, :2] = 255
+    [found] = motion(clips(eye))
+    assert 0.0 < found < SLIGHT
+
+
 def test_one_frame_cannot_move():
     with pytest.raises(ValueError, match="clips of one frame"):
         motion(np.zeros((3, 1, 4, 4, 3), np.uint8))
@@ -71,13 +78,13 @@ def test_samples_that_move_half_as_much():
     found = compare_motion(real, real / 2)
     assert found.ratio == pytest.approx(0.5)
     assert found.distance == pytest.approx(0.1)
-    assert (found.still, found.still_real) == (0.0, 0.0)
+    assert (found.slight, found.slight_real) == (0.0, 0.0)
 
 
-def test_still_pictures_are_known_as_such():
-    real = np.array([0.0, 0.2, STILL / 2, 0.4])
+def test_what_hardly_moves_is_told_apart():
+    real = np.array([0.0, 0.2, SLIGHT / 2, 0.4])
     found = compare_motion(real, np.zeros(10))
-    assert (found.ratio, found.still, found.still_real) == (0.0, 1.0, 0.5)
+    assert (found.ratio, found.slight, found.slight_real) == (0.0, 1.0, 0.5)
     assert found.distance == pytest.approx(real.mean())
 
 

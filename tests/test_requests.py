@@ -269,6 +269,15 @@ def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
         compare(equal, str(tmp_path / "large.npz"), ["fd"], looks())
 
 
+def test_sheets_beside_samples_are_no_samples(tmp_path):
+    made = folder_of(tmp_path / "made", pictures(8))
+    for name in ("grid.png", "levels.png"):
+        save_png(pictures(1, side=64)[0], tmp_path / "made" / name, None)
+    [found] = compare(made, made, ["fd"], looks())
+    assert (found.n, found.reference_count) == (8, 8)
+    assert found.metric == "FD-EffNetLite0"
+
+
 def test_two_sets_need_pictures_to_begin_with(tmp_path):
     np.savez(tmp_path / "adm.npz", **moments())
     with pytest.raises(UsageError, match="no pictures, only moments"):

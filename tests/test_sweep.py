@@ -130,6 +130,12 @@ def test_the_trade_off_needs_a_distance_and_an_alignment():
     assert trade_off([point(1, 2.0)]) == []
 
 
+def test_a_distance_between_clips_is_traded_off_as_any_other():
+    both = point(1, 2.0, 30.0, higher=(False, True))
+    keyed = [replace(one, key=key) for one, key in zip(both.results, ("fvd", "clip"), strict=True)]
+    assert trade_off([replace(both, results=tuple(keyed))]) == [tuple(keyed)]
+
+
 def test_the_table_marks_the_best_and_the_front():
     points = [point(s, v, steps=s, sampler="ddim") for s, v in ((10, 5.0), (25, 3.0), (50, 4.0))]
     lines = table(points).splitlines()

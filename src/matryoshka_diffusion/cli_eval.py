@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.cli_options import (
-    BATCH_SIZE,
     MODEL,
     PRECISION,
     RANK_TIMEOUT,
@@ -62,7 +61,7 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     from matryoshka_diffusion.files import cache_folder
 
     unnamed = dict.fromkeys(("n", "ref", "protocol", "captions", "seed", "base"))
-    of_models = {**unnamed, "precision": PRECISION, "batch_size": BATCH_SIZE}
+    of_models = {**unnamed, "precision": PRECISION, "batch_size": None}
     given = [name for name, usual in of_models.items() if getattr(options, name) != usual]
     given += sampling(options)
     if given:
@@ -156,6 +155,7 @@ def _measuring(
     from matryoshka_diffusion.evaluation.run import find_networks
 
     frames = model.resolutions[-1].frames
+    networks = find_networks(device, options.inception, options.clip, options.fvd, frames)
     with world.first_here("data"):  # what one rank of a machine decodes, the others find
         asked = request(
             model.config,
@@ -166,10 +166,11 @@ def _measuring(
             protocol=options.protocol,
             captions=options.captions,
             reference=options.ref,
+            networks=networks,
         )
     return {
         **asked._asdict(),
-        "networks": find_networks(device, options.inception, options.clip, options.fvd, frames),
+        "networks": networks,
         "folder": results_folder(options.model),
         "seed": SEED if options.seed is None else options.seed,
         "batch_size": options.batch_size,
@@ -213,6 +214,7 @@ def add_eval(commands: Any) -> None:
     )
     _add_measuring(command)
     add_sampling(command)
+    command.set_defaults(batch_size=None)
 
 
 def add_sweep(commands: Any) -> None:
@@ -244,6 +246,7 @@ def add_sweep(commands: Any) -> None:
     )
     _add_measuring(command)
     add_sampling(command, swept=True)
+    command.set_defaults(batch_size=None)
 
 
 def _add_measuring(command: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from jaxtyping import Float, UInt8
 
 from matryoshka_diffusion.eval.checks import comparable
 
-STILL = 1.0 / 255.0
-"""Below a motion of half a byte, a clip counts as one that does not move."""
+SLIGHT = 1.0 / 255.0
+"""Half a byte. A clip that moves by less is still, or little of it moves: an eye that blinks."""
 
 _SCALE = 2.0 / 255.0  # from bytes to [-1, 1]
 
@@ -26,14 +26,14 @@ class Motion(NamedTuple):
     Attributes:
         distance: 1-Wasserstein between the motions of both sets; 0 if they are distributed alike.
         ratio: mean motion of the samples over that of the real clips: 0 for still pictures.
-        still: the share of samples that do not move.
-        still_real: the share of real clips that do not move.
+        slight: the share of samples that move by less than `SLIGHT`.
+        slight_real: the share of real clips that do.
     """
 
     distance: float
     ratio: float
-    still: float
-    still_real: float
+    slight: float
+    slight_real: float
 
 
 def motion(clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, " b"]:
@@ -67,14 +67,19 @@ def compare_motion(real: Float[np.ndarray, " n"], made: Float[np.ndarray, " m"])
     """
     columns = comparable(real[:, None], made[:, None], metric="motion", least=1)
     real, made = (column[:, 0] for column in columns)
-    if not real.any():
-        raise ValueError("none of the real clips moves: there is nothing to compare motion with")
+    refuse_still(real)
     return Motion(
         distance=wasserstein(real, made),
         ratio=float(made.mean() / real.mean()),
-        still=float((made < STILL).mean()),
-        still_real=float((real < STILL).mean()),
+        slight=float((made < SLIGHT).mean()),
+        slight_real=float((real < SLIGHT).mean()),
     )
+
+
+def refuse_still(real: Float[np.ndarray, " n"]) -> None:
+    """Raise ValueError if none of the real clips moves, whatever is compared with them."""
+    if not real.any():
+        raise ValueError("none of the real clips moves: there is nothing to compare motion with")
 
 
 def wasserstein(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> float:

@@ -87,16 +87,20 @@ def video_flag(network: str, weights: str, resize: str) -> str:
     return f"weights {weights[:8]}{taken}; resize {resize}"
 
 
-def frames_flag(count: int, frames: int | None) -> str | None:
+def frames_flag(count: int, frames: int | None, one_each: bool = False) -> str | None:
     """What a metric of pictures has to say of clips, whose frames are pictures to it, or None.
 
     Example:
         >>> frames_flag(22, 16)
         'frames of clips, 22 x 16'
+        >>> frames_flag(22, 16, one_each=True)
+        'one frame of each clip'
         >>> frames_flag(22, None) is None
         True
     """
-    return None if frames is None else f"frames of clips, {count:,} x {frames}"
+    if frames is None:
+        return None
+    return "one frame of each clip" if one_each else f"frames of clips, {count:,} x {frames}"
 
 
 def rank_flag(count: int, width: int) -> str | None:

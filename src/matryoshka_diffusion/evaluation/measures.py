@@ -21,7 +21,7 @@ from matryoshka_diffusion.eval.inception_score import SPLITS, inception_score
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.eval.mmd import SUBSET_SIZE, cmmd, kernel_distance
-from matryoshka_diffusion.eval.motion import compare_motion, motion
+from matryoshka_diffusion.eval.motion import compare_motion, motion, refuse_still
 from matryoshka_diffusion.eval.neighbours import (
     DENSITY_COVERAGE_K,
     PRECISION_RECALL_K,
@@ -79,6 +79,18 @@ class Compared:
         """One row a picture, or a frame, or a clip: whatever it is that the network looks at."""
         return _rows(pictures.all(self.column))
 
+    def independent(self, pictures: PictureSet) -> np.ndarray:
+        """One row a picture, and of each clip one frame, always the same.
+
+        Frames of a clip are alike: among all frames the nearest neighbours of one are those of its
+        own clip, and the pairs that an unbiased estimator averages over are no independent ones.
+        """
+        rows = pictures.all(self.column)
+        if pictures.frames is None:
+            return rows
+        chosen = stream(0, "evaluation frames").integers(pictures.frames, size=len(rows))
+        return rows[np.arange(len(rows)), chosen]
+
     def moments(self, pictures: PictureSet) -> Moments:
         return Moments.stream(map(_rows, pictures.stream(self.column)))
 
@@ -96,11 +108,14 @@ class Metric(NamedTuple):
         column: what it takes of the pictures if not a network's features.
         compares: whether it needs a reference.
         moments: whether moments of the features, which may be published, are all that it needs.
-        least: how many pictures it needs on each side.
+        least: how many samples it needs on each side, as `count` counts them.
+        independent: whether it is about independent samples: then it takes a frame of each clip.
         captions: whether each sample needs the caption that it was made for.
         levels: whether it looks at all levels of a sample, which pictures of a source do not have.
         retrieval: whether it is about samples of the captions of single training pictures.
         clips: whether it is about clips, which pictures are not.
+        least_frames: how many frames these need.
+        check: raises ValueError if the reference's pictures, whose column is there, are of no use.
     """
 
     compute: Callable[[Compared], list[Number]]
@@ -109,10 +124,13 @@ class Metric(NamedTuple):
     compares: bool = True
     moments: bool = False
     least: int = 2
+    independent: bool = False
     captions: bool = False
     levels: bool = False
     retrieval: bool = False
     clips: bool = False
+    least_frames: int = 1
+    check: Callable[[PictureSet], None] = lambda real: None
 
     @property
     def of_frames(self) -> bool:
@@ -121,7 +139,8 @@ class Metric(NamedTuple):
 
     def count(self, pictures: PictureSet) -> int:
         """How many samples these are to it."""
-        return pictures.num_frames if self.of_frames else pictures.count
+        by_frame = self.of_frames and not self.independent and not self.clips
+        return pictures.num_frames if by_frame else pictures.count
 
     def published(self, reference: Reference | None) -> Published | None:
         """What it takes in the place of the reference's pictures."""
@@ -209,14 +228,18 @@ def _video_frechet(compared: Compared) -> list[Number]:
     return [Number(name, frechet_distance(real, drawn), flags=flags)]
 
 
+def _check_motion(real: PictureSet) -> None:
+    refuse_still(real.all(MOTION))
+
+
 def _motion(compared: Compared) -> list[Number]:
     found = compare_motion(*(side.all(MOTION) for side in (compared.real, compared.made)))
-    others = {"ratio": found.ratio, "still": found.still, "still real": found.still_real}
+    others = {"ratio": found.ratio, "slight": found.slight, "slight real": found.slight_real}
     return [Number(f"motion distance-{compared.made.frames}f", found.distance, others)]
 
 
 def _kernel(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     found = kernel_distance(real, made)
     return [Number(naming.kernel(compared.network.name), found.mean, {"std": found.std})]
 
@@ -227,12 +250,12 @@ def _inception_score(compared: Compared) -> list[Number]:
     # A folder of classes is sorted by them, and its splits would each hold a few.
     shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
     found = inception_score(inception.probabilities(shuffled))
-    flag = naming.split_flag(compared.made.count, SPLITS, CLASSES)
+    flag = naming.split_flag(len(features), SPLITS, CLASSES)
     return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
 
 
 def _overlap(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     found = {
         **precision_recall(real, made)._asdict(),
         **density_coverage(real, made)._asdict(),
@@ -254,7 +277,7 @@ def _clip_score(compared: Compared) -> list[Number]:
 
 
 def _cmmd(compared: Compared) -> list[Number]:
-    real, made = (compared.features(side) for side in (compared.real, compared.made))
+    real, made = (compared.independent(side) for side in (compared.real, compared.made))
     clip = cast("CLIP", compared.network)
     flag = naming.cmmd_flag(clip.variant, clip.weights)
     return [Number(naming.cmmd(clip.variant), cmmd(real, made), flags=(flag,))]
@@ -277,20 +300,28 @@ def _agreement(compared: Compared) -> list[Number]:
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, NETWORK, moments=True),
     "fid": Metric(_frechet, naming.INCEPTION, moments=True),
-    "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE),
+    "kid": Metric(_kernel, naming.INCEPTION, least=SUBSET_SIZE, independent=True),
     "is": Metric(_inception_score, naming.INCEPTION, compares=False, least=SPLITS),
-    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1),
-    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE),
-    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1),
+    "prdc": Metric(_overlap, naming.INCEPTION, least=_NEIGHBOURS + 1, independent=True),
+    "kd": Metric(_kernel, NETWORK, least=SUBSET_SIZE, independent=True),
+    "prdc-fd": Metric(_overlap, NETWORK, least=_NEIGHBOURS + 1, independent=True),
     "clip": Metric(_clip_score, CLIP.name, compares=False, least=1, captions=True),
-    "cmmd": Metric(_cmmd, CLIP.name, least=1),
+    "cmmd": Metric(_cmmd, CLIP.name, least=1, independent=True),
     "retrieval": Metric(_retrieval, column=AVERAGES, least=1, captions=True, retrieval=True),
     "agreement": Metric(_agreement, column=AGREEMENT, compares=False, least=1, levels=True),
     "fvd": Metric(_video_frechet, VIDEO, clips=True),
     "fd-frames": Metric(_frechet_by_frame, NETWORK, clips=True),
     "fid-frames": Metric(_frechet_by_frame, naming.INCEPTION, clips=True),
-    "motion": Metric(_motion, column=MOTION, least=1, clips=True),
+    "motion": Metric(
+        _motion, column=MOTION, least=1, clips=True, least_frames=2, check=_check_motion
+    ),
 }
+
+
+def load(metrics: Sequence[str], networks: Callable[[str], Extractor]) -> dict[str, Extractor]:
+    """The networks of the metrics by name: first of all, since one that is missing is refused."""
+    names = dict.fromkeys(METRICS[name].network for name in metrics)
+    return {name: networks(name) for name in names if name}
 
 
 # --- names -------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,16 @@ from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
 
 BATCH = 64
+"""Pictures in memory at a time; of clips, frames."""
 FORMAT = 1
 """To be raised when the same settings give other samples, or columns hold other numbers."""
 
 _ALONE = World()
+
+
+def batch_of(frames: int | None) -> int:
+    """How many pictures, or clips of so many frames, are in memory at a time if nobody says."""
+    return max(1, BATCH // (frames or 1))
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class PictureSet:
     Attributes:
         name: for people.
         side: of the pictures in pixels.
+        open_store: called when the pictures are first needed: pictures of a source have to be read
+            for their store to be named, and what cannot be measured is refused before.
         levels: of each picture.
         captions: of each picture; empty where there are none.
         frames: of each, where they are clips; None for pictures.
@@ -44,7 +53,7 @@ class PictureSet:
     name: str
     count: int
     side: int
-    store: Store
+    open_store: Callable[[], Store]
     levels: int = 1
     captions: Sequence[str] = ()
     belong_to: Sequence[int] = ()
@@ -68,11 +77,11 @@ class PictureSet:
         progress: Progress | None = None,
     ) -> None:
         """Make what is missing of the columns; a collective, see `Store.fill`."""
-        self.store.fill(columns, self.count, world=world, progress=progress)
+        self.open_store().fill(columns, self.count, world=world, progress=progress)
 
     def stream(self, column: Column) -> Iterator[np.ndarray]:
         """The rows of a column, a batch at a time."""
-        return self.store.read(column, self.count)
+        return self.open_store().read(column, self.count)
 
     def all(self, column: Column) -> np.ndarray:
         """The rows of a column."""
@@ -96,7 +105,7 @@ def drawn(
     root: Path,
     *,
     seed: int = SEED,
-    batch_size: int = BATCH,
+    batch_size: int,
     settings: Mapping[str, Any],
 ) -> PictureSet:
     """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
@@ -118,7 +127,9 @@ def drawn(
     side = model.picture_side
     captions, belong_to = conditions.captions(count), conditions.pictures[:count]
     levels, frames = len(model.resolutions), model.resolutions[-1].frames
-    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to, frames)
+    return PictureSet(
+        model.config.name, count, side, lambda: store, levels, captions, belong_to, frames
+    )
 
 
 # --- pictures of a source ----------------------------------------------------------------------
@@ -136,25 +147,29 @@ ORIGINAL_SIDES: Column = Column(
 )
 
 
-def shown(source: Source, root: Path, *, batch_size: int = BATCH) -> PictureSet:
-    """All pictures of a source."""
+def shown(source: Source, root: Path) -> PictureSet:
+    """All pictures of a source, which are not looked at yet."""
 
     def make(rows: range, progress: Progress) -> Shown:
         examples = source.many(list(rows))
         pictures = np.stack([example.picture for example in examples])
         return Shown(pictures, [example.original_side for example in examples])
 
-    about = {
-        "format": FORMAT,
-        "source": source.name,
-        "side": source.side,
-        "pictures": fingerprint(source),
-        "batch_size": batch_size,
-    }
-    if source.frames is not None:
-        about["frames"] = source.frames
+    @cache
+    def store() -> Store:
+        batch_size = batch_of(source.frames)
+        about = {
+            "format": FORMAT,
+            "source": source.name,
+            "side": source.side,
+            "pictures": fingerprint(source),
+            "batch_size": batch_size,
+        }
+        if source.frames is not None:
+            about["frames"] = source.frames
+        return Store.at(root, about, make, batch_size)
+
     captions = [captions[0] for captions in source.captions or ()]
-    store = Store.at(root, about, make, batch_size)
     return PictureSet(
         source.name, len(source), source.side, store, captions=captions, frames=source.frames
     )

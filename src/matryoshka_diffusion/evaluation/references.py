@@ -111,7 +111,8 @@ def name_of(source: Source, data: DataConfig) -> str:
     if source.frames is None:
         return source.name
     rate = "" if data.fps is None else f" at {data.fps:g} fps"
-    return f"{source.name}, frame stride {data.frame_stride}{rate}"
+    begin = "the start" if data.clip == "start" else "a fixed place"
+    return f"{source.name}, frame stride {data.frame_stride}{rate}, from {begin}"
 
 
 def reference_folder() -> Path:
@@ -234,4 +235,5 @@ def _pictures(path: Path) -> PictureSet:
         "crc32": member.checksum,
         "batch_size": BATCH,
     }
-    return PictureSet(path.name, count, side, Store.at(reference_folder(), about, make, BATCH))
+    store = Store.at(reference_folder(), about, make, BATCH)
+    return PictureSet(path.name, count, side, lambda: store)

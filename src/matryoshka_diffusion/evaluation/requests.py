@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from matryoshka_diffusion.config import DataConfig, RunConfig, UsageError
+from matryoshka_diffusion.config import DataConfig, RunConfig, SourceName, UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.images import SUFFIXES
-from matryoshka_diffusion.data.sources import absolute, kind_of, open_source
-from matryoshka_diffusion.data.split import split
-from matryoshka_diffusion.evaluation.measures import METRICS, Asked, parse_metrics
+from matryoshka_diffusion.data.sources import absolute, kind_of, open_source, sourced
+from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.evaluation.measures import METRICS, Asked, load, parse_metrics
 from matryoshka_diffusion.evaluation.protocols import (
     PROTOCOLS,
     Conditions,
@@ -30,6 +30,7 @@ from matryoshka_diffusion.evaluation.run import Networks, Told, measure
 from matryoshka_diffusion.evaluation.shrunk import Shrunk
 from matryoshka_diffusion.files import cache_folder, digest
 from matryoshka_diffusion.pipeline import WEIGHTS
+from matryoshka_diffusion.sheet import SHEETS
 from matryoshka_diffusion.train.world import World
 
 HELD_OUT = "held-out"
@@ -44,6 +45,7 @@ class Request(NamedTuple):
     source: Source | None
     reference: Reference | None
     conditions: Conditions | None
+    own: Reference | None
 
 
 def request(
@@ -56,6 +58,7 @@ def request(
     protocol: str | None = None,
     captions: Path | None = None,
     reference: str | None = None,
+    networks: Networks | None = None,
 ) -> Request:
     """Open what is named, and the model's own training pictures where they are needed.
 
@@ -68,6 +71,7 @@ def request(
         protocol: one of `PROTOCOLS`.
         captions: a file to draw captions from.
         reference: "held-out", an .npz or any data; the training pictures if not given.
+        networks: where those that the metrics look through are loaded from, before any data is.
 
     Raises:
         UsageError: something is missing, or does not fit the model.
@@ -84,6 +88,8 @@ def request(
             f"--protocol coco30k compares with pictures of COCO, not with those that {config.name} "
             "was trained on: name them, --ref val2014"
         )
+    if networks is not None:
+        load(asked.metrics, networks)
     conditional = config.model.text is not None or bool(config.model.classes)
     own = (
         retrieves
@@ -93,7 +99,8 @@ def request(
     whole = _own_pictures(config, side, frames) if own else None
     source, held_out = (None, None) if whole is None else split(whole, config.data.held_out)
     compared = None if reference is None else _reference(config, reference, held_out, side, frames)
-    return Request(asked.metrics, n, source, compared, conditions)
+    trained_on = None if source is None else of_source(source, name=name_of(source, config.data))
+    return Request(asked.metrics, n, source, compared, conditions, trained_on)
 
 
 def _own_pictures(config: RunConfig, side: int, frames: int | None) -> Source:
@@ -101,10 +108,18 @@ def _own_pictures(config: RunConfig, side: int, frames: int | None) -> Source:
 
     Pictures are the first frames of clips, which need not be decoded for them.
     """
-    source = open_source(config.data, config.data_side, frames and config.data_frames)
+    source = open_source(_fixed(config.data), config.data_side, frames and config.data_frames)
     return (
         source if (source.side, source.frames) == (side, frames) else Shrunk(source, side, frames)
     )
+
+
+def _fixed(data: DataConfig) -> DataConfig:
+    """The same data with clips that are always the same, which are decoded once.
+
+    Where training shows another place of a video each time, measuring has always looked at one.
+    """
+    return data.model_copy(update={"clip": "fixed"}) if data.clip == "random" else data
 
 
 def _metrics(
@@ -141,8 +156,7 @@ def _reference(
     config: RunConfig, name: str, held_out: Source | None, side: int, frames: int | None
 ) -> Reference:
     if name != HELD_OUT:
-        like = config.data
-        return open_pictures(name, side, frames, frame_stride=like.frame_stride, fps=like.fps)
+        return open_pictures(name, side, frames, **_as_own(config.data, name))
     if held_out is None:
         raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): leave --ref away")
     share = config.data.held_out
@@ -150,18 +164,42 @@ def _reference(
     return of_source(held_out, name=f"the held-out {share:.3g} of {whole}")
 
 
-def open_pictures(name: str, side: int, frames: int | None = None, **cut: Any) -> Reference:
+def _as_own(data: DataConfig, name: str) -> dict[str, Any]:
+    """How `name` is read by a model of this `data`: cut alike, and what it learnt from likewise."""
+    cut = ("frame_stride", "fps", "clip", "clip_frames")
+    found = _fixed(data).model_dump(include=set(cut))
+    if data.path is not None and absolute(name) == absolute(data.path):
+        found["source"] = sourced(data).source
+    return found
+
+
+def open_pictures(name: str, side: int, frames: int | None = None, **given: Any) -> Reference:
     """An .npz, or any data as squares of `side` pixels; with `frames`, clips of a set of videos.
 
-    `cut` says how clips are cut out of videos: `frame_stride`, `fps` and `clip` of the config.
+    Of a folder that samples were saved to, the sheets (`grid.png`, ...) are left out. `given` are
+    fields of the data's config: how clips are cut out of videos, and the source if it is known.
     """
     if name.endswith(".npz"):
         return of_npz(Path(name).expanduser())
     _refuse_model(name)
-    kind = kind_of(name) if frames is None else "clips"
-    data = DataConfig(source=kind, path=absolute(name), **cut)
-    source = open_source(data, side, frames)
+    data = DataConfig(path=absolute(name), **{"source": _kind(name, frames), **given})
+    source = _without_sheets(open_source(data, side, frames))
     return of_source(source, name=name_of(source, data), foreign=True)
+
+
+def _kind(name: str, frames: int | None) -> SourceName:
+    kind = kind_of(name)
+    if frames is not None and kind in ("datasets", "parquet"):
+        raise UsageError(
+            f"{name} has pictures, which clips are not compared with: name a folder of videos, or "
+            "tar shards of them"
+        )
+    return kind if frames is None else "clips"
+
+
+def _without_sheets(source: Source) -> Source:
+    rows = [row for row, key in enumerate(source.keys) if key not in SHEETS]
+    return source if len(rows) == len(source) else Part(source, rows)
 
 
 def _refuse_model(name: str) -> None:
@@ -201,8 +239,9 @@ def compare(
     """
     if side is not None and first.endswith(".npz"):
         raise UsageError(f"{first} has pictures of one side, which is compared: leave --side away")
-    if frames is None and frame_stride is not None:
-        raise UsageError("--frame-stride is of videos: give --frames, too")
+    if frames is None:
+        _refuse_videos(first, second, frame_stride=frame_stride)
+    load(metrics, networks)
     samples = open_pictures(first, side or _side_of(first), frames, frame_stride=1, clip="start")
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")
@@ -215,13 +254,36 @@ def compare(
     )
 
 
+def _refuse_videos(*names: str, frame_stride: int | None) -> None:
+    """Raise `UsageError` for what has frames, of which the first ones alone would be compared."""
+    if frame_stride is not None:
+        raise UsageError("--frame-stride is of videos: give --frames, too")
+    for name in names:
+        if kind_of(name) == "clips" or _moves(_first_picture(name)):
+            raise UsageError(f"{name} holds videos: give --frames, how many of each are compared")
+
+
+def _moves(path: Path | None) -> bool:
+    if path is None:
+        return False
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "n_frames", 1) > 1
+    except OSError:  # which is counted when all of them are read
+        return False
+
+
+def _first_picture(name: str) -> Path | None:
+    folder = Path(name).expanduser()
+    pictures = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return min((path for path in pictures if path.name not in SHEETS), default=None)
+
+
 def _side_of(name: str) -> int:
     """The shorter side of the first picture; an .npz has one side that `open_pictures` finds."""
     if name.endswith(".npz"):
         return 0
-    folder = Path(name).expanduser()
-    pictures = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    found = min(pictures, default=None)
+    found = _first_picture(name)
     if found is None:
         raise UsageError(f"{name}: of which side? --side N says it, except for folders of pictures")
     with Image.open(found) as picture:

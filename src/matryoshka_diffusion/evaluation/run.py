@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from matryoshka_diffusion.evaluation.measures import (
     Compared,
     Metric,
     Number,
+    load,
     parse_metrics,
 )
-from matryoshka_diffusion.evaluation.pictures import BATCH, PictureSet, drawn
+from matryoshka_diffusion.evaluation.pictures import PictureSet, batch_of, drawn
 from matryoshka_diffusion.evaluation.protocols import (
     Conditions,
     captions_in_turn,
@@ -59,10 +60,11 @@ def evaluate(
     n: int | None = None,
     reference: Reference | None = None,
     conditions: Conditions | None = None,
+    own: Reference | None = None,
     networks: Networks | None = None,
     folder: Path | None = None,
     seed: int = SEED,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     world: World = _ALONE,
     progress: Told | None = None,
     **settings: Any,
@@ -78,9 +80,11 @@ def evaluate(
         n: how many samples; without it, what the metrics' names say.
         reference: what samples are compared with, if not with `source`.
         conditions: what they are asked to show, if not what the pictures of `source` show, in turn.
+        own: `source` as a reference, where several models are compared with it.
         networks: where networks come from; see `find_networks`.
         folder: where features are kept: for a run `RUN/eval`, else the cache.
         seed: of sample 0.
+        batch_size: samples at a time; if not given 64 pictures, or clips of 64 frames in all.
         settings: of the sampler, in the place of the model's own.
 
     Returns:
@@ -93,29 +97,32 @@ def evaluate(
     asked = parse_metrics(metrics)
     folder = folder or cache_folder("eval")
     networks = networks or find_networks()
+    batch_size = batch_size or batch_of(model.resolutions[-1].frames)
+    if own is None and source is not None:
+        own = of_source(source, name=name_of(source, model.config.data))
+    load(asked.metrics, networks)
 
-    @cache
-    def own() -> Reference | None:
-        return (
-            None if source is None else of_source(source, name=name_of(source, model.config.data))
-        )
-
-    def measured(names: Sequence[str], shown: Conditions, count: int, to: Reference | None) -> Any:
+    def part(names: Sequence[str], shown: Conditions, count: int, to: Reference | None) -> Any:
+        """Some of the metrics, ready to be measured."""
         samples = drawn(
             model, shown, count, folder, seed=seed, batch_size=batch_size, settings=settings
         )
         template = _template(model, shown, settings, seed, batch_size)
-        return measure(samples, to, names, networks, template, world=world, progress=progress)
+        _refuse_any(names, samples, to)
+        return partial(
+            measure, samples, to, names, networks, template, world=world, progress=progress
+        )
 
-    found: list[Result] = []
+    parts: list[Callable[[], list[Result]]] = []
     of_captions = [name for name in asked.metrics if METRICS[name].retrieval]
     if of_captions:
         shown = _retrieval_of(model.config, source)
-        found += measured(of_captions, shown, shown.limit or 0, own())
+        parts.append(part(of_captions, shown, shown.limit or 0, own))
     of_many = [name for name in asked.metrics if not METRICS[name].retrieval]
     if of_many:
         shown = conditions or in_turn(model.config, source)
-        found += measured(of_many, shown, _count(n or asked.n, shown), reference or own())
+        parts.append(part(of_many, shown, _count(n or asked.n, shown), reference or own))
+    found = [result for measured in parts for result in measured()]
     return sorted(found, key=lambda result: asked.metrics.index(result.key))
 
 
@@ -130,12 +137,9 @@ def measure(
     progress: Told | None = None,
 ) -> list[Result]:
     """Measure a set of pictures; a collective. `template` says whose they are."""
+    _refuse_any(metrics, made, reference)
     chosen = {name: METRICS[name] for name in metrics}
-    for name, metric in chosen.items():
-        _refuse(name, metric, made, reference)
-    extractors = {
-        metric.network: networks(metric.network) for metric in chosen.values() if metric.network
-    }
+    extractors = load(metrics, networks)
     comparing = [metric for metric in chosen.values() if metric.compares]
     flag = None
     if reference is not None and comparing:
@@ -143,7 +147,9 @@ def measure(
         flag = reference.flag(made.side, "reference", world=world, progress=told)
         unknown = [metric for metric in comparing if metric.published(reference) is None]
         if reference.pictures is not None and unknown:
-            reference.pictures.fill(_columns(unknown, extractors), world=world, progress=told)
+            real = reference.pictures
+            real.fill(_columns(unknown, extractors), world=world, progress=told)
+            world.once(lambda: [metric.check(real) for metric in unknown])
     columns = _columns(chosen.values(), extractors)
     made.fill(columns, world=world, progress=_part(progress, made.name))
 
@@ -183,7 +189,8 @@ def _result(
     template: Result, key: str, number: Number, compared: Compared, flag: str | None
 ) -> Result:
     made, network, reference = compared.made, compared.extractor, compared.reference
-    seen = frames_flag(made.count, made.frames) if METRICS[key].of_frames else None
+    metric = METRICS[key]
+    seen = frames_flag(made.count, made.frames, metric.independent) if metric.of_frames else None
     flags = (*template.flags, seen, *number.flags, flag if reference else None)
     update: dict[str, Any] = {}
     if network is not None:
@@ -269,10 +276,20 @@ def _count(n: int | None, shown: Conditions) -> int:
 # --- what cannot be ----------------------------------------------------------------------------
 
 
+def _refuse_any(metrics: Iterable[str], made: PictureSet, reference: Reference | None) -> None:
+    for name in metrics:
+        _refuse(name, METRICS[name], made, reference)
+
+
 def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | None) -> None:
     """Raise `UsageError` if the metric lacks what it needs."""
     if metric.clips and made.frames is None:
         raise UsageError(f"{name} is about clips, and {made.name} has pictures: leave it away")
+    if metric.clips and (made.frames or 0) < metric.least_frames:
+        raise UsageError(
+            f"{name} needs clips of at least {metric.least_frames} frames, {made.name} has "
+            f"{made.kind}: leave it away"
+        )
     if metric.count(made) < metric.least:
         raise UsageError(
             f"{name} needs at least {metric.least:,} samples, not {metric.count(made):,}"
@@ -285,22 +302,24 @@ def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | 
         return
     if reference is None:
         raise UsageError(f"{name} compares with pictures: name them with --ref")
-    if reference.pictures is None:
+    real = reference.pictures
+    if (None if real is None else real.frames) != made.frames:
+        kind = "moments of pictures" if real is None else real.kind
+        raise UsageError(
+            f"{reference.name} has {kind}, {made.name} {made.kind}: only clips of as many frames "
+            "can be compared"
+        )
+    if real is None:
         if metric.published(reference) is None:
             raise UsageError(
                 f"{name} needs the pictures of its reference, but {reference.name} holds only mu "
                 "and sigma of Inception's features"
             )
         return
-    if reference.pictures.frames != made.frames:
-        raise UsageError(
-            f"{reference.name} has {reference.pictures.kind}, {made.name} {made.kind}: only clips "
-            "of as many frames can be compared"
-        )
-    if metric.count(reference.pictures) < metric.least:
+    if metric.count(real) < metric.least:
         raise UsageError(
             f"{name} needs at least {metric.least:,} pictures of reference, not "
-            f"{metric.count(reference.pictures):,} ({reference.name})"
+            f"{metric.count(real):,} ({reference.name})"
         )
 
 
@@ -320,7 +339,7 @@ def find_networks(
     """
 
     @cache
-    def load(name: str) -> Extractor:
+    def found(name: str) -> Extractor:
         if name == INCEPTION and inception is None:
             raise UsageError(
                 "FID, KID, IS and prdc look through Inception: give its weights, --inception FILE "
@@ -343,4 +362,4 @@ def find_networks(
             return VideoNet(str(video), frames or FRAMES, device)
         return CLIP(str(clip), device) if name == CLIP.name else EffNetLite0(device)
 
-    return load
+    return found

@@ -10,7 +10,7 @@ from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.sweep import Point, badness, best, front, lines_of, pareto
 from matryoshka_diffusion.files import require, write_atomically
 
-DISTANCES = ("fd", "fid")
+DISTANCES = ("fd", "fid", "fvd")
 ALIGNMENTS = ("clip", "retrieval")
 _SIDE = 4.2  # inches of a panel
 
