@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from matryoshka_diffusion.eval import metrics
 from matryoshka_diffusion.eval.metrics import Moments, Reference, frechet_distance
 
 
@@ -38,10 +41,17 @@ def test_however_the_rows_are_cut_the_moments_are_the_same(cuts):
     close(Moments.stream(np.split(x, cuts)), Moments.of(x))
 
 
+@pytest.mark.parametrize("gathered", [1, 7, 40, 41])
+def test_however_many_rows_are_gathered_the_moments_are_the_same(gathered, monkeypatch):
+    monkeypatch.setattr(metrics, "GATHERED", gathered)
+    x = random(1).normal(100.0, 1.0, (40, 5))
+    close(Moments.stream(np.split(x, range(3, 40, 3))), Moments.of(x))
+
+
 @given(order=st.permutations(range(6)))
 def test_in_whichever_order_parts_are_merged_the_moments_are_the_same(order):
     parts = [random(20 + n).normal(n, 1.0 + n, (3 + n, 4)) for n in range(6)]
-    merged = Moments.stream(parts[n] for n in order)
+    merged = reduce(Moments.merge, (Moments.of(parts[n]) for n in order))
     close(merged, Moments.of(np.concatenate(parts)))
 
 
