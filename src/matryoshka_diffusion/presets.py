@@ -172,7 +172,7 @@ def emoji_video() -> RunConfig:
             "shift_ratio": 4.0,  # as the paper: a quarter of the signal to noise
         }
     )
-    stage = StageConfig(levels=2, images=30_000, batch_size=16, lr=2e-3, mix=(0.25, 0.75))
+    stage = StageConfig(levels=2, images=20_000, batch_size=16, lr=2e-3, mix=(0.25, 0.75))
     then = {"init_levels": 1, "warmup_images": 1_600, "preview_every_images": 4_000}
     return still.model_copy(
         update={
