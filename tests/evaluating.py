@@ -20,10 +20,9 @@ from PIL import Image
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.eval.inception_net import CLASSES
-from matryoshka_diffusion.evaluation.pictures import BATCH
 from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import BATCH, Matryoshka
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot

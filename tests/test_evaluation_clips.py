@@ -26,13 +26,14 @@ from matryoshka_diffusion.eval.video import VIDEO, VideoNet
 from matryoshka_diffusion.evaluation import measures, requests, results
 from matryoshka_diffusion.evaluation import pictures as measured_pictures
 from matryoshka_diffusion.evaluation.measures import METRICS
-from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, batch_of, shown
+from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, shown
 from matryoshka_diffusion.evaluation.protocols import captions_in_turn
 from matryoshka_diffusion.evaluation.references import Reference
 from matryoshka_diffusion.evaluation.requests import compare, request
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate, find_networks, measure
 from matryoshka_diffusion.evaluation.store import Store
+from matryoshka_diffusion.pipeline import batch_of
 
 COUNT, FRAMES, SIDE, BATCHED = 10, 3, 16, 4
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from matryoshka_diffusion import job
+from matryoshka_diffusion import job, pipeline
 from matryoshka_diffusion.config import (
     ConfigError,
     LoraConfig,
@@ -133,6 +133,21 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(video_run: Path, sample
     assert abs(difference).max() <= 1
     assert together.levels[0].shape == (3, 8, 8, 3)
     assert (together.pictures == together.levels[0]).all()
+
+
+def test_few_clips_are_drawn_together(video_run: Path, monkeypatch: pytest.MonkeyPatch):
+    """As many frames as there would be pictures, unless somebody says."""
+    monkeypatch.setattr(pipeline, "BATCH", 2 * FRAMES)
+    model, sizes = Matryoshka.load(video_run), []
+    stream = model.stream
+    monkeypatch.setattr(
+        model,
+        "stream",
+        lambda cond, seeds, *rest: sizes.append(len(seeds)) or stream(cond, seeds, *rest),
+    )
+    model.sample(n=3, steps=1)
+    model.sample(n=3, steps=1, batch_size=3)
+    assert sizes == [2, 1, 3]
 
 
 def test_videos_are_of_video_models_and_pictures_of_picture_levels(image_run: Path):

@@ -214,7 +214,6 @@ def add_eval(commands: Any) -> None:
     )
     _add_measuring(command)
     add_sampling(command)
-    command.set_defaults(batch_size=None)
 
 
 def add_sweep(commands: Any) -> None:
@@ -246,7 +245,6 @@ def add_sweep(commands: Any) -> None:
     )
     _add_measuring(command)
     add_sampling(command, swept=True)
-    command.set_defaults(batch_size=None)
 
 
 def _add_measuring(command: argparse.ArgumentParser) -> None:

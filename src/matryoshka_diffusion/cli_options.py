@@ -12,7 +12,6 @@ SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
 RANK_TIMEOUT = 60  # seconds
-BATCH_SIZE = 64
 PRECISION = "fp32"
 MODEL = "run folder, model folder, released .pth or shipped model"
 
@@ -61,9 +60,8 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     command.add_argument(
         "--batch-size",
         type=positive,
-        default=BATCH_SIZE,
         metavar="N",
-        help=f"pictures at a time ({BATCH_SIZE})",
+        help="samples at a time (64 pictures, or clips of 64 frames in all)",
     )
     command.add_argument(
         "--precision",

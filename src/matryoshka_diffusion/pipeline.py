@@ -54,6 +54,15 @@ WEIGHTS = (checkpoint.MODEL, checkpoint.LORA)
 UNBOUNDED = (-float("inf"), float("inf"))
 
 
+BATCH = 64
+"""Pictures in memory at a time; of clips, frames."""
+
+
+def batch_of(frames: int | None) -> int:
+    """How many pictures, or clips of so many frames, are in memory at a time if nobody says."""
+    return max(1, BATCH // (frames or 1))
+
+
 @dataclass(frozen=True)
 class Samples:
     """Pictures, or clips, that belong together.
@@ -221,7 +230,7 @@ class Matryoshka:
         coarse: UInt8[np.ndarray, "n s s c"] | None = None,
         n: int = 1,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:
@@ -229,9 +238,10 @@ class Matryoshka:
 
         Picture i of the result uses the seed `seed + i`. Guidance leads away from the prompt
         `negative` (by default: from a hidden prompt). `settings` replace the run's sampling
-        defaults: `sampler`, `steps`, `guidance`, `grid`, ... (see `SamplingConfig`). `progress`
-        is called with (steps done, steps in all). An upsampler needs the `coarse` bytes of each
-        picture of the result (`baselines.cascade.Cascade` has them drawn by another model).
+        defaults: `sampler`, `steps`, `guidance`, `grid`, ... (see `SamplingConfig`). So many as
+        `batch_size` are drawn together, if not given 64 pictures or clips of 64 frames in all.
+        `progress` is called with (steps done, steps in all). An upsampler needs the `coarse` bytes
+        of each picture of the result (`baselines.cascade.Cascade` has them drawn by another model).
 
         Raises:
             UsageError: a prompt for a model without text, an unknown class, and so on.
@@ -242,7 +252,8 @@ class Matryoshka:
         seeds = tuple(range(seed, seed + len(captions)))
         cond = self.beside_coarse(cond, coarse, seeds, sampling)
         parts: list[list[UInt8[Tensor, "b ... c"]]] = []
-        batches = self.batches(cond, len(seeds), batch_size)
+        together = batch_size or batch_of(self.resolutions[-1].frames)
+        batches = self.batches(cond, len(seeds), together)
         for number, rows in enumerate(batches):
             chosen = [seeds[row] for row in rows.tolist()]
             state = None

@@ -73,7 +73,7 @@ class Cascade:
         negative: str | None = None,
         n: int = 1,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:

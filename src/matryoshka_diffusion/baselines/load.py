@@ -52,7 +52,7 @@ class Model(Protocol):
         negative: str | None = None,
         n: int = 1,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples: ...

@@ -18,20 +18,13 @@ from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.protocols import Conditions, spread
 from matryoshka_diffusion.evaluation.store import Column, Store
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.pipeline import Progress, batch_of
 from matryoshka_diffusion.train.world import World
 
-BATCH = 64
-"""Pictures in memory at a time; of clips, frames."""
 FORMAT = 1
 """To be raised when the same settings give other samples, or columns hold other numbers."""
 
 _ALONE = World()
-
-
-def batch_of(frames: int | None) -> int:
-    """How many pictures, or clips of so many frames, are in memory at a time if nobody says."""
-    return max(1, BATCH // (frames or 1))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.inception_net import WIDTH
 from matryoshka_diffusion.eval.metrics import Reference as Published
 from matryoshka_diffusion.evaluation.pictures import (
-    BATCH,
     FORMAT,
     ORIGINAL_SIDES,
     PictureSet,
@@ -33,7 +32,7 @@ from matryoshka_diffusion.evaluation.pictures import (
 )
 from matryoshka_diffusion.evaluation.store import Store
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.pipeline import BATCH, Progress
 from matryoshka_diffusion.train.world import World
 
 MOST_ENLARGED = 0.05

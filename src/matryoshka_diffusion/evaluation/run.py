@@ -30,7 +30,7 @@ from matryoshka_diffusion.evaluation.measures import (
     load,
     parse_metrics,
 )
-from matryoshka_diffusion.evaluation.pictures import PictureSet, batch_of, drawn
+from matryoshka_diffusion.evaluation.pictures import PictureSet, drawn
 from matryoshka_diffusion.evaluation.protocols import (
     Conditions,
     captions_in_turn,
@@ -42,7 +42,7 @@ from matryoshka_diffusion.evaluation.references import Reference, name_of, of_so
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.store import Column
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.pipeline import Progress, batch_of
 from matryoshka_diffusion.train.world import World
 
 Networks = Callable[[str], Extractor]
