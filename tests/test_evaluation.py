@@ -22,7 +22,7 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
 from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.retrieval import SEED
-from matryoshka_diffusion.evaluation import measures, results, run
+from matryoshka_diffusion.evaluation import measures, results, run, store
 from matryoshka_diffusion.evaluation.measures import METRICS, parse_metrics, thousands
 from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown
 from matryoshka_diffusion.evaluation.protocols import (
@@ -105,6 +105,21 @@ def test_what_is_known_is_not_made_again(tmp_path):
     measured(tmp_path, networks=networks, n=30, progress=lambda *now: told.append(now))
     assert told[-1] == ("tiny", 6, 6)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_the_moments_of_a_reference_are_taken_once(tmp_path, monkeypatch):
+    """A set that much is compared with is large; what is compared with it is not."""
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    taken, take = [], store.moments_of
+    monkeypatch.setattr(store, "moments_of", lambda rows: taken.append(1) or take(rows))
+    first = measured(tmp_path / "results")
+    assert measured(tmp_path / "results") == first
+    measured(tmp_path / "results", seed=9)
+    assert taken == [1]
+    (kept,) = (tmp_path / "cache").rglob("moments-*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"moments-00000040.safetensors: damaged"):
+        measured(tmp_path / "results")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ Everything is float64: a covariance of 1,280 features is a difference of large s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -55,6 +56,8 @@ class Moments:
         scatter: sum over the rows of (x - mean)(x - mean)^T.
     """
 
+    ARRAYS: ClassVar = ("count", "mean", "scatter")
+
     count: int
     mean: Float[np.ndarray, " d"]
     scatter: Float[np.ndarray, "d d"]
@@ -95,6 +98,15 @@ class Moments:
         return Moments(
             count, self.mean + step * (other.count / count), self.scatter + other.scatter + between
         )
+
+    def as_arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` takes."""
+        return {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
+        """The moments that `as_arrays` has written down."""
+        return Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:

@@ -32,7 +32,7 @@ from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
 from matryoshka_diffusion.eval.video import VIDEO
 from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
-from matryoshka_diffusion.evaluation.store import Column
+from matryoshka_diffusion.evaluation.store import Column, moments_of
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.rng import stream
 
@@ -91,8 +91,10 @@ class Compared:
         chosen = stream(0, "evaluation frames").integers(pictures.frames, size=len(rows))
         return rows[np.arange(len(rows)), chosen]
 
-    def moments(self, pictures: PictureSet) -> Moments:
-        return Moments.stream(map(_rows, pictures.stream(self.column)))
+    def frechet(self) -> float:
+        """The Fréchet distance of the features."""
+        real = self.published or self.real.moments(self.column)
+        return frechet_distance(real, moments_of(self.made.stream(self.column)))
 
     def moments_at(self, frame: int, pictures: PictureSet) -> Moments:
         """Those of one frame of every clip."""
@@ -194,10 +196,9 @@ def _frechet(compared: Compared) -> list[Number]:
     name = naming.frechet(network.name)
     if network.name == naming.INCEPTION:
         name = f"{name}-{thousands(made.num_frames)}"
-    real = compared.published or compared.moments(compared.real)
     # Few pictures of the reference are part of what the reference is; few samples are a choice.
     flag = naming.rank_flag(made.num_frames, network.width)
-    return [Number(name, frechet_distance(real, compared.moments(made)), flags=(flag,))]
+    return [Number(name, compared.frechet(), flags=(flag,))]
 
 
 def _frechet_by_frame(compared: Compared) -> list[Number]:
@@ -219,13 +220,12 @@ def _frechet_by_frame(compared: Compared) -> list[Number]:
 def _video_frechet(compared: Compared) -> list[Number]:
     network, made = compared.network, compared.made
     name = naming.video_frechet(network.name, network.weights)
-    real, drawn = (compared.moments(side) for side in (compared.real, made))
     flags = (
         naming.video_flag(network.name, network.weights, network.resize),
         naming.rank_flag(made.count, network.width),
     )
     name = f"{name}-{thousands(made.count)}-{made.frames}f"
-    return [Number(name, frechet_distance(real, drawn), flags=flags)]
+    return [Number(name, compared.frechet(), flags=flags)]
 
 
 def _check_motion(real: PictureSet) -> None:

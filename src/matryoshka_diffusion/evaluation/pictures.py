@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.eval.metrics import Moments
 from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.protocols import Conditions, spread
 from matryoshka_diffusion.evaluation.store import Column, Store
@@ -75,6 +76,10 @@ class PictureSet:
     def stream(self, column: Column) -> Iterator[np.ndarray]:
         """The rows of a column, a batch at a time."""
         return self.open_store().read(column, self.count)
+
+    def moments(self, column: Column) -> Moments:
+        """The moments of a column, which are kept; see `Store.moments`."""
+        return self.open_store().moments(column, self.count)
 
     def all(self, column: Column) -> np.ndarray:
         """The rows of a column."""

@@ -10,7 +10,7 @@ order, so none of this changes a bit of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from matryoshka_diffusion.eval.metrics import Moments
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.pipeline import Progress
 from matryoshka_diffusion.train.world import World
@@ -38,6 +39,11 @@ class Column(NamedTuple):
 
     name: str
     of: Callable[[Any], np.ndarray]
+
+
+def moments_of(batches: Iterable[np.ndarray]) -> Moments:
+    """The moments of rows of features, of which a clip has one for each frame."""
+    return Moments.stream(rows.reshape(-1, rows.shape[-1]) for rows in batches)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,21 @@ class Store:
         """
         return (self._read(self._path(column, rows)) for rows in self._batches(count))
 
+    def moments(self, column: Column, count: int) -> Moments:
+        """The moments of the rows of pictures 0 .. count - 1, a clip's frames being rows.
+
+        They are computed once and kept beside the rows: a set that much is compared with is large.
+
+        Raises:
+            OSError: they cannot be written.
+            ValueError: a file is damaged.
+        """
+        path = self.folder / column.name / f"moments-{count:08d}.safetensors"
+        if not path.is_file():
+            data = save(moments_of(self.read(column, count)).as_arrays())
+            write_atomically(path, lambda file: file.write(data))
+        return Moments.from_arrays(self._load(path, *Moments.ARRAYS))
+
     def _batches(self, count: int) -> list[range]:
         numbers = range(count)
         return [
@@ -151,10 +172,14 @@ class Store:
                 "MDM_CACHE must be folders that all ranks share"
             )
 
+    def _read(self, path: Path) -> np.ndarray:
+        return self._load(path, _VALUES)[_VALUES]
+
     @staticmethod
-    def _read(path: Path) -> np.ndarray:
+    def _load(path: Path, *names: str) -> dict[str, np.ndarray]:
         try:
-            return load(path.read_bytes())[_VALUES]
+            found = load(path.read_bytes())
+            return {name: found[name] for name in names}
         except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{path}: damaged ({error}); remove it and repeat the command"
