@@ -61,7 +61,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         overflow = {"folder": f"{folder}/{parallel}-overflow", "parallel": parallel}
         jobs += [parts, broken, {**overflow, "overflow_at": 8}]
         jobs.append({**stopped, "stop_at": 28, "stop_rank": 1})
-        jobs.append({"folder": f"{folder}/{parallel}-clips", "parallel": parallel, "clips": True})
     run_ranks(2, jobs)
     return folder
 
@@ -73,13 +72,6 @@ def test_two_ranks_have_the_losses_of_one(alone, together, form):
     assert two[0] == pytest.approx(one[0], rel=1e-6)
     assert two == pytest.approx(one, rel=1e-5)
     assert seen(together / form) == seen(alone)
-
-
-def test_two_ranks_have_the_losses_of_one_on_clips(together, tmp_path):
-    """In most steps one of them has no clip."""
-    train_tiny(World(), str(tmp_path), clips=True)
-    for parallel in ("ddp", "fsdp"):
-        assert losses(together / f"{parallel}-clips") == pytest.approx(losses(tmp_path), rel=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
