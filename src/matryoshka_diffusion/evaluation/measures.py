@@ -32,7 +32,7 @@ from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
 from matryoshka_diffusion.eval.video import VIDEO
 from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
-from matryoshka_diffusion.evaluation.store import Column, moments_of
+from matryoshka_diffusion.evaluation.store import Column, moments_of, rows_of
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.rng import stream
 
@@ -77,7 +77,7 @@ class Compared:
 
     def features(self, pictures: PictureSet) -> np.ndarray:
         """One row a picture, or a frame, or a clip: whatever it is that the network looks at."""
-        return _rows(pictures.all(self.column))
+        return rows_of(pictures.all(self.column))
 
     def independent(self, pictures: PictureSet) -> np.ndarray:
         """One row a picture, and of each clip one frame, always the same.
@@ -179,10 +179,6 @@ def _by_frame(extractor: Extractor, shown: np.ndarray) -> np.ndarray:
     return np.stack([extractor(frames) for frames in shown.swapaxes(0, 1)], axis=1)
 
 
-def _rows(features: np.ndarray) -> np.ndarray:
-    return features.reshape(-1, features.shape[-1])
-
-
 AVERAGES: Column = Column("averages", lambda batch: averages(batch.pictures))
 MOTION: Column = Column("motion", lambda batch: motion(batch.pictures))
 AGREEMENT: Column = Column("agreement", lambda batch: level_agreement(batch.levels))
@@ -268,7 +264,7 @@ def _clip_score(compared: Compared) -> list[Number]:
     clip, captions = cast("CLIP", compared.network), compared.made.captions
     scores, first = [], 0
     for images in compared.made.stream(compared.column):
-        texts, rows = clip.texts(captions[first : first + len(images)]), _rows(images)
+        texts, rows = clip.texts(captions[first : first + len(images)]), rows_of(images)
         # Each frame of a clip is scored by the clip's caption.
         scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
         first += len(images)

@@ -41,9 +41,14 @@ class Column(NamedTuple):
     of: Callable[[Any], np.ndarray]
 
 
+def rows_of(features: np.ndarray) -> np.ndarray:
+    """One row a picture, or a frame of a clip."""
+    return features.reshape(-1, features.shape[-1])
+
+
 def moments_of(batches: Iterable[np.ndarray]) -> Moments:
-    """The moments of rows of features, of which a clip has one for each frame."""
-    return Moments.stream(rows.reshape(-1, rows.shape[-1]) for rows in batches)
+    """The moments of features, of which a clip has a row for each frame."""
+    return Moments.stream(map(rows_of, batches))
 
 
 @dataclass(frozen=True)
