@@ -267,7 +267,7 @@ def choices(pictures: PictureSet) -> dict[str, RunConfig]:
 
 # --- the list ------------------------------------------------------------------------------------
 
-CURVE = (0.25, 0.5, 0.7, 0.85, 1.0)
+CURVE = (0.25, 0.7, 1.0)
 
 
 def all_trials(scale: float = 1.0) -> list[Trial]:
