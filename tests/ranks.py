@@ -22,7 +22,7 @@ from torch import nn
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.world import World, local
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
@@ -111,6 +111,7 @@ def train_tiny(
     same_rows: bool = False,
     pace: float = 0.0,
     adapters: bool = False,
+    clips: bool = False,
     **settings: Any,
 ) -> None:
     """A training whose samples, times and noise are written down as they are learnt.
@@ -123,6 +124,7 @@ def train_tiny(
         same_rows: whether every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
         adapters: whether only adapters are trained, around a network of both levels.
+        clips: whether the finer level is one of clips.
         settings: of `train` in the config.
     """
     from matryoshka_diffusion.train.adapters import fingerprint
@@ -171,9 +173,10 @@ def train_tiny(
         whole = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
         settings |= {"stages": (whole,), "init": "base", "lora": lora}
     given = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
-    config = tiny_config(dropout=0.0, **(SETTINGS | given))
+    make, pictures = (tiny_video, TinyClips()) if clips else (tiny_config, TinyPictures())
+    config = make(dropout=0.0, **(SETTINGS | given))
     try:
-        train(config, TinyPictures(), Path(folder), encode=encode, base=base, world=world)
+        train(config, pictures, Path(folder), encode=encode, base=base, world=world)
     finally:
         Learner.learn = learn
         record.close()

@@ -74,6 +74,20 @@ def test_two_ranks_have_the_losses_of_one(alone, together, form):
     assert seen(together / form) == seen(alone)
 
 
+def test_two_ranks_have_the_losses_of_one_on_clips(tmp_path):
+    """In most steps one of them has no clip."""
+    train_tiny(World(), f"{tmp_path}/alone", clips=True)
+    jobs = [
+        {"folder": f"{tmp_path}/{parallel}", "parallel": parallel, "clips": True}
+        for parallel in ("ddp", "fsdp")
+    ]
+    said = run_ranks(2, jobs)
+    for parallel in ("ddp", "fsdp"):
+        expected = pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+        assert losses(tmp_path / parallel) == expected
+    assert not any("UserWarning" in each for each in said)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_adapters_as_one_does(together, parallel, tmp_path):
     train_tiny(World(), str(tmp_path), adapters=True)

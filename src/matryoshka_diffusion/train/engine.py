@@ -7,6 +7,7 @@ by the number of ranks, which is exact for powers of two.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, cast, runtime_checkable
@@ -85,6 +86,8 @@ class Shards:
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh)
         self._net = cast("FSDPModule", fully_shard(net, mesh=mesh))
+        # It warns of views as outputs, for the sake of those who change them in place: we do not.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
     def __call__(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         return cast("NestedUNet", self._net)(z, t, cond)
