@@ -203,6 +203,8 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return settings(CODECS[name])
         case ["train", name, *_] if "--init" in arguments and name not in STARTED:
             return settings((*SMALL, "train.stages[0].images=8", "train.stages[0].batch_size=4"))
+        case ["train", name, *_] if "model.text=null" in arguments:
+            return settings([x for x in SHRUNK[name] if not x.startswith("model.text.")])
         case ["train", name, *_] if name in SHRUNK:
             device = ["--device", "cpu"] if "--gpus" in arguments else []
             return [*settings(SHRUNK[name]), *device]
@@ -283,6 +285,7 @@ def with_emoji(path):
     for step, code_point in enumerate(("1f30a", "1f40c", "1f32a-fe0f"), start=1):
         frames = [np.roll(still, n * step, axis=1) for n in range(61)]
         animate(path / "package" / "assets" / f"{code_point}.webp", frames)
+    film(path / "one" / "clip.mp4", [np.roll(still, n, axis=1) for n in range(61)])
 
 
 def with_shards(path):
