@@ -12,9 +12,17 @@ from typing import Any
 
 from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, from_dict
 from matryoshka_diffusion.presets import CODECS, preset
-from studies.compute import with_budget
+from studies.compute import images_at, with_budget
 
 BATCH_SIZE = 32
+
+DECAY = 0.15
+"""The share of a run's compute, its last, in which the rate decays.
+
+Of compute, not of images: of these a progressive run sees most before it has its finest level,
+which would hardly be trained at the full rate.
+"""
+
 Change = Callable[[RunConfig], RunConfig]
 
 
@@ -93,18 +101,18 @@ def _staged(
 ) -> RunConfig:
     """The run with these stages, sized, and with what all trials have in common."""
     stages = [stage.model_copy(update={"batch_size": BATCH_SIZE}) for stage in stages]
+    sized = with_budget(config.model, stages, shares, pictures.flops)
+    images = sum(stage.images for stage in sized)
     return changed(
         config,
         {
             "data.held_out": pictures.held_out,
-            "train.stages": [
-                stage.model_dump()
-                for stage in with_budget(config.model, stages, shares, pictures.flops)
-            ],
+            "train.stages": [stage.model_dump() for stage in sized],
+            "train.decay_share": 1.0 - images_at(config.model, sized, 1.0 - DECAY) / images,
             "train.precision": "bf16",
             # A third of the presets' length asks for shorter memories and smaller batches.
             "train.ema_decay": 0.99,
-            "train.warmup_images": 1_600,
+            "train.warmup_images": 800,
             "train.preview_every_images": 0,
             "train.checkpoint_every_images": 20_000,
             "train.keep_checkpoints": 1,

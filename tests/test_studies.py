@@ -20,12 +20,13 @@ from studies.queue import claimed, result_path, work
 from studies.run import measured_at, run
 from studies.spread import Spread, against_base, curve, distance, read_results, seeds_of
 from studies.table import table, tables
-from studies.trials import SETS, Trial, all_trials, changed
+from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig, override
 from matryoshka_diffusion.eval.features import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.curriculum import learning_rate
 from tiny_run import tiny_config
 
 TRIALS = all_trials()
@@ -39,6 +40,17 @@ def test_every_trial_has_its_own_name_and_the_compute_of_its_set():
         flops = sum(spent(model, train.stages, train.images) for model, train in runs)
         assert flops == pytest.approx(trial.set.flops, rel=0.01)
         assert {train.seed for _, train in runs} == {int(trial.name.split("/")[2])}
+
+
+@pytest.mark.parametrize("name", ["mdm", "joint", "coarse-0.75", "cascade", "latent"])
+def test_the_rate_decays_over_the_same_share_of_compute_whatever_the_stages(name):
+    [trial] = [trial for trial in TRIALS if trial.name == f"fashion/{name}/0"]
+    for part in trial.parts:
+        train, batch = part.train, part.train.stages[-1].batch_size
+        start, rate = images_at(part.model, train.stages, 1.0 - DECAY), train.stages[-1].lr
+        assert learning_rate(train, start - batch, batch) == pytest.approx(rate, rel=0.01)
+        halfway = (start + train.images) // 2
+        assert learning_rate(train, halfway, batch) == pytest.approx(rate / 2, rel=0.02)
 
 
 def test_a_variant_differs_from_the_base_in_what_its_name_says():
