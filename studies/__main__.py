@@ -13,7 +13,7 @@ import torch
 
 from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
-from studies.queue import result_path, work
+from studies.queue import is_done, work
 from studies.run import SAMPLES, run
 from studies.spread import read_results
 from studies.table import tables
@@ -86,7 +86,7 @@ def chosen(name: str, wanted: Sequence[str]) -> bool:
 
 def _list(options: argparse.Namespace) -> int:
     for task in _chosen(options):
-        done = "done" if result_path(options.results, task.name).is_file() else "    "
+        done = "done" if is_done(options.results, task) else "    "
         print(f"{done}  {task.name}")
     return 0
 
@@ -118,7 +118,8 @@ def _several(options: argparse.Namespace) -> int:
     given = [f"--{name}={value}" for name, value in alone.items()]
     command = [sys.executable, "-m", "studies", *words, *given]
     running = [subprocess.Popen(command) for _ in range(options.workers)]
-    return max(process.wait() for process in running)
+    codes = [process.wait() for process in running]
+    return int(any(codes))
 
 
 if __name__ == "__main__":

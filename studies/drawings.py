@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from studies.trials import SETS, PictureSet
+from studies.trials import SETS, PictureSet, all_trials
 
 COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -19,10 +21,14 @@ SOLVERS = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """Samples of a finished trial under `settings`; `name` is set/variant/seed/setting."""
+    """Samples of a finished trial under `settings`; `name` is set/variant/seed/setting.
+
+    `network` is the digest of the trial.
+    """
 
     name: str
     settings: dict[str, Any] = field(hash=False)
+    network: str = ""
 
     @property
     def trial(self) -> str:
@@ -34,11 +40,23 @@ class Drawing:
         """The trial must have ended."""
         return (self.trial,)
 
+    @property
+    def digest(self) -> str:
+        """A hash of what is drawn, and of the training before it."""
+        asked = json.dumps([self.network, self.settings])
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
 
 def all_drawings() -> list[Drawing]:
     """Every drawing, first one seed of everything, then the others."""
     rounds = range(max(pictures.seeds for pictures in SETS.values()))
-    return [each for seed in rounds for pictures in SETS.values() for each in _of(pictures, seed)]
+    networks = {trial.name: trial.digest for trial in all_trials()}
+    return [
+        replace(each, network=networks[each.trial])
+        for seed in rounds
+        for pictures in SETS.values()
+        for each in _of(pictures, seed)
+    ]
 
 
 def _of(pictures: PictureSet, seed: int) -> list[Drawing]:

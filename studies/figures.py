@@ -110,8 +110,8 @@ def _numbers(name: str, axis: Any, results: Results, pictures: PictureSet) -> No
     _line(axis, points, 0, "")
     _bars(axis, points, 0)
     for x, spread in points:
-        if variants[f"{x:g}"] == BASE:
-            label = "the base of the study"
+        if variants[f"{x:g}"] == GROUPS[name].base:
+            label = "what the others are compared with"
             axis.plot(x, spread.mean, "o", color="C0", fillstyle="none", markersize=11, label=label)
     axis.set_xticks([float(x) for x in variants], list(variants))
     axis.set_xlabel(GROUPS[name].varied)

@@ -15,8 +15,8 @@ FAMILIES = {
     "simple DM": "levels-1",
     "nested, finest loss only": "finest",
     "cascaded DM": "cascade",
-    "latent DM (its codec comes on top)": "latent",
-    "MDM on codes (likewise)": "codes",
+    "latent DM, after its codec": "latent",
+    "MDM on codes, likewise": "codes",
 }
 NOISED = {f"{noise:g}": f"cascade/noise-{noise:g}" for noise in COARSE_NOISES}
 TITLES = {"fashion": "Fashion-MNIST 32", "emoji": "OpenMoji 64"}
@@ -29,16 +29,18 @@ class Group(NamedTuple):
         title: what is asked, and where the paper does.
         varied: what differs, for an axis or a column.
         variants: which variant (`mdm`, `mdm/ddim-10`) has which value of it, on a set of pictures.
+        base: the variant that the others are compared with.
     """
 
     title: str
     varied: str
     variants: Callable[[PictureSet], dict[str, str]]
+    base: str = BASE
 
 
 def _levels(pictures: PictureSet) -> dict[str, str]:
     own = {"fashion": 2, "emoji": 3}[pictures.name]
-    return {str(n): BASE if n == own else f"levels-{n}" for n in range(1, own + 2)}
+    return {str(n): "joint" if n == own else f"levels-{n}" for n in range(1, own + 2)}
 
 
 def _choices(_: PictureSet) -> dict[str, str]:
@@ -59,7 +61,9 @@ GROUPS = {
         "share of compute on the coarsest level alone",
         lambda _: {"0": "joint", "0.25": "coarse-0.25", "0.5": BASE, "0.75": "coarse-0.75"},
     ),
-    "c-levels": Group("(c) Number of nested levels (Fig. 8b)", "levels", _levels),
+    "c-levels": Group(
+        "(c) Number of nested levels, trained jointly (Fig. 8b)", "levels", _levels, base="joint"
+    ),
     "d-guidance": Group(
         "(d) Guidance (Fig. 8c)",
         "guidance weight",

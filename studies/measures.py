@@ -8,6 +8,7 @@ from typing import Any
 from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.config import ProcessConfig, WeightingConfig
 from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.job import Job
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -18,13 +19,13 @@ COMMON_WEIGHT = (WeightingConfig(name="v_clipped"),)
 """The weighting that held-out losses are compared under, whatever was trained with."""
 
 
-def distance(model: Model, source: Source, samples: int, folder: Path, **settings: Any) -> float:
+def distance(model: Model, source: Source, samples: int, folder: Path, **settings: Any) -> Result:
     """Fréchet distance of so many samples, with conditions out of a whole set, to that set.
 
     It falls with the number of samples, so all trials have the same.
     """
     (found,) = evaluate(model, "fd", source=source, n=samples, folder=folder, **settings)
-    return found.value
+    return found
 
 
 def prompts_found(model: Model, trained: Source, folder: Path, **settings: Any) -> float | None:

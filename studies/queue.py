@@ -1,7 +1,7 @@
 """A queue that any number of workers go through: done once, continued after a kill.
 
-A task is done when its result file is there, whole. It is claimed by a lock on a file, which the
-system releases when the worker dies, however it dies.
+A task is done when its result file is there, whole, and answers what the task asks today. It is
+claimed by a lock on a file, which the system releases when the worker dies, however it dies.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from matryoshka_diffusion.files import write_atomically
 class Task(Protocol):
     """Something with a name, which is its place among the results.
 
-    `needs` are the names of tasks whose results come first.
+    `needs` are the names of tasks whose results come first. `digest` is of all that the result
+    depends on: a result with another one is of an earlier form of the task, and done anew.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def needs(self) -> tuple[str, ...]: ...
+    @property
+    def digest(self) -> str: ...
 
 
 class Outcome(NamedTuple):
@@ -39,6 +42,12 @@ def result_path(results: Path, name: str) -> Path:
     """Where the result of a task lies: `emoji/mdm/0` in `emoji/mdm-0.json`."""
     set_name, rest = name.split("/", 1)
     return results / set_name / f"{rest.replace('/', '-')}.json"
+
+
+def is_done(results: Path, task: Task) -> bool:
+    """Whether the task's result is there."""
+    path = result_path(results, task.name)
+    return path.is_file() and json.loads(path.read_text("utf-8")).get("digest") == task.digest
 
 
 def work(
@@ -68,10 +77,10 @@ def _try(
     if not all(result_path(results, name).is_file() for name in task.needs):
         return None
     with claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
-        if not mine or path.is_file():
+        if not mine or is_done(results, task):
             return None
         try:
-            text = json.dumps(do(task), indent=1) + "\n"
+            text = json.dumps({**do(task), "digest": task.digest}, indent=1) + "\n"
             write_atomically(path, lambda file: file.write(text.encode()))
         except (ValueError, OSError, RuntimeError) as error:
             return Outcome(task.name, error)
@@ -79,7 +88,7 @@ def _try(
 
 
 def _count_done(tasks: Sequence[Task], results: Path) -> int:
-    return sum(result_path(results, task.name).is_file() for task in tasks)
+    return sum(is_done(results, task) for task in tasks)
 
 
 @contextmanager

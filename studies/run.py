@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.learner import NotFinite
 from matryoshka_diffusion.train.trainer import Hook, View, train
 from studies import measures
-from studies.compute import images_at, spent
+from studies.compute import codec_flops, images_at, spent
 from studies.drawings import Drawing
 from studies.queue import claimed
 from studies.trials import Trial, changed
@@ -75,25 +75,30 @@ def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
     seconds = before + _train(job, folder, points)
     final = open_model(folder / "model", precision=PRECISION, base=base)
     features = work / "eval"
+    distances = {
+        share: measures.distance(
+            open_model(_point(folder, share), precision=PRECISION, base=base),
+            _pictures(job),
+            samples,
+            features,
+            guidance=[1.0],
+        )
+        for share in points
+    }
     return {
         "config": job.config.model_dump(mode="json"),
         "parameters": [_parameters(part) for part in trial.parts],
         "images": [part.train.images for part in trial.parts],
         "flops": sum(map(_compute, trial.parts)),
         "seconds": seconds,
-        "metric": f"{NAME}, {samples} samples, no guidance",
+        "codec_flops": 0.0 if trial.codec is None else codec_flops(trial.codec),
+        "metric": distances[1.0].metric,
         "points": [
             {
                 "share": share,
                 "images": images,
                 "seconds": before + _seconds(folder, images),
-                NAME: measures.distance(
-                    open_model(_point(folder, share), precision=PRECISION, base=base),
-                    _pictures(job),
-                    samples,
-                    features,
-                    guidance=[1.0],
-                ),
+                NAME: distances[share].value,
             }
             for share, images in points.items()
         ],
@@ -170,9 +175,22 @@ def _pictures(job: Job) -> Source:
 
 
 def _seconds(folder: Path, images: int) -> float:
-    """Wall time of the training, over all its starts, until so many images were seen."""
+    """Wall time of the training until so many images were seen, as if it had never paused.
+
+    Each stage's images at the median of the rates that it was logged with.
+    """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
-    return next(x["seconds"] for x in lines if "seconds" in x and x["images_seen"] >= images)
+    rates: dict[int, list[float]] = {}
+    ends: dict[int, int] = {}
+    for line in lines:
+        if "images_per_second" in line and ends.get(line["stage"], 0) < images:
+            rates.setdefault(line["stage"], []).append(line["images_per_second"])
+            ends[line["stage"]] = min(line["images_seen"], images)
+    begins = [0, *ends.values()]
+    return sum(
+        (end - begin) / median(rates[stage])
+        for begin, (stage, end) in zip(begins, ends.items(), strict=False)
+    )
 
 
 # --- a drawing -----------------------------------------------------------------------------------
@@ -187,12 +205,11 @@ def draw(drawing: Drawing, work: Path, samples: int) -> dict[str, Any]:
         base=base if base.is_dir() else None,
     )
     job, features = prepare(model.config), work / "eval"
-    began = time.monotonic()
     fd = measures.distance(model, _pictures(job), samples, features, **drawing.settings)
     return {
         "settings": model.sampling(drawing.settings).model_dump(mode="json"),
-        "metric": f"{NAME}, {samples} samples",
-        NAME: fd,
-        "seconds": time.monotonic() - began,
+        "metric": fd.metric,
+        NAME: fd.value,
+        "evaluations": model.evaluations(drawing.settings),
         "prompts_found": measures.prompts_found(model, job.source, features, **drawing.settings),
     }

@@ -64,26 +64,29 @@ def found_first(results: Sequence[Result]) -> Spread | None:
     return Spread.of([x["prompts_found"] for x in results if x["prompts_found"] is not None])
 
 
-def against_base(results: Results, pictures: str, variant: str) -> Spread | None:
-    """How much larger the final distance is than the base's of the same seed, as a share of it."""
-    base, other = (
+def against(results: Results, pictures: str, variant: str, base: str) -> Spread | None:
+    """How much larger the final distance is than that of `base` and the same seed, as a share."""
+    first, other = (
         {seed: x for seed, x in by_seed(results, pictures, name).items() if "failed" not in x}
-        for name in (BASE, variant)
+        for name in (base, variant)
     )
     return Spread.of(
-        [_final(other[seed]) / _final(base[seed]) - 1.0 for seed in other if seed in base]
+        [_final(other[seed]) / _final(first[seed]) - 1.0 for seed in other if seed in first]
     )
 
 
 def curve(results: Sequence[Result]) -> list[tuple[float, Spread]]:
-    """The distance along the training, against the FLOPs that were spent until then."""
+    """The distance along the training, against the FLOPs that were spent until then.
+
+    Those of a codec come before.
+    """
     shares = sorted({point["share"] for result in results for point in result["points"]})
     line = []
     for share in shares:
-        there = [(x["flops"], p) for x in results for p in x["points"] if p["share"] == share]
+        there = [(x, p) for x in results for p in x["points"] if p["share"] == share]
         spread = Spread.of([point[NAME] for _, point in there])
         assert spread is not None, "a share comes from a point"
-        line.append((share * fmean(flops for flops, _ in there), spread))
+        line.append((fmean(x["codec_flops"] + share * x["flops"] for x, _ in there), spread))
     return line
 
 

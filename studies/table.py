@@ -8,11 +8,10 @@ from statistics import fmean
 from matryoshka_diffusion.eval.features import NAME
 from studies.groups import GROUPS, TITLES, Group
 from studies.spread import (
-    BASE,
     Result,
     Results,
     Spread,
-    against_base,
+    against,
     by_seed,
     distance,
     found_first,
@@ -21,9 +20,9 @@ from studies.spread import (
 from studies.trials import SETS, PictureSet
 
 FAILED = "failed: not finite"
-OTHER_LOSSES = ("levels-", "shift-power-", "finest")
-"""Variants whose losses are not those of the others: another number of levels, of other noise, or
-of predictions that nobody trained."""
+OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
+"""Variants whose losses are not those of the others: another number of levels, of other noise, of
+predictions that nobody trained, or of an x that is the prediction divided by a signal near 0."""
 
 Row = dict[str, str]
 
@@ -49,7 +48,7 @@ def table(results: Results, group: Group, pictures: PictureSet) -> str:
         for value, variant in group.variants(pictures).items()
         if by_seed(results, pictures.name, variant)
     }
-    if not {*there.values()} - {BASE}:
+    if not {*there.values()} - {group.base}:
         return ""
     rows = [_row(results, group, pictures, *each) for each in there.items()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
@@ -61,17 +60,18 @@ def table(results: Results, group: Group, pictures: PictureSet) -> str:
 def _row(results: Results, group: Group, pictures: PictureSet, value: str, variant: str) -> Row:
     done = seeds_of(results, pictures.name, variant)
     failed = len(by_seed(results, pictures.name, variant)) - len(done)
-    change = against_base(results, pictures.name, variant)
+    change = against(results, pictures.name, variant, group.base)
     final, found = distance(done), found_first(done)
     return {
         group.varied: value,
         NAME: FAILED if final is None else told(final),
-        "against the base": "the base" if variant == BASE else _told_change(change),
+        "against the base": "the base" if variant == group.base else _told_change(change),
         "seeds": f"{len(done)}, {failed} {FAILED}" if done and failed else str(len(done) + failed),
         "prompts found": "" if found is None else told(found),
         "held-out loss": "" if variant.startswith(OTHER_LOSSES) else _losses(done),
         "parameters": _parameters(done),
-        "wall seconds": f"{fmean(x['seconds'] for x in done):,.0f}" if done else "",
+        "wall seconds": _mean(done, "seconds"),
+        "evaluations a sample": _mean(done, "evaluations"),
     }
 
 
@@ -92,6 +92,12 @@ def _losses(results: Sequence[Result]) -> str:
     losses = [each for x in results if (each := x.get("held_out_loss"))]
     sides = losses[0] if losses else ()
     return ", ".join(f"{side}: {fmean(loss[side] for loss in losses):.3g}" for side in sides)
+
+
+def _mean(results: Sequence[Result], key: str) -> str:
+    """The mean over seeds of what trainings have, or drawings."""
+    found = [x[key] for x in results if key in x]
+    return f"{fmean(found):,.0f}" if found else ""
 
 
 def _parameters(results: Sequence[Result]) -> str:

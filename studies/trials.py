@@ -6,21 +6,23 @@ compute on the coarsest level, half on all levels, every row with all of them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, from_dict
 from matryoshka_diffusion.presets import CODECS, preset
-from studies.compute import images_at, with_budget
+from studies.compute import with_budget
 
 BATCH_SIZE = 32
 
-DECAY = 0.15
-"""The share of a run's compute, its last, in which the rate decays.
+DECAY = 0.3
+"""The share of a run's last stage, its last, in which the rate decays.
 
-Of compute, not of images: of these a progressive run sees most before it has its finest level,
-which would hardly be trained at the full rate.
+It is the same in every trial. As a share of all images it would be most of a last stage that is
+short, and the finest level of a progressive run would hardly be trained at the full rate.
 """
 
 Change = Callable[[RunConfig], RunConfig]
@@ -55,7 +57,7 @@ class PictureSet:
 
 SETS = {
     "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3, 3),
-    "emoji": PictureSet("emoji", "openmoji", 6.0e13, 0.05, 3, 1),
+    "emoji": PictureSet("emoji", "openmoji", 5.0e13, 0.05, 3, 1),
 }
 
 
@@ -78,6 +80,13 @@ class Trial:
     def set(self) -> PictureSet:
         """The set of pictures it is about."""
         return SETS[self.name.split("/")[0]]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is trained and when it is measured, as far as it is not the default."""
+        configs = [*self.parts, *([self.codec] if self.codec else [])]
+        asked = [[x.model_dump(mode="json", exclude_defaults=True) for x in configs], self.points]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     @property
     def parts(self) -> tuple[RunConfig, ...]:
@@ -108,11 +117,11 @@ def _staged(
         {
             "data.held_out": pictures.held_out,
             "train.stages": [stage.model_dump() for stage in sized],
-            "train.decay_share": 1.0 - images_at(config.model, sized, 1.0 - DECAY) / images,
+            "train.decay_share": DECAY * sized[-1].images / images,
             "train.precision": "bf16",
             # A third of the presets' length asks for shorter memories and smaller batches.
             "train.ema_decay": 0.99,
-            "train.warmup_images": 800,
+            "train.warmup_images": 1_600,
             "train.preview_every_images": 0,
             "train.checkpoint_every_images": 20_000,
             "train.keep_checkpoints": 1,
@@ -206,9 +215,9 @@ NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
 
 
 def nests(pictures: PictureSet) -> dict[str, RunConfig]:
-    """Fig. 8b: other numbers of levels; more than one are trained progressively, as the base is.
+    """Fig. 8b: other numbers of levels, all trained from the start as `joint` is.
 
-    One level is simple DM.
+    One level is simple DM. No stage of the coarsest level alone, since which that is differs.
     """
     simple = preset(f"{pictures.preset}-simple")
     others = {name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()}
@@ -217,19 +226,16 @@ def nests(pictures: PictureSet) -> dict[str, RunConfig]:
 
 def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
     config = preset(pictures.preset)
-    whole = [level.model_dump() for level in config.model.levels]
-    finest = whole[-1]
-    ratio = (
-        finest["shift_ratio"] / finest["side"]
-    )  # so that a side has the shift it has in the base
+    finest = config.model.levels[-1].model_dump()
+    # A side has the shift that it has in the base.
+    ratio = finest["shift_ratio"] / finest["side"]
     built = [
         {**finest, "side": side, **parts, "shift_ratio": ratio * side}
         for side, parts in levels.items()
     ]
-    first, last = config.train.stages[0], config.train.stages[-1]
-    stage = last.model_copy(update={"mix": (), "levels": len(levels)})
-    nest = {"model.levels": built, "train.stages": [first.model_dump(), stage.model_dump()]}
-    return _staged(changed(config, nest), pictures, (first, stage), (0.5, 0.5))
+    stage = config.train.stages[-1].model_copy(update={"mix": (), "levels": len(levels)})
+    nest = {"model.levels": built, "train.stages": [stage.model_dump()]}
+    return _staged(changed(config, nest), pictures, (stage,), (1.0,))
 
 
 # --- (f) the open choices ------------------------------------------------------------------------
@@ -242,6 +248,21 @@ def _process(prediction: str, weighting: str) -> Change:
     )
 
 
+def _unsquared(config: RunConfig) -> RunConfig:
+    """Shifts that grow with the side, not with its square, from the same one at the coarsest."""
+    first = config.model.levels[0]
+    squared = first.shift_ratio**first.shift_power
+    levels = [
+        {
+            **level.model_dump(),
+            "shift_power": 1.0,
+            "shift_ratio": squared * level.side / first.side,
+        }
+        for level in config.model.levels
+    ]
+    return changed(config, {"model.levels": levels})
+
+
 def _mixed(config: RunConfig, pictures: PictureSet) -> RunConfig:
     """Mixed resolutions in the last stage, at its compute; half of the rows have all levels."""
     first, last = config.train.stages
@@ -249,6 +270,9 @@ def _mixed(config: RunConfig, pictures: PictureSet) -> RunConfig:
     mixed = last.model_copy(update={"mix": (*[0.5 / (count - 1)] * (count - 1), 0.5)})
     return _staged(config, pictures, (first, mixed), (0.5, 0.5))
 
+
+DATA_RMS = 0.87
+"""Root mean square of the pixels of both sets at all levels, 0.84 to 0.91."""
 
 CHOICES: dict[str, Change] = {
     "x0-v": _process("x0", "v"),
@@ -258,9 +282,11 @@ CHOICES: dict[str, Change] = {
     "v-v_clipped": _process("v", "v_clipped"),
     "v-sigmoid": _process("v", "sigmoid"),
     "eps-eps": _process("eps", "eps"),
-    "shift-power-1": lambda config: _with_levels(config, shift_power=1.0),
+    "shift-power-1": lambda config: _unsquared(config),
     "scaling-std": lambda config: _with_levels(config, input_scaling="std"),
-    "scaling-analytic": lambda config: _with_levels(config, input_scaling="analytic"),
+    "scaling-analytic": lambda config: changed(
+        _with_levels(config, input_scaling="analytic"), {"model.data_std": DATA_RMS}
+    ),
     "dropout-0.1": lambda config: _with_levels(config, dropout=0.1),
     "time-log-snr": lambda config: changed(config, {"model.time_input": "log-snr"}),
 }

@@ -17,8 +17,8 @@ from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
 from studies.groups import GROUPS
 from studies.queue import claimed, result_path, work
-from studies.run import measured_at, run
-from studies.spread import Spread, against_base, curve, distance, read_results, seeds_of
+from studies.run import _seconds, measured_at, run
+from studies.spread import Spread, against, curve, distance, read_results, seeds_of
 from studies.table import table, tables
 from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
@@ -43,11 +43,11 @@ def test_every_trial_has_its_own_name_and_the_compute_of_its_set():
 
 
 @pytest.mark.parametrize("name", ["mdm", "joint", "coarse-0.75", "cascade", "latent"])
-def test_the_rate_decays_over_the_same_share_of_compute_whatever_the_stages(name):
+def test_the_rate_decays_in_the_last_stage_alone_over_the_same_share_of_it(name):
     [trial] = [trial for trial in TRIALS if trial.name == f"fashion/{name}/0"]
     for part in trial.parts:
-        train, batch = part.train, part.train.stages[-1].batch_size
-        start, rate = images_at(part.model, train.stages, 1.0 - DECAY), train.stages[-1].lr
+        train, last = part.train, part.train.stages[-1]
+        start, rate, batch = train.images - round(DECAY * last.images), last.lr, last.batch_size
         assert learning_rate(train, start - batch, batch) == pytest.approx(rate, rel=0.01)
         halfway = (start + train.images) // 2
         assert learning_rate(train, halfway, batch) == pytest.approx(rate / 2, rel=0.02)
@@ -95,6 +95,7 @@ def test_points_lie_in_the_last_stage_and_not_at_its_beginning(trial):
 class Chore:
     name: str
     needs: tuple[str, ...] = ()
+    digest: str = "first"
 
 
 def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
@@ -113,7 +114,9 @@ def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
     assert go_through() == []
     assert done == ["set/first/0", "set/late/0"]
     stored = json.loads(result_path(tmp_path / "results", first.name).read_text("utf-8"))
-    assert stored == {"task": "set/first/0"}
+    assert stored == {"task": "set/first/0", "digest": "first"}
+    first = Chore("set/first/0", digest="second")
+    assert go_through() == ["set/first/0"], "it asks something else now"
 
 
 def test_what_another_worker_has_is_left_to_it(tmp_path):
@@ -217,11 +220,33 @@ def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     assert trial["held_out_loss"].keys() == trial["seen_loss"].keys() == {"8", "16"}
     assert trial["prompts_found"] is None
     assert drawn["settings"]["sampler"] == "ddim"
+    assert drawn["evaluations"] == 2
+    assert trial["metric"].startswith(f"{NAME} [n = 6 <="), "the product's own name and its flag"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
 
     (path,) = draw_all(told, tmp_path / "plots")
     assert path.name == "e-solvers.png"
     assert [line.split(" | ")[0] for line in tables(told).splitlines()[-1:]] == ["| ddim-10"]
+
+
+def test_seconds_are_those_of_a_training_that_never_paused(tmp_path):
+    rates = [(100, 0, 10.0), (200, 0, 1.0), (300, 0, 10.0), (400, 1, 4.0), (500, 1, 5.0)]
+    keys = ("images_seen", "stage", "images_per_second")
+    lines = [json.dumps(dict(zip(keys, line, strict=True))) for line in rates]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "{}"]))
+    assert _seconds(tmp_path, 300) == pytest.approx(30)
+    assert _seconds(tmp_path, 500) == pytest.approx(30 + 200 / 4.5)
+
+
+def test_a_killed_worker_is_no_success(monkeypatch):
+    class Worker:
+        def __init__(self, command: list[str]) -> None: ...
+
+        def wait(self) -> int:
+            return -9
+
+    monkeypatch.setattr("subprocess.Popen", Worker)
+    assert main(["run", "emoji/mdm/0", "--workers", "2"]) == 1
 
 
 def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
@@ -255,6 +280,7 @@ def finished(*finals: float | None, losses: dict[str, float] | None = None) -> l
         else {
             "parameters": [7_200_000],
             "flops": 2e12,
+            "codec_flops": 5e11,
             "seconds": 600.0 + seed,
             "metric": "FD, 4 samples",
             "points": [{"share": share, NAME: final / share} for share in (0.5, 1.0)],
@@ -284,7 +310,7 @@ def test_a_table_compares_with_the_base_of_the_same_seed_and_says_what_failed():
             "emoji/shift-power-1": finished(1500.0, losses={"16": 0.1, "64": 0.1}),
         }
     )
-    assert against_base(results, "emoji", "x0-v") == pytest.approx((0.075, 0.05, 0.1, 2))
+    assert against(results, "emoji", "x0-v", "mdm") == pytest.approx((0.075, 0.05, 0.1, 2))
     head, _, columns, _, *rows = table(results, GROUPS["f-choices"], SETS["emoji"]).splitlines()
     assert head == "OpenMoji 64: FD, 4 samples"
     assert columns == (
@@ -317,7 +343,7 @@ def test_tables_leave_out_what_nothing_is_known_of():
 
 def test_a_curve_is_along_the_compute():
     line = curve(finished(10.0, 30.0))
-    assert line == [(1e12, Spread(40.0, 20.0, 60.0, 2)), (2e12, Spread(20.0, 10.0, 30.0, 2))]
+    assert line == [(1.5e12, Spread(40.0, 20.0, 60.0, 2)), (2.5e12, Spread(20.0, 10.0, 30.0, 2))]
 
 
 def everything(pictures: str) -> dict[str, dict]:
@@ -377,6 +403,7 @@ def test_a_cascade_is_trained_and_drawn_with_both_networks(small_trial, tmp_path
     assert [point["share"] for point in found["points"]] == [1.0]
     assert len(found["parameters"]) == 2
     assert found["held_out_loss"] is None
+    assert found["codec_flops"] == 0.0
     noised = Drawing("emoji/cascade/0/noise-1", {"coarse_noise": 1.0, "guidance": [1.0]})
     assert run(noised, tmp_path / "work", 4)[NAME] != found["points"][0][NAME]
 
@@ -397,6 +424,7 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path):
     found = run(trial, tmp_path / "work", 4)
     assert found["config"]["codec"]["path"].startswith(str(tmp_path / "work" / "codecs" / "emoji"))
     assert found["points"][0][NAME] > 0
+    assert found["codec_flops"] > 0
 
 
 def test_a_point_whose_writing_was_cut_off_is_written_again(small_trial, tmp_path):

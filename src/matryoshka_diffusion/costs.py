@@ -32,9 +32,9 @@ def training_bytes(net: nn.Module, tracks: int = 0) -> int:
     return 4 * count_parameters(net) + 4 * (4 + tracks) * learnt
 
 
-def forward_flops(model: ModelConfig, levels: int) -> int:
+def forward_flops(model: ModelConfig, levels: int, tokens: int = TEXT_TOKENS) -> int:
     """FLOPs (two for each multiply-add) of one forward pass of one picture, first `levels` only."""
-    net, z, t, cond = _one_picture(model.first(levels))
+    net, z, t, cond = _one_picture(model.first(levels), tokens)
     with FlopCounterMode(display=False) as counter:
         net(z, t, cond)
     return counter.get_total_flops()
@@ -70,14 +70,16 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def _one_picture(model: ModelConfig) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
+def _one_picture(
+    model: ModelConfig, tokens: int = TEXT_TOKENS
+) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
     with torch.device("meta"):
         net = NestedUNet(model)
         z = tuple(torch.empty(1, *each.shape(model.channels)) for each in resolutions_of(model))
         first = z[0] if model.coarse else None
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
-            tokens=torch.empty(1, TEXT_TOKENS, model.text.features) if model.text else None,
+            tokens=torch.empty(1, tokens, model.text.features) if model.text else None,
             micro={name: torch.ones(1) for name in model.micro_names},
             image=first,
             image_t=None if first is None else torch.ones(1),
