@@ -24,6 +24,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.train.curriculum import learning_rate
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
 
@@ -197,3 +198,17 @@ def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
 def test_an_unknown_preset_is_an_error_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"'openmojis' \(did you mean openmoji\?\).*cc12m-64"):
         preset("openmojis")
+
+
+@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist", "openmoji-codes", "openmoji-simple"])
+def test_a_rate_that_decays_is_whole_until_thirty_per_cent_of_the_last_stage_are_left(name):
+    train = preset(name).train
+    last = train.stages[-1]
+    left = 0.3 * last.images
+    before = learning_rate(train, int(train.images - 1.01 * left), last.batch_size)
+    assert before == pytest.approx(last.lr)
+    halfway = learning_rate(train, int(train.images - 0.5 * left), last.batch_size)
+    assert halfway == pytest.approx(last.lr / 2, rel=1e-2)
+    assert (
+        preset("cc12m-256").train.decay_share == preset("cc12m-256-simple").train.decay_share == 0
+    )
