@@ -148,6 +148,20 @@ def test_other_labels_of_the_same_pictures_are_other_conditions():
     assert labels_in_turn(there).identity == labels_in_turn(sorted_by_class()).identity
 
 
+@pytest.mark.parametrize(
+    ("kind", "metric", "message"),
+    [
+        ("text", "fd", r"pictures has no captions to ask for: add NAME\.txt .*--captions"),
+        ("text", "retrieval", r"pictures has no captions to ask for: add NAME\.txt"),
+        ("classes", "fd", "pictures has no classes to ask for: .*imagenet50k"),
+    ],
+)
+def test_a_source_without_what_is_asked_for_is_refused_with_its_name(kind, metric, message):
+    bare = replace(source(), captions=None, labels=None, classes=())
+    with pytest.raises(UsageError, match=message):
+        evaluate(model(kind), metric, source=bare, n=8)
+
+
 # --- references --------------------------------------------------------------------------------
 
 
