@@ -333,6 +333,17 @@ def test_the_training_pictures_are_the_reference_unless_others_are_named(trained
     assert named.foreign
 
 
+def test_a_reference_that_nothing_is_compared_with_is_refused_unopened(trained_on):
+    options = {"reference": "nowhere", "n": 8}
+    for metrics in ("is", "is,agreement"):
+        with pytest.raises(UsageError, match=f"--ref nowhere: none of {metrics[:2]}.* compares"):
+            request(trained_on, 16, metrics=metrics, **options)
+    with pytest.raises(UsageError, match="--ref nowhere: none of retrieval"):
+        request(model("text").config, 16, reference="nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        request(trained_on, 16, metrics="is,fd", **options)
+
+
 def test_nothing_is_opened_that_is_not_needed(trained_on, tmp_path):
     shutil.rmtree(tmp_path / "data")
     np.savez(tmp_path / "adm.npz", **moments())

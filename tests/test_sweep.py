@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shlex
 from dataclasses import replace
 
@@ -252,6 +253,16 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
     assert sum(one["best"] for one in points) == 1
     assert {len(one["results"]) for one in points} == {2}
     assert (run / "sweep" / "sweep.png").is_file()
+
+
+def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(
+    run, capsys, monkeypatch
+):
+    swept = ["sweep", str(run), "--cfg", "1,2", "--interval", "-3", "2", "-n", "1"]
+    for place, drawn in ((0, "--cfg 1"), (1, "--cfg 2 --interval -3 2")):
+        monkeypatch.setattr(sweeping, "best", operator.itemgetter(place))
+        assert cli.main([*swept, "--metrics", "agreement"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"mdm sample {run} {drawn}"
 
 
 def test_averages_are_those_of_mdm_ema(run, tmp_path):

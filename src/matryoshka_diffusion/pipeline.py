@@ -365,6 +365,10 @@ class Matryoshka:
             data["sampling"][name] = [value] if one_value else value
         return from_dict(data, where="sampling settings").sampling
 
+    def idle(self, settings: dict[str, Any]) -> set[str]:
+        """Those of the settings that change no sample."""
+        return settings.keys() & self.sampling(settings).idle
+
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.
 
