@@ -38,6 +38,7 @@ from matryoshka_diffusion.sheet import save_png
         ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
         ("1:2.2:0.5", (1.0, 1.5, 2.0)),
         ("2:2:1", (2.0,)),
+        ("1:1000:1", tuple(map(float, range(1, 1001)))),
         ("5, 1:2:1, 2", (5.0, 1.0, 2.0)),
         ("-1:0:0.5", (-1.0, -0.5, 0.0)),
     ],
@@ -56,7 +57,11 @@ def test_lists_and_ranges_are_parsed_with_both_ends(text, numbers):
         ("3:1:1", "goes up from FIRST to LAST"),
         ("1:3:0", "in steps above 0"),
         ("1:3:nan", "'nan' is no number"),
-        ("0:1:0.0001", "10,001 values are more than 1,000"),
+        ("0:1:0.0001", "this is more than 1,000 values"),
+        ("1:1001:1", "this is more than 1,000 values"),
+        ("0:1e30:0.1", "this is more than 1,000 values"),
+        ("0:1e1000001:0.1", "'1e1000001' is no number"),
+        ("1e400", "'1e400' is no number"),
     ],
 )
 def test_what_is_no_list_is_refused(text, message):
