@@ -227,9 +227,9 @@ def _learn(
         for step, pictures in batches:
             losses.append(learner.learn(step, pictures))
             learner.seconds = time.monotonic() - began
-            saves = step.ends_stage or _passes(step, config.checkpoint_every_images)
+            saves = step.ends_stage or step.passes(config.checkpoint_every_images)
             saves = saves or interrupts.received > 0
-            if saves or _passes(step, config.log_every_images):
+            if saves or step.passes(config.log_every_images):
                 metrics.write(
                     {
                         "images_seen": step.end,
@@ -253,10 +253,6 @@ def _learn(
 
 def _pictures(loader: Loader, step: Step) -> Float[Tensor, "b c h w"]:
     return loader.batch(range(step.first, step.end)).picture
-
-
-def _passes(step: Step, every: int) -> bool:
-    return step.end // every > step.first // every
 
 
 def _schedule(config: CodecRunConfig) -> TrainConfig:
