@@ -121,7 +121,7 @@ def train_codec(
         write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     if (path := checkpoint.newest(out / "checkpoints")) is not None:
         learner.restore(checkpoint.read(path), str(path))
-    _learn(learner, _loader(config, seen), out, progress)
+    _learn(learner, Loader.of(seen, config.seed, config.data), out, progress)
     return _finish(learner, held_out or seen, "held-out" if held_out else "training", out)
 
 
@@ -263,19 +263,6 @@ def _schedule(config: CodecRunConfig) -> TrainConfig:
         seed=config.seed,
         warmup_images=config.warmup_images,
         decay_share=config.decay_share,
-    )
-
-
-def _loader(config: CodecRunConfig, source: Source) -> Loader:
-    data = config.data
-    return Loader(
-        source,
-        config.seed,
-        crop=data.crop,
-        clip=data.clip,
-        flip=data.flip,
-        augment=data.augment,
-        pixels=data.pixels,
     )
 
 
