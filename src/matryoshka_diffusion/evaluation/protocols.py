@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.captions import CaptionError, clean, lines, texts_of
-from matryoshka_diffusion.eval.report import choose
-from matryoshka_diffusion.eval.retrieval import CAPTIONS
+from matryoshka_diffusion.eval.retrieval import choose_captions
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.rng import stream
 
@@ -140,13 +139,13 @@ def retrieval_captions(source: Source) -> Conditions:
     Raises:
         UsageError: the source has no captions.
     """
-    known = _captions_of(source)
-    count = min(CAPTIONS, len(source))
-    indices = [int(index) for index in choose(len(source), count, "retrieval")]
-    texts = [known[index][0] for index in indices]
-    name = f"{count} captions of {source.name}"
+    indices, texts = choose_captions(_captions_of(source))
     return Conditions(
-        name, _hash(texts), caption=texts.__getitem__, limit=count, pictures=tuple(indices)
+        f"{len(texts)} captions of {source.name}",
+        _hash(texts),
+        caption=texts.__getitem__,
+        limit=len(texts),
+        pictures=tuple(indices.tolist()),
     )
 
 
