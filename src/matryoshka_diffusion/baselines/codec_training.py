@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion import sheet
-from matryoshka_diffusion.codec.autoencoder import Autoencoder
+from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
 from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import (
     CodecRunConfig,
@@ -54,9 +54,6 @@ from matryoshka_diffusion.train.optim import (
 )
 from matryoshka_diffusion.train.run_folder import differences
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
-
-AutoencoderKL: TypeAlias = Any
-"""That of diffusers, whose own annotations do not say what it returns."""
 
 MEASURED = 512
 """Pictures that codes' scale and the error are measured on, evenly spread."""
