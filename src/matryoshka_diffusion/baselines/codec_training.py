@@ -112,9 +112,8 @@ def train_codec(
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
     learner = Learner(config, seen.channels, torch.device(device))
-    if not (
-        out / TRAINING
-    ).is_file():  # it makes the folder this training's, so nothing fails after
+    # It makes the folder this training's, so what can fail has been before.
+    if not (out / TRAINING).is_file():
         write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     if (path := checkpoint.newest(out / "checkpoints")) is not None:
         learner.restore(checkpoint.read(path), str(path))
