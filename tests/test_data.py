@@ -172,7 +172,6 @@ def test_a_loader_shows_pictures_as_the_config_of_the_data_says(tmp_path):
     assert {name: getattr(loader, name) for name in given} == given
 
 
-
 def test_a_source_without_words_or_classes_gives_empty_captions_and_no_labels():
     source = Pictures("bare", np.zeros((2, 4, 4, 1), np.uint8), range(2), ["a", "b"], [4, 4])
     batch = Loader(source, 0).batch(range(3))
