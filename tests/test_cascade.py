@@ -169,6 +169,13 @@ def test_settings_reach_the_part_that_they_are_for(cascade):
         cascade.sample("red", guidance=(1.0, 2.0, 3.0))
 
 
+def test_a_setting_is_idle_where_it_changes_neither_part(cascade):
+    assert cascade.idle({"rescale": 0.7, "eta": 0.5}) == {"eta"}, "the base is guided"
+    for guidance, idle in (((1.0, 1.0), {"rescale"}), ((1.0, 3.0), set()), ((3.0, 1.0), set())):
+        given = {"guidance": guidance, "rescale": 0.7, "sampler": "ddim", "eta": 0.5}
+        assert cascade.idle(given) == idle
+
+
 def test_progress_counts_the_steps_of_both(cascade):
     told = []
     cascade.sample("red", n=3, batch_size=2, progress=lambda *x: told.append(x))

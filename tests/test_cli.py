@@ -159,6 +159,10 @@ def test_data_check_lists_what_is_bad(tmp_path, capsys):
         (["eval", "MODEL", "-n", "-5"], 2, "'-5' is not a whole number above 0"),
         (["sample", "MODEL", "--interval", "5", "-5"], 2, "guidance_interval needs a lower"),
         (["sample", "MODEL", "--eta", "2"], 2, "sampling.eta"),
+        (["sample", "MODEL", "--eta", "0.5"], 2, "--eta is of ddim: add --sampler ddim"),
+        (["sample", "MODEL", "--rescale", "0.7"], 2, "--rescale is of guidance: give a weight"),
+        (["eval", "MODEL", "--interval", "-5", "5"], 2, "--interval is of guidance"),
+        (["sweep", "MODEL", "--cfg", "1,2", "--eta", "1"], 2, "--eta is of ddim"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(

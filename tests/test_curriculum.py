@@ -101,6 +101,15 @@ def test_without_warm_up_and_decay_the_rate_is_the_stages():
     assert [step.lr for step in steps(train)] == [0.3] * 3 + [0.1] * 3
 
 
+def test_a_step_passes_the_multiples_that_it_reaches():
+    step = step_at(TrainConfig(stages=(stage(1, 64, batch_size=8),)), 16)
+    assert (step.first, step.end) == (16, 24)
+    passed = [every for every in range(1, 30) if step.passes(every)]
+    assert passed == [n for n in range(1, 30) if any(m % n == 0 for m in range(17, 25))]
+    assert 16 not in passed
+    assert 24 in passed
+
+
 def test_a_stage_holds_its_last_image_and_not_the_next():
     train = TrainConfig(stages=(stage(1, 10), stage(2, 5)))
     assert [stage_at(train, n) for n in (0, 9, 10, 14)] == [0, 0, 1, 1]

@@ -162,6 +162,16 @@ def test_half_the_pictures_are_mirrored_and_none_without_flip():
     assert 70 < mirrored.sum() < 130
 
 
+def test_a_loader_shows_pictures_as_the_config_of_the_data_says(tmp_path):
+    save = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save
+    save(tmp_path / "a.png")
+    source = picture_folder(tmp_path, 16, 0.0)
+    given = {"crop": "random", "flip": True, "augment": 0.5, "pixels": "released", "clip": "fixed"}
+    loader = Loader.of(source, 3, DataConfig(source="folder", path=str(tmp_path), **given))
+    assert (loader.source, loader.seed) == (source, 3)
+    assert {name: getattr(loader, name) for name in given} == given
+
+
 def test_a_source_without_words_or_classes_gives_empty_captions_and_no_labels():
     source = Pictures("bare", np.zeros((2, 4, 4, 1), np.uint8), range(2), ["a", "b"], [4, 4])
     batch = Loader(source, 0).batch(range(3))

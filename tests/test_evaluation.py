@@ -340,6 +340,11 @@ def test_a_number_says_where_it_is_from(whole):
     assert agreement.sentence().startswith("level disagreement of 22 samples: 0.")
 
 
+def test_both_networks_of_a_cascade_are_in_the_line_that_says_where_a_number_is_from():
+    both = Result(of="up", weights=f"{'ab' * 32} after {'cd' * 32}").provenance()
+    assert both.startswith(f"up (weights {'ab' * 8} after {'cd' * 8}); ")
+
+
 def test_the_commit_is_that_of_the_code_or_unknown(monkeypatch):
     results.commit.cache_clear()
     monkeypatch.setattr(results, "_git", lambda folder, *words: None)

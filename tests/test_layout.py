@@ -22,6 +22,7 @@ from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Stopped
 from test_trainer import run, stop_at, there
+from test_upsampler import upsampler_config
 from tiny_run import TinyPictures, encode, tiny_config, tiny_video
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -88,8 +89,25 @@ def test_both_layouts_are_timed_on_what_the_run_computes(monkeypatch):
     assert all(value > 0 for value in seconds.values())
 
 
-def test_layouts_of_clips_are_timed_too():
-    assert seconds_per_pass(tiny_video(), CPU).keys() == {"nchw", "channels_last"}
+@pytest.mark.parametrize("config", [tiny_video(), upsampler_config(levels=2)], ids=["clips", "up"])
+def test_layouts_of_clips_and_of_upsamplers_are_timed_too(config):
+    assert seconds_per_pass(config, CPU).keys() == {"nchw", "channels_last"}
+
+
+@pytest.mark.parametrize(("ranks", "accumulate", "rows"), [(1, 1, 4), (2, 1, 2), (2, 2, 1)])
+def test_they_are_timed_on_no_more_than_a_micro_batch_of_one_rank(
+    monkeypatch, tmp_path, ranks, accumulate, rows
+):
+    class Seen(Exception):
+        pass
+
+    def noted(model, rows, device):
+        raise Seen(rows)
+
+    monkeypatch.setattr(layout_module, "random_inputs", noted)
+    config = tiny_config(layout="auto", accumulate=accumulate)  # batches of 4
+    with pytest.raises(Seen, match=f"^{rows}$"):
+        open_run(tmp_path, config, torch.device("meta"), ranks)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,7 @@ def test_the_faster_one_is_taken_and_a_tie_is_nchw(monkeypatch, nchw, last, chos
     monkeypatch.setattr(
         layout_module,
         "seconds_per_pass",
-        lambda config, device: {"nchw": nchw, "channels_last": last},
+        lambda config, device, ranks: {"nchw": nchw, "channels_last": last},
     )
     assert resolve_layout(tiny_config(layout="auto"), GPU) == chosen
 
@@ -124,7 +142,7 @@ def test_a_cpu_takes_nchw_and_what_was_asked_for_is_taken(monkeypatch):
 def test_the_choice_is_made_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "matryoshka_diffusion.train.run_folder.resolve_layout",
-        lambda config, device: (
+        lambda config, device, ranks: (
             "channels_last" if config.train.layout == "auto" else config.train.layout
         ),
     )

@@ -43,10 +43,11 @@ def text_model(**sampling):
     return Matryoshka(randomised(config), config, encoder=Words())
 
 
-def class_model():
+def class_model(*names):
+    names = names or ("cat", "dog", "eel")
     config = tiny_config(dropout=0.0)
-    model = config.model.model_copy(update={"text": None, "classes": 3})
-    data = config.data.model_copy(update={"classes": ("cat", "dog", "eel")})
+    model = config.model.model_copy(update={"text": None, "classes": len(names)})
+    data = config.data.model_copy(update={"classes": names})
     config = config.model_copy(update={"model": model, "encoder": None, "data": data})
     return Matryoshka(randomised(config), config)
 
@@ -126,6 +127,23 @@ def test_prompts_guidance_and_classes_change_the_picture():
     classes = class_model().sample(classes=["Cat", 1], steps=3, guidance=2.0)
     assert classes.captions == ("cat", "dog")
     assert (classes.pictures[0] != classes.pictures[1]).any()
+
+
+def test_a_number_is_the_place_of_a_class_and_a_string_its_name():
+    names = sorted(str(number) for number in range(12))  # as folders are read: 0, 1, 10, 11, 2, ...
+    model = class_model(*names)
+
+    def labels(*classes):
+        _, cond = model.condition(None, classes, 1)
+        assert cond.labels is not None
+        return cond.labels.tolist()
+
+    assert labels(*range(12)) == labels(*names) == list(range(12))
+    assert labels("2", 2) == [4, 2]
+    assert class_model("1", "2", "3").condition(None, "0", 1)[0] == ("1",)  # no class is called so
+    for outside in (12, -1):
+        with pytest.raises(UsageError, match=f"unknown class {outside}; there are: 0, 1, 10"):
+            labels(outside)
 
 
 def test_a_network_without_a_null_is_guided_by_the_empty_caption():

@@ -148,6 +148,20 @@ def test_other_labels_of_the_same_pictures_are_other_conditions():
     assert labels_in_turn(there).identity == labels_in_turn(sorted_by_class()).identity
 
 
+@pytest.mark.parametrize(
+    ("kind", "metric", "message"),
+    [
+        ("text", "fd", r"pictures has no captions to ask for: add NAME\.txt .*--captions"),
+        ("text", "retrieval", r"pictures has no captions to ask for: add NAME\.txt"),
+        ("classes", "fd", "pictures has no classes to ask for: .*imagenet50k"),
+    ],
+)
+def test_a_source_without_what_is_asked_for_is_refused_with_its_name(kind, metric, message):
+    bare = replace(source(), captions=None, labels=None, classes=())
+    with pytest.raises(UsageError, match=message):
+        evaluate(model(kind), metric, source=bare, n=8)
+
+
 # --- references --------------------------------------------------------------------------------
 
 
@@ -317,6 +331,17 @@ def test_the_training_pictures_are_the_reference_unless_others_are_named(trained
     named = request(trained_on, 16, n=10, reference=equal).reference
     assert named
     assert named.foreign
+
+
+def test_a_reference_that_nothing_is_compared_with_is_refused_unopened(trained_on):
+    options = {"reference": "nowhere", "n": 8}
+    for metrics in ("is", "is,agreement"):
+        with pytest.raises(UsageError, match=f"--ref nowhere: none of {metrics[:2]}.* compares"):
+            request(trained_on, 16, metrics=metrics, **options)
+    with pytest.raises(UsageError, match="--ref nowhere: none of retrieval"):
+        request(model("text").config, 16, reference="nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        request(trained_on, 16, metrics="is,fd", **options)
 
 
 def test_nothing_is_opened_that_is_not_needed(trained_on, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shlex
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ from matryoshka_diffusion.sheet import save_png
         ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
         ("1:2.2:0.5", (1.0, 1.5, 2.0)),
         ("2:2:1", (2.0,)),
+        ("1:1000:1", tuple(map(float, range(1, 1001)))),
         ("5, 1:2:1, 2", (5.0, 1.0, 2.0)),
         ("-1:0:0.5", (-1.0, -0.5, 0.0)),
     ],
@@ -55,7 +57,11 @@ def test_lists_and_ranges_are_parsed_with_both_ends(text, numbers):
         ("3:1:1", "goes up from FIRST to LAST"),
         ("1:3:0", "in steps above 0"),
         ("1:3:nan", "'nan' is no number"),
-        ("0:1:0.0001", "10,001 values are more than 1,000"),
+        ("0:1:0.0001", "this is more than 1,000 values"),
+        ("1:1001:1", "this is more than 1,000 values"),
+        ("0:1e30:0.1", "this is more than 1,000 values"),
+        ("0:1e1000001:0.1", "'1e1000001' is no number"),
+        ("1e400", "'1e400' is no number"),
     ],
 )
 def test_what_is_no_list_is_refused(text, message):
@@ -252,6 +258,16 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
     assert sum(one["best"] for one in points) == 1
     assert {len(one["results"]) for one in points} == {2}
     assert (run / "sweep" / "sweep.png").is_file()
+
+
+def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(
+    run, capsys, monkeypatch
+):
+    swept = ["sweep", str(run), "--cfg", "1,2", "--interval", "-3", "2", "-n", "1"]
+    for place, drawn in ((0, "--cfg 1"), (1, "--cfg 2 --interval -3 2")):
+        monkeypatch.setattr(sweeping, "best", operator.itemgetter(place))
+        assert cli.main([*swept, "--metrics", "agreement"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"mdm sample {run} {drawn}"
 
 
 def test_averages_are_those_of_mdm_ema(run, tmp_path):

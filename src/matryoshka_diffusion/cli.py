@@ -27,6 +27,7 @@ from matryoshka_diffusion.cli_options import (
     find_device,
     natural,
     positive,
+    refuse_idle,
     sampling,
 )
 from matryoshka_diffusion.terminal import Bar, leads, one_line, say, show_warning
@@ -179,6 +180,7 @@ def sample(options: argparse.Namespace) -> None:
             progress=bar,
         )
     settings = sampling(options)
+    refuse_idle(model, settings)
     asked = _count_asked(options, model.config)
     gallery.check(model, options.out, options.clips, settings, asked=asked, n=options.n)
     own = _own_pictures(options, model.config) if enlarging else {"n": options.n}

@@ -18,6 +18,7 @@ from matryoshka_diffusion.cli_options import (
     add_sampling,
     find_device,
     positive,
+    refuse_idle,
     sampling,
 )
 from matryoshka_diffusion.terminal import Bars, leads, say
@@ -47,9 +48,10 @@ def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: B
     for name, value in of_sets.items():
         if value is not None:
             raise UsageError(f"{name} is of two sets: what a model draws is known, leave it away")
-    model = _model(options, device)
+    model, settings = _model(options, device), sampling(options)
+    refuse_idle(model, settings)
     how = _measuring(options, model, world, device, bars)
-    return run(model, **how, **sampling(options)), how["folder"]
+    return run(model, **how, **settings), how["folder"]
 
 
 def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars: Bars) -> Any:
@@ -96,7 +98,8 @@ def sweep(options: argparse.Namespace) -> None:
         raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
     with _ranks(options) as (world, device), Bars() as bars:
-        usual = _model(options, device)
+        usual, fixed = _model(options, device), sampling(options)
+        refuse_idle(usual, *(fixed | one for one in sweeping.combinations(axes)))
         how = _measuring(options, usual, world, device, bars)
 
         def open_model(length: float | None) -> Any:
@@ -108,7 +111,7 @@ def sweep(options: argparse.Namespace) -> None:
         points = sweeping.sweep(
             open_model,
             axes,
-            lambda model, settings: run(model, **how, **(sampling(options) | settings)),
+            lambda model, settings: run(model, **how, **(fixed | settings)),
             progress=_say_points,
         )
         if not world.leads:
@@ -118,9 +121,15 @@ def sweep(options: argparse.Namespace) -> None:
     draw(points, out / "sweep.png")
     print(sweeping.table(points))
     print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
-    fixed = sampling(options) | {"precision": options.precision, "base": options.base}
-    given = {name: value for name, value in fixed.items() if value not in (None, PRECISION)}
-    print(f"best:\n{sweeping.command(options.model, sweeping.best(points), given)}")
+    best = sweeping.best(points)
+    idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
+    opened = {"precision": options.precision, "base": options.base}
+    given = {
+        name: value
+        for name, value in (fixed | opened).items()
+        if value not in (None, PRECISION) and name not in idle
+    }
+    print(f"best:\n{sweeping.command(options.model, best, given)}")
 
 
 def _say_points(done: int, total: int) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matryoshka_diffusion.terminal import one_line, say
+
+if TYPE_CHECKING:
+    from matryoshka_diffusion.baselines.load import Model
+else:
+    Model = Any
 
 SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
@@ -14,6 +19,12 @@ THRESHOLDS = ("none", "clip", "dynamic")
 RANK_TIMEOUT = 60  # seconds
 PRECISION = "fp32"
 MODEL = "run folder, model folder, released .pth or shipped model"
+IDLE = {
+    "eta": "--eta is of ddim: add --sampler ddim, or leave it away",
+    "guidance_interval": "--interval is of guidance: give a weight (--cfg), or leave it away",
+    "rescale": "--rescale is of guidance: give a weight (--cfg), or leave it away",
+}
+"""What is said of settings that change nothing."""
 
 
 def add_command(
@@ -92,6 +103,14 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
         *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
     )
     return {n: value for n in names if (value := getattr(options, n, None)) is not None}
+
+
+def refuse_idle(model: Model, *cases: dict[str, Any]) -> None:
+    """Raise `UsageError` for a setting that changes no sample in any of these cases of settings."""
+    from matryoshka_diffusion.config import UsageError
+
+    for name in sorted(set.intersection(*map(model.idle, cases))):
+        raise UsageError(IDLE[name])
 
 
 def positive(text: str) -> int:

@@ -602,6 +602,13 @@ class SamplingConfig(Strict):
             raise ValueError("guidance_interval needs a lower log-SNR before a higher one")
         return self
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """The settings that change no sample: those of another sampler, or of guidance unguided."""
+        unguided = all(weight == 1.0 for weight in self.guidance)
+        idle = {"eta": self.sampler != "ddim", "guidance_interval": unguided, "rescale": unguided}
+        return frozenset(name for name, changes_nothing in idle.items() if changes_nothing)
+
 
 class RunConfig(Strict):
     """Everything a run depends on. The resolved form lies in every run folder and checkpoint."""

@@ -204,15 +204,7 @@ def prepare(
         text = _store_if_small(encode, [*all_captions(source), ""], progress)
     codec, told = _open_codec(config, source, device, coding)
     source, held_out = split(source, data.held_out)
-    loader = Loader(
-        source,
-        config.train.seed,
-        crop=data.crop,
-        clip=data.clip,
-        flip=data.flip,
-        augment=data.augment,
-        pixels=data.pixels,
-    )
+    loader = Loader.of(source, config.train.seed, data)
     config, base = _with_base(_naming(config, codec))
     text = "\n".join(line for line in (text, told) if line)
     return Job(config, source, held_out, Coded(loader, codec), encode, base, codec, text)

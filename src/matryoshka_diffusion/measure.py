@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
-from matryoshka_diffusion.eval.retrieval import CAPTIONS, SEED, Retrieval, prompt_retrieval
+from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, demo_sheet
+from matryoshka_diffusion.eval.retrieval import SEED, Retrieval, choose_captions, prompt_retrieval
 from matryoshka_diffusion.pipeline import Progress
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def retrieval(
     model: Model, source: Source, *, progress: Progress | None = None, **settings: Any
 ) -> Retrieval:
     """Prompt retrieval over 128 captions, the same ones for every model of this source."""
-    indices = choose(len(source), min(CAPTIONS, len(source)), "retrieval")
-    prompts = [source[int(index)].captions[0] for index in indices]
+    indices, prompts = choose_captions(source.captions or ())
     samples = model.sample(prompts, seed=SEED, progress=progress, **settings)
     return prompt_retrieval(samples.pictures, indices, all_pictures(source))
 

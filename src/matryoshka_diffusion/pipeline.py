@@ -365,6 +365,10 @@ class Matryoshka:
             data["sampling"][name] = [value] if one_value else value
         return from_dict(data, where="sampling settings").sampling
 
+    def idle(self, settings: dict[str, Any]) -> set[str]:
+        """Those of the settings that change no sample."""
+        return settings.keys() & self.sampling(settings).idle
+
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.
 
@@ -514,7 +518,10 @@ class Matryoshka:
         return {name: torch.full((len(captions),), side) for name in self.net.config.micro_names}
 
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
-        """Indices of classes given by name or number; all of them if none is given."""
+        """Indices of classes given by name or number; all of them if none is given.
+
+        A string is a name before it is a number, an `int` never: classes may be called "1" to "10".
+        """
         if classes is None:
             return list(range(self.net.config.classes))
         wanted = [classes] if isinstance(classes, str | int) else list(classes)
@@ -523,8 +530,8 @@ class Matryoshka:
     def _label(self, one: str | int) -> int:
         names = self.config.data.classes
         folded = [name.casefold() for name in names]
-        if str(one).casefold() in folded:
-            return folded.index(str(one).casefold())
+        if isinstance(one, str) and one.casefold() in folded:
+            return folded.index(one.casefold())
         if str(one).isdigit() and int(one) < self.net.config.classes:
             return int(one)
         known = ", ".join(names) if names else f"0 to {self.net.config.classes - 1}"

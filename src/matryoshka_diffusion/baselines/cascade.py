@@ -52,6 +52,11 @@ class Cascade:
         """The upsampler's sampling defaults with some of them replaced."""
         return self.upsampler.sampling(self._split(settings)[1])
 
+    def idle(self, settings: dict[str, Any]) -> set[str]:
+        """Those of the settings that change no sample of either model."""
+        of_base, of_upsampler = self._split(settings)
+        return self.base.idle(of_base) & self.upsampler.idle(of_upsampler)
+
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """As `Matryoshka.describe`; what concerns the base is under `base`."""
         of_base, of_upsampler = self._split(settings)

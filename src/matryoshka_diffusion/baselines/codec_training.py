@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion import sheet
-from matryoshka_diffusion.codec.autoencoder import Autoencoder
+from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
 from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import (
     CodecRunConfig,
@@ -54,9 +54,6 @@ from matryoshka_diffusion.train.optim import (
 )
 from matryoshka_diffusion.train.run_folder import differences
 from matryoshka_diffusion.train.signals import Interrupts, Stopped
-
-AutoencoderKL: TypeAlias = Any
-"""That of diffusers, whose own annotations do not say what it returns."""
 
 MEASURED = 512
 """Pictures that codes' scale and the error are measured on, evenly spread."""
@@ -115,13 +112,12 @@ def train_codec(
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
     learner = Learner(config, seen.channels, torch.device(device))
-    if not (
-        out / TRAINING
-    ).is_file():  # it makes the folder this training's, so nothing fails after
+    # It makes the folder this training's, so what can fail has been before.
+    if not (out / TRAINING).is_file():
         write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     if (path := checkpoint.newest(out / "checkpoints")) is not None:
         learner.restore(checkpoint.read(path), str(path))
-    _learn(learner, _loader(config, seen), out, progress)
+    _learn(learner, Loader.of(seen, config.seed, config.data), out, progress)
     return _finish(learner, held_out or seen, "held-out" if held_out else "training", out)
 
 
@@ -227,9 +223,9 @@ def _learn(
         for step, pictures in batches:
             losses.append(learner.learn(step, pictures))
             learner.seconds = time.monotonic() - began
-            saves = step.ends_stage or _passes(step, config.checkpoint_every_images)
+            saves = step.ends_stage or step.passes(config.checkpoint_every_images)
             saves = saves or interrupts.received > 0
-            if saves or _passes(step, config.log_every_images):
+            if saves or step.passes(config.log_every_images):
                 metrics.write(
                     {
                         "images_seen": step.end,
@@ -255,10 +251,6 @@ def _pictures(loader: Loader, step: Step) -> Float[Tensor, "b c h w"]:
     return loader.batch(range(step.first, step.end)).picture
 
 
-def _passes(step: Step, every: int) -> bool:
-    return step.end // every > step.first // every
-
-
 def _schedule(config: CodecRunConfig) -> TrainConfig:
     """What steps, rates and the optimizer are made from: one stage of one level."""
     stage = StageConfig(levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr)
@@ -267,19 +259,6 @@ def _schedule(config: CodecRunConfig) -> TrainConfig:
         seed=config.seed,
         warmup_images=config.warmup_images,
         decay_share=config.decay_share,
-    )
-
-
-def _loader(config: CodecRunConfig, source: Source) -> Loader:
-    data = config.data
-    return Loader(
-        source,
-        config.seed,
-        crop=data.crop,
-        clip=data.clip,
-        flip=data.flip,
-        augment=data.augment,
-        pixels=data.pixels,
     )
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from matryoshka_diffusion.config import ClipStart, Crop, Pixels
+from matryoshka_diffusion.config import ClipStart, Crop, DataConfig, Pixels
 from matryoshka_diffusion.data.augment import augmented, draw_augmentation
 from matryoshka_diffusion.data.batch import Batch, Source, to_float
 from matryoshka_diffusion.data.crop import CENTRE, Cut
@@ -48,6 +48,19 @@ class Loader:
         self.flip = flip
         self.augment = augment
         self.pixels: Pixels = pixels
+
+    @classmethod
+    def of(cls, source: Source, seed: int, data: DataConfig) -> Loader:
+        """The loader of a training on this data."""
+        return cls(
+            source,
+            seed,
+            crop=data.crop,
+            clip=data.clip,
+            flip=data.flip,
+            augment=data.augment,
+            pixels=data.pixels,
+        )
 
     def batch(self, ids: range) -> Batch:
         """The samples with these global numbers n."""

@@ -7,12 +7,14 @@ picture nearest to the sample and see whether it is the prompted one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from matryoshka_diffusion.eval.pairs import squared_distances
+from matryoshka_diffusion.eval.report import choose
 
 SIDE = 16
 NEAREST = 5
@@ -39,6 +41,18 @@ class Retrieval(NamedTuple):
             f"prompt retrieval over {self.count} captions: {self.first:.3f} nearest, "
             f"{self.among_five:.3f} among the five nearest"
         )
+
+
+def choose_captions(
+    captions: Sequence[tuple[str, ...]],
+) -> tuple[Int[np.ndarray, " n"], list[str]]:
+    """128 pictures (all, of fewer) and a caption of each, the same ones for every model.
+
+    Args:
+        captions: those of each picture.
+    """
+    chosen = choose(len(captions), min(CAPTIONS, len(captions)), "retrieval")
+    return chosen, [captions[index][0] for index in chosen]
 
 
 def prompt_retrieval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, InvalidOperation
 
 from matryoshka_diffusion.config import UsageError
@@ -34,9 +35,9 @@ def _range(part: str, text: str) -> list[Decimal]:
     first, last, step = ends
     if step <= 0 or last < first:
         raise UsageError(f"{text!r}: a range goes up from FIRST to LAST in steps above 0")
+    if last - first >= MOST * step:  # before a division, whose result may have too many digits
+        raise UsageError(f"{text!r}: this is more than {MOST:,} values")
     count = int((last - first) // step) + 1
-    if count > MOST:
-        raise UsageError(f"{text!r}: {count:,} values are more than {MOST:,}")
     return [first + number * step for number in range(count)]
 
 
@@ -45,6 +46,6 @@ def _decimal(text: str, whole: str) -> Decimal:
         number = Decimal(text.strip())
     except InvalidOperation:
         number = Decimal("nan")
-    if not number.is_finite():
+    if not (number.is_finite() and math.isfinite(number)):  # as a float, which it becomes
         raise UsageError(f"{whole!r}: {text!r} is no number; give 1,2,5 or FIRST:LAST:STEP")
     return number

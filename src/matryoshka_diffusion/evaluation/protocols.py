@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.captions import CaptionError, clean, lines, texts_of
-from matryoshka_diffusion.eval.report import choose
-from matryoshka_diffusion.eval.retrieval import CAPTIONS
+from matryoshka_diffusion.eval.retrieval import choose_captions
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.rng import stream
 
@@ -75,8 +74,12 @@ def unconditional() -> Conditions:
 
 
 def captions_in_turn(source: Source) -> Conditions:
-    """The first caption of each picture in a shuffled order, over and over; see `_shuffled`."""
-    texts = [captions[0] for captions in source.captions or ()]
+    """The first caption of each picture in a shuffled order, over and over; see `_shuffled`.
+
+    Raises:
+        UsageError: the source has no captions.
+    """
+    texts = [captions[0] for captions in _captions_of(source)]
     name, order = f"the captions of {source.name}, shuffled", _shuffled(len(texts))
     return Conditions(name, _hash(texts), caption=lambda i: texts[order[i % len(order)]])
 
@@ -86,11 +89,19 @@ def labels_in_turn(source: Source) -> Conditions:
 
     Classes are known by decoding their pictures, so the identity has those of 4,096 pictures
     spread evenly (of all of a smaller set), and every key.
+
+    Raises:
+        UsageError: the source has no classes.
     """
+    if not source.classes:
+        raise UsageError(
+            f"{source.name} has no classes to ask for: put its pictures into a folder for each, or "
+            "ask for random ones (--protocol imagenet50k)"
+        )
 
     def of_picture(index: int) -> int:
         found = source[index].label
-        assert found is not None, "a model of classes was trained on a source that has them"
+        assert found is not None, "of a source with classes, each picture is of one"
         return found
 
     some = [str(of_picture(index)) for index in spread(len(source))]
@@ -123,14 +134,29 @@ def random_labels(classes: int) -> Conditions:
 
 
 def retrieval_captions(source: Source) -> Conditions:
-    """128 captions (all, of a smaller source), the same ones for every model of this source."""
-    count = min(CAPTIONS, len(source))
-    indices = [int(index) for index in choose(len(source), count, "retrieval")]
-    texts = [(source.captions or ())[index][0] for index in indices]
-    name = f"{count} captions of {source.name}"
+    """128 captions (all, of a smaller source), the same ones for every model of this source.
+
+    Raises:
+        UsageError: the source has no captions.
+    """
+    indices, texts = choose_captions(_captions_of(source))
     return Conditions(
-        name, _hash(texts), caption=texts.__getitem__, limit=count, pictures=tuple(indices)
+        f"{len(texts)} captions of {source.name}",
+        _hash(texts),
+        caption=texts.__getitem__,
+        limit=len(texts),
+        pictures=tuple(indices.tolist()),
     )
+
+
+def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:
+    """Those of each picture. Raises UsageError if there are none."""
+    if not source.captions:
+        raise UsageError(
+            f"{source.name} has no captions to ask for: add NAME.txt beside NAME.png or a "
+            "metadata.jsonl, or, for all metrics but retrieval, name a file of them (--captions)"
+        )
+    return source.captions
 
 
 def captions_of_file(path: Path) -> Conditions:

@@ -88,6 +88,11 @@ def request(
             f"--protocol coco30k compares with pictures of COCO, not with those that {config.name} "
             "was trained on: name them, --ref val2014"
         )
+    if reference is not None and not compares:
+        raise UsageError(
+            f"--ref {reference}: none of {', '.join(asked.metrics)} compares with it; leave it "
+            "away, or name a metric that does (--metrics fd)"
+        )
     if networks is not None:
         load(asked.metrics, networks)
     conditional = config.model.text is not None or bool(config.model.classes)

@@ -34,7 +34,8 @@ class Result:
         frames: of each, where they are clips; None for pictures.
         words: the whole number for people, where it has a sentence of its own.
         flags: what is wrong with all numbers of this model; in `metric`, too.
-        weights: a hash of the model's weights; empty for pictures.
+        weights: a hash of the model's weights, of a cascade "<upsampler's> after <base's>"; empty
+            for pictures.
         conditions: what the samples were asked to show.
         reference: what they were compared with; empty where they are not compared.
         reference_count: of how many pictures; None where nobody says.
@@ -83,8 +84,9 @@ class Result:
     def provenance(self) -> str:
         """One line that says where the number is from."""
         settings = {name: value for name, value in self.sampling.items() if value is not None}
+        weights = " ".join(word[:16] for word in self.weights.split())
         parts = [
-            self.of + (f" (weights {self.weights[:16]})" if self.weights else ""),
+            self.of + (f" (weights {weights})" if weights else ""),
             self.conditions,
             f"reference {self.reference}" if self.reference else "",
             f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"

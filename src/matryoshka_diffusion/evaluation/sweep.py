@@ -64,6 +64,11 @@ class Point:
     results: tuple[Result, ...]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the values that are settings of a sampler."""
+        return {name: value for name, value in self.values.items() if name != EMA}
+
+    @property
     def quality(self) -> Result:
         """The number that decides: the first one."""
         return self.results[0]
@@ -84,19 +89,23 @@ def sweep(
         measure: the numbers of a model with these settings.
         progress: called with (points done, points in all).
     """
-    lengths = axes.get(EMA, [None])
-    rest = {name: values for name, values in axes.items() if name != EMA}
-    combinations = [dict(zip(rest, one, strict=True)) for one in itertools.product(*rest.values())]
+    lengths, all_settings = axes.get(EMA, [None]), combinations(axes)
     points = []
     for length in lengths:
         model = open_model(length)
-        for settings in combinations:
+        for settings in all_settings:
             values = settings if length is None else {EMA: length, **settings}
             cost = model.evaluations(settings)
             points.append(Point(values, cost, tuple(measure(model, settings))))
             if progress is not None:
-                progress(len(points), len(lengths) * len(combinations))
+                progress(len(points), len(lengths) * len(all_settings))
     return points
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of the axes that are settings of a sampler."""
+    rest = {name: values for name, values in axes.items() if name != EMA}
+    return [dict(zip(rest, one, strict=True)) for one in itertools.product(*rest.values())]
 
 
 def averaged(

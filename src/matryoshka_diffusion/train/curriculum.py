@@ -45,6 +45,10 @@ class Step(NamedTuple):
         """Images seen after the step."""
         return self.first + self.count
 
+    def passes(self, every: int) -> bool:
+        """Whether the step reaches or passes a multiple of `every` images."""
+        return self.end // every > self.first // every
+
 
 def steps(train: TrainConfig, images_seen: int = 0) -> Iterator[Step]:
     """The steps from `images_seen` to the end of the run."""

@@ -31,7 +31,7 @@ MARGIN = 1.05
 """Channels last is chosen if it is faster by more than this: a tie must not be decided by noise."""
 
 
-def resolve_layout(config: RunConfig, device: torch.device) -> Layout:
+def resolve_layout(config: RunConfig, device: torch.device, ranks: int = 1) -> Layout:
     """`auto` is what `seconds_per_pass` finds faster; on a CPU it is NCHW without looking.
 
     There NCHW is much faster in bf16 and about even in fp32 (docs/performance.md), and numbers that
@@ -43,7 +43,7 @@ def resolve_layout(config: RunConfig, device: torch.device) -> Layout:
     if device.type == "cpu":
         return "nchw"
     try:
-        seconds = seconds_per_pass(config, device)
+        seconds = seconds_per_pass(config, device, ranks)
     except torch.OutOfMemoryError:
         return "nchw"
     finally:
@@ -66,15 +66,17 @@ def arranged(x: Pyramid, layout: Layout) -> Pyramid:
     )
 
 
-def seconds_per_pass(config: RunConfig, device: torch.device) -> dict[Layout, float]:
+def seconds_per_pass(
+    config: RunConfig, device: torch.device, ranks: int = 1
+) -> dict[Layout, float]:
     """Time of a forward and backward pass of the whole nest in each layout.
 
     The layouts take turns, so that what else the machine does falls on both; medians of a few. It
     is one network that is laid out in turn, with the run's recomputation and no more rows than a
-    micro-batch has: what fits for training fits here.
+    micro-batch of one of the `ranks` has: what fits for training fits here.
     """
     train = config.train
-    rows = min(ROWS, -(-train.stages[-1].batch_size // train.accumulate))
+    rows = min(ROWS, -(-train.stages[-1].batch_size // (ranks * train.accumulate)))
     net = NestedUNet(config.model)
     net.recompute(train.recompute)
     given = random_inputs(config.model, rows, device)
@@ -126,5 +128,7 @@ def random_inputs(
         labels=torch.zeros(rows, dtype=torch.long) if model.classes else None,
         tokens=torch.randn(rows, TOKENS, text.features, generator=draw) if text else None,
         micro={name: torch.ones(rows) for name in model.micro_names},
+        image=z[0] if model.coarse else None,
+        image_t=torch.ones(rows) if model.coarse else None,
     )
     return z, torch.rand(rows, generator=draw).to(device), cond.to(device)

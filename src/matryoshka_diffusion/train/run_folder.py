@@ -36,7 +36,7 @@ def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 
         begun = _with_codec_of(begun, asked)
         _check_same_run(folder, begun, asked)
     refuse_foreign(folder)
-    config = resolved(begun or asked, device)
+    config = resolved(begun or asked, device, ranks)
     if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
@@ -60,10 +60,10 @@ DECIDED_AT_START = ("precision", "layout")
 """The keys of `train` that may be `auto`."""
 
 
-def resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with what `auto` left open decided for this device."""
+def resolved(config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
+    """The config with what `auto` left open decided for so many of this device."""
     config = _with(config, precision=resolve_precision(config.train.precision, device))
-    return _with(config, layout=resolve_layout(config, device))
+    return _with(config, layout=resolve_layout(config, device, ranks))
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:

@@ -211,7 +211,7 @@ class Run:
         self._entries.append(entry)
         if entry.outcome.culprits and self.world.leads:
             warnings.warn(_why_skipped(entry), stacklevel=2)
-        if entry.step.ends_stage or _passes(entry.step, self.config.train.log_every_images):
+        if entry.step.ends_stage or entry.step.passes(self.config.train.log_every_images):
             self._close_line()
 
     def _close_line(self) -> None:
@@ -230,14 +230,14 @@ class Run:
     def keep_averages(self, step: Step) -> None:
         """Write a snapshot of the power-function averages, if there are any and it is time."""
         train = self.config.train
-        if step.end == train.images or _passes(step, train.ema_snapshot_interval):
+        if step.end == train.images or step.passes(train.ema_snapshot_interval):
             state = gathered(self.learner.tracks.state(), self.world)
             self.world.once(lambda: write_snapshot(self.folder / "ema", state, step.end))
 
     def call(self, hooks: Sequence[Hook], step: Step) -> None:
         """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
         ends = step.end == self.config.train.images
-        due = [hook for every, hook in hooks if every and (ends or _passes(step, every))]
+        due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
         if not due:
             return
         learner, error = self.learner, None
@@ -268,7 +268,7 @@ class Run:
     def should_save(self, step: Step) -> bool:
         """True at every interval and at the end of the run."""
         train = self.config.train
-        return step.end == train.images or _passes(step, train.checkpoint_every_images)
+        return step.end == train.images or step.passes(train.checkpoint_every_images)
 
     def save(self) -> Path:
         """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
@@ -326,8 +326,3 @@ def _refuse_lost_weights(config: RunConfig, folder: Path) -> None:
         raise checkpoint.CheckpointError(
             f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
         )
-
-
-def _passes(step: Step, every: int) -> bool:
-    """Whether the step reaches or passes a multiple of `every` images."""
-    return step.end // every > step.first // every
