@@ -648,13 +648,15 @@ def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
     """The paper's pattern for a level with more frames: one width, attention over frames at each.
 
     Around S64, for 16 frames, it is MDM-S64T16 (Appendix A). The schedule's shift there is 4 at
-    the same side: the root of the factor in numbers, as that of a level finer in space is.
+    the same side: the root of the factor in numbers, as that of a level finer in space is. So 16
+    frames have a quarter of the signal to noise, whatever the power of the finest level's shift.
 
     Raises:
         ConfigError: `frames` is no power of two times those of the finest level (1 of a picture).
     """
     halvings = _halvings("--frames", frames, finest.frames or 1)
-    blocks = finest.blocks[0]
+    blocks, power = finest.blocks[0], finest.shift_power
+    root = 2 ** (halvings / 2 / power) if power else 1.0  # a power of 0 shifts nothing
     return LevelConfig(
         side=finest.side,
         frames=frames,
@@ -666,8 +668,8 @@ def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
         heads=finest.heads,
         patch=finest.patch,
         micro=finest.micro,
-        shift_ratio=finest.shift_ratio * 2 ** (halvings / 2),
-        shift_power=finest.shift_power,
+        shift_ratio=finest.shift_ratio * root,
+        shift_power=power,
     )
 
 
