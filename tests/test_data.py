@@ -11,6 +11,7 @@ import struct
 import threading
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded as decoded_module
 from matryoshka_diffusion.data import folder as folder_module
 from matryoshka_diffusion.data import idx
-from matryoshka_diffusion.data.batch import Pictures, Source, to_float, to_uint8
+from matryoshka_diffusion.data.batch import Pictures, Source, read_all, to_float, to_uint8
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.decoded import decode_once
 from matryoshka_diffusion.data.film import open_film
@@ -80,6 +81,17 @@ def test_bytes_survive_the_way_to_numbers_and_back():
 def test_numbers_are_rounded_and_clamped():
     x = torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1])
     assert to_uint8(x).tolist() == [0, 255, 1, 0]
+
+
+@pytest.mark.parametrize(("frames", "sizes"), [((), [64, 64, 2]), ((30,), [2] * 65)])
+def test_all_is_read_64_pictures_or_frames_at_a_time(frames, sizes, monkeypatch):
+    source = replace(toy(130), array=np.zeros((130, *frames, 4, 4, 3), np.uint8))
+    read, many = [], Pictures.many
+    monkeypatch.setattr(
+        Pictures, "many", lambda self, rows: read.append(len(rows)) or many(self, rows)
+    )
+    assert [example.key for example in read_all(source, range(130))] == source.keys
+    assert read == sizes
 
 
 # --- the loader ------------------------------------------------------------------------------
