@@ -31,6 +31,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
 from matryoshka_diffusion.data.split import Part, split
 from matryoshka_diffusion.evaluation.shrunk import Shrunk, shrink
+from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution
 
@@ -165,6 +166,19 @@ def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
     assert len(source.quarantine.state()) == 2
     with pytest.warns(match="3 frames"), pytest.raises(ValueError, match="cannot be used"):
         opened(tmp_path, max_bad_fraction=0.2).many(range(6))
+
+
+def test_a_video_that_cannot_be_read_now_is_not_bad(tmp_path):
+    """Nobody stands in for it, and no checkpoint remembers it."""
+    for number in range(3):
+        animate(tmp_path / f"{number}.webp", steps(9))
+    source = opened(tmp_path, max_bad_fraction=0.5)
+    (tmp_path / "1.webp").rename(tmp_path / "away")
+    with pytest.raises(UnreadableError, match=r"1\.webp: No such file"):
+        source.many([0, 1])
+    (tmp_path / "away").rename(tmp_path / "1.webp")
+    assert source[1].key == "1.webp"
+    assert not source.bad
 
 
 def test_data_check_lists_bad_clips(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 import struct
 import time
@@ -21,6 +23,7 @@ from matryoshka_diffusion.data.clips import ClipDecoder, open_video
 from matryoshka_diffusion.data.containers import Container
 from matryoshka_diffusion.data.frames import Deadline, Times, resampled
 from matryoshka_diffusion.data.images import PictureError, read_picture
+from matryoshka_diffusion.files import UnreadableError
 
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "webp", "gif")
 
@@ -390,8 +393,25 @@ def test_nothing_is_no_video(tmp_path):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(PictureError, match="it is empty"):
         shown(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_trouble_of_the_system_is_no_verdict_on_a_file(videos, suffix, monkeypatch):
+    """The disk gives up in the middle; but a place that no file has is what a damaged one names."""
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            if self.tell():
+                raise OSError(code, os.strerror(code))
+            return super().read(min(size, 16) if size > 0 else size)
+
+    monkeypatch.setattr(clips, "open", lambda path, _: Failing(path), raising=False)
+    code = errno.EIO
+    with pytest.raises(UnreadableError, match=f"cannot read {videos[suffix]}: Input/output error"):
+        shown(videos[suffix])
+    code = errno.EINVAL
     with pytest.raises(PictureError, match="corrupt or truncated"):
-        shown(tmp_path / "gone.mp4")
+        shown(videos[suffix])
 
 
 def test_sound_alone_is_no_video(tmp_path):
