@@ -441,6 +441,17 @@ def test_a_file_that_was_cut_off_says_so(moving, videos, suffix, tmp_path):
         shown(data[: len(data) * 2 // 3], 0.999)
 
 
+def test_a_gif_is_whole_up_to_its_last_byte(tmp_path):
+    """Although what is left would do: the file would be another clip after a second download."""
+    whole = animate(tmp_path / "a.gif", noise(12)).read_bytes()
+    clip = decoder()(whole, "key", 0.5).pixels
+    for end in (*range(len(whole) // 2, len(whole), 97), len(whole) - 1):
+        with pytest.raises(PictureError, match="truncated: the end marker of a GIF is missing"):
+            decoder()(whole[:end], "key", 0.5)
+    for more in (b"\0\0", b"\n", b"what a server has put there"):
+        assert (decoder()(whole + more, "key", 0.5).pixels == clip).all()
+
+
 def test_a_frame_that_cannot_be_decoded_is_missed(moving, monkeypatch):
     whole = Container._numbered
 

@@ -47,7 +47,7 @@ _HEAD = 12
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
 _ENDLESS = 2**32 - 1
 _UNKNOWN = f"no {VIDEOS.formats}, or damaged at its start"
-_VERSION = 2  # to be raised when the same file would give another clip
+_VERSION = 3  # to be raised when the same file would give another clip
 
 
 @dataclass(frozen=True)
