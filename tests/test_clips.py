@@ -471,6 +471,9 @@ def test_a_folder_of_videos_is_recognised(tmp_path):
     (tmp_path / "videos" / "old.tar").touch()
     assert kind_of(str(tmp_path / "videos")) == "clips"
     assert kind_of(str(tmp_path)) == "folder"
+    for hidden in ("._a.png", ".thumbnails/a.png"):  # as training passes it over, too
+        (tmp_path / "videos" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "videos" / hidden).touch()
     found = with_source(override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"']))
     assert found.data.source == "clips"
 
