@@ -129,6 +129,8 @@ def test_what_lies_beside_videos_is_passed_over(tmp_path):
         source = opened(path, clip="start")
         assert (list(source.keys), source.bad) == (keys, ())
         assert [numbers(source[n].picture) for n in range(2)] == [[0, 2, 4, 6]] * 2
+    (tmp_path / "in" / "a.mp4").unlink()  # what is left beside the shard may be a preview of it
+    assert list(opened(tmp_path, clip="start").keys) == ["old.tar:a", "old.tar:b"]
 
 
 def test_a_folder_without_videos_says_what_to_put_there(tmp_path):
