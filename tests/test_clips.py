@@ -21,6 +21,7 @@ from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
 from matryoshka_diffusion.data import clips as clips_module
+from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.clips import clip_decoder
@@ -369,6 +370,14 @@ def test_shards_hold_clips(folder, tmp_path, clip):
     cuts = [Cut(start=0.4 if clip == "random" else None)] * 4
     for a, b in zip(source.many(range(4), cuts), same.many(range(4), cuts), strict=True):
         assert (a.picture == b.picture).all()
+
+
+def test_shards_of_pictures_are_told_that_a_model_of_clips_wants_videos(tmp_path):
+    path = packed(tmp_path / "a.tar", {"0.png": b"a picture"})
+    with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames, as .* of videos"):
+        opened(path)
+    with pytest.raises(NoneUsable, match="none is left to learn from$"):
+        opened(path, None)
 
 
 def test_a_shard_may_be_read_for_its_pictures_or_for_its_clips(folder, tmp_path):

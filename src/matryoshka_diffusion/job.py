@@ -364,8 +364,8 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         raise ConfigError(_other_frames(config, source))
     if model.text is not None and not has_captions:
         raise ConfigError(
-            f"model.text is set, but {source.name} has no captions: add NAME.txt beside NAME.png "
-            "or a metadata.jsonl"
+            f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
+            "file NAME.* or a metadata.jsonl"
         )
     if model.classes and model.classes != len(source.classes):
         raise ConfigError(
