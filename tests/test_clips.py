@@ -376,7 +376,7 @@ def test_shards_of_pictures_are_told_that_a_model_of_clips_wants_videos(tmp_path
     path = packed(tmp_path / "a.tar", {"0.png": b"a picture"})
     with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames, as .* of videos"):
         opened(path)
-    with pytest.raises(NoneUsable, match="none is left to learn from$"):
+    with pytest.raises(NoneUsable, match=r"none is left to learn from$"):
         opened(path, None)
 
 

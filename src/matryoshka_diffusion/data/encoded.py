@@ -56,9 +56,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
         OSError: the cache cannot be written.
     """
     if not catalogue.samples:
-        raise ValueError(
-            f"{catalogue.name} holds no sample: name data that does (--data, data.path)"
-        )
+        raise ValueError(f"{catalogue.name} holds no sample: name other data (--data, data.path)")
     samples = judged(catalogue.samples, catalogue.classes)
     bad = [BadFile(x.key, x.flaw, x.offset) for x in samples if x.flaw]
     refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
