@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.baselines.load import Model
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.batch import Source, read_all
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, choose, demo_sheet
 from matryoshka_diffusion.eval.retrieval import CAPTIONS, SEED, Retrieval, prompt_retrieval
 from matryoshka_diffusion.pipeline import Progress
@@ -33,7 +33,7 @@ def retrieval(
     indices = choose(len(source), min(CAPTIONS, len(source)), "retrieval")
     prompts = [source[int(index)].captions[0] for index in indices]
     samples = model.sample(prompts, seed=SEED, progress=progress, **settings)
-    return prompt_retrieval(samples.pictures, indices, all_pictures(source))
+    return prompt_retrieval(samples.levels[-1], indices, all_pictures(source))
 
 
 def sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
@@ -53,6 +53,6 @@ def sheet(model: Model, source: Source, *, progress: Progress | None = None) -> 
     return demo_sheet(samples.levels, prompts, [*real, *[None] * len(UNSEEN_PROMPTS)], title=title)
 
 
-def all_pictures(source: Source) -> UInt8[np.ndarray, "n h w c"]:
-    """Every picture of a source."""
-    return np.stack([source[index].picture for index in range(len(source))])
+def all_pictures(source: Source) -> UInt8[np.ndarray, "n *frames h w c"]:
+    """Every picture or clip of a source."""
+    return np.stack([example.picture for example in read_all(source, range(len(source)))])
