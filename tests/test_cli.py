@@ -66,6 +66,20 @@ def test_sample_writes_pictures_a_grid_and_all_levels_with_their_settings(model,
         assert (model / "samples" / name / "grid.png").is_file()
 
 
+def test_guidance_is_one_weight_or_one_for_each_level(model, tmp_path, capsys):
+    asked = ["sample", str(model), "--class", "dog", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    for text, weights in (("3", [3.0]), ("3,1", [3.0, 1.0])):
+        assert cli.main([*asked, "--cfg", text]) == 0
+        with Image.open(tmp_path / "a.png") as picture:
+            assert json.loads(picture.info[SETTINGS_KEY])["guidance"] == weights
+    capsys.readouterr()
+    assert cli.main([*asked, "--cfg", "3,1,2"]) != 0
+    assert "sampling.guidance has 3 entries; give 1 or 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*asked, "--cfg", "3;1"])
+    assert "'3;1' is no number, nor one for each level" in capsys.readouterr().err
+
+
 def test_a_grid_has_a_row_for_each_caption_and_breaks_long_ones():
     pictures = np.zeros((20, 8, 8, 3), np.uint8)
     captions = ("a",) * 10 + ("b",) * 10

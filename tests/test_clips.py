@@ -21,6 +21,7 @@ from matryoshka_diffusion import cli, job
 from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
 from matryoshka_diffusion.data import clips as clips_module
+from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.clips import clip_decoder
@@ -31,6 +32,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
 from matryoshka_diffusion.data.split import Part, split
 from matryoshka_diffusion.evaluation.shrunk import Shrunk, shrink
+from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution
 
@@ -128,6 +130,8 @@ def test_what_lies_beside_videos_is_passed_over(tmp_path):
         source = opened(path, clip="start")
         assert (list(source.keys), source.bad) == (keys, ())
         assert [numbers(source[n].picture) for n in range(2)] == [[0, 2, 4, 6]] * 2
+    (tmp_path / "in" / "a.mp4").unlink()  # what is left beside the shard may be a preview of it
+    assert list(opened(tmp_path, clip="start").keys) == ["old.tar:a", "old.tar:b"]
 
 
 def test_a_folder_without_videos_says_what_to_put_there(tmp_path):
@@ -165,6 +169,19 @@ def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
     assert len(source.quarantine.state()) == 2
     with pytest.warns(match="3 frames"), pytest.raises(ValueError, match="cannot be used"):
         opened(tmp_path, max_bad_fraction=0.2).many(range(6))
+
+
+def test_a_video_that_cannot_be_read_now_is_not_bad(tmp_path):
+    """Nobody stands in for it, and no checkpoint remembers it."""
+    for number in range(3):
+        animate(tmp_path / f"{number}.webp", steps(9))
+    source = opened(tmp_path, max_bad_fraction=0.5)
+    (tmp_path / "1.webp").rename(tmp_path / "away")
+    with pytest.raises(UnreadableError, match=r"1\.webp: No such file"):
+        source.many([0, 1])
+    (tmp_path / "away").rename(tmp_path / "1.webp")
+    assert source[1].key == "1.webp"
+    assert not source.bad
 
 
 def test_data_check_lists_bad_clips(tmp_path, capsys):
@@ -355,6 +372,14 @@ def test_shards_hold_clips(folder, tmp_path, clip):
         assert (a.picture == b.picture).all()
 
 
+def test_shards_of_pictures_are_told_that_a_model_of_clips_wants_videos(tmp_path):
+    path = packed(tmp_path / "a.tar", {"0.png": b"a picture"})
+    with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames, as .* of videos"):
+        opened(path)
+    with pytest.raises(NoneUsable, match=r"none is left to learn from$"):
+        opened(path, None)
+
+
 def test_a_shard_may_be_read_for_its_pictures_or_for_its_clips(folder, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     members = {
@@ -457,6 +482,9 @@ def test_a_folder_of_videos_is_recognised(tmp_path):
     (tmp_path / "videos" / "old.tar").touch()
     assert kind_of(str(tmp_path / "videos")) == "clips"
     assert kind_of(str(tmp_path)) == "folder"
+    for hidden in ("._a.png", ".thumbnails/a.png"):  # as training passes it over, too
+        (tmp_path / "videos" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "videos" / hidden).touch()
     found = with_source(override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"']))
     assert found.data.source == "clips"
 

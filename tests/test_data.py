@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import struct
 import threading
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from PIL import Image, ImageFile, PngImagePlugin
 from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded as decoded_module
 from matryoshka_diffusion.data import folder as folder_module
-from matryoshka_diffusion.data import idx
-from matryoshka_diffusion.data.batch import Pictures, Source, to_float, to_uint8
+from matryoshka_diffusion.data import idx, images
+from matryoshka_diffusion.data.batch import Pictures, Source, read_all, to_float, to_uint8
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.decoded import decode_once
 from matryoshka_diffusion.data.film import open_film
@@ -34,6 +36,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.openmoji import openmoji
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.data.store import look_ahead, stored_pictures
+from matryoshka_diffusion.files import UnreadableError
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
@@ -80,6 +83,17 @@ def test_bytes_survive_the_way_to_numbers_and_back():
 def test_numbers_are_rounded_and_clamped():
     x = torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1])
     assert to_uint8(x).tolist() == [0, 255, 1, 0]
+
+
+@pytest.mark.parametrize(("frames", "sizes"), [((), [64, 64, 2]), ((30,), [2] * 65)])
+def test_all_is_read_64_pictures_or_frames_at_a_time(frames, sizes, monkeypatch):
+    source = replace(toy(130), array=np.zeros((130, *frames, 4, 4, 3), np.uint8))
+    read, many = [], Pictures.many
+    monkeypatch.setattr(
+        Pictures, "many", lambda self, rows: read.append(len(rows)) or many(self, rows)
+    )
+    assert [example.key for example in read_all(source, range(130))] == source.keys
+    assert read == sizes
 
 
 # --- the loader ------------------------------------------------------------------------------
@@ -569,7 +583,7 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, form):
 
 
 def test_a_file_that_is_gone_cannot_be_read(tmp_path):
-    with pytest.raises(PictureError, match="cannot be read"):
+    with pytest.raises(UnreadableError, match=rf"cannot read {tmp_path}/a\.png: No such file"):
         read_picture(tmp_path / "a.png", 16)
 
 
@@ -796,6 +810,20 @@ def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     picture_folder(tmp_path, 8, 0.5)
     assert len(decoded) == 9
     assert (first[0].picture == RED).all()  # what is open stays as it was
+
+
+def test_what_the_system_cannot_read_is_asked_for_again(tmp_path, monkeypatch):
+    """It is an error that names the file, not one of the cache that was being written."""
+    path = picture(tmp_path / "a.png")
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "open", fails, raising=False)
+        with pytest.raises(UnreadableError, match=f"cannot read {path}: Too many open files"):
+            picture_folder(tmp_path, 16, 1.0)
+    assert picture_folder(tmp_path, 16, 0.0).keys == ["a.png"]
 
 
 def test_old_states_of_a_folder_leave_the_cache(tmp_path, monkeypatch):

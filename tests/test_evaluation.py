@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation import measures, results, run, store
 from matryoshka_diffusion.evaluation.measures import METRICS, parse_metrics, thousands
-from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown
+from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, fingerprint
 from matryoshka_diffusion.evaluation.protocols import (
     captions_in_turn,
     labels_in_turn,
@@ -34,6 +35,7 @@ from matryoshka_diffusion.evaluation.references import of_source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate, find_networks
 from matryoshka_diffusion.evaluation.store import Store
+from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.posthoc import average_of
 from ranks import ROOT, start_ranks
@@ -69,6 +71,12 @@ def test_streamed_numbers_are_those_of_all_samples_in_memory(whole):
     assert distance.value == pytest.approx(expected, rel=1e-9)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
     assert len(np.unique(look(samples.pictures), axis=0)) == SAMPLES
+
+
+def test_features_are_kept_for_the_keys_and_the_bytes_of_pictures():
+    known = source()
+    hashes = [hashlib.sha256(known[i].picture.tobytes()).hexdigest() for i in range(len(known))]
+    assert fingerprint(known) == digest("\n".join([*known.keys, *hashes]))
 
 
 def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):

@@ -13,8 +13,9 @@ from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.pipeline import Samples
 
 
-def source(count=40, captions=None):
-    pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+def source(count=40, captions=None, frames=()):
+    shape = (count, *frames, 16, 16, 3)
+    pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     texts = captions or [f"picture {i}" for i in range(count)]
     return Pictures("test", pictures, range(count), texts, [16] * count, [(c,) for c in texts])
 
@@ -33,11 +34,11 @@ class Recall:
         return SimpleNamespace(steps=settings.get("steps", 1))
 
     def sample(self, prompts, *, seed=0, progress=None, **settings):
-        black = np.zeros((16, 16, 3), np.uint8)
+        black = np.zeros_like(next(iter(self.known.values())))
         pictures = np.stack(
             [black if p in self.misses else self.known.get(p, black) for p in prompts]
         )
-        coarse = pictures[:, ::2, ::2]
+        coarse = pictures.reshape(len(pictures), -1, 16, 16, 3)[:, 0, ::2, ::2]  # the first frame
         return Samples((coarse, pictures), tuple(prompts), tuple(range(len(prompts))), {})
 
 
@@ -55,8 +56,9 @@ def _unchecked(monkeypatch):
         monkeypatch.setattr(measure, name, function)
 
 
-def test_retrieval_asks_for_captions_and_counts_what_comes_back():
-    known = source()
+@pytest.mark.parametrize("frames", [(), (4,)])
+def test_retrieval_asks_for_captions_and_counts_what_comes_back(frames):
+    known = source(frames=frames)
     assert measure.retrieval(recall(known), known).first == 1.0
     missed = measure.retrieval(recall(known, misses=["picture 3", "picture 5"]), known)
     assert missed.count == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from matryoshka_diffusion.data.images import PICTURES, read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.shards import sharded, shards
 from matryoshka_diffusion.data.sources import absolute, kind_of, open_source
-from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.files import MissingExtra, UnreadableError
 
 COLOURS = [(200, 30, 40), (10, 180, 60), (20, 40, 220), (240, 240, 20), (90, 0, 90), (1, 2, 3)]
 Parts = list[tuple[str, bytes]]
@@ -220,7 +221,7 @@ def test_missing_and_compressed_shards_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"0\.tar\.gz: shards are plain \.tar files"):
         shards(f"{tmp_path}/0.tar.gz", 16, 1.0)
     write(tmp_path / "none.tar", [])
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match=r"holds no sample: name .*--data"):
         shards(f"{tmp_path}/none.tar", 16, 1.0)
 
 
@@ -561,6 +562,20 @@ def test_a_set_on_demand_is_indexed_like_a_sequence(tmp_path, on_demand):
     assert source[-1].key == "s.tar:00002"
     with pytest.raises(IndexError):
         source[3]
+
+
+def test_a_shard_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """And not the file of the cache that its pictures were being written to."""
+    path = write(tmp_path / "s.tar", captioned(3))
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "_all_of", fails)
+        with pytest.raises(UnreadableError, match=f"cannot read {path}: Input/output error"):
+            shards(str(path), 16, 0.0)
+    assert len(shards(str(path), 16, 0.0)) == 3
 
 
 def test_a_shard_that_shrinks_later_is_bad_data(tmp_path, on_demand):

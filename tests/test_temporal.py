@@ -15,7 +15,7 @@ from matryoshka_diffusion.nn import temporal
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
-from matryoshka_diffusion.presets import s64, t16, t16s256
+from matryoshka_diffusion.presets import preset, s64, t16, t16s256
 from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
 
 ROWS, FRAMES = 3, 4
@@ -79,6 +79,18 @@ def test_16_frames_around_s64_are_the_papers_s64t16():
     assert level.frame_attention == (1, 1, 1, 1, 0)
     assert (level.side, level.core_side, level.core_frames) == (64, 64, 1)
     assert (level.shift_ratio, level.shift_power) == (4.0, 1.0)
+
+
+def test_more_frames_shift_the_schedule_alike_whatever_its_power():
+    """16 frames quarter the signal to noise; a power of 0 shifts nothing."""
+    still, clip = preset("emoji-video").model.levels
+    grown = next_frames(still, 16)
+    assert (grown.shift_ratio, grown.shift_power) == (clip.shift_ratio, clip.shift_power)
+    for power in (0.5, 1.0, 2.0):
+        level = next_frames(PICTURE.model_copy(update={"shift_power": power}), 16)
+        assert (level.shift_ratio / PICTURE.shift_ratio) ** power == pytest.approx(4.0)
+    unshifted = PICTURE.model_copy(update={"shift_power": 0.0})
+    assert next_frames(unshifted, 16).shift_ratio == PICTURE.shift_ratio
 
 
 def test_256_pixels_around_s64t16_are_the_papers_s64t16s256():

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from filming import animate, steps
 from matryoshka_diffusion import job, pipeline
 from matryoshka_diffusion.config import (
     ConfigError,
+    LevelConfig,
     LoraConfig,
     RunConfig,
     StageConfig,
@@ -230,6 +233,29 @@ def test_a_run_grown_in_time_is_trained_on_the_videos_it_was_given(
     assert config.data.path == str(tmp_path / "films")
     assert config.data.frame_stride == 2
     assert job.find_config(str(tmp_path / "run"), None, []) == config
+
+
+@pytest.mark.parametrize("before", ["shards", "parquet", "clips", "openmoji"])
+def test_new_data_of_a_grown_run_is_what_lies_there(image_run: Path, tmp_path: Path, before: str):
+    """Not what the old run was trained on, unless somebody says so."""
+    model = Matryoshka.load(image_run)
+    config = override(model.config, [f"data.source={before}", "data.path=/old"])
+    export_weights(tmp_path / "model", model.net.state_dict(), config)
+    (tmp_path / "stills").mkdir()
+    Image.fromarray(steps(1)[0]).save(tmp_path / "stills" / "a.png")
+    animate(tmp_path / "films" / "a.webp", steps(FRAMES))
+
+    def source(finer: partial[LevelConfig], data: str, *changes: str) -> str:
+        out = tmp_path / f"on {data}{changes}"
+        grown = job.grow_run(
+            str(tmp_path / "model"), finer, out, changes, data=str(tmp_path / data)
+        )
+        return grown.data.source
+
+    longer = partial(job.next_frames, frames=FRAMES)
+    assert source(partial(job.next_level, side=16), "stills") == "folder"
+    assert source(longer, "films") == "clips"
+    assert source(longer, "films", "data.source=fluent-emoji") == "fluent-emoji"
 
 
 def test_a_run_on_pictures_is_not_grown_in_time_without_videos(image_run: Path, tmp_path: Path):

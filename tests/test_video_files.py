@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 import struct
 import time
@@ -21,6 +23,7 @@ from matryoshka_diffusion.data.clips import ClipDecoder, open_video
 from matryoshka_diffusion.data.containers import Container
 from matryoshka_diffusion.data.frames import Deadline, Times, resampled
 from matryoshka_diffusion.data.images import PictureError, read_picture
+from matryoshka_diffusion.files import UnreadableError
 
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "webp", "gif")
 
@@ -390,8 +393,25 @@ def test_nothing_is_no_video(tmp_path):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(PictureError, match="it is empty"):
         shown(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_trouble_of_the_system_is_no_verdict_on_a_file(videos, suffix, monkeypatch):
+    """The disk gives up in the middle; but a place that no file has is what a damaged one names."""
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            if self.tell():
+                raise OSError(code, os.strerror(code))
+            return super().read(min(size, 16) if size > 0 else size)
+
+    monkeypatch.setattr(clips, "open", lambda path, _: Failing(path), raising=False)
+    code = errno.EIO
+    with pytest.raises(UnreadableError, match=f"cannot read {videos[suffix]}: Input/output error"):
+        shown(videos[suffix])
+    code = errno.EINVAL
     with pytest.raises(PictureError, match="corrupt or truncated"):
-        shown(tmp_path / "gone.mp4")
+        shown(videos[suffix])
 
 
 def test_sound_alone_is_no_video(tmp_path):
@@ -419,6 +439,17 @@ def test_a_file_that_was_cut_off_says_so(moving, videos, suffix, tmp_path):
     data = videos[suffix].read_bytes()
     with pytest.raises(PictureError, match="truncated"):
         shown(data[: len(data) * 2 // 3], 0.999)
+
+
+def test_a_gif_is_whole_up_to_its_last_byte(tmp_path):
+    """Although what is left would do: the file would be another clip after a second download."""
+    whole = animate(tmp_path / "a.gif", noise(12)).read_bytes()
+    clip = decoder()(whole, "key", 0.5).pixels
+    for end in (*range(len(whole) // 2, len(whole), 97), len(whole) - 1):
+        with pytest.raises(PictureError, match="truncated: the end marker of a GIF is missing"):
+            decoder()(whole[:end], "key", 0.5)
+    for more in (b"\0\0", b"\n", b"what a server has put there"):
+        assert (decoder()(whole + more, "key", 0.5).pixels == clip).all()
 
 
 def test_a_frame_that_cannot_be_decoded_is_missed(moving, monkeypatch):

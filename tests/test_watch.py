@@ -55,6 +55,16 @@ def test_a_part_is_a_source_like_the_whole():
     assert (part.side, part.channels, part.classes, part.total) == (16, 3, (), 50)
 
 
+def test_a_batch_of_a_part_does_not_walk_through_the_part(monkeypatch: pytest.MonkeyPatch):
+    """What may stand in for a bad picture is handed on as it is, however much it is."""
+    _, part = split(pictures(50), 0.5)
+    assert isinstance(part, Part)
+    allowed = []
+    monkeypatch.setattr(Pictures, "many", lambda _, rows, cuts, among: allowed.append(among) or [])
+    part.many([0, 1])
+    assert allowed[0] is part.indices
+
+
 def test_nothing_is_held_out_unless_asked():
     whole = pictures(5)
     assert split(whole, 0.0) == (whole, None)

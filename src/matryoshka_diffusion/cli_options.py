@@ -87,7 +87,13 @@ def _add_sampler(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--steps", type=positive, metavar="N", help="of the sampler, if not those of the config"
     )
-    command.add_argument("--cfg", type=float, dest="guidance", metavar="W", help="guidance weight")
+    command.add_argument(
+        "--cfg",
+        type=_weights,
+        dest="guidance",
+        metavar="W[,W...]",
+        help="guidance weight: one for all levels, or one each, coarse to fine",
+    )
     command.add_argument(
         "--coarse-noise",
         type=float,
@@ -121,6 +127,16 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number from 0 on, or an error that says so."""
     return _whole(text, 0, "from 0 on")
+
+
+def _weights(text: str) -> float | tuple[float, ...]:
+    try:
+        weights = tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number, nor one for each level such as 3,1"
+        ) from error
+    return weights if len(weights) > 1 else weights[0]
 
 
 def _whole(text: str, least: int, which: str) -> int:

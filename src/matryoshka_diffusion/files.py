@@ -26,6 +26,15 @@ class MissingExtra(ImportError):
     """An optional package is not there; the message says which extra to install."""
 
 
+class UnreadableError(OSError):
+    """A file cannot be read because of the system: its disk, its permissions, its network."""
+
+
+def unreadable(path: Path | str, error: OSError) -> UnreadableError:
+    """The error that names the file, whatever was to be done with what is in it."""
+    return UnreadableError(error.errno, f"cannot read {path}: {error.strerror}")
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, needed: int | None = None
 ) -> None:
@@ -40,6 +49,7 @@ def write_atomically(
 
     Raises:
         OSError: with the path, the reason and, on a full disk, the bytes needed and free.
+        UnreadableError: of `write`, which reads something else.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -50,6 +60,8 @@ def write_atomically(
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except UnreadableError:
+        raise
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write {path}: {_reason(error, path, needed)}"

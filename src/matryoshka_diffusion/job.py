@@ -42,7 +42,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import PACKAGED, absolute, open_source, with_source
+from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.hub import without_base
@@ -356,8 +356,8 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         raise ConfigError(_other_frames(config, source))
     if model.text is not None and not has_captions:
         raise ConfigError(
-            f"model.text is set, but {source.name} has no captions: add NAME.txt beside NAME.png "
-            "or a metadata.jsonl"
+            f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
+            "file NAME.* or a metadata.jsonl"
         )
     if model.classes and model.classes != len(source.classes):
         raise ConfigError(
@@ -499,7 +499,8 @@ def grow_run(
     reached, levels = count_levels(weights), len(config.model.levels)
     if reached < levels:
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
-    larger, changes = _with_level(config, finer(config.model.levels[-1])), list(assignments)
+    larger = _with_level(config, finer(config.model.levels[-1]))
+    changes = [*_new_data(larger, data), *assignments]
     images = override(larger, changes).train.stages[0].images
     lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
     gentle = [f"train.stages[0].{name}={length}" for name, length in lengths]
@@ -510,7 +511,7 @@ def grow_run(
             f"--freeze-coarse and --ramp: {max(freeze_coarse, ramp)} is more than the new stage's "
             f"{images} images; give less, or make it longer with --set train.stages[0].images="
         ) from error
-    grown = _on_data(grown, data)
+    grown = _sourced(grown, data)
     small = checkpoint.load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
@@ -568,20 +569,22 @@ def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
     write_atomically(out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
 
 
-def _on_data(config: RunConfig, data: str | None) -> RunConfig:
-    """The config of a grown run with the data it was given; a level with frames needs videos."""
-    video = config.data.source in VIDEO_SOURCES
-    if config.data_frames and not video and data is None:
+def _new_data(config: RunConfig, data: str | None) -> list[str]:
+    """The changes that put a run on other data: a copy of its set, or what `_sourced` finds."""
+    if data is None:
+        return []
+    path = f"data.path={json.dumps(absolute(data))}"
+    return [path] if config.data.source == "fluent-emoji" else ["data.source=folder", path]
+
+
+def _sourced(config: RunConfig, data: str | None) -> RunConfig:
+    """The config of a grown run, with what its data was found to be; frames need videos."""
+    if config.data_frames and config.data.source not in VIDEO_SOURCES and data is None:
         raise ConfigError(
             f"the new level has {config.data_frames} frames, but the run was trained on pictures "
             f"(data.source={config.data.source}): give videos with --data"
         )
-    if data is None:
-        return with_source(config)
-    packaged = config.data.source in PACKAGED
-    kind = "clips" if config.data_frames and not video else "folder" if packaged else None
-    update = {"path": absolute(data), **({} if kind is None else {"source": kind})}
-    return with_source(config.model_copy(update={"data": config.data.model_copy(update=update)}))
+    return with_source(config)
 
 
 def _with_level(config: RunConfig, level: LevelConfig) -> RunConfig:
@@ -640,13 +643,15 @@ def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
     """The paper's pattern for a level with more frames: one width, attention over frames at each.
 
     Around S64, for 16 frames, it is MDM-S64T16 (Appendix A). The schedule's shift there is 4 at
-    the same side: the root of the factor in numbers, as that of a level finer in space is.
+    the same side: the root of the factor in numbers, as that of a level finer in space is. So 16
+    frames have a quarter of the signal to noise, whatever the power of the finest level's shift.
 
     Raises:
         ConfigError: `frames` is no power of two times those of the finest level (1 of a picture).
     """
     halvings = _halvings("--frames", frames, finest.frames or 1)
-    blocks = finest.blocks[0]
+    blocks, power = finest.blocks[0], finest.shift_power
+    root = 2 ** (halvings / 2 / power) if power else 1.0  # a power of 0 shifts nothing
     return LevelConfig(
         side=finest.side,
         frames=frames,
@@ -658,8 +663,8 @@ def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
         heads=finest.heads,
         patch=finest.patch,
         micro=finest.micro,
-        shift_ratio=finest.shift_ratio * 2 ** (halvings / 2),
-        shift_power=finest.shift_power,
+        shift_ratio=finest.shift_ratio * root,
+        shift_power=power,
     )
 
 

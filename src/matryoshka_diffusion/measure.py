@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.baselines.load import Model
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.batch import Source, read_all
 from matryoshka_diffusion.eval.report import UNSEEN_PROMPTS, demo_sheet
 from matryoshka_diffusion.eval.retrieval import SEED, Retrieval, choose_captions, prompt_retrieval
 from matryoshka_diffusion.pipeline import Progress
@@ -32,7 +32,7 @@ def retrieval(
     """Prompt retrieval over 128 captions, the same ones for every model of this source."""
     indices, prompts = choose_captions(source.captions or ())
     samples = model.sample(prompts, seed=SEED, progress=progress, **settings)
-    return prompt_retrieval(samples.pictures, indices, all_pictures(source))
+    return prompt_retrieval(samples.levels[-1], indices, all_pictures(source))
 
 
 def sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
@@ -52,6 +52,6 @@ def sheet(model: Model, source: Source, *, progress: Progress | None = None) -> 
     return demo_sheet(samples.levels, prompts, [*real, *[None] * len(UNSEEN_PROMPTS)], title=title)
 
 
-def all_pictures(source: Source) -> UInt8[np.ndarray, "n h w c"]:
-    """Every picture of a source."""
-    return np.stack([source[index].picture for index in range(len(source))])
+def all_pictures(source: Source) -> UInt8[np.ndarray, "n *frames h w c"]:
+    """Every picture or clip of a source."""
+    return np.stack([example.picture for example in read_all(source, range(len(source)))])

@@ -75,7 +75,7 @@ def _deliver(
             shown.keys() == damage.good and once, f"{run.folder}: {shown}", "wrongly delivered"
         )
     if on_demand:
-        told = re.findall(r"warning: (\d\.tar:\d+): .*; the next good picture", ended.errors)
+        told = re.findall(r"warning: (\d\.tar:\d+): .*; the next good one", ended.errors)
         result.expect(
             sorted(told) == sorted(damage.late),
             f"{run.folder}: told {told} instead of {damage.late}",

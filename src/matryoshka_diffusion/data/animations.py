@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from matryoshka_diffusion.data.frames import MAX_PIXELS, Deadline, Times, check_count
-from matryoshka_diffusion.data.images import judge
+from matryoshka_diffusion.data.images import PictureError, judge
 
 _QUICKEST, _USUAL = 0.010, 0.100
 """Seconds. A frame that is to be shown for no longer than the first is shown for the second by all
 browsers, since animations say 0 where they mean nothing in particular."""
 _CHUNK, _FRAME = 8, b"ANMF"
 _DURATION_AT, _DURATION_BYTES = 12, 3  # inside an ANMF chunk
+_IMAGE, _EXTENSION, _TRAILER = b",", b"!", b";"  # what the blocks of a GIF begin with
 
 
 class Animation:
@@ -24,6 +25,8 @@ class Animation:
 
     def __init__(self, file: BinaryIO | io.BytesIO, form: str, deadline: Deadline) -> None:
         self._file, self._form, self._deadline = file, form, deadline
+        if form == "GIF":
+            self._find_trailer()
         file.seek(0)
         self._image = Image.open(file, formats=(form,))
         judge(*self._image.size, MAX_PIXELS)
@@ -60,8 +63,38 @@ class Animation:
             self._file.seek(begun + size + size % 2)
         yield from [0.0] * (self.count - found)
 
+    def _find_trailer(self) -> None:
+        """Raise PictureError if a GIF (GIF89a, 17 to 27) ends before its last block.
+
+        Pillow counts the frames that it finds: one that is cut off would only be shorter.
+        """
+        self._file.seek(10)
+        colours = _bytes_of_colours(self._next())
+        self._file.seek(2 + colours, io.SEEK_CUR)
+        while (mark := self._next()) != _TRAILER:
+            if not mark:
+                raise PictureError("truncated: the end marker of a GIF is missing")
+            if mark == _IMAGE:
+                self._file.seek(8, io.SEEK_CUR)
+                self._file.seek(_bytes_of_colours(self._next()), io.SEEK_CUR)
+            if mark in (_IMAGE, _EXTENSION):  # after a byte of their own, parts with their sizes
+                self._file.seek(1, io.SEEK_CUR)
+                while (size := self._next()) > b"\0":
+                    self._file.seek(size[0], io.SEEK_CUR)
+
+    def _next(self) -> bytes:
+        """The next byte; none at the end of the file."""
+        self._deadline.check()
+        return self._file.read(1)
+
     def _gif_durations(self) -> Iterator[float]:
         for number in range(self.count):
             self._deadline.check()
             self._image.seek(number)
             yield self._image.info.get("duration", 0) / 1000
+
+
+def _bytes_of_colours(packed: bytes) -> int:
+    """How long the table of colours is that a byte of a GIF's header announces."""
+    byte = int.from_bytes(packed, "big")
+    return 3 * 2 ** (1 + (byte & 7)) if byte & 0x80 else 0

@@ -109,7 +109,7 @@ class Quarantine:
             self._found[file.path] = file
             bad = self.bad
         warnings.warn(
-            f"{file}; the next good picture stands in for it ({len(bad)} bad so far)",
+            f"{file}; the next good one stands in for it ({len(bad)} bad so far)",
             stacklevel=4,
         )
         refuse_too_many(self._name, bad, self._total, self._max_bad_fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +15,8 @@ from matryoshka_diffusion.config import Pixels
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.crop import Cut, cut_square
 from matryoshka_diffusion.data.film import Film
+
+_TOGETHER = 64
 
 
 class Example(NamedTuple):
@@ -155,6 +157,13 @@ class Pictures:
             key=self.keys[index],
             original_side=self.original_sides[index],
         )
+
+
+def read_all(source: Source, rows: Sequence[int]) -> Iterator[Example]:
+    """The examples at `rows`, so many read together that 64 pictures, or frames, are in memory."""
+    together = max(1, _TOGETHER // (source.frames or 1))
+    for start in range(0, len(rows), together):
+        yield from source.many(rows[start : start + together])
 
 
 def with_cuts(indices: Sequence[int], cuts: Sequence[Cut] | None) -> list[tuple[int, Cut]]:

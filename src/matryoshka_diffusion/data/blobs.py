@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from matryoshka_diffusion.files import require
+from matryoshka_diffusion.files import UnreadableError, require, unreadable
 
 MAX_NAMES = 1_000_000
 """Of one pattern: more is a slip such as {0..99999999}."""
@@ -129,12 +129,15 @@ def read_range(path: str, start: int, size: int) -> bytes:
     """`size` bytes from `start` on; fewer where the file ends. Safe to call from many threads.
 
     Raises:
-        OSError: the file cannot be read.
+        UnreadableError: the file cannot be read.
     """
     if not is_remote(path):
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            return _all_of(file, size)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                return _all_of(file, size)
+        except OSError as error:
+            raise unreadable(path, error) from error
     with _reported(path):
         system, inside = _system(path)
         return system.cat_file(inside, start=start, end=start + size)
@@ -163,4 +166,4 @@ def _reported(path: str) -> Iterator[None]:
         raise  # a package that the service needs, or an address of no known service
     except Exception as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else str(error)
-        raise OSError(f"{path}: {reason or type(error).__name__}") from error
+        raise UnreadableError(f"{path}: {reason or type(error).__name__}") from error

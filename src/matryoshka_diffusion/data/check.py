@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL.Image import Image
 
 from matryoshka_diffusion.data.bad import BadFile
-from matryoshka_diffusion.data.batch import Example, Source
+from matryoshka_diffusion.data.batch import Example, Source, read_all
 from matryoshka_diffusion.sheet import grid
 
 _SHOWN = 20
-_AT_A_TIME = 256
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
 
 
@@ -30,7 +29,7 @@ def summary(source: Source) -> str:
 def describe(source: Source) -> str:
     """Lines for people: counts, sizes, classes or captions, and the files left out with reasons."""
     sides, labels, captions = [], Counter(), []
-    for example in _examples(source):
+    for example in read_all(source, range(len(source))):
         sides.append(example.original_side)
         labels[example.label] += 1
         captions.append(example.captions)
@@ -85,12 +84,6 @@ def _words(example: Example, classes: Sequence[str]) -> str:
     if example.captions:
         return example.captions[0]
     return "" if example.label is None else classes[example.label]
-
-
-def _examples(source: Source) -> Iterator[Example]:
-    """All of them, a bounded number at a time."""
-    for start in range(0, len(source), _AT_A_TIME):
-        yield from source.many(range(start, min(start + _AT_A_TIME, len(source))))
 
 
 def _original_sides(sides: Sequence[int], side: int) -> str:

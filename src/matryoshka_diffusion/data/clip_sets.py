@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import is_remote
-from matryoshka_diffusion.data.clips import VIDEOS, ClipDecoder
+from matryoshka_diffusion.data.clips import CONTAINERS, VIDEOS, ClipDecoder
 from matryoshka_diffusion.data.containers import pyav
 from matryoshka_diffusion.data.encoded import open_catalogue
 from matryoshka_diffusion.data.folder import class_of, holds, list_folder, state_of
@@ -28,10 +28,10 @@ def clips(path: str, decoder: ClipDecoder, max_bad_fraction: float) -> Source:
 
 
 def _is_folder(path: str) -> bool:
-    """Whether it is a folder of videos: one of shards holds no video beside them."""
+    """Whether it is a folder of videos: one of shards may have animations beside them."""
     if is_remote(path) or not Path(path).is_dir():
         return False
-    return not any(Path(path).glob("*.tar")) or holds(Path(path), VIDEOS.suffixes)
+    return not any(Path(path).glob("*.tar")) or holds(Path(path), CONTAINERS)
 
 
 def _folder(path: Path) -> Catalogue:

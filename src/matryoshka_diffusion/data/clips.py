@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from matryoshka_diffusion.config import ClipStart, Crop, DataConfig
 from matryoshka_diffusion.data.animations import Animation
 from matryoshka_diffusion.data.containers import Container
 from matryoshka_diffusion.data.frames import MAX_BYTES, Deadline, Video, pick
 from matryoshka_diffusion.data.images import (
-    DAMAGED,
     REACH,
-    TOO_LARGE,
     Kind,
     Picture,
     PictureError,
+    judging,
     resized,
 )
 from matryoshka_diffusion.files import fraction
@@ -47,8 +45,9 @@ DECODED_ONCE = 2**30
 _CHANNELS = 3
 _HEAD = 12
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
-_UNKNOWN = 2**32 - 1
-_VERSION = 2  # to be raised when the same file would give another clip
+_ENDLESS = 2**32 - 1
+_UNKNOWN = f"no {VIDEOS.formats}, or damaged at its start"
+_VERSION = 3  # to be raised when the same file would give another clip
 
 
 @dataclass(frozen=True)
@@ -117,18 +116,12 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None) -> ClipDecoder
 
 @contextmanager
 def open_video(file: bytes | Path) -> Iterator[Video]:
-    """The video in the file. What goes wrong with it, then or later, is a PictureError."""
-    try:
-        with open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened:
-            yield _video(opened)
-    except PictureError:
-        raise
-    except TOO_LARGE as error:
-        raise PictureError(f"too large: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise PictureError(f"no {VIDEOS.formats}, or damaged at its start") from error
-    except DAMAGED as error:
-        raise PictureError(f"corrupt or truncated ({error})") from error
+    """The video in the file. What goes wrong with it, then or later, is as `judging` says."""
+    with (
+        judging(file, _UNKNOWN),
+        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
+    ):
+        yield _video(opened)
 
 
 def _video(file: BinaryIO | io.BytesIO) -> Video:
@@ -153,12 +146,12 @@ def _video(file: BinaryIO | io.BytesIO) -> Video:
         return Container(file, "mov", deadline)
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return Container(file, "matroska", deadline)
-    raise PictureError(f"no {VIDEOS.formats}, or damaged at its start")
+    raise PictureError(_UNKNOWN)
 
 
 def _check_whole(stated: int, size: int) -> None:
     """Raise PictureError if the file says that it is longer than it is."""
-    if size < stated != 8 + _UNKNOWN:
+    if size < stated != 8 + _ENDLESS:
         raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
 
 

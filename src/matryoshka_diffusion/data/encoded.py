@@ -56,7 +56,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
         OSError: the cache cannot be written.
     """
     if not catalogue.samples:
-        raise ValueError(f"{catalogue.name} holds no picture")
+        raise ValueError(f"{catalogue.name} holds no sample: name other data (--data, data.path)")
     samples = judged(catalogue.samples, catalogue.classes)
     bad = [BadFile(x.key, x.flaw, x.offset) for x in samples if x.flaw]
     refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
@@ -173,7 +173,7 @@ class PicturesOnDemand:
                 key=sample.key,
                 original_side=sample.original_side or picture.original_side,
             )
-        raise ValueError(f"{self.name}: not one of {len(among):,} pictures can be read")
+        raise ValueError(f"{self.name}: not one of {len(among):,} samples can be read")
 
     def _from(self, index: int, among: Sequence[int]) -> Iterator[int]:
         """The index, which is one of `among`, and after it those that stand in for it."""

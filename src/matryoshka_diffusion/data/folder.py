@@ -12,7 +12,7 @@ reasons, and too many of them are an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def list_folder(path: Path, kind: Kind) -> Listing:
 
 def holds(folder: Path, suffixes: frozenset[str]) -> bool:
     """Whether a file with one of these suffixes lies in the folder or deeper."""
-    return any(_suffix(name) in suffixes for _, _, names in os.walk(folder) for name in names)
+    return any(_suffix(file.name) in suffixes for file in _files_in(folder))
 
 
 def forms(kind: Kind) -> str:
@@ -118,22 +118,27 @@ def _files(bad: Mapping[str, str]) -> tuple[BadFile, ...]:
 
 
 def _find(folder: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
-    """The sorted paths of such files inside the folder, and those that cannot be tried.
+    """The sorted paths of such files inside the folder, and those that cannot be tried."""
+    names, bad = [], {}
+    for file in _files_in(folder):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix.lower() in kind.others:
+            bad[name] = f"{file.suffix} is not read: make it {kind.formats}"
+        elif file.suffix.lower() in kind.suffixes and not file.is_file():
+            bad[name] = "it is a broken link or no regular file"
+        elif file.suffix.lower() in kind.suffixes:
+            names.append(name)
+    return sorted(_without_previews(names, kind)), bad
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files in the folder or deeper.
 
     What is hidden is passed over (such as the `._*` files that archives from a Mac hold).
     """
-    names, bad = [], {}
     for here, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(here, name) for name in files if not name.startswith(".")):
-            name = file.relative_to(folder).as_posix()
-            if file.suffix.lower() in kind.others:
-                bad[name] = f"{file.suffix} is not read: make it {kind.formats}"
-            elif file.suffix.lower() in kind.suffixes and not file.is_file():
-                bad[name] = "it is a broken link or no regular file"
-            elif file.suffix.lower() in kind.suffixes:
-                names.append(name)
-    return sorted(_without_previews(names, kind)), bad
+        yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
 def _without_previews(names: Sequence[str], kind: Kind) -> list[str]:

@@ -7,17 +7,21 @@ first frame is taken.
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.files import unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
@@ -58,8 +62,8 @@ REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 A random crop needs more than the square; the bound is for panoramas, which would fill the memory.
 """
 
-TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
     OSError,
     SyntaxError,
     ValueError,
@@ -70,10 +74,46 @@ DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct,
     struct.error,
     zlib.error,
 )
+_UNKNOWN = "not a PNG, JPEG or WEBP picture, or damaged at its start"
 
 
 class PictureError(ValueError):
     """A picture file that cannot be used; the message is the reason, without the path."""
+
+
+def _of_system(error: Exception) -> TypeGuard[OSError]:
+    """Whether the disk, the permissions, ... are to blame, and not what is in a file.
+
+    "Invalid argument" is of the file: it gives that which leads to a place that no file has.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+@contextmanager
+def judging(file: Path | bytes, unknown: str) -> Iterator[None]:
+    """Tell what is wrong with the file, which may be remembered, from what is with the system.
+
+    The second may be over the next time.
+
+    Args:
+        unknown: the reason where the file is of no known format.
+
+    Raises:
+        PictureError: instead of whatever else is raised inside.
+        UnreadableError: the system cannot read the file.
+    """
+    try:
+        yield
+    except PictureError:
+        raise
+    except _TOO_LARGE as error:
+        raise PictureError(f"too large: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(unknown) from error
+    except _DAMAGED as error:
+        if _of_system(error) and isinstance(file, Path):
+            raise unreadable(file, error) from error
+        raise PictureError(f"corrupt or truncated ({error})") from error
 
 
 class Picture(NamedTuple):
@@ -91,46 +131,36 @@ def read_picture(path: Path, side: int, crop: Crop = "centre") -> Picture:
 
     Raises:
         PictureError: corrupt, truncated, too large, too small or of another format.
+        UnreadableError: the system cannot read it.
     """
-    try:
-        with open(path, "rb") as file:
-            if path.stat().st_size > MAX_BYTES:
-                raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-            return _decode(file, side, crop)
-    except OSError as error:
-        raise PictureError(f"cannot be read ({error.strerror})") from error
+    with judging(path, _UNKNOWN), open(path, "rb") as file:
+        if path.stat().st_size > MAX_BYTES:
+            raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
+        return _decode(file, side, crop)
 
 
 def decode_picture(data: bytes, side: int, crop: Crop = "centre") -> Picture:
     """`read_picture` for the bytes of a file.
 
     Raises:
-        PictureError: as `read_picture`.
+        PictureError: as of `read_picture`.
     """
     if not data:
         raise PictureError("it is empty")
     if len(data) > MAX_BYTES:
         raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-    return _decode(io.BytesIO(data), side, crop)
+    with judging(data, _UNKNOWN):
+        return _decode(io.BytesIO(data), side, crop)
 
 
 def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
-    try:
-        image = Image.open(file, formats=FORMATS)
-        judge(*image.size)
-        original_side = min(image.size)
-        image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        return Picture(resized(upright, side, REACH[crop]), original_side)
-    except PictureError:
-        raise
-    except TOO_LARGE as error:
-        raise PictureError(f"too large: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise PictureError("not a PNG, JPEG or WEBP picture, or damaged at its start") from error
-    except DAMAGED as error:
-        raise PictureError(f"corrupt or truncated ({error})") from error
+    image = Image.open(file, formats=FORMATS)
+    judge(*image.size)
+    original_side = min(image.size)
+    image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    return Picture(resized(upright, side, REACH[crop]), original_side)
 
 
 def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -13,6 +13,7 @@ from matryoshka_diffusion.config import (
     RunConfig,
     SourceName,
 )
+from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.blobs import is_remote
 
@@ -80,7 +81,13 @@ def _open_videos(config: DataConfig, path: Path, side: int, frames: int | None) 
     decoder = clip_decoder(config, side, frames)
     if config.source == "fluent-emoji":
         return fluent_emoji(path, decoder, config.max_bad_fraction)
-    return clips(absolute(config.path), decoder, config.max_bad_fraction)
+    try:
+        return clips(absolute(config.path), decoder, config.max_bad_fraction)
+    except NoneUsable as error:
+        if frames is None:
+            raise
+        why = f"clips of {frames} frames, as the model's finest level has them, are made of videos"
+        raise NoneUsable(f"{error}; {why}", error.bad) from error
 
 
 def _open_large(config: DataConfig, path: str, side: int) -> Source:

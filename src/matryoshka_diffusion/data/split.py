@@ -46,8 +46,8 @@ class Part(Around):
         among: Sequence[int] | None = None,
     ) -> list[Example]:
         """The examples at `indices`; what stands in for a bad one is of this part, too."""
-        among = range(len(self)) if among is None else among
-        return self.source.many(self._whole(indices), cuts, self._whole(among))
+        allowed = self.indices if among is None else self._whole(among)
+        return self.source.many(self._whole(indices), cuts, allowed)
 
     def _whole(self, indices: Sequence[int]) -> list[int]:
         """Indices into the source."""

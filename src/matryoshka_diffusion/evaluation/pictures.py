@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.baselines.load import Model
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.batch import Source, read_all
 from matryoshka_diffusion.eval.metrics import Moments
 from matryoshka_diffusion.eval.retrieval import SEED
 from matryoshka_diffusion.evaluation.protocols import Conditions, spread
@@ -178,6 +178,6 @@ def fingerprint(source: Source) -> str:
 
     Hashing every picture of a large set would take about as long as measuring it.
     """
-    rows = spread(len(source))
-    hashes = [hashlib.sha256(source[row].picture.tobytes()).hexdigest() for row in rows]
+    pictures = (example.picture for example in read_all(source, spread(len(source))))
+    hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
     return digest("\n".join([*source.keys, *hashes]))
