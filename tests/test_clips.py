@@ -373,11 +373,14 @@ def test_shards_hold_clips(folder, tmp_path, clip):
 
 
 def test_shards_of_pictures_are_told_that_a_model_of_clips_wants_videos(tmp_path):
-    path = packed(tmp_path / "a.tar", {"0.png": b"a picture"})
+    captioned = packed(tmp_path / "a.tar", {"0.png": b"a picture", "0.txt": b"its caption"})
     with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames, as .* of videos"):
-        opened(path)
+        opened(captioned)
     with pytest.raises(NoneUsable, match=r"none is left to learn from$"):
-        opened(path, None)
+        opened(captioned, None)
+    bare = packed(tmp_path / "b.tar", {"0.png": b"a picture"})
+    with pytest.raises(NoneUsable, match=r"holds no sample.*; clips of 4 frames, as .* of videos"):
+        opened(bare)
 
 
 def test_a_shard_may_be_read_for_its_pictures_or_for_its_clips(folder, tmp_path):

@@ -37,7 +37,7 @@ def some(bad: Sequence[BadFile], count: int = 5) -> str:
 
 
 class NoneUsable(ValueError):
-    """All files of a set are bad; `bad` are all of them."""
+    """All files of a set are bad, if there are any; `bad` are all of them."""
 
     def __init__(self, message: str, bad: Sequence[BadFile]) -> None:
         super().__init__(message)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from matryoshka_diffusion.config import Crop
-from matryoshka_diffusion.data.bad import BadFile, Quarantine, refuse_too_many
+from matryoshka_diffusion.data.bad import BadFile, NoneUsable, Quarantine, refuse_too_many
 from matryoshka_diffusion.data.batch import Example, Pictures, Source, with_cuts
 from matryoshka_diffusion.data.crop import Cut, cut_square
 from matryoshka_diffusion.data.decoded import decode_once, workers
@@ -51,12 +51,14 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
     """The good samples of a catalogue in its order, as what the decoder makes of them.
 
     Raises:
-        ValueError: there are no samples, or more than `max_bad_fraction` of them are bad. Of a set
-            that is decoded on demand, the same error comes when that many have turned out bad.
+        NoneUsable: there are no samples, or all of them are bad.
+        ValueError: more than `max_bad_fraction` of them are bad. Of a set that is decoded on
+            demand, the same error comes when that many have turned out bad.
         OSError: the cache cannot be written.
     """
     if not catalogue.samples:
-        raise ValueError(f"{catalogue.name} holds no sample: name other data (--data, data.path)")
+        said = f"{catalogue.name} holds no sample: name other data (--data, data.path)"
+        raise NoneUsable(said, ())
     samples = judged(catalogue.samples, catalogue.classes)
     bad = [BadFile(x.key, x.flaw, x.offset) for x in samples if x.flaw]
     refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
