@@ -131,12 +131,12 @@ def natural(text: str) -> int:
 
 def _weights(text: str) -> float | tuple[float, ...]:
     try:
-        weights = tuple(map(float, text.split(",")))
+        first, *others = map(float, text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number, nor one for each level such as 3,1"
         ) from error
-    return weights if len(weights) > 1 else weights[0]
+    return (first, *others) if others else first
 
 
 def _whole(text: str, least: int, which: str) -> int:
