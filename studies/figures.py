@@ -73,7 +73,7 @@ def _legend(figure: Any) -> None:
             entries.values(),
             entries,
             loc="outside lower center",
-            ncols=3,
+            ncols=2 if len(figure.axes) == 1 else 3,
             fontsize=9,
             frameon=False,
         )

@@ -376,8 +376,10 @@ def test_every_figure_has_a_panel_for_each_set_with_results_and_its_legend_below
         assert all(axis.get_xlabel() or axis.get_ylabel() for axis in figure.axes)
         assert not any(axis.get_legend() for axis in figure.axes)
         for legend in figure.legends:
-            top = legend.get_window_extent().y1
-            assert all(top < panel.y0 for panel in panels)
+            box = legend.get_window_extent()
+            assert all(box.y1 < panel.y0 for panel in panels)
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.width
     assert [len(figure.legends) for figure in drawn[: len(FIGURES)]] == [1, 0, 1, 1, 1, 1, 1]
 
 
