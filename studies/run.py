@@ -55,8 +55,13 @@ def run(task: Trial | Drawing, work: Path, samples: int = SAMPLES) -> dict[str, 
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(torch.device("cpu")),
-        **found,
+        **_within(work, found),
     }
+
+
+def _within(work: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, with paths as `work` has them: where that lies is nobody's business."""
+    return json.loads(json.dumps(found).replace(f"{work.resolve()}/", ""))
 
 
 # --- a trial -------------------------------------------------------------------------------------
