@@ -452,6 +452,23 @@ def test_a_gif_is_whole_up_to_its_last_byte(tmp_path):
         assert (decoder()(whole + more, "key", 0.5).pixels == clip).all()
 
 
+def test_frames_that_a_decoder_gives_out_of_turn_are_put_in_order(moving, monkeypatch):
+    def clips() -> list[bytes]:
+        starts = [place / 36 + 0.001 for place in range(36)]
+        return [decoder(3, 2)(moving["mp4"], "key", start).pixels.tobytes() for start in starts]
+
+    expected, decoded = clips(), Container._decoded
+
+    def out_of_turn(self, *opened):
+        given = list(decoded(self, *opened))
+        for n in range(0, len(given), 4):
+            first, *others = given[n : n + 4]
+            yield from (first, *reversed(others))
+
+    monkeypatch.setattr(Container, "_decoded", out_of_turn)
+    assert clips() == expected
+
+
 def test_a_frame_that_cannot_be_decoded_is_missed(moving, monkeypatch):
     whole = Container._numbered
 

@@ -25,6 +25,7 @@ _SEEKABLE = frozenset({"mov", "matroska"})
 _VP8_SHOWN = 0x10
 """In a packet's first byte (RFC 6386, 9.1). VP8 also stores frames that are only referred to; later
 codecs put those into the packet of one that is shown."""
+_LATEST = 16  # frames, the most that H.264 keeps back
 _WIDEST = 4.0  # pixels: what claims to be wider or narrower than that is not believed
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
@@ -135,9 +136,7 @@ class Container:
             yield from enumerate(frames)
             return
         numbers = {stamp: number for number, stamp in enumerate(self._stamps)}
-        for frame in frames:
-            if frame.pts in numbers:
-                yield numbers[frame.pts], frame
+        yield from _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
         """All frames from here on; some packets give none, and take their time, too."""
@@ -164,6 +163,23 @@ class Container:
             stream.codec_context.options = options
             stream.codec_context.thread_count = 1  # clips are decoded side by side
             yield container, stream
+
+
+def _in_turn(numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Frames by their numbers: some decoders give them as soon as they have them.
+
+    That is where a file says that fewer are kept back than it needs. What is due is passed on at
+    once, and what is early waits, but for no more than `_LATEST` others.
+    """
+    early: dict[int, Any] = {}
+    due = -1
+    for number, frame in numbered:
+        early[number] = frame
+        due = number if due < 0 else due
+        while early and ((first := min(early)) <= due or len(early) > _LATEST):
+            due = max(due, first + 1)
+            yield first, early.pop(first)
+    yield from sorted(early.items(), key=lambda pair: pair[0])
 
 
 @contextmanager
