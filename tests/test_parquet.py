@@ -277,6 +277,7 @@ def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(
     source = hugging_face("somebody/something", 16, 0.9)
     assert colours(source) == [2]
     assert [file.path for file in source.bad] == [f"somebody/something:{n}" for n in (1, 2, 3)]
+    assert source.bad[0].reason == f"its picture is a file that does not exist, {paths[1]}"
 
 
 def test_places_and_splits_are_told_apart(tmp_path):

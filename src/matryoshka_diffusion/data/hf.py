@@ -13,6 +13,7 @@ from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.columns import Row, find_columns, rows, to_samples
 from matryoshka_diffusion.data.encoded import PictureDecoder, open_catalogue
+from matryoshka_diffusion.data.images import PictureError
 from matryoshka_diffusion.data.parquet import picture_bytes
 from matryoshka_diffusion.data.samples import Catalogue
 from matryoshka_diffusion.files import require
@@ -45,7 +46,9 @@ def hugging_face(name: str, side: int, max_bad_fraction: float, crop: Crop = "ce
     def load(n: int) -> bytes | Path:
         value = pictures[n][columns.picture]
         if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            return Path(value["path"])
+            if not (path := Path(value["path"])).exists():
+                raise PictureError(f"its picture is a file that does not exist, {path}")
+            return path
         return picture_bytes(value)
 
     catalogue = Catalogue(f"datasets {name}", str(table._fingerprint), samples, load, classes)
