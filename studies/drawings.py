@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from studies.trials import SETS, PictureSet, all_trials
+from studies.trials import SETS, PictureSet, all_trials, hash_of
 
 COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -43,8 +41,7 @@ class Drawing:
     @property
     def digest(self) -> str:
         """A hash of what is drawn, and of the training before it."""
-        asked = json.dumps([self.network, self.settings])
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        return hash_of([self.network, self.settings])
 
 
 def all_drawings() -> list[Drawing]:

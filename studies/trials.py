@@ -61,6 +61,11 @@ SETS = {
 }
 
 
+def hash_of(asked: object) -> str:
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Trial:
     """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at.
@@ -86,7 +91,7 @@ class Trial:
         """A hash of what is trained and when it is measured, as far as it is not the default."""
         configs = [*self.parts, *([self.codec] if self.codec else [])]
         asked = [[x.model_dump(mode="json", exclude_defaults=True) for x in configs], self.points]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        return hash_of(asked)
 
     @property
     def parts(self) -> tuple[RunConfig, ...]:
