@@ -1,4 +1,4 @@
-"""`python -m studies list | run [NAME...] [--workers N] | plot | table`."""
+"""`python -m studies list | run [NAME...] [--workers N] | plot | table | page`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 
+from matryoshka_diffusion.files import write_atomically
 from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
-from studies.queue import is_done, work
+from studies.queue import is_done, missing, work
 from studies.run import SAMPLES, run
 from studies.spread import read_results
-from studies.table import tables
+from studies.table import filled, tables
 from studies.trials import Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
 PICTURES = ROOT / "docs" / "pictures" / "study"
+PAGE = ROOT / "docs" / "results.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "run" and options.workers > 1:
         return _several(options)
-    return {"list": _list, "run": _run, "plot": _plot, "table": _table}[options.command](options)
+    return COMMANDS[options.command](options)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,12 +48,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(
                 f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
             )
+    if options.command == "run":
+        asked = {task.name: task for task in _chosen(options)}
+        for task in asked.values():
+            for name in missing(options.results, task):
+                if name not in asked:
+                    parser.error(f"{task.name} draws with what {name} trains: name that, too")
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("command", choices=("list", "run", "plot", "table"))
+    parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a trial, or a folder such as emoji/ (all)"
     )
@@ -70,7 +78,7 @@ def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
 
 @cache
 def _tasks(scale: float = 1.0) -> tuple[Trial | Drawing, ...]:
-    return (*all_trials(scale), *all_drawings())
+    return (*all_trials(scale), *all_drawings(scale))
 
 
 def chosen(name: str, wanted: Sequence[str]) -> bool:
@@ -109,6 +117,17 @@ def _plot(options: argparse.Namespace) -> int:
 def _table(options: argparse.Namespace) -> int:
     print(tables(read_results(options.results)))
     return 0
+
+
+def _page(options: argparse.Namespace) -> int:
+    """Put today's tables into the page of the study."""
+    page = filled(PAGE.read_text("utf-8"), read_results(options.results))
+    write_atomically(PAGE, lambda file: file.write(page.encode()))
+    print(PAGE)
+    return 0
+
+
+COMMANDS = {"list": _list, "run": _run, "plot": _plot, "table": _table, "page": _page}
 
 
 def _several(options: argparse.Namespace) -> int:

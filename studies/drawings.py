@@ -34,9 +34,9 @@ class Drawing:
         return self.name.rsplit("/", 1)[0]
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """The trial must have ended."""
-        return (self.trial,)
+    def needs(self) -> dict[str, str]:
+        """The trial must have ended, as it is today."""
+        return {self.trial: self.network}
 
     @property
     def digest(self) -> str:
@@ -44,10 +44,10 @@ class Drawing:
         return hash_of([self.network, self.settings])
 
 
-def all_drawings() -> list[Drawing]:
-    """Every drawing, first one seed of everything, then the others."""
+def all_drawings(scale: float = 1.0) -> list[Drawing]:
+    """Every drawing, first one seed of everything, then the others; `scale` is the trials'."""
     rounds = range(max(pictures.seeds for pictures in SETS.values()))
-    networks = {trial.name: trial.digest for trial in all_trials()}
+    networks = {trial.name: trial.digest for trial in all_trials(scale)}
     return [
         replace(each, network=networks[each.trial])
         for seed in rounds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,14 +19,14 @@ from matryoshka_diffusion.files import write_atomically
 class Task(Protocol):
     """Something with a name, which is its place among the results.
 
-    `needs` are the names of tasks whose results come first. `digest` is of all that the result
-    depends on: a result with another one is of an earlier form of the task, and done anew.
+    `digest` is of all that the result depends on: a result with another one is of an earlier form
+    of the task, and done anew. `needs` are the tasks whose results come first, and their digests.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> Mapping[str, str]: ...
     @property
     def digest(self) -> str: ...
 
@@ -46,8 +46,17 @@ def result_path(results: Path, name: str) -> Path:
 
 def is_done(results: Path, task: Task) -> bool:
     """Whether the task's result is there."""
-    path = result_path(results, task.name)
-    return path.is_file() and json.loads(path.read_text("utf-8")).get("digest") == task.digest
+    return _has(results, task.name, task.digest)
+
+
+def missing(results: Path, task: Task) -> list[str]:
+    """The tasks that it needs and whose results are not there."""
+    return [name for name, digest in task.needs.items() if not _has(results, name, digest)]
+
+
+def _has(results: Path, name: str, digest: str) -> bool:
+    path = result_path(results, name)
+    return path.is_file() and json.loads(path.read_text("utf-8")).get("digest") == digest
 
 
 def work(
@@ -73,9 +82,9 @@ def _try(
     task: Task, do: Callable[[Any], dict[str, Any]], results: Path, locks: Path
 ) -> Outcome | None:
     """Do a task if it is this worker's to do, and its needs are there."""
-    path = result_path(results, task.name)
-    if not all(result_path(results, name).is_file() for name in task.needs):
+    if missing(results, task):
         return None
+    path = result_path(results, task.name)
     with claimed(locks / f"{path.parent.name}-{path.stem}.lock") as mine:
         if not mine or is_done(results, task):
             return None

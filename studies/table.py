@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -24,7 +25,22 @@ OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
 """Variants whose losses are not those of the others: another number of levels, of other noise, of
 predictions that nobody trained, or of an x that is the prediction divided by a signal near 0."""
 
+PLACE = re.compile(r"(?s)(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)")
+"""Where a page has a table, by the names of its group and of its set of pictures."""
+
 Row = dict[str, str]
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with each of its tables replaced by that of the results.
+
+    Raises:
+        KeyError: the page asks for a group or a set of pictures that there is not.
+    """
+    return PLACE.sub(
+        lambda found: f"{found[1]}{table(results, GROUPS[found[2]], SETS[found[3]])}\n{found[4]}",
+        page,
+    )
 
 
 def tables(results: Results) -> str:

@@ -79,7 +79,11 @@ class Trial:
     points: tuple[float, ...] = (1.0,)
     base: RunConfig | None = None
     codec: CodecRunConfig | None = None
-    needs: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """No other trial."""
+        return {}
 
     @property
     def set(self) -> PictureSet:

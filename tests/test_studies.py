@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from studies.__main__ import main, parse
+from studies.__main__ import PAGE, RESULTS, main, parse
 from studies.compute import images_at, spent, with_budget
 from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
@@ -19,7 +20,7 @@ from studies.groups import GROUPS
 from studies.queue import claimed, result_path, work
 from studies.run import _seconds, measured_at, run
 from studies.spread import Spread, against, curve, distance, read_results, seeds_of
-from studies.table import table, tables
+from studies.table import PLACE, filled, table, tables
 from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig, override
@@ -94,13 +95,13 @@ def test_points_lie_in_the_last_stage_and_not_at_its_beginning(trial):
 @dataclass(frozen=True)
 class Chore:
     name: str
-    needs: tuple[str, ...] = ()
+    needs: Mapping[str, str] = field(default_factory=dict)
     digest: str = "first"
 
 
 def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
     done: list[str] = []
-    late, first = Chore("set/late/0", needs=("set/first/0",)), Chore("set/first/0")
+    late, first = Chore("set/late/0", needs={"set/first/0": "first"}), Chore("set/first/0")
 
     def go_through() -> list[str]:
         def do(task: Chore) -> dict[str, str]:
@@ -117,6 +118,8 @@ def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
     assert stored == {"task": "set/first/0", "digest": "first"}
     first = Chore("set/first/0", digest="second")
     assert go_through() == ["set/first/0"], "it asks something else now"
+    late = Chore("set/late/0", needs={"set/first/0": "first"}, digest="second")
+    assert go_through() == [], "what it needs is of another form"
 
 
 def test_what_another_worker_has_is_left_to_it(tmp_path):
@@ -134,7 +137,11 @@ def test_a_task_that_fails_is_told_of_and_the_others_go_on(tmp_path):
             raise OSError("no space")
         return {"task": task.name}
 
-    tasks = [Chore("set/bad/0"), Chore("set/after/0", needs=("set/bad/0",)), Chore("set/good/0")]
+    tasks = [
+        Chore("set/bad/0"),
+        Chore("set/after/0", needs={"set/bad/0": "first"}),
+        Chore("set/good/0"),
+    ]
     outcomes = dict(work(tasks, do, tmp_path / "results", tmp_path))
     assert str(outcomes.pop("set/bad/0")) == "no space"
     assert outcomes == {"set/good/0": None}
@@ -172,6 +179,14 @@ def test_workers_are_given_what_was_asked_for_in_any_order(arguments, monkeypatc
     assert started == [alone, alone]
 
 
+def test_a_drawing_wants_its_network_trained_before_or_with_it(tmp_path, capsys):
+    drawing, results = "emoji/mdm/0/ddim-10", f"--results={tmp_path}"
+    with pytest.raises(SystemExit):
+        parse(["run", drawing, results])
+    assert f"{drawing} draws with what emoji/mdm/0 trains" in capsys.readouterr().err
+    assert parse(["run", drawing, "emoji/mdm/0", results]).names == [drawing, "emoji/mdm/0"]
+
+
 @pytest.mark.parametrize("name", ["emoji/mdn/0", "emoji", "cats/"])
 def test_a_name_that_nothing_has_is_refused(name, capsys):
     with pytest.raises(SystemExit) as left:
@@ -205,6 +220,7 @@ def small_trial(tmp_path: Path) -> Trial:
 
 def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     drawing = Drawing("emoji/mdm/0/ddim-10", {"sampler": "ddim", "steps": 2, "guidance": [1.0]})
+    drawing = replace(drawing, network=small_trial.digest)
     results, locks = tmp_path / "results", tmp_path / "locks"
     tasks = [small_trial, drawing]
     outcomes = dict(work(tasks, lambda task: run(task, tmp_path / "work", 6), results, locks))
@@ -339,6 +355,23 @@ def test_tables_leave_out_what_nothing_is_known_of():
     assert "OpenMoji" not in told
     told = tables(results | named({"fashion/eps-eps": finished(None)}))
     assert "prompts found" not in told
+
+
+def test_the_page_has_the_tables_of_the_results_that_are_kept():
+    page, results = PAGE.read_text("utf-8"), read_results(RESULTS)
+    assert filled(page, results) == page
+    places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(page)}
+    for pictures in SETS.values():
+        for name, group in GROUPS.items():
+            assert (name, pictures.name) in places or not table(results, group, pictures)
+
+
+def test_a_table_of_a_page_is_replaced_and_the_rest_stays():
+    page = "# Title\n<!-- table a-families emoji -->\nold\n<!-- /table -->\nrest\n"
+    without = filled(page, {})
+    assert without == page.replace("old\n", "\n")
+    with pytest.raises(KeyError, match="nowhere"):
+        filled(page.replace("emoji", "nowhere"), {})
 
 
 def test_a_curve_is_along_the_compute():
