@@ -71,10 +71,12 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
             f"{', '.join(given)} away"
         )
+    metrics = parse_metrics(options.metrics or "fd").metrics
+    _refuse_unlooked(options, metrics)
     found = compare(
         options.model,
         options.other,
-        parse_metrics(options.metrics or "fd").metrics,
+        metrics,
         find_networks(device, options.inception, options.clip, options.fvd, options.frames),
         side=options.side,
         frames=options.frames,
@@ -177,6 +179,7 @@ def _measuring(
             reference=options.ref,
             networks=networks,
         )
+    _refuse_unlooked(options, asked.metrics)
     return {
         **asked._asdict(),
         "networks": networks,
@@ -186,6 +189,25 @@ def _measuring(
         "world": world,
         "progress": bars,
     }
+
+
+def _refuse_unlooked(options: argparse.Namespace, metrics: Sequence[str]) -> None:
+    """Raise `UsageError` for the file of a network that none of the metrics looks through."""
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.eval.clip import CLIP
+    from matryoshka_diffusion.eval.naming import INCEPTION
+    from matryoshka_diffusion.eval.video import VIDEO
+    from matryoshka_diffusion.evaluation.measures import METRICS
+
+    looked_through = {METRICS[name].network for name in metrics}
+    files = {INCEPTION: "inception", CLIP.name: "clip", VIDEO: "fvd"}
+    for network, option in files.items():
+        if getattr(options, option) is not None and network not in looked_through:
+            those = ",".join(name for name, metric in METRICS.items() if metric.network == network)
+            raise UsageError(
+                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or name "
+                f"a metric that does (--metrics, one of {those})"
+            )
 
 
 @contextmanager
