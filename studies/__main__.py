@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from matryoshka_diffusion.files import write_atomically
+from studies.asked import SAMPLES
 from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
-from studies.queue import is_done, missing, work
-from studies.run import SAMPLES, run
-from studies.spread import read_results
+from studies.queue import is_done, missing, of_today, work
+from studies.run import run
+from studies.spread import Results, read_results
 from studies.table import filled, tables
 from studies.trials import Trial, all_trials
 
@@ -38,7 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command line, in any order; leaves with status 2 if they make no sense."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results == RESULTS:
+    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results.resolve() == RESULTS:
         parser.error(
             "--scale and --samples make another study: give it its own --work and --results"
         )
@@ -73,12 +74,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
-    return [task for task in _tasks(options.scale) if chosen(task.name, options.names)]
+    return [task for task in _asked_today(options) if chosen(task.name, options.names)]
+
+
+def _asked_today(options: argparse.Namespace) -> Sequence[Trial | Drawing]:
+    return _tasks(options.scale, options.samples)
 
 
 @cache
-def _tasks(scale: float = 1.0) -> tuple[Trial | Drawing, ...]:
-    return (*all_trials(scale), *all_drawings(scale))
+def _tasks(scale: float = 1.0, samples: int = SAMPLES) -> tuple[Trial | Drawing, ...]:
+    return (*all_trials(scale, samples), *all_drawings(scale, samples))
 
 
 def chosen(name: str, wanted: Sequence[str]) -> bool:
@@ -101,27 +106,36 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    do, failed = partial(run, work=options.work, samples=options.samples), 0
+    do, failed = partial(run, work=options.work), 0
     for name, error in work(_chosen(options), do, options.results, options.work / "locks"):
         failed += error is not None
         print(f"done: {name}" if error is None else f"failed: {name}: {error}", flush=True)
     return int(failed > 0)
 
 
+def _results(options: argparse.Namespace) -> Results:
+    """The results that answer what is asked today; of the others it is said that they do not."""
+    found = read_results(options.results)
+    current = of_today(found, _asked_today(options))
+    for name in found.keys() - current.keys():
+        print(f"left out: {name} is of another form of the study", file=sys.stderr)
+    return current
+
+
 def _plot(options: argparse.Namespace) -> int:
-    for path in draw_all(read_results(options.results), options.pictures):
+    for path in draw_all(_results(options), options.pictures):
         print(path)
     return 0
 
 
 def _table(options: argparse.Namespace) -> int:
-    print(tables(read_results(options.results)))
+    print(tables(_results(options)))
     return 0
 
 
 def _page(options: argparse.Namespace) -> int:
     """Put today's tables into the page of the study."""
-    page = filled(PAGE.read_text("utf-8"), read_results(options.results))
+    page = filled(PAGE.read_text("utf-8"), _results(options))
     write_atomically(PAGE, lambda file: file.write(page.encode()))
     print(PAGE)
     return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from studies.trials import SETS, PictureSet, all_trials, hash_of
+from studies.asked import SAMPLES, Asked, measuring
+from studies.trials import SETS, PictureSet, all_trials
 
 COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -21,12 +22,13 @@ SOLVERS = {
 class Drawing:
     """Samples of a finished trial under `settings`; `name` is set/variant/seed/setting.
 
-    `network` is the digest of the trial.
+    `network` is what the trial asks.
     """
 
     name: str
     settings: dict[str, Any] = field(hash=False)
-    network: str = ""
+    network: Asked = field(default_factory=dict, hash=False)
+    samples: int = SAMPLES
 
     @property
     def trial(self) -> str:
@@ -34,22 +36,23 @@ class Drawing:
         return self.name.rsplit("/", 1)[0]
 
     @property
-    def needs(self) -> dict[str, str]:
+    def needs(self) -> dict[str, Asked]:
         """The trial must have ended, as it is today."""
         return {self.trial: self.network}
 
     @property
-    def digest(self) -> str:
-        """A hash of what is drawn, and of the training before it."""
-        return hash_of([self.network, self.settings])
+    def asked(self) -> Asked:
+        """What is drawn, how it is measured, and the training before it."""
+        measured = measuring(self.samples)
+        return {"trial": self.network, "settings": self.settings, "measured": measured}
 
 
-def all_drawings(scale: float = 1.0) -> list[Drawing]:
-    """Every drawing, first one seed of everything, then the others; `scale` is the trials'."""
+def all_drawings(scale: float = 1.0, samples: int = SAMPLES) -> list[Drawing]:
+    """Every drawing, first one seed of everything, then the others; from `all_trials` of these."""
     rounds = range(max(pictures.seeds for pictures in SETS.values()))
-    networks = {trial.name: trial.digest for trial in all_trials(scale)}
+    networks = {trial.name: trial.asked for trial in all_trials(scale, samples)}
     return [
-        replace(each, network=networks[each.trial])
+        replace(each, network=networks[each.trial], samples=samples)
         for seed in rounds
         for pictures in SETS.values()
         for each in _of(pictures, seed)

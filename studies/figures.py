@@ -1,6 +1,7 @@
 """The paper's figures again, drawn from the results that are there.
 
-Lines go through means over seeds; bands and bars reach from the lowest to the highest of them.
+Lines go through means over the seeds that all of a panel's results have; bands and bars reach from
+the lowest to the highest of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from matryoshka_diffusion.eval.features import NAME
 from matryoshka_diffusion.files import write_atomically
 from studies.drawings import SOLVERS
 from studies.groups import FAMILIES, GROUPS, NOISED, TITLES, Group
-from studies.spread import BASE, Results, Spread, curve, distance, found_first, seeds_of
+from studies.spread import BASE, Results, Spread, curve, distance, found_first, seeds_of, shared
 from studies.trials import SETS, PictureSet
 
 DISTANCE = f"{NAME} ↓"  # lower is better
@@ -39,7 +40,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 def _has_results(results: Results, group: Group, pictures: PictureSet) -> bool:
     """Whether there is more than the base, which nearly every group has."""
-    others = [variant for variant in group.variants(pictures).values() if variant != BASE]
+    others = {*group.variants(pictures).values()} - {group.base}
     return any(seeds_of(results, pictures.name, variant) for variant in others)
 
 
@@ -59,7 +60,8 @@ def _figure(
     for axis, pictures in zip(panels, sets, strict=True):
         axis.set_title(TITLES[pictures.name], fontsize=10)
         axis.grid(alpha=0.25)
-        draw(axis, results, pictures)
+        variants = group.variants(pictures).values()
+        draw(axis, shared(results, pictures.name, variants), pictures)
     _legend(figure)
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.baselines.load import Model
-from matryoshka_diffusion.config import ProcessConfig, WeightingConfig
+from matryoshka_diffusion.config import ProcessConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.evaluation.run import evaluate
@@ -14,9 +14,7 @@ from matryoshka_diffusion.job import Job
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.trainer import View
 from matryoshka_diffusion.watch import HeldOutLoss
-
-COMMON_WEIGHT = (WeightingConfig(name="v_clipped"),)
-"""The weighting that held-out losses are compared under, whatever was trained with."""
+from studies.asked import COMMON_WEIGHT
 
 
 def distance(model: Model, source: Source, samples: int, folder: Path, **settings: Any) -> Result:

@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from matryoshka_diffusion.files import write_atomically
+from studies.asked import Asked, agrees
 
 
 class Task(Protocol):
     """Something with a name, which is its place among the results.
 
-    `digest` is of all that the result depends on: a result with another one is of an earlier form
-    of the task, and done anew. `needs` are the tasks whose results come first, and their digests.
+    `asked` is all that the result depends on, which is stored with it: what does not agree is of an
+    earlier form of the task, and done anew. `needs` are the tasks whose results come first, and
+    what they ask.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def needs(self) -> Mapping[str, str]: ...
+    def needs(self) -> Mapping[str, Asked]: ...
     @property
-    def digest(self) -> str: ...
+    def asked(self) -> Asked: ...
 
 
 class Outcome(NamedTuple):
@@ -46,17 +48,29 @@ def result_path(results: Path, name: str) -> Path:
 
 def is_done(results: Path, task: Task) -> bool:
     """Whether the task's result is there."""
-    return _has(results, task.name, task.digest)
+    return _has(results, task.name, task.asked)
 
 
 def missing(results: Path, task: Task) -> list[str]:
     """The tasks that it needs and whose results are not there."""
-    return [name for name, digest in task.needs.items() if not _has(results, name, digest)]
+    return [name for name, asked in task.needs.items() if not _has(results, name, asked)]
 
 
-def _has(results: Path, name: str, digest: str) -> bool:
+def _has(results: Path, name: str, asked: Asked) -> bool:
     path = result_path(results, name)
-    return path.is_file() and json.loads(path.read_text("utf-8")).get("digest") == digest
+    return path.is_file() and agrees(json.loads(path.read_text("utf-8")).get("asked"), asked)
+
+
+def of_today(
+    results: Mapping[str, dict[str, Any]], tasks: Sequence[Task]
+) -> dict[str, dict[str, Any]]:
+    """Those of the results that are of the tasks as they are."""
+    asked = {task.name: task.asked for task in tasks}
+    return {
+        name: result
+        for name, result in results.items()
+        if name in asked and agrees(result.get("asked"), asked[name])
+    }
 
 
 def work(
@@ -89,7 +103,7 @@ def _try(
         if not mine or is_done(results, task):
             return None
         try:
-            text = json.dumps({**do(task), "digest": task.digest}, indent=1) + "\n"
+            text = json.dumps({**do(task), "asked": task.asked}, indent=1) + "\n"
             write_atomically(path, lambda file: file.write(text.encode()))
         except (ValueError, OSError, RuntimeError) as error:
             return Outcome(task.name, error)

@@ -18,36 +18,29 @@ from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.costs import count_parameters
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.features import NAME
+from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.job import Job, open_source, prepare
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.learner import NotFinite
 from matryoshka_diffusion.train.trainer import Hook, View, train
 from studies import measures
+from studies.asked import NEW, PRECISION, agrees
 from studies.compute import codec_flops, images_at, spent
 from studies.drawings import Drawing
 from studies.queue import claimed
 from studies.trials import Trial, changed
 
-PRECISION = "bf16"
-SAMPLES = 1024
-"""Samples of a distance."""
-
-NEW = 0.1
-"""The share of its last stage that a network has behind it before it is measured."""
-
 DONE = "config.json"  # what a folder of weights gets last
 
 
-def run(task: Trial | Drawing, work: Path, samples: int = SAMPLES) -> dict[str, Any]:
-    """The result of a task; `work` is where its runs are, `samples` are those of a distance.
+def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
+    """The result of a task; `work` is where its runs are.
 
     That a training does not stay finite is a result, too.
     """
     try:
-        found = (
-            run_trial(task, work, samples) if isinstance(task, Trial) else draw(task, work, samples)
-        )
+        found = run_trial(task, work) if isinstance(task, Trial) else draw(task, work)
     except NotFinite as error:
         found = {"failed": str(error)}
     return {
@@ -67,9 +60,14 @@ def _within(work: Path, found: dict[str, Any]) -> dict[str, Any]:
 # --- a trial -------------------------------------------------------------------------------------
 
 
-def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
-    """Train, or go on with the training, and return what was measured."""
+def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
+    """Train, or go on with the training, and return what was measured.
+
+    Raises:
+        ValueError: what has been trained so far is of another form of the trial.
+    """
     folder, before = work / "runs" / trial.name, 0.0
+    _own(work, trial)
     base = None if trial.base is None else work / "bases" / trial.name
     config = _with_codec(trial, work)
     if trial.base is not None and base is not None:
@@ -84,7 +82,7 @@ def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
         share: measures.distance(
             open_model(_point(folder, share), precision=PRECISION, base=base),
             _pictures(job),
-            samples,
+            trial.samples,
             features,
             guidance=[1.0],
         )
@@ -110,6 +108,25 @@ def run_trial(trial: Trial, work: Path, samples: int) -> dict[str, Any]:
         "prompts_found": measures.prompts_found(final, job.source, features),
         **measures.losses(folder / "model", job),
     }
+
+
+def _own(work: Path, trial: Trial) -> None:
+    """Write down of what the trial's run is, unless one of something else is there."""
+    folder = work / "runs" / trial.name
+    if folder.is_dir() and not agrees(_trained(work, trial.name), trial.trained):
+        raise ValueError(f"{folder} is of an earlier form of {trial.name}: remove it, and repeat")
+    text = json.dumps(trial.trained, indent=1)
+    write_atomically(_note(work, trial.name), lambda file: file.write(text.encode()))
+
+
+def _trained(work: Path, trial: str) -> Any:
+    """What was asked when the trial's run began; None if nothing was written."""
+    path = _note(work, trial)
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _note(work: Path, trial: str) -> Path:
+    return work / "asked" / f"{trial}.json"
 
 
 def measured_at(trial: Trial) -> dict[float, int]:
@@ -201,16 +218,25 @@ def _seconds(folder: Path, images: int) -> float:
 # --- a drawing -----------------------------------------------------------------------------------
 
 
-def draw(drawing: Drawing, work: Path, samples: int) -> dict[str, Any]:
-    """Measure a trained network under other sampling settings."""
-    base = work / "bases" / drawing.trial
+def draw(drawing: Drawing, work: Path) -> dict[str, Any]:
+    """Measure a trained network under other sampling settings.
+
+    Raises:
+        ValueError: the network is not here, or of another form of its trial.
+    """
+    folder, base = work / "runs" / drawing.trial, work / "bases" / drawing.trial
+    if not agrees(_trained(work, drawing.trial), drawing.network["trained"]):
+        raise ValueError(
+            f"{folder} is not the network that {drawing.trial} asks for: remove it and the trial's "
+            "result, and run the trial again"
+        )
     model = open_model(
-        work / "runs" / drawing.trial / "model",
+        folder / "model",
         precision=PRECISION,
         base=base if base.is_dir() else None,
     )
     job, features = prepare(model.config), work / "eval"
-    fd = measures.distance(model, _pictures(job), samples, features, **drawing.settings)
+    fd = measures.distance(model, _pictures(job), drawing.samples, features, **drawing.settings)
     return {
         "settings": model.sampling(drawing.settings).model_dump(mode="json"),
         "metric": fd.metric,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -62,6 +62,16 @@ def distance(results: Sequence[Result]) -> Spread | None:
 def found_first(results: Sequence[Result]) -> Spread | None:
     """The share of prompts whose picture is the nearest, over seeds."""
     return Spread.of([x["prompts_found"] for x in results if x["prompts_found"] is not None])
+
+
+def shared(results: Results, pictures: str, variants: Iterable[str]) -> dict[str, Result]:
+    """The results of the seeds that all of these variants have which have any.
+
+    What is drawn side by side is then of the same seeds.
+    """
+    there = [set(found) for each in variants if (found := by_seed(results, pictures, each))]
+    seeds = set[str]().union(*there).intersection(*there)
+    return {task: result for task, result in results.items() if task.split("/")[2] in seeds}
 
 
 def against(results: Results, pictures: str, variant: str, base: str) -> Spread | None:

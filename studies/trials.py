@@ -6,14 +6,13 @@ compute on the coarsest level, half on all levels, every row with all of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, from_dict
 from matryoshka_diffusion.presets import CODECS, preset
+from studies.asked import SAMPLES, Asked, measuring
 from studies.compute import with_budget
 
 BATCH_SIZE = 32
@@ -61,17 +60,13 @@ SETS = {
 }
 
 
-def hash_of(asked: object) -> str:
-    """A short hash of what JSON can hold."""
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Trial:
     """A run: `name` is set/variant/seed, `points` are shares of the compute to be measured at.
 
-    An upsampler has a `base` that is trained first. A model of codes has a `codec`, which all
-    trials of a set share; its training is not part of their compute.
+    At each, a distance is one of so many `samples`. An upsampler has a `base` that is trained
+    first. A model of codes has a `codec`, which all trials of a set share; its training is not part
+    of their compute.
     """
 
     name: str
@@ -79,9 +74,10 @@ class Trial:
     points: tuple[float, ...] = (1.0,)
     base: RunConfig | None = None
     codec: CodecRunConfig | None = None
+    samples: int = SAMPLES
 
     @property
-    def needs(self) -> dict[str, str]:
+    def needs(self) -> dict[str, Asked]:
         """No other trial."""
         return {}
 
@@ -91,11 +87,16 @@ class Trial:
         return SETS[self.name.split("/")[0]]
 
     @property
-    def digest(self) -> str:
-        """A hash of what is trained and when it is measured, as far as it is not the default."""
-        configs = [*self.parts, *([self.codec] if self.codec else [])]
-        asked = [[x.model_dump(mode="json", exclude_defaults=True) for x in configs], self.points]
-        return hash_of(asked)
+    def asked(self) -> Asked:
+        """All that its result depends on."""
+        return {"trained": self.trained, "measured": measuring(self.samples)}
+
+    @property
+    def trained(self) -> Asked:
+        """All that its networks depend on, and when they are looked at."""
+        runs = [part.model_dump(mode="json") for part in self.parts]
+        codec = None if self.codec is None else self.codec.model_dump(mode="json")
+        return {"runs": runs, "codec": codec, "points": list(self.points)}
 
     @property
     def parts(self) -> tuple[RunConfig, ...]:
@@ -313,11 +314,12 @@ def choices(pictures: PictureSet) -> dict[str, RunConfig]:
 CURVE = (0.25, 0.7, 1.0)
 
 
-def all_trials(scale: float = 1.0) -> list[Trial]:
+def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
     """Every trial, with a share of its compute; first one seed of everything, then the others."""
     sets = [replace(each, flops=scale * each.flops, scale=scale) for each in SETS.values()]
     rounds = range(max(pictures.seeds for pictures in sets))
-    return [trial for seed in rounds for each in sets for trial in _round(each, seed)]
+    found = [trial for seed in rounds for each in sets for trial in _round(each, seed)]
+    return [replace(trial, samples=samples) for trial in found]
 
 
 def _round(pictures: PictureSet, seed: int) -> list[Trial]:

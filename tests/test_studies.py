@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from studies.compute import images_at, spent, with_budget
 from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
 from studies.groups import GROUPS
-from studies.queue import claimed, result_path, work
+from studies.queue import claimed, is_done, of_today, result_path, work
 from studies.run import _seconds, measured_at, run
-from studies.spread import Spread, against, curve, distance, read_results, seeds_of
+from studies.spread import Spread, against, curve, distance, read_results, seeds_of, shared
 from studies.table import PLACE, filled, table, tables
 from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
@@ -95,13 +95,20 @@ def test_points_lie_in_the_last_stage_and_not_at_its_beginning(trial):
 @dataclass(frozen=True)
 class Chore:
     name: str
-    needs: Mapping[str, str] = field(default_factory=dict)
-    digest: str = "first"
+    needs: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    form: str = "first"
+
+    @property
+    def asked(self) -> dict[str, str]:
+        return {"form": self.form}
 
 
 def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
     done: list[str] = []
-    late, first = Chore("set/late/0", needs={"set/first/0": "first"}), Chore("set/first/0")
+    late, first = (
+        Chore("set/late/0", needs={"set/first/0": {"form": "first"}}),
+        Chore("set/first/0"),
+    )
 
     def go_through() -> list[str]:
         def do(task: Chore) -> dict[str, str]:
@@ -115,10 +122,10 @@ def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
     assert go_through() == []
     assert done == ["set/first/0", "set/late/0"]
     stored = json.loads(result_path(tmp_path / "results", first.name).read_text("utf-8"))
-    assert stored == {"task": "set/first/0", "digest": "first"}
-    first = Chore("set/first/0", digest="second")
+    assert stored == {"task": "set/first/0", "asked": {"form": "first"}}
+    first = Chore("set/first/0", form="second")
     assert go_through() == ["set/first/0"], "it asks something else now"
-    late = Chore("set/late/0", needs={"set/first/0": "first"}, digest="second")
+    late = Chore("set/late/0", needs={"set/first/0": {"form": "first"}}, form="second")
     assert go_through() == [], "what it needs is of another form"
 
 
@@ -139,13 +146,66 @@ def test_a_task_that_fails_is_told_of_and_the_others_go_on(tmp_path):
 
     tasks = [
         Chore("set/bad/0"),
-        Chore("set/after/0", needs={"set/bad/0": "first"}),
+        Chore("set/after/0", needs={"set/bad/0": {"form": "first"}}),
         Chore("set/good/0"),
     ]
     outcomes = dict(work(tasks, do, tmp_path / "results", tmp_path))
     assert str(outcomes.pop("set/bad/0")) == "no space"
     assert outcomes == {"set/good/0": None}
     assert [path.name for path in (tmp_path / "results" / "set").iterdir()] == ["good-0.json"]
+
+
+# --- what a result is of -------------------------------------------------------------------------
+
+
+def _set(path: str, value: object) -> Callable[[Trial], Trial]:
+    return lambda trial: replace(trial, config=changed(trial.config, {path: value}))
+
+
+CHANGES: dict[str, Callable[[Trial], Trial]] = {
+    "seed": _set("train.seed", 7),
+    "stage": _set("train.stages", [{"levels": 1, "images": 32, "batch_size": 8, "lr": 0.1}]),
+    "default": _set("sampling.rescale", 0.5),
+    "points": lambda trial: replace(trial, points=(1.0,)),
+    "samples": lambda trial: replace(trial, samples=5),
+    "base": lambda trial: replace(trial, base=trial.config),
+    "codec": lambda trial: replace(trial, codec=SETS["emoji"].codec),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_result_is_of_all_that_its_trial_depends_on(change, tmp_path):
+    trial = Trial("emoji/mdm/0", tiny_config(), points=(0.5, 1.0))
+    list(work([trial], lambda _: {}, tmp_path, tmp_path))
+    assert is_done(tmp_path, trial)
+    assert not is_done(tmp_path, CHANGES[change](trial))
+
+
+def test_a_result_stays_when_a_field_is_new(tmp_path):
+    trial = Trial("emoji/mdm/0", tiny_config())
+    list(work([trial], lambda _: {}, tmp_path, tmp_path))
+    path = result_path(tmp_path, trial.name)
+    stored = json.loads(path.read_text("utf-8"))
+    del stored["asked"]["trained"]["runs"][0]["train"]["compile"]
+    path.write_text(json.dumps(stored), "utf-8")
+    assert is_done(tmp_path, trial)
+
+
+def test_a_drawing_is_of_the_trial_whose_network_draws():
+    trials = {trial.name: trial for trial in all_trials()}
+    for drawing in all_drawings():
+        trial = trials[drawing.trial]
+        assert drawing.needs == {trial.name: trial.asked}
+        assert drawing.asked["trial"] == trial.asked
+
+
+def test_results_of_another_form_are_left_out_of_what_is_told():
+    kept, old = Chore("emoji/joint/0"), Chore("emoji/finest/0")
+    results = {each.name: {"task": each.name, "asked": each.asked} for each in (kept, old)} | named(
+        {"emoji/gone": finished(1.0)}
+    )
+    today = [kept, replace(old, form="second")]
+    assert of_today(results, today).keys() == {kept.name}
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -215,15 +275,15 @@ def small_trial(tmp_path: Path) -> Trial:
     bare = config.model_dump() | {"model": model.model_dump(), "data": data.model_dump()}
     bare |= {"encoder": None}
     made = override(RunConfig.model_validate(bare), ["train.checkpoint_every_images=16"])
-    return Trial("emoji/mdm/0", made, points=(0.1, 1.0))
+    return Trial("emoji/mdm/0", made, points=(0.1, 1.0), samples=4)
 
 
 def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     drawing = Drawing("emoji/mdm/0/ddim-10", {"sampler": "ddim", "steps": 2, "guidance": [1.0]})
-    drawing = replace(drawing, network=small_trial.digest)
+    drawing = replace(drawing, network=small_trial.asked, samples=4)
     results, locks = tmp_path / "results", tmp_path / "locks"
     tasks = [small_trial, drawing]
-    outcomes = dict(work(tasks, lambda task: run(task, tmp_path / "work", 6), results, locks))
+    outcomes = dict(work(tasks, lambda task: run(task, tmp_path / "work"), results, locks))
     done = ["emoji/mdm/0", "emoji/mdm/0/ddim-10"]
     assert outcomes == dict.fromkeys(done)
 
@@ -237,12 +297,25 @@ def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     assert trial["prompts_found"] is None
     assert drawn["settings"]["sampler"] == "ddim"
     assert drawn["evaluations"] == 2
-    assert trial["metric"].startswith(f"{NAME} [n = 6 <="), "the product's own name and its flag"
+    assert trial["metric"].startswith(f"{NAME} [n = 4 <="), "the product's own name and its flag"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
 
     (path,) = draw_all(told, tmp_path / "plots")
     assert path.name == "e-solvers.png"
     assert [line.split(" | ")[0] for line in tables(told).splitlines()[-1:]] == ["| ddim-10"]
+
+
+def test_a_folder_of_another_form_of_the_trial_is_refused(small_trial, tmp_path):
+    run(small_trial, tmp_path)
+    other = replace(small_trial, points=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"runs/emoji/mdm/0 is of an earlier form .*remove it"):
+        run(other, tmp_path)
+    run(replace(small_trial, samples=3), tmp_path)  # which trains nothing
+    drawing = Drawing("emoji/mdm/0/ddim-10", {"steps": 2}, other.asked, samples=4)
+    with pytest.raises(ValueError, match="is not the network that emoji/mdm/0 asks for"):
+        run(drawing, tmp_path)
+    with pytest.raises(ValueError, match="is not the network"):
+        run(replace(drawing, network=small_trial.asked), tmp_path / "elsewhere")
 
 
 def test_seconds_are_those_of_a_training_that_never_paused(tmp_path):
@@ -266,11 +339,11 @@ def test_a_killed_worker_is_no_success(monkeypatch):
 
 
 def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
-    once, again = (run(small_trial, tmp_path / name, 4) for name in ("once", "again"))
+    once, again = (run(small_trial, tmp_path / name) for name in ("once", "again"))
     assert once["points"][0][NAME] == again["points"][0][NAME]
     assert once["held_out_loss"] == again["held_out_loss"]
     other = replace(small_trial, config=override(small_trial.config, ["train.seed=1"]))
-    assert run(other, tmp_path / "other", 4)["points"][0][NAME] != once["points"][0][NAME]
+    assert run(other, tmp_path / "other")["points"][0][NAME] != once["points"][0][NAME]
 
 
 # --- what came out -------------------------------------------------------------------------------
@@ -358,7 +431,8 @@ def test_tables_leave_out_what_nothing_is_known_of():
 
 
 def test_the_page_has_the_tables_of_the_results_that_are_kept():
-    page, results = PAGE.read_text("utf-8"), read_results(RESULTS)
+    page = PAGE.read_text("utf-8")
+    results = of_today(read_results(RESULTS), [*all_trials(), *all_drawings()])
     assert filled(page, results) == page
     places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(page)}
     for pictures in SETS.values():
@@ -416,6 +490,14 @@ def test_every_figure_has_a_panel_for_each_set_with_results_and_its_legend_below
     assert [len(figure.legends) for figure in drawn[: len(FIGURES)]] == [1, 0, 1, 1, 1, 1, 1]
 
 
+def test_a_panel_is_of_the_seeds_that_all_of_it_have():
+    """The base often has more: its mean over them is no mark for what has one."""
+    results = named({"fashion/mdm": finished(3.0, 4.0, 5.0), "fashion/mixed": finished(2.0, None)})
+    compared = shared(results, "fashion", ["mdm", "mixed", "x0-v"])
+    assert sorted(compared) == [f"fashion/{name}/{n}" for name in ("mdm", "mixed") for n in (0, 1)]
+    assert shared(results, "fashion", ["x0-v"]) == {}
+
+
 def test_figures_are_wide_enough_to_read(tmp_path):
     for path in draw_all(everything("emoji"), tmp_path):
         with Image.open(path) as picture:
@@ -433,14 +515,15 @@ def test_a_cascade_is_trained_and_drawn_with_both_networks(small_trial, tmp_path
     base = changed(config, {**alone, "model.levels": [inner.model_dump()]})
     large = {"model.levels": [outer.model_dump()], "model.coarse": {"side": 8}}
     upsampler = changed(config, {**alone, **large, "sampling.coarse_noise": 0.3})
-    trial = Trial("emoji/cascade/0", upsampler, points=(0.25, 1.0), base=base)
-    found = run(trial, tmp_path / "work", 4)
+    trial = Trial("emoji/cascade/0", upsampler, points=(0.25, 1.0), base=base, samples=4)
+    found = run(trial, tmp_path / "work")
     assert [point["share"] for point in found["points"]] == [1.0]
     assert len(found["parameters"]) == 2
     assert found["held_out_loss"] is None
     assert found["codec_flops"] == 0.0
-    noised = Drawing("emoji/cascade/0/noise-1", {"coarse_noise": 1.0, "guidance": [1.0]})
-    assert run(noised, tmp_path / "work", 4)[NAME] != found["points"][0][NAME]
+    how = {"coarse_noise": 1.0, "guidance": [1.0]}
+    noised = Drawing("emoji/cascade/0/noise-1", how, trial.asked, samples=4)
+    assert run(noised, tmp_path / "work")[NAME] != found["points"][0][NAME]
 
 
 def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path):
@@ -455,8 +538,8 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path):
         "sampling.threshold": ["none"],
         "codec": {"factor": 4},
     }
-    trial = Trial("emoji/latent/0", changed(small_trial.config, on_codes), codec=codec)
-    found = run(trial, tmp_path / "work", 4)
+    trial = Trial("emoji/latent/0", changed(small_trial.config, on_codes), codec=codec, samples=4)
+    found = run(trial, tmp_path / "work")
     assert found["config"]["codec"]["path"] == "codecs/emoji/codec"
     assert found["points"][0][NAME] > 0
     assert found["codec_flops"] > 0
@@ -464,11 +547,11 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path):
 
 def test_a_point_whose_writing_was_cut_off_is_written_again(small_trial, tmp_path):
     """A kill while a hook writes leaves weights without a config, before the step's checkpoint."""
-    once = run(small_trial, tmp_path, 4)
+    once = run(small_trial, tmp_path)
     folder = tmp_path / "runs" / small_trial.name
     (folder / "points" / "1" / "config.json").unlink()
     (folder / "points" / "1" / "model.safetensors").write_bytes(b"half")
     newest = checkpoint.newest(folder / "checkpoints")
     assert newest is not None
     shutil.rmtree(newest)
-    assert run(small_trial, tmp_path, 4)["points"][0][NAME] == once["points"][0][NAME]
+    assert run(small_trial, tmp_path)["points"][0][NAME] == once["points"][0][NAME]
