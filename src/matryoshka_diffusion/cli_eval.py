@@ -205,8 +205,8 @@ def _refuse_unlooked(options: argparse.Namespace, metrics: Sequence[str]) -> Non
         if getattr(options, option) is not None and network not in looked_through:
             those = ",".join(name for name, metric in METRICS.items() if metric.network == network)
             raise UsageError(
-                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or name "
-                f"a metric that does (--metrics, one of {those})"
+                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or "
+                f"name a metric that does (--metrics, one of {those})"
             )
 
 
