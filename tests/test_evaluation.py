@@ -154,6 +154,20 @@ def test_other_weights_have_a_folder_of_their_own(tmp_path):
     assert before[0].value != after[0].value
 
 
+def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_path, monkeypatch):
+    """Labels were once taken for names: what was drawn for them is known by `samples`."""
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    networks = looks()
+    measured(tmp_path / "eval", networks=networks, n=BATCHED)
+    [about] = (json.loads(path.read_text()) for path in tmp_path.glob("eval/*/about.json"))
+    assert about["samples"] >= 2, "1 was before labels were indices"
+    seen = networks("EffNetLite0").seen
+    rules = "matryoshka_diffusion.evaluation.pictures.SAMPLES"
+    monkeypatch.setattr(rules, about["samples"] + 1)
+    measured(tmp_path / "eval", networks=networks, n=BATCHED)
+    assert networks("EffNetLite0").seen == seen + BATCHED
+
+
 def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
     known: Any = source()
     before = measured(tmp_path, source=known)

@@ -23,7 +23,10 @@ from matryoshka_diffusion.pipeline import Progress, batch_of
 from matryoshka_diffusion.train.world import World
 
 FORMAT = 1
-"""To be raised when the same settings give other samples, or columns hold other numbers."""
+"""To be raised when columns hold other numbers of the same pictures."""
+
+SAMPLES = 2
+"""To be raised when the same settings give other samples."""
 
 _ALONE = World()
 
@@ -108,7 +111,8 @@ def drawn(
 ) -> PictureSet:
     """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
     given = dict(settings)
-    about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
+    about = {"format": FORMAT, "samples": SAMPLES, **model.describe(given)}
+    about |= {"seed": seed, "batch_size": batch_size}
     about |= {"conditions": conditions.name, "of": conditions.identity}
 
     def make(rows: range, progress: Progress) -> Drawn:
