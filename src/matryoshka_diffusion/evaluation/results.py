@@ -44,6 +44,7 @@ class Result:
         resize: how it brings pictures to its side.
         sampling: the resolved settings; empty for pictures.
         seed: of the first sample.
+        device: the type of what they were drawn on, such as "cuda".
         higher_is_better: which way is good.
     """
 
@@ -67,6 +68,7 @@ class Result:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     precision: str = ""
+    device: str = ""
     batch_size: int | None = None
 
     def sentence(self) -> str:
@@ -94,7 +96,7 @@ class Result:
             else "",
             ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()),
             "" if self.seed is None else f"seed {self.seed}",
-            self.precision,
+            f"{self.precision} on {self.device}" if self.device else self.precision,
             f"matryoshka-diffusion {package_version()}",
             f"commit {found[:12]}" if (found := commit()) else "",
         ]

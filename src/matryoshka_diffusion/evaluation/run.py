@@ -107,8 +107,8 @@ def evaluate(
         samples = drawn(
             model, shown, count, folder, seed=seed, batch_size=batch_size, settings=settings
         )
-        template = _template(model, shown, settings, seed, batch_size)
         _refuse_any(names, samples, to)
+        template = _template(model, shown, settings, seed, batch_size)
         return partial(
             measure, samples, to, names, networks, template, world=world, progress=progress
         )
@@ -228,6 +228,7 @@ def _template(
         sampling=described["sampling"],
         seed=seed,
         precision=described["precision"],
+        device=described["device"],
         batch_size=batch_size,
         flags=() if described["averaged"] else ("no EMA",),
     )
