@@ -221,11 +221,14 @@ def _template(
 ) -> Result:
     """What all numbers of a model say of it."""
     described = model.describe(settings)
+    sampling = described["sampling"]
+    if "base" in described:  # of a cascade
+        sampling = {**sampling, "base": described["base"]["sampling"]}
     return Result(
         of=model.config.name,
         weights=described["weights"],
         conditions=shown.name,
-        sampling=described["sampling"],
+        sampling=sampling,
         seed=seed,
         precision=described["precision"],
         device=described["device"],
