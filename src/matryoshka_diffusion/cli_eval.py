@@ -71,7 +71,12 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
             f"{', '.join(given)} away"
         )
-    metrics = parse_metrics(options.metrics or "fd").metrics
+    metrics, n = parse_metrics(options.metrics or "fd")
+    if n is not None:
+        raise UsageError(
+            f"--metrics {options.metrics}: two sets are compared whole, so leave the number of "
+            f"samples away (--metrics {','.join(metrics)})"
+        )
     _refuse_unlooked(options, metrics)
     found = compare(
         options.model,
