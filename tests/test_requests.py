@@ -293,6 +293,11 @@ def test_sheets_beside_samples_are_no_samples(tmp_path):
     assert found.metric == "FD-EffNetLite0"
 
 
+def test_the_captions_beside_pictures_are_not_what_a_model_was_asked_for(captioned):
+    with pytest.raises(UsageError, match="retrieval is about what a model draws for the captions"):
+        compare(captioned.data.path, captioned.data.path, ["retrieval"], looks())
+
+
 def test_two_sets_need_pictures_to_begin_with(tmp_path):
     np.savez(tmp_path / "adm.npz", **moments())
     with pytest.raises(UsageError, match="no pictures, only moments"):

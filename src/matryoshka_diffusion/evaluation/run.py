@@ -298,6 +298,11 @@ def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | 
         raise UsageError(
             f"{name} needs at least {metric.least:,} samples, not {metric.count(made):,}"
         )
+    if metric.retrieval and not made.belong_to:
+        raise UsageError(
+            f"{name} is about what a model draws for the captions of its training pictures, which "
+            f"{made.name} was not drawn for: leave it away, or measure the model (mdm eval RUN)"
+        )
     if metric.captions and not made.captions:
         raise UsageError(f"{name} needs captions, which {made.name} was not drawn for")
     if metric.levels and made.levels < 2:
