@@ -535,14 +535,15 @@ def test_a_run_is_no_set_of_pictures(words, run, tmp_path, capsys):
 def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
     names = [folder_of(tmp_path / name, pictures(8)) for name in "ab"]
     assert cli.main(["eval", *names, "-n", "4", "--cfg", "2"]) == 2
-    assert "leave n, guidance away" in capsys.readouterr().err
+    assert "leave -n, --cfg away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
-        (["--batch-size", "8", "--cfg", "2"], "leave batch_size, guidance away"),
+        (["--base", "runs/base", "--precision", "bf16"], "leave --base, --precision away"),
+        (["--batch-size", "8", "--cfg", "2"], "leave --batch-size, --cfg away"),
+        (["--interval", "-1", "2", "--seed", "3"], "leave --seed, --interval away"),
         (["--metrics", "fd,is50k"], "leave the number of samples away (--metrics fd,is)"),
         (["--fvd", "i3d.pt"], "--fvd: none of fd looks through it"),
         (["--side", "32"], "pictures of one side, which is compared: leave --side away"),

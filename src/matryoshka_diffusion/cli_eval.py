@@ -60,6 +60,7 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     from matryoshka_diffusion.evaluation.measures import parse_metrics
     from matryoshka_diffusion.evaluation.requests import compare
     from matryoshka_diffusion.evaluation.run import find_networks
+    from matryoshka_diffusion.evaluation.sweep import OPTIONS
     from matryoshka_diffusion.files import cache_folder
 
     unnamed = dict.fromkeys(("n", "ref", "protocol", "captions", "seed", "base"))
@@ -67,9 +68,11 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     given = [name for name, usual in of_models.items() if getattr(options, name) != usual]
     given += sampling(options)
     if given:
+        names = {"n": "-n", **OPTIONS}
+        typed = [names.get(name, f"--{name.replace('_', '-')}") for name in given]
         raise UsageError(
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
-            f"{', '.join(given)} away"
+            f"{', '.join(typed)} away"
         )
     metrics, n = parse_metrics(options.metrics or "fd")
     if n is not None:
