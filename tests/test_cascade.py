@@ -24,6 +24,8 @@ from matryoshka_diffusion.config import (
     to_yaml,
 )
 from matryoshka_diffusion.diffusion import augment_coarse
+from matryoshka_diffusion.evaluation.protocols import Conditions
+from matryoshka_diffusion.evaluation.run import evaluate
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
@@ -216,6 +218,21 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
         cascade.base.sample("red", coarse=np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(ConfigError, match="this model takes no coarse picture"):
         cascade.base.sample("red", coarse_noise=0.2)
+
+
+def test_a_number_says_how_each_of_both_was_sampled(cascade, tmp_path):
+    shown = Conditions("of red", "red", caption=lambda i: "red")
+    options = {"n": 1, "conditions": shown, "folder": tmp_path, "steps": 1}
+    weak, strong = (
+        evaluate(cascade, "agreement", guidance=weights, **options)[0]
+        for weights in ((1.0, 3.0), (5.0, 3.0))
+    )
+    kept = json.loads(json.dumps(strong.record()))["sampling"]
+    assert (kept["guidance"], kept["base"]["guidance"]) == ([3.0], [5.0])
+    assert "coarse_noise 0.3, base (sampler dpmpp-2m, steps 1, " in strong.provenance()
+    assert ", guidance 5, rescale 0, " in strong.provenance()
+    assert ", guidance 1, rescale 0, " in weak.provenance()
+    assert "None" not in strong.provenance()
 
 
 # --- what may be paired --------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.batch import to_uint8
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.evaluation.sweep import averaged
 from matryoshka_diffusion.export import write_diffusers
 from matryoshka_diffusion.hub import without_paths
 from matryoshka_diffusion.info import describe
@@ -406,6 +407,9 @@ def test_a_run_is_told_where_its_codec_is_now(finished, half_way, tmp_path):
     shutil.copytree(moved, run / "codec")
     assert Matryoshka.load(run).config.codec.path == str(run / "codec")  # pyright: ignore
     assert job.find_config(str(run), None, []).codec.path == str(run / "codec")  # pyright: ignore
+    shutil.rmtree(moved)
+    swept = averaged(run, 0.05, Matryoshka.load(run))
+    assert swept.config.codec.path == str(run / "codec")  # pyright: ignore
 
 
 def test_a_run_goes_on_with_a_codec_that_has_moved(half_way, tmp_path):

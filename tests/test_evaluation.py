@@ -17,7 +17,17 @@ import pytest
 import torch
 
 import evaluating
-from evaluating import BATCHED, SAMPLES, Look, looks, measured, measured_clips, model, source
+from evaluating import (
+    BATCHED,
+    SAMPLES,
+    Look,
+    Words,
+    looks,
+    measured,
+    measured_clips,
+    model,
+    source,
+)
 from matryoshka_diffusion import measure
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.agreement import level_agreement
@@ -152,6 +162,36 @@ def test_other_weights_have_a_folder_of_their_own(tmp_path):
     after = evaluate(trained, "fd", **options)
     assert before[0].weights != after[0].weights
     assert before[0].value != after[0].value
+
+
+def test_another_text_encoder_at_the_same_place_has_a_folder_of_its_own(tmp_path):
+    tiny, other = model("text"), Words()
+    other.key = "other weights"
+    options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
+    for encoder in (Words(), other):
+        evaluate(Matryoshka(tiny.net, tiny.config, encoder=encoder), "fd", **options)
+    about = [json.loads(path.read_text()) for path in tmp_path.glob("*/about.json")]
+    assert {one["encoder"] for one in about} == {"words", "other weights"}
+
+
+def test_what_is_drawn_on_another_kind_of_device_is_not_mixed_with_the_rest():
+    here, there = model(), model()
+    there.device = torch.device("cuda", 1)
+    assert (here.describe({})["device"], there.describe({})["device"]) == ("cpu", "cuda")
+
+
+def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_path, monkeypatch):
+    """Labels were once taken for names: what was drawn for them is known by `samples`."""
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    networks = looks()
+    measured(tmp_path / "eval", networks=networks, n=BATCHED)
+    [about] = (json.loads(path.read_text()) for path in tmp_path.glob("eval/*/about.json"))
+    assert about["samples"] >= 2, "1 was before labels were indices"
+    seen = networks("EffNetLite0").seen
+    rules = "matryoshka_diffusion.evaluation.pictures.SAMPLES"
+    monkeypatch.setattr(rules, about["samples"] + 1)
+    measured(tmp_path / "eval", networks=networks, n=BATCHED)
+    assert networks("EffNetLite0").seen == seen + BATCHED
 
 
 def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
@@ -342,7 +382,14 @@ def test_results_are_lines_of_json_also_after_a_torn_one(whole, tmp_path):
 def test_a_number_says_where_it_is_from(whole):
     distance, agreement = whole[1]
     line = distance.provenance()
-    for part in ("tiny (weights ", "classes of pictures", "EffNetLite0", "not at all", "steps 1"):
+    for part in (
+        "tiny (weights ",
+        "classes of pictures",
+        "EffNetLite0",
+        "not at all",
+        "steps 1",
+        "fp32 on cpu",
+    ):
         assert part in line
     assert "reference" not in agreement.provenance()
     assert agreement.sentence().startswith("level disagreement of 22 samples: 0.")

@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +293,11 @@ def test_sheets_beside_samples_are_no_samples(tmp_path):
     assert found.metric == "FD-EffNetLite0"
 
 
+def test_the_captions_beside_pictures_are_not_what_a_model_was_asked_for(captioned):
+    with pytest.raises(UsageError, match="retrieval is about what a model draws for the captions"):
+        compare(captioned.data.path, captioned.data.path, ["retrieval"], looks())
+
+
 def test_two_sets_need_pictures_to_begin_with(tmp_path):
     np.savez(tmp_path / "adm.npz", **moments())
     with pytest.raises(UsageError, match="no pictures, only moments"):
@@ -315,6 +321,17 @@ def trained_on(tmp_path):
         save_png(picture, tmp_path / "data" / ("cat", "dog")[number % 2] / f"{number}.png", None)
     config = model().config
     data = config.data.model_copy(update={"path": str(tmp_path / "data"), "held_out": 0.3})
+    return config.model_copy(update={"data": data})
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """A config of text whose data is there: 12 pictures with captions."""
+    for number, picture in enumerate(pictures(12)):
+        save_png(picture, tmp_path / "captioned" / f"{number}.png", None)
+        (tmp_path / "captioned" / f"{number}.txt").write_text(f"picture {number}")
+    config = model("text").config
+    data = config.data.model_copy(update={"path": str(tmp_path / "captioned"), "classes": ()})
     return config.model_copy(update={"data": data})
 
 
@@ -342,6 +359,34 @@ def test_a_reference_that_nothing_is_compared_with_is_refused_unopened(trained_o
         request(model("text").config, 16, reference="nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         request(trained_on, 16, metrics="is,fd", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"captions": Path("mine.txt")}, "--captions mine.txt: retrieval draws the same 128"),
+        ({"metrics": "retrieval", "n": 500}, "-n 500: retrieval draws .* or name a metric"),
+        ({"metrics": "retrieval", "protocol": "coco30k"}, "--protocol coco30k: retrieval draws"),
+        ({"metrics": "retrieval5k"}, "retrieval5k: .* leave the number away"),
+        ({"metrics": "fd,retrieval5k"}, "retrieval5k: .* leave the number away"),
+    ],
+)
+def test_what_retrieval_has_no_use_for_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        request(model("text").config, 16, **options)
+
+
+def test_what_says_how_samples_are_drawn_is_taken_where_not_only_retrieval_is_asked_for(
+    captioned, tmp_path
+):
+    (tmp_path / "mine.txt").write_text("one")
+    given = {"captions": tmp_path / "mine.txt", "n": 1}
+    for metrics in (None, "retrieval,fd"):
+        asked = request(captioned, 16, metrics=metrics, **given)
+        assert (asked.metrics, asked.n) == (("retrieval", "fd"), 1)
+        assert asked.conditions
+        assert asked.conditions.name == "captions of mine.txt"
+    assert request(captioned, 16, metrics="retrieval").n is None
 
 
 def test_nothing_is_opened_that_is_not_needed(trained_on, tmp_path):
@@ -490,14 +535,16 @@ def test_a_run_is_no_set_of_pictures(words, run, tmp_path, capsys):
 def test_two_folders_are_compared_as_they_are(tmp_path, capsys):
     names = [folder_of(tmp_path / name, pictures(8)) for name in "ab"]
     assert cli.main(["eval", *names, "-n", "4", "--cfg", "2"]) == 2
-    assert "leave n, guidance away" in capsys.readouterr().err
+    assert "leave -n, --cfg away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--base", "runs/base", "--precision", "bf16"], "leave base, precision away"),
-        (["--batch-size", "8", "--cfg", "2"], "leave batch_size, guidance away"),
+        (["--base", "runs/base", "--precision", "bf16"], "leave --base, --precision away"),
+        (["--batch-size", "8", "--cfg", "2"], "leave --batch-size, --cfg away"),
+        (["--interval", "-1", "2", "--seed", "3"], "leave --seed, --interval away"),
+        (["--metrics", "fd,is50k"], "leave the number of samples away (--metrics fd,is)"),
         (["--fvd", "i3d.pt"], "--fvd: none of fd looks through it"),
         (["--side", "32"], "pictures of one side, which is compared: leave --side away"),
     ],

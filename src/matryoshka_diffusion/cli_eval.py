@@ -60,6 +60,7 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     from matryoshka_diffusion.evaluation.measures import parse_metrics
     from matryoshka_diffusion.evaluation.requests import compare
     from matryoshka_diffusion.evaluation.run import find_networks
+    from matryoshka_diffusion.evaluation.sweep import OPTIONS
     from matryoshka_diffusion.files import cache_folder
 
     unnamed = dict.fromkeys(("n", "ref", "protocol", "captions", "seed", "base"))
@@ -67,11 +68,18 @@ def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars
     given = [name for name, usual in of_models.items() if getattr(options, name) != usual]
     given += sampling(options)
     if given:
+        names = {"n": "-n", **OPTIONS}
+        typed = [names.get(name, f"--{name.replace('_', '-')}") for name in given]
         raise UsageError(
             f"{options.model} and {options.other} are pictures, compared as they are: leave "
-            f"{', '.join(given)} away"
+            f"{', '.join(typed)} away"
         )
-    metrics = parse_metrics(options.metrics or "fd").metrics
+    metrics, n = parse_metrics(options.metrics or "fd")
+    if n is not None:
+        raise UsageError(
+            f"--metrics {options.metrics}: two sets are compared whole, so leave the number of "
+            f"samples away (--metrics {','.join(metrics)})"
+        )
     _refuse_unlooked(options, metrics)
     found = compare(
         options.model,
@@ -205,8 +213,8 @@ def _refuse_unlooked(options: argparse.Namespace, metrics: Sequence[str]) -> Non
         if getattr(options, option) is not None and network not in looked_through:
             those = ",".join(name for name, metric in METRICS.items() if metric.network == network)
             raise UsageError(
-                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or name "
-                f"a metric that does (--metrics, one of {those})"
+                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or "
+                f"name a metric that does (--metrics, one of {those})"
             )
 
 

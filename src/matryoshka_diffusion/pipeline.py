@@ -372,20 +372,23 @@ class Matryoshka:
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.
 
-        And, as `averaged`, whether the weights are averages over the training.
+        And, as `averaged`, whether the weights are averages over the training. The text encoder is
+        loaded: its weights, which its key is a hash of, may be others at the same path.
         """
         config = self.config.model_dump(mode="json")
         return {
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
             "averaged": self.config.train.gives_averages,
-            **{part: config[part] for part in ("process", "encoder")},
+            "process": config["process"],
+            "encoder": None if self.net.config.text is None else self.text_encoder().key,
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.net.config.model_dump(mode="json"),
             "pixels": self.config.data.pixels,
             # How fast clips are shown changes no sample.
             "sampling": self.sampling(settings).model_dump(mode="json", exclude={"fps"}),
             "precision": self.precision,
+            "device": self.device.type,
         }
 
     def evaluations(self, settings: dict[str, Any]) -> int:

@@ -28,7 +28,7 @@ from matryoshka_diffusion.eval.neighbours import (
     density_coverage,
     precision_recall,
 )
-from matryoshka_diffusion.eval.retrieval import averages, retrieval_of_averages
+from matryoshka_diffusion.eval.retrieval import CAPTIONS, averages, retrieval_of_averages
 from matryoshka_diffusion.eval.video import VIDEO
 from matryoshka_diffusion.evaluation.pictures import PictureSet
 from matryoshka_diffusion.evaluation.references import Reference
@@ -334,7 +334,7 @@ def parse_metrics(names: str | Sequence[str]) -> Asked:
     """The metrics of `fd,fid50k,...`, each once.
 
     Raises:
-        UsageError: an unknown name, or two numbers of samples.
+        UsageError: an unknown name, two numbers of samples, or one of a metric that has its own.
 
     Example:
         >>> parse_metrics("fid50k,retrieval")
@@ -354,6 +354,11 @@ def _parse(word: str) -> tuple[str, int | None]:
         near = difflib.get_close_matches(word, METRICS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"no metric {word!r}: there are {', '.join(METRICS)}{hint}")
+    if match[2] is not None and METRICS[match[1]].retrieval:
+        raise UsageError(
+            f"{word}: {match[1]} draws the same {CAPTIONS} captions for every model: leave the "
+            "number away"
+        )
     return match[1], None if match[2] is None else 1000 * int(match[2])
 
 

@@ -23,7 +23,10 @@ from matryoshka_diffusion.pipeline import Progress, batch_of
 from matryoshka_diffusion.train.world import World
 
 FORMAT = 1
-"""To be raised when the same settings give other samples, or columns hold other numbers."""
+"""To be raised when columns hold other numbers of the same pictures."""
+
+SAMPLES = 2
+"""To be raised when the same settings give other samples."""
 
 _ALONE = World()
 
@@ -35,8 +38,9 @@ class PictureSet:
     Attributes:
         name: for people.
         side: of the pictures in pixels.
-        open_store: called when the pictures are first needed: pictures of a source have to be read
-            for their store to be named, and what cannot be measured is refused before.
+        open_store: called when the pictures are first needed: pictures of a source have to be
+            read for their store to be named, and a text encoder loaded for that of samples; what
+            cannot be measured is refused before.
         levels: of each picture.
         captions: of each picture; empty where there are none.
         frames: of each, where they are clips; None for pictures.
@@ -108,8 +112,6 @@ def drawn(
 ) -> PictureSet:
     """Samples 0 .. count - 1, sample i with the seed `seed + i`."""
     given = dict(settings)
-    about = {"format": FORMAT, **model.describe(given), "seed": seed, "batch_size": batch_size}
-    about |= {"conditions": conditions.name, "of": conditions.identity}
 
     def make(rows: range, progress: Progress) -> Drawn:
         samples = model.sample(
@@ -121,13 +123,17 @@ def drawn(
         )
         return Drawn(samples.levels[-1], samples.levels)
 
-    store = Store.at(root, about, make, batch_size)
+    @cache
+    def store() -> Store:
+        about = {"format": FORMAT, "samples": SAMPLES, **model.describe(given)}
+        about |= {"seed": seed, "batch_size": batch_size}
+        about |= {"conditions": conditions.name, "of": conditions.identity}
+        return Store.at(root, about, make, batch_size)
+
     side = model.picture_side
     captions, belong_to = conditions.captions(count), conditions.pictures[:count]
     levels, frames = len(model.resolutions), model.resolutions[-1].frames
-    return PictureSet(
-        model.config.name, count, side, lambda: store, levels, captions, belong_to, frames
-    )
+    return PictureSet(model.config.name, count, side, store, levels, captions, belong_to, frames)
 
 
 # --- pictures of a source ----------------------------------------------------------------------

@@ -6,7 +6,7 @@ clips that the model was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.images import SUFFIXES
 from matryoshka_diffusion.data.sources import absolute, kind_of, open_source, sourced
 from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.eval.retrieval import CAPTIONS
 from matryoshka_diffusion.evaluation.measures import METRICS, Asked, load, parse_metrics
 from matryoshka_diffusion.evaluation.protocols import (
     PROTOCOLS,
@@ -78,6 +79,8 @@ def request(
         OSError, ValueError: the data cannot be used.
     """
     asked = _metrics(config, frames, metrics, n, protocol)
+    if all(METRICS[name].retrieval for name in asked.metrics):
+        _refuse_beside_retrieval({"-n": n, "--protocol": protocol, "--captions": captions})
     if n is None:
         n = asked.n if protocol is None else asked.n or PROTOCOLS[protocol].n
     conditions = _conditions(config, protocol, captions)
@@ -139,6 +142,17 @@ def _metrics(
     if not usual:
         raise UsageError(f"{config.name} has no prompts to retrieve: give -n for the distance")
     return parse_metrics(usual)
+
+
+def _refuse_beside_retrieval(options: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for what says how many samples are drawn, or of what, if it is given."""
+    given = [f"{option} {value}" for option, value in options.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: retrieval draws the same {CAPTIONS} captions of the training "
+            "pictures for every model; leave it away, or name a metric of other samples, too "
+            "(--metrics retrieval,fd -n 2000)"
+        )
 
 
 def _conditions(

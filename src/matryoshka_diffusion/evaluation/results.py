@@ -42,8 +42,10 @@ class Result:
         extractor: which network looked at the pictures; empty where none did.
         extractor_weights: the beginning of the SHA-256 of its file.
         resize: how it brings pictures to its side.
-        sampling: the resolved settings; empty for pictures.
+        sampling: the resolved settings, of a cascade the upsampler's with the base's under `base`;
+            empty for pictures.
         seed: of the first sample.
+        device: the type of what they were drawn on, such as "cuda".
         higher_is_better: which way is good.
     """
 
@@ -67,6 +69,7 @@ class Result:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     precision: str = ""
+    device: str = ""
     batch_size: int | None = None
 
     def sentence(self) -> str:
@@ -83,7 +86,6 @@ class Result:
 
     def provenance(self) -> str:
         """One line that says where the number is from."""
-        settings = {name: value for name, value in self.sampling.items() if value is not None}
         weights = " ".join(word[:16] for word in self.weights.split())
         parts = [
             self.of + (f" (weights {weights})" if weights else ""),
@@ -92,9 +94,9 @@ class Result:
             f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"
             if self.extractor
             else "",
-            ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()),
+            _settings(self.sampling),
             "" if self.seed is None else f"seed {self.seed}",
-            self.precision,
+            f"{self.precision} on {self.device}" if self.device else self.precision,
             f"matryoshka-diffusion {package_version()}",
             f"commit {found[:12]}" if (found := commit()) else "",
         ]
@@ -143,7 +145,14 @@ def _shown(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 1.0 else f"{value:.4f}"
 
 
+def _settings(sampling: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in given.items())
+
+
 def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_settings(value)})"
     if isinstance(value, list | tuple):
         return "/".join(_plain(one) for one in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

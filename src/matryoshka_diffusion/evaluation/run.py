@@ -107,8 +107,8 @@ def evaluate(
         samples = drawn(
             model, shown, count, folder, seed=seed, batch_size=batch_size, settings=settings
         )
-        template = _template(model, shown, settings, seed, batch_size)
         _refuse_any(names, samples, to)
+        template = _template(model, shown, settings, seed, batch_size)
         return partial(
             measure, samples, to, names, networks, template, world=world, progress=progress
         )
@@ -221,13 +221,17 @@ def _template(
 ) -> Result:
     """What all numbers of a model say of it."""
     described = model.describe(settings)
+    sampling = described["sampling"]
+    if "base" in described:  # of a cascade
+        sampling = {**sampling, "base": described["base"]["sampling"]}
     return Result(
         of=model.config.name,
         weights=described["weights"],
         conditions=shown.name,
-        sampling=described["sampling"],
+        sampling=sampling,
         seed=seed,
         precision=described["precision"],
+        device=described["device"],
         batch_size=batch_size,
         flags=() if described["averaged"] else ("no EMA",),
     )
@@ -293,6 +297,11 @@ def _refuse(name: str, metric: Metric, made: PictureSet, reference: Reference | 
     if metric.count(made) < metric.least:
         raise UsageError(
             f"{name} needs at least {metric.least:,} samples, not {metric.count(made):,}"
+        )
+    if metric.retrieval and not made.belong_to:
+        raise UsageError(
+            f"{name} is about what a model draws for the captions of its training pictures, which "
+            f"{made.name} was not drawn for: leave it away, or measure the model (mdm eval RUN)"
         )
     if metric.captions and not made.captions:
         raise UsageError(f"{name} needs captions, which {made.name} was not drawn for")

@@ -19,6 +19,7 @@ import torch
 
 from matryoshka_diffusion.baselines.cascade import Cascade
 from matryoshka_diffusion.baselines.load import Model
+from matryoshka_diffusion.codec.folder import with_own_codec
 from matryoshka_diffusion.config import load_config
 from matryoshka_diffusion.evaluation.results import Result
 from matryoshka_diffusion.files import write_atomically
@@ -127,7 +128,7 @@ def averaged(
     average = synthesise(run / "ema", length)
     if average.error > MATCHED:
         warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
-    config = average_of(load_config(run / "config.yaml"), length)
+    config = average_of(with_own_codec(load_config(run / "config.yaml"), run), length)
     weights, config = whole(average.weights, config, where=where)
     model = config.model.first(count_levels(weights))
     net = checkpoint.load_network(model, weights, where=where)
