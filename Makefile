@@ -12,7 +12,7 @@ RECIPE := pyproject.toml constraints.txt
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
-	@echo "make study    compare MDM with its baselines, small (20 minutes): runs/study"
+	@echo "make study    compare MDM with its baselines, small (a quarter of an hour): runs/study"
 	@echo "make test     run the tests"
 	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
