@@ -33,8 +33,9 @@ study: $(VENV)/.dev
 	$(BIN)/python -m studies plot $(SMALL)
 	$(BIN)/python -m studies table $(SMALL)
 
+# A thread for each of as many processes as there are cores, in numpy's BLAS and in commands, too.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m faults
