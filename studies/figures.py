@@ -19,6 +19,8 @@ from studies.trials import SETS, PictureSet
 
 DISTANCE = f"{NAME} ↓"  # lower is better
 MARKERS = "os^vDPX"
+CHANCE = 0.2
+"""The share by which two trials of one seed each may well differ."""
 _PANEL = (4.6, 4.1)  # inches
 _DPI = 150
 
@@ -118,6 +120,7 @@ def _numbers(name: str, axis: Any, results: Results, pictures: PictureSet) -> No
     axis.set_xticks([float(x) for x in variants], list(variants))
     axis.set_xlabel(GROUPS[name].varied)
     axis.set_ylabel(DISTANCE)
+    _show_chance(axis)
 
 
 def _noise(axis: Any, results: Results, pictures: PictureSet) -> None:
@@ -225,6 +228,14 @@ def _ranges(points: Points) -> tuple[list[float], list[float], list[float]]:
         [spread.low for _, spread in points],
         [spread.high for _, spread in points],
     )
+
+
+def _show_chance(axis: Any) -> None:
+    """Let the vertical axis span a fifth at least, below which differences are chance."""
+    low, high = axis.get_ylim()
+    middle, half = (low + high) / 2, (high - low) / 2
+    half = max(half, CHANCE / 2 * middle)
+    axis.set_ylim(middle - half, middle + half)
 
 
 def _of_distances(axis: Any) -> None:

@@ -498,6 +498,15 @@ def test_a_panel_is_of_the_seeds_that_all_of_it_have():
     assert shared(results, "fashion", ["x0-v"]) == {}
 
 
+def test_a_small_difference_does_not_fill_a_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_all(named({"emoji/mdm": finished(100.0), "emoji/joint": finished(101.0)}), tmp_path)
+    (axis,) = next(figure for figure in drawn if "Length" in figure.get_suptitle()).axes
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(0.2 * 100.5)
+
+
 def test_figures_are_wide_enough_to_read(tmp_path):
     for path in draw_all(everything("emoji"), tmp_path):
         with Image.open(path) as picture:
