@@ -270,6 +270,22 @@ def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(
         assert capsys.readouterr().out.splitlines()[-1] == f"mdm sample {run} {drawn}"
 
 
+def test_the_cost_of_a_point_is_that_of_what_is_fixed_as_well():
+    fixed, guided = {"guidance_interval": [-3.0, 2.0], "steps": 8}, {"guidance": 2.0}
+    measured = []
+    (one,) = sweeping.sweep(
+        lambda _: model(),
+        {"guidance": [2.0]},
+        lambda _, settings: measured.append(settings) or point(1, 1.0).results,
+        fixed=fixed,
+    )
+    assert (
+        one.cost == model().evaluations(fixed | guided) < model().evaluations(guided | {"steps": 8})
+    )
+    assert measured == [fixed | guided]
+    assert one.values == guided
+
+
 def test_averages_are_those_of_mdm_ema(run, tmp_path):
     swept = sweeping.averaged(run, 0.05, model())
     assert isinstance(swept, Matryoshka)

@@ -121,7 +121,8 @@ def sweep(options: argparse.Namespace) -> None:
         points = sweeping.sweep(
             open_model,
             axes,
-            lambda model, settings: run(model, **how, **(fixed | settings)),
+            lambda model, settings: run(model, **how, **settings),
+            fixed=fixed,
             progress=_say_points,
         )
         if not world.leads:

@@ -80,6 +80,7 @@ def sweep(
     axes: Mapping[str, Sequence[Any]],
     measure: Callable[[Model, dict[str, Any]], Sequence[Result]],
     *,
+    fixed: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Point]:
     """Every combination of the axes' values, measured.
@@ -88,6 +89,7 @@ def sweep(
         open_model: the model whose weights are the average of this length, or its usual ones.
         axes: values by the names of `SamplingConfig`, or of `EMA`.
         measure: the numbers of a model with these settings.
+        fixed: settings that all combinations share, of which a point says nothing.
         progress: called with (points done, points in all).
     """
     lengths, all_settings = axes.get(EMA, [None]), combinations(axes)
@@ -96,8 +98,9 @@ def sweep(
         model = open_model(length)
         for settings in all_settings:
             values = settings if length is None else {EMA: length, **settings}
-            cost = model.evaluations(settings)
-            points.append(Point(values, cost, tuple(measure(model, settings))))
+            given = {**(fixed or {}), **settings}
+            cost = model.evaluations(given)
+            points.append(Point(values, cost, tuple(measure(model, given))))
             if progress is not None:
                 progress(len(points), len(lengths) * len(all_settings))
     return points
