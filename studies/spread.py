@@ -65,7 +65,7 @@ def found_first(results: Sequence[Result]) -> Spread | None:
 
 
 def shared(results: Results, pictures: str, variants: Iterable[str]) -> dict[str, Result]:
-    """The results of the seeds that all of these variants have which have any.
+    """The results of the seeds that all of these variants have, those without any left aside.
 
     What is drawn side by side is then of the same seeds.
     """

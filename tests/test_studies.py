@@ -448,6 +448,20 @@ def test_a_table_of_a_page_is_replaced_and_the_rest_stays():
         filled(page.replace("emoji", "nowhere"), {})
 
 
+def test_the_command_page_fills_the_page_and_names_what_it_leaves_out(
+    tmp_path, monkeypatch, capsys
+):
+    page, old = tmp_path / "results.md", tmp_path / "emoji" / "mdm-0.json"
+    page.write_text("<!-- table a-families emoji -->\nold\n<!-- /table -->\n", "utf-8")
+    old.parent.mkdir()
+    old.write_text(json.dumps({"task": "emoji/mdm/0", "asked": {"trained": None}}), "utf-8")
+    monkeypatch.setattr("studies.__main__.PAGE", page)
+    assert main(["page", "--results", str(tmp_path)]) == 0
+    assert page.read_text("utf-8") == filled(page.read_text("utf-8"), {})
+    assert "old" not in page.read_text("utf-8")
+    assert "left out: emoji/mdm/0" in capsys.readouterr().err
+
+
 def test_a_curve_is_along_the_compute():
     line = curve(finished(10.0, 30.0))
     assert line == [(1.5e12, Spread(40.0, 20.0, 60.0, 2)), (2.5e12, Spread(20.0, 10.0, 30.0, 2))]
