@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import parse, parser, report, speed, take_turns
-from matryoshka_diffusion.costs import count_parameters, training_bytes
+from matryoshka_diffusion.nn.costs import count_parameters, training_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.ema import Ema

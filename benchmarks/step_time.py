@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness import parse, parser, report, speed, synchronize, take_turns
 from benchmarks.steps import Trainer, outer_levels, trainer
-from matryoshka_diffusion.costs import forward_flops
+from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.presets import preset
 
 BASELINE = "fp32"

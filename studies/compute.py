@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka_diffusion.baselines.codec_training import build
 from matryoshka_diffusion.config import CodecRunConfig, ModelConfig, StageConfig
-from matryoshka_diffusion.costs import forward_flops
+from matryoshka_diffusion.nn.costs import forward_flops
+from matryoshka_diffusion.runs.train_autoencoder import build
 
 PASSES = 3
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matryoshka_diffusion.baselines.load import Model
 from matryoshka_diffusion.config import ProcessConfig
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.evaluation.results import Result
-from matryoshka_diffusion.evaluation.run import evaluate
-from matryoshka_diffusion.job import Job
+from matryoshka_diffusion.eval.results import Result
+from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs.held_out import HeldOutLoss
+from matryoshka_diffusion.runs.prepare import Job
 from matryoshka_diffusion.train.trainer import View
-from matryoshka_diffusion.watch import HeldOutLoss
 from studies.asked import COMMON_WEIGHT
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from benchmarks.harness import commit, machine
 
-from matryoshka_diffusion.baselines.codec_training import train_codec
-from matryoshka_diffusion.baselines.load import open_model
 from matryoshka_diffusion.codec.folder import codec_folder
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.costs import count_parameters
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.eval.features import NAME
+from matryoshka_diffusion.families import open_model
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.job import Job, open_source, prepare
+from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
+from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.learner import NotFinite
 from matryoshka_diffusion.train.trainer import Hook, View, train

@@ -19,8 +19,8 @@ from PIL import Image
 
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
 from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.eval.inception_net import CLASSES
-from matryoshka_diffusion.evaluation.run import evaluate
+from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.metrics.networks.inception_net import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import BATCH, Matryoshka
 from matryoshka_diffusion.rng import stream
@@ -228,13 +228,13 @@ WIDTH = 24
 
 def narrow(patch: pytest.MonkeyPatch) -> None:
     """Let Inception be one of few features: a distance of 2,048 takes half a minute on one core."""
-    patch.setattr("matryoshka_diffusion.evaluation.references.WIDTH", WIDTH)
+    patch.setattr("matryoshka_diffusion.eval.references.WIDTH", WIDTH)
 
     def stand_in(path: str, device: Any) -> Look:
         assert Path(path).is_file()
         return Look("Inception", WIDTH)
 
-    patch.setattr("matryoshka_diffusion.evaluation.run.Inception", stand_in)
+    patch.setattr("matryoshka_diffusion.eval.run.Inception", stand_in)
 
 
 # --- an evaluation -----------------------------------------------------------------------------

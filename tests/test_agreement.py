@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval.agreement import level_agreement
+from matryoshka_diffusion.metrics.agreement import level_agreement
 
 
 def pictures(side, count=3, seed=0):

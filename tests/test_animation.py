@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
-from matryoshka_diffusion import animation, sheet
+from matryoshka_diffusion.draw import animation, sheet
 from test_clip_files import decode
 from test_sheet import count
 

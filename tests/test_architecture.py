@@ -33,7 +33,8 @@ OPTIONAL = (
 
 # Their classes are subclasses of the optional packages' own.
 OF_DIFFUSERS = tuple(
-    f"matryoshka_diffusion.export.{name}" for name in ("checks", "encoder", "network", "pipeline")
+    f"matryoshka_diffusion.models.diffusers.{name}"
+    for name in ("checks", "encoder", "network", "pipeline")
 )
 
 IMPORT_EVERY_MODULE = f"""
@@ -55,7 +56,7 @@ for name in mdm.__all__:
 
 ASK_FOR_HELP = """
 import sys
-from matryoshka_diffusion.cli import main
+from matryoshka_diffusion.cli.main import main
 sys.argv = ["mdm", "--help"]
 try:
     main()

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion import job
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import ConfigError, ModelConfig, from_dict, override
 from matryoshka_diffusion.data.augment import (
@@ -25,6 +24,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal
+from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.curriculum import steps
 from matryoshka_diffusion.train.feed import Feed
 from matryoshka_diffusion.train.trainer import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matryoshka_diffusion.costs import count_parameters, forward_flops
+from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.schedule import build_schedules

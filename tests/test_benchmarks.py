@@ -11,7 +11,7 @@ import torch
 from benchmarks import harness, resume
 from benchmarks.step_time import largest_batch
 
-from matryoshka_diffusion.costs import count_parameters
+from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 

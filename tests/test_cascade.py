@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from matryoshka_diffusion import cli, gallery, job
-from matryoshka_diffusion.baselines.cascade import Cascade, check_pair
-from matryoshka_diffusion.baselines.load import Model, open_model
-from matryoshka_diffusion.baselines.pictures import for_each, read_coarse
+from matryoshka_diffusion.cascade import Cascade, check_pair
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import (
     BaseConfig,
     CoarseConfig,
@@ -23,17 +21,21 @@ from matryoshka_diffusion.config import (
     override,
     to_yaml,
 )
+from matryoshka_diffusion.data.given import for_each, read_coarse
 from matryoshka_diffusion.diffusion import augment_coarse
-from matryoshka_diffusion.evaluation.protocols import Conditions
-from matryoshka_diffusion.evaluation.run import evaluate
-from matryoshka_diffusion.export import write_diffusers
-from matryoshka_diffusion.hub import without_paths
+from matryoshka_diffusion.draw import gallery
+from matryoshka_diffusion.draw.sheet import SETTINGS_KEY, save_png
+from matryoshka_diffusion.eval.protocols import Conditions
+from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.families import Model, open_model
+from matryoshka_diffusion.models.diffusers import write_diffusers
+from matryoshka_diffusion.models.hub import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
-from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.samplers import SeededNoise, ddim, last, trailing_grid
 from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma
-from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png
 from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.checkpoint import export_weights
 from oracle import moments, no_noise, small_world

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import cli, cli_options, gallery, job
+from matryoshka_diffusion.cli import options as cli_options
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.denoiser import THRESHOLDS
-from matryoshka_diffusion.hooks import Preview
+from matryoshka_diffusion.draw import gallery
+from matryoshka_diffusion.draw.sheet import SETTINGS_KEY, save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, Samples
-from matryoshka_diffusion.sample import GRIDS, SAMPLERS
-from matryoshka_diffusion.sheet import SETTINGS_KEY, save_png
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs.hooks import Preview
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import View
@@ -243,7 +246,7 @@ def test_a_stopped_run_leaves_with_its_code(code, monkeypatch, tmp_path, capsys)
     def stop(*_, **__):
         raise Stopped("saved; the same command continues", code - 128)
 
-    monkeypatch.setattr("matryoshka_diffusion.job.prepare", stop)
+    monkeypatch.setattr("matryoshka_diffusion.runs.prepare.prepare", stop)
     assert cli.main(["train", "openmoji", "--out", str(tmp_path / "run")]) == code
     assert capsys.readouterr().err == "mdm: saved; the same command continues\n"
 
@@ -255,7 +258,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_help_is_quick_because_it_loads_nothing_heavy():
     code = (
-        "import sys; from matryoshka_diffusion.cli import build_parser; build_parser();"
+        "import sys; from matryoshka_diffusion.cli.main import build_parser; build_parser();"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'PIL', 'tqdm') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

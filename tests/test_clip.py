@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.eval.clip import CLIP, clip_score
-from matryoshka_diffusion.eval.features import Extractor, weights_hash
-from matryoshka_diffusion.eval.resize import as_rgb, pil_bicubic
 from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
+from matryoshka_diffusion.metrics.networks.features import Extractor, weights_hash
+from matryoshka_diffusion.metrics.networks.resize import as_rgb, pil_bicubic
 
 CAPTIONS = ["a blue jay", "the red apple", "a jay on the apple", ""]
 

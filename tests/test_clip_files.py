@@ -12,12 +12,12 @@ import pytest
 from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
-from matryoshka_diffusion import video
 from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.clips import open_video
 from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.draw import video
+from matryoshka_diffusion.draw.sheet import SETTINGS_KEY
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.sheet import SETTINGS_KEY
 
 SETTINGS = {"captions": ["red apple, naïve 🍎"] * 500, "seeds": [7]}
 NOISE = np.random.default_rng(0)

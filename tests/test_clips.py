@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
 from matryoshka_diffusion.data import clips as clips_module
@@ -31,10 +31,11 @@ from matryoshka_diffusion.data.film import open_film, write_film
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
 from matryoshka_diffusion.data.split import Part, split
-from matryoshka_diffusion.evaluation.shrunk import Shrunk, shrink
+from matryoshka_diffusion.eval.shrunk import Shrunk, shrink
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.runs import prepare as job
 
 SIDE, FRAMES = 16, 4
 CHOICES = ("start", "fixed", "random")

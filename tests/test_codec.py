@@ -15,7 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.cli.info import describe
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.codec.autoencoder import Identity, load_autoencoder, load_codec
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.codec.coded import Coded, store_codes
@@ -35,14 +36,14 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.batch import to_uint8
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.evaluation.sweep import averaged
-from matryoshka_diffusion.export import write_diffusers
-from matryoshka_diffusion.hub import without_paths
-from matryoshka_diffusion.info import describe
+from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.eval.sweep import averaged
+from matryoshka_diffusion.models.diffusers import write_diffusers
+from matryoshka_diffusion.models.hub import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
-from matryoshka_diffusion.sample import last
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.samplers import last
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.trainer import train
 

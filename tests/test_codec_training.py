@@ -14,15 +14,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from matryoshka_diffusion import cli, job
-from matryoshka_diffusion.baselines import codec_training
-from matryoshka_diffusion.baselines.codec_training import (
-    build,
-    codec_loss,
-    find_codec_run,
-    psnr,
-    train_codec,
-)
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
 from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
 from matryoshka_diffusion.config import (
@@ -35,8 +27,17 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import to_float
 from matryoshka_diffusion.data.folder import picture_folder
+from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.presets import CODECS, preset
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs import train_autoencoder as codec_training
+from matryoshka_diffusion.runs.train_autoencoder import (
+    build,
+    codec_loss,
+    find_codec_run,
+    psnr,
+    train_codec,
+)
 from matryoshka_diffusion.train.signals import Stopped
 from test_codec import on_codes
 

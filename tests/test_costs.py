@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LoraConfig
-from matryoshka_diffusion.costs import TEXT_TOKENS, activation_bytes, training_bytes
+from matryoshka_diffusion.nn.costs import TEXT_TOKENS, activation_bytes, training_bytes
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from tiny_run import tiny_config

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from matryoshka_diffusion import job
 from matryoshka_diffusion.data import encoded
 from matryoshka_diffusion.data.batch import Source, to_uint8
 from matryoshka_diffusion.data.check import contact_sheet, describe
@@ -24,7 +23,8 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.shards import shards
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.data.split import Part
-from matryoshka_diffusion.measure import all_pictures
+from matryoshka_diffusion.eval.demo import all_pictures
+from matryoshka_diffusion.runs import prepare as job
 
 SIDE = 16
 WIDE, HIGH, SQUARE = (SIDE, 40), (35, SIDE), (SIDE, SIDE)

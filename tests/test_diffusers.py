@@ -23,12 +23,12 @@ from matryoshka_diffusion.config import (
     UsageError,
     from_dict,
 )
-from matryoshka_diffusion.export import lockstep, write_diffusers
-from matryoshka_diffusion.export.network import MDMNetwork
-from matryoshka_diffusion.export.pipeline import MDMPipeline
-from matryoshka_diffusion.export.seeds import seeds_of
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.hub import without_paths
+from matryoshka_diffusion.models.diffusers import lockstep, write_diffusers
+from matryoshka_diffusion.models.diffusers.network import MDMNetwork
+from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline
+from matryoshka_diffusion.models.diffusers.seeds import seeds_of
+from matryoshka_diffusion.models.hub import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, moving, plain_model, randomised
 from test_text import save_t5
@@ -447,7 +447,7 @@ def test_a_setting_has_one_name(pipe, name):
 def test_the_folder_holds_the_whole_config_and_safetensors_only(model, folder, pipe):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "MDMPipeline"
-    assert index["network"] == ["matryoshka_diffusion.export.network", "MDMNetwork"]
+    assert index["network"] == ["matryoshka_diffusion.models.diffusers.network", "MDMNetwork"]
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     assert pipe.network.run_config == without_paths(model.config)
     assert pipe.network.run_config.encoder.path is None, "it was a folder of this computer"
@@ -627,6 +627,6 @@ def test_components_that_do_not_belong_together_are_refused(pipe, class_pipe):
 @pytest.mark.parametrize("package", ["diffusers", "transformers"])
 def test_a_missing_package_names_its_extra(monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "matryoshka_diffusion.export.pipeline")
+    monkeypatch.delitem(sys.modules, "matryoshka_diffusion.models.diffusers.pipeline")
     with pytest.raises(MissingExtra, match=rf"package {package}: pip install .*\[diffusers\]"):
         write_diffusers(plain_model(), tmp_path / "export")

@@ -27,10 +27,10 @@ import pytest
 
 import evaluating
 from filming import animate, film
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import override
+from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.sheet import save_png
 from test_presets import shrunk
 
 ROOT = Path(__file__).parent.parent

@@ -28,24 +28,20 @@ from evaluating import (
     model,
     source,
 )
-from matryoshka_diffusion import measure
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.eval.agreement import level_agreement
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.eval.retrieval import SEED
-from matryoshka_diffusion.evaluation import measures, results, run, store
-from matryoshka_diffusion.evaluation.measures import METRICS, parse_metrics, thousands
-from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, fingerprint
-from matryoshka_diffusion.evaluation.protocols import (
-    captions_in_turn,
-    labels_in_turn,
-    unconditional,
-)
-from matryoshka_diffusion.evaluation.references import of_source
-from matryoshka_diffusion.evaluation.results import Result
-from matryoshka_diffusion.evaluation.run import evaluate, find_networks
-from matryoshka_diffusion.evaluation.store import Store
+from matryoshka_diffusion.eval import demo as measure
+from matryoshka_diffusion.eval import measures, results, run, store
+from matryoshka_diffusion.eval.measures import METRICS, parse_metrics, thousands
+from matryoshka_diffusion.eval.pictures import PictureSet, Shown, fingerprint
+from matryoshka_diffusion.eval.protocols import captions_in_turn, labels_in_turn, unconditional
+from matryoshka_diffusion.eval.references import of_source
+from matryoshka_diffusion.eval.results import Result
+from matryoshka_diffusion.eval.run import evaluate, find_networks
+from matryoshka_diffusion.eval.store import Store
 from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.metrics.agreement import level_agreement
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.retrieval import SEED
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.posthoc import average_of
 from ranks import ROOT, start_ranks
@@ -188,7 +184,7 @@ def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_pat
     [about] = (json.loads(path.read_text()) for path in tmp_path.glob("eval/*/about.json"))
     assert about["samples"] >= 2, "1 was before labels were indices"
     seen = networks("EffNetLite0").seen
-    rules = "matryoshka_diffusion.evaluation.pictures.SAMPLES"
+    rules = "matryoshka_diffusion.eval.pictures.SAMPLES"
     monkeypatch.setattr(rules, about["samples"] + 1)
     measured(tmp_path / "eval", networks=networks, n=BATCHED)
     assert networks("EffNetLite0").seen == seen + BATCHED

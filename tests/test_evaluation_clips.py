@@ -13,26 +13,26 @@ from PIL import Image
 
 import evaluating
 from evaluating import Look, looks, make_inception, make_run, make_video_net, make_videos
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.sources import open_source
-from matryoshka_diffusion.eval.agreement import level_agreement
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.eval.metrics import Reference as Published
-from matryoshka_diffusion.eval.motion import compare_motion, motion
-from matryoshka_diffusion.eval.retrieval import SEED
-from matryoshka_diffusion.eval.video import VIDEO, VideoNet
-from matryoshka_diffusion.evaluation import measures, requests, results
-from matryoshka_diffusion.evaluation import pictures as measured_pictures
-from matryoshka_diffusion.evaluation.measures import METRICS
-from matryoshka_diffusion.evaluation.pictures import PictureSet, Shown, shown
-from matryoshka_diffusion.evaluation.protocols import captions_in_turn
-from matryoshka_diffusion.evaluation.references import Reference
-from matryoshka_diffusion.evaluation.requests import compare, request
-from matryoshka_diffusion.evaluation.results import Result
-from matryoshka_diffusion.evaluation.run import evaluate, find_networks, measure
-from matryoshka_diffusion.evaluation.store import Store
+from matryoshka_diffusion.eval import measures, requests, results
+from matryoshka_diffusion.eval import pictures as measured_pictures
+from matryoshka_diffusion.eval.measures import METRICS
+from matryoshka_diffusion.eval.pictures import PictureSet, Shown, shown
+from matryoshka_diffusion.eval.protocols import captions_in_turn
+from matryoshka_diffusion.eval.references import Reference
+from matryoshka_diffusion.eval.requests import compare, request
+from matryoshka_diffusion.eval.results import Result
+from matryoshka_diffusion.eval.run import evaluate, find_networks, measure
+from matryoshka_diffusion.eval.store import Store
+from matryoshka_diffusion.metrics.agreement import level_agreement
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.frechet import Reference as Published
+from matryoshka_diffusion.metrics.motion import compare_motion, motion
+from matryoshka_diffusion.metrics.networks.video import VIDEO, VideoNet
+from matryoshka_diffusion.metrics.retrieval import SEED
 from matryoshka_diffusion.pipeline import batch_of
 
 COUNT, FRAMES, SIDE, BATCHED = 10, 3, 16, 4

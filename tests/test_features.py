@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion.eval import features as module
-from matryoshka_diffusion.eval.features import EffNetLite0, Extractor, prepare, weights_hash
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
 from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.networks import features as module
+from matryoshka_diffusion.metrics.networks.features import (
+    EffNetLite0,
+    Extractor,
+    prepare,
+    weights_hash,
+)
 
 
 @pytest.fixture(scope="module")

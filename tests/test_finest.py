@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, WeightingConfig, from_dict
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Pooled
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
-from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
-from matryoshka_diffusion.sample import ddim, dpmpp_2m, last, trailing_grid
+from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid
 from matryoshka_diffusion.schedule import Cosine
 from oracle import UnitNoise, moments, no_noise, small_world
 from test_pipeline import Words, randomised

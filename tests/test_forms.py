@@ -11,9 +11,10 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.runs import prepare as job
 
 FILE = Path(__file__).parent.parent / "examples" / "data_forms.py"
 FORMS = ("classes", "sidecar", "metadata", "shards", "parquet", "saved")

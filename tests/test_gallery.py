@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion import animation, cli, gallery, sheet, video
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import ConfigError, LevelConfig
-from matryoshka_diffusion.hooks import Preview
+from matryoshka_diffusion.draw import animation, gallery, sheet, video
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.trainer import View
 from test_clip_files import decode

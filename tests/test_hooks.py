@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.hooks import Preview, preview_of
+from matryoshka_diffusion.draw.sheet import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.sheet import SETTINGS_KEY
+from matryoshka_diffusion.runs.hooks import Preview, preview_of
 from matryoshka_diffusion.train.trainer import View
 from test_pipeline import Words, text_model
 

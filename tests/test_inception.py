@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from matryoshka_diffusion.eval.features import Extractor, weights_hash
-from matryoshka_diffusion.eval.inception import Inception
-from matryoshka_diffusion.eval.inception_net import CLASSES, WIDTH, FIDInception
-from matryoshka_diffusion.eval.resize import as_rgb, tf1_bilinear
+from matryoshka_diffusion.metrics.networks.features import Extractor, weights_hash
+from matryoshka_diffusion.metrics.networks.inception import Inception
+from matryoshka_diffusion.metrics.networks.inception_net import CLASSES, WIDTH, FIDInception
+from matryoshka_diffusion.metrics.networks.resize import as_rgb, tf1_bilinear
 
 
 class Scripted(nn.Module):

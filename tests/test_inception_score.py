@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval.inception_score import inception_score
+from matryoshka_diffusion.metrics.inception_score import inception_score
 
 
 def one_hot(labels, classes):

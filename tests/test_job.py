@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion import cli, job, terminal
+from matryoshka_diffusion.cli import terminal
+from matryoshka_diffusion.cli.info import describe
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, UsageError, override, to_yaml
-from matryoshka_diffusion.info import describe
+from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.presets import PRESETS, nest, preset
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed

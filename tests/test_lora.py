@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka_diffusion import job
+from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, RunConfig, StageConfig
-from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.lora import Adapted, attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, find_model
 from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.adapters import build_network, fingerprint
 from matryoshka_diffusion.train.checkpoint import CheckpointError, export_weights, newest, read
 from matryoshka_diffusion.train.curriculum import steps

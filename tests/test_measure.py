@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matryoshka_diffusion import measure
 from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.eval import demo as measure
 from matryoshka_diffusion.pipeline import Samples
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion.eval import metrics
-from matryoshka_diffusion.eval.metrics import Moments, Reference, frechet_distance
+from matryoshka_diffusion.metrics import frechet as metrics
+from matryoshka_diffusion.metrics.frechet import Moments, Reference, frechet_distance
 
 
 def random(seed):

@@ -21,7 +21,7 @@ from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, build_pyramid
-from matryoshka_diffusion.sample import SeededNoise, ddim, last, trailing_grid
+from matryoshka_diffusion.samplers import SeededNoise, ddim, last, trailing_grid
 
 FILE = Path(__file__).parent.parent / "examples" / "minimal_matryoshka.py"
 ROWS = 5

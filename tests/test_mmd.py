@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval import mmd
-from matryoshka_diffusion.eval.mmd import cmmd, kernel_distance
-from matryoshka_diffusion.eval.pairs import row_blocks
+from matryoshka_diffusion.metrics import mmd
+from matryoshka_diffusion.metrics.mmd import cmmd, kernel_distance
+from matryoshka_diffusion.metrics.pairs import row_blocks
 
 
 def random(seed):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion.eval.motion import SLIGHT, compare_motion, motion, wasserstein
+from matryoshka_diffusion.metrics.motion import SLIGHT, compare_motion, motion, wasserstein
 
 NUMBERS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=8).map(np.array)
 

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval import mmd, neighbours
-from matryoshka_diffusion.eval.mmd import cmmd
-from matryoshka_diffusion.eval.neighbours import density_coverage, precision_recall
-from matryoshka_diffusion.eval.pairs import row_blocks
+from matryoshka_diffusion.metrics import mmd, neighbours
+from matryoshka_diffusion.metrics.mmd import cmmd
+from matryoshka_diffusion.metrics.neighbours import density_coverage, precision_recall
+from matryoshka_diffusion.metrics.pairs import row_blocks
 
 
 def random(seed):

@@ -14,14 +14,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction, WeightingConfig, WeightingName
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.sample import (
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    last,
-    log_snr_grid,
-    trailing_grid,
-)
+from matryoshka_diffusion.samplers import ddim, ddpm, dpmpp_2m, last, log_snr_grid, trailing_grid
 from matryoshka_diffusion.schedule import (
     Cosine,
     NoiseSchedule,

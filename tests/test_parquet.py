@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion import job
 from matryoshka_diffusion.data import encoded, hf
 from matryoshka_diffusion.data import parquet as parquet_module
 from matryoshka_diffusion.data.batch import Source
@@ -21,6 +20,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.parquet import parquet
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.runs import prepare as job
 
 COLOURS = [(200, 30, 40), (10, 180, 60), (20, 40, 220), (240, 240, 20)]
 

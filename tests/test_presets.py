@@ -18,8 +18,8 @@ from matryoshka_diffusion.config import (
     from_yaml,
     to_yaml,
 )
-from matryoshka_diffusion.costs import forward_flops
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
+from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import LevelConfig, ModelConfig
-from matryoshka_diffusion.job import next_frames
 from matryoshka_diffusion.pyramid import (
     Resolution,
     build_pyramid,
@@ -23,6 +22,7 @@ from matryoshka_diffusion.pyramid import (
     rows_as_frames,
     rows_of_mix,
 )
+from matryoshka_diffusion.runs.prepare import next_frames
 
 
 def picture(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from matryoshka_diffusion.cli.info import describe_plan
 from matryoshka_diffusion.config import ConfigError, StageConfig, override
-from matryoshka_diffusion.costs import activation_bytes
-from matryoshka_diffusion.info import describe_plan
+from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed

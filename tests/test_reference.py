@@ -27,11 +27,11 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
+from matryoshka_diffusion.models.released import convert_state_dict, load_released
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.released import convert_state_dict, load_released
-from matryoshka_diffusion.sample import ddim, ddpm, last, released_grid
+from matryoshka_diffusion.samplers import ddim, ddpm, last, released_grid
 from matryoshka_diffusion.schedule import SCHEDULES, Shifted
 
 HERE = Path(__file__).parent

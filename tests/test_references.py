@@ -94,8 +94,9 @@ def test_the_tests_that_show_the_promises_exist():
 
 def test_every_room_is_described():
     text = read("design.md")
-    rooms = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    assert not [str(path) for path in rooms if f"`{path.name}`" not in text]
+    files = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    folders = [f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")]
+    assert not [room for room in (*files, *folders) if f"`{room}`" not in text]
 
 
 def test_the_layers_in_the_design_are_those_that_are_enforced():

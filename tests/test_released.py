@@ -21,14 +21,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.data.batch import to_float, to_uint8
+from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.models.released import convert, load_released, read_released
+from matryoshka_diffusion.models.released.pickled import BrokenFile, Record, plain, read_pickle
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.released import convert, load_released, read_released
-from matryoshka_diffusion.released.pickled import BrokenFile, Record, plain, read_pickle
-from matryoshka_diffusion.sheet import save_png
 
 FILE = Path(__file__).parent / "data" / "reference" / "vis_model_nested32.pth"
 CONFIG = json.loads(FILE.with_name("nested32.json").read_text())
@@ -302,7 +302,7 @@ def test_small_hostile_files_take_little(tmp_path):
     ]
     script = """
 import resource, signal, sys
-from matryoshka_diffusion.released import load_released
+from matryoshka_diffusion.models.released import load_released
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     signal.alarm(20)
@@ -553,7 +553,7 @@ def test_a_released_checkpoint_is_tuned_on_pictures_of_ones_own(tiny_t5, tmp_pat
 
 
 def test_a_released_file_goes_to_diffusers(tiny_t5, tmp_path, monkeypatch):
-    from matryoshka_diffusion.export.pipeline import MDMPipeline
+    from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline
 
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from evaluating import WIDTH, Look, looks, make_inception, make_run, model, source
-from matryoshka_diffusion import cli, cli_eval
+from matryoshka_diffusion.cli import eval as cli_eval
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.eval.features import weights_hash
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.evaluation import references, requests, results
-from matryoshka_diffusion.evaluation.protocols import (
+from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.eval import references, requests, results
+from matryoshka_diffusion.eval.protocols import (
     captions_in_turn,
     captions_of_file,
     labels_in_turn,
@@ -25,15 +25,16 @@ from matryoshka_diffusion.evaluation.protocols import (
     read_captions,
     retrieval_captions,
 )
-from matryoshka_diffusion.evaluation.references import of_npz
-from matryoshka_diffusion.evaluation.requests import compare, open_pictures, request
-from matryoshka_diffusion.evaluation.run import evaluate
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.eval.references import of_npz
+from matryoshka_diffusion.eval.requests import compare, open_pictures, request
+from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.networks.features import weights_hash
 
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch):
-    monkeypatch.setattr("matryoshka_diffusion.evaluation.references.WIDTH", WIDTH)
+    monkeypatch.setattr("matryoshka_diffusion.eval.references.WIDTH", WIDTH)
 
 
 def pictures(count=8, side=16, seed=0):
@@ -482,7 +483,7 @@ def run(trained_on, tmp_path):
 
 @pytest.fixture
 def _stand_ins(monkeypatch):
-    monkeypatch.setattr("matryoshka_diffusion.evaluation.run.find_networks", lambda *_: looks())
+    monkeypatch.setattr("matryoshka_diffusion.eval.run.find_networks", lambda *_: looks())
 
 
 def test_networks_are_read_from_the_files_that_are_named(run, tmp_path, tiny_clip, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.eval.retrieval import Retrieval, prompt_retrieval
+from matryoshka_diffusion.metrics.retrieval import Retrieval, prompt_retrieval
 
 
 def flat(*values, side=16, channels=3):

@@ -22,7 +22,7 @@ from matryoshka_diffusion.denoiser import NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
-from matryoshka_diffusion.sample import (
+from matryoshka_diffusion.samplers import (
     GRIDS,
     SAMPLERS,
     SeededNoise,

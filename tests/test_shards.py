@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import blobs, encoded, shard_index, tar
 from matryoshka_diffusion.data.batch import Pictures, Source
@@ -27,6 +27,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.shards import sharded, shards
 from matryoshka_diffusion.data.sources import absolute, kind_of, open_source
 from matryoshka_diffusion.files import MissingExtra, UnreadableError
+from matryoshka_diffusion.runs import prepare as job
 
 COLOURS = [(200, 30, 40), (10, 180, 60), (20, 40, 220), (240, 240, 20), (90, 0, 90), (1, 2, 3)]
 Parts = list[tuple[str, bytes]]

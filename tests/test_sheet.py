@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion import sheet
-from matryoshka_diffusion.eval import report
+from matryoshka_diffusion.draw import sheet
+from matryoshka_diffusion.eval import demo_sheet as report
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.data.sources import open_source
-from matryoshka_diffusion.eval.retrieval import prompt_retrieval
-from matryoshka_diffusion.measure import SHEET_PROMPTS, all_pictures
+from matryoshka_diffusion.eval.demo import SHEET_PROMPTS, all_pictures
+from matryoshka_diffusion.metrics.retrieval import prompt_retrieval
 from matryoshka_diffusion.pipeline import Matryoshka, shipped_models
 from matryoshka_diffusion.presets import preset
 

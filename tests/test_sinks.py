@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from matryoshka_diffusion import cli
+from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.video import save_clip
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.sheet import save_png
 from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.sinks import SINKS, _as_gif, find_sink, scalars
 from matryoshka_diffusion.train.trainer import train
-from matryoshka_diffusion.video import save_clip
 from tiny_run import TinyPictures, encode, tiny_config
 
 

@@ -24,7 +24,7 @@ from studies.table import PLACE, filled, table, tables
 from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig, override
-from matryoshka_diffusion.eval.features import NAME
+from matryoshka_diffusion.metrics.networks.features import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import learning_rate

@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 
 from evaluating import looks, make_run, model, source
-from matryoshka_diffusion import cli, job
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.evaluation import sweep as sweeping
-from matryoshka_diffusion.evaluation.grid import parse_numbers
-from matryoshka_diffusion.evaluation.requests import sweep_folder
-from matryoshka_diffusion.evaluation.results import Result
-from matryoshka_diffusion.evaluation.run import evaluate
-from matryoshka_diffusion.evaluation.sweep import Point, best, front, lines_of, pareto, table
-from matryoshka_diffusion.evaluation.sweep_plot import draw, numeric_axis, trade_off
+from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.eval import sweep as sweeping
+from matryoshka_diffusion.eval.grid import parse_numbers
+from matryoshka_diffusion.eval.requests import sweep_folder
+from matryoshka_diffusion.eval.results import Result
+from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.eval.sweep import Point, best, front, lines_of, pareto, table
+from matryoshka_diffusion.eval.sweep_plot import draw, numeric_axis, trade_off
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.runs import prepare as job
 
 # --- lists -------------------------------------------------------------------------------------
 
@@ -245,7 +246,7 @@ def run(tmp_path):
 
 
 def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatch):
-    monkeypatch.setattr("matryoshka_diffusion.evaluation.run.find_networks", lambda *_: looks())
+    monkeypatch.setattr("matryoshka_diffusion.eval.run.find_networks", lambda *_: looks())
     swept = ["--cfg", "1:2:1", "--steps", "1,2", "-n", "4", "--metrics", "fd,agreement"]
     assert cli.main(["sweep", str(run), *swept]) == 0
     shown = capsys.readouterr().out

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, TextConfig
-from matryoshka_diffusion.job import next_frames, next_level
 from matryoshka_diffusion.nn import temporal
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
 from matryoshka_diffusion.presets import preset, s64, t16, t16s256
 from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
+from matryoshka_diffusion.runs.prepare import next_frames, next_level
 
 ROWS, FRAMES = 3, 4
 TEXT = TextConfig(features=12, width=16, layers=1, heads=2)

@@ -17,10 +17,10 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from matryoshka_diffusion.eval.clip import CLIP, clip_score
-from matryoshka_diffusion.eval.inception_score import inception_score
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.eval.mmd import kernel_distance
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.inception_score import inception_score
+from matryoshka_diffusion.metrics.mmd import kernel_distance
+from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
 
 AGREES = 1e-4
 WIDTH = 12

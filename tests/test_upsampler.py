@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
     BaseConfig,
@@ -18,17 +19,16 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.diffusion import augment_coarse
-from matryoshka_diffusion.hooks import Preview, preview_of
-from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
+from matryoshka_diffusion.runs.held_out import HeldOutLoss
+from matryoshka_diffusion.runs.hooks import Preview, preview_of
 from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, build_schedules
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed, Inputs
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import View, train
 from matryoshka_diffusion.train.world import World
-from matryoshka_diffusion.watch import HeldOutLoss
 from test_nested import TIMES, equal, nest, noisy, run, wake
 from test_pipeline import Words, randomised
 from tiny_run import TinyPictures, encode, tiny_config

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from filming import animate, steps
-from matryoshka_diffusion import job, pipeline
+from matryoshka_diffusion import pipeline
+from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.config import (
     ConfigError,
     LevelConfig,
@@ -22,11 +23,11 @@ from matryoshka_diffusion.config import (
     override,
 )
 from matryoshka_diffusion.data.batch import Batch
-from matryoshka_diffusion.info import describe
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.curriculum import Step
 from matryoshka_diffusion.train.feed import Feed

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from evaluating import Clips, make_inception, make_video_net, save_scripted, seeded
-from matryoshka_diffusion.eval.features import Extractor, weights_hash
-from matryoshka_diffusion.eval.metrics import Moments, frechet_distance
-from matryoshka_diffusion.eval.resize import tf1_bilinear
-from matryoshka_diffusion.eval.video import SIDE, VideoNet
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.networks.features import Extractor, weights_hash
+from matryoshka_diffusion.metrics.networks.resize import tf1_bilinear
+from matryoshka_diffusion.metrics.networks.video import SIDE, VideoNet
 
 FRAMES = 3
 

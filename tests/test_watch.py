@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion import cli, job, watch
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.sheet import save_png
+from matryoshka_diffusion.runs import held_out as watch
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs.held_out import HeldOutLoss
 from matryoshka_diffusion.train.trainer import View
-from matryoshka_diffusion.watch import HeldOutLoss
 from tiny_run import encode, tiny_config
 
 

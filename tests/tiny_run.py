@@ -23,8 +23,8 @@ from matryoshka_diffusion.config import (
     TrainConfig,
 )
 from matryoshka_diffusion.data.batch import Batch
-from matryoshka_diffusion.job import next_frames
 from matryoshka_diffusion.rng import stream
+from matryoshka_diffusion.runs.prepare import next_frames
 
 FRAMES = 4
 CAPTIONS = ("red", "a green square", "blue thing", "")

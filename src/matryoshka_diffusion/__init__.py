@@ -27,13 +27,13 @@ _HOMES = {
     "Pyramid": "pyramid",
     "Resolution": "pyramid",
     "build_pyramid": "pyramid",
-    "ddim": "sample",
-    "ddpm": "sample",
-    "dpmpp_2m": "sample",
+    "ddim": "samplers",
+    "ddpm": "samplers",
+    "dpmpp_2m": "samplers",
     "build_schedules": "schedule",
 }
 # Needs an extra, so `from matryoshka_diffusion import *` leaves it alone.
-_OF_EXTRAS = {"MDMPipeline": "export.pipeline"}
+_OF_EXTRAS = {"MDMPipeline": "models.diffusers.pipeline"}
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.diffusion import Process as Process
     from matryoshka_diffusion.diffusion import diffuse as diffuse
     from matryoshka_diffusion.diffusion import matryoshka_loss as matryoshka_loss
-    from matryoshka_diffusion.export.pipeline import MDMPipeline as MDMPipeline
+    from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline as MDMPipeline
     from matryoshka_diffusion.nn.nested import NestedUNet as NestedUNet
     from matryoshka_diffusion.nn.nested import grow as grow
     from matryoshka_diffusion.pipeline import Matryoshka as Matryoshka
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.pyramid import Pyramid as Pyramid
     from matryoshka_diffusion.pyramid import Resolution as Resolution
     from matryoshka_diffusion.pyramid import build_pyramid as build_pyramid
-    from matryoshka_diffusion.sample import ddim as ddim
-    from matryoshka_diffusion.sample import ddpm as ddpm
-    from matryoshka_diffusion.sample import dpmpp_2m as dpmpp_2m
+    from matryoshka_diffusion.samplers import ddim as ddim
+    from matryoshka_diffusion.samplers import ddpm as ddpm
+    from matryoshka_diffusion.samplers import dpmpp_2m as dpmpp_2m
     from matryoshka_diffusion.schedule import build_schedules as build_schedules
 
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion import hub
 from matryoshka_diffusion.codec.autoencoder import Codec, load_codec
 from matryoshka_diffusion.codec.folder import moved_codec, refuse_codec, with_own_codec
 from matryoshka_diffusion.conditioning import Conditioning, equally_long
@@ -38,10 +37,11 @@ from matryoshka_diffusion.denoiser import (
     active_weights,
 )
 from matryoshka_diffusion.diffusion import Process, augment_coarse, per_level
+from matryoshka_diffusion.models import hub
+from matryoshka_diffusion.models.released import converted, read_released
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
-from matryoshka_diffusion.released import converted, read_released
-from matryoshka_diffusion.sample import GRIDS, SAMPLERS, SeededNoise, State
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.cache import pad
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train import checkpoint
@@ -634,7 +634,7 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
 
 def shipped_models() -> dict[str, Path]:
     """Folders of the models inside the package, by name."""
-    root = Path(str(resources.files("matryoshka_diffusion"))) / "models"
+    root = Path(str(resources.files("matryoshka_diffusion"))) / "models" / "shipped"
     folders = sorted(root.iterdir()) if root.is_dir() else []
     return {folder.name: folder for folder in folders if (folder / "model.safetensors").is_file()}
 
