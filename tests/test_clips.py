@@ -31,10 +31,10 @@ from matryoshka_diffusion.data.film import open_film, write_film
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
 from matryoshka_diffusion.data.split import Part, split
-from matryoshka_diffusion.eval.shrunk import Shrunk, shrink
+from matryoshka_diffusion.eval.shrunk import Shrunk
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import prepare as job
 
 SIDE, FRAMES = 16, 4

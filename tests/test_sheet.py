@@ -10,6 +10,7 @@ from PIL import Image
 
 from matryoshka_diffusion.draw import sheet
 from matryoshka_diffusion.eval import demo_sheet as report
+from matryoshka_diffusion.rng import choose
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 
@@ -181,15 +182,15 @@ def test_the_demo_sheet_wants_lists_of_one_length():
 
 
 def test_fixed_choices_are_different_pictures_and_do_not_change():
-    chosen = report.choose(1904, 128, "retrieval")
+    chosen = choose(1904, 128, "retrieval")
     assert len(set(chosen.tolist())) == 128
     assert chosen.min() >= 0
     assert chosen.max() < 1904
-    assert (chosen == report.choose(1904, 128, "retrieval")).all()
-    assert (chosen[:20] != report.choose(1904, 20, "sheet")).any()
-    assert sorted(report.choose(5, 5, "all")) == [0, 1, 2, 3, 4]
+    assert (chosen == choose(1904, 128, "retrieval")).all()
+    assert (chosen[:20] != choose(1904, 20, "sheet")).any()
+    assert sorted(choose(5, 5, "all")) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="cannot choose 6 of 5"):
-        report.choose(5, 6, "all")
+        choose(5, 6, "all")
 
 
 def test_unseen_prompts_are_no_names_of_pictures_but_their_words_are():

@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,6 +63,14 @@ def down_sample(
         ValueError: the picture's side is no multiple of the level's, or its frames are not.
     """
     return _average(_first_frames(x, resolution.frames), resolution)
+
+
+def shrink(
+    picture: UInt8[np.ndarray, "*fine c"], resolution: Resolution
+) -> UInt8[np.ndarray, "*grid c"]:
+    """D^r of one picture or clip of bytes, rounded to bytes. Raises as `down_sample` does."""
+    x = torch.from_numpy(picture.astype(np.float32)).movedim(-1, 0)[None]
+    return down_sample(x, resolution)[0].movedim(0, -1).round().to(torch.uint8).numpy()
 
 
 def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from matryoshka_diffusion.draw import sheet
-from matryoshka_diffusion.rng import stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,23 +20,6 @@ UNSEEN_PROMPTS = ("purple apple", "blue banana", "green elephant", "pink airplan
 """Things and colours that OpenMoji's captions have, but not together."""
 
 _BLOCKS = 2  # 24 rows in one column would be three times as high as wide
-
-
-def choose(total: int, count: int, purpose: str) -> Int[np.ndarray, " n"]:
-    """`count` different indices below `total`, in order: the same ones in every run.
-
-    Fixed choices make runs comparable, and nobody picks the good ones.
-
-    Raises:
-        ValueError: there are not that many.
-
-    Example:
-        >>> bool((choose(1904, 20, "sheet") == choose(1904, 20, "sheet")).all())
-        True
-    """
-    if count > total:
-        raise ValueError(f"cannot choose {count} of {total} pictures")
-    return np.sort(stream(0, f"choose {purpose}").permutation(total)[:count])
 
 
 def demo_sheet(

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from matryoshka_diffusion.eval.demo_sheet import choose
 from matryoshka_diffusion.metrics.pairs import squared_distances
+from matryoshka_diffusion.rng import choose
 
 SIDE = 16
 NEAREST = 5

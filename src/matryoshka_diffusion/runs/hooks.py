@@ -13,10 +13,9 @@ from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.draw import animation
-from matryoshka_diffusion.eval.demo_sheet import choose
-from matryoshka_diffusion.eval.shrunk import shrink
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.pyramid import Resolution, shrink
+from matryoshka_diffusion.rng import choose
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.trainer import View
 
