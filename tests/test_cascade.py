@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from matryoshka_diffusion.cascade import Cascade, check_pair
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import (
     BaseConfig,
     CoarseConfig,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import options as cli_options
-from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.draw.sheet import SETTINGS_KEY, save_png

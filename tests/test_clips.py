@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
 from matryoshka_diffusion.data import clips as clips_module

@@ -15,8 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.codec.autoencoder import Identity, load_autoencoder, load_codec
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.codec.coded import Coded, store_codes

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
 from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
 from matryoshka_diffusion.config import (

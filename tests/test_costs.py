@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LoraConfig
 from matryoshka_diffusion.nn.costs import TEXT_TOKENS, activation_bytes, training_bytes

@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluating
 from evaluating import Look, looks, make_inception, make_run, make_video_net, make_videos
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.sources import open_source

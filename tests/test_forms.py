@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.runs import prepare as job

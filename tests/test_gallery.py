@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError, LevelConfig
 from matryoshka_diffusion.draw import animation, gallery, sheet, video
 from matryoshka_diffusion.nn.nested import NestedUNet

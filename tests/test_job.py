@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import terminal
 from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, UsageError, override, to_yaml
 from matryoshka_diffusion.draw.sheet import save_png

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError, to_yaml
 from matryoshka_diffusion.draw.curves import _points, plot, read_curves
 from tiny_run import tiny_config

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import releases
 from faults import shards as tiny_shards
 from faults.product import CONFIG
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data import encoded
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.images import PictureError, read_picture

@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.data.batch import to_float, to_uint8
 from matryoshka_diffusion.draw.sheet import save_png

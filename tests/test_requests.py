@@ -13,7 +13,7 @@ import pytest
 
 from evaluating import WIDTH, Look, looks, make_inception, make_run, model, source
 from matryoshka_diffusion.cli import eval as cli_eval
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.eval import references, requests, results

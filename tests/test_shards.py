@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import blobs, encoded, shard_index, tar
 from matryoshka_diffusion.data.batch import Pictures, Source

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.eval.demo import SHEET_PROMPTS, all_pictures
 from matryoshka_diffusion.metrics.retrieval import prompt_retrieval

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.draw.video import save_clip
 from matryoshka_diffusion.files import MissingExtra

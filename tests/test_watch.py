@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.split import Part, split

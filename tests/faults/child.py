@@ -298,7 +298,7 @@ def bring(plan: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    from matryoshka_diffusion.cli.main import main as cli
+    from matryoshka_diffusion.cli import main as cli
     from matryoshka_diffusion.train import trainer  # noqa: F401  importing is spared the faults
 
     bring(json.loads(sys.argv[1]))
