@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from importlib import import_module
 
 import pytest
 import torch
-from benchmarks import harness, resume
+from benchmarks import files_touched, harness, resume
 from benchmarks.step_time import largest_batch
 
 from matryoshka_diffusion.nn.costs import count_parameters
@@ -29,7 +30,19 @@ SCRIPTS = {
 
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
-    assert scripts - {"harness", "steps"} == set(SCRIPTS)
+    assert scripts - {"harness", "steps", "files_touched"} == set(SCRIPTS)
+
+
+def test_files_count_when_a_function_in_them_is_called():
+    watch = files_touched.Watch(harness.ROOT / "benchmarks")
+    sys.setprofile(watch)
+    try:
+        harness.kind_of("A processor")
+        exec(compile("x = 1", str(harness.ROOT / "benchmarks" / "steps.py"), "exec"))
+    finally:
+        sys.setprofile(None)
+    assert watch.take().called == ["harness.py"]
+    assert watch.take().called == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
