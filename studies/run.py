@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from benchmarks.harness import commit, machine
 
+from matryoshka_diffusion.cascade import open_model
 from matryoshka_diffusion.codec.folder import codec_folder
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.families import open_model
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks.features import NAME
 from matryoshka_diffusion.nn.costs import count_parameters

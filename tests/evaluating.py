@@ -22,8 +22,9 @@ from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.eval.run import evaluate
 from matryoshka_diffusion.metrics.networks.inception_net import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import BATCH, Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
+from matryoshka_diffusion.sampling import BATCH
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 from tiny_run import encode, tiny_config

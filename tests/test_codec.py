@@ -39,9 +39,10 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.draw.sheet import save_png
 from matryoshka_diffusion.eval.sweep import averaged
 from matryoshka_diffusion.models.diffusers import write_diffusers
-from matryoshka_diffusion.models.hub import without_paths
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.models.save import average_model, export_model, without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.samplers import last
 from matryoshka_diffusion.train.checkpoint import export_weights
@@ -430,13 +431,13 @@ def test_only_a_models_own_codec_is_carried_along(half_way, tmp_path):
     (run / "config.yaml").write_text(config.replace(str(half_way.parent / "there"), str(there)))
     damaged(half_way.parent / "there", there, settings={"scaling_factor": 3.0})
     for carry in (
-        lambda: job.export_model(str(run), tmp_path / "model"),
-        lambda: job.average_model(run, 0.08, tmp_path / "average"),
+        lambda: export_model(str(run), tmp_path / "model"),
+        lambda: average_model(run, 0.08, tmp_path / "average"),
     ):
         with pytest.raises(ConfigError, match=r"is not the codec that coded was trained with"):
             carry()
     assert not (tmp_path / "model").exists()
-    job.average_model(half_way, 0.08, tmp_path / "average")
+    average_model(half_way, 0.08, tmp_path / "average")
     own = Matryoshka.load(tmp_path / "average").config.codec
     assert own is not None
     assert own.path == str(tmp_path / "average" / "codec")

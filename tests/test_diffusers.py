@@ -28,7 +28,7 @@ from matryoshka_diffusion.models.diffusers import lockstep, write_diffusers
 from matryoshka_diffusion.models.diffusers.network import MDMNetwork
 from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline
 from matryoshka_diffusion.models.diffusers.seeds import seeds_of
-from matryoshka_diffusion.models.hub import without_paths
+from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, moving, plain_model, randomised
 from test_text import save_t5

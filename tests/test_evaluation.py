@@ -334,7 +334,7 @@ def test_levels_of_one_level_cannot_disagree(tmp_path):
     tiny = model("nothing")
     tiny.net.levels = tiny.net.levels[:1]
     config = tiny.net.config
-    tiny.net.config = config.model_copy(update={"levels": config.levels[:1]})
+    tiny.net.config = tiny.model = config.model_copy(update={"levels": config.levels[:1]})
     with pytest.raises(UsageError, match="agreement needs pictures of several levels"):
         evaluate(tiny, "agreement", n=4, folder=tmp_path)
 
@@ -343,7 +343,7 @@ def test_a_sample_with_nan_is_named_by_its_seed(tmp_path):
     broken: Any = model("nothing")
     with torch.no_grad():
         broken.net.levels[1].head.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"seed 70 has NaN in it at level 1, .* 4 of the 4 drawn"):
+    with pytest.raises(ValueError, match=r"seed 70 has NaN at level 1, .* 4 of the 4"):
         evaluate(broken, "agreement", n=8, batch_size=4, seed=70, folder=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
 

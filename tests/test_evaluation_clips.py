@@ -33,7 +33,7 @@ from matryoshka_diffusion.metrics.frechet import Reference as Published
 from matryoshka_diffusion.metrics.motion import compare_motion, motion
 from matryoshka_diffusion.metrics.networks.video import VIDEO, VideoNet
 from matryoshka_diffusion.metrics.retrieval import SEED
-from matryoshka_diffusion.pipeline import batch_of
+from matryoshka_diffusion.sampling import batch_of
 
 COUNT, FRAMES, SIDE, BATCHED = 10, 3, 16, 4
 

@@ -17,8 +17,10 @@ from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, UsageError, override, to_yaml
 from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.models.save import average_model, export_model
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import PRESETS, nest, preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
@@ -148,7 +150,7 @@ def test_a_warm_start_is_from_as_many_levels_as_are_announced(trained, tmp_path)
 def test_a_model_of_any_average_is_made_after_training(tmp_path):
     config = tiny_config(ema_power=(0.05, 0.1), ema_snapshot_every_images=4)
     train(config, TinyPictures(), tmp_path / "run", encode=encode)
-    error = job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+    error = average_model(tmp_path / "run", 0.08, tmp_path / "model")
     assert 0 < error < 0.05
     weights, _ = find_model(tmp_path / "model")
     last = newest(tmp_path / "run" / "checkpoints")
@@ -159,16 +161,16 @@ def test_a_model_of_any_average_is_made_after_training(tmp_path):
     assert (between - short).norm() + (between - long).norm() < 1.1 * (short - long).norm()
     Matryoshka.load(tmp_path / "model")
     with pytest.raises(ConfigError, match="not empty"):
-        job.average_model(tmp_path / "run", 0.08, tmp_path / "model")
+        average_model(tmp_path / "run", 0.08, tmp_path / "model")
     with pytest.raises(UsageError, match=r"model: no run folder with a config\.yaml in it"):
-        job.average_model(tmp_path / "model", 0.08, tmp_path / "other")
+        average_model(tmp_path / "model", 0.08, tmp_path / "other")
 
 
 def test_an_average_made_after_training_is_known_as_one(tmp_path):
     raw = tiny_config(ema_decay=0.0, ema_power=(0.05, 0.1), ema_snapshot_every_images=16)
     train(raw, TinyPictures(), tmp_path / "run", encode=encode)
-    job.average_model(tmp_path / "run", 0.08, tmp_path / "average")
-    job.export_model(str(tmp_path / "average"), tmp_path / "shared")
+    average_model(tmp_path / "run", 0.08, tmp_path / "average")
+    export_model(str(tmp_path / "average"), tmp_path / "shared")
     kept = {name: find_model(tmp_path / name)[1].train for name in ("run", "average", "shared")}
     assert [one.averaged for one in kept.values()] == [None, 0.08, 0.08]
     assert [one.gives_averages for one in kept.values()] == [False, True, True]

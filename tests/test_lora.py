@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, RunConfig, StageConfig
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.models.save import average_model, export_model
 from matryoshka_diffusion.nn.lora import Adapted, attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.adapters import build_network, fingerprint
@@ -211,9 +213,9 @@ def test_a_run_of_adapters_samples_finished_or_not_and_exports_whole(tuned, mode
     unfinished = tmp_path / "unfinished"
     shutil.copytree(tuned, unfinished)
     shutil.rmtree(unfinished / "model")
-    job.export_model(str(tuned), tmp_path / "whole")
+    export_model(str(tuned), tmp_path / "whole")
     assert (tmp_path / "whole" / "model.safetensors").is_file()
-    job.average_model(tuned, 0.1, tmp_path / "average")
+    average_model(tuned, 0.1, tmp_path / "average")
     assert (tmp_path / "average" / "lora.safetensors").is_file()
     places = (tuned, tuned / "model" / "lora.safetensors", unfinished, tmp_path / "whole")
     for place in places:

@@ -28,7 +28,8 @@ from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.images import PictureError, read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.shards import shards
-from matryoshka_diffusion.pipeline import Matryoshka, find_model
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.signals import Stopped
@@ -198,7 +199,8 @@ def test_damaged_model_folders_give_clean_errors_and_take_little(tmp_path):
     script = """
 import random, resource, signal, sys
 from pathlib import Path
-from matryoshka_diffusion.pipeline import find_model, Matryoshka
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 folder = Path(sys.argv[1])
 find_model(folder)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

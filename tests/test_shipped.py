@@ -12,7 +12,8 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data.sources import open_source
 from matryoshka_diffusion.eval.demo import SHEET_PROMPTS, all_pictures
 from matryoshka_diffusion.metrics.retrieval import prompt_retrieval
-from matryoshka_diffusion.pipeline import Matryoshka, shipped_models
+from matryoshka_diffusion.models.find import shipped_models
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 
 FOLDER = shipped_models()["openmoji"]

@@ -23,8 +23,8 @@ from matryoshka_diffusion.eval.results import Result
 from matryoshka_diffusion.eval.run import evaluate
 from matryoshka_diffusion.eval.sweep import Point, best, front, lines_of, pareto, table
 from matryoshka_diffusion.eval.sweep_plot import draw, numeric_axis, trade_off
+from matryoshka_diffusion.models.save import average_model
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.runs import prepare as job
 
 # --- lists -------------------------------------------------------------------------------------
 
@@ -291,7 +291,7 @@ def test_averages_are_those_of_mdm_ema(run, tmp_path):
     swept = sweeping.averaged(run, 0.05, model())
     assert isinstance(swept, Matryoshka)
     assert swept.describe({})["averaged"]
-    assert job.average_model(run, 0.05, tmp_path / "average") < 1e-6
+    assert average_model(run, 0.05, tmp_path / "average") < 1e-6
     written = Matryoshka.load(tmp_path / "average")
     for name, value in written.net.state_dict().items():
         assert torch.equal(value, swept.net.state_dict()[name]), name

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from filming import animate, steps
-from matryoshka_diffusion import pipeline
+from matryoshka_diffusion import sampling
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -141,7 +141,7 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(video_run: Path, sample
 
 def test_few_clips_are_drawn_together(video_run: Path, monkeypatch: pytest.MonkeyPatch):
     """As many frames as there would be pictures, unless somebody says."""
-    monkeypatch.setattr(pipeline, "BATCH", 2 * FRAMES)
+    monkeypatch.setattr(sampling, "BATCH", 2 * FRAMES)
     model, sizes = Matryoshka.load(video_run), []
     stream = model.stream
     monkeypatch.setattr(

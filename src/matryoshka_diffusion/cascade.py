@@ -1,74 +1,78 @@
 """Cascaded diffusion (Ho et al., 2022; Section 4.1 of the paper): one model draws, one enlarges.
 
-The paper's baseline for "one network for all resolutions". The upsampler sees the base's picture
-under noise (`SamplingConfig.coarse_noise`), which hides how that picture differs from the real ones
-that it was trained with.
+The paper's baseline for "one network for all resolutions". The upsampler sees the base's image
+under noise (`SamplingConfig.coarse_noise`), which hides how that image differs from the real ones
+in its training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, SamplingConfig, UsageError
-from matryoshka_diffusion.pipeline import Matryoshka, Progress, Samples
+import torch
+from torch import Tensor
+
+from matryoshka_diffusion.config import (
+    BaseConfig,
+    ConfigError,
+    RunConfig,
+    SamplingConfig,
+    UsageError,
+    load_config,
+)
+from matryoshka_diffusion.models.find import (
+    Progress,
+    count_levels,
+    find_model,
+    read_config,
+    with_encoder,
+)
+from matryoshka_diffusion.pipeline import Matryoshka, Samples
 from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.sampling import PER_LEVEL
 from matryoshka_diffusion.train.adapters import fingerprint
-
-PER_LEVEL = ("guidance", "threshold")
-"""Settings that may have an entry for each level, the base's first."""
-OF_UPSAMPLERS = ("coarse_noise",)
+from matryoshka_diffusion.train.precision import Precision
 
 
 class Cascade:
     """A base and an upsampler that sample as one model, with the levels of both, coarse to fine.
 
-    Picture i has one seed, from which base and upsampler draw different noise: it is the same in
-    any batch, and the upsampler alone makes it of the base's bytes.
+    Base and upsampler draw different noise from the one seed of an image. The image is the same in
+    any batch, and the upsampler alone makes it from the base's bytes.
     """
 
     def __init__(self, base: Matryoshka, upsampler: Matryoshka) -> None:
-        """Raises ConfigError if the upsampler was not trained for pictures such as the base's."""
+        """Raises `ConfigError` unless the upsampler was trained for images such as the base's."""
         check_pair(base.config, upsampler.config, levels=len(base.resolutions))
         self.base, self.upsampler = base, upsampler
-
-    @property
-    def config(self) -> RunConfig:
-        """The upsampler's config."""
-        return self.upsampler.config
-
-    @property
-    def resolutions(self) -> tuple[Resolution, ...]:
-        """The grid of every level, the base's before the upsampler's."""
-        return (*self.base.resolutions, *self.upsampler.resolutions)
-
-    @property
-    def picture_side(self) -> int:
-        """Height and width in pixels of what is drawn."""
-        return self.upsampler.picture_side
+        self.config: RunConfig = upsampler.config
+        self.resolutions: tuple[Resolution, ...] = (*base.resolutions, *upsampler.resolutions)
+        self.picture_side: int = upsampler.picture_side
 
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
         """The upsampler's sampling defaults with some of them replaced."""
         return self.upsampler.sampling(self._split(settings)[1])
 
     def idle(self, settings: dict[str, Any]) -> set[str]:
-        """Those of the settings that change no sample of either model."""
-        of_base, of_upsampler = self._split(settings)
-        return self.base.idle(of_base) & self.upsampler.idle(of_upsampler)
+        """The names of settings that change no sample of either model."""
+        base, upsampler = self._split(settings)
+        return self.base.idle(base) & self.upsampler.idle(upsampler)
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """As `Matryoshka.describe`; what concerns the base is under `base`."""
-        of_base, of_upsampler = self._split(settings)
-        base, upsampler = self.base.describe(of_base), self.upsampler.describe(of_upsampler)
+        """All that samples depend on, as `Matryoshka.describe`; the base's part under `base`."""
+        for_base, for_upsampler = self._split(settings)
+        base, upsampler = self.base.describe(for_base), self.upsampler.describe(for_upsampler)
         weights = f"{upsampler['weights']} after {base['weights']}"
         averaged = base["averaged"] and upsampler["averaged"]
         return {**upsampler, "weights": weights, "averaged": averaged, "base": base}
 
     def evaluations(self, settings: dict[str, Any]) -> int:
-        """Of either network for one sample, together."""
-        of_base, of_upsampler = self._split(settings)
-        return self.base.evaluations(of_base) + self.upsampler.evaluations(of_upsampler)
+        """The number of evaluations of both networks for one sample."""
+        base, upsampler = self._split(settings)
+        return self.base.evaluations(base) + self.upsampler.evaluations(upsampler)
 
     def sample(
         self,
@@ -82,44 +86,44 @@ class Cascade:
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:
-        """As `Matryoshka.sample`; both models sample with these settings.
+        """Draw images as `Matryoshka.sample` does; both models sample with these settings.
 
-        Each runs its own number of steps unless `steps` says how many for both. The settings of
-        the base's part are recorded under `base`, with its name and a hash of its weights.
+        Each model takes its own number of steps unless `steps` sets one for both. The result
+        records the base's settings under `base`, with its name and a hash of its weights.
         """
-        of_base, of_upsampler = self._split(settings)
-        counts = [self.base.sampling(of_base).steps, self.upsampler.sampling(of_upsampler).steps]
-        asked: dict[str, Any] = {
+        for_base, for_upsampler = self._split(settings)
+        counts = [self.base.sampling(for_base).steps, self.upsampler.sampling(for_upsampler).steps]
+        wanted: dict[str, Any] = {
             "classes": classes,
             "negative": negative,
             "n": n,
             "seed": seed,
             "batch_size": batch_size,
         }
-        small = self.base.sample(prompts, **asked, progress=_half(progress, counts, 0), **of_base)
+        small = self.base.sample(prompts, **wanted, progress=_half(progress, counts, 0), **for_base)
         large = self.upsampler.sample(
             prompts,
-            **asked,
+            **wanted,
             coarse=small.pictures,
             progress=_half(progress, counts, 1),
-            **of_upsampler,
+            **for_upsampler,
         )
-        recorded = {**large.settings, "base": {**small.settings, "weights": self._base_weights}}
-        return Samples((*small.levels, *large.levels), large.captions, large.seeds, recorded)
+        record = {**large.settings, "base": {**small.settings, "weights": self._base_weights}}
+        return Samples((*small.levels, *large.levels), large.captions, large.seeds, record)
 
     @cached_property
     def _base_weights(self) -> str:
-        """A hash, by which the base of a picture is known wherever it lies."""
+        """A hash that identifies the base wherever it is stored."""
         return fingerprint(self.base.net.state_dict())
 
     def _split(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the base is told, and the upsampler: an entry for each level goes where it belongs.
+        """Settings for the base and for the upsampler: entries for each level are divided.
 
         Raises:
             UsageError: a setting has neither one entry nor one for each level.
         """
-        of_base = {name: value for name, value in settings.items() if name not in OF_UPSAMPLERS}
-        of_upsampler = dict(settings)
+        base = {name: value for name, value in settings.items() if name != "coarse_noise"}
+        upsampler = dict(settings)
         levels, border = len(self.resolutions), len(self.base.resolutions)
         for name in PER_LEVEL:
             values = settings.get(name)
@@ -127,61 +131,164 @@ class Cascade:
                 continue
             if len(values) != levels:
                 raise UsageError(f"{name} has {len(values)} entries; give 1 or {levels}")
-            of_base[name], of_upsampler[name] = values[:border], values[border:]
-        return of_base, of_upsampler
+            base[name], upsampler[name] = values[:border], values[border:]
+        return base, upsampler
+
+
+Model: TypeAlias = Matryoshka | Cascade
+"""A model that samples: one nest, or a base and an upsampler."""
 
 
 def _half(progress: Progress | None, steps: Sequence[int], place: int) -> Progress | None:
-    """The progress of one of the models as a part of both; they have the same batches."""
+    """The progress of one of the two models as a part of both; they have the same batches."""
     if progress is None:
         return None
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         batches = total // steps[place]
         progress(batches * sum(steps[:place]) + done, batches * sum(steps))
 
-    return told
+    return report
+
+
+def open_model(
+    run: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    text_encoder: str | None = None,
+    progress: Progress | None = None,
+    base: str | Path | None = None,
+) -> Model:
+    """Load what `Matryoshka.load` loads and, for an upsampler, its base.
+
+    `base` replaces the base that the upsampler's config names.
+
+    Raises:
+        ConfigError: the base is missing, has changed since the training, or does not fit; or a
+            base is given for a model that is no upsampler.
+        FileNotFoundError, ValueError: as `Matryoshka.load`.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "text_encoder": text_encoder,
+        "progress": progress,
+    }
+    model = Matryoshka.load(run, **options)
+    if model.config.model.coarse is None and base is None:
+        return model
+    where, config = _find_base(model.config, base)
+    check_pair(config if text_encoder is None else with_encoder(config, text_encoder), model.config)
+    encoder = None if model.config.encoder is None else model.text_encoder()
+    return Cascade(Matryoshka.load(where, encoder=encoder, **options), model)
+
+
+# --- which base belongs to an upsampler --------------------------------------------------------
+
+
+def _find_base(config: RunConfig, other: str | Path | None) -> tuple[str | Path, RunConfig]:
+    """Path and config of the base: `other`, or the one that the upsampler's config names."""
+    if other is not None:
+        return other, read_config(other)
+    named = config.sampling.base
+    if named is None:
+        raise ConfigError(
+            f"{config.name} enlarges images that another model draws, and its config names none "
+            "(sampling.base): add that model (--base RUN), or images of your own (--coarse)"
+        )
+    weights, base = _read(config, named)
+    if fingerprint(weights) != named.hash:
+        raise ConfigError(
+            f"sampling.base.path: {named.path} has other weights than when the training of "
+            f"{config.name} began; if that is meant, name it again (--base {named.path})"
+        )
+    return named.path, base
+
+
+def keep_base(config: RunConfig, run: Path) -> RunConfig:
+    """The config with the base's hash as the run in the folder `run` noted it at its start.
+
+    Training does not use the base, so a run continues whatever has become of the base.
+    """
+    named, written = config.sampling.base, run / "config.yaml"
+    if named is None or not written.is_file():
+        return config
+    noted = load_config(written).sampling.base
+    # A path that leads nowhere any more is still as it was typed, not absolute.
+    same = (named.path, str(Path(named.path).expanduser().resolve()))
+    return config if noted is None or noted.path not in same else _with_base(config, noted)
+
+
+def note_base(config: RunConfig) -> RunConfig:
+    """The config of an upsampler that is about to be trained, with the hash of its base's weights.
+
+    Raises:
+        ConfigError: the base is missing or does not fit.
+    """
+    named = config.sampling.base
+    if named is None or named.hash:
+        return config
+    weights, base = _read(config, named)
+    check_pair(base, config, levels=count_levels(weights))
+    return _with_base(config, named.model_copy(update={"hash": fingerprint(weights)}))
+
+
+def _with_base(config: RunConfig, base: BaseConfig) -> RunConfig:
+    sampling = config.sampling.model_copy(update={"base": base})
+    return config.model_copy(update={"sampling": sampling})
+
+
+def _read(config: RunConfig, named: BaseConfig) -> tuple[dict[str, Tensor], RunConfig]:
+    try:
+        return find_model(named.path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"sampling.base.path: the model that {config.name} goes with is not there ({error}); "
+            "name it (--base RUN)"
+        ) from error
 
 
 def check_pair(base: RunConfig, upsampler: RunConfig, *, levels: int | None = None) -> None:
-    """Raise ConfigError naming the first reason why `base` cannot draw what `upsampler` enlarges.
+    """Check that `base` draws what `upsampler` enlarges.
 
-    Both are whole configs of trained models, or of the runs that will train them. `levels` is how
-    many levels the base has, which are all that its training ends with only when it is finished.
+    Both are whole configs of trained models, or of the runs that will train them. `levels` is the
+    number of levels that the base has reached; by default, those of its last stage.
+
+    Raises:
+        ConfigError: names the first difference.
     """
+
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(f"sampling.base: {reason}")
+
     coarse = upsampler.model.coarse
     if coarse is None:
-        raise ConfigError(f"sampling.base: {upsampler.name} is no upsampler (no model.coarse)")
+        raise refuse(f"{upsampler.name} is no upsampler (no model.coarse)")
     if base.model.coarse is not None:
-        raise ConfigError(f"sampling.base: {base.name} is an upsampler and draws nothing by itself")
+        raise refuse(f"{base.name} is an upsampler and draws nothing by itself")
     if base.codec is not None:
-        raise ConfigError(
-            f"sampling.base: {base.name} draws codes (codec), but {upsampler.name} enlarges pixels"
-        )
+        raise refuse(f"{base.name} draws latents (codec), but {upsampler.name} enlarges pixels")
     last = base.train.stages[-1].levels
     reached = last if levels is None else levels
     finest = base.model.levels[reached - 1]
     if finest.frames is not None:
-        raise ConfigError(
-            f"sampling.base: {base.name} draws clips, but {upsampler.name} enlarges pictures"
-        )
-    drawn = finest.side
-    if drawn != coarse.side:
+        raise refuse(f"{base.name} draws clips, but {upsampler.name} enlarges images")
+    if finest.side != coarse.side:
         unfinished = f" (it has {reached} of its {last} levels: finish it first)"
-        raise ConfigError(
-            f"sampling.base: {base.name} draws pictures of {drawn} pixels, but model.coarse.side "
-            f"of {upsampler.name} is {coarse.side}{unfinished * (reached < last)}"
+        raise refuse(
+            f"{base.name} draws images of {finest.side} pixels, but model.coarse.side of "
+            f"{upsampler.name} is {coarse.side}{unfinished * (reached < last)}"
         )
-    model, data = upsampler.model, upsampler.data
     shared = (
-        ("model.channels", base.model.channels, model.channels, "one's colours are the other's"),
-        ("model.classes", base.model.classes, model.classes, "one class is asked of both"),
-        ("data.classes", base.data.classes, data.classes, "one class is asked of both, by name"),
-        ("encoder", base.encoder, upsampler.encoder, "both read the features of one encoder"),
+        ("model.channels", base.model.channels, upsampler.model.channels),
+        ("model.classes", base.model.classes, upsampler.model.classes),
+        ("data.classes", base.data.classes, upsampler.data.classes),
+        ("encoder", base.encoder, upsampler.encoder),
     )
-    for path, there, here, reason in shared:
+    for path, there, here in shared:
         if there != here:
-            raise ConfigError(
-                f"sampling.base: {path} of {base.name} is {there!r}, that of {upsampler.name} is "
-                f"{here!r}; they must be equal, since {reason}"
+            raise refuse(
+                f"{path} of {base.name} is {there!r}, that of {upsampler.name} is {here!r}; they "
+                "must be equal, since both sample under the same conditions"
             )

@@ -161,7 +161,7 @@ def _axes(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
 
 
 def _model(options: argparse.Namespace, device: str) -> Any:
-    from matryoshka_diffusion.families import open_model
+    from matryoshka_diffusion.cascade import open_model
 
     return open_model(options.model, device=device, precision=options.precision, base=options.base)
 

@@ -165,8 +165,8 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.cascade import open_model
     from matryoshka_diffusion.draw import gallery
-    from matryoshka_diffusion.families import open_model
     from matryoshka_diffusion.pipeline import Matryoshka
 
     enlarging = options.coarse is not None  # pictures of the user's own, so no base draws any
@@ -237,7 +237,7 @@ def grow(options: argparse.Namespace) -> None:
 
 def info(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.cli.info import describe, describe_released
-    from matryoshka_diffusion.pipeline import read_config
+    from matryoshka_diffusion.models.find import read_config
     from matryoshka_diffusion.presets import preset
 
     path = Path(options.name)
@@ -248,17 +248,17 @@ def info(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.runs import prepare as job
+    from matryoshka_diffusion.models.save import convert_released
 
     with Bar("converting", "B", unit_scale=True) as bar:
-        config = job.convert_released(
+        config = convert_released(
             options.file, options.out, text_encoder=options.text_encoder, progress=bar
         )
     print(f"{options.out}: {config.name}; mdm sample {options.out} -p TEXT draws with it")
 
 
 def export(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.runs import prepare as job
+    from matryoshka_diffusion.models.save import export_model
 
     if options.format == "diffusers":
         from matryoshka_diffusion.files import refuse_full
@@ -270,14 +270,14 @@ def export(options: argparse.Namespace) -> None:
         write_diffusers(model, options.out)
         print(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
     else:
-        config = job.export_model(options.model, options.out, options.dtype, options.text_encoder)
+        config = export_model(options.model, options.out, options.dtype, options.text_encoder)
         print(f"{options.out}: {_drawing(options.out, config)} draws with it")
 
 
 def ema(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.runs import prepare as job
+    from matryoshka_diffusion.models.save import average_model
 
-    error = job.average_model(options.run_folder, options.length, options.out)
+    error = average_model(options.run_folder, options.length, options.out)
     if error > _MATCHED:
         warnings.warn(
             f"--length {options.length:g} is not matched, its profile is off by {error:.0%}: 32 "
@@ -352,8 +352,8 @@ def _train(
     """Train with previews, as one of the ranks; returns the finished model's folder."""
     import torch
 
+    from matryoshka_diffusion.cascade import keep_base
     from matryoshka_diffusion.data.check import summary
-    from matryoshka_diffusion.families import keep_base
     from matryoshka_diffusion.runs import prepare as job
     from matryoshka_diffusion.runs.held_out import HeldOutLoss
     from matryoshka_diffusion.runs.hooks import Preview, preview_of

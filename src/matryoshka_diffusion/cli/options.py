@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matryoshka_diffusion.cli.terminal import one_line, say
 
 if TYPE_CHECKING:
-    from matryoshka_diffusion.families import Model
+    from matryoshka_diffusion.cascade import Model
 else:
     Model = Any
 

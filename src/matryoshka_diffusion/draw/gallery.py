@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.draw import animation, sheet, video
-from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.files import refuse_full
 from matryoshka_diffusion.pipeline import Samples
 

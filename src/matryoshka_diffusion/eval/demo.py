@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
+from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.data.batch import Source, read_all
 from matryoshka_diffusion.eval.demo_sheet import UNSEEN_PROMPTS, demo_sheet
-from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.metrics.retrieval import (
     SEED,
     Retrieval,
     choose_captions,
     prompt_retrieval,
 )
-from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.models.find import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.data.batch import Source, read_all
 from matryoshka_diffusion.eval.protocols import Conditions, spread
 from matryoshka_diffusion.eval.store import Column, Store
-from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.metrics.frechet import Moments
 from matryoshka_diffusion.metrics.retrieval import SEED
-from matryoshka_diffusion.pipeline import Progress, batch_of
+from matryoshka_diffusion.models.find import Progress
+from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.world import World
 
 FORMAT = 1

@@ -26,7 +26,8 @@ from matryoshka_diffusion.eval.store import Store
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.metrics.frechet import Reference as Published
 from matryoshka_diffusion.metrics.networks.inception_net import WIDTH
-from matryoshka_diffusion.pipeline import BATCH, Progress
+from matryoshka_diffusion.models.find import Progress
+from matryoshka_diffusion.sampling import BATCH
 from matryoshka_diffusion.train.world import World
 
 MOST_ENLARGED = 0.05

@@ -31,7 +31,7 @@ from matryoshka_diffusion.eval.run import Networks, Told, measure
 from matryoshka_diffusion.eval.shrunk import Shrunk
 from matryoshka_diffusion.files import cache_folder, digest
 from matryoshka_diffusion.metrics.retrieval import CAPTIONS
-from matryoshka_diffusion.pipeline import WEIGHTS
+from matryoshka_diffusion.models.find import WEIGHTS
 from matryoshka_diffusion.train.world import World
 
 HELD_OUT = "held-out"

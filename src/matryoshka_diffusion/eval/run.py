@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.eval.measures import (
@@ -34,7 +35,6 @@ from matryoshka_diffusion.eval.protocols import (
 from matryoshka_diffusion.eval.references import Reference, name_of, of_source
 from matryoshka_diffusion.eval.results import Result
 from matryoshka_diffusion.eval.store import Column
-from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.metrics.naming import INCEPTION, flagged, frames_flag
 from matryoshka_diffusion.metrics.networks.clip import CLIP
@@ -42,7 +42,8 @@ from matryoshka_diffusion.metrics.networks.features import EffNetLite0, Extracto
 from matryoshka_diffusion.metrics.networks.inception import Inception
 from matryoshka_diffusion.metrics.networks.video import FRAMES, VIDEO, VideoNet
 from matryoshka_diffusion.metrics.retrieval import SEED
-from matryoshka_diffusion.pipeline import Progress, batch_of
+from matryoshka_diffusion.models.find import Progress
+from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.world import World
 
 Networks = Callable[[str], Extractor]

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.metrics.frechet import Moments
-from matryoshka_diffusion.pipeline import Progress
+from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.train.world import World
 
 ABOUT = "about.json"

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.cascade import Cascade
+from matryoshka_diffusion.cascade import Cascade, Model
 from matryoshka_diffusion.codec.folder import with_own_codec
 from matryoshka_diffusion.config import load_config
 from matryoshka_diffusion.eval.results import Result
-from matryoshka_diffusion.families import Model
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.pipeline import Matryoshka, count_levels, whole
+from matryoshka_diffusion.models.find import count_levels, merged
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.posthoc import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
@@ -132,7 +132,7 @@ def averaged(
     if average.error > MATCHED:
         warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
     config = average_of(with_own_codec(load_config(run / "config.yaml"), run), length)
-    weights, config = whole(average.weights, config, where=where)
+    weights, config = merged(average.weights, config, where=where)
     model = config.model.first(count_levels(weights))
     net = checkpoint.load_network(model, weights, where=where)
     model = Matryoshka(net, config, device=device, precision=precision)

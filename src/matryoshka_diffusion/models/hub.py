@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: fetching one, and sharing one with a card that explains it."""
+"""Download a model from the Hugging Face hub, or upload one with a model card."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import folder as codecs
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.models.save import without_paths
+from matryoshka_diffusion.train.checkpoint import MODEL, export_weights
 
-FILES = ("model.safetensors", "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
+FILES = (MODEL, "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
+"""Files of a repository that a model needs; no other file is downloaded."""
 PAPER = "https://arxiv.org/abs/2310.15111"
 
 
 def download(repository: str, revision: str | None = None) -> Path:
-    """The folder of a model on the hub, fetched once into the hub's own cache.
+    """Fetch a model once into the hub's own cache; return its folder.
 
     Raises:
-        OSError: it cannot be had; names the repository and the reason.
+        OSError: the download fails; names the repository and the reason.
     """
-    import huggingface_hub as hub  # slow to load, and seldom needed
+    import huggingface_hub as hub  # slow to import, and seldom needed
 
     try:
         folder = hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
@@ -47,10 +49,10 @@ def push(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload weights, config and a model card; returns the address. The repository may exist.
+    """Upload weights, config, codec and a model card; return the address of the repository.
 
-    A codec goes along. Paths of this computer are not shared: the data's is left out, and so is a
-    text encoder's that is a local folder, with a warning.
+    The repository may exist. Paths of this computer are left out: of the data, and of a text
+    encoder in a local folder, which gives a warning.
     """
     import huggingface_hub as hub
 
@@ -75,72 +77,14 @@ def push(
     return str(address)
 
 
-def without_paths(config: RunConfig) -> RunConfig:
-    """The config without folders of this computer, which nobody else has or should see."""
-    data = config.data.model_copy(update={"path": None})
-    train = config.train
-    if train.init is not None and _is_here(train.init):
-        train = train.model_copy(update={"init": None})
-    encoder = config.encoder
-    if encoder is not None and encoder.path is not None and _is_here(encoder.path):
-        encoder = encoder.model_copy(update={"path": None})
-    codec = config.codec
-    if codec is not None:
-        codec = codec.model_copy(update={"path": None})
-    update = {"data": data, "codec": codec, "encoder": encoder, "train": train}
-    return without_base(config.model_copy(update=update))
-
-
-def without_base(config: RunConfig) -> RunConfig:
-    """The config of an upsampler without a base that is a folder of this computer."""
-    base = config.sampling.base
-    if base is None or not _is_here(base.path):
-        return config
-    sampling = config.sampling.model_copy(update={"base": None})
-    return config.model_copy(update={"sampling": sampling})
-
-
-def _is_here(path: str) -> bool:
-    return path.startswith(("/", "~", ".")) or Path(path).exists()
-
-
-def model_card(config: RunConfig, repository: str, *, license: str | None = None) -> str:
-    """The text of a repository's `README.md`: what the model is and how it is called."""
-    model = config.model
-    takes = "text" if model.text else "class" if model.classes else "nothing"
-    clips = model.levels[-1].frames is not None
-    task = _task(takes == "text", clips)
-    header = {
-        "library_name": "matryoshka-diffusion",
-        **({"pipeline_tag": task} if task else {}),
-        "tags": ["matryoshka-diffusion", "diffusion"],
-        **({"license": license} if license else {}),
-    }
-    call = {
-        "text": 'model.sample("a prompt", n=4)',
-        "class": "model.sample(classes=0, n=4)",
-        "nothing": "model.sample(n=4)",
-    }[takes]
-    one, many, result = (
-        ("clip", "clips", "samples.videos  # uint8, (clips, frames, height, width, channels)")
-        if clips
-        else ("picture", "images", "samples.pictures  # uint8, (pictures, height, width, channels)")
-    )
-    origin = (
-        "Converted from the checkpoint of the paper's release."
-        if config.name.startswith("released-")
-        else f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
-        "`config.json`\nsays."
-    )
-    sides = ", ".join(level.size for level in model.levels)
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
+CARD = """---
+{header}
 ---
 
-# {config.name}
+# {name}
 
-A [Matryoshka diffusion model]({PAPER}): one network denoises every {one} at the sides {sides}
-at once. It is conditioned on {"nothing" if takes == "nothing" else f"a {takes}"}.
+A [Matryoshka diffusion model]({paper}): one network denoises every {one} at the sides {sides}
+at once. It is conditioned on {condition}.
 
 ```python
 from matryoshka_diffusion import Matryoshka
@@ -153,10 +97,50 @@ samples = {call}
 {origin} What the {one}s show, whom they belong to and what the model must not be used for, only
 the person who trained it can say: please do, here.
 """
+CONDITIONS = {
+    "text": ("a text", 'model.sample("a prompt", n=4)'),
+    "class": ("a class", "model.sample(classes=0, n=4)"),
+    "nothing": ("nothing", "model.sample(n=4)"),
+}
+"""Of a model by what it takes: the phrase for its card, and the call that samples."""
 
 
-def _task(text: bool, clips: bool) -> str | None:
-    """The hub's name for what a model does; it has none for clips of classes or of nothing."""
-    if clips:
-        return "text-to-video" if text else None
-    return "text-to-image" if text else "unconditional-image-generation"
+def model_card(config: RunConfig, repository: str, *, license: str | None = None) -> str:
+    """Text of a repository's `README.md`: what the model is and how it is called."""
+    model = config.model
+    takes = "text" if model.text else "class" if model.classes else "nothing"
+    condition, call = CONDITIONS[takes]
+    clips = model.levels[-1].frames is not None
+    # The hub has no task for clips of classes or of nothing.
+    task = {(True, "text"): "text-to-video", (False, "text"): "text-to-image"}.get(
+        (clips, takes), None if clips else "unconditional-image-generation"
+    )
+    one, many, result = (
+        ("clip", "clips", "samples.videos  # uint8, (clips, frames, height, width, channels)")
+        if clips
+        else ("picture", "images", "samples.pictures  # uint8, (pictures, height, width, channels)")
+    )
+    origin = (
+        "Converted from the checkpoint of the paper's release."
+        if config.name.startswith("released-")
+        else f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
+        "`config.json`\nsays."
+    )
+    header = {
+        "library_name": "matryoshka-diffusion",
+        **({"pipeline_tag": task} if task else {}),
+        "tags": ["matryoshka-diffusion", "diffusion"],
+        **({"license": license} if license else {}),
+    }
+    return CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False).strip(),
+        name=config.name,
+        paper=PAPER,
+        one=one,
+        sides=", ".join(level.size for level in model.levels),
+        condition=condition,
+        repository=repository,
+        call=call,
+        result=result,
+        origin=origin,
+    )

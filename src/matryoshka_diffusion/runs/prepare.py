@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from matryoshka_diffusion.cascade import note_base
 from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
-from matryoshka_diffusion.codec.folder import carry_codec, codec_folder, read_card, with_own_codec
+from matryoshka_diffusion.codec.folder import codec_folder, read_card, with_own_codec
 from matryoshka_diffusion.config import (
     GENTLE,
-    UNIFORM,
     VIDEO_SOURCES,
     BaseConfig,
     CodecConfig,
@@ -43,19 +42,16 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source
 from matryoshka_diffusion.data.split import split
-from matryoshka_diffusion.families import note_base
 from matryoshka_diffusion.files import refuse_full, write_atomically
-from matryoshka_diffusion.models.hub import without_base
-from matryoshka_diffusion.models.released import convert, read_released
-from matryoshka_diffusion.nn.lora import attach
-from matryoshka_diffusion.nn.nested import NestedUNet, grow
-from matryoshka_diffusion.pipeline import (
+from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,
     find_model,
     read_config,
     with_encoder,
 )
+from matryoshka_diffusion.nn.lora import attach
+from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
@@ -63,7 +59,6 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
 from matryoshka_diffusion.train.ema_power import PowerEma
-from matryoshka_diffusion.train.posthoc import average_of, synthesise
 from matryoshka_diffusion.train.precision import Asked, resolve_precision
 
 MINILM_WIDTH = 384
@@ -396,75 +391,6 @@ def _conditioned(config: RunConfig, has_captions: bool, classes: int) -> RunConf
         model = model.model_copy(update={"classes": classes})
         return config.model_copy(update={"model": model, "sampling": guided})
     return config
-
-
-# --- models for others -------------------------------------------------------------------------
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def export_model(
-    run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None
-) -> RunConfig:
-    """Write what sampling with `run` needs, and nothing else, into the folder `out`.
-
-    Returns:
-        The config written: that of an upsampler names no base that is a folder of this computer.
-
-    Raises:
-        ConfigError: `out` is not empty.
-        FileNotFoundError, ValueError: `run` is no trained model.
-    """
-    refuse_full(out)
-    weights, config = find_model(run)
-    if text_encoder is not None:
-        config = with_encoder(config, text_encoder)
-    config = without_base(carry_codec(config, out))
-    checkpoint.export_weights(out, weights, config, dtype=DTYPES[dtype])
-    return config
-
-
-def average_model(run: Path, length: float, out: Path) -> float:
-    """Write the model whose weights are the average of `length` over the training of `run`.
-
-    Returns:
-        How far the average's profile is from the wanted one, as `train.posthoc.Fit.error`.
-
-    Raises:
-        UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the
-            run's codec is gone or another one.
-        FileNotFoundError, ValueError: the run has no snapshots, or one is damaged.
-    """
-    refuse_full(out)
-    if not 0.0 < length < UNIFORM:
-        raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run}: no run folder with a config.yaml in it")
-    average = synthesise(run / "ema", length)
-    config = with_own_codec(load_config(run / "config.yaml"), run)
-    config = average_of(carry_codec(config, out), length)
-    checkpoint.export_weights(out, average.weights, config)
-    return average.error
-
-
-# --- released checkpoints ----------------------------------------------------------------------
-
-
-def convert_released(
-    file: Path, out: Path, *, text_encoder: str | None = None, progress: Progress | None = None
-) -> RunConfig:
-    """Turn a checkpoint of the paper's release into a model folder.
-
-    Raises:
-        ConfigError: `out` is not empty.
-        FileNotFoundError, ValueError: `file` is no such checkpoint.
-    """
-    refuse_full(out)
-    released = read_released(file)
-    if text_encoder is not None:
-        released = replace(released, config=with_encoder(released.config, text_encoder))
-    convert(released, out, progress=progress)
-    return released.config
 
 
 # --- growing a trained run ---------------------------------------------------------------------

@@ -19,7 +19,7 @@ from matryoshka_diffusion.files import require
 from matryoshka_diffusion.models.diffusers.lockstep import lockstep
 from matryoshka_diffusion.models.diffusers.pictures import FORMS, Pictures
 from matryoshka_diffusion.models.diffusers.seeds import seeds_of
-from matryoshka_diffusion.models.hub import without_paths
+from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.text.encoder import load_encoder

@@ -1,0 +1,170 @@
+"""Where a model is loaded: a run, a model folder, a released checkpoint, or a shipped model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from matryoshka_diffusion.codec.folder import moved_codec, refuse_codec, with_own_codec
+from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError, from_dict, load_config
+from matryoshka_diffusion.models.released import converted, read_released
+from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.adapters import merge
+from matryoshka_diffusion.train.curriculum import active_model
+
+Progress = Callable[[int, int], None]
+"""Called with (amount done, amount in all)."""
+WEIGHTS = (checkpoint.MODEL, checkpoint.LORA)
+"""Names of the weights file of a model folder: a whole model, or adapters."""
+
+
+def find_model(
+    run: str | Path, *, progress: Progress | None = None
+) -> tuple[dict[str, Tensor], RunConfig]:
+    """Weights and config of a run, a model folder, a released checkpoint or a shipped model.
+
+    Adapters are merged into the model that they belong to, and the config then names no adapters.
+    `progress` is called while a released checkpoint is converted into the cache, once.
+
+    Raises:
+        FileNotFoundError: there is no such model; lists the places that were searched.
+        ConfigError, ValueError: the weights do not fit the config.
+    """
+    path = _model_folder(Path(run))
+    if path.is_file():
+        return _read_model(converted(path, progress=progress))
+    for folder in (path / "model", path):
+        if any((folder / name).is_file() for name in WEIGHTS):
+            weights, config = _read_model(folder)
+            return weights, with_own_codec(moved_codec(config, path), folder)
+    refuse_codec(path)
+    if path.is_dir():
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise FileNotFoundError(
+                f"{path}: neither a model nor a checkpoint here; mdm train PRESET --out {path} "
+                "makes one"
+            )
+        snapshot = checkpoint.read(newest)
+        config = from_dict(snapshot.state["config"], where=str(newest))
+        return merged(snapshot.ema, moved_codec(config, path), where=str(newest))
+    shipped = shipped_models()
+    if str(run) in shipped:
+        return _read_model(shipped[str(run)])
+    raise FileNotFoundError(
+        f"{run}: no such folder, and no shipped model of that name "
+        f"({', '.join(shipped) or 'none are shipped'})"
+    )
+
+
+def read_config(run: str | Path) -> RunConfig:
+    """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
+    path = _model_folder(Path(run))
+    if path.is_file():
+        return read_released(path).config
+    written = path / "config.yaml"
+    return load_config(written) if written.is_file() else find_model(run)[1]
+
+
+def shipped_models() -> dict[str, Path]:
+    """Folders of the models inside the package, by name."""
+    root = Path(str(resources.files("matryoshka_diffusion"))) / "models" / "shipped"
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return {folder.name: folder for folder in folders if (folder / checkpoint.MODEL).is_file()}
+
+
+def with_encoder(config: RunConfig, path: str) -> RunConfig:
+    """The config with another text encoder, from a folder or a hub id.
+
+    Raises:
+        UsageError: the model has no text.
+    """
+    if config.encoder is None:
+        raise UsageError(f"{config.name} has no text encoder: omit --text-encoder")
+    folder = Path(path).expanduser()
+    # An absolute path means the same from everywhere; what is no folder is a hub id.
+    path = str(folder.resolve()) if folder.is_dir() else path
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"path": path})})
+
+
+def count_levels(weights: Mapping[str, Tensor]) -> int:
+    """The number of levels that weights belong to; a run that still grows has not reached all.
+
+    Raises:
+        ValueError: the weights hold no level.
+    """
+    places = [key.split(".")[1] for key in weights if key.startswith("levels.")]
+    numbers = [int(place) for place in places if place.isdigit()]
+    if not numbers:
+        raise ValueError("these weights hold no level of a nest")
+    return 1 + max(numbers)
+
+
+def merged(
+    weights: Mapping[str, Tensor], config: RunConfig, *, where: str
+) -> tuple[dict[str, Tensor], RunConfig]:
+    """Weights and config of a whole model: adapters are merged, whole weights stay as they are.
+
+    Raises:
+        FileNotFoundError: the model that the adapters belong to is missing.
+        CheckpointError: the adapters belong to another model.
+    """
+    if config.train.lora is None or config.train.init is None:
+        return dict(weights), config
+    try:
+        base, _ = find_model(config.train.init)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} holds adapters for a model that is not there: {error}; if it has moved, "
+            "correct train.init in the config beside the adapters"
+        ) from error
+    model = active_model(config, config.train.images)
+    whole = merge(model, config.train, base, weights, where=where)
+    train = config.train.model_copy(update={"lora": None})
+    return whole, config.model_copy(update={"train": train})
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder of a weights file of ours; any other path as it is."""
+    ours = path.name in WEIGHTS and path.with_name("config.json").is_file()
+    return path.parent if ours else path
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
+    path = folder / "config.json"
+    try:
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing beside the weights") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid JSON ({error})") from error
+    file = folder / checkpoint.weights_file(config)
+    try:
+        weights = load_file(file)
+        _check_adapters(file, config)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    return merged(weights, with_own_codec(config, folder), where=str(file))
+
+
+def _check_adapters(file: Path, config: RunConfig) -> None:
+    """Raise `ConfigError` if a file of adapters belongs to another config."""
+    expected = _adapter_settings(checkpoint.lora_metadata(config))
+    with safe_open(file, "pt") as opened:
+        found = _adapter_settings(opened.metadata())
+    for name, value in expected.items():
+        if found.get(name) != value and name != "base_model":  # which may have moved
+            raise ConfigError(f"{file}: {name} is {found.get(name)} in it, {value} in config.json")
+
+
+def _adapter_settings(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """The settings that `checkpoint.lora_metadata` wrote; empty for a file of another program."""
+    settings = json.loads((metadata or {}).get("lora", "{}"))
+    return settings if isinstance(settings, dict) else {}

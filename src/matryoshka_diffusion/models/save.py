@@ -1,0 +1,107 @@
+"""Write a trained model as a folder for sampling and sharing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from matryoshka_diffusion.codec.folder import carry_codec, with_own_codec
+from matryoshka_diffusion.config import UNIFORM, RunConfig, UsageError, load_config
+from matryoshka_diffusion.files import refuse_full
+from matryoshka_diffusion.models.find import Progress, find_model, with_encoder
+from matryoshka_diffusion.models.released import convert, read_released
+from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.posthoc import average_of, synthesise
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_model(
+    run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None
+) -> RunConfig:
+    """Write the weights, config and codec of a model, and nothing else of its run, into `out`.
+
+    Returns:
+        The config in `out`. For an upsampler it names no base that is a folder of this computer.
+
+    Raises:
+        ConfigError: `out` is not empty.
+        FileNotFoundError, ValueError: `run` is no trained model.
+    """
+    refuse_full(out)
+    weights, config = find_model(run)
+    if text_encoder is not None:
+        config = with_encoder(config, text_encoder)
+    config = without_base(carry_codec(config, out))
+    export_weights(out, weights, config, dtype=DTYPES[dtype])
+    return config
+
+
+def convert_released(
+    file: Path, out: Path, *, text_encoder: str | None = None, progress: Progress | None = None
+) -> RunConfig:
+    """Turn a checkpoint of the paper's release into a model folder.
+
+    Raises:
+        ConfigError: `out` is not empty.
+        FileNotFoundError, ValueError: `file` is no such checkpoint.
+    """
+    refuse_full(out)
+    released = read_released(file)
+    if text_encoder is not None:
+        released = replace(released, config=with_encoder(released.config, text_encoder))
+    convert(released, out, progress=progress)
+    return released.config
+
+
+def average_model(run: Path, length: float, out: Path) -> float:
+    """Write the model whose weights are the average of `length` over the training of `run`.
+
+    Returns:
+        The error of the average's profile, as `train.posthoc.Fit.error`.
+
+    Raises:
+        UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the
+            run's codec is missing or another one.
+        FileNotFoundError, ValueError: the run has no snapshots, or one is damaged.
+    """
+    refuse_full(out)
+    if not 0.0 < length < UNIFORM:
+        raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run}: no run folder with a config.yaml in it")
+    average = synthesise(run / "ema", length)
+    config = with_own_codec(load_config(run / "config.yaml"), run)
+    config = average_of(carry_codec(config, out), length)
+    export_weights(out, average.weights, config)
+    return average.error
+
+
+def without_paths(config: RunConfig) -> RunConfig:
+    """The config without folders of this computer, which nobody else has or should see."""
+    train, encoder = config.train, config.encoder
+    if train.init is not None and _is_here(train.init):
+        train = train.model_copy(update={"init": None})
+    if encoder is not None and encoder.path is not None and _is_here(encoder.path):
+        encoder = encoder.model_copy(update={"path": None})
+    update = {
+        "data": config.data.model_copy(update={"path": None}),
+        "codec": config.codec and config.codec.model_copy(update={"path": None}),
+        "encoder": encoder,
+        "train": train,
+    }
+    return without_base(config.model_copy(update=update))
+
+
+def without_base(config: RunConfig) -> RunConfig:
+    """The config of an upsampler without a base that is a folder of this computer."""
+    base = config.sampling.base
+    if base is None or not _is_here(base.path):
+        return config
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"base": None})})
+
+
+def _is_here(path: str) -> bool:
+    return path.startswith(("/", "~", ".")) or Path(path).exists()

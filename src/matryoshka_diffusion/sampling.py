@@ -1,0 +1,317 @@
+"""From prompts or classes to the states of a sampler: conditions, guidance, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from matryoshka_diffusion.conditioning import Conditioning, equally_long
+from matryoshka_diffusion.config import (
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    UsageError,
+    from_dict,
+)
+from matryoshka_diffusion.data.batch import to_float
+from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
+from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
+from matryoshka_diffusion.text.cache import pad
+from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
+from matryoshka_diffusion.train.precision import Precision, autocast
+
+PER_LEVEL = ("guidance", "threshold")
+"""Sampling settings that take one value, or one for each level."""
+UNBOUNDED = (-float("inf"), float("inf"))
+BATCH = 64
+"""Images, or frames of clips, that are sampled together unless a batch size is set."""
+
+
+def batch_of(frames: int | None) -> int:
+    """The number of images, or of clips of `frames` frames, that are sampled together."""
+    return max(1, BATCH // (frames or 1))
+
+
+class Sampler:
+    """A network with its process and its text encoder, ready to sample.
+
+    Args:
+        net: the network, called as `net(z, t, cond)` on `device`.
+        model: the config of `net`; a run that still grows has fewer levels than `config.model`.
+        config: the config of the run, with the sampling defaults.
+        encoder: the text encoder; without one, `config.encoder` is loaded when it is needed.
+        precision: arithmetic of the network. Under bf16 an image depends slightly on its batch.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        model: ModelConfig,
+        config: RunConfig,
+        *,
+        encoder: TextEncoder | None = None,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.net, self.model, self.config = net, model, config
+        self.device = torch.device(device)
+        self.precision: Precision = precision
+        self.process = Process.from_config(config.process, model)
+        self._encoder = encoder
+        self._features_alone: dict[str, Tensor] = {}
+
+    @property
+    def resolutions(self) -> tuple[Resolution, ...]:
+        """The grid of every level, coarse to fine."""
+        return resolutions_of(self.model)
+
+    @property
+    def picture_side(self) -> int:
+        """Side in pixels of the finest images."""
+        return self.resolutions[-1].height * self.config.pixels_per_side
+
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, loaded at the first call."""
+        if self._encoder is None:
+            assert self.config.encoder is not None, "a model of text has an encoder"
+            half = self.precision == "bf16"
+            self._encoder = load_encoder(self.config.encoder, self.device, half=half)
+        return self._encoder
+
+    # --- settings ---
+
+    def sampling(self, settings: Mapping[str, Any]) -> SamplingConfig:
+        """The sampling defaults of the run with some of them replaced.
+
+        Raises:
+            ConfigError: a setting is unknown, or its value does not fit the model.
+        """
+        several = {
+            name: (value,) if name in PER_LEVEL and not isinstance(value, list | tuple) else value
+            for name, value in settings.items()
+        }
+        data = {**dict(self.config), "sampling": {**dict(self.config.sampling), **several}}
+        return from_dict(data, where="sampling settings").sampling
+
+    def idle(self, settings: Mapping[str, Any]) -> set[str]:
+        """The names of settings that change no sample, such as `eta` without `ddim`."""
+        return settings.keys() & self.sampling(settings).idle
+
+    def times(self, sampling: SamplingConfig) -> Float[Tensor, " n"]:
+        """Times that the sampler visits, from noise (1) to images (0): `steps` + 1 of them."""
+        return GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
+
+    # --- states of a sampler ---
+
+    def stream(
+        self,
+        cond: Conditioning,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        negative: str | Sequence[str] | None = None,
+    ) -> Iterator[State]:
+        """Sample one image for each seed and row of `cond`; yield the state after every step."""
+        noise = self.noise(seeds, self.device)
+        denoise = self.denoiser(cond.to(self.device), sampling, negative)
+        options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+        yield from SAMPLERS[sampling.sampler](
+            denoise,
+            noise.start(),
+            self.process.schedules,
+            self.times(sampling),
+            noise=noise,
+            **options,
+        )
+
+    def noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
+        """Noise for each seed. An upsampler has its own stream, so it never repeats its base's."""
+        family = "sample" if self.model.coarse is None else "upsample"
+        return SeededNoise(seeds, self.resolutions, self.model.channels, device, family=family)
+
+    def denoiser(
+        self,
+        cond: Conditioning,
+        sampling: SamplingConfig,
+        negative: str | Sequence[str] | None = None,
+    ) -> Denoiser:
+        """The estimate of x under `cond`, guided and thresholded as `sampling` says."""
+        levels = len(self.model.levels)
+        weights = per_level(sampling.guidance, levels)
+        if all(weight == 1.0 for weight in weights):
+            if negative is not None:
+                raise UsageError("a negative prompt needs guidance: add a weight (--cfg)")
+            denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
+        else:
+            if cond.labels is None and cond.tokens is None:
+                raise UsageError(f"{self.config.name} is unconditional: omit guidance (--cfg)")
+            cond, without = equally_long(cond, self.unconditional(cond, negative))
+            denoise = Guided(
+                NetworkDenoiser(self._predict, self.process, cond),
+                NetworkDenoiser(self._predict, self.process, without),
+                self.process.schedules,
+                weights,
+                sampling.guidance_interval or UNBOUNDED,
+                sampling.rescale,
+            )
+        bounded = Thresholded(denoise, per_level(sampling.threshold, levels))
+        return Pooled(bounded, [weight == 0.0 for weight in self.process.level_weights])
+
+    def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+        with autocast(self.precision, self.device):
+            return self.net(z, t, cond)
+
+    def batches(
+        self, cond: Conditioning, count: int, batch_size: int
+    ) -> list[Int[Tensor, " rows"]]:
+        """Split `count` samples into batches; return the row indices of each batch.
+
+        A network that attends to padding would draw another image after longer padding. Its
+        batches hold texts of one length only.
+        """
+        text = self.model.text
+        if text is None or text.masked or cond.mask is None:
+            return list(torch.arange(count).split(batch_size))
+        lengths = cond.mask.sum(1).cpu()
+        return [
+            rows
+            for length in lengths.unique()
+            for rows in (lengths == length).nonzero()[:, 0].split(batch_size)
+        ]
+
+    # --- conditions ---
+
+    def condition(
+        self,
+        prompts: str | Sequence[str] | None,
+        classes: str | int | Sequence[str | int] | None,
+        n: int,
+    ) -> tuple[tuple[str, ...], Conditioning]:
+        """Captions and conditions of `n` samples for every prompt or class.
+
+        Raises:
+            UsageError: a prompt for a model without text, an unknown class, no prompt at all.
+        """
+        name = self.config.name
+        if prompts is not None and self.model.text is None:
+            raise UsageError(f"{name} takes no prompts: {self._takes()}")
+        if classes is not None and not self.model.classes:
+            raise UsageError(f"{name} has no classes: {self._takes()}")
+        if self.model.text is not None:
+            if prompts is None:
+                raise UsageError(f"{name} needs a prompt: add one (-p on the command line)")
+            wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+            if any("\ud800" <= letter <= "\udfff" for prompt in wanted for letter in prompt):
+                raise UsageError("a prompt is not UTF-8")
+            captions = tuple(prompt for prompt in wanted for _ in range(n))
+            tokens, mask = self._features(captions)
+            return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
+        if self.model.classes:
+            labels = [label for label in self._labels(classes) for _ in range(n)]
+            names = self.config.data.classes
+            captions = tuple(names[label] if names else str(label) for label in labels)
+            return captions, Conditioning(labels=torch.tensor(labels), micro=self._micro(captions))
+        captions = ("",) * n
+        return captions, Conditioning(micro=self._micro(captions))
+
+    def with_coarse(
+        self,
+        cond: Conditioning,
+        coarse: UInt8[np.ndarray, "n s s c"] | None,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> Conditioning:
+        """Add the coarse image of each row to `cond`, under noise of time `coarse_noise`.
+
+        Raises:
+            UsageError: an upsampler without coarse images or with images of another number or
+                size, or coarse images for a model that is no upsampler.
+        """
+        config, name = self.model.coarse, self.config.name
+        if config is None and coarse is None:
+            return cond
+        if config is None:
+            raise UsageError(f"{name} is no upsampler: omit the coarse images")
+        if coarse is None:
+            raise UsageError(
+                f"{name} enlarges images of {config.side} pixels: add some (--coarse, coarse=), or "
+                "the model that draws them (--base)"
+            )
+        wanted = (len(seeds), config.side, config.side, self.model.channels)
+        if coarse.shape != wanted:
+            raise UsageError(
+                f"{name} takes coarse images of shape {wanted}, one for each sample (images, "
+                f"height, width, channels); these are {coarse.shape}"
+            )
+        assert sampling.coarse_noise is not None, "a config of an upsampler has it"
+        small = to_float(coarse, self.config.data.pixels).permute(0, 3, 1, 2)
+        t = torch.full((len(seeds),), sampling.coarse_noise, dtype=torch.float64)
+        noise = self.noise(seeds, "cpu")("coarse", 0, 0)
+        image = augment_coarse(small, t, noise, self.process.schedules[0])
+        return replace(cond, image=image, image_t=t.float())
+
+    def unconditional(
+        self, cond: Conditioning, negative: str | Sequence[str] | None = None
+    ) -> Conditioning:
+        """Conditions that guidance leads away from: hidden, the empty caption, or `negative`.
+
+        `negative` is one text for all rows, or one for each row.
+        """
+        text = self.model.text
+        if negative is not None and text is None:
+            raise UsageError(f"{self.config.name} takes no negative prompt: {self._takes()}")
+        if negative is None and (text is None or text.learned_null):
+            return cond.null()
+        rows = 0 if cond.tokens is None else len(cond.tokens)
+        texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
+        tokens, mask = pad([self._features_of(text) for text in texts])
+        return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
+
+    def _features_of(self, text: str) -> Float[Tensor, "n d"]:
+        """Encode one text alone. The result is kept, because every batch needs the empty text."""
+        if text not in self._features_alone:
+            (self._features_alone[text],) = self.text_encoder()([text])
+        return self._features_alone[text]
+
+    def _features(self, texts: Sequence[str]) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
+        """Encode every different text once; pad all to the longest."""
+        different = list(dict.fromkeys(texts))
+        features = dict(zip(different, self.text_encoder()(different), strict=True))
+        return pad([features[text] for text in texts])
+
+    def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Ask for images that were at least as large as the finest level before resizing."""
+        side = float(self.picture_side)
+        return {name: torch.full((len(captions),), side) for name in self.model.micro_names}
+
+    def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
+        """Indices of classes by name or number; all classes if there is none.
+
+        A string is a name before it is a number, an `int` never: classes may be called "1" to "10".
+        """
+        if classes is None:
+            return list(range(self.model.classes))
+        wanted = [classes] if isinstance(classes, str | int) else list(classes)
+        return [self._label(one) for one in wanted]
+
+    def _label(self, one: str | int) -> int:
+        names = self.config.data.classes
+        folded = [name.casefold() for name in names]
+        if isinstance(one, str) and one.casefold() in folded:
+            return folded.index(one.casefold())
+        if str(one).isdigit() and int(one) < self.model.classes:
+            return int(one)
+        known = ", ".join(names) if names else f"0 to {self.model.classes - 1}"
+        raise UsageError(f"unknown class {one!r}; there are: {known}")
+
+    def _takes(self) -> str:
+        if self.model.text is not None:
+            return "it takes prompts (-p)"
+        return "it takes classes (--class)" if self.model.classes else "it is unconditional"
