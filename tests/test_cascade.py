@@ -24,7 +24,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.given import for_each, read_coarse
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.draw import gallery
-from matryoshka_diffusion.draw.sheet import SETTINGS_KEY, save_png
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.eval.protocols import Conditions
 from matryoshka_diffusion.eval.run import evaluate
 from matryoshka_diffusion.models.diffusers import write_diffusers
@@ -187,7 +187,8 @@ def test_progress_counts_the_steps_of_both(cascade):
 
 
 def test_each_picture_remembers_its_own_part_of_what_the_base_was_asked(cascade, tmp_path):
-    gallery.save(cascade.sample(["red", "blue"], seed=10), tmp_path)
+    samples = cascade.sample(["red", "blue"], seed=10)
+    gallery.save(gallery.Gallery(samples.levels, samples.captions, samples.settings), tmp_path)
     with Image.open(tmp_path / "001-blue.png") as picture:
         settings = json.loads(picture.info[SETTINGS_KEY])
     for of_one in (settings, settings["base"]):

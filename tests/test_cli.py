@@ -18,10 +18,9 @@ from PIL import Image
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import options as cli_options
 from matryoshka_diffusion.denoiser import THRESHOLDS
-from matryoshka_diffusion.draw import gallery
-from matryoshka_diffusion.draw.sheet import SETTINGS_KEY, save_png
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka, Samples
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
@@ -81,16 +80,6 @@ def test_guidance_is_one_weight_or_one_for_each_level(model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*asked, "--cfg", "3;1"])
     assert "'3;1' is no number, nor one for each level" in capsys.readouterr().err
-
-
-def test_a_grid_has_a_row_for_each_caption_and_breaks_long_ones():
-    pictures = np.zeros((20, 8, 8, 3), np.uint8)
-    captions = ("a",) * 10 + ("b",) * 10
-    samples = Samples((pictures,), captions, tuple(range(20)), {})
-    short = Samples((pictures[:8],), captions[:8], tuple(range(8)), {})
-    (grid,), (first_row,) = gallery.grid(samples), gallery.grid(short)
-    assert grid.size[0] == first_row.size[0]
-    assert grid.size[1] > 3 * first_row.size[1]
 
 
 def test_previews_show_every_class_at_every_level(model, tmp_path):

@@ -36,7 +36,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.batch import to_uint8
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval.sweep import averaged
 from matryoshka_diffusion.models.diffusers import write_diffusers
 from matryoshka_diffusion.models.find import find_model

@@ -27,7 +27,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.batch import to_float
 from matryoshka_diffusion.data.folder import picture_folder
-from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs import train_autoencoder as codec_training

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.draw.sheet import SETTINGS_KEY
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs.hooks import Preview, preview_of
 from matryoshka_diffusion.train.trainer import View

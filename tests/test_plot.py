@@ -1,4 +1,4 @@
-"""The curves of runs as a picture."""
+"""The curves of runs as one image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError, to_yaml
-from matryoshka_diffusion.draw.curves import _points, plot, read_curves
+from matryoshka_diffusion.draw.curves import plot, read_curves
 from tiny_run import tiny_config
 
 
@@ -19,14 +19,9 @@ def run(tmp_path):
     folder = tmp_path / "first"
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(tiny_config()))
+    others = {"grad_norm": 1.0, "lr": 0.01, "images_per_second": 100.0}
     lines: list[dict] = [
-        {
-            "images_seen": 8 * n,
-            "loss_per_level": [1.0 / n, None if n < 2 else 2.0 / n],
-            "grad_norm": 1.0,
-            "lr": 0.01,
-            "images_per_second": 100.0,
-        }
+        {"images_seen": 8 * n, "loss_per_level": [1 / n, None if n < 2 else 2 / n], **others}
         for n in range(1, 5)
     ]
     lines.append(
@@ -39,34 +34,38 @@ def run(tmp_path):
 
 def test_values_are_those_of_the_run(run):
     curves = read_curves(run)
-    assert curves.name == "first"
-    assert curves.sizes == ("8", "16")
-    assert _points(curves.lines, "loss_per_level", 0) == [
-        (8, 1),
-        (16, 1 / 2),
-        (24, 1 / 3),
-        (32, 1 / 4),
-    ]
-    assert _points(curves.lines, "loss_per_level", 1) == [(16, 1), (24, 2 / 3), (32, 1 / 2)]
-    assert _points(curves.lines, "held_out_loss_per_level", 0) == [(16, 0.9)]
-    assert _points(curves.lines, "held_out_loss_per_level", 1) == []
+    assert (curves.name, curves.sizes) == ("first", ("8", "16"))
+    first = [(8, 1), (16, 1 / 2), (24, 1 / 3), (32, 1 / 4)]
+    assert curves.points("loss_per_level", 0) == first
+    assert curves.points("loss_per_level", 1) == [(16, 1), (24, 2 / 3), (32, 1 / 2)]
+    assert curves.points("held_out_loss_per_level", 0) == [(16, 0.9)]
+    assert curves.points("held_out_loss_per_level", 1) == []
+    assert curves.points("lr") == [(n, 0.01) for n, _ in first]
 
 
-def test_runs_are_drawn_into_one_picture(run, tmp_path, capsys):
+def test_runs_are_drawn_into_one_image(run, tmp_path, capsys):
     out = tmp_path / "plot.png"
     assert cli.main(["plot", str(run), str(run), "-o", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
-    one = np.asarray(Image.open(out).convert("RGB"))
-    assert one.shape[0] > 800
-    assert (one < 200).any(-1).mean() > 0.005, "there is something on it"
+    pixels = np.asarray(Image.open(out).convert("RGB"))
+    assert pixels.shape[0] > 800
+    assert (pixels < 200).any(-1).mean() > 0.005, "there is something on it"
     plot([run], tmp_path / "plot.svg")
     assert b"<svg" in (tmp_path / "plot.svg").read_bytes()[:500]
 
 
-def test_what_is_no_run_is_said(run, tmp_path):
-    with pytest.raises(UsageError, match="no run folder with a metrics"):
-        plot([tmp_path], tmp_path / "x.png")
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(UsageError, match="nothing has been logged yet"):
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [(None, "no run folder"), ("", "nothing"), ("{}\n", "line 1"), ("\0\n", "line 1")],
+)
+def test_a_folder_without_curves_is_refused(run, metrics, message, tmp_path):
+    path = run / "metrics.jsonl"
+    path.unlink() if metrics is None else path.write_text(metrics)
+    with pytest.raises(UsageError, match=message):
         plot([run], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_form_that_matplotlib_cannot_write_is_refused(run, tmp_path):
+    with pytest.raises(UsageError, match=r"x\.doc.*\.png"):
+        plot([run], tmp_path / "x.doc")

@@ -15,7 +15,7 @@ from evaluating import WIDTH, Look, looks, make_inception, make_run, model, sour
 from matryoshka_diffusion.cli import eval as cli_eval
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval import references, requests, results
 from matryoshka_diffusion.eval.protocols import (
     captions_in_turn,

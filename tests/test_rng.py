@@ -103,3 +103,14 @@ def test_seeds_and_purposes_shift_the_sequence():
     t = rng.stratified(0, "t", ids)
     assert not torch.equal(t, rng.stratified(1, "t", ids))
     assert not torch.equal(t, rng.stratified(0, "u", ids))
+
+
+def test_fixed_choices_are_different_indices_and_do_not_change():
+    chosen = rng.choose(1904, 128, "retrieval")
+    assert len(set(chosen.tolist())) == 128
+    assert 0 <= chosen.min() <= chosen.max() < 1904
+    assert (chosen == rng.choose(1904, 128, "retrieval")).all()
+    assert (chosen[:20] != rng.choose(1904, 20, "sheet")).any()
+    assert sorted(rng.choose(5, 5, "all")) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="6 of 5"):
+        rng.choose(5, 6, "all")

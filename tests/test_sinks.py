@@ -17,8 +17,8 @@ import pytest
 from PIL import Image, ImageSequence
 
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.draw.sheet import save_png
-from matryoshka_diffusion.draw.video import save_clip
+from matryoshka_diffusion.draw.clips import save_clip
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.sinks import SINKS, _as_gif, find_sink, scalars

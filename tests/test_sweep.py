@@ -15,7 +15,7 @@ from PIL import Image
 from evaluating import looks, make_run, model, source
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval import sweep as sweeping
 from matryoshka_diffusion.eval.grid import parse_numbers
 from matryoshka_diffusion.eval.requests import sweep_folder

@@ -14,7 +14,7 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.split import Part, split
-from matryoshka_diffusion.draw.sheet import save_png
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs import held_out as watch
 from matryoshka_diffusion.runs import prepare as job

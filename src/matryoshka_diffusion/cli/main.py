@@ -166,6 +166,7 @@ def embed(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.cascade import open_model
+    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.draw import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
 
@@ -181,8 +182,17 @@ def sample(options: argparse.Namespace) -> None:
         )
     settings = sampling(options)
     refuse_idle(model, settings)
-    asked = _count_asked(options, model.config)
-    gallery.check(model, options.out, options.clips, settings, asked=asked, n=options.n)
+    subject = gallery.Subject(
+        model.config.name,
+        model.resolutions[-1].frames,
+        model.resolutions[-1].width,
+        model.config.model.text is not None or model.config.model.classes > 0,
+        model.sampling(settings).fps,
+    )
+    if options.fps is not None and subject.frames is None:
+        raise UsageError(f"--fps {options.fps:g}: {subject.name} draws images: omit it")
+    count = _count_asked(options, model.config)
+    gallery.check(options.out, options.clips, subject, count, options.n)
     own = _own_pictures(options, model.config) if enlarging else {"n": options.n}
     with Bar("sampling", " steps") as bar:
         samples = model.sample(
@@ -195,8 +205,9 @@ def sample(options: argparse.Namespace) -> None:
             **own,
             **settings,
         )
-    out = options.out or gallery.default_folder(options.model, samples)
-    print(gallery.told(samples, out, gallery.save(samples, out, options.clips)))
+    drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
+    out = options.out or gallery.default_folder(options.model, samples.captions[0], options.seed)
+    print(gallery.save(drawn, out, options.clips))
 
 
 def _count_asked(options: argparse.Namespace, config: Any) -> int:
@@ -300,7 +311,7 @@ def plot(options: argparse.Namespace) -> None:
 def data_check(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.data.bad import NoneUsable
     from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad
-    from matryoshka_diffusion.draw.sheet import save_png
+    from matryoshka_diffusion.draw.grid import save_png
     from matryoshka_diffusion.runs import prepare as job
 
     allowed = job.find_config(options.preset, options.data, options.set).data.max_bad_fraction
@@ -323,7 +334,7 @@ def data_check(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.draw import gallery
+    from matryoshka_diffusion.draw.grid import save_png
     from matryoshka_diffusion.eval import demo as measure
     from matryoshka_diffusion.pipeline import Matryoshka
     from matryoshka_diffusion.runs import prepare as job
@@ -335,7 +346,8 @@ def demo(options: argparse.Namespace) -> None:
     source = job.open_source(model.config.data, model.picture_side)
     with Bar("24 prompts", " steps") as bar:
         page = measure.sheet(model, source, progress=bar)
-    path = gallery.save_page(page, options.out / "sheet.png", model.config.name)
+    path = options.out / "sheet.png"
+    save_png(page, path, {"model": model.config.name})
     with Bar("prompt retrieval", " steps") as bar:
         print(measure.retrieval(model, source, progress=bar))
     print(f"24 prompts at every level, beside the real pictures: {path}")

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from matryoshka_diffusion.data.bad import BadFile
 from matryoshka_diffusion.data.batch import Example, Source, read_all
-from matryoshka_diffusion.draw.sheet import grid
+from matryoshka_diffusion.draw.grid import grid
 
 _SHOWN = 20
 _COLUMNS, _CELL, _STILLS = 8, 96, 4

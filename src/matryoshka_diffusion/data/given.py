@@ -10,7 +10,7 @@ from PIL import Image
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.images import SUFFIXES, PictureError, read_picture
-from matryoshka_diffusion.draw.sheet import SHEETS
+from matryoshka_diffusion.draw.grid import SHEETS
 
 
 def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n side side channels"]:

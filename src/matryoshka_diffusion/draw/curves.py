@@ -1,117 +1,105 @@
-"""The curves of runs, side by side in one picture, out of their `metrics.jsonl`."""
+"""The curves of runs, side by side in one image, from their `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matryoshka_diffusion.config import UsageError, load_config
 from matryoshka_diffusion.files import require, write_atomically
 
-_SMALLER = {
+_OTHER_PANELS = {
     "gradient norm": ("grad_norm", "log"),
     "learning rate": ("lr", "linear"),
     "images per second": ("images_per_second", "linear"),
 }
+_LOSSES = {"": "-", "seen_": ":", "held_out_": "--"}  # line styles
 _HEIGHT, _WIDTH = 2.6, 9.0  # inches of a panel
 
 
 class Curves(NamedTuple):
-    """A run's name, what its levels are called, and its lines of metrics."""
+    """A run's name, the sizes of its levels, and its lines of metrics."""
 
     name: str
     sizes: tuple[str, ...]
     lines: list[dict[str, Any]]
 
+    def points(self, key: str, level: int | None = None) -> list[tuple[int, float]]:
+        """(images seen, value) for each line that has a value; `level` picks from a list."""
+        values = [(line["images_seen"], line.get(key)) for line in self.lines]
+        if level is not None:
+            values = [(n, list_[level]) for n, list_ in values if list_ and level < len(list_)]
+        return [(n, value) for n, value in values if value is not None]
+
 
 def read_curves(run: Path) -> Curves:
-    """The curves of a run folder.
+    """Read the curves of a run folder.
 
     Raises:
-        UsageError: it is no run folder, or the run has not logged anything yet.
+        UsageError: it is no run folder, its metrics are damaged, or nothing has been logged yet.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UsageError(f"{run}: no run folder with a metrics.jsonl in it")
-    lines = [json.loads(line) for line in _whole(path.read_text("utf-8").splitlines(True))]
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if text.endswith(b"\n"):  # a run may be writing its last line
+            try:
+                lines.append(json.loads(text))
+                lines[-1]["images_seen"]
+            except (ValueError, TypeError, LookupError) as error:
+                raise UsageError(f"{path}: line {number} is damaged: remove it") from error
     if not lines:
         raise UsageError(f"{path}: nothing has been logged yet")
     levels = load_config(run / "config.yaml").model.levels
     return Curves(run.name, tuple(level.size for level in levels), lines)
 
 
-def _whole(lines: Iterable[str]) -> Iterable[str]:
-    """All but a line that is just being written."""
-    return (line for line in lines if line.endswith("\n"))
-
-
 def plot(runs: Sequence[Path], path: Path) -> None:
-    """Draw the loss of every level (dashed: held out) and what else a run logs, over images seen.
+    """Draw the loss of every level (dashed: held out) and a run's other numbers over images seen.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        UsageError: see `read_curves`.
+        UsageError: as `read_curves`, or the suffix of `path` is none that matplotlib writes.
     """
     require("matplotlib", "plots", "mdm plot")
     from matplotlib.figure import Figure
 
     curves = [read_curves(run) for run in runs]
-    sizes = sorted({size for one in curves for size in one.sizes}, key=_pixels)
-    panels = len(sizes) + len(_SMALLER)
+    sizes = sorted({size for run in curves for size in run.sizes}, key=_pixels)
+    panels = len(sizes) + len(_OTHER_PANELS)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * panels), layout="constrained")
+    form = path.suffix.removeprefix(".").lower() or "png"
+    if form not in figure.canvas.get_supported_filetypes():
+        raise UsageError(f"{path}: name it .png, .svg or .pdf")
     axes = figure.subplots(panels, 1, sharex=True)
     for axis, size in zip(axes, sizes, strict=False):
-        axis.set_ylabel(f"loss at {size}")
-        axis.set_yscale("log")
-        for color, one in enumerate(curves):
-            _loss(axis, one, size, f"C{color}")
-    for axis, (title, (key, scale)) in zip(axes[len(sizes) :], _SMALLER.items(), strict=True):
-        axis.set_ylabel(title)
-        axis.set_yscale(scale)
-        for color, one in enumerate(curves):
-            _draw(axis, _points(one.lines, key), f"C{color}", label=one.name)
+        axis.set(ylabel=f"loss at {size}", yscale="log")
+        for color, run in enumerate(curves):
+            for kind, style in _LOSSES.items() if size in run.sizes else ():
+                points = run.points(f"{kind}loss_per_level", run.sizes.index(size))
+                label = f"{run.name}{', ' if kind else ''}{kind[:-1].replace('_', ' ')}"
+                _draw(axis, points, f"C{color}", style, label)
+        axis.legend()
+    for axis, (title, (key, scale)) in zip(axes[len(sizes) :], _OTHER_PANELS.items(), strict=True):
+        axis.set(ylabel=title, yscale=scale)
+        for color, run in enumerate(curves):
+            _draw(axis, run.points(key), f"C{color}", "-", run.name)
     axes[-1].set_xlabel("images seen")
     axes[-1].legend()
-    form = path.suffix.removeprefix(".") or "png"
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))
 
 
 def _pixels(size: str) -> tuple[int, ...]:
-    """Clips after pictures of their side."""
+    """Sort key of a level's size: by side, images before clips."""
     *frames, side = map(int, size.split("x"))
     return side, *frames
 
 
-def _loss(axis: Any, one: Curves, size: str, color: str) -> None:
-    if size not in one.sizes:
-        return
-    level = one.sizes.index(size)
-    _draw(axis, _points(one.lines, "loss_per_level", level), color, label=one.name)
-    for kind, style in (("seen", ":"), ("held_out", "--")):
-        points = _points(one.lines, f"{kind}_loss_per_level", level)
-        _draw(axis, points, color, style, label=f"{one.name}, {kind.replace('_', ' ')}")
-    axis.legend()
-
-
-def _points(
-    lines: Sequence[dict[str, Any]], key: str, level: int | None = None
-) -> list[tuple[int, float]]:
-    """(images seen, value) wherever there is a value; of one level if there is a list of them."""
-    points = []
-    for line in lines:
-        value = line.get(key)
-        if isinstance(value, list):
-            assert level is not None, "only losses have a value for each level"
-            value = value[level] if level < len(value) else None
-        if value is not None:
-            points.append((line["images_seen"], value))
-    return points
-
-
 def _draw(
-    axis: Any, points: Sequence[tuple[int, float]], color: str, style: str = "-", *, label: str
+    axis: Any, points: Sequence[tuple[int, float]], color: str, style: str, label: str
 ) -> None:
     if points:
         axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.draw import sheet
+from matryoshka_diffusion.draw import grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,14 +40,12 @@ def demo_sheet(
     Raises:
         ValueError: the lists do not have the same length.
     """
-    rows = [
-        [*row, picture] for row, picture in zip(sheet.rows_of_levels(levels), real, strict=True)
-    ]
-    return sheet.grid(
+    rows = [[*row, picture] for row, picture in zip(zip(*levels, strict=True), real, strict=True)]
+    return grid.grid(
         rows,
         captions=captions,
         marks=[UNSEEN if picture is None else None for picture in real],
-        columns_titles=[*sheet.titles_of_levels(levels), "real picture"],
+        columns_titles=[*grid.titles_of_levels(levels), "real picture"],
         title=title,
         blocks=_BLOCKS,
     )

@@ -17,7 +17,7 @@ from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.images import SUFFIXES
 from matryoshka_diffusion.data.sources import absolute, kind_of, open_source, sourced
 from matryoshka_diffusion.data.split import Part, split
-from matryoshka_diffusion.draw.sheet import SHEETS
+from matryoshka_diffusion.draw.grid import SHEETS
 from matryoshka_diffusion.eval.measures import METRICS, Asked, load, parse_metrics
 from matryoshka_diffusion.eval.protocols import (
     PROTOCOLS,

@@ -12,7 +12,7 @@ import torch
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.draw import animation
+from matryoshka_diffusion.draw import clips, grid
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.rng import choose
@@ -73,7 +73,7 @@ class Preview:
         samples = model.sample(**self.asked)
         given = (self.asked["coarse"],) if "coarse" in self.asked else ()
         levels = (*given, *samples.levels)
-        pages = animation.pages(
+        pages = grid.pages(
             levels,
             captions=samples.captions,
             title=f"{view.config.name} after {view.images_seen:,} images",
@@ -82,4 +82,4 @@ class Preview:
         )
         path = view.folder / "previews" / f"{view.images_seen:010d}"
         settings = {**samples.settings, "images_seen": view.images_seen}
-        return animation.save_pages(pages, path, samples.settings["fps"], settings)
+        return clips.save_pages(pages, path, samples.settings["fps"], settings)

@@ -39,7 +39,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, sourced
 from matryoshka_diffusion.data.split import split
 from matryoshka_diffusion.data.store import look_ahead
-from matryoshka_diffusion.draw import sheet
+from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import refuse_full, require, write_atomically
 from matryoshka_diffusion.presets import CODECS
 from matryoshka_diffusion.rng import normal, stream
@@ -368,10 +368,10 @@ def _draw(
     chosen = [
         n * len(original) // min(SHOWN, len(original)) for n in range(min(SHOWN, len(original)))
     ]
-    image = sheet.grid(
+    image = grid.grid(
         [[original[n], made[n]] for n in chosen],
         columns_titles=("original", "decoded"),
         title=title,
         blocks=4,
     )
-    sheet.save_png(image, path, None)
+    grid.save_png(image, path, None)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.draw.flipbook import gif
-from matryoshka_diffusion.draw.video import FASTEST
+from matryoshka_diffusion.draw.clips import FASTEST, gif
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.train.log import Metrics
 

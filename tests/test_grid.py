@@ -1,0 +1,231 @@
+"""Grids: every image in its place and at one size; files that store how they were made."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matryoshka_diffusion.draw import clips, grid
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
+from matryoshka_diffusion.eval import demo_sheet
+from test_clips_written import decode
+
+RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
+STILL = np.full((2, 4, 4, 3), 250, np.uint8)
+
+
+def plain(colour, side=8):
+    return np.full((side, side, 3), colour, np.uint8)
+
+
+def boxes(image, colour):
+    """Bounding box (left, top, right, bottom) of all pixels with exactly this colour."""
+    rows, columns = np.nonzero((np.asarray(image) == colour).all(axis=2))
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def count(image, colour):
+    return int((np.asarray(image) == colour).all(axis=2).sum())
+
+
+def numbered(frames, side, base):
+    """Two clips; frame k of clip c has the colour (base + k, c, 1) all over."""
+    levels = np.ones((2, frames, side, side, 3), np.uint8)
+    levels[..., 0] = base + np.arange(frames)[:, None, None]
+    levels[..., 1] = np.arange(2)[:, None, None, None]
+    return levels
+
+
+def test_images_of_every_level_have_the_same_size():
+    image = grid.grid([[plain(RED, 16), plain(GREEN, 32), plain(BLUE, 64)]], cell=128)
+    found = [boxes(image, colour) for colour in (RED, GREEN, BLUE)]
+    assert {(right - left, low - top) for left, top, right, low in found} == {(128, 128)}
+    assert [box[0] for box in found] == sorted(box[0] for box in found)
+    assert len({box[1] for box in found}) == 1
+
+
+@pytest.mark.parametrize("captions", [None, ["one", "two"]])
+def test_the_size_of_a_grid_is_known_before_it_is_drawn(captions):
+    drawn = grid.grid([[plain(RED)] * 3, [plain(BLUE)]], captions=captions, cell=40)
+    assert drawn.size == grid.grid_size(2, 3, cell=40, captioned=captions is not None)
+
+
+def test_enlarging_repeats_pixels_and_shrinking_averages_them():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = np.asarray(grid.grid([[picture]], cell=64))
+    cell = image[grid.MARGIN : grid.MARGIN + 64, grid.MARGIN : grid.MARGIN + 64]
+    assert (cell == picture.repeat(4, axis=0).repeat(4, axis=1)).all()
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 200
+    assert count(grid.grid([[stripes]], cell=32), (100, 100, 100)) == 32 * 32
+    left, top, right, low = boxes(grid.grid([[np.full((8, 16, 3), RED, np.uint8)]], cell=32), RED)
+    assert (right - left, low - top) == (32, 16)
+    for grey in (np.full((8, 8, 1), 77, np.uint8), np.full((8, 8), 77, np.uint8)):
+        assert count(grid.grid([[grey]], cell=16), (77, 77, 77)) == 16 * 16
+
+
+def test_captions_stay_in_their_column_and_their_row():
+    long = "a very long caption " * 50 + "incomprehensibilities" * 20
+    bare, full = (
+        grid.grid([[plain(RED)], [plain(RED)]], cell=64, captions=[text, ""]) for text in ("", long)
+    )
+    assert full.size == bare.size
+    rows, columns = np.nonzero((np.asarray(full) != np.asarray(bare)).any(axis=2))
+    assert len(rows)
+    assert columns.max() < boxes(full, RED)[0]
+    assert rows.max() < grid.MARGIN + 64 + grid.GAP
+
+
+@pytest.mark.parametrize("caption", ["", "   ", "naïve café", "苹果 🍎", "tab\tand\nnew line"])
+def test_any_caption_can_be_drawn(caption):
+    grid.grid([[plain(RED)]], captions=[caption], title=caption, columns_titles=[caption])
+
+
+def test_marks_highlight_rows_and_titles_stand_above():
+    rows = [[plain(RED)], [plain(BLUE)]]
+    marked = grid.grid(rows, captions=["seen", "new"], marks=[None, "unseen combination"])
+    _, top, _, low = boxes(marked, grid.MARKED)
+    assert boxes(marked, RED)[1] < top < boxes(marked, BLUE)[1] < low
+    assert count(marked, grid.ACCENT) > 0
+    titled = grid.grid(rows, title="A title", columns_titles=["16 px"])
+    assert boxes(titled, RED)[1] > boxes(grid.grid(rows), RED)[1] + grid.TITLE_SIZE
+    above = titled.crop((0, 0, titled.width, boxes(titled, RED)[1]))
+    assert count(above, grid.INK) > 0
+
+
+def test_blocks_stand_side_by_side_and_empty_cells_stay_empty():
+    rows = [[plain((10 * n, 5, 5))] for n in range(1, 6)]
+    tall, broad = (grid.grid(rows, cell=32, captions=list("abcde"), blocks=n) for n in (1, 2))
+    assert broad.width == 2 * tall.width
+    assert broad.height < tall.height
+    for [picture] in rows:
+        assert count(broad, tuple(picture[0, 0])) == 32 * 32
+    assert boxes(broad, (40, 5, 5))[1] == boxes(broad, (10, 5, 5))[1]
+    gaps = grid.grid([[plain(RED), None], [None, plain(RED)]], cell=32)
+    assert count(gaps, RED) == 2 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "at least one"),
+        ([[]], {}, "at least one"),
+        ([[plain(RED)]], {"captions": ["a", "b"]}, "captions has 2"),
+        ([[plain(RED)]], {"marks": []}, "marks has 0"),
+        ([[plain(RED)]], {"columns_titles": ["a", "b"]}, "columns_titles has 2"),
+        ([[np.zeros((4, 4, 2), np.uint8)]], {}, r"\(4, 4, 2\)"),
+        ([[np.zeros((0, 4, 3), np.uint8)]], {}, r"\(0, 4, 3\)"),
+    ],
+)
+def test_a_grid_refuses_lists_that_do_not_fit(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        grid.grid(rows, **options)
+
+
+# --- levels and clips --------------------------------------------------------------------------
+
+
+def test_each_moment_has_the_frame_of_every_level():
+    levels = [STILL, numbered(2, 4, 100), numbered(4, 8, 200)]
+    shown = [[int(level[0, 0, 0, 0]) for level in moment] for moment in grid.moments(levels)]
+    assert shown == [[250, 100, 200], [250, 100, 201], [250, 101, 202], [250, 101, 203]]
+    assert len(list(grid.moments([STILL, STILL]))) == 1
+
+
+def test_a_sheet_has_a_page_for_every_moment():
+    levels, captions = [STILL, numbered(3, 8, 100)], ["one", "two"]
+    drawn = grid.pages(levels, captions=captions, title="T", cell=32)
+    assert len(drawn) == 3
+    for moment, page in enumerate(drawn):
+        expected = grid.grid(
+            [[STILL[clip], levels[1][clip, moment]] for clip in range(2)],
+            captions=captions,
+            columns_titles=["4 px", "3x8 px"],
+            title="T",
+            cell=32,
+        )
+        np.testing.assert_array_equal(np.asarray(page), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("frames", "shown"), [(1, [0]), (8, range(8)), (9, [0, 2, 4, 6, 8]), (16, range(0, 16, 2))]
+)
+def test_a_film_strip_has_every_kth_frame_of_each_clip(frames, shown):
+    image = grid.strip(numbered(frames, 4, 100), ["one", "two"])
+    found = {frame: count(image, (100 + frame, 1, 1)) for frame in range(frames)}
+    assert found == {frame: 128 * 128 * (frame in shown) for frame in range(frames)}
+
+
+def test_one_page_is_a_png_and_several_are_an_animation(tmp_path):
+    settings = {"seeds": [1]}
+    (page,) = grid.pages([STILL])
+    path = clips.save_pages([page], tmp_path / "v1.5", 4.0, settings)
+    assert path == tmp_path / "v1.5.png"
+    with Image.open(path) as file:
+        assert json.loads(file.info[SETTINGS_KEY]) == settings
+        np.testing.assert_array_equal(np.asarray(file), np.asarray(page))
+    drawn = grid.pages([numbered(3, 4, 100)])
+    path = clips.save_pages(drawn, tmp_path / "v1.5", 4.0, settings)
+    assert path == tmp_path / "v1.5.webp"
+    found = decode(path)
+    np.testing.assert_array_equal(found.frames, np.stack([np.asarray(page) for page in drawn]))
+    assert (found.settings, found.seconds) == (settings, 0.75)
+    # A run whose clips are faster than a WebP can be has previews all the same.
+    found = decode(clips.save_pages(drawn, tmp_path / "b", 1000.0, None))
+    assert found.seconds == pytest.approx(3 / 90, abs=0.001)
+    assert np.diff([*found.begins, found.seconds]).min() > 0.0105, "browsers show 10 ms as 100"
+
+
+# --- PNG files ---------------------------------------------------------------------------------
+
+
+def test_a_png_stores_its_settings_and_its_pixels(tmp_path):
+    settings = {"prompt": "red apple, naïve 🍎", "seed": 7, "guidance": [3.0]}
+    picture = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    save_png(picture, tmp_path / "new" / "a.png", settings)
+    with Image.open(tmp_path / "new" / "a.png") as file:
+        assert json.loads(file.text[SETTINGS_KEY]) == settings
+        assert (np.asarray(file) == picture).all()
+    save_png(np.zeros((4, 4, 1), np.uint8), tmp_path / "grey.png", None)
+    with Image.open(tmp_path / "grey.png") as file:
+        assert (file.mode, file.text) == ("L", {})
+
+
+def test_a_png_that_cannot_be_written_names_its_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/a\.png"):
+        save_png(plain(RED), tmp_path / "file" / "a.png", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# --- the demo's sheet ------------------------------------------------------------------------
+
+
+def test_the_demo_sheet_has_every_level_beside_the_real_image():
+    levels = [
+        np.stack([plain((value + n, 1, 1), side) for n in range(24)])
+        for value, side in ((50, 16), (100, 32), (150, 64))
+    ]
+    real = [plain((200 + n, 1, 1), 64) for n in range(20)]
+    captions = [f"image {n}" for n in range(24)]
+    image = demo_sheet.demo_sheet(levels, captions, [*real, None, None, None, None], title="Demo")
+    areas = {colour: number for number, colour in image.getcolors(1 << 24) or ()}
+    assert {areas[tuple(picture[0, 0])] for level in levels for picture in level} == {128 * 128}
+    assert {areas[tuple(picture[0, 0])] for picture in real} == {128 * 128}
+    assert boxes(image, grid.MARKED)[1] > boxes(image, (219, 1, 1))[1]
+    assert image.width < 1.5 * image.height < 2.5 * image.width
+    with pytest.raises(ValueError, match="shorter"):
+        demo_sheet.demo_sheet([np.zeros((2, 4, 4, 3), np.uint8)], ["a", "b"], [None], title="")
+
+
+def test_unseen_prompts_are_no_names_of_emoji_but_their_words_are():
+    emoji = pytest.importorskip("emoji")
+    names = {entry["en"].strip(":").replace("_", " ") for entry in emoji.EMOJI_DATA.values()}
+    words = {word for name in names for word in name.split()}
+    assert len(demo_sheet.UNSEEN_PROMPTS) == 4
+    for prompt in demo_sheet.UNSEEN_PROMPTS:
+        assert prompt not in names
+        assert set(prompt.split()) <= words
