@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion study test chaos check format clean
+.PHONY: help demo fashion study hero test pages chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make study    compare MDM with its baselines, small (a quarter of an hour): runs/study"
+	@echo "make hero     draw the picture of the README with the shipped model"
 	@echo "make test     run the tests"
+	@echo "make pages    run the commands of every page in docs/"
 	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
 	@echo "make format   let ruff mend what it can"
@@ -33,9 +35,19 @@ study: $(VENV)/.dev
 	$(BIN)/python -m studies plot $(SMALL)
 	$(BIN)/python -m studies table $(SMALL)
 
-# A thread for each of as many processes as there are cores, in numpy's BLAS and in commands, too.
+hero: $(VENV)/.user
+	$(BIN)/mdm sample openmoji -p "red apple" -p umbrella -p rainbow -p "cat face" -p "teddy bear" \
+		-p sailboat --seed 3 -o runs/hero
+	cp runs/hero/levels.png docs/pictures/hero.png
+
+# One thread in each process, also in numpy's BLAS and in the commands that tests start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+pages: $(VENV)/.dev
+	$(PYTEST) -m pages tests/test_docs.py
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m faults

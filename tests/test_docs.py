@@ -353,12 +353,14 @@ def bash_blocks(document: str) -> list[str]:
 
 
 def all_commands():
-    """The commands of all documents, each with the name of its document."""
+    """Yield the commands of all documents; those of pages are slow and run by `make pages`."""
     for path in DOCUMENTS:
         python = path.name in ("README.md", "evaluation.md", "growing.md", "video.md")
+        marks = () if path.name == "README.md" else pytest.mark.pages
         for words in commands(read(path.name), python=python):
-            shown = words[:1] if words[0] == "python" else words
-            yield pytest.param(path.name, words, id=f"{path.name}: {shlex.join(shown)}")
+            label = words[:1] if words[0] == "python" else words
+            name = f"{path.name}: {shlex.join(label)}"
+            yield pytest.param(path.name, words, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("document", "words"), list(all_commands()))
@@ -448,6 +450,7 @@ def run_slurm_script(folder, mdm):
     )
 
 
+@pytest.mark.pages
 def test_the_slurm_script_trains_on_all_ranks(readers):
     folder = readers("many-gpus.md")
     extra = shlex.join([*settings(SHRUNK["cc12m-256"]), "--device", "cpu"])
