@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, from_dict
+from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.presets import CODECS, preset
 from studies.asked import SAMPLES, Asked, measuring
 from studies.compute import with_budget

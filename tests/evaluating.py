@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.config import EncoderConfig, SamplingConfig, to_yaml
+from matryoshka_diffusion.config import EncoderConfig, SamplingConfig
+from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.eval.run import evaluate
 from matryoshka_diffusion.metrics.networks.inception_net import CLASSES

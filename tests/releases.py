@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from matryoshka_diffusion.config import LevelConfig, RunConfig, StageConfig, load_config
+from matryoshka_diffusion.config import LevelConfig, RunConfig, StageConfig
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
-from matryoshka_diffusion.config import ConfigError, ModelConfig, from_dict, override
+from matryoshka_diffusion.config import ConfigError, ModelConfig
+from matryoshka_diffusion.configfile import from_dict, override
 from matryoshka_diffusion.data.augment import (
     MOVE,
     STRETCH,

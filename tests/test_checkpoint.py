@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from matryoshka_diffusion.config import from_dict
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.train.checkpoint import (
     FILES,
     MANIFEST,

@@ -19,7 +19,8 @@ from PIL import Image
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.coded import can_store
-from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, override
+from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.data import clips as clips_module
 from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8

@@ -445,7 +445,7 @@ def test_only_a_models_own_codec_is_carried_along(half_way, tmp_path):
 
 def test_a_side_of_pictures_is_counted_in_pixels():
     assert on_codes(None, side=64).data_side == 64
-    with pytest.raises(ValueError, match=r"data\.side is 40, .* in pixels \(4 for each code\), 32"):
+    with pytest.raises(ValueError, match=r"data\.side is 40, .* in pixels, 32"):
         on_codes(None, side=40)
 
 
@@ -457,7 +457,7 @@ def test_a_codec_is_put_into_any_config(tiny_codec):
     kept = job.find_config("openmoji-latent", None, [], codec=str(tiny_codec(factor=8)))
     assert kept.codec is not None
     assert kept.codec.factor == 4  # whose levels are of that; loading says so
-    with pytest.raises(ConfigError, match=r"sampling\.threshold is clip"):
+    with pytest.raises(ConfigError, match=r"sampling\.threshold .*\[none\]"):
         job.find_config("folder-64", None, [], codec=str(tiny_codec()))
 
 
@@ -469,7 +469,7 @@ def test_every_level_is_decoded(tiny_codec):
     model = Matryoshka(NestedUNet(config.model), config)
     samples = model.sample(n=2, seed=5)
     assert [level.shape for level in samples.levels] == [(2, 16, 16, 3), (2, 32, 32, 3)]
-    with pytest.raises(ConfigError, match=r"sampling\.threshold is clip"):
+    with pytest.raises(ConfigError, match=r"sampling\.threshold .*\[none\]"):
         model.sample(threshold="clip")
 
     state = last(model.stream(model.condition(None, None, 2)[1], (5, 6), config.sampling))

@@ -17,14 +17,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
 from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
-from matryoshka_diffusion.config import (
-    CodecRunConfig,
-    ConfigError,
-    from_yaml,
-    load_codec_run,
-    override,
-    to_yaml,
-)
+from matryoshka_diffusion.config import CodecRunConfig, ConfigError
+from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
 from matryoshka_diffusion.data.batch import to_float
 from matryoshka_diffusion.data.folder import picture_folder
 from matryoshka_diffusion.draw.grid import save_png
@@ -285,15 +279,15 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("lrs=1", r"--set lrs: unknown key \(did you mean lr\?\)"),
+        ("lrs=1", r"--set: lrs: unknown key .* lr\?"),
         ("data={sauce: folder}", r"data\.sauce: unknown key \(did you mean data\.source\?\)"),
-        ("side=18", r"side 18 cannot be halved once for each of the 3 widths but the first"),
-        ("widths=[]", r"side 64 cannot be halved"),
-        ("widths=[13, 16]", r"widths: 13 is not a multiple of norm_groups, 2"),
-        ("norm_groups=3", r"widths: 16 is not a multiple of norm_groups, 3"),
+        ("side=18", "side 18 .* halved"),
+        ("widths=[]", "widths: .* at least 1"),
+        ("widths=[13, 16]", "widths: 13 .* norm_groups 2"),
+        ("norm_groups=3", "widths: 16 .* norm_groups 3"),
         ("square_weight=-1.0", r"square_weight: Input should be greater than or equal to 0"),
-        ("data.side=32", r"data\.side is 32: a codec has side, leave this away"),
-        ("data.classes=[a]", r"data\.classes: a codec is trained on pictures alone"),
+        ("data.side=32", r"data\.side: .* omit"),
+        ("data.classes=[a]", r"data\.classes: .* omit"),
         ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
     ],
 )
@@ -307,7 +301,7 @@ def test_a_config_that_says_less_means_what_it_always_meant(tmp_path):
     older = text.replace("norm_groups: 2\n", "").replace("square_weight: 1.0\n", "")
     assert len(older.splitlines()) == len(text.splitlines()) - 2
     (tmp_path / "codec.yaml").write_text(older)
-    assert load_codec_run(tmp_path / "codec.yaml") == CODECS["codec"]
+    assert load_config(tmp_path / "codec.yaml", CodecRunConfig) == CODECS["codec"]
     groups = {n: build(override(CODECS["codec"], [f"norm_groups={n}"]), 3) for n in (2, 4)}
     assert [m.config["norm_num_groups"] for m in groups.values()] == [2, 4]
 

@@ -16,13 +16,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from matryoshka_diffusion.config import (
-    ConfigError,
-    EncoderConfig,
-    RunConfig,
-    UsageError,
-    from_dict,
-)
+from matryoshka_diffusion.config import ConfigError, EncoderConfig, RunConfig, UsageError
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.models.diffusers import lockstep, write_diffusers
 from matryoshka_diffusion.models.diffusers.network import MDMNetwork

@@ -28,7 +28,7 @@ import pytest
 import evaluating
 from filming import animate, film
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.config import override
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import preset
 from test_presets import shrunk

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ConfigError, WeightingConfig, from_dict
+from matryoshka_diffusion.config import ConfigError, WeightingConfig
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Pooled
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.pipeline import Matryoshka

@@ -15,7 +15,8 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import terminal
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ConfigError, UsageError, override, to_yaml
+from matryoshka_diffusion.config import ConfigError, UsageError
+from matryoshka_diffusion.configfile import override, to_yaml
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model

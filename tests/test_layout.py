@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from matryoshka_diffusion.config import load_config
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.train import layout as layout_module
 from matryoshka_diffusion.train.checkpoint import newest

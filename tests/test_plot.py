@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.config import UsageError, to_yaml
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.draw.curves import plot, read_curves
 from tiny_run import tiny_config
 

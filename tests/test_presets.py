@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import (
-    ConfigError,
-    LevelConfig,
-    ModelConfig,
-    RunConfig,
-    from_yaml,
-    to_yaml,
-)
+from matryoshka_diffusion.config import ConfigError, LevelConfig, ModelConfig, RunConfig
+from matryoshka_diffusion.configfile import from_yaml, to_yaml
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from matryoshka_diffusion.cli.info import describe_plan
-from matryoshka_diffusion.config import ConfigError, StageConfig, override
+from matryoshka_diffusion.config import ConfigError, StageConfig
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.curriculum import Step
@@ -110,7 +111,5 @@ def memory(line: str) -> float:
 
 
 def test_a_level_that_is_not_there_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"train\.recompute names level 2, but.*2 entries, 0 to 1"
-    ):
+    with pytest.raises(ConfigError, match=r"train\.recompute names level 2, .* 1$"):
         override(tiny_config(), ["train.recompute=[1, 2]"])

@@ -23,7 +23,8 @@ from studies.spread import Spread, against, curve, distance, read_results, seeds
 from studies.table import PLACE, filled, table, tables
 from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
-from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig, override
+from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.metrics.networks.features import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint

@@ -21,8 +21,8 @@ from matryoshka_diffusion.config import (
     RunConfig,
     SamplingConfig,
     UsageError,
-    load_config,
 )
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from matryoshka_diffusion.config import CodecConfig, ConfigError, RunConfig, load_config
+from matryoshka_diffusion.config import CodecConfig, ConfigError, RunConfig
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.files import write_atomically
 
 CLASS = "AutoencoderKL"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matryoshka_diffusion.config import UsageError, load_config
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.files import require, write_atomically
 
 _OTHER_PANELS = {

@@ -19,7 +19,7 @@ import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
 from matryoshka_diffusion.codec.folder import with_own_codec
-from matryoshka_diffusion.config import load_config
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.eval.results import Result
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.models.find import count_levels, merged

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_diffusion.codec.folder import moved_codec, refuse_codec, with_own_codec
-from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError, from_dict, load_config
+from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
+from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.models.released import converted, read_released
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import merge

@@ -33,11 +33,8 @@ from matryoshka_diffusion.config import (
     TextConfig,
     TrainConfig,
     UsageError,
-    from_dict,
-    load_config,
-    override,
-    to_yaml,
 )
+from matryoshka_diffusion.configfile import from_dict, load_config, override, to_yaml
 from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, with_source

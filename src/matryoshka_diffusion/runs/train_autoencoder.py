@@ -25,15 +25,8 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
 from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
-from matryoshka_diffusion.config import (
-    CodecRunConfig,
-    ConfigError,
-    StageConfig,
-    TrainConfig,
-    load_codec_run,
-    override,
-    to_yaml,
-)
+from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
+from matryoshka_diffusion.configfile import load_config, override, to_yaml
 from matryoshka_diffusion.data.batch import Source, to_float, to_uint8
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.sources import absolute, open_source, sourced
@@ -84,7 +77,7 @@ def find_codec_run(
     begun = path if path.name == TRAINING else path / TRAINING
     if not begun.is_file() and name not in CODECS:
         return None
-    config = load_codec_run(begun) if begun.is_file() else CODECS[name]
+    config = load_config(begun, CodecRunConfig) if begun.is_file() else CODECS[name]
     changes = [] if data is None else [f"data.path={json.dumps(absolute(data))}"]
     config = override(config, [*changes, *assignments])
     return config.model_copy(update={"data": sourced(config.data)})
@@ -266,7 +259,7 @@ def _refuse_others(config: CodecRunConfig, out: Path) -> None:
     """Raise ConfigError if `out` holds anything but a training of this config."""
     if not (out / TRAINING).is_file():
         return refuse_full(out)
-    if told := differences(load_codec_run(out / TRAINING), config):
+    if told := differences(load_config(out / TRAINING, CodecRunConfig), config):
         raise ConfigError(
             f"{out} holds the training of another codec: {told}; give another --out, or drop the "
             "override to continue that one"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from matryoshka_diffusion.config import RunConfig, to_yaml
+from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.train.feed import Inputs
 from matryoshka_diffusion.train.world import World
 

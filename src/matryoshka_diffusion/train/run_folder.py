@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, Strict, load_config, to_yaml
+from matryoshka_diffusion.config import ConfigError, RunConfig, Strict
+from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.layout import resolve_layout
 from matryoshka_diffusion.train.precision import resolve_precision

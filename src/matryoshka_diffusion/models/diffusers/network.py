@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import from_dict
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid
 

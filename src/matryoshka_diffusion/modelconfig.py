@@ -1,0 +1,198 @@
+"""The nest as data: the levels, what they share, and what may be written for each.
+
+`config.py` has the rest of a run. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, multiple_of=32)]
+Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
+InputScaling = Literal["none", "std", "analytic"]
+
+
+class Strict(BaseModel):
+    """Base of all configs: frozen, without unknown keys, without conversion between types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not fit together; the first one refuses the config."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Strict:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
+
+class MicroConfig(Strict):
+    """A scalar condition of a level, such as the original size of the image (SDXL)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z_]+$")]
+    ceiling: Positive | None = None  # clamps the value (released `scale:64`); None: times 1000
+
+
+class LevelConfig(Strict):
+    """One level of the pyramid, and the UNet that denoises it.
+
+    Tuples have one entry for each resolution of the UNet, from the level's own down. Those of
+    `halve` and `halve_frames` are for the steps between; a step halves the side or the frames.
+    """
+
+    side: Count
+    frames: Count | None = None  # of clips; None for images
+    widths: tuple[Width, ...] = Field(min_length=1)  # channels
+    blocks: tuple[Natural, ...]  # residual blocks on the way down; the way up has one more
+    attention: tuple[Natural, ...]  # layers after each block
+    halve: tuple[bool, ...] = ()  # empty: all that do not halve the frames
+    halve_frames: tuple[bool, ...] = ()  # empty: none
+    frame_attention: tuple[Natural, ...] = ()  # layers over frames after each block; empty: none
+    heads: Count = 8
+    attention_mlp: bool = False
+    middle: bool = False
+    patch: Count = 1
+    dropout: Share = 0.0
+    input_scaling: InputScaling = "none"
+    micro: tuple[MicroConfig, ...] = ()
+    shift_ratio: Positive = 1.0
+    shift_power: float = 1.0
+
+    @property
+    def size(self) -> str:
+        """The level's name: "64", or "16x64" for 16 frames."""
+        return f"{self.side}" if self.frames is None else f"{self.frames}x{self.side}"
+
+    @property
+    def stem_side(self) -> int:
+        """Side of the features after the pixel-unshuffle of the stem."""
+        return self.side // self.patch
+
+    @property
+    def core_side(self) -> int:
+        """Side of the features after the last step, where the coarser level sits."""
+        return self.stem_side // math.prod(self.stride(n) for n in range(len(self.widths) - 1))
+
+    @property
+    def core_frames(self) -> int:
+        """Frames of the features where the coarser level sits; 1 for images."""
+        return self.frames_at(len(self.widths) - 1)
+
+    def stride(self, step: int) -> int:
+        """The factor by which the step from this width to the next divides the side."""
+        return 2 if (self.halve[step] if self.halve else self.frame_stride(step) == 1) else 1
+
+    def frame_stride(self, step: int) -> int:
+        """The factor by which the step from this width to the next divides the frames."""
+        return 2 if self.halve_frames and self.halve_frames[step] else 1
+
+    def frames_at(self, index: int) -> int:
+        """Frames of the features at the width of this index; 1 for images."""
+        return (self.frames or 1) // math.prod(self.frame_stride(step) for step in range(index))
+
+    def problems(self) -> Iterator[str]:
+        count = len(self.widths)
+        for name in ("blocks", "attention", "frame_attention", "halve", "halve_frames"):
+            entries, wanted = len(getattr(self, name)), count - name.startswith("halve")
+            if entries != wanted and (entries or name in ("blocks", "attention")):
+                yield f"{name} has {entries} entries; {count} widths need {wanted}"
+        layers = zip(self.attention, self.frame_attention or self.attention, strict=True)
+        attending = [width for width, n in zip(self.widths, layers, strict=True) if any(n)]
+        for width in (*attending, *self.widths[-1:] * self.middle):
+            if width % self.heads:
+                yield f"heads {self.heads} does not divide the attending width {width}"
+        factor = self.patch * math.prod(self.stride(step) for step in range(count - 1))
+        if self.side % factor:
+            yield f"side {self.side} is not divisible by patch x halvings = {factor}"
+        if self.frames is None and (any(self.halve_frames) or any(self.frame_attention)):
+            yield "halve_frames and frame_attention are for clips: set frames"
+        if any(map(all, zip(self.halve, self.halve_frames, strict=False))):
+            yield "halve and halve_frames: a step halves the side or the frames; use two steps"
+        if (self.frames or 1) % 2 ** sum(self.halve_frames):
+            yield f"frames {self.frames} cannot be halved {sum(self.halve_frames)} times"
+
+
+class TextConfig(Strict):
+    """The way of text features into the network: a projection, then layers of self-attention."""
+
+    features: Count
+    width: Count
+    layers: Natural = 0
+    heads: Count = 8
+    masked: bool = True
+    learned_null: bool = True  # the embedding of a dropped caption; False: the empty caption
+
+    def problems(self) -> Iterator[str]:
+        if self.layers and self.width % self.heads:
+            yield f"heads {self.heads} does not divide width {self.width}"
+
+
+class CoarseConfig(Strict):
+    """The input of an upsampler: an image of `side`, which the coarsest level sees enlarged.
+
+    In training it is D^r of the image, noised at a time drawn evenly from 0 to `max_noise`, which
+    the network receives (Appendix D.1; Saharia et al., 2022).
+    """
+
+    side: Count
+    max_noise: Share = 1.0
+
+
+class ModelConfig(Strict):
+    """The nest: the levels from coarse to fine, and what they share."""
+
+    levels: tuple[LevelConfig, ...] = Field(min_length=1)
+    embedding: Annotated[int, Field(gt=0, multiple_of=8)]
+    channels: Count = 3
+    schedule: ScheduleName = "cosine"
+    time_input: Literal["step", "log-snr"] = "step"
+    data_std: Positive = 0.5
+    text: TextConfig | None = None
+    classes: Natural = 0
+    augment: bool = False  # the network receives how `data.augment` transformed an image
+    coarse: CoarseConfig | None = None  # of an upsampler, the second half of a cascade
+
+    @property
+    def micro_names(self) -> frozenset[str]:
+        """The micro-conditions of all levels."""
+        return frozenset(micro.name for level in self.levels for micro in level.micro)
+
+    def first(self, levels: int) -> ModelConfig:
+        """The nest of the first `levels` levels."""
+        return self.model_copy(update={"levels": self.levels[:levels]})
+
+    def problems(self) -> Iterator[str]:
+        for index, (inner, outer) in enumerate(zip(self.levels, self.levels[1:], strict=False), 1):
+            here = f"levels[{index}]"
+            if outer.side < inner.side:
+                yield f"{here}.side is smaller than the one before: list them from coarse to fine"
+            nests = f"{here} does not nest on levels[{index - 1}]: after its halvings it has"
+            if (core := outer.core_side) != (stem := inner.stem_side):
+                yield f"{nests} side {core}, not {stem}; change side, patch or widths"
+            if (core := outer.core_frames) != (inner.frames or 1) or (
+                inner.frames and not outer.frames
+            ):
+                yield f"{nests} frames {core}, not {inner.frames or 'none'}; change halve_frames"
+            if outer.side % inner.side:
+                yield f"{here}.side {outer.side} is no multiple of {inner.side}"
+            if outer.middle:
+                yield f"{here}.middle: only the coarsest level has middle blocks; omit it"
+        if self.coarse is not None:
+            small, side = self.coarse.side, self.levels[0].side
+            if self.levels[-1].frames:
+                yield "coarse: an upsampler draws images, but levels[-1] has frames; omit one"
+            if side <= small or side % small:
+                yield f"levels[0].side = {side} must be a larger multiple of coarse.side = {small}"
