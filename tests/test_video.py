@@ -179,7 +179,7 @@ def test_what_is_for_pictures_is_refused_for_clips(video_run: Path):
     config = job.find_config(str(video_run), None, [])
     with pytest.raises(ConfigError, match=r"codec .* model\.levels\[-1\] has frames: omit"):
         override(config, ["codec={path: x}", "sampling.threshold=[none]"])
-    with pytest.raises(ConfigError, match=r"data\.augment is for pictures"):
+    with pytest.raises(ConfigError, match=r"data\.augment .* omit"):
         override(config, ["data.augment=0.1", "model.augment=true"])
     with pytest.raises(ConfigError, match="an upsampler draws pictures, but"):
         override(config, ["model.coarse={side: 4}", "sampling.coarse_noise=0.1"])
