@@ -1,4 +1,4 @@
-"""Where every key of a released network belongs in ours.
+"""Translate the keys of a released network into those of `NestedUNet`.
 
 The released code nests from the outside in (`inner_unet.inner_unet...`); here levels are a flat
 list from coarse to fine. The mapping is explicit and total: a key that it does not know is an

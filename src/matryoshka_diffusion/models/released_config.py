@@ -1,9 +1,9 @@
-"""The released code's run configuration in this project's terms."""
+"""Translate a run configuration of the released code into a `RunConfig`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -12,15 +12,13 @@ from matryoshka_diffusion.config import (
     LevelConfig,
     MicroConfig,
     ModelConfig,
-    Prediction,
     RunConfig,
     ScheduleName,
     TextConfig,
     Threshold,
     WeightingConfig,
-    WeightingName,
 )
-from matryoshka_diffusion.models.released.pickled import short
+from matryoshka_diffusion.models.released_pickle import short
 from matryoshka_diffusion.presets import preset
 
 # Members of the released enumerations: by name in its YAML files, by number in its pickles.
@@ -32,8 +30,13 @@ _SCHEDULES: dict[str, ScheduleName] = {
     "DEEPFLOYD": "squared-cosine",
     "3": "squared-cosine",
 }
-_PREDICTIONS: dict[str, Prediction] = {"DDPM": "eps", "3": "eps", "V_PREDICTION": "v", "5": "v"}
-_TARGETS: dict[str, WeightingName] = {"DDPM": "eps", "3": "eps", "V_PREDICTION": "v", "5": "v"}
+# Both of what is predicted and of the target of the loss.
+_TARGETS: dict[str, Literal["eps", "v"]] = {
+    "DDPM": "eps",
+    "3": "eps",
+    "V_PREDICTION": "v",
+    "5": "v",
+}
 _THRESHOLDS: dict[str, Threshold] = {
     "NONE": "none",
     "0": "none",
@@ -42,7 +45,7 @@ _THRESHOLDS: dict[str, Threshold] = {
     "DYNAMIC": "dynamic",
     "2": "dynamic",
 }
-# What no released model uses, and what its value is where it is not used.
+# Options that no released model uses, each with its value where it is not used.
 _UNUSED_IN_NETWORKS = {
     "num_temporal_attention_layers": None,
     "temporal_mode": False,
@@ -67,21 +70,21 @@ _UNUSED_IN_SAMPLERS = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
 }
-_LARGEST = 2**16  # of any number in a network's configuration
+_LARGEST = 2**16
+"""The largest number in a network's configuration."""
 
 
 def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
-    """The run whose network, process and sampling are those of a released run configuration.
+    """Translate network, process and sampling of a released run configuration.
 
     Args:
-        settings: a mapping with `unet_config`; where it has them, `diffusion_config` decides the
-            process and `resolutions` (finest first) the sides. Without `resolutions` a level's
-            side is the ceiling of its `scale` micro-condition; without `diffusion_config` the
-            process is that of the released models.
+        settings: a mapping with `unet_config`. `diffusion_config` decides the process (by default
+            that of the released models), `resolutions`, finest first, the sides (by default the
+            ceilings of the `scale` micro-conditions).
         text_dim: width of the text features where `unet_config` does not say it.
 
     Raises:
-        ConfigError: something is missing, or asks for what no released model does.
+        ConfigError: an option is missing, or has a value that no released model has.
     """
     try:
         nest = list(_nest(settings["unet_config"]))
@@ -100,7 +103,7 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
             text_dim=settings.get("text_dim", text_dim),
         )
         target = _TARGETS[_member(sampler, "loss_target_type", "DDPM")]
-        prediction = _PREDICTIONS[_member(sampler, "prediction_type", "V_PREDICTION")]
+        prediction = _TARGETS[_member(sampler, "prediction_type", "V_PREDICTION")]
         threshold = _THRESHOLDS[_member(sampler, "threshold_function", "CLIP")]
     except ConfigError:
         raise
@@ -136,7 +139,7 @@ def model_config(
     schedule: ScheduleName,
     text_dim: int = 2048,
 ) -> ModelConfig:
-    """The `ModelConfig` of a released `unet_config`.
+    """Translate a released `unet_config`.
 
     Args:
         unet: the mapping, with the coarser network in its `inner_config`.
@@ -168,7 +171,7 @@ def model_config(
 
 
 def _nest(unet: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The networks of a nest, finest first."""
+    """Yield the networks of a nest, finest first."""
     masked = None
     while True:
         _refuse_others(unet, _UNUSED_IN_NETWORKS)
@@ -213,7 +216,7 @@ def _scale(unet: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _power(settings: Mapping[str, Any], sampler: Mapping[str, Any], sides: Sequence[int]) -> float:
-    """The shift's power where it is said; else that of the released model of this side."""
+    """Power of the shift by resolution; by default that of the released model of this side."""
     for place in (sampler, settings):
         if "schedule_shifted_power" in place:
             return float(place["schedule_shifted_power"])
@@ -225,7 +228,7 @@ def _member(sampler: Mapping[str, Any], name: str, default: str) -> str:
 
 
 def _level_weights(weights: Any) -> tuple[float, ...]:
-    """`16:4:1`, finest first as in the released files, as weights from coarse to fine."""
+    """Weights from coarse to fine of a text like `16:4:1`, which is finest first."""
     return tuple(float(weight) for weight in reversed(weights.split(":"))) if weights else (1.0,)
 
 
@@ -240,7 +243,7 @@ def _refuse_others(part: Mapping[str, Any], expected: Mapping[str, Any]) -> None
 
 
 def _refuse_large(unet: Mapping[str, Any]) -> None:
-    """A hostile file can ask for a network of any size."""
+    """Refuse a network of any size that a hostile file asks for."""
     values = [value for name, value in unet.items() if name != "inner_config"]
     numbers = [n for value in values for n in (value if isinstance(value, list) else [value])]
     if any(isinstance(n, int | float) and abs(n) > _LARGEST for n in numbers):

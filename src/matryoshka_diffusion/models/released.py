@@ -1,0 +1,405 @@
+"""The paper's released checkpoints: read as data, matched key by key, converted to a model folder.
+
+A `.pth` is a zip of one pickle and the bytes of its tensors. `torch.load` is not used: it hands
+what it takes for TorchScript to a reader that runs it, and compares no checksums of a mapped file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from matryoshka_diffusion.config import ConfigError, ModelConfig, RunConfig
+from matryoshka_diffusion.diffusion import Process
+from matryoshka_diffusion.files import cache_folder, digest, write_atomically
+from matryoshka_diffusion.models.released_config import run_config
+from matryoshka_diffusion.models.released_keys import INNER, convert_state_dict
+from matryoshka_diffusion.models.released_pickle import (
+    BrokenFile,
+    Record,
+    Storage,
+    TensorRecord,
+    plain,
+    read_pickle,
+    short,
+)
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.train.checkpoint import MODEL, check_same, load_network
+
+LARGEST_HEADER = 4 * 2**20
+"""Bytes of a file's description of its tensors."""
+MOST_ENTRIES = 20_000
+MOST_LAYERS = 2_000
+FORM = 1
+"""Version of the conversion: raise it when its result changes, so that caches are made anew."""
+_PRESETS = {1: "released-64", 2: "released-256", 3: "released-1024"}
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+# Whatever the libraries make of damaged bytes.
+_DAMAGE = (
+    *(zipfile.BadZipFile, SafetensorError, struct.error, EOFError),
+    *(ValueError, RuntimeError, OverflowError, NotImplementedError, MemoryError, KeyError),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a file, of which shapes and types are known before their numbers are read.
+
+    Attributes:
+        like: empty tensors on the meta device, by name.
+        read: returns the numbers of a tensor by its name, in memory of its own.
+        settings: the run configuration in the file, as plain values; None without one.
+        others: what else is in the file, as `read_pickle` returns it.
+    """
+
+    like: Mapping[str, Tensor]
+    read: Callable[[str], Tensor]
+    settings: Mapping[str, Any] | None = None
+    others: Any = None
+
+    def described(self) -> Mapping[str, Any]:
+        """Everything in the file but its tensors, for people. Raises `BrokenFile`."""
+        return plain(self.others, calls=True) if self.others else {}
+
+
+@dataclass(frozen=True)
+class Released:
+    """A checkpoint that fits its network. Its numbers are not read yet.
+
+    Attributes:
+        weights: the file.
+        config: network, process, text encoder and sampling defaults.
+        keys: the file's key of every parameter of `NestedUNet(config.model)`.
+    """
+
+    weights: Weights
+    config: RunConfig
+    keys: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """Read a parameter by our name."""
+        return self.weights.read(self.keys[name])
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_released(
+    weights: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    text_dim: int = 2048,
+) -> tuple[NestedUNet, Process]:
+    """Load the network and the process of a released checkpoint.
+
+    The network is called as every other: `net(z, t, cond)` with the levels from coarse to fine,
+    `t = (step + 1) / 1000` and `Conditioning(tokens=..., mask=..., micro={"scale": ...})`.
+
+    Args:
+        weights: a `.pth` or `.safetensors` file, or its tensors by name.
+        config: the released run configuration (`unet_config` inside). By default it is that of
+            the file, or else one of the three released models, recognised by keys and shapes.
+        text_dim: width of the text features where the configuration does not say it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or is something else, the configuration cannot be used, or
+            a key is missing, left over, or of another shape or type than float32.
+    """
+    released = read_released(weights, config, text_dim=text_dim)
+    model = released.config.model
+    numbers = {name: released.read(name) for name in released.keys}
+    net = load_network(model, numbers, where="the released weights")
+    return net.eval(), Process.from_config(released.config.process, model)
+
+
+def read_released(
+    weights: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    text_dim: int = 2048,
+) -> Released:
+    """Check what `load_released` loads, without its numbers. Arguments and errors are the same."""
+    opened = _open_weights(weights)
+    where = "the weights" if isinstance(weights, Mapping) else str(weights)
+    settings = opened.settings if config is None else config
+    if isinstance(settings, Mapping) and "unet_config" in settings:
+        try:
+            run = run_config(settings, text_dim=text_dim)
+        except ConfigError as error:
+            raise ConfigError(f"{'config' if config else where}: {error}") from error
+    elif config is not None:
+        raise ConfigError("config: no run configuration of the released code (no unet_config)")
+    else:
+        run = _recognise(opened.like, text_dim, where)
+    return Released(opened, run, _match(opened.like, run.model, where))
+
+
+def _recognise(like: Mapping[str, Tensor], text_dim: int, where: str) -> RunConfig:
+    """The released model with as many levels; `_match` then checks that it is that model."""
+    depth = 1 + max((key.count(INNER) for key in like), default=0)
+    if depth not in _PRESETS:
+        raise BrokenFile(f"{where}: {depth} levels, but the released models have 1, 2 or 3")
+    run = preset(_PRESETS[depth])
+    assert run.model.text is not None, "the released models are text-to-image"
+    text = run.model.text.model_copy(update={"features": text_dim})
+    return run.model_copy(update={"model": run.model.model_copy(update={"text": text})})
+
+
+def _match(like: Mapping[str, Tensor], model: ModelConfig, where: str) -> dict[str, str]:
+    """The file's key of every parameter of the network.
+
+    Raises:
+        BrokenFile: the file does not fit; names the first differences.
+    """
+    layers = (0 if model.text is None else model.text.layers) + sum(
+        len(level.widths) + sum(level.blocks) + sum(level.attention) for level in model.levels
+    )
+    if layers > max(MOST_LAYERS, len(like)):  # a network that a hostile file made up
+        raise BrokenFile(f"{where}: its configuration has {layers:,} layers")
+    try:
+        keys = convert_state_dict({key: key for key in like}, model)
+        with torch.device("meta"):
+            expected = NestedUNet(model).state_dict()
+        check_same(expected, {name: like[key] for name, key in keys.items()}, where=where)
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise BrokenFile(
+            f"{where} is none of the released networks, or not that of its config: "
+            f"{str(error).splitlines()[0][:300]}"
+        ) from error
+    for key, tensor in like.items():
+        if tensor.dtype != torch.float32:
+            raise BrokenFile(f"{where}: {key} is {tensor.dtype}, not torch.float32")
+    return keys
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
+    """Open a `.pth`, a `.safetensors` or tensors in memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BrokenFile: the file is damaged or something else.
+    """
+    if isinstance(weights, Mapping):
+        like = {name: value.to("meta") for name, value in weights.items()}
+        return Weights(like, lambda name: weights[name].detach().clone())
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with _clear_errors(path):
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Raise one `BrokenFile` with the path for whatever is wrong with the bytes of a file."""
+    try:
+        yield
+    except BrokenFile as error:
+        raise BrokenFile(f"{path}: {error}") from error
+    except _DAMAGE as error:
+        raise BrokenFile(f"{path}: it is damaged ({short(str(error))})") from error
+
+
+def _open_safetensors(path: Path) -> Weights:
+    with open(path, "rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+    if header > LARGEST_HEADER:
+        raise BrokenFile(f"it is no safetensors file, or its header of {header:,} is too large")
+    opened = safe_open(path, framework="pt")
+    names = opened.keys()
+    if not 0 < len(names) <= MOST_ENTRIES:
+        raise BrokenFile(f"it holds {len(names):,} tensors")
+    like = {}
+    for name in names:
+        tensor = opened.get_slice(name)
+        if tensor.get_dtype() != "F32":
+            raise BrokenFile(f"{short(name)} is {tensor.get_dtype()}, not F32")
+        like[name] = torch.empty(tensor.get_shape(), device="meta")
+    return Weights(like, opened.get_tensor)
+
+
+def _open_pth(path: Path) -> Weights:
+    """Open a checkpoint of `torch.save`; the checksum of a tensor is compared when it is read."""
+    archive, size = _open_zip(path), path.stat().st_size
+
+    def entry(name: str) -> zipfile.ZipInfo:
+        info = archive.getinfo(name)
+        # torch.save stores, it does not compress: what is compressed could expand to anything.
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size > size:
+            raise BrokenFile(f"{short(name)} is packed or larger than the file it lies in")
+        return info
+
+    roots = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise BrokenFile(
+            f"it is a zip file, but no checkpoint of torch.save ({len(roots)} data.pkl in it)"
+        )
+    root = roots[0].removesuffix("/data.pkl")
+    if entry(roots[0]).file_size > LARGEST_HEADER:
+        raise BrokenFile("data.pkl is too large")
+    tree = read_pickle(archive.read(roots[0]))
+    order = f"{root}/byteorder"
+    if order in archive.NameToInfo and archive.open(entry(order)).read(9) != b"little":
+        raise BrokenFile("it was written by a big-endian machine, which is not supported")
+
+    def storage(record: TensorRecord) -> zipfile.ZipInfo:
+        try:
+            return entry(f"{root}/data/{record.storage.key}")
+        except KeyError:
+            raise BrokenFile(f"the storage {short(record.storage.key)} is missing") from None
+
+    def read(name: str) -> Tensor:
+        record, dtype = records[name], like[name].dtype
+        with _clear_errors(path):
+            data = bytearray(archive.read(storage(record)))
+        if not data:
+            return torch.empty(record.shape, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+        return flat.as_strided(record.shape, record.stride, record.offset).contiguous()
+
+    records = _tensors(tree)
+    like = {}
+    for name, record in records.items():
+        dtype = _dtype(record.storage)
+        _check_extent(name, record, storage(record).file_size // dtype.itemsize)
+        like[name] = torch.empty(record.shape, dtype=dtype, device="meta")
+    total = sum(tensor.nbytes for tensor in like.values())
+    if total > size:  # tensors that share storages: a small file could stand for any amount
+        raise BrokenFile(f"its tensors have {total:,} bytes, more than the file")
+    args = tree.get("args")
+    settings = plain(args) if isinstance(args, Record | dict) else None
+    others = {name: part for name, part in tree.items() if name != "state_dict"}
+    return Weights(
+        like,
+        read,
+        settings if isinstance(settings, dict) else None,
+        others if "state_dict" in tree else None,
+    )
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(path)
+    except _DAMAGE as error:
+        raise BrokenFile(
+            "it is no checkpoint of torch.save, or the download was cut short; the released ones "
+            "are zip files"
+        ) from error
+    if len(archive.namelist()) > MOST_ENTRIES:
+        raise BrokenFile(f"it has more than {MOST_ENTRIES:,} entries")
+    return archive
+
+
+def _tensors(tree: Any) -> dict[str, TensorRecord]:
+    """The tensors of a state_dict, which may be the whole file or an entry of it."""
+    state = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
+    for name, part in state.items():
+        if not isinstance(name, str) or not isinstance(part, TensorRecord):
+            raise BrokenFile(f"its state_dict has {short(name)}, which is no tensor with a name")
+    return state
+
+
+def _dtype(storage: Storage) -> torch.dtype:
+    kind = storage.type.removeprefix("torch.")
+    if kind not in _DTYPES:
+        raise BrokenFile(f"it has a tensor of the unknown kind {short(kind)}")
+    return _DTYPES[kind]
+
+
+def _check_extent(name: str, record: TensorRecord, held: int) -> None:
+    """Refuse a tensor that reaches beyond the `held` numbers of its storage."""
+    numel = math.prod(record.shape)
+    steps = zip(record.shape, record.stride, strict=True)
+    last = record.offset + (1 + sum((size - 1) * step for size, step in steps) if numel else 0)
+    if max(last, numel) > held:
+        raise BrokenFile(f"{short(name)} needs more numbers than the file holds")
+
+
+# --- converting --------------------------------------------------------------------------------
+
+
+def convert(
+    released: Released, folder: Path, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, which `Matryoshka.load` reads.
+
+    Memory holds one tensor at a time. `progress` is called with (bytes written, bytes in all).
+
+    Raises:
+        BrokenFile: a tensor is damaged. `folder` then holds no model.
+        OSError: the files cannot be written; names the path and the reason.
+    """
+    text = json.dumps(released.config.model_dump(mode="json"), indent=1).encode()
+    entries, total = {}, 0
+    for name, key in released.keys.items():
+        like = released.weights.like[key]
+        offsets = [total, total + like.nbytes]
+        entries[name] = {"dtype": "F32", "shape": list(like.shape), "data_offsets": offsets}
+        total = offsets[1]
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(header)) + header)
+        done = 0
+        for name in released.keys:
+            done += file.write(released.read(name).numpy().data)
+            if progress is not None:
+                progress(done, total)
+
+    write_atomically(folder / "config.json", lambda file: file.write(text))
+    try:  # the weights come last: a folder that has them is complete
+        write_atomically(folder / MODEL, write, needed=8 + len(header) + total)
+    except BaseException:
+        (folder / "config.json").unlink()
+        raise
+
+
+def converted(path: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Convert a released file into the cache, once; return the folder of the model.
+
+    Raises:
+        ValueError, OSError: as `read_released` and `convert`.
+    """
+    status = path.stat()
+    folder = cache_folder(
+        "released", digest(f"{FORM} {path.resolve()} {status.st_size} {status.st_mtime_ns}")
+    )
+    if not (folder / MODEL).is_file():
+        released = read_released(path)
+        try:
+            convert(released, folder, progress=progress)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}; MDM_CACHE may name another folder for the cache"
+            ) from error
+    return folder
