@@ -4,8 +4,8 @@ An image is a pyramid. Noise the pyramid level by level at one shared time. One 
 UNets, denoises all levels at once. Training grows the pyramid from its coarse end.
 
 Running it draws a toy data set, trains for a minute or two on a CPU and writes samples at 8, 16
-and 32 pixels. Equations are the paper's (arXiv 2310.15111). Levels run from coarse to fine, times
-t, of shape (b,), from 0 (clean) to 1 (noise). The weights fit the library's network and back.
+and 32 pixels. Equation numbers are the paper's (arXiv 2310.15111). Levels run from coarse to fine.
+Times t have the shape (b,) and run from 0 (clean) to 1 (noise). The library loads these weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Pyramid = tuple[Tensor, ...]  # coarse to fine, level r of shape (b, 3, side_r, 
 
 
 class Doll(NamedTuple):
-    """One level of the nest. The tuples run from its own resolution down, halving each time."""
+    """The shape of one level. The tuples run from its own resolution down, halving each time."""
 
     side: int
     widths: tuple[int, ...]
@@ -32,29 +32,27 @@ class Doll(NamedTuple):
     attention: tuple[int, ...]
 
 
-NEST = (  # most of the computation sits in the smallest doll (Section 3.2)
+NEST = (  # most of the computation is in the smallest level (Section 3.2)
     Doll(side=8, widths=(96,), blocks=(2,), attention=(1,)),
     Doll(side=16, widths=(32, 64), blocks=(1, 0), attention=(0, 0)),
     Doll(side=32, widths=(32, 32), blocks=(1, 0), attention=(0, 0)),
 )
 PATCH, EMBEDDING, HEADS = 2, 128, 4
 COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.95, 0.75, 0.1], [0.1, 0.6, 0.2], [0.1, 0.3, 0.9]])
-CLASSES = 3 * len(COLOURS)  # disc, square or triangle in each colour
-HIDDEN = CLASSES  # one label more, "not told", because guidance needs it
+CLASSES = HIDDEN = 3 * len(COLOURS)  # discs, squares, triangles; label HIDDEN means "unknown"
 
 
-# --- 1. The extended space: a picture at every resolution, noised at every resolution ----------
+# --- 1. The extended space: an image at every resolution, noised at every resolution -----------
 def build_pyramid(x: Tensor, depth: int) -> Pyramid:
-    """[D^1(x), ..., D^depth(x)], Section 3.1: area averages of the picture."""
+    """[D^1(x), ..., D^depth(x)], Section 3.1: area averages of the image."""
     return tuple(F.avg_pool2d(x, x.shape[-1] // doll.side) for doll in NEST[:depth])
 
 
 def alpha_sigma(t: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """How much picture and noise a level holds at time t: a cosine schedule, shifted by resolution.
+    """The shares of image and noise at time t: a cosine schedule, shifted by resolution.
 
-    Averaging s x s pixels divides the variance of their noise by s^2. So a level s times as wide
-    as the coarsest has its SNR divided by s^2: then every level tells equally much about the
-    coarse picture, and none gives away what a coarser one has yet to find out.
+    Averaging s x s pixels divides the variance of their noise by s^2. A level s times as wide as
+    the coarsest has its SNR divided by s^2, so every level shows the coarse image equally well.
     """
     start, end = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))  # log-SNR from 15 to -15
     log_snr = -2 * torch.log(torch.tan(start + t * (end - start)))  # alpha is the angle's cosine
@@ -73,7 +71,13 @@ def diffuse(x: Pyramid, noise: Pyramid, t: Tensor) -> Pyramid:
 
 # --- 2. The nested network: a flat chain of UNets, each cut open where the next one sits -------
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-ENDS = ("conv2", "out", "inward", "outward", "head")  # last layers of branches; they start at zero
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Set weights to zero: what ends in such a layer changes nothing at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class Residual(nn.Module):
@@ -83,7 +87,7 @@ class Residual(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(32, inputs), conv3(inputs, outputs)
         self.modulation = nn.Linear(EMBEDDING, 2 * outputs)
-        self.norm2, self.conv2 = nn.GroupNorm(32, outputs), conv3(outputs, outputs)
+        self.norm2, self.conv2 = nn.GroupNorm(32, outputs), zero(conv3(outputs, outputs))
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.qkv = nn.GroupNorm(32, width), nn.Conv2d(width, 3 * width, 1)
-        self.out = nn.Conv2d(width, width, 1)
+        self.out = zero(nn.Conv2d(width, width, 1))
 
     def forward(self, h: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, HEADS, -1)).transpose(3, 4)
@@ -107,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, its attention layers and, on the way up, the step to twice the side."""
+    """A residual block, its attention layers and, with `up`, the step to twice the side."""
 
     def __init__(self, inputs: int, outputs: int, attention: int, up: bool = False) -> None:
         super().__init__()
@@ -121,9 +125,9 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """One doll: `encode` on the way in, `decode` on the way out, the coarser dolls in between."""
+    """A UNet cut open in the middle, where the coarser levels go: `encode`, then `decode`."""
 
-    def __init__(self, doll: Doll, coarse_width: int | None) -> None:
+    def __init__(self, doll: Doll) -> None:
         super().__init__()
         width, skips = doll.widths[0], [doll.widths[0]]
         layers = nn.Linear(EMBEDDING // 4, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING)
@@ -137,34 +141,27 @@ class Level(nn.Module):
                 self.encoder.append(Block(width, wide, doll.attention[depth]))
                 width = wide
                 skips.append(width)
-        self.inward = conv3(width, coarse_width) if coarse_width else nn.Identity()
-        self.outward = conv3(coarse_width, width) if coarse_width else None
+        self.core = width  # the width in the middle
         for depth, wide in reversed(list(enumerate(doll.widths))):
             for left in reversed(range(doll.blocks[depth] + 1)):  # a block for every skip
                 up = depth > 0 and left == 0
                 self.decoder.append(Block(width + skips.pop(), wide, doll.attention[depth], up))
                 width = wide
-        self.norm, self.head = nn.GroupNorm(32, width), conv3(width, 3 * PATCH**2)
-        for name, parameter in self.named_parameters():
-            if name.split(".")[-2] in ENDS:  # a new doll is a no-op to the coarser ones
-                nn.init.zeros_(parameter)
+        self.norm, self.head = nn.GroupNorm(32, width), zero(conv3(width, 3 * PATCH**2))
 
-    def encode(self, z: Tensor, finer: Tensor | None, t: Tensor, label: Tensor) -> tuple:
-        """Features for the coarser doll; then what `decode` needs."""
+    def encode(self, z: Tensor, finer: Tensor | float, t: Tensor, label: Tensor) -> tuple:
+        """The features in the middle, and what `decode` needs. `finer` is the finer level's."""
         waves = torch.exp(-math.log(10_000) * torch.arange(EMBEDDING // 8) / (EMBEDDING // 8))
         angles = (1000 * t - 1).float()[:, None] * waves
         embedding = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + label)
-        h = self.stem(F.pixel_unshuffle(z, PATCH))
-        skips = [h if finer is None else h + finer]
+        skips = [self.stem(F.pixel_unshuffle(z, PATCH)) + finer]
         for layer in self.encoder:
-            h = skips[-1]
-            skips += [layer(h, embedding) if isinstance(layer, Block) else layer(h)]
-        return self.inward(skips[-1]), (skips, embedding)
+            skips += [layer(skips[-1], embedding) if isinstance(layer, Block) else layer(skips[-1])]
+        return skips[-1], (skips, embedding)
 
-    def decode(self, trail: tuple, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features for the finer doll; then this level's prediction."""
+    def decode(self, h: Tensor, trail: tuple) -> tuple[Tensor, Tensor]:
+        """The features before the head, and the prediction, from features in the middle."""
         skips, embedding = trail
-        h = skips[-1] if self.outward is None else skips[-1] + self.outward(coarser)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), embedding)
         return h, F.pixel_shuffle(self.head(F.silu(self.norm(h))), PATCH)
@@ -176,37 +173,42 @@ class NestedUNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conditioner = nn.ModuleDict({"label": nn.Embedding(CLASSES + 1, EMBEDDING)})
-        self.levels: Any = nn.ModuleList()  # of Level
-        self.grow()
+        self.levels: Any = nn.ModuleList([Level(NEST[0])])
+        self.adapters: Any = nn.ModuleDict()  # by the number of the finer level
 
-    def grow(self) -> Level:
-        """Append the next doll; the others go on computing exactly what they did (Section 3.3)."""
-        depth = len(self.levels)
-        level = Level(NEST[depth], NEST[depth - 1].widths[0] if depth else None)
+    def grow(self) -> list[nn.Parameter]:
+        """Append the next level; the others go on computing exactly the same (Section 3.3)."""
+        level, coarse = Level(NEST[len(self.levels)]), NEST[len(self.levels) - 1].widths[0]
+        ways = {"inward": conv3(level.core, coarse), "outward": conv3(coarse, level.core)}
+        self.adapters[str(len(self.levels))] = adapter = zero(nn.ModuleDict(ways))
         self.levels.append(level)
-        return level
+        return [*adapter.parameters(), *level.parameters()]
 
     def forward(self, z: Pyramid, t: Tensor, labels: Tensor) -> Pyramid:
-        """An estimate of the clean picture on every level, each made from all of z."""
-        label = self.conditioner["label"](labels)
-        finer, trails = None, []
-        for level, z_r in zip(reversed(self.levels), reversed(z), strict=True):  # inwards
-            finer, trail = level.encode(z_r, finer, t, label)
+        """An estimate of the clean image on every level, each made from all of z."""
+        label, adapters = self.conditioner["label"](labels), list(self.adapters.values())
+        *coarser, finest = self.levels
+        coarsest, *finer = self.levels
+        h, trail = finest.encode(z[-1], 0.0, t, label)
+        trails = [trail]
+        for level, adapter, z_r in reversed([*zip(coarser, adapters, z[:-1], strict=True)]):
+            h, trail = level.encode(z_r, adapter["inward"](h), t, label)
             trails.append(trail)
-        coarser, predictions = None, []
-        for level, trail in zip(self.levels, reversed(trails), strict=True):  # and back out
-            coarser, x_r = level.decode(trail, coarser)
+        h, x_r = coarsest.decode(h, trails.pop())
+        predictions = [x_r]
+        for level, adapter in zip(finer, adapters, strict=True):  # and back out
+            skips, embedding = trails.pop()
+            h, x_r = level.decode(skips[-1] + adapter["outward"](h), (skips, embedding))
             predictions.append(x_r)
         return tuple(predictions)
 
 
 # --- 3. Learning: one loss over all levels, and a nest that grows ------------------------------
 def joint_loss(net: NestedUNet, x: Pyramid, labels: Tensor, t: Tensor, noise: Pyramid) -> Tensor:
-    """The loss of each level; what is minimised is their sum, Eq. 3.
+    """The loss of each level. Training minimises their sum, Eq. 3.
 
-    Eq. 3 sums over pixels with level weights N_R / N_r, which is to say: a mean over pixels and
-    equal weights. An x-error counts min(1 / sigma^2, 10), as in v-prediction but capped where the
-    picture is nearly clean and there is little left to learn.
+    Eq. 3 sums over pixels with level weights N_R / N_r: that is a mean over pixels and equal
+    weights. An x-error counts min(1 / sigma^2, 10): as in v-prediction, but capped at low noise.
     """
     losses = []
     for level, predicted in enumerate(net(diffuse(x, noise, t), t, labels)):
@@ -222,7 +224,7 @@ def train(steps: int, batch: int = 32, lr: float = 1e-3) -> tuple[NestedUNet, li
     optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(total):
         if step > 0 and step % steps == 0:
-            optimizer.add_param_group({"params": net.grow().parameters()})
+            optimizer.add_param_group({"params": net.grow()})
         for group in optimizer.param_groups:  # constant, then down to zero over the last fifth
             group["lr"] = lr * min(1.0, 5 * (1 - step / total))
         labels = torch.randint(CLASSES, (batch,))
@@ -241,17 +243,17 @@ def train(steps: int, batch: int = 32, lr: float = 1e-3) -> tuple[NestedUNet, li
     return net.eval(), history
 
 
-# --- 4. Sampling: from noise on every level to pictures on every level -------------------------
+# --- 4. Sampling: from noise on every level to images on every level ---------------------------
 @torch.no_grad()
 def sample(net: NestedUNet, labels: Tensor, z: Pyramid, steps: int, guidance: float) -> Pyramid:
-    """DDIM from z, pure noise on every level. Given the estimates, each level steps by itself."""
+    """DDIM from z, pure noise on every level. Given the estimates, each level steps alone."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for step in range(steps):
         t = times[step].expand(len(labels)).float()
-        told, untold = net(z, t, labels), net(z, t, torch.full_like(labels, HIDDEN))
+        with_class, without = net(z, t, labels), net(z, t, torch.full_like(labels, HIDDEN))
         following = []
-        for level, (z_r, c, u) in enumerate(zip(z, told, untold, strict=True)):
-            x_r = (u + guidance * (c - u)).clamp(-1, 1)  # what the class adds, exaggerated
+        for level, (z_r, c, u) in enumerate(zip(z, with_class, without, strict=True)):
+            x_r = (u + guidance * (c - u)).clamp(-1, 1)  # exaggerate what the class adds
             (alpha_t, alpha_s), (sigma_t, sigma_s) = alpha_sigma(times[step : step + 2], level)
             noise_r = (z_r - alpha_t * x_r) / sigma_t  # Eq. 2 solved for the noise ...
             following.append(alpha_s * x_r + sigma_s * noise_r)  # ... and used again at s < t
@@ -259,7 +261,7 @@ def sample(net: NestedUNet, labels: Tensor, z: Pyramid, steps: int, guidance: fl
     return z
 
 
-# --- 5. A toy data set, a strip of pictures, and the run ---------------------------------------
+# --- 5. A toy data set, a strip of images, and the run -----------------------------------------
 def draw(labels: Tensor) -> Tensor:
     """Discs, squares and triangles in four colours, anywhere on white, in [-1, 1]."""
     side, b = NEST[-1].side, len(labels)
@@ -275,15 +277,14 @@ def draw(labels: Tensor) -> Tensor:
 
 
 def write_ppm(path: Path, rows: Pyramid, zoom: int = 96) -> None:
-    """Rows of pictures of any resolution as one PPM, a format that needs no library."""
+    """Write rows of images of any resolution as one PPM, a format that needs no library."""
     wide = [torch.cat(list(F.interpolate(row, size=(zoom, zoom))), dim=2) for row in rows]
-    pixels = ((torch.cat(wide, dim=1) + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0)
-    header = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
-    path.write_bytes(header + bytes(pixels.flatten().int().tolist()))
+    pixels = ((torch.cat(wide, dim=1) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    path.write_bytes(b"P6 %d %d 255\n" % pixels.shape[1::-1] + bytes(pixels.flatten().tolist()))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Matryoshka diffusion on coloured shapes.")
+    parser = argparse.ArgumentParser(description="Matryoshka diffusion on coloured shapes")
     parser.add_argument("--steps", type=int, default=400, help="training steps at each depth")
     parser.add_argument("--out", type=Path, default=Path("minimal_matryoshka.ppm"))
     options = parser.parse_args(arguments)
@@ -292,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     labels = torch.arange(CLASSES)
     noise = tuple(torch.randn(CLASSES, 3, doll.side, doll.side) for doll in NEST)
     write_ppm(options.out, (draw(labels), *sample(net, labels, noise, 25, 1.5)))
-    print(f"{options.out}: a real picture of each class, then samples, from coarse to fine")
+    print(f"{options.out}: an image of each class, then samples of it, from coarse to fine")
 
 
 if __name__ == "__main__":

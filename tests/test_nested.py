@@ -13,7 +13,15 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, MicroConfig, ModelConfig, TextConfig
 from matryoshka_diffusion.nn.layers import sinusoid
 from matryoshka_diffusion.nn.level import Level
-from matryoshka_diffusion.nn.nested import NestedUNet, check_extends, grow, level_of
+from matryoshka_diffusion.nn.nested import (
+    NestedUNet,
+    check_extends,
+    first_name,
+    grow,
+    in_walk_order,
+    level_of,
+    renamed,
+)
 from matryoshka_diffusion.pyramid import Pyramid, ragged
 from matryoshka_diffusion.schedule import alpha_sigma
 
@@ -160,7 +168,8 @@ def test_growing_keeps_every_weight_and_adds_only_the_new_levels(small: int, lar
     after = grow(net, nest(large, text=TEXT)).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     new = {".".join(key.split(".")[:2]) for key in after.keys() - before.keys()}
-    assert new == {f"levels.{place}" for place in range(small, large)}
+    places = range(small, large)
+    assert new == {f"{part}.{place}" for part in ("levels", "adapters") for place in places}
 
 
 def test_a_level_starts_the_same_whatever_it_is_nested_on():
@@ -418,10 +427,10 @@ def test_input_scaling_analytic_brings_noisy_pictures_to_unit_variance():
 
 def test_time_enters_as_the_step_or_as_the_levels_own_log_snr():
     t = torch.tensor([0.001, 0.5, 1.0])
-    steps = level()._steps(t)
+    steps = level().time_steps(t)
     torch.testing.assert_close(steps, torch.tensor([0.0, 499.0, 999.0]))
     shifted = level(shift_ratio=4.0, model={"time_input": "log-snr"})
-    own = shifted._steps(torch.tensor([0.0, 0.5, 1.0]))
+    own = shifted.time_steps(torch.tensor([0.0, 0.5, 1.0]))
     log_snr = shifted.schedule.log_snr(torch.tensor([0.5, 1.0]))
     assert own[0] == 0.0
     torch.testing.assert_close(own[1:], 500 - 25 * log_snr)
@@ -491,3 +500,32 @@ def test_a_parameters_level_is_the_one_it_came_with():
     assert {level_of(name) for name, _ in whole.named_parameters()} == {0, 1, 2}
     with pytest.raises(AssertionError, match="wrapped"):
         level_of("module.levels.1.head.weight")
+
+
+# --- names of version 0.1.0 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "present"),
+    [
+        ("levels.2.inward.weight", "adapters.2.inward.weight"),
+        ("net.levels.1.outward.bias", "net.adapters.1.outward.bias"),
+        ("0.05/weights/levels.1.inward.bias", "0.05/weights/adapters.1.inward.bias"),
+        ("levels.0.image_time.2.weight.exp_avg", "levels.0.micro.coarse_time.2.weight.exp_avg"),
+        ("levels.0.stem.weight", "levels.0.stem.weight"),
+    ],
+)
+def test_a_first_name_has_one_present_name(first: str, present: str):
+    assert renamed(first) == renamed(present) == present
+    assert first_name(present) == first_name(first) == first
+
+
+def test_the_walk_meets_an_adapter_between_the_halves_of_its_level():
+    net = NestedUNet(nest())
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    order = [names[id(parameter)] for parameter in in_walk_order(net)]
+    assert sorted(order) == sorted(names.values())
+    assert [level_of(name) for name in order] == sorted(level_of(name) for name in order)
+    place = order.index("adapters.1.inward.weight")
+    assert order[place - 1].startswith("levels.1.encoder")
+    assert order[place + 4].startswith("levels.1.decoder")

@@ -21,7 +21,7 @@ from matryoshka_diffusion.runs.prepare import next_frames, next_level
 ROWS, FRAMES = 3, 4
 TEXT = TextConfig(features=12, width=16, layers=1, heads=2)
 TIMES = torch.tensor([0.1, 0.5, 0.9])
-NOTHING = Context(None, None, None, {}, None, None)
+NOTHING = Context(Conditioning())
 
 PICTURE = LevelConfig(
     side=8, widths=(32, 64), blocks=(1, 1), attention=(0, 1), middle=True, heads=4

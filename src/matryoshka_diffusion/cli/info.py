@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from matryoshka_diffusion.nn.costs import (
     training_bytes,
 )
 from matryoshka_diffusion.nn.lora import attach
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, level_of
 from matryoshka_diffusion.schedule import build_schedules
 
 WORDS = ("level", "size", "widths", "blocks", "attention")
@@ -30,6 +31,10 @@ def describe(config: RunConfig) -> str:
     model = config.model
     with torch.device("meta"):
         net = NestedUNet(model)
+    shared = count_parameters(net.conditioner)
+    parameters = Counter({0: -shared})
+    for name, parameter in net.named_parameters():
+        parameters[level_of(name)] += parameter.numel()
     flops = [forward_flops(model, count) for count in range(1, len(model.levels) + 1)]
     moves = any(level.frames for level in model.levels)
     words = WORDS + OF_CLIPS * moves
@@ -46,12 +51,11 @@ def describe(config: RunConfig) -> str:
                 _widths(level),
                 *(_list(values) for values in (level.blocks, level.attention)),
                 *(_list(values) for values in _over_time(level) if moves),
-                f"{count_parameters(net.levels[place]):,}",
+                f"{parameters[place]:,}",
                 f"{own_flops / 1e9:.2f}",
                 f"{schedule.log_snr(half).item():+.2f}",
             )
         )
-    shared = count_parameters(net.conditioner)
     if shared:
         rows.append(_padded(("shared", _condition(model)), words, f"{shared:,}", "", ""))
     total = count_parameters(net)

@@ -16,6 +16,7 @@ from matryoshka_diffusion.codec.folder import moved_codec, refuse_codec, with_ow
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.models.released import converted, read_released
+from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import merge
 from matryoshka_diffusion.train.curriculum import active_model
@@ -148,7 +149,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         raise ConfigError(f"{path}: no valid JSON ({error})") from error
     file = folder / checkpoint.weights_file(config)
     try:
-        weights = load_file(file)
+        weights = {renamed(name): value for name, value in load_file(file).items()}
         _check_adapters(file, config)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error

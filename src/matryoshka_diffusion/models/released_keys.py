@@ -23,9 +23,8 @@ _LEVEL_KEYS = {
     "conv_out": "head",
     "temb_layer1": "time.0",
     "temb_layer2": "time.2",
-    "in_adapter": "inward",
-    "out_adapter": "outward",
 }
+_ADAPTER_KEYS = {"in_adapter": "inward", "out_adapter": "outward"}
 _CONDITIONER_KEYS = {
     "lm_proj": "text.project",
     "cond_emb": "text.pool",
@@ -85,6 +84,8 @@ def _parse(key: str, model: ModelConfig) -> str:
         return f"conditioner.{_CONDITIONER_KEYS[local]}.{parameter}"
     if match := re.fullmatch(r"lm_head\.(\d+)\.(.+)", local):
         return f"conditioner.text.layers.{match[1]}.{_CONDITIONER_KEYS[match[2]]}.{parameter}"
+    if local in _ADAPTER_KEYS:
+        return f"adapters.{place}.{_ADAPTER_KEYS[local]}.{parameter}"
     return f"levels.{place}.{_convert_in_level(local, key, model.levels[place])}.{parameter}"
 
 

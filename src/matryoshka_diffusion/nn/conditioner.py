@@ -1,8 +1,7 @@
-"""What all levels share: text (projected, attended to, pooled), labels, and augmentation."""
+"""The part of the network that all levels share: text, labels and augmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,39 +14,40 @@ from matryoshka_diffusion.nn.layers import TextLayer, zero
 
 
 class Context(NamedTuple):
-    """A `Conditioning` as the levels see it: tokens to attend to, a sum for the time embedding."""
+    """A `Conditioning`, and what the `Conditioner` made of it for the levels.
 
-    tokens: Float[Tensor, "b n d"] | None
-    mask: Bool[Tensor, "b n"] | None
-    embedding: Float[Tensor, "b e"] | None
-    micro: Mapping[str, Float[Tensor, " b"]]
-    image: Float[Tensor, "b c h w"] | None
-    image_t: Float[Tensor, " b"] | None
+    Attributes:
+        cond: the conditions themselves.
+        tokens: text to attend to.
+        mask: True for tokens that attention may see. Without a mask it sees all.
+        embedding: a vector to add to the time embedding.
+    """
+
+    cond: Conditioning
+    tokens: Float[Tensor, "b n d"] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    embedding: Float[Tensor, "b e"] | None = None
 
     def rows(self, count: int) -> Context:
-        """The context of the first `count` rows, those that a finer level holds."""
-        tokens, mask, embedding, image, image_t = (
-            None if part is None else part[:count]
-            for part in (self.tokens, self.mask, self.embedding, self.image, self.image_t)
-        )
-        micro = {name: value[:count] for name, value in self.micro.items()}
-        return Context(tokens, mask, embedding, micro, image, image_t)
+        """The context of the first `count` rows."""
+        first = slice(count)
+        tensors = (self.tokens, self.mask, self.embedding)
+        return Context(self.cond.rows(first), *(None if x is None else x[first] for x in tensors))
 
 
 class Conditioner(nn.Module):
-    """What is known of the pictures of a batch -> `Context`. The nest owns one, levels none."""
+    """Turn a `Conditioning` into a `Context`, once for all levels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.micro = config.micro_names
-        self.coarse = config.coarse
         self.text = TextTower(config.text, config.embedding) if config.text else None
-        # The last row stands for a label that is hidden.
+        # The last row stands for a hidden label.
         self.label = nn.Embedding(config.classes + 1, config.embedding) if config.classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        # Linear and without a bias, so that zeros (nothing was done) add nothing. It is made last,
-        # because that draws numbers, and the weights above must not change with it.
+        # Linear and without a bias, so that an image without augmentation (zeros) adds nothing. It
+        # is built last, because building draws numbers that the weights above must not depend on.
         wide = config.embedding
         self.augment = (
             zero(nn.Linear(AUGMENT_NUMBERS, wide, bias=False)) if config.augment else None
@@ -57,24 +57,29 @@ class Conditioner(nn.Module):
         """Raises ValueError if a condition that the network was built for is missing."""
         if missing := self.micro - cond.micro.keys():
             raise ValueError(f"this network is conditioned on {min(missing)}: add it to micro")
-        if self.coarse is not None and (cond.image is None or cond.image_t is None):
-            raise ValueError("this network is an upsampler, but image or image_t is None")
         tokens = mask = embedding = None
         if self.text is not None:
             tokens, mask, embedding = self.text(cond)
-        if self.label is not None:
-            if cond.labels is None:
-                raise ValueError("this network is conditioned on classes, but labels is None")
-            hidden = self.label.num_embeddings - 1
-            labels = cond.labels
-            if cond.dropped is not None:
-                labels = torch.where(cond.dropped, hidden, labels)
-            label = self.label(labels)
-            embedding = label if embedding is None else embedding + label
-        if self.augment is not None and cond.augment is not None:
-            told = self.augment(cond.augment)
-            embedding = told if embedding is None else embedding + told
-        return Context(tokens, mask, embedding, cond.micro, cond.image, cond.image_t)
+        for part in (self._label(cond), self._augment(cond)):
+            if part is not None:
+                embedding = part if embedding is None else embedding + part
+        return Context(cond, tokens, mask, embedding)
+
+    def _label(self, cond: Conditioning) -> Float[Tensor, "b e"] | None:
+        if self.label is None:
+            return None
+        if cond.labels is None:
+            raise ValueError("this network is conditioned on classes, but labels is None")
+        hidden = self.label.num_embeddings - 1
+        dropped = cond.dropped
+        return self.label(
+            cond.labels if dropped is None else torch.where(dropped, hidden, cond.labels)
+        )
+
+    def _augment(self, cond: Conditioning) -> Float[Tensor, "b e"] | None:
+        if self.augment is None or cond.augment is None:
+            return None
+        return self.augment(cond.augment)
 
 
 class TextTower(nn.Module):
@@ -89,15 +94,15 @@ class TextTower(nn.Module):
         )
         self.pool = nn.Linear(config.width, embedding, bias=False)
         self.null = nn.Parameter(torch.randn(config.features)) if config.learned_null else None
-        # Keep the variance of the features, which torch's default divides by three in each of the
-        # two layers, so that a caption starts about as loud as the time it is added to.
+        # These two layers keep the variance of the features. Torch's default divides it by three
+        # in each, and a caption would start much quieter than the time that it is added to.
         for linear in (self.project, self.pool):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(
         self, cond: Conditioning
     ) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"] | None, Float[Tensor, "b e"]]:
-        """Tokens, the mask that attention obeys (None: attend to all), pooled embedding."""
+        """Tokens, the mask for attention (None: attend to all), and the pooled embedding."""
         if cond.tokens is None:
             raise ValueError("this network is conditioned on text, but tokens is None")
         tokens, mask = self._with_null(cond)
@@ -105,14 +110,14 @@ class TextTower(nn.Module):
         tokens = self.project(tokens)
         for layer in self.layers:
             tokens = layer(tokens, attention_mask)
-        # The released models average over padding where their text layers attended to it.
+        # The released models average over padding if their text layers attended to it.
         pool_mask = mask if self.masked or not self.layers else torch.ones_like(mask)
         weight = pool_mask.to(tokens) / pool_mask.sum(1, keepdim=True)
         pooled = self.pool(torch.einsum("bn,bnd->bd", weight, tokens))
         return tokens, attention_mask, pooled
 
     def _with_null(self, cond: Conditioning) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
-        """Replace dropped rows by the one learned null token."""
+        """Replace the text of dropped rows by the learned null token."""
         assert cond.tokens is not None
         tokens = cond.tokens
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)

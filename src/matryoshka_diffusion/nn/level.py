@@ -1,4 +1,4 @@
-"""One doll of the nest: a UNet cut open in the middle, where the coarser doll goes."""
+"""One level of the nest: a UNet cut open in the middle, where the coarser levels go."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
 
 
 class Trail(NamedTuple):
-    """What `encode` leaves behind for `decode`; each frame of a clip is one of n rows."""
+    """Features and conditions that `encode` keeps for `decode`; each frame of a clip is a row."""
 
-    features: Float[Tensor, "n c y x"]
-    skips: tuple[Tensor, ...]
+    skips: tuple[Float[Tensor, "n _ _ _"], ...]
     embedding: Float[Tensor, "b e"]
     context: Context
 
+    @property
+    def core(self) -> Float[Tensor, "n c y x"]:
+        """The features at the end of the encoder."""
+        return self.skips[-1]
+
 
 class Level(nn.Module):
-    """A level of the nest: `encode` on the way in, `decode` on the way out.
+    """A UNet in two halves: `encode` down to the core, `decode` from there to the prediction.
 
-    Inside, each frame of a clip is a row of its own; what works over time says so. `coarse_width`
-    is the width of the next coarser doll's stem, which `inward` feeds and `outward` hears back
-    from. The coarsest level has none: there `inward` is the identity and `middle` may
-    hold blocks. It is also the one that sees an upsampler's coarse picture, beside its own input,
-    so that growing, which adds finer levels, changes nothing about that.
+    Between the blocks each frame of a clip is a row of its own; only the layers of `temporal` put
+    the frames of a clip together.
+
+    `inputs` is the number of channels of what `encode` takes, `model.channels` that of what
+    `decode` predicts.
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        config: LevelConfig,
-        schedule: NoiseSchedule,
-        coarse_width: int | None,
+        self, model: ModelConfig, config: LevelConfig, schedule: NoiseSchedule, inputs: int
     ) -> None:
         super().__init__()
         self.config = config
@@ -68,54 +68,56 @@ class Level(nn.Module):
         self.micro = nn.ModuleDict(
             {micro.name: mlp(self.frequencies, model.embedding) for micro in config.micro}
         )
-        nested = coarse_width is not None
-        upsamples = model.coarse is not None and not nested
-        self.image_time = mlp(self.frequencies, model.embedding) if upsamples else None
-        pixels = model.channels * config.patch**2
         self.unshuffle = Unshuffle(config.patch)
-        self.stem = conv3(2 * pixels if upsamples else pixels, config.widths[0])
-        self.encoder, skips = build_encoder(model, config)
-        core = skips[-1]
-        self.inward = zero(conv3(core, coarse_width)) if nested else nn.Identity()
-        self.outward = zero(conv3(coarse_width, core)) if nested else None
-        self.middle = build_middle(model, config, core)
-        self.decoder = build_decoder(model, config, skips)
+        self.stem = conv3(inputs * config.patch**2, config.widths[0])
+        self.encoder, self.skip_widths = build_encoder(model, config)
+
+    def add_decoder(self, model: ModelConfig) -> None:
+        """Build the second half. The nest draws other weights between the two."""
+        config = self.config
+        self.middle = build_middle(model, config, self.core_width)
+        self.decoder = build_decoder(model, config, self.skip_widths)
         self.norm = norm(config.widths[0])
-        self.head = zero(conv3(config.widths[0], pixels))
+        self.head = zero(conv3(config.widths[0], model.channels * config.patch**2))
         self.shuffle = Shuffle(config.patch)
+
+    @property
+    def core_width(self) -> int:
+        """Channels of the features between `encode` and `decode`."""
+        return self.skip_widths[-1]
 
     def encode(
         self,
-        z: Float[Tensor, "b c *grid"],
-        finer: Float[Tensor, "f k y x"] | None,
+        x: Float[Tensor, "b i *grid"],
         t: Float[Tensor, " a"],
         context: Context,
+        finer: Float[Tensor, "f k y x"] | None = None,
     ) -> tuple[Float[Tensor, "n k2 y2 x2"], Trail]:
-        """Features for the next coarser level, and the trail that `decode` needs.
+        """The features at the core, and the trail that `decode` needs.
 
-        `finer` are the features that the next finer level sends in. It may hold fewer rows than
-        `z`, and `z` fewer than `t`: finer levels hold the first rows of the batch.
+        Args:
+            x: noisy images at unit scale (`scale`).
+            t: times of these rows, and perhaps of more.
+            context: conditions of the same rows as `t`.
+            finer: features to add after the stem. They may have fewer rows.
         """
-        rows = len(z)
-        t, context = t[:rows], context.rows(rows)
-        embedding = self.embed(t, context)
-        scaled = self._beside_coarse(self.scale(z, t), context)
-        h = self.stem(self.unshuffle(frames_as_rows(scaled)))
+        rows = len(x)
+        context = context.rows(rows)
+        embedding = self.embed(t[:rows], context)
+        h = self.stem(self.unshuffle(frames_as_rows(x)))
         if finer is not None:
             h = h + pad_rows(finer, len(h))
         skips = [h]
         for layer in self.encoder:
             h = self._run(layer, h, embedding, context)
             skips.append(h)
-        return self.inward(h), Trail(h, tuple(skips), embedding, context)
+        return h, Trail(tuple(skips), embedding, context)
 
     def decode(
-        self, trail: Trail, coarser: Float[Tensor, "a k y x"] | None
+        self, h: Float[Tensor, "m k y x"], trail: Trail
     ) -> tuple[Float[Tensor, "n k2 y2 x2"], Float[Tensor, "b c *grid"]]:
-        """Features for the next finer level, and this level's prediction."""
-        h, skips, embedding, context = trail
-        if self.outward is not None and coarser is not None:
-            h = h + self.outward(coarser[: len(h)])
+        """The features before the head, and this level's prediction, from those at the core."""
+        skips, embedding, context = trail
         for block in self.middle:
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
@@ -123,53 +125,44 @@ class Level(nn.Module):
         predicted = self.shuffle(self._run(self._predict, h))
         return h, rows_as_frames(predicted, self.config.frames)
 
-    def _beside_coarse(self, z: Float[Tensor, "b c *grid"], context: Context) -> Tensor:
-        """What the stem sees: the noisy picture and, in an upsampler, the coarse one beside it."""
-        if self.image_time is None or context.image is None:
-            return z
-        return torch.cat([z, context.image], dim=1)
-
     def _predict(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n p y x"]:
-        """The output layer, in the precision of its weights: under autocast too it is float32."""
+        """The output layer in the precision of its weights: also under autocast it is float32."""
         with without_autocast(h.device):
             return self.head(F.silu(self.norm(h.to(self.norm.weight.dtype))))
 
     def _run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`part(*inputs)`, of which a recomputed level keeps only the inputs for its backward."""
+        """`part(*inputs)`. A recomputed level keeps only the inputs for its backward pass."""
         if not self.recomputed:
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False)
 
     def embed(self, t: Float[Tensor, " b"], context: Context) -> Float[Tensor, "b e"]:
         """Time, micro-conditions, label and pooled text as one vector, after its SiLU."""
-        embedding = self.time(sinusoid(self._steps(t), self.frequencies))
+        embedding = self.time(sinusoid(self.time_steps(t), self.frequencies))
         for micro in self.config.micro:
-            value = context.micro[micro.name].float()
+            value = context.cond.micro[micro.name].float()
             value = value * 1000 if micro.ceiling is None else value.clamp(max=micro.ceiling)
             embedding = embedding + self.micro[micro.name](sinusoid(value, self.frequencies))
-        if self.image_time is not None and context.image_t is not None:
-            steps = self._steps(context.image_t)
-            embedding = embedding + self.image_time(sinusoid(steps, self.frequencies))
         if context.embedding is not None:
             embedding = embedding + context.embedding
         return F.silu(embedding)
 
-    def _steps(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Time on the scale 0..999 that the sinusoids are made for."""
+    def time_steps(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Time on the scale -1..1000 that the sinusoids are made for."""
         if self.time_input == "step":
             return 1000.0 * t - 1.0
         # The level's own log-SNR from +20 (clean) to -20 (noise).
         return 500.0 - 25.0 * self.schedule.log_snr(t).clamp(-20.0, 20.0)
 
     def scale(self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"]) -> Tensor:
-        """Bring the input to unit scale, in the way that the level's `input_scaling` names."""
+        """Noisy images brought to unit scale, in the way that `input_scaling` names."""
         if self.config.input_scaling == "none":
             return z
         if self.config.input_scaling == "std":
             axes = tuple(range(1, z.ndim))
             centred = z - z.mean(dim=axes, keepdim=True)
             degrees = math.prod(z.shape[1:]) - 1
-            # Unbiased as torch.std, which warns where a level holds no rows.
+            # The unbiased torch.std, which would warn about a level without rows.
             return z / (centred.square().sum(dim=axes, keepdim=True) / degrees).sqrt()
         alpha, sigma = alpha_sigma(self.schedule.log_snr(t))
         variance = (alpha * self.data_std).square() + sigma.square()
@@ -177,10 +170,10 @@ class Level(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, its attention layers and, in a decoder, the way `up` to the next width.
+    """A residual block, its attention layers and, with `up`, the step to the next width.
 
-    It belongs to the width of `index` of its level, which decides how many layers attend, and over
-    how many frames.
+    `index` is the place of the block's width in the level's `widths`. It decides how many layers
+    attend (unless `attention` says so), and over how many frames.
     """
 
     def __init__(
@@ -225,15 +218,15 @@ def _join(
     embedding: Float[Tensor, "b e"],
     context: Context,
 ) -> Float[Tensor, "m c3 y2 x2"]:
-    """A block of the decoder with what the encoder had left for it."""
+    """A block of the decoder, applied to the features and the encoder's skip together."""
     return block(torch.cat([h, skip], dim=1), embedding, context)
 
 
 class Down(nn.Conv2d):
-    """Divide the side by a strided convolution; it ignores what blocks are conditioned on.
+    """A strided convolution that divides the side. It ignores the conditions that blocks take.
 
-    With stride 1 the side stays and the weights have the same shapes, so a level that halves less
-    is the same network at other resolutions (Appendix D.2).
+    With stride 1 the side stays and the weights have the same shapes. A level that halves less
+    often is therefore the same network at other resolutions (Appendix D.2).
     """
 
     def __init__(self, width: int, stride: int) -> None:
@@ -244,7 +237,7 @@ class Down(nn.Conv2d):
 
 
 class Up(nn.Conv2d):
-    """Multiply the side by repeating pixels, then a convolution; with scale 1 the side stays."""
+    """Multiply the side by repeating pixels, then convolve; with scale 1 the side stays."""
 
     def __init__(self, width: int, scale: int) -> None:
         super().__init__(width, width, 3, padding=1)
@@ -255,7 +248,7 @@ class Up(nn.Conv2d):
 
 
 def build_down(config: LevelConfig, width: int, step: int) -> nn.Module:
-    """What the step down from the width of this index does: to the frames, or else to the side."""
+    """The layer from the width of this index to the next one; it halves the frames or the side."""
     if config.frame_stride(step) > 1:
         return DownFrames(width, config.frames_at(step))
     return Down(width, config.stride(step))
@@ -285,7 +278,7 @@ def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleLis
 
 
 def build_middle(model: ModelConfig, config: LevelConfig, core: int) -> nn.ModuleList:
-    """A block with one attention layer and one without, where nothing coarser is nested."""
+    """A block with one attention layer and one without, if the config asks for a middle."""
     if not config.middle:
         return nn.ModuleList()
     deepest = len(config.widths) - 1

@@ -1,8 +1,13 @@
-"""NestedUNet (Section 3.2): a flat chain of dolls, walked inwards and back out."""
+"""NestedUNet (Section 3.2): a chain of UNets, each sitting in the middle of the next finer one.
+
+The paper's picture is a Russian doll, which is what the project is named after.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,62 +15,114 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ModelConfig
-from matryoshka_diffusion.nn.conditioner import Conditioner
+from matryoshka_diffusion.config import MicroConfig, ModelConfig
+from matryoshka_diffusion.nn.conditioner import Conditioner, Context
+from matryoshka_diffusion.nn.layers import conv3, zero
 from matryoshka_diffusion.nn.level import Level
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.schedule import NoiseSchedule, build_schedules
+
+COARSE_TIME = MicroConfig(name="coarse_time", ceiling=1000.0)
+"""The condition that tells an upsampler how noisy its coarse image is, on the scale of time."""
+
+
+class Adapter(nn.Module):
+    """Convolutions between neighbours: `inward` to the coarser level, `outward` to the finer one.
+
+    Both start at zero, so a new level changes nothing in the levels that it is put around.
+    """
+
+    def __init__(self, coarse: int, fine: int) -> None:
+        super().__init__()
+        self.inward = zero(conv3(fine, coarse))
+        self.outward = zero(conv3(coarse, fine))
 
 
 class NestedUNet(nn.Module):
     """One network that denoises all levels of a pyramid together.
 
     `levels` runs from coarse to fine; one level alone is an ordinary UNet. Initial weights depend
-    on `seed` and on the place in the nest only, so a level starts the same way whether it was
-    there from the start or grown later.
+    only on `seed` and on the place in the nest. A level therefore starts the same, whether it was
+    there from the start or was grown later.
+
+    Attributes:
+        levels: the UNets.
+        adapters: by the number of the finer level, "1" to "R - 1".
+        conditioner: text, labels and augmentation, which all levels share.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        levels: list[Level] = []
+        adapters: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             _seed(seed, "conditioner")
             self.conditioner = Conditioner(config)
-            levels, coarse_width = [], None
-            for place, (level, schedule) in enumerate(
-                zip(config.levels, build_schedules(config), strict=True)
-            ):
+            for place, schedule in enumerate(build_schedules(config)):
                 _seed(seed, "level", place)
-                levels.append(Level(config, level, schedule, coarse_width))
-                coarse_width = level.widths[0]
+                level = _encoding_level(config, place, schedule)
+                if levels:
+                    coarser = levels[-1].config.widths[0]
+                    adapters[str(place)] = Adapter(coarser, level.core_width)
+                level.add_decoder(config)  # after the adapter: weights are drawn in this order
+                levels.append(level)
         # A ModuleList does not say what it is a list of.
         self.levels = cast("Sequence[Level]", nn.ModuleList(levels))
+        self.adapters = nn.ModuleDict(adapters)
 
     def forward(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
-        """One prediction a level.
+        """One prediction for each level.
 
         Args:
             z: noisy pyramid, coarse to fine; a finer level may hold only the first rows.
             t: times in [0, 1], one for each row of the coarsest level.
             cond: conditions of the same rows.
         """
-        context = self.conditioner(cond)
-        finer, trails = None, []
-        for level, z_r in zip(reversed(self.levels), reversed(z), strict=True):  # finest first
-            finer, trail = level.encode(z_r, finer, t, context)
+        x, context = self._inputs(z, t, cond)
+        adapters = cast("Sequence[Adapter]", [*self.adapters.values()])
+        *coarser, finest = self.levels
+        coarsest, *finer = self.levels
+        h, trail = finest.encode(x[-1], t, context)
+        trails = [trail]
+        for level, adapter, x_r in reversed([*zip(coarser, adapters, x[:-1], strict=True)]):
+            h, trail = level.encode(x_r, t, context, finer=adapter.inward(h))
             trails.append(trail)
-        coarser, predictions = None, []
-        for level, trail in zip(self.levels, reversed(trails), strict=True):  # and back out
-            coarser, prediction = level.decode(trail, coarser)
+        h, prediction = coarsest.decode(h, trails.pop())
+        predictions = [prediction]
+        for level, adapter in zip(finer, adapters, strict=True):  # and back out
+            trail = trails.pop()
+            h = trail.core + adapter.outward(h[: len(trail.core)])
+            h, prediction = level.decode(h, trail)
             predictions.append(prediction)
         return tuple(predictions)
 
-    def recompute(self, levels: Collection[int]) -> None:
-        """From now on keep little of `levels` for the backward pass, which computes it again.
+    def _inputs(
+        self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning
+    ) -> tuple[list[Tensor], Context]:
+        """The noisy images at unit scale, and the context that all levels share.
 
-        What is kept are the features between blocks. Loss and gradients stay the same bits, for
-        one more forward pass through these levels.
+        An upsampler's coarse image goes to the coarsest level: as further channels beside the
+        noisy ones, with the time of its noise as one more condition. Growing adds finer levels, so
+        it does not change this.
+
+        Raises:
+            ValueError: the network is an upsampler, and the coarse image or its time is missing.
+        """
+        x = [level.scale(z_r, t[: len(z_r)]) for level, z_r in zip(self.levels, z, strict=True)]
+        if self.config.coarse is not None:
+            if cond.image is None or cond.image_t is None:
+                raise ValueError("this network is an upsampler, but image or image_t is None")
+            x[0] = torch.cat([x[0], cond.image], dim=1)
+            time = self.levels[0].time_steps(cond.image_t)
+            cond = replace(cond, micro={**cond.micro, COARSE_TIME.name: time})
+        return x, self.conditioner(cond)
+
+    def recompute(self, levels: Collection[int]) -> None:
+        """Trade time for memory in `levels`: their backward pass computes the blocks again.
+
+        Only the features between blocks are kept. Loss and gradients stay the same bits.
         """
         for place, level in enumerate(self.levels):
             level.recomputed = place in levels
@@ -74,27 +131,18 @@ class NestedUNet(nn.Module):
 def grow(net: NestedUNet, config: ModelConfig, seed: int = 0) -> NestedUNet:
     """A deeper nest that computes the same: every weight is kept, new levels are put around.
 
-    The adapters between levels start at zero, so the coarse predictions are bit-equal to before;
-    the new parameters are exactly those of the new levels (Section 3.3, progressive training).
+    The adapters of new levels start at zero, so the coarse predictions are bit-equal to before.
+    New parameters belong to new levels only (Section 3.3, progressive training).
 
     Raises:
-        ValueError: `config` is no extension of the network's own.
+        ValueError: `config` does not extend the network's own config.
     """
     check_extends(net.config, config)
     grown = NestedUNet(config, seed).to(next(net.parameters()))  # its device and its precision
     missing, unexpected = grown.load_state_dict(net.state_dict(), strict=False)
-    kept = len(net.levels)
-    new = tuple(f"levels.{place}." for place in range(kept, len(config.levels)))
     assert not unexpected
-    assert all(key.startswith(new) for key in missing)
+    assert all(level_of(key) >= len(net.levels) for key in missing)
     return grown.train(net.training)
-
-
-def level_of(name: str) -> int:
-    """The level that a parameter belongs to by its name; what all share came with the coarsest."""
-    part, _, rest = name.partition(".")
-    assert part in ("levels", "conditioner"), f"{name} is of a wrapped network"
-    return int(rest.partition(".")[0]) if part == "levels" else 0
 
 
 def check_extends(small: ModelConfig, large: ModelConfig) -> None:
@@ -115,7 +163,58 @@ def check_extends(small: ModelConfig, large: ModelConfig) -> None:
             raise ValueError(f"cannot grow: model.levels[{place}] differs from the network's")
 
 
+def _encoding_level(model: ModelConfig, place: int, schedule: NoiseSchedule) -> Level:
+    """A level without its decoder. The coarsest one of an upsampler sees the coarse image, too."""
+    config = model.levels[place]
+    if place > 0 or model.coarse is None:
+        return Level(model, config, schedule, inputs=model.channels)
+    config = config.model_copy(update={"micro": (*config.micro, COARSE_TIME)})
+    return Level(model, config, schedule, inputs=2 * model.channels)
+
+
 def _seed(seed: int, *place: object) -> None:
     """Seed torch's generator (inside fork_rng) for one part of the nest."""
     purpose = "initial weights " + " ".join(str(part) for part in place)
     torch.manual_seed(int(stream(seed, purpose).integers(2**63)))
+
+
+# --- names of parameters -------------------------------------------------------------------------
+
+
+def level_of(name: str) -> int:
+    """The level that a parameter came with, by its name; shared parameters came with level 0."""
+    part, place, *_ = name.split(".")
+    assert part in ("levels", "adapters", "conditioner"), f"{name} is of a wrapped network"
+    return 0 if part == "conditioner" else int(place)
+
+
+def renamed(name: str) -> str:
+    """The present name of a tensor that version 0.1.0 may have named; its context may be around.
+
+    Example:
+        >>> renamed("levels.1.inward.weight.exp_avg")
+        'adapters.1.inward.weight.exp_avg'
+    """
+    name = re.sub(r"\blevels\.(\d+)\.(inward|outward)\b", r"adapters.\1.\2", name)
+    return re.sub(r"\blevels\.0\.image_time\b", "levels.0.micro.coarse_time", name)
+
+
+def first_name(name: str) -> str:
+    """The name of a tensor in version 0.1.0: the reverse of `renamed`."""
+    name = re.sub(r"\badapters\.(\d+)\.(inward|outward)\b", r"levels.\1.\2", name)
+    return re.sub(r"\blevels\.0\.micro\.coarse_time\b", "levels.0.image_time", name)
+
+
+def in_walk_order(net: NestedUNet) -> list[nn.Parameter]:
+    """The parameters in the order in which the walk meets them, level by level.
+
+    The norm of all gradients is a sum over them. In another order its last bit may differ.
+    """
+    parts = ("conditioner", "time", "micro", "stem", "encoder", "inward", "outward")  # then others
+
+    def place(name: str) -> tuple[int, int]:
+        met = [parts.index(part) for part in name.split(".") if part in parts]
+        return level_of(name), met[0] if met else len(parts)
+
+    named = sorted(net.named_parameters(), key=lambda item: place(item[0]))
+    return [parameter for _, parameter in named]

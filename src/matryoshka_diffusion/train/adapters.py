@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import ModelConfig, TrainConfig
 from matryoshka_diffusion.nn.lora import attach, merged_state
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, first_name
 from matryoshka_diffusion.train.checkpoint import CheckpointError, check_same, load_network
 from matryoshka_diffusion.train.optim import learnt_parameters
 
@@ -72,9 +72,12 @@ def plain_network(
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A SHA-256 of names, types, shapes and bits, in hexadecimal digits."""
+    """A SHA-256 of names, types, shapes and bits, in hexadecimal digits.
+
+    Names are those of version 0.1.0, because configs hold the hashes that it computed.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
+    for name, value in sorted((first_name(name), value) for name, value in weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

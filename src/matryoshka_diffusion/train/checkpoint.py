@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ModelConfig, RunConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, renamed
 from matryoshka_diffusion.train.world import World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -240,22 +240,23 @@ class Stored(Mapping[str, Tensor]):
     """Tensors in safetensors files, each read when it is asked for and put together of its pieces.
 
     So restoring a run takes the memory of the run and of one tensor, not that of the files, too.
+    Names that version 0.1.0 wrote are given as today's.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._pieces: dict[str, list[tuple[Path, list[int]]]] = {}
+        self._pieces: dict[str, list[tuple[Path, str, list[int]]]] = {}
         for path in files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
-                    piece = (path, file.get_slice(name).get_shape())
-                    self._pieces.setdefault(name, []).append(piece)
+                    piece = (path, name, file.get_slice(name).get_shape())
+                    self._pieces.setdefault(renamed(name), []).append(piece)
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = []
-        for path, _ in self._pieces[name]:
+        for path, stored, _ in self._pieces[name]:
             # Pages of an open file count as memory once they were read, so it is closed again.
             with safe_open(path, "pt") as file:
-                pieces.append(file.get_tensor(name))
+                pieces.append(file.get_tensor(stored))
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
 
     def __iter__(self) -> Iterator[str]:
@@ -266,7 +267,7 @@ class Stored(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """A tensor's shape, without reading it."""
-        first, *rest = (shape for _, shape in self._pieces[name])
+        first, *rest = (shape for *_, shape in self._pieces[name])
         return torch.Size([first[0] + sum(shape[0] for shape in rest), *first[1:]] if first else [])
 
 

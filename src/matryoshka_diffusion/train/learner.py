@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
-from matryoshka_diffusion.nn.nested import NestedUNet, grow, level_of
+from matryoshka_diffusion.nn.nested import NestedUNet, grow, in_walk_order, level_of
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.adapters import build_network, plain_network
@@ -169,7 +169,7 @@ class Learner:
         step, progress = inputs.step, self.progress
         loss = self._gradient(inputs)
         frozen = drop_gradients(self.net, step.frozen)
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
+        norm = nn.utils.clip_grad_norm_(in_walk_order(self.net), self.config.train.clip_norm)
         told = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
         # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
         # norm that each has of the gradient among them, so they decide alike whether to step.

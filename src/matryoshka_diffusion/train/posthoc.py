@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.train.ema_power import exponent
 
 
@@ -148,7 +149,8 @@ class _Snapshot:
             self._file: Any = safe_open(self.path, "pt").__enter__()
         except SafetensorError as error:
             raise ValueError(f"{self.path}: damaged or no safetensors file ({error})") from error
-        self._keys = [key.split("/", 2) for key in self._file.keys()]  # noqa: SIM118
+        self._stored = {renamed(key): key for key in self._file.keys()}  # noqa: SIM118
+        self._keys = [key.split("/", 2) for key in self._stored]
         self.tracks = sorted({float(track) for track, _, _ in self._keys})
         return self
 
@@ -158,10 +160,13 @@ class _Snapshot:
     def ages(self) -> dict[str, int]:
         """How many images each parameter had learnt from."""
         names = [name for track, kind, name in self._keys if kind == "ages"]
-        return {n: int(self._file.get_tensor(f"{self.tracks[0]}/ages/{n}")) for n in names}
+        return {n: int(self._read(f"{self.tracks[0]}/ages/{n}")) for n in names}
 
     def average(self, track: float, name: str) -> Tensor:
-        return self._file.get_tensor(f"{track}/weights/{name}")
+        return self._read(f"{track}/weights/{name}")
 
     def any_average(self, name: str) -> Tensor:
         return self.average(self.tracks[0], name)
+
+    def _read(self, key: str) -> Tensor:
+        return self._file.get_tensor(self._stored[key])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, renamed
 from matryoshka_diffusion.pyramid import Pyramid
 
 
@@ -58,6 +58,11 @@ class MDMNetwork(ModelMixin, ConfigMixin):
                 "to another config or version"
             )
         return network
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        """Rename, in place, what version 0.1.0 exported: diffusers calls this before it loads."""
+        for name in list(state_dict):
+            state_dict[renamed(name)] = state_dict.pop(name)
 
     def forward(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """As `NestedUNet.forward`; with weights of half precision it runs under autocast."""
