@@ -23,9 +23,10 @@ from PIL import Image
 
 from benchmarks.harness import parse, parser, report, take_turns
 from benchmarks.steps import trainer
-from matryoshka_diffusion.data import encoded
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.shards import shards
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.presets import preset
 
 SHARD = 500
@@ -75,13 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for original in given.sides:
             where = Path(folder, str(original))
             where.mkdir()
-            pattern = write_shards(where, given.pictures, original)
+            data = DataConfig(source="shards", path=write_shards(where, given.pictures, original))
             for kind, once in (("on demand", 0), ("decoded once", given.pictures)):
-                with mock.patch.object(encoded, "DECODED_ONCE", once):
-                    loader = Loader(shards(pattern, side, 0.0), seed=0)
+                with mock.patch.multiple(decoded, CACHED_PICTURES=once, THREADS=1):
+                    loader = Loader(open_source(data, side), seed=0)
                 variants[f"loader, {original} px, {kind}"] = _Batches(loader, batch)
-        with mock.patch.object(encoded, "workers", return_value=1):
-            seconds = take_turns(variants, given.repeats, device)
+        seconds = take_turns(variants, given.repeats, device)
     needed = min(statistics.median(seconds[name]) for name in steps)
     rows = [
         {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.costs import kept_bytes
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.curriculum import Step

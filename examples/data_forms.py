@@ -38,7 +38,7 @@ class Item(NamedTuple):
 
 def openmoji_items(side: int, count: int) -> Iterator[Item]:
     """Pictures spread evenly over OpenMoji, in its order."""
-    from matryoshka_diffusion.data.openmoji import openmoji
+    from matryoshka_diffusion.data.emoji import openmoji
 
     source = openmoji(side)
     for place in range(count):

@@ -14,7 +14,7 @@ from benchmarks.harness import commit, machine
 from matryoshka_diffusion.cascade import open_model
 from matryoshka_diffusion.codec.folder import codec_folder
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks.features import NAME
 from matryoshka_diffusion.nn.costs import count_parameters

@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig
 from matryoshka_diffusion.configfile import to_yaml
-from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.eval.run import evaluate
 from matryoshka_diffusion.metrics.networks.inception_net import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -71,29 +70,26 @@ def looks(width: int = 6) -> Any:
     return functools.cache(lambda name: Look(name, width))
 
 
-def source(count: int = 40, side: int = 16) -> Pictures:
-    """Pictures of two classes with captions."""
+def source(count: int = 40, side: int = 16) -> Source:
+    """Images of two classes with captions."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     texts = [f"picture {i}" for i in range(count)]
-    labels = [i % 2 for i in range(count)]
-    return Pictures(
+    return array_source(
         "pictures",
         pictures,
-        range(count),
         texts,
-        [side] * count,
-        [(text,) for text in texts],
-        labels,
-        ("cat", "dog"),
+        captions=[(text,) for text in texts],
+        labels=[i % 2 for i in range(count)],
+        classes=("cat", "dog"),
     )
 
 
-def clips(count: int = 12, frames: int = FRAMES, side: int = 16) -> Pictures:
+def clips(count: int = 12, frames: int = FRAMES, side: int = 16) -> Source:
     """Clips with captions, in the place of a source of videos."""
-    still = source(count, side)
     shape = (count, frames, side, side, 3)
-    shown = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
-    return replace(still, name="clips", array=shown, labels=None, classes=())
+    pixels = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
+    texts = [f"picture {i}" for i in range(count)]
+    return array_source("clips", pixels, texts, captions=[(text,) for text in texts])
 
 
 def model(kind: str = "classes", frames: int | None = None, **train: Any) -> Matryoshka:

@@ -19,8 +19,9 @@ from matryoshka_diffusion.data.augment import (
     augmented,
     draw_augmentation,
 )
-from matryoshka_diffusion.data.batch import Pictures, to_uint8
+from matryoshka_diffusion.data.image import to_uint8
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
@@ -34,9 +35,9 @@ from tiny_run import TinyPictures, encode, tiny_config
 SIDE = 16
 
 
-def toy(count: int = 5, side: int = SIDE) -> Pictures:
+def toy(count: int = 5, side: int = SIDE) -> Source:
     array = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    return Pictures("toy", array, range(count), [str(n) for n in range(count)], [side] * count)
+    return array_source("toy", array, [str(n) for n in range(count)])
 
 
 def tiny_model(**changes) -> ModelConfig:

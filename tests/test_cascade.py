@@ -20,7 +20,7 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import override, to_yaml
-from matryoshka_diffusion.data.given import for_each, read_coarse
+from matryoshka_diffusion.data.folder import for_each, read_coarse
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png

@@ -21,18 +21,15 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.coded import can_store
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.data import clips as clips_module
+from matryoshka_diffusion.data import video as clips_module
+from matryoshka_diffusion.data.augment import Cut, cut_square
 from matryoshka_diffusion.data.bad import NoneUsable
-from matryoshka_diffusion.data.batch import Pictures, Source, to_uint8
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
-from matryoshka_diffusion.data.clips import clip_decoder
-from matryoshka_diffusion.data.crop import Cut, cut_square
-from matryoshka_diffusion.data.encoded import PicturesOnDemand
-from matryoshka_diffusion.data.film import open_film, write_film
+from matryoshka_diffusion.data.image import to_uint8
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import kind_of, open_source, with_source
-from matryoshka_diffusion.data.split import Part, split
-from matryoshka_diffusion.eval.shrunk import Shrunk
+from matryoshka_diffusion.data.source import Source, kind_of, open_source, split, with_source
+from matryoshka_diffusion.data.video import clip_decoder
+from matryoshka_diffusion.eval.shrunk import shrunk
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution, shrink
@@ -86,7 +83,7 @@ def packed(path: Path, members: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize("clip", CHOICES)
 def test_a_folder_is_read_as_one_of_pictures_is(folder, clip):
     source = opened(folder, clip=clip)
-    assert isinstance(source, PicturesOnDemand if clip == "random" else Pictures)
+    assert (source.threads > 1) == (clip == "random")
     assert source.keys == ["0.webp", "1.webp", "2.webp", "3.webp", "deep/4.webp", "deep/5.webp"]
     assert source.captions == [(f"clip {n}", f"number {n}") for n in range(6)]
     assert (source.side, source.frames, source.channels) == (SIDE, FRAMES, 3)
@@ -217,10 +214,9 @@ def test_clips_that_do_not_vary_are_decoded_once(folder, monkeypatch, frames, cr
     cuts = [Cut(n / 6) for n in range(6)]
     options = {"clip": "fixed", "crop": crop}
     once = opened(folder, frames, **options)
-    monkeypatch.setattr(clips_module, "DECODED_ONCE", 0)
+    monkeypatch.setattr(clips_module, "CACHED_BYTES", 0)
     demand = opened(folder, frames, **options)
-    assert isinstance(once, Pictures)
-    assert isinstance(demand, PicturesOnDemand)
+    assert once.threads == 1 < demand.threads
     for a, b in zip(once.many(range(6), cuts), demand.many(range(6), cuts), strict=True):
         assert (a.picture == b.picture).all()
         assert a[1:] == b[1:]
@@ -230,8 +226,7 @@ def test_pictures_and_clips_of_a_set_are_decoded_alike():
     moving, still = (clip_decoder(data("x", clip="fixed"), SIDE, n) for n in (FRAMES, None))
     most = 2**30 // (FRAMES * SIDE**2 * 3)
     for one in (moving, still):
-        assert one.decodes_once(most)
-        assert not one.decodes_once(most + 1)
+        assert one.cached == most
 
 
 def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
@@ -245,22 +240,6 @@ def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
                 opened(folder, **{"clip": "start", **change})
         with pytest.raises(TypeError):
             opened(folder, 3, clip="start")
-
-
-@given(
-    st.lists(st.tuples(st.integers(5, 9), st.integers(5, 9)), min_size=1, max_size=4),
-    st.integers(1, 3),
-)
-def test_a_film_gives_back_the_clips_that_were_written(tmp_path_factory, shapes, frames):
-    path = tmp_path_factory.mktemp("film") / "a.npy"
-    shapes = [(5, w) if h > w else (h, 5) for h, w in shapes]
-    chance = np.random.default_rng(0)
-    written = [chance.integers(0, 256, (frames, *s, 3), dtype=np.uint8) for s in shapes]
-    write_film(path, iter(written), 5, 3, needed=1)
-    film_read = open_film(path, 5, 3, shapes, frames)
-    assert film_read is not None
-    for number, clip in enumerate(written):
-        assert (film_read[number] == clip).all()
 
 
 # --- where a clip begins -----------------------------------------------------------------------
@@ -340,10 +319,9 @@ def test_first_frames_may_be_augmented(folder):
 def test_sources_around_clips_have_clips(folder):
     source = opened(folder, clip="start")
     seen, held_out = split(source, 0.5)
-    assert isinstance(seen, Part)
     assert held_out is not None
     assert seen.frames == held_out.frames == FRAMES
-    small = Shrunk(source, SIDE // 2, FRAMES)
+    small = shrunk(source, SIDE // 2, FRAMES)
     assert (small.frames, small.side) == (FRAMES, 8)
     expected = np.stack([shrink(frame, Resolution(8, 8)) for frame in source[0].picture])
     assert (small[0].picture == expected).all()

@@ -13,8 +13,8 @@ from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
 from matryoshka_diffusion.config import DataConfig, UsageError
-from matryoshka_diffusion.data.clips import open_video
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.source import open_source
+from matryoshka_diffusion.data.video import open_video
 from matryoshka_diffusion.draw import clips
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.files import MissingExtra

@@ -33,9 +33,9 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.data.batch import to_uint8
-from matryoshka_diffusion.data.folder import picture_folder
+from matryoshka_diffusion.data.image import to_uint8
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval.sweep import averaged
 from matryoshka_diffusion.models.diffusers import write_diffusers
@@ -232,7 +232,7 @@ def cached(folder: Path, path: Path) -> CodeCache:
 @pytest.mark.parametrize("flip", [False, True])
 def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tmp_path):
     data = DataConfig(source="folder", path=str(photos), flip=flip)
-    source = picture_folder(photos, 32, 0.01, "centre")
+    source = open_source(DataConfig(source="folder", path=str(photos)), 32)
     cache, fresh = (cached(tiny_codec(), tmp_path / name) for name in ("codes", "empty"))
     told = []
     store_codes(cache, source, data, lambda done, total: told.append((done, total)))

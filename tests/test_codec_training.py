@@ -17,10 +17,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.autoencoder import load_autoencoder
 from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
-from matryoshka_diffusion.config import CodecRunConfig, ConfigError
+from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
 from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
-from matryoshka_diffusion.data.batch import to_float
-from matryoshka_diffusion.data.folder import picture_folder
+from matryoshka_diffusion.data.image import to_float
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs import prepare as job
@@ -97,7 +97,7 @@ def test_it_learns_and_its_codes_have_unit_variance(trained, smooth):
     assert result.measured_on == "16 training pictures"
 
     codec = load_autoencoder(on_codes(out, factor=2, channels=2))
-    source = picture_folder(smooth, 16, 0.01, "centre")
+    source = open_source(DataConfig(source="folder", path=str(smooth)), 16)
     shown = np.stack([example.picture for example in source.many(range(16))])
     x = to_float(shown).permute(0, 3, 1, 2)
     codes = codec.encode(x)

@@ -12,17 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from matryoshka_diffusion.data import encoded
-from matryoshka_diffusion.data.batch import Source, to_uint8
+from matryoshka_diffusion.config import Crop, DataConfig
+from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data.augment import cut_square
 from matryoshka_diffusion.data.check import contact_sheet, describe
-from matryoshka_diffusion.data.crop import cut_square
-from matryoshka_diffusion.data.film import open_film, write_film
-from matryoshka_diffusion.data.folder import picture_folder
-from matryoshka_diffusion.data.images import read_picture
+from matryoshka_diffusion.data.image import read_picture, to_uint8
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.shards import shards
-from matryoshka_diffusion.data.sources import open_source
-from matryoshka_diffusion.data.split import Part
+from matryoshka_diffusion.data.source import Source, open_source
 from matryoshka_diffusion.eval.demo import all_pictures
 from matryoshka_diffusion.runs import prepare as job
 
@@ -51,6 +47,11 @@ def three(tmp_path) -> Path:
     for number, shape in enumerate((WIDE, HIGH, SQUARE)):
         save(tmp_path / "set" / f"{number}.png", noise(*shape, number))
     return tmp_path / "set"
+
+
+def opened(path: Path | str, crop: Crop = "centre") -> Source:
+    kind = "shards" if str(path).endswith(".tar") else "folder"
+    return open_source(DataConfig(source=kind, path=str(path), crop=crop), SIDE)
 
 
 def squares_of(pixels: np.ndarray) -> list[bytes]:
@@ -104,30 +105,12 @@ def test_a_square_is_cut_at_its_place_and_inside(height, width, place):
     assert (found == along[:side, :side]).all()
 
 
-# --- the film --------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(4, 11)), max_size=6))
-def test_a_film_gives_back_what_was_written(tmp_path_factory, longer_sides):
-    shapes = [(4, length) if wide else (length, 4) for wide, length in longer_sides]
-    pictures = [noise(*shape, seed) for seed, shape in enumerate([*shapes, (0, 0), (4, 4)])]
-    path = tmp_path_factory.mktemp("film") / "a.npy"
-    write_film(path, iter(pictures), 4, 3, needed=0)
-    film = open_film(path, 4, 3, [picture.shape[:2] for picture in pictures])
-    assert film is not None
-    assert isinstance(film.rows, np.memmap)
-    assert len(film) == len(pictures)
-    for number, picture in enumerate(pictures):
-        assert film[number].tobytes() == picture.tobytes()
-        assert film[number].shape == picture.shape or not picture.size
-
-
-def test_a_film_that_was_cut_off_is_made_again(three):
-    first = all_pictures(picture_folder(three, SIDE, 0.0, "random"))
-    (path,) = (three.parent / "cache").rglob("*.npy")
+def test_a_cache_that_was_cut_off_is_made_again(three):
+    first = all_pictures(opened(three, crop="random"))
+    (path,) = (three.parent / "cache").rglob("*.bin")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"\.npy is corrupt and is made again"):
-        again = picture_folder(three, SIDE, 0.0, "random")
+    with pytest.warns(UserWarning, match="is corrupt and is made again"):
+        again = opened(three, crop="random")
     assert (all_pictures(again) == first).all()
 
 
@@ -146,13 +129,13 @@ def tarred(folder: Path) -> str:
 
 @pytest.mark.parametrize("form", ["folder", "shards", "shards on demand", "a part of a folder"])
 def test_every_square_along_the_longer_side_is_shown(three, monkeypatch, form):
-    monkeypatch.setattr(encoded, "DECODED_ONCE", 0 if "demand" in form else 3)
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0 if "demand" in form else 3)
     if form.startswith("shards"):
-        source: Source = shards(tarred(three), SIDE, 0.0, "random")
+        source: Source = opened(tarred(three), crop="random")
     else:
-        source = picture_folder(three, SIDE, 0.0, "random")
+        source = opened(three, crop="random")
     if form.startswith("a part"):
-        source = Part(source, [0, 1, 2])
+        source = source.part([0, 1, 2])
     batch = Loader(source, 0, crop="random").batch(range(900))
     shown = to_uint8(batch.picture).permute(0, 2, 3, 1).contiguous().numpy()
     for key, shape in zip(source.keys, (WIDE, HIGH, SQUARE), strict=True):
@@ -166,9 +149,9 @@ def test_every_square_along_the_longer_side_is_shown(three, monkeypatch, form):
 
 def test_once_and_on_demand_are_the_same_under_a_random_crop(three, monkeypatch):
     path = tarred(three)
-    once = Loader(shards(path, SIDE, 0.0, "random"), 3, crop="random").batch(range(5, 25))
-    monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
-    on_demand = Loader(shards(path, SIDE, 0.0, "random"), 3, crop="random").batch(range(5, 25))
+    once = Loader(opened(path, crop="random"), 3, crop="random").batch(range(5, 25))
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+    on_demand = Loader(opened(path, crop="random"), 3, crop="random").batch(range(5, 25))
     assert (once.picture == on_demand.picture).all()
     assert once.keys == on_demand.keys
 
@@ -177,7 +160,7 @@ def test_once_and_on_demand_are_the_same_under_a_random_crop(three, monkeypatch)
 def test_a_random_crop_belongs_to_its_sample(tmp_path_factory, seed, first, cut):
     folder = tmp_path_factory.mktemp("set")
     save(folder / "a.png", noise(*WIDE))
-    source = picture_folder(folder, SIDE, 0.0, "random")
+    source = opened(folder, crop="random")
     whole = Loader(source, seed, crop="random").batch(range(first, first + 9)).picture
     parts = [
         Loader(source, seed, crop="random").batch(range(*span)).picture
@@ -200,7 +183,7 @@ def test_a_config_asks_for_the_crop_and_everything_else_sees_squares(three):
 
 
 def test_centre_is_the_default_and_draws_nothing(three):
-    source = picture_folder(three, SIDE, 0.0)
+    source = opened(three)
     assert job.find_config("folder-64", str(three), []).data.crop == "centre"
     plain, again = (Loader(source, seed).batch(range(3)) for seed in (0, 0))
     assert (plain.picture == again.picture).all()

@@ -23,19 +23,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
-from matryoshka_diffusion.data import decoded as decoded_module
-from matryoshka_diffusion.data import folder as folder_module
-from matryoshka_diffusion.data import idx, images
-from matryoshka_diffusion.data.batch import Pictures, Source, read_all, to_float, to_uint8
+from matryoshka_diffusion.data import bad as folder_module
+from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data import fashion_mnist as idx
+from matryoshka_diffusion.data import image as images
 from matryoshka_diffusion.data.check import describe
-from matryoshka_diffusion.data.decoded import decode_once
-from matryoshka_diffusion.data.film import open_film
-from matryoshka_diffusion.data.folder import picture_folder
-from matryoshka_diffusion.data.images import Picture, PictureError, read_picture
-from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.openmoji import openmoji
-from matryoshka_diffusion.data.sources import open_source
-from matryoshka_diffusion.data.store import look_ahead, stored_pictures
+from matryoshka_diffusion.data.emoji import openmoji
+from matryoshka_diffusion.data.image import PictureError, read_picture, to_float, to_uint8
+from matryoshka_diffusion.data.loader import Loader, look_ahead
+from matryoshka_diffusion.data.source import Source, array_source, open_source, read_all
 from matryoshka_diffusion.files import UnreadableError
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
@@ -51,18 +47,21 @@ def picture(path: Path, size: tuple[int, int] = (20, 20), colour=RED, **options)
     return path
 
 
-def toy(count: int, side: int = 4, captions=None) -> Pictures:
+def toy(count: int, side: int = 4, captions=None) -> Source:
     array = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    return Pictures(
+    return array_source(
         name="toy",
         array=array,
-        rows=range(count),
         keys=[f"key {n}" for n in range(count)],
         original_sides=[10 + n for n in range(count)],
         captions=captions or [(f"one of {n}", f"two of {n}") for n in range(count)],
         labels=[n % 2 for n in range(count)],
         classes=("even", "odd"),
     )
+
+
+def picture_folder(path, side, share=0.01) -> Source:
+    return open_source(DataConfig(source="folder", path=str(path), max_bad_fraction=share), side)
 
 
 def captions_of(source: Source) -> dict[str, tuple[str, ...]]:
@@ -87,10 +86,12 @@ def test_numbers_are_rounded_and_clamped():
 
 @pytest.mark.parametrize(("frames", "sizes"), [((), [64, 64, 2]), ((30,), [2] * 65)])
 def test_all_is_read_64_pictures_or_frames_at_a_time(frames, sizes, monkeypatch):
-    source = replace(toy(130), array=np.zeros((130, *frames, 4, 4, 3), np.uint8))
-    read, many = [], Pictures.many
+    source = array_source(
+        "x", np.zeros((130, *frames, 4, 4, 3), np.uint8), [str(n) for n in range(130)]
+    )
+    read, many = [], Source.many
     monkeypatch.setattr(
-        Pictures, "many", lambda self, rows: read.append(len(rows)) or many(self, rows)
+        Source, "many", lambda self, rows: read.append(len(rows)) or many(self, rows)
     )
     assert [example.key for example in read_all(source, range(130))] == source.keys
     assert read == sizes
@@ -152,7 +153,7 @@ def test_a_batch_holds_what_the_source_says():
     rows = [source.keys.index(key) for key in batch.keys]
     assert torch.equal(
         to_uint8(batch.picture),
-        torch.tensor(np.stack([source.array[row] for row in rows])).permute(0, 3, 1, 2),
+        torch.tensor(np.stack([source[row].picture for row in rows])).permute(0, 3, 1, 2),
     )
     assert batch.picture.is_contiguous()
     assert batch.labels is not None
@@ -187,7 +188,7 @@ def test_a_loader_shows_pictures_as_the_config_of_the_data_says(tmp_path):
 
 
 def test_a_source_without_words_or_classes_gives_empty_captions_and_no_labels():
-    source = Pictures("bare", np.zeros((2, 4, 4, 1), np.uint8), range(2), ["a", "b"], [4, 4])
+    source = array_source("bare", np.zeros((2, 4, 4, 1), np.uint8), ["a", "b"])
     batch = Loader(source, 0).batch(range(3))
     assert (batch.captions, batch.labels) == (("", "", ""), None)
     assert batch.picture.shape == (3, 1, 4, 4)
@@ -227,43 +228,6 @@ def test_leaving_early_drops_the_rest():
     assert not [thread for thread in threading.enumerate() if "look-ahead" in thread.name]
 
 
-# --- arrays made once ------------------------------------------------------------------------
-
-
-def test_pictures_are_made_once_and_mapped(tmp_path):
-    path, made = tmp_path / "a.npy", []
-
-    def make():
-        made.append(1)
-        yield from (noise(4, seed) for seed in range(3))
-
-    first = stored_pictures(path, (3, 4, 4, 3), make, "x")
-    again = stored_pictures(path, (3, 4, 4, 3), make, "x")
-    assert isinstance(again, np.memmap)
-    assert (first == again).all()
-    assert (again[1] == noise(4, 1)).all()
-    assert len(made) == 1
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "other shape", "other type"])
-def test_a_broken_array_is_made_again_with_a_warning(tmp_path, damage):
-    path, shape = tmp_path / "a.npy", (3, 4, 4, 3)
-    good = stored_pictures(path, shape, lambda: iter([noise(4)] * 3), "x").tobytes()
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "garbage":
-        path.write_bytes(b"garbage " * 30)
-    elif damage == "other shape":
-        np.save(path, np.zeros((2, 4, 4, 3), np.uint8))
-    else:
-        np.save(path, np.zeros(shape, np.float32))
-    with pytest.warns(UserWarning, match=r"a\.npy is corrupt and is made again"):
-        again = stored_pictures(path, shape, lambda: iter([noise(4)] * 3), "x")
-    assert again.tobytes() == good
-
-
 # --- OpenMoji --------------------------------------------------------------------------------
 
 
@@ -292,7 +256,7 @@ def test_openmoji_is_drawn_on_white_in_its_colours():
 
 def test_openmoji_is_rendered_once_a_side(monkeypatch):
     openmoji(16)
-    monkeypatch.setattr("matryoshka_diffusion.data.openmoji._render", None)
+    monkeypatch.setattr("matryoshka_diffusion.data.emoji._render", None)
     assert len(openmoji(16)) == 1904
 
 
@@ -334,7 +298,7 @@ def test_fashion_mnist_is_padded_with_black(tmp_path, side):
 def test_fashion_mnist_of_debian_is_whole():
     source = idx.fashion_mnist(32)
     assert len(source) == 60_000
-    assert np.bincount(np.array(source.labels)).tolist() == [6_000] * 10
+    assert np.bincount(np.array([s.label for s in source.samples])).tolist() == [6_000] * 10
 
 
 def test_a_side_below_28_is_refused(tmp_path):
@@ -791,24 +755,24 @@ def test_nothing_but_bad_files_is_an_error_at_any_share(tmp_path):
 def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     paths = [picture(tmp_path / name) for name in ("a.png", "b.png")]
     (tmp_path / "c.png").write_bytes(b"broken")
-    decoded = []
+    seen = []
 
     def counted(path, side, crop):
-        decoded.append(path.name)
+        seen.append(path.name)
         return read_picture(path, side, crop)
 
-    monkeypatch.setattr(folder_module, "read_picture", counted)
+    monkeypatch.setattr(decoded, "read_picture", counted)
     first = picture_folder(tmp_path, 16, 0.5)
     again = picture_folder(tmp_path, 16, 0.5)
-    assert sorted(decoded) == ["a.png", "b.png", "c.png"]
+    assert sorted(seen) == ["a.png", "b.png", "c.png"]
     assert again.bad == first.bad
-    assert again.original_sides == first.original_sides == [20, 20]
+    assert [x.original_side for x in (first[0], again[1])] == [20, 20]
     picture(paths[0], colour=WHITE)
     os.utime(paths[0], ns=(1, 1))
     assert (picture_folder(tmp_path, 16, 0.5)[0].picture == WHITE).all()
-    assert len(decoded) == 6
+    assert len(seen) == 6
     picture_folder(tmp_path, 8, 0.5)
-    assert len(decoded) == 9
+    assert len(seen) == 9
     assert (first[0].picture == RED).all()  # what is open stays as it was
 
 
@@ -833,24 +797,8 @@ def test_old_states_of_a_folder_leave_the_cache(tmp_path, monkeypatch):
             os.utime(old, (1e9, 1e9))  # nobody has written it for long
         picture(tmp_path / "set" / f"{index}.png")
         picture_folder(tmp_path / "set", 16, 0.0)
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 1
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
-
-
-def test_two_states_may_be_decoded_at_a_time(tmp_path, monkeypatch):
-    def decode(colour):
-        pixels = np.full((4, 4, 3), colour, np.uint8)
-        return decode_once(tmp_path, f"{colour}", 1, lambda _: Picture(pixels, 4), 4, "test")
-
-    def open_late(*arguments):
-        """What another process does between this one's writing and opening."""
-        monkeypatch.setattr(decoded_module, "open_film", open_film)
-        decode(2)
-        return open_film(*arguments)
-
-    monkeypatch.setattr(decoded_module, "open_film", open_late)
-    assert (decode(1).pictures[0] == 1).all()
-    assert (decode(2).pictures[0] == 2).all()
 
 
 @pytest.mark.parametrize("damage", ["gone", "garbage", "short"])
@@ -863,9 +811,9 @@ def test_broken_notes_of_the_cache_are_made_again(tmp_path, monkeypatch, damage)
         notes.unlink()
     else:
         notes.write_text({"garbage": "{", "short": "[]"}[damage])
-    with pytest.warns(UserWarning, match="is corrupt: the pictures are decoded again"):
+    with pytest.warns(UserWarning, match="is corrupt and is made again"):
         source = picture_folder(tmp_path / "set", 16, 0.0)
-    assert source.original_sides == [20]
+    assert source[0].original_side == 20
 
 
 # --- from a config, and for people -----------------------------------------------------------
@@ -910,7 +858,7 @@ def test_describe_keeps_long_lists_short():
     source = toy(60, captions=captions)
     many = tuple(f"class {n}" for n in range(30))
     bad = tuple(folder_module.BadFile(f"{n}.png", "broken") for n in range(25))
-    source = Pictures(**{**vars(source), "classes": many, "bad": bad})
+    source = replace(source, classes=many, quarantine=folder_module.Quarantine("", bad))
     text = describe(source)
     assert "and 10 more" in text
     assert "and 5 more" in text

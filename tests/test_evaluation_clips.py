@@ -15,8 +15,7 @@ import evaluating
 from evaluating import Look, looks, make_inception, make_run, make_video_net, make_videos
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.eval import measures, requests, results
 from matryoshka_diffusion.eval import pictures as measured_pictures
 from matryoshka_diffusion.eval.measures import METRICS
@@ -316,7 +315,8 @@ def test_clips_at_random_places_are_decoded_and_looked_through_once(trained_on, 
         measured_pictures, "fingerprint", lambda source: looked.append(1) or fingerprint(source)
     )
     asked = request(trained_on, SIDE, 2, n=2, metrics="motion")
-    assert isinstance(asked.source, Pictures), "in an array on disk"
+    assert asked.source is not None
+    assert asked.source.threads == 1, "in a file of the cache"
     assert not looked, "what cannot be measured is refused before"
     for steps in (1, 2):
         evaluate(evaluating.model("text", 2), **asked._asdict(), networks=looks(), steps=steps)

@@ -18,7 +18,8 @@ import pytest
 from faults import child, kills, product, ranks, runner, shards
 from faults.product import Ended, Run, Workshop
 from faults.report import Result, table
-from matryoshka_diffusion.data.shards import shards as open_shards
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train import checkpoint
 from test_checkpoint import snapshot, truncate
@@ -66,12 +67,14 @@ def test_a_power_cut_empties_what_was_not_synced(tmp_path, monkeypatch):
 def test_whole_shards_are_good_and_damaged_ones_are_what_they_are_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     shards.write_whole(tmp_path / "whole")
-    whole = open_shards(str(tmp_path / "whole"), 32, 0.0)
+    whole = open_source(DataConfig(source="shards", path=str(tmp_path / "whole")), 32)
     assert len(whole) == 64
     for seed in range(3):
         folder = tmp_path / str(seed)
         damage = shards.write_damaged(folder, random.Random(seed))
-        source = open_shards(str(folder), 32, 1.0)
+        source = open_source(
+            DataConfig(source="shards", path=str(folder), max_bad_fraction=1.0), 32
+        )
         assert set(source.keys) == damage.good
         assert Counter(bad.path for bad in source.bad) == Counter(damage.reported)
         assert set(damage.late) < set(damage.reported)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.runs import prepare as job
 
 FILE = Path(__file__).parent.parent / "examples" / "data_forms.py"

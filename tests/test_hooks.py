@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.source import array_source
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs.hooks import Preview, preview_of
@@ -38,12 +38,10 @@ def test_a_preview_shows_the_averaged_weights_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 100])
 def test_the_prompts_of_previews_are_the_same_every_time(count):
-    source = Pictures(
+    source = array_source(
         name="toy",
         array=np.zeros((count, 8, 8, 3), np.uint8),
-        rows=range(count),
         keys=[str(n) for n in range(count)],
-        original_sides=[8] * count,
         captions=[(f"caption {n}", "another") for n in range(count)],
     )
     config = text_model().config

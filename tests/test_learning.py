@@ -14,8 +14,8 @@ from matryoshka_diffusion.config import (
     StageConfig,
     TrainConfig,
 )
-from matryoshka_diffusion.data.batch import Pictures
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.source import array_source
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.trainer import train
@@ -27,7 +27,7 @@ def eight_pictures():
     fine = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear")
     pixels = (fine * 255).byte().permute(0, 2, 3, 1).numpy()
     names = tuple("abcdefgh")
-    return Pictures("eight", pixels, range(8), names, [16] * 8, labels=range(8), classes=names)
+    return array_source("eight", pixels, names, labels=range(8), classes=names)
 
 
 def config(source):

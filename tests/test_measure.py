@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.source import array_source
 from matryoshka_diffusion.eval import demo as measure
 from matryoshka_diffusion.pipeline import Samples
 
@@ -17,7 +17,7 @@ def source(count=40, captions=None, frames=()):
     shape = (count, *frames, 16, 16, 3)
     pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     texts = captions or [f"picture {i}" for i in range(count)]
-    return Pictures("test", pictures, range(count), texts, [16] * count, [(c,) for c in texts])
+    return array_source("test", pictures, texts, captions=[(c,) for c in texts])
 
 
 class Recall:

@@ -11,18 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.data import encoded, hf
-from matryoshka_diffusion.data import parquet as parquet_module
-from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.data.encoded import PicturesOnDemand
-from matryoshka_diffusion.data.hf import hugging_face, split_of
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data import tables as parquet_module
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.parquet import parquet
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.source import Source, open_source
+from matryoshka_diffusion.data.tables import split_of
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.runs import prepare as job
 
 COLOURS = [(200, 30, 40), (10, 180, 60), (20, 40, 220), (240, 240, 20)]
+
+
+def parquet(path: str, side: int, share: float) -> Source:
+    return open_source(DataConfig(source="parquet", path=path, max_bad_fraction=share), side)
+
+
+def hugging_face(name: str, side: int, share: float) -> Source:
+    data = DataConfig(source="datasets", path=f"hf:{name}", max_bad_fraction=share)
+    return open_source(data, side)
 
 
 def encode(n: int, size=(20, 24)) -> bytes:
@@ -72,7 +79,7 @@ def structs(pictures) -> list[dict]:
 @pytest.mark.parametrize("form", ["bytes", "structs"])
 def test_rows_come_in_order_with_captions(tmp_path, monkeypatch, pa, form, large):
     if large:
-        monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
+        monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     pictures = [encode(n) for n in range(10)]
     columns = {
         "image": structs(pictures) if form == "structs" else pictures,
@@ -80,7 +87,7 @@ def test_rows_come_in_order_with_captions(tmp_path, monkeypatch, pa, form, large
         "other": list(range(10)),
     }
     source = parquet(write(tmp_path / "p.parquet", columns, group=3), 16, 0.0)
-    assert isinstance(source, PicturesOnDemand) == large
+    assert (source.threads > 1) == large
     assert keys(source) == [f"p.parquet:{n}" for n in range(10)]
     assert colours(source) == [n % 4 for n in range(10)]
     assert source.captions is not None
@@ -186,7 +193,7 @@ def test_tables_without_pictures_are_errors(tmp_path, pa):
 
 
 def test_only_the_last_row_groups_are_held(tmp_path, monkeypatch, pa):
-    monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     source = parquet(
         write(tmp_path / "p.parquet", {"image": [encode(n) for n in range(12)]}, group=3), 16, 0.0
     )
@@ -224,7 +231,7 @@ def datasets():
 @pytest.mark.parametrize("large", [False, True])
 def test_a_saved_data_set_is_read(tmp_path, monkeypatch, datasets, large):
     if large:
-        monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
+        monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     features = datasets.Features(
         image=datasets.Image(),
         caption=datasets.Value("string"),
@@ -240,7 +247,7 @@ def test_a_saved_data_set_is_read(tmp_path, monkeypatch, datasets, large):
     config = job.find_config("folder-64", f"hf:{tmp_path / 'saved'}", [])
     assert config.data.source == "datasets"
     source = open_source(config.data, 16)
-    assert isinstance(source, PicturesOnDemand) == large
+    assert (source.threads > 1) == large
     assert colours(source) == [0, 3, 1, 0]
     assert source.captions == [(f"picture {n}",) for n in (4, 3, 1, 0)]
     assert [source[n].label for n in range(4)] == [0, 1, 1, 0]
@@ -273,7 +280,7 @@ def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(
     ]
     features = datasets.Features(image=datasets.Image())
     table = datasets.Dataset.from_dict({"image": cells}, features=features)
-    monkeypatch.setattr(hf, "_opened", lambda *_: table)  # as one from the hub may be
+    monkeypatch.setattr(parquet_module, "_opened", lambda *_: table)  # as one from the hub may be
     source = hugging_face("somebody/something", 16, 0.9)
     assert colours(source) == [2]
     assert [file.path for file in source.bad] == [f"somebody/something:{n}" for n in (1, 2, 3)]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_diffusion.config import CodecConfig, RunConfig
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal, uniform

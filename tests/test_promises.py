@@ -23,11 +23,11 @@ import releases
 from faults import shards as tiny_shards
 from faults.product import CONFIG
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.data import encoded
-from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.data.images import PictureError, read_picture
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data.image import PictureError, read_picture
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.shards import shards
+from matryoshka_diffusion.data.source import Source, array_source, open_source
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -47,12 +47,11 @@ SHORT = "train.stages=[{levels: 1, images: 16, batch_size: 8, lr: 0.001}]"
 # --- 1: bit-exact resume -----------------------------------------------------------------------
 
 
-def ten_pictures() -> Pictures:
+def ten_pictures() -> Source:
     """An epoch of ten: steps of four end in the middle of it."""
-    return Pictures(
+    return array_source(
         name="ten",
         array=np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8),
-        rows=range(10),
         keys=[f"picture-{n}" for n in range(10)],
         original_sides=[20 + n for n in range(10)],
         captions=[(f"caption {n}", f"words {n}") for n in range(10)],
@@ -109,13 +108,14 @@ def test_six_steps_and_six_are_twelve_in_an_epochs_middle_and_between_micro_batc
 
 def test_how_many_threads_decode_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     tiny_shards.write_whole(tmp_path / "shards")
     config = tiny_config(stages=tiny_config().train.stages[1:])
     found = []
     for threads in (1, 3):
-        monkeypatch.setattr(encoded, "workers", lambda threads=threads: threads)
-        loader = Loader(shards(str(tmp_path / "shards"), 16, 0.0), 0)
+        monkeypatch.setattr(decoded, "THREADS", threads)
+        data = DataConfig(source="shards", path=str(tmp_path / "shards"))
+        loader = Loader(open_source(data, 16), 0)
         train(config, loader, tmp_path / str(threads), encode=encode)
         found.append(digests(tmp_path / str(threads)))
     assert found[0] == found[1]

@@ -7,20 +7,18 @@ import json
 import tarfile
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.data import encoded
+from matryoshka_diffusion.config import DataConfig, RunConfig
+from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
-from matryoshka_diffusion.data.batch import Batch, Source
-from matryoshka_diffusion.data.folder import picture_folder
-from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.shards import shards
-from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.data.loader import Batch, Loader
+from matryoshka_diffusion.data.source import Source, open_source, split
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import encode, tiny_config
@@ -31,7 +29,7 @@ COUNT, BAD = 40, (3, 4, 17, 30)
 @pytest.fixture(autouse=True)
 def _on_demand(tmp_path, monkeypatch):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoded, "DECODED_ONCE", 0)
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
 
 
 @pytest.fixture
@@ -59,7 +57,11 @@ def make_shard(tmp_path: Path, bad: Collection[int]) -> Path:
 
 
 def opened(path: Path, share: float = 0.5) -> Source:
-    return shards(str(path), 16, share)
+    return open_source(DataConfig(source="shards", path=str(path), max_bad_fraction=share), 16)
+
+
+def pictures(path: Path) -> Source:
+    return open_source(DataConfig(source="folder", path=str(path), max_bad_fraction=0.2), 16)
 
 
 class Recorded(Loader):
@@ -171,10 +173,11 @@ def test_bad_files_of_a_folder_are_listed_too_and_a_good_set_has_no_list(tmp_pat
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (9 * n, 0, 0)).save(path)
         path.with_suffix(".txt").write_text("red")
-    run(config, picture_folder(tmp_path / "set", 16, 0.0), tmp_path / "good")
+    run(config, pictures(tmp_path / "set"), tmp_path / "good")
     assert not (tmp_path / "good" / "bad.jsonl").exists()
     (tmp_path / "set" / "3.png").write_bytes(b"broken")
-    run(config, picture_folder(tmp_path / "set", 16, 0.2), tmp_path / "bad")
+    with pytest.warns(UserWarning, match="stands in"):
+        run(config, pictures(tmp_path / "set"), tmp_path / "bad")
     (file,) = listed(tmp_path / "bad")
     assert file["path"] == "3.png"
     assert "not a PNG" in file["reason"]
@@ -189,19 +192,18 @@ def test_what_is_restored_is_neither_read_nor_told_again(shard, monkeypatch):
         stand_in = first[3].key
     again.quarantine.restore(json.loads(json.dumps(first.quarantine.state())))
     assert again.bad == first.bad
-    assert isinstance(again, encoded.PicturesOnDemand)
-    read, whole = [], again._load
-    monkeypatch.setattr(again, "_load", lambda n: read.append(n) or whole(n))
+    read = []
+    again = replace(again, read=lambda n, cut: read.append(n) or first.read(n, cut))
     assert again[3].key == stand_in == "s.tar:05"
     assert read == [5]
-    assert Part(again, [3, 4, 5])[0].key == stand_in
-    assert Part(again, [3]).quarantine is again.quarantine
+    assert again.part([3, 4, 5])[0].key == stand_in
+    assert again.part([3]).quarantine is again.quarantine
 
 
 def test_what_stands_in_for_a_held_out_picture_is_held_out_too(tmp_path):
     bad = range(0, COUNT, 3)
     for part in split(opened(make_shard(tmp_path, bad)), 0.3):
-        assert isinstance(part, Part)
+        assert part is not None
         own = [key for key in part.keys if int(key[-2:]) not in bad]
         expected = [next((k for k in own if k >= key), own[0]) for key in part.keys]
         with warnings.catch_warnings():

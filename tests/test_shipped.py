@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.data.sources import open_source
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.eval.demo import SHEET_PROMPTS, all_pictures
 from matryoshka_diffusion.metrics.retrieval import prompt_retrieval
 from matryoshka_diffusion.models.find import shipped_models

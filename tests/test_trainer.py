@@ -24,7 +24,7 @@ import tiny_run
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, MicroConfig, RunConfig, StageConfig
 from matryoshka_diffusion.configfile import load_config, to_yaml
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
 from matryoshka_diffusion.train.curriculum import Step, step_at, steps

@@ -17,7 +17,7 @@ from matryoshka_diffusion.config import (
     StageConfig,
 )
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
@@ -152,10 +152,10 @@ def test_an_upsampler_resumes_bit_for_bit(tmp_path):
     assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
-def photos(count: int, **columns) -> Pictures:
+def photos(count: int, **columns) -> Source:
     array = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     keys = [str(n) for n in range(count)]
-    return Pictures("toy", array, range(count), keys, [16] * count, **columns)
+    return array_source("toy", array, keys, **columns)
 
 
 def test_previews_enlarge_real_pictures_with_their_own_captions(tmp_path):

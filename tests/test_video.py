@@ -22,7 +22,7 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka

@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,30 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
-from matryoshka_diffusion.data import animations, clips, containers, frames
-from matryoshka_diffusion.data.clips import ClipDecoder, open_video
-from matryoshka_diffusion.data.containers import Container
-from matryoshka_diffusion.data.frames import Deadline, Times, resampled
-from matryoshka_diffusion.data.images import PictureError, read_picture
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import video as module
+from matryoshka_diffusion.data.image import Picture, PictureError, read_picture
+from matryoshka_diffusion.data.video import (
+    Container,
+    Deadline,
+    Times,
+    choose,
+    clip_decoder,
+    open_video,
+    resampled,
+)
 from matryoshka_diffusion.files import UnreadableError
 
 SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "webp", "gif")
 
 
-def decoder(count: int | None = 4, stride: int = 2, **options) -> ClipDecoder:
-    usual = {"side": 16, "crop": "centre", "length": count or 4, "fps": None, "clip": "start"}
-    return ClipDecoder(**{**usual, "frames": count, "stride": stride, **options})
+def config(stride: int = 2, **options) -> DataConfig:
+    return DataConfig(source="clips", **{"frame_stride": stride, "clip": "start", **options})
+
+
+def decoder(count: int | None = 4, stride: int = 2, **options) -> Callable[..., Picture]:
+    data = config(stride, clip_frames=count or 4, **options)
+    return clip_decoder(data, 16, count).decode
 
 
 def shown(file: Path | bytes, start: float = 0.0, **options) -> list[int]:
@@ -97,23 +108,23 @@ def test_clips_are_evenly_spaced_and_all_that_fit_are_chosen(count, length, stri
     needed = (length - 1) * stride + 1
     if count < needed:
         with pytest.raises(PictureError, match=f"a clip needs {needed}$"):
-            frames.pick(Bare(), length, stride, None, start)
+            choose(Bare(), config(stride), length, start)
         return
-    chosen = frames.pick(Bare(), length, stride, None, start)
+    chosen = choose(Bare(), config(stride), length, start)
     assert set(np.diff(chosen)) <= {stride}
     assert chosen[0] >= 0
     assert chosen[-1] < count
-    last = frames.pick(Bare(), length, stride, None, 1 - 2**-53)
+    last = choose(Bare(), config(stride), length, 1 - 2**-53)
     assert last[-1] == count - 1
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi"])
 def test_seeking_gives_the_same_frames_as_decoding_everything(moving, suffix, monkeypatch):
     path, counted = moving[suffix], []
-    whole = containers.Container._numbered
+    whole = Container._numbered
 
-    def counting(self, decoded):
-        for pair in whole(self, decoded):
+    def counting(self, *opened):
+        for pair in whole(self, *opened):
             counted.append(pair[0])
             yield pair
 
@@ -131,7 +142,7 @@ def test_seeking_gives_the_same_frames_as_decoding_everything(moving, suffix, mo
 
 def test_a_seek_that_leads_beyond_is_made_good(moving, monkeypatch):
     expected = decoder(3, 2)(moving["mp4"], "key", 0.4).pixels
-    last = containers._Key(number=0, decoded=10**6)
+    last = (0, 10**6)
     monkeypatch.setattr(Container, "_key_before", lambda self, first: last)
     assert (decoder(3, 2)(moving["mp4"], "key", 0.4).pixels == expected).all()
 
@@ -160,8 +171,8 @@ def test_frames_that_are_never_shown_do_not_count(videos):
 
 def test_only_what_is_needed_is_decoded(videos, monkeypatch):
     made = []
-    whole = containers._image
-    monkeypatch.setattr(containers, "_image", lambda *x: made.append(1) or whole(*x))
+    whole = module._image
+    monkeypatch.setattr(module, "_image", lambda *x: made.append(1) or whole(*x))
     shown(videos["mp4"])
     assert len(made) == 4
     decoder(None)(videos["mp4"], "key", 0.5)
@@ -296,12 +307,11 @@ def test_what_is_transparent_is_white(tmp_path, form):
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "webm", "webp", "gif"])
 def test_everything_is_bounded(videos, suffix, monkeypatch):
     path = videos[suffix]
-    module = animations if suffix in ("webp", "gif") else containers
     for where, name, value, reason in (
-        (clips, "MAX_BYTES", 100, "the file is larger than"),
+        (module, "MAX_BYTES", 100, "the file is larger than"),
         (module, "MAX_PIXELS", 1000, "too large: 32x32|more than 1,000 pixels"),
-        (frames, "MAX_FRAMES", 20, "more than 20 frames"),
-        (frames, "MAX_SECONDS", -1.0, "takes longer than"),
+        (module, "MAX_FRAMES", 20, "more than 20 frames"),
+        (module, "MAX_SECONDS", -1.0, "takes longer than"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
@@ -311,7 +321,7 @@ def test_everything_is_bounded(videos, suffix, monkeypatch):
 
 
 def test_time_in_which_nothing_is_decoded_does_not_count(monkeypatch):
-    monkeypatch.setattr(frames, "MAX_SECONDS", 0.02)
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.02)
     deadline = Deadline()
     time.sleep(0.04)
     deadline.check()
@@ -338,7 +348,7 @@ def test_packets_without_a_frame_take_their_time_too(videos):
 
 
 def test_boxes_without_an_end_take_their_time_too(monkeypatch):
-    monkeypatch.setattr(frames, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr(module, "MAX_SECONDS", -1.0)
     with pytest.raises(PictureError, match="takes longer than"):
         shown(b"\0\0\0\x08free" * 9)
 
@@ -405,7 +415,7 @@ def test_trouble_of_the_system_is_no_verdict_on_a_file(videos, suffix, monkeypat
                 raise OSError(code, os.strerror(code))
             return super().read(min(size, 16) if size > 0 else size)
 
-    monkeypatch.setattr(clips, "open", lambda path, _: Failing(path), raising=False)
+    monkeypatch.setattr(module, "open", lambda path, _: Failing(path), raising=False)
     code = errno.EIO
     with pytest.raises(UnreadableError, match=f"cannot read {videos[suffix]}: Input/output error"):
         shown(videos[suffix])
@@ -472,8 +482,8 @@ def test_frames_that_a_decoder_gives_out_of_turn_are_put_in_order(moving, monkey
 def test_a_frame_that_cannot_be_decoded_is_missed(moving, monkeypatch):
     whole = Container._numbered
 
-    def without_the_tenth(self, decoded):
-        return (pair for pair in whole(self, decoded) if pair[0] != 10)
+    def without_the_tenth(self, *opened):
+        return (pair for pair in whole(self, *opened) if pair[0] != 10)
 
     monkeypatch.setattr(Container, "_numbered", without_the_tenth)
     with pytest.raises(PictureError, match="frame 10 of 40 cannot be decoded"):

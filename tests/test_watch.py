@@ -12,8 +12,7 @@ import torch
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.data.source import Source, array_source, split
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs import held_out as watch
@@ -23,14 +22,12 @@ from matryoshka_diffusion.train.trainer import View
 from tiny_run import encode, tiny_config
 
 
-def pictures(count: int, first: int = 0) -> Pictures:
+def pictures(count: int, first: int = 0) -> Source:
     array = np.random.default_rng(first).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return Pictures(
+    return array_source(
         name="toy",
         array=array,
-        rows=range(count),
         keys=[f"picture {n}" for n in range(first, first + count)],
-        original_sides=[16] * count,
         captions=[(f"red {n}",) for n in range(first, first + count)],
     )
 
@@ -48,23 +45,15 @@ def test_a_share_is_held_out_by_key_alone():
 def test_a_part_is_a_source_like_the_whole():
     whole = pictures(50)
     _, part = split(whole, 0.5)
-    assert isinstance(part, Part)
-    for place, index in enumerate(part.indices):
+    assert part is not None
+    rows = [whole.keys.index(key) for key in part.keys]
+    assert rows == sorted(rows)
+    for place, index in enumerate(rows):
         assert part[place].key == whole[index].key
         assert (part[place].picture == whole[index].picture).all()
     assert [x.key for x in part.many([1, 0])] == [part[1].key, part[0].key]
-    assert part.captions == [whole[index].captions for index in part.indices]
+    assert part.captions == [whole[index].captions for index in rows]
     assert (part.side, part.channels, part.classes, part.total) == (16, 3, (), 50)
-
-
-def test_a_batch_of_a_part_does_not_walk_through_the_part(monkeypatch: pytest.MonkeyPatch):
-    """What may stand in for a bad picture is handed on as it is, however much it is."""
-    _, part = split(pictures(50), 0.5)
-    assert isinstance(part, Part)
-    allowed = []
-    monkeypatch.setattr(Pictures, "many", lambda _, rows, cuts, among: allowed.append(among) or [])
-    part.many([0, 1])
-    assert allowed[0] is part.indices
 
 
 def test_nothing_is_held_out_unless_asked():

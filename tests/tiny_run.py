@@ -22,7 +22,7 @@ from matryoshka_diffusion.config import (
     TextConfig,
     TrainConfig,
 )
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.prepare import next_frames
 

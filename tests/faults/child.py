@@ -273,9 +273,9 @@ def at_batches(look: Callable[[Any], None]) -> None:
 
 def decode_on_demand(at_least: int) -> None:
     """Sets of more than `at_least` pictures are decoded while training."""
-    from matryoshka_diffusion.data import encoded
+    from matryoshka_diffusion.data import decoded
 
-    encoded.DECODED_ONCE = at_least
+    decoded.CACHED_PICTURES = at_least
 
 
 FAULTS: dict[str, Callable[..., None]] = {

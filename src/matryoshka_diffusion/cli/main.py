@@ -128,7 +128,7 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
     """Say what a run would be, and what its data looks like if it was named."""
     from matryoshka_diffusion.cli.info import describe_plan
     from matryoshka_diffusion.data.check import summary
-    from matryoshka_diffusion.data.sources import PACKAGED
+    from matryoshka_diffusion.data.source import PACKAGED
     from matryoshka_diffusion.runs import prepare as job
 
     source = None
@@ -219,7 +219,7 @@ def _count_asked(options: argparse.Namespace, config: Any) -> int:
 def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """The small picture of --coarse for each sample, and how many samples a prompt has."""
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.data.given import for_each, read_coarse
+    from matryoshka_diffusion.data.folder import for_each, read_coarse
 
     if config.model.coarse is None:
         raise UsageError(f"--coarse: {config.name} is no upsampler")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka_diffusion.codec.autoencoder import Autoencoder
-from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.text.chunks import Chunks
 

@@ -1,10 +1,9 @@
-"""Geometric augmentation that does not leak into samples (after Karras et al. 2022, Appendix F.2,
-with quarter turns in the place of its rotations).
+"""Crops, and geometric augmentation that does not leak into samples.
 
-Mirroring, quarter turns, zooming, stretching and moving happen to a share of the pictures each,
-independently, and the network is told which and by how much. So it learns from more pictures than
-there are, but what it learns of turned ones stays with turned ones: told that nothing was done, it
-draws pictures as they are in the set.
+Augmentation follows Karras et al. 2022, Appendix F.2, with quarter turns in place of rotations.
+Each image is mirrored, turned, zoomed, stretched and moved, each with the same probability. The
+network receives which of these happened and by how much. It receives zeros when it samples, and so
+draws images as they are in the set.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS
 from matryoshka_diffusion.rng import stream
 
+CENTRE = 0.5
 ZOOM = STRETCH = 0.2
 """Standard deviations in octaves."""
 MOVE = 1 / 8
@@ -27,16 +27,38 @@ MOVE = 1 / 8
 _COSINES, _SINES = (1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, -1.0)
 
 
+class Cut(NamedTuple):
+    """Part of a file to show. Uniform numbers in [0, 1) make all parts equally likely.
+
+    Attributes:
+        place: of the square along the longer side: 0 is its beginning, towards 1 its end.
+        start: of the clip among all that fit into the video; None for the source's usual place.
+    """
+
+    place: float = CENTRE
+    start: float | None = None
+
+
+def cut_square(
+    picture: UInt8[np.ndarray, "*frames h w c"], place: float = CENTRE
+) -> UInt8[np.ndarray, "*frames side side c"]:
+    """Largest square at `place` along the longer side, the same one of all frames."""
+    height, width, _ = picture.shape[-3:]
+    side = min(height, width)
+    top, left = (int(place * (length - side + 1)) for length in (height, width))
+    return picture[..., top : top + side, left : left + side, :]
+
+
 class Augmentation(NamedTuple):
-    """What is done to a picture, in this order.
+    """Transformations of an image, in the order in which they are applied.
 
     Attributes:
         mirrored: left to right.
         quarter_turns: 0 to 3, anticlockwise.
-        zoom: log2 of how much larger everything becomes.
+        zoom: log2 of the magnification.
         stretch: log2 of how much wider, and how much less high.
-        right: how far everything moves, as a share of the side.
-        down: the same.
+        right: movement as a share of the side.
+        down: movement as a share of the side.
     """
 
     mirrored: bool = False
@@ -47,8 +69,8 @@ class Augmentation(NamedTuple):
     down: float = 0.0
 
     def numbers(self) -> Float[np.ndarray, "7"]:
-        """What the network is told: of order 1, and all 0 if nothing is done."""
-        told = (
+        """Condition for the network: numbers of order 1, all 0 without a transformation."""
+        numbers = (
             float(self.mirrored),
             _COSINES[self.quarter_turns] - 1.0,
             _SINES[self.quarter_turns],
@@ -57,12 +79,12 @@ class Augmentation(NamedTuple):
             self.right / MOVE,
             self.down / MOVE,
         )
-        assert len(told) == AUGMENT_NUMBERS
-        return np.array(told, np.float32)
+        assert len(numbers) == AUGMENT_NUMBERS
+        return np.array(numbers, np.float32)
 
 
 def draw_augmentation(seed: int, n: int, share: float) -> Augmentation:
-    """The augmentation of sample n: each transformation happens with probability `share`."""
+    """Draw the augmentation of sample n: each transformation has the probability `share`."""
     random = stream(seed, "augment", n)
     mirror, turn, zoom, stretch, move = (random.random(5) < share).tolist()
     turns = int(random.integers(1, 4))
@@ -80,16 +102,16 @@ def draw_augmentation(seed: int, n: int, share: float) -> Augmentation:
 def augmented(
     picture: UInt8[np.ndarray, "side side c"], done: Augmentation
 ) -> UInt8[np.ndarray, "side side c"]:
-    """The picture after `done`. Mirrors and turns move pixels; the rest samples between them."""
+    """Transform an image. Mirrors and turns move pixels; the rest samples between them."""
     picture = picture[:, ::-1] if done.mirrored else picture
     picture = np.rot90(picture, done.quarter_turns)
     return _resampled(picture, done) if any(done[2:]) else picture
 
 
 def _resampled(picture: UInt8[np.ndarray, "side side c"], done: Augmentation) -> np.ndarray:
-    """Zoom, stretch and move by bicubic interpolation; beyond the edge the picture is reflected."""
+    """Zoom, stretch and move by bicubic interpolation; reflect the image beyond its edge."""
     wider, higher = 2.0 ** (done.zoom + done.stretch), 2.0 ** (done.zoom - done.stretch)
-    # Where each new pixel comes from; the picture reaches from -1 to 1.
+    # Each row maps a new pixel to its origin; the image reaches from -1 to 1.
     back = [[1 / wider, 0.0, -2 * done.right / wider], [0.0, 1 / higher, -2 * done.down / higher]]
     x = torch.tensor(picture.copy(), dtype=torch.float32).permute(2, 0, 1)[None]
     places = F.affine_grid(torch.tensor([back]), list(x.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""What cannot be used: how it is listed, how much of it is too much, and what a run remembers."""
+"""Bad samples: how they are listed, what share is too much, and what a run remembers of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matryoshka_diffusion.files import write_atomically
 
 
 class BadFile(NamedTuple):
-    """A file or sample that was left out, and why.
+    """A file or sample that is left out, and the reason.
 
     Attributes:
         path: the file in a folder; SHARD:KEY or FILE:ROW in larger files.
-        offset: where it lies in its shard, in bytes.
+        offset: its place in the shard, in bytes.
     """
 
     path: str
@@ -29,49 +29,49 @@ class BadFile(NamedTuple):
         return f"{self.path}: {self.reason}{where}"
 
 
-def some(bad: Sequence[BadFile], count: int = 5) -> str:
-    """' (a.png: reason; ...)' of the first bad files, for errors; empty if there are none."""
-    shown = [str(file) for file in bad[:count]]
-    more = [f"and {len(bad) - count} more"] if len(bad) > count else []
-    return f" ({'; '.join([*shown, *more])})" if bad else ""
-
-
 class NoneUsable(ValueError):
-    """All files of a set are bad, if there are any; `bad` are all of them."""
+    """A data set without a usable file; `bad` are all of its files."""
 
     def __init__(self, message: str, bad: Sequence[BadFile]) -> None:
         super().__init__(message)
         self.bad = tuple(bad)
 
 
+def some(bad: Sequence[BadFile], count: int = 5) -> str:
+    """Text such as ' (a.png: reason; ...)' of the first bad files, for errors; empty for none."""
+    texts = [str(file) for file in bad[:count]]
+    more = [f"and {len(bad) - count} more"] if len(bad) > count else []
+    return f" ({'; '.join([*texts, *more])})" if bad else ""
+
+
 def refuse_too_many(name: str, bad: Sequence[BadFile], total: int, max_bad_fraction: float) -> None:
-    """Refuse a set that has too many bad files.
+    """Refuse a data set with too many bad files.
 
     Raises:
         NoneUsable: all of them are bad, which no setting allows.
-        ValueError: more than the share `max_bad_fraction`.
+        ValueError: more than the share `max_bad_fraction` is bad.
     """
-    said = f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}"
+    message = f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}"
     if len(bad) >= total:
-        raise NoneUsable(f"{said}: none is left to learn from", bad)
+        raise NoneUsable(f"{message}: none is left to learn from", bad)
     if len(bad) > max_bad_fraction * total:
         raise ValueError(
-            f"{said}: repair or remove them, or raise data.max_bad_fraction "
+            f"{message}: repair or remove them, or raise data.max_bad_fraction "
             f"(now {max_bad_fraction:g})"
         )
 
 
 class Quarantine:
-    """The bad samples of a set: those known from the start, and those found while reading it.
+    """Bad samples of a data set: those known from the start, and those found while reading.
 
-    What was found belongs to a run. It is saved with every checkpoint and restored before anything
-    is read again, so that a resumed run neither reads nor reports it a second time, and what may be
-    bad is a share of the whole run. Any thread may use it.
+    The second are saved with every checkpoint and restored before anything is read again. So a
+    resumed run neither reads nor reports them again, and the share that may be bad is a share of
+    the whole run. Any thread may use this.
 
     Args:
-        name: of the set, for people.
-        known: what was left out at the start.
-        total: good and bad samples together.
+        name: of the data set, for messages.
+        known: samples that were left out at the start.
+        total: number of samples, good and bad.
         max_bad_fraction: the share of them that may be bad.
     """
 
@@ -82,55 +82,54 @@ class Quarantine:
         total: int = 0,
         max_bad_fraction: float = 1.0,
     ) -> None:
-        self._name, self._known = name, tuple(known)
-        self._total, self._max_bad_fraction = total, max_bad_fraction
+        self.total = total
+        self._name, self._known, self._max_bad_fraction = name, tuple(known), max_bad_fraction
         self._found: dict[str, BadFile] = {}
         self._lock = threading.RLock()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the sample of that key was found to be bad."""
+        """Whether the sample of that key turned out bad on reading."""
         return key in self._found
 
     @property
     def bad(self) -> tuple[BadFile, ...]:
-        """All of it, in the order of its paths."""
+        """All bad samples, in the order of their paths."""
         with self._lock:
             return tuple(sorted([*self._known, *self._found.values()]))
 
     def add(self, file: BadFile) -> None:
-        """Put a sample aside, with a warning; one that is there already is not told of again.
+        """Put a sample aside, with a warning the first time.
 
         Raises:
-            ValueError: now it is too many.
+            ValueError: too many are bad now.
         """
         with self._lock:
             if file.path in self:
                 return
             self._found[file.path] = file
-            bad = self.bad
+            count = len(self.bad)
         warnings.warn(
-            f"{file}; the next good one stands in for it ({len(bad)} bad so far)",
-            stacklevel=4,
+            f"{file}; the next good one stands in for it ({count} bad so far)", stacklevel=4
         )
-        refuse_too_many(self._name, bad, self._total, self._max_bad_fraction)
+        self.check()
 
     def check(self) -> None:
-        """Raise ValueError if it is too much by now, with what other processes have found."""
+        """Raise ValueError if too many are bad by now, with the findings of other processes."""
         if self._found:
-            refuse_too_many(self._name, self.bad, self._total, self._max_bad_fraction)
+            refuse_too_many(self._name, self.bad, self.total, self._max_bad_fraction)
 
     def state(self) -> list[list[str | int | None]]:
-        """What was found, as plain values for JSON."""
+        """Samples found while reading, as plain values for JSON."""
         with self._lock:
             return [list(file) for file in sorted(self._found.values())]
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
-        """Add what `state` returned, of this run or of another process of it."""
+        """Add the `state` of an earlier process of this run, or of another rank."""
         with self._lock:
             self._found.update((row[0], BadFile(*row)) for row in state)
 
     def write(self, path: Path) -> None:
-        """List all of it in a file, a JSON object a line; no file if there is nothing.
+        """List all bad samples in a file, a JSON object a line; write no file without any.
 
         Raises:
             OSError: the file cannot be written.

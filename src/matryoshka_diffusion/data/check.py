@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL.Image import Image
 
 from matryoshka_diffusion.data.bad import BadFile
-from matryoshka_diffusion.data.batch import Example, Source, read_all
+from matryoshka_diffusion.data.source import Example, Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 
 _SHOWN = 20

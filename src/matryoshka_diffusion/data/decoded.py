@@ -1,148 +1,248 @@
-"""A set of pictures or clips decoded once, into a film on disk with notes beside it."""
+"""From a catalogue of encoded files to a source: decoded once into the cache, or on demand.
+
+The results for a small set lie in one file of bytes, which is memory-mapped; that makes later
+epochs cheap. A large set would fill the disk: its files are decoded a batch at a time.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.data.film import Film, Shape, open_film, write_film
-from matryoshka_diffusion.data.images import Picture, PictureError
-from matryoshka_diffusion.data.store import look_ahead
-from matryoshka_diffusion.files import digest, remove_stale, write_atomically
+from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.data.augment import Cut, cut_square
+from matryoshka_diffusion.data.bad import BadFile, NoneUsable, Quarantine, refuse_too_many
+from matryoshka_diffusion.data.image import Picture, PictureError, read_picture
+from matryoshka_diffusion.data.loader import look_ahead
+from matryoshka_diffusion.data.source import Sample, Source
+from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
 
-DECODER = 2
-"""To be raised when the same file would decode to other bytes, or be kept in another way."""
+CACHED_PICTURES = 20_000
+"""Largest set of images that is decoded into the cache; at 256 pixels a side it takes 4 GB."""
+THREADS = min(os.cpu_count() or 1, 8)
+MAX_CLASSES = 100_000
 
-_CHANNELS = 3
-
-
-class Decoded(NamedTuple):
-    """Aligned with what was read: a bad file has a reason and no picture."""
-
-    pictures: Film
-    original_sides: list[int]
-    bad: dict[int, str]
+_VERSION = 3  # raise it when the same file decodes to other bytes, or is stored in another way
 
 
-def workers() -> int:
-    """How many threads decode at a time."""
-    return min(os.cpu_count() or 1, 8)
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """Samples of a data set, and where their files are.
+
+    Attributes:
+        name: for messages, such as "shards /data/*.tar".
+        state: text that changes when the set does.
+        samples: all of them, with a flaw if unusable.
+        load: n -> the file of sample n, or its bytes. Any thread may call it.
+        classes: their names; empty if the set has numbers only.
+    """
+
+    name: str
+    state: str
+    samples: Sequence[Sample]
+    load: Callable[[int], bytes | Path]
+    classes: tuple[str, ...] = ()
 
 
-def decode_once(
-    cache: Path,
-    state: str,
-    count: int,
-    read: Callable[[int], Picture],
-    side: int,
-    title: str,
-    frames: int | None = None,
-) -> Decoded:
-    """All of `count` pictures or clips, from the folder `cache`, filled first unless it fits.
+@dataclass(frozen=True)
+class Decoder:
+    """How a file becomes an image or a clip.
 
-    The notes (shapes, sides and reasons) are written before the film, so where the film is, they
-    are. Films of other states are removed once nobody has written them for an hour: until then
-    they may be those of another process that is about to open them.
+    Attributes:
+        decode: (file, key, start) -> image or clip, uncut; a clip begins at `start` (see `Cut`).
+            Raises PictureError.
+        side: the shorter side of the result.
+        frames: frames of a clip; None for images.
+        options: everything else that the result depends on, for the names of caches.
+        cached: largest set that is decoded into the cache.
+    """
 
-    Args:
-        state: changes with whatever the pictures depend on besides the decoder.
-        read: picture n; raises PictureError, and is called from several threads.
-        side: the shorter one of every picture, in pixels.
-        frames: of every clip; None for pictures.
+    decode: Callable[[bytes | Path, str, float | None], Picture]
+    side: int
+    frames: int | None
+    options: str
+    cached: int
+
+
+def picture_decoder(side: int, crop: Crop) -> Decoder:
+    """Decoder of images."""
+    return Decoder(
+        lambda file, key, start: read_picture(file, side, crop),
+        side,
+        frames=None,
+        options=f"{side}, {crop}",
+        cached=CACHED_PICTURES,
+    )
+
+
+def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: float) -> Source:
+    """Open the usable samples of a catalogue, in its order.
 
     Raises:
+        NoneUsable: there are no samples, or all of them are bad.
+        ValueError: more than `max_bad_fraction` of them are bad. A set that is decoded on demand
+            raises it when that many have turned out bad.
         OSError: the cache cannot be written.
     """
-    name = digest("\n".join([str(DECODER), state]))
-    path, notes = cache / f"{name}.npy", cache / f"{name}.json"
-    film, found = _kept(path, notes, count, side, frames)
-    if film is None:
-        _write(path, notes, count, read, side, title, frames)
-        film, found = _kept(path, notes, count, side, frames)
-    if film is None:
-        raise OSError(f"{path} vanished or changed as soon as it was written: try again")
-    for old in (*cache.glob("*.npy"), *cache.glob("*.json")):
-        if old.stem != name:
-            remove_stale(old)
-    bad = {n: note.reason for n, note in enumerate(found) if note.reason}
-    return Decoded(film, [note.original_side for note in found], bad)
+    if not catalogue.samples:
+        raise NoneUsable(
+            f"{catalogue.name} holds no sample: name other data (--data, data.path)", ()
+        )
+    samples = _with_flaws(catalogue.samples, len(catalogue.classes) or MAX_CLASSES)
+    bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
+    refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
+    rows = [n for n, sample in enumerate(samples) if not sample.flaw]
+    usable = [samples[row] for row in rows]
+
+    def decode(n: int, start: float | None = None) -> Picture:
+        return decoder.decode(catalogue.load(rows[n]), usable[n].key, start)
+
+    def read(n: int, cut: Cut) -> Picture:
+        pixels, original_side = decode(n, cut.start)
+        return Picture(cut_square(pixels, cut.place), original_side)
+
+    source = Source(
+        name=catalogue.name,
+        samples=usable,
+        read=read,
+        side=decoder.side,
+        frames=decoder.frames,
+        classes=_class_names(usable, catalogue.classes),
+        quarantine=Quarantine(catalogue.name, bad, len(samples), max_bad_fraction),
+        threads=THREADS,
+    )
+    if len(usable) > decoder.cached:
+        return source
+    cache = cache_folder("decoded", digest(f"{catalogue.name} at {decoder.options}"))
+    state = "\n".join([str(_VERSION), catalogue.state, *source.keys])
+    notes, pixels = _decoded_once(cache / digest(state), source, decode)
+    offsets = np.cumsum([0, *(math.prod(note.shape) for note in notes)])
+    good = [n for n, note in enumerate(notes) if not note.reason]
+    bad += [
+        BadFile(sample.key, note.reason, sample.offset)
+        for sample, note in zip(usable, notes, strict=True)
+        if note.reason
+    ]
+    bad.sort()
+    refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
+
+    def read_decoded(n: int, cut: Cut) -> Picture:
+        note = notes[n]
+        picture = pixels[offsets[n] : offsets[n + 1]].reshape(note.shape)
+        return Picture(np.array(cut_square(picture, cut.place)), note.original_side)
+
+    quarantine = Quarantine(catalogue.name, bad, len(samples), max_bad_fraction)
+    return replace(source, read=read_decoded, quarantine=quarantine, threads=1).part(good)
+
+
+def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
+    """Samples, with a flaw where one lacks what others have, or has an impossible class.
+
+    Once one sample has a caption (or a class), all need one.
+    """
+    good = [sample for sample in samples if not sample.flaw]
+    captioned = any(sample.captions for sample in good)
+    labelled = any(sample.label is not None for sample in good)
+
+    def flaw(sample: Sample) -> str:
+        if captioned and not sample.captions:
+            return "it has no caption, although others have one"
+        if labelled and sample.label is None:
+            return "it has no class, although others have one"
+        if sample.label is not None and not 0 <= sample.label < classes:
+            return f"its class {sample.label} is not one of {classes:,}"
+        return ""
+
+    return [sample if sample.flaw else sample._replace(flaw=flaw(sample)) for sample in samples]
+
+
+def _class_names(samples: Sequence[Sample], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the classes: those of the set, else the numbers up to the largest one."""
+    labels = [sample.label for sample in samples if sample.label is not None]
+    if not labels:
+        return ()
+    return classes or tuple(str(number) for number in range(max(labels) + 1))
+
+
+# --- the cache -------------------------------------------------------------------------------
 
 
 class _Note(NamedTuple):
-    """What is known of a picture besides its pixels."""
+    """Result for one file: its shape, or the reason why it is bad."""
 
-    shape: Shape
+    shape: tuple[int, ...]
     original_side: int
-    reason: str
+    reason: str = ""
 
 
-def _kept(
-    path: Path, notes: Path, count: int, side: int, frames: int | None
-) -> tuple[Film | None, list[_Note]]:
-    """What the cache holds; no film, with a warning where that is a surprise, if it holds none."""
-    if not path.exists():
-        return None, []
-    found = _read_notes(notes, count)
-    if found is None:
-        warnings.warn(f"{notes} is corrupt: the pictures are decoded again", stacklevel=4)
-        return None, []
-    return open_film(path, side, _CHANNELS, [note.shape for note in found], frames), found
+def _decoded_once(
+    path: Path, source: Source, decode: Callable[[int], Picture]
+) -> tuple[list[_Note], UInt8[np.ndarray, " bytes"]]:
+    """Results for all samples from `path`.bin and `path`.json, which are made unless they fit.
+
+    Files of other states are removed once nobody has written them for an hour: until then they
+    may be those of another process that is about to open them.
+    """
+    stored = _stored(path, len(source))
+    if stored is None:
+        _decode_all(path, source, decode)
+        stored = _stored(path, len(source))
+    if stored is None:
+        raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
+    for old in path.parent.iterdir():
+        if old.stem != path.name:
+            remove_stale(old)
+    return stored
 
 
-def _write(
-    path: Path,
-    notes: Path,
-    count: int,
-    read: Callable[[int], Picture],
-    side: int,
-    title: str,
-    frames: int | None,
-) -> None:
-    """Decode everything into the film at `path`, and write the notes before it is complete."""
+def _stored(path: Path, count: int) -> tuple[list[_Note], UInt8[np.ndarray, " bytes"]] | None:
+    """Results in the cache; None if there are none, with a warning if they are damaged."""
+    binary, notes_file = path.with_suffix(".bin"), path.with_suffix(".json")
+    if not binary.exists():
+        return None
+    try:
+        rows = json.loads(notes_file.read_bytes())
+        notes = [_Note(tuple(shape), int(side), str(reason)) for shape, side, reason in rows]
+        size = sum(math.prod(note.shape) for note in notes)
+        if len(notes) == count and size == binary.stat().st_size:
+            return notes, np.asarray(
+                np.memmap(binary, np.uint8, "r") if size else np.empty(0, np.uint8)
+            )
+    except (OSError, ValueError, TypeError):
+        pass  # reported below
+    warnings.warn(f"{binary} or its .json is corrupt and is made again", stacklevel=4)
+    return None
+
+
+def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) -> None:
+    """Decode all samples. The notes are written first, so they exist wherever the bytes do."""
     from tqdm import tqdm
 
-    unit = " pictures" if frames is None else " clips"
+    def one(n: int) -> tuple[bytes, _Note]:
+        try:
+            pixels, original_side = decode(n)
+        except PictureError as error:
+            return b"", _Note((0,), 0, str(error))
+        return pixels.tobytes(), _Note(pixels.shape, original_side)
 
-    def pictures() -> Iterator[UInt8[np.ndarray, "*frames h w 3"]]:
-        found = []
-        decoded = look_ahead(
-            lambda n: _try(read, n), range(count), workers=workers(), depth=4 * workers()
-        )
-        for picture, note in tqdm(decoded, desc=title, total=count, unit=unit, disable=None):
-            found.append(note)
-            yield picture
-        text = json.dumps(found)
-        write_atomically(notes, lambda file: file.write(text.encode()))
+    def write(file: BinaryIO) -> None:
+        notes = []
+        results = look_ahead(one, range(len(source)), workers=THREADS, depth=4 * THREADS)
+        title, unit = f"decoding at {source.side} px", " clips" if source.frames else " pictures"
+        for data, note in tqdm(results, desc=title, total=len(source), unit=unit, disable=None):
+            file.write(data)
+            notes.append(note)
+        text = json.dumps(notes).encode()
+        write_atomically(path.with_suffix(".json"), lambda file: file.write(text))
 
-    needed = count * (frames or 1) * side**2 * _CHANNELS
-    write_film(path, pictures(), side, _CHANNELS, needed=needed)
-
-
-def _try(
-    read: Callable[[int], Picture], n: int
-) -> tuple[UInt8[np.ndarray, "*frames h w 3"], _Note]:
-    try:
-        pixels, original_side = read(n)
-        height, width = pixels.shape[-3:-1]
-        return pixels, _Note((height, width), original_side, "")
-    except PictureError as error:
-        return np.zeros((0, 0, _CHANNELS), np.uint8), _Note((0, 0), 0, str(error))
-
-
-def _read_notes(path: Path, count: int) -> list[_Note] | None:
-    try:
-        notes = json.loads(path.read_bytes())
-        found = [
-            _Note((int(height), int(width)), int(side), str(reason))
-            for (height, width), side, reason in notes
-        ]
-        return found if len(found) == count else None
-    except (OSError, ValueError, TypeError):
-        return None
+    needed = len(source) * (source.frames or 1) * source.side**2 * source.channels
+    write_atomically(path.with_suffix(".bin"), write, needed=needed)

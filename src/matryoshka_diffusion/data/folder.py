@@ -1,102 +1,83 @@
-"""A folder of pictures that the user brings: with captions, with classes, or with neither.
+"""Folders of images or videos that the user brings: with captions, with classes, or with neither.
 
 - Captions: `metadata.jsonl` or `metadata.csv` in the folder (`file_name`, and `text` or
   `caption`), or `NAME.txt` beside `NAME.png` with one caption a line. They win over sub-folders.
-- Classes: the sorted names of the sub-folders; pictures may lie deeper inside them.
-- Neither: pictures that lie directly in the folder.
-
-Every file is decoded once, into a cached film. Files that cannot be used are listed with their
-reasons, and too many of them are an error.
+- Classes: the sorted names of the sub-folders; files may lie deeper inside them.
+- Neither: files that lie directly in the folder.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from matryoshka_diffusion.config import Crop
-from matryoshka_diffusion.data.bad import BadFile, refuse_too_many, some
-from matryoshka_diffusion.data.batch import Pictures
-from matryoshka_diffusion.data.captions import find_captions
-from matryoshka_diffusion.data.decoded import Decoded, decode_once
-from matryoshka_diffusion.data.images import PICTURES, Kind, read_picture
-from matryoshka_diffusion.files import cache_folder, digest
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
-READ = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.data.bad import BadFile, some
+from matryoshka_diffusion.data.decoded import Catalogue
+from matryoshka_diffusion.data.image import PICTURES, SUFFIXES, Kind, PictureError, read_picture
+from matryoshka_diffusion.data.source import Sample
+from matryoshka_diffusion.draw.grid import SHEETS
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+MAX_SIDECAR_BYTES = 65_536
+
+_ACCEPTED = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
 
 
-def picture_folder(
-    path: Path, side: int, max_bad_fraction: float, crop: Crop = "centre"
-) -> Pictures:
-    """The pictures under `path` as squares of `side` pixels, in the order of their paths.
+def folder(path: Path, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue:
+    """Files of that kind under `path`, in the order of their paths.
 
     Raises:
-        OSError: no such folder, or it is a file.
-        ValueError: no picture in it, or more than `max_bad_fraction` of the files are bad.
+        OSError: there is no such folder, or its metadata file cannot be read.
+        ValueError: no file of that kind is in it, or its metadata file is unusable.
     """
-    names, bad, captions, classes = list_folder(path, PICTURES)
-    decoded = _decode(path, names, side, crop)
-    bad |= {names[row]: reason for row, reason in decoded.bad.items()}
-    rows = [row for row, name in enumerate(names) if name not in bad]
-    refuse_too_many(str(path), _files(bad), len(rows) + len(bad), max_bad_fraction)
-    keys = [names[row] for row in rows]
-    index = {name: number for number, name in enumerate(classes)}
-    return Pictures(
-        name=f"folder {path}",
-        array=decoded.pictures,
-        rows=rows,
-        keys=keys,
-        original_sides=[decoded.original_sides[row] for row in rows],
-        captions=None if captions is None else [captions[key] for key in keys],
-        labels=[index[class_of(key)] for key in keys] if classes else None,
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: name {_ACCEPTED} (--data, data.path)")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file of no known kind: name {_ACCEPTED}")
+    names, flaws = _find(path, kind)
+    if not names:
+        bad = some([BadFile(*item) for item in sorted(flaws.items())])
+        raise ValueError(f"{path} holds no {kind.noun}{bad}: {forms(kind)}")
+    captions = find_captions(path, names, flaws)
+    folders = {_class_of(name) for name in names if "/" in name}
+    classes = tuple(sorted(folders)) if captions is None else ()
+    if classes:
+        flaws |= {name: "it is not in a class sub-folder" for name in names if "/" not in name}
+    numbers = {name: number for number, name in enumerate(classes)}
+    keys = sorted({*names, *flaws})  # among them lines of a metadata file
+    return Catalogue(
+        name=f"{noun} {path}",
+        state=state_of(path, names),
+        samples=[
+            Sample(
+                key,
+                (captions or {}).get(key, ()),
+                numbers.get(_class_of(key)),
+                flaw=flaws.get(key, ""),
+            )
+            for key in keys
+        ],
+        load=lambda n: path / keys[n],
         classes=classes,
-        bad=_files(bad),
     )
 
 
-class Listing(NamedTuple):
-    """What a folder holds, before any file is opened.
-
-    Attributes:
-        names: of the files, sorted: their paths inside the folder, with forward slashes.
-        bad: why one of them, or a line such as "metadata.csv:7", is of no use.
-        captions: of each good file; None where the folder holds no words at all.
-        classes: the names of the sub-folders; empty where there are captions, or no sub-folders.
-    """
-
-    names: list[str]
-    bad: dict[str, str]
-    captions: dict[str, tuple[str, ...]] | None
-    classes: tuple[str, ...]
-
-
-def list_folder(path: Path, kind: Kind) -> Listing:
-    """The files of that kind under `path`. Raises OSError or ValueError where there are none."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name {READ} (--data, data.path)")
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file of no known kind: what is read is {READ}")
-    names, bad = _find(path, kind)
-    if not names:
-        raise ValueError(f"{path} holds no {kind.noun}{some(_files(bad))}: {forms(kind)}")
-    captions = find_captions(path, names)
-    if captions is not None:
-        return Listing(names, bad | captions.bad, captions.of, ())
-    classes = tuple(sorted({class_of(name) for name in names if "/" in name}))
-    if classes:
-        bad |= {name: "it is not in a class sub-folder" for name in names if "/" not in name}
-    return Listing(names, bad, None, classes)
-
-
-def holds(folder: Path, suffixes: frozenset[str]) -> bool:
+def holds(path: Path, suffixes: frozenset[str]) -> bool:
     """Whether a file with one of these suffixes lies in the folder or deeper."""
-    return any(_suffix(file.name) in suffixes for file in _files_in(folder))
+    return any(file.suffix.lower() in suffixes for file in _files_in(path))
 
 
 def forms(kind: Kind) -> str:
-    """What to do, for people who have not brought anything yet."""
+    """Advice on what to put into a folder, for errors."""
     suffix = kind.formats.split(",")[0].lower()
     return (
         f"put {kind.formats} files there: in one sub-folder for each class, or with captions in "
@@ -105,68 +86,198 @@ def forms(kind: Kind) -> str:
     )
 
 
-def class_of(name: str) -> str:
-    """The sub-folder that a file lies in."""
+def state_of(path: Path, names: Sequence[str]) -> str:
+    """Text that changes with any file's name, size or time."""
+    stats = ((name, (path / name).stat()) for name in names)
+    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+
+
+def _class_of(name: str) -> str:
     return name.split("/")[0]
 
 
-def _files(bad: Mapping[str, str]) -> tuple[BadFile, ...]:
-    return tuple(BadFile(*item) for item in sorted(bad.items()))
+def _find(path: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
+    """Sorted paths of such files inside the folder, and the flaws of those that are refused."""
+    names, flaws = [], {}
+    for file in _files_in(path):
+        name, suffix = file.relative_to(path).as_posix(), file.suffix.lower()
+        if suffix in kind.others:
+            flaws[name] = f"{file.suffix} is not read: make it {kind.formats}"
+        elif suffix in kind.suffixes and not file.is_file():
+            flaws[name] = "it is a broken link or no regular file"
+        elif suffix in kind.suffixes:
+            names.append(PurePosixPath(name))
+    previews = {name for name in names if name.suffix.lower() in kind.previews}
+    whole = {name.with_suffix("") for name in names if name not in previews}
+    kept = (name for name in names if name not in previews or name.with_suffix("") not in whole)
+    return sorted(map(str, kept)), flaws
 
 
-# --- finding and decoding --------------------------------------------------------------------
-
-
-def _find(folder: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
-    """The sorted paths of such files inside the folder, and those that cannot be tried."""
-    names, bad = [], {}
-    for file in _files_in(folder):
-        name = file.relative_to(folder).as_posix()
-        if file.suffix.lower() in kind.others:
-            bad[name] = f"{file.suffix} is not read: make it {kind.formats}"
-        elif file.suffix.lower() in kind.suffixes and not file.is_file():
-            bad[name] = "it is a broken link or no regular file"
-        elif file.suffix.lower() in kind.suffixes:
-            names.append(name)
-    return sorted(_without_previews(names, kind)), bad
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    """All files in the folder or deeper.
-
-    What is hidden is passed over (such as the `._*` files that archives from a Mac hold).
-    """
-    for here, folders, files in os.walk(folder):
+def _files_in(path: Path) -> Iterator[Path]:
+    """All files in the folder or deeper, except hidden ones (such as `._*` from a Mac)."""
+    for here, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
-def _without_previews(names: Sequence[str], kind: Kind) -> list[str]:
-    small = {name for name in names if _suffix(name) in kind.previews}
-    whole = {_stem(name) for name in names if name not in small}
-    return [name for name in names if name not in small or _stem(name) not in whole]
+# --- captions --------------------------------------------------------------------------------
 
 
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
+class CaptionError(ValueError):
+    """A caption that cannot be used; the message is the reason."""
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+def clean(texts: Sequence[str]) -> tuple[str, ...]:
+    """Captions in `texts` with single blanks between their words.
+
+    Raises:
+        CaptionError: there are none, or they were no UTF-8 and hold surrogates.
+    """
+    captions = tuple(" ".join(text.split()) for text in texts if text.strip())
+    if not captions:
+        raise CaptionError("its caption is empty")
+    if any("\ud800" <= character <= "\udfff" for text in captions for character in text):
+        raise CaptionError("its caption is not UTF-8")
+    return captions
 
 
-def _decode(folder: Path, names: Sequence[str], side: int, crop: Crop) -> Decoded:
-    return decode_once(
-        cache_folder("folder", digest(f"{folder.resolve()} at {side}, {crop}")),
-        state_of(folder, names),
-        len(names),
-        lambda row: read_picture(folder / names[row], side, crop),
-        side,
-        f"decoding {folder.name} at {side} px",
-    )
+def lines(data: bytes) -> list[str]:
+    """Lines of a text file; bytes that are not UTF-8 become surrogates, for `clean` to refuse."""
+    return data.decode("utf-8-sig", "surrogateescape").splitlines()
 
 
-def state_of(folder: Path, names: Sequence[str]) -> str:
-    """Changes with any file's name, size or time."""
-    stats = ((name, (folder / name).stat()) for name in names)
-    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+def texts_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts of a JSON object or a table row under `text` or `caption`: one or several."""
+    texts = row.get("text", row.get("caption"))
+    texts = texts if isinstance(texts, list) else [texts]
+    return tuple(text for text in texts if isinstance(text, str))
+
+
+def find_captions(
+    path: Path, names: Sequence[str], flaws: dict[str, str]
+) -> dict[str, tuple[str, ...]] | None:
+    """Captions of the files `names`; None if the folder holds no captions at all.
+
+    The metadata file wins over text files. Reasons why a file, or a line such as
+    "metadata.csv:7", cannot be used are added to `flaws`.
+
+    Raises:
+        ValueError: two metadata files, or one that is no table of `file_name` and `text`.
+        OSError: the metadata file cannot be read.
+    """
+    metadata = [path / name for name in METADATA if (path / name).is_file()]
+    if len(metadata) > 1:
+        raise ValueError(f"{path} has both {' and '.join(METADATA)}: keep one of them")
+    captions: dict[str, tuple[str, ...]] = {}
+
+    def add(name: str, texts: Sequence[str]) -> None:
+        try:
+            captions[name] = captions.get(name, ()) + clean(texts)
+        except CaptionError as error:
+            flaws[name] = str(error)
+
+    known = frozenset(names)
+    for line, row in _rows(metadata[0]) if metadata else ():
+        file = row.get("file_name") if isinstance(row, Mapping) else None
+        name = PurePosixPath(file).as_posix() if isinstance(file, str) else ""  # of "./a.png" too
+        if name in known:
+            add(name, texts_of(row))
+        else:
+            flaws[f"{metadata[0].name}:{line}"] = "it does not name a file of the folder"
+    sidecars = [n for n in names if (path / n).with_suffix(".txt").is_file()]
+    for name in sidecars:
+        if name not in captions and name not in flaws:
+            try:
+                add(name, lines(_sidecar((path / name).with_suffix(".txt"))))
+            except CaptionError as error:
+                flaws[name] = str(error)
+    return captions if metadata or sidecars else None
+
+
+def _sidecar(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_SIDECAR_BYTES + 1)
+    except OSError as error:
+        raise CaptionError(f"{path.name} cannot be read ({error.strerror})") from error
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise CaptionError(f"{path.name} is longer than {MAX_SIDECAR_BYTES:,} bytes")
+    return data
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and rows; bytes that are not UTF-8 become surrogates, for `clean` to refuse."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix == ".jsonl":
+            yield from ((n, _parsed(line)) for n, line in enumerate(file, 1) if line.strip())
+            return
+        table = csv.DictReader(file)
+        try:
+            columns = set(table.fieldnames or ())
+            if "file_name" not in columns or not columns & {"text", "caption"}:
+                raise ValueError(f"{path} needs the columns file_name and text (or caption)")
+            yield from ((table.line_num, row) for row in table)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {table.line_num}: {error}") from error
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- small images for an upsampler -----------------------------------------------------------
+
+
+def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n side side channels"]:
+    """Read the image at `path`, or all of a folder by name, each exactly `side` x `side`.
+
+    They are not resized: an upsampler depends on how an image was made small. The sheets
+    (`grid.png`, ...) in a folder of samples are ignored.
+
+    Raises:
+        FileNotFoundError: there is no image.
+        UsageError: one has another size, or cannot be read.
+    """
+    files = [path]
+    if path.is_dir():
+        pictures = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in pictures if file.name not in SHEETS)
+    if not files or not path.exists():
+        raise FileNotFoundError(f"{path}: no picture here to enlarge (PNG, JPEG or WEBP)")
+    return np.stack([_read_coarse(file, side, channels) for file in files])
+
+
+def _read_coarse(file: Path, side: int, channels: int) -> UInt8[np.ndarray, "side side channels"]:
+    try:
+        pixels, original_side = read_picture(file, side, "random")  # which cuts nothing off
+    except PictureError as error:
+        raise UsageError(f"{file}: {error}") from error
+    if pixels.shape[:2] != (side, side) or original_side != side:
+        raise UsageError(f"{file}: the upsampler takes pictures of exactly {side}x{side} pixels")
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
+def for_each(
+    pictures: UInt8[np.ndarray, "p side side channels"], conditions: int, n: int
+) -> tuple[UInt8[np.ndarray, "samples side side channels"], int]:
+    """Coarse image for each sample, and the number of samples of each prompt or class.
+
+    One image goes with every prompt, and one prompt with every image; several of both are pairs.
+    Each is enlarged `n` times, with consecutive seeds.
+
+    Args:
+        conditions: number of prompts or classes; 1 without any.
+
+    Raises:
+        UsageError: there are several of both, in different numbers.
+    """
+    if len(pictures) != conditions and 1 not in (len(pictures), conditions):
+        raise UsageError(
+            f"--coarse: {len(pictures)} pictures for {conditions} prompts or classes; give one "
+            "picture, or one prompt or class, or as many of either"
+        )
+    each = pictures if len(pictures) > 1 else pictures.repeat(conditions, axis=0)
+    return each.repeat(n, axis=0), n * len(each) // conditions

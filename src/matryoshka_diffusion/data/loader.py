@@ -1,31 +1,65 @@
-"""The loader: what sample n of a run is (picture, cut, caption, flip, augmentation), no more.
+"""Batches: sample n of a run is an image, a cut, a caption, a flip and an augmentation.
 
 A batch is a pure function of (seed, ids), so resuming, another batch size or another number of
-processes cannot change what the model is shown.
+processes cannot change what the model sees.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from matryoshka_diffusion.config import ClipStart, Crop, DataConfig, Pixels
-from matryoshka_diffusion.data.augment import augmented, draw_augmentation
-from matryoshka_diffusion.data.batch import Batch, Source, to_float
-from matryoshka_diffusion.data.crop import CENTRE, Cut
+from matryoshka_diffusion.data.augment import CENTRE, Cut, augmented, draw_augmentation
+from matryoshka_diffusion.data.image import to_float
+from matryoshka_diffusion.data.source import Example, Source
 from matryoshka_diffusion.rng import stream
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of a run.
+
+    Attributes:
+        picture: numbers in [-1, 1]; clips have their frames before height and width.
+        captions: one a row, "" where the source has none.
+        labels: None where the source has no classes.
+        original_side: shorter side of the original images in pixels.
+        ids: global counter n of each sample; everything random depends on it.
+        keys: names of the samples.
+        augment: transformations of each image; None without augmentation.
+    """
+
+    picture: Float[Tensor, "b c *frames h w"]
+    captions: tuple[str, ...]
+    labels: Int[Tensor, " b"] | None
+    original_side: Float[Tensor, " b"]
+    ids: Int[Tensor, " b"]
+    keys: tuple[str, ...]
+    augment: Float[Tensor, "b 7"] | None = None
 
 
 class Loader:
-    """Samples of `source` in an order fixed by `seed`: every epoch is a new permutation.
+    """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
-    With the crop "random", a picture that is longer than the square is cut somewhere else each
-    time. With the clip "random", a video that is longer than the clip is begun somewhere else each
-    time; else the source knows where. With `flip`, every other picture or clip on average is
-    mirrored left to right. `augment` is the share of pictures that each geometric transformation
-    happens to; the batch tells of them. `pixels` is how bytes become numbers.
+    Args:
+        crop: "random" cuts an image that is longer than the square at another place each time.
+        clip: "random" begins a clip at another place of its video each time.
+        flip: mirrors an image or clip left to right with probability 1/2.
+        augment: probability of each geometric transformation.
+        pixels: convention by which bytes become numbers.
     """
 
     def __init__(
@@ -41,17 +75,15 @@ class Loader:
     ) -> None:
         assert len(source) > 0, "sources refuse to be empty"
         assert not augment or source.frames is None, "the config refuses to augment clips"
-        self.source = source
-        self.seed = seed
+        self.source, self.seed = source, seed
         self.crop: Crop = crop
         self.clip: ClipStart = clip
-        self.flip = flip
-        self.augment = augment
+        self.flip, self.augment = flip, augment
         self.pixels: Pixels = pixels
 
     @classmethod
     def of(cls, source: Source, seed: int, data: DataConfig) -> Loader:
-        """The loader of a training on this data."""
+        """Loader of a training run on this data."""
         return cls(
             source,
             seed,
@@ -63,22 +95,22 @@ class Loader:
         )
 
     def batch(self, ids: range) -> Batch:
-        """The samples with these global numbers n."""
+        """Samples with these global numbers n."""
         examples = self.source.many([self._index(n) for n in ids], [self._cut(n) for n in ids])
-        pictures = [self._turned(x.picture, n) for x, n in zip(examples, ids, strict=True)]
-        told = None
+        pictures = list(map(self._flipped, examples, ids))
+        numbers = None
         if self.augment:
             done = [draw_augmentation(self.seed, n, self.augment) for n in ids]
-            pictures = [augmented(*pair) for pair in zip(pictures, done, strict=True)]
-            told = torch.from_numpy(np.stack([how.numbers() for how in done]))
+            pictures = list(map(augmented, pictures, done))
+            numbers = torch.from_numpy(np.stack([one.numbers() for one in done]))
         return Batch(
             picture=to_float(np.stack(pictures), self.pixels).movedim(-1, 1).contiguous(),
-            captions=tuple(self._one(x.captions, n) for x, n in zip(examples, ids, strict=True)),
+            captions=tuple(map(self._caption, examples, ids)),
             labels=torch.tensor([x.label for x in examples]) if self.source.classes else None,
             original_side=torch.tensor([float(x.original_side) for x in examples]),
             ids=torch.tensor(ids),
             keys=tuple(x.key for x in examples),
-            augment=told,
+            augment=numbers,
         )
 
     def _index(self, n: int) -> int:
@@ -89,16 +121,38 @@ class Loader:
         place = CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
         return Cut(place, stream(self.seed, "clip", n).random() if self.clip == "random" else None)
 
-    def _one(self, captions: tuple[str, ...], n: int) -> str:
+    def _caption(self, example: Example, n: int) -> str:
+        captions = example.captions
         if len(captions) < 2:
             return captions[0] if captions else ""
         return captions[stream(self.seed, "caption", n).integers(len(captions))]
 
-    def _turned(self, picture: np.ndarray, n: int) -> np.ndarray:
+    def _flipped(self, example: Example, n: int) -> np.ndarray:
         mirrored = self.flip and stream(self.seed, "flip", n).random() < 0.5
-        return picture[..., ::-1, :] if mirrored else picture
+        return example.picture[..., ::-1, :] if mirrored else example.picture
 
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return stream(seed, "order", epoch).permutation(size)
+
+
+def look_ahead(
+    f: Callable[[Item], Result], items: Iterable[Item], *, workers: int, depth: int
+) -> Generator[Result, None, None]:
+    """Compute `map(f, items)` in `workers` threads, in order, at most `depth` results ahead.
+
+    An exception of `f` is raised at its place in the order. Closing the generator early drops
+    items that have not begun and waits for the rest, so no thread outlives it.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="look-ahead")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(f, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

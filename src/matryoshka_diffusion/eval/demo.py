@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.cascade import Model
-from matryoshka_diffusion.data.batch import Source, read_all
+from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.eval.demo_sheet import UNSEEN_PROMPTS, demo_sheet
 from matryoshka_diffusion.metrics.retrieval import (
     SEED,

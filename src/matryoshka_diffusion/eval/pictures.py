@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.cascade import Model
-from matryoshka_diffusion.data.batch import Source, read_all
+from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.eval.protocols import Conditions, spread
 from matryoshka_diffusion.eval.store import Column, Store
 from matryoshka_diffusion.files import digest

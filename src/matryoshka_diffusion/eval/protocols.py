@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.data.captions import CaptionError, clean, lines, texts_of
+from matryoshka_diffusion.data.folder import CaptionError, clean, lines, texts_of
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.metrics.retrieval import choose_captions
 from matryoshka_diffusion.rng import stream

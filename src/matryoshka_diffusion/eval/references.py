@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 
 from matryoshka_diffusion.config import DataConfig, UsageError
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.eval.pictures import FORMAT, ORIGINAL_SIDES, PictureSet, Shown, shown
 from matryoshka_diffusion.eval.store import Store
 from matryoshka_diffusion.files import cache_folder

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from matryoshka_diffusion.config import DataConfig, RunConfig, SourceName, UsageError
-from matryoshka_diffusion.data.batch import Source
-from matryoshka_diffusion.data.images import SUFFIXES
-from matryoshka_diffusion.data.sources import absolute, kind_of, open_source, sourced
-from matryoshka_diffusion.data.split import Part, split
+from matryoshka_diffusion.data.image import SUFFIXES
+from matryoshka_diffusion.data.source import Source, absolute, kind_of, open_source, sourced, split
 from matryoshka_diffusion.draw.grid import SHEETS
 from matryoshka_diffusion.eval.measures import METRICS, Asked, load, parse_metrics
 from matryoshka_diffusion.eval.protocols import (
@@ -28,7 +26,7 @@ from matryoshka_diffusion.eval.protocols import (
 from matryoshka_diffusion.eval.references import Reference, name_of, of_npz, of_source
 from matryoshka_diffusion.eval.results import Result
 from matryoshka_diffusion.eval.run import Networks, Told, measure
-from matryoshka_diffusion.eval.shrunk import Shrunk
+from matryoshka_diffusion.eval.shrunk import shrunk
 from matryoshka_diffusion.files import cache_folder, digest
 from matryoshka_diffusion.metrics.retrieval import CAPTIONS
 from matryoshka_diffusion.models.find import WEIGHTS
@@ -118,7 +116,7 @@ def _own_pictures(config: RunConfig, side: int, frames: int | None) -> Source:
     """
     source = open_source(_fixed(config.data), config.data_side, frames and config.data_frames)
     return (
-        source if (source.side, source.frames) == (side, frames) else Shrunk(source, side, frames)
+        source if (source.side, source.frames) == (side, frames) else shrunk(source, side, frames)
     )
 
 
@@ -218,7 +216,7 @@ def _kind(name: str, frames: int | None) -> SourceName:
 
 def _without_sheets(source: Source) -> Source:
     rows = [row for row, key in enumerate(source.keys) if key not in SHEETS]
-    return source if len(rows) == len(source) else Part(source, rows)
+    return source if len(rows) == len(source) else source.part(rows)
 
 
 def _refuse_model(name: str) -> None:

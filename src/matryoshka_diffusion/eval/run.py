@@ -15,7 +15,7 @@ import torch
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.eval.measures import (
     METRICS,
     Compared,

@@ -9,8 +9,8 @@ import torch
 from matryoshka_diffusion.codec.autoencoder import Codec, Identity
 from matryoshka_diffusion.codec.coded import Coded
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.curriculum import Step

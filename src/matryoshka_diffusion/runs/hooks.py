@@ -11,7 +11,7 @@ import torch
 
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.data.batch import Source
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.draw import clips, grid
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, shrink

@@ -35,10 +35,8 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import from_dict, load_config, override, to_yaml
-from matryoshka_diffusion.data.batch import Source
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import absolute, open_source, with_source
-from matryoshka_diffusion.data.split import split
+from matryoshka_diffusion.data.source import Source, absolute, open_source, split, with_source
 from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.models.find import (
     Progress,

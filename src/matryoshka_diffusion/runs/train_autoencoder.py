@@ -27,11 +27,9 @@ from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
 from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, override, to_yaml
-from matryoshka_diffusion.data.batch import Source, to_float, to_uint8
-from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.sources import absolute, open_source, sourced
-from matryoshka_diffusion.data.split import split
-from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.data.image import to_float, to_uint8
+from matryoshka_diffusion.data.loader import Loader, look_ahead
+from matryoshka_diffusion.data.source import Source, absolute, open_source, sourced, split
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import refuse_full, require, write_atomically
 from matryoshka_diffusion.presets import CODECS

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import CoarseConfig, RunConfig
-from matryoshka_diffusion.data.batch import Batch
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.pyramid import (
     Pyramid,

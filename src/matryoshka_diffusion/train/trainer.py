@@ -22,7 +22,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
-from matryoshka_diffusion.data.store import look_ahead
+from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.curriculum import Step, steps

@@ -1,8 +1,7 @@
-"""One picture file, read safely: RGB bytes of the wanted side or a reason why not.
+"""Images: files decoded safely to RGB bytes, and bytes as numbers in [-1, 1].
 
 The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
-Pillow's own limits bound the text and colour profiles that a file may carry. Of an animation the
-first frame is taken.
+Pillow's limits bound the text and colour profiles in a file. An animation gives its first frame.
 """
 
 from __future__ import annotations
@@ -17,34 +16,33 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.config import Crop, Pixels
 from matryoshka_diffusion.files import unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
-OTHER_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"})
-"""Pictures, too, but refused: they are reported, not passed over."""
 MIN_SIDE = 8
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 4 * MAX_PIXELS
-"""What an uncompressed picture of `MAX_PIXELS` would take: no honest file is larger."""
+"""Size of a file: no honest one is larger than an uncompressed image of `MAX_PIXELS`."""
 
 
 class Kind(NamedTuple):
-    """The files that a set is made of, and what they are called.
+    """Files that a data set is made of.
 
     Attributes:
-        noun: for one of them.
-        formats: what is read.
-        suffixes: of such files.
-        others: of files that are refused, which is reported; what has neither is passed over.
+        noun: name for one of them.
+        formats: names of the accepted formats.
+        suffixes: of accepted files.
+        others: suffixes of files that are refused with a report; all other files are ignored.
         max_bytes: of one file.
-        previews: those of the suffixes that are passed over beside another of them, as a thumbnail
-            of the same name is.
+        previews: suffixes that are ignored beside a file of another accepted suffix.
     """
 
     noun: str
@@ -55,15 +53,21 @@ class Kind(NamedTuple):
     previews: frozenset[str] = frozenset()
 
 
-PICTURES = Kind("picture", "PNG, JPEG or WEBP", SUFFIXES, OTHER_SUFFIXES, MAX_BYTES)
+PICTURES = Kind(
+    "picture",
+    "PNG, JPEG or WEBP",
+    SUFFIXES,
+    frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"}),
+    MAX_BYTES,
+)
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
-"""How many times its shorter side is kept of a picture's longer one, around the middle.
+"""Longest side that is kept, in units of the shorter one, around the middle.
 
-A random crop needs more than the square; the bound is for panoramas, which would fill the memory.
+A random crop needs more than the square; the bound keeps panoramas from filling the memory.
 """
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DAMAGED = (  # what Pillow raises on damaged files, which it parses with struct, zlib and slices
+_DAMAGED = (  # exceptions of Pillow on damaged files, which it parses with struct, zlib and slices
     OSError,
     SyntaxError,
     ValueError,
@@ -78,28 +82,33 @@ _UNKNOWN = "not a PNG, JPEG or WEBP picture, or damaged at its start"
 
 
 class PictureError(ValueError):
-    """A picture file that cannot be used; the message is the reason, without the path."""
+    """A file that cannot be used; the message is the reason, without the path."""
 
 
-def _of_system(error: Exception) -> TypeGuard[OSError]:
-    """Whether the disk, the permissions, ... are to blame, and not what is in a file.
+class Picture(NamedTuple):
+    """A decoded file, and its shorter side before resizing."""
 
-    "Invalid argument" is of the file: it gives that which leads to a place that no file has.
+    pixels: UInt8[np.ndarray, "*frames h w c"]
+    original_side: int
+
+
+def _is_of_system(error: Exception) -> TypeGuard[OSError]:
+    """Whether a disk or a permission is at fault, and not the file.
+
+    "Invalid argument" is a fault of a file that leads to a place which no file has.
     """
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 @contextmanager
 def judging(file: Path | bytes, unknown: str) -> Iterator[None]:
-    """Tell what is wrong with the file, which may be remembered, from what is with the system.
-
-    The second may be over the next time.
+    """Separate faults of the file, which may be remembered, from faults of the system.
 
     Args:
-        unknown: the reason where the file is of no known format.
+        unknown: the reason for a file of no known format.
 
     Raises:
-        PictureError: instead of whatever else is raised inside.
+        PictureError: in place of whatever a damaged file raises inside.
         UnreadableError: the system cannot read the file.
     """
     try:
@@ -111,46 +120,31 @@ def judging(file: Path | bytes, unknown: str) -> Iterator[None]:
     except Image.UnidentifiedImageError as error:
         raise PictureError(unknown) from error
     except _DAMAGED as error:
-        if _of_system(error) and isinstance(file, Path):
+        if isinstance(file, Path) and _is_of_system(error):
             raise unreadable(file, error) from error
         raise PictureError(f"corrupt or truncated ({error})") from error
 
 
-class Picture(NamedTuple):
-    """A decoded file: what may be shown of it, and the shorter side it had before."""
+def read_picture(file: Path | bytes, side: int, crop: Crop = "centre") -> Picture:
+    """Decode a file or its bytes, turn it upright, and resize its shorter side to `side`.
 
-    pixels: UInt8[np.ndarray, "*frames h w 3"]
-    original_side: int
-
-
-def read_picture(path: Path, side: int, crop: Crop = "centre") -> Picture:
-    """Decode the file, turn it upright, and resize its shorter side to `side`.
-
-    For a centre crop the picture is cut to the square; for a random one the longer side is kept,
-    up to `REACH`.
+    The crop "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
 
     Raises:
         PictureError: corrupt, truncated, too large, too small or of another format.
-        UnreadableError: the system cannot read it.
+        UnreadableError: the system cannot read the file.
     """
-    with judging(path, _UNKNOWN), open(path, "rb") as file:
-        if path.stat().st_size > MAX_BYTES:
+    with (
+        judging(file, _UNKNOWN),
+        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
+    ):
+        size = opened.seek(0, io.SEEK_END)
+        if not size:
+            raise PictureError("it is empty")
+        if size > MAX_BYTES:
             raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-        return _decode(file, side, crop)
-
-
-def decode_picture(data: bytes, side: int, crop: Crop = "centre") -> Picture:
-    """`read_picture` for the bytes of a file.
-
-    Raises:
-        PictureError: as of `read_picture`.
-    """
-    if not data:
-        raise PictureError("it is empty")
-    if len(data) > MAX_BYTES:
-        raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-    with judging(data, _UNKNOWN):
-        return _decode(io.BytesIO(data), side, crop)
+        opened.seek(0)
+        return _decode(opened, side, crop)
 
 
 def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
@@ -164,7 +158,7 @@ def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
 
 
 def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise PictureError unless a picture of this size is worth decoding, and can be."""
+    """Raise PictureError unless an image of this size is worth decoding, and can be decoded."""
     if min(width, height) < MIN_SIDE:
         raise PictureError(f"too small: {width}x{height}, under {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_SIDE or width * height > max_pixels:
@@ -175,10 +169,10 @@ def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The middle of the picture: one side of it is `side`, the other at most `reach` times that.
+    """Middle of an image as RGB: the shorter side is `side`, the longer one at most `reach` sides.
 
-    Resized with Lanczos: it averages over the whole area that a new pixel covers at any ratio,
-    where a box filter weighs source pixels unevenly unless the ratio is whole; it also enlarges.
+    Resized with Lanczos, which averages over the whole area of a new pixel at any ratio; a box
+    filter weighs source pixels unevenly unless the ratio is whole.
     """
     edge = min(image.size)
     width, height = (min(length, reach * edge) for length in image.size)
@@ -190,7 +184,7 @@ def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16 bits are scaled to 8 (not clipped), what is transparent shows white."""
+    """RGB of any mode: 16 bits are scaled to 8 (not clipped), transparency becomes white."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         grey = np.asarray(image).astype(np.float32) / 257.0
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -198,3 +192,28 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+# --- bytes and numbers -----------------------------------------------------------------------
+
+
+def to_float(
+    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
+) -> Float[Tensor, "*shape"]:
+    """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or (x - 127) / 128 for released weights."""
+    x = torch.tensor(pixels, dtype=torch.float32)
+    if convention == "released":
+        return x.sub_(127.0).div_(128.0)
+    return x.div_(127.5).sub_(1.0)
+
+
+def to_uint8(
+    x: Float[Tensor, "*shape"], convention: Pixels = "symmetric"
+) -> UInt8[Tensor, "*shape"]:
+    """Nearest bytes to numbers in [-1, 1], clamped.
+
+    The released code truncates here; both conventions invert their `to_float` exactly.
+    """
+    scaled = (x.float() + 1.0) * 127.5
+    whole = scaled.floor() if convention == "released" else scaled.round()
+    return whole.clamp(0, 255).to(torch.uint8)

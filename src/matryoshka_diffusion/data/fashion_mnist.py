@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 grey pictures of garments in ten classes, from its idx files."""
+"""Fashion-MNIST: 60,000 grey images of garments in ten classes, from its idx files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.data.batch import Pictures
+from matryoshka_diffusion.data.source import Source, array_source
 
 CLASSES = (
     "T-shirt/top",
@@ -28,15 +28,15 @@ CLASSES = (
     "Ankle boot",
 )
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 
 _SIDE = 28
 _UNSIGNED_BYTES = 0x08
 _MAX_VALUES = 2**30
 
 
-def fashion_mnist(side: int, folder: Path | None = None) -> Pictures:
-    """The training set, padded with black from 28 to `side` pixels (32 halves well).
+def fashion_mnist(side: int, folder: Path | None = None) -> Source:
+    """Training set, padded with black from 28 to `side` pixels (32 halves well).
 
     Raises:
         FileNotFoundError: the idx files are not in the folder.
@@ -57,13 +57,12 @@ def fashion_mnist(side: int, folder: Path | None = None) -> Pictures:
         raise ValueError(f"{folder}: label {labels.max()} is not one of {len(CLASSES)} classes")
     before = (side - _SIDE) // 2
     margin = (before, side - _SIDE - before)
-    return Pictures(
-        name="fashion-mnist",
-        array=np.pad(images, ((0, 0), margin, margin))[..., None],
-        rows=range(len(images)),
-        keys=[f"train-{index:05}" for index in range(len(images))],
-        original_sides=[_SIDE] * len(images),
+    return array_source(
+        "fashion-mnist",
+        np.pad(images, ((0, 0), margin, margin))[..., None],
+        keys=[f"train-{n:05}" for n in range(len(images))],
         labels=labels.tolist(),
+        original_sides=[_SIDE] * len(images),
         classes=CLASSES,
     )
 

@@ -1,0 +1,368 @@
+"""Sources of images: what they hold, how a part is held out, and how a config opens one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from matryoshka_diffusion.config import (
+    VIDEO_SOURCES,
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    SourceName,
+)
+from matryoshka_diffusion.data.augment import Cut
+from matryoshka_diffusion.data.bad import BadFile, NoneUsable, Quarantine
+from matryoshka_diffusion.data.image import Picture, PictureError
+from matryoshka_diffusion.files import fraction
+
+HUGGING_FACE = "hf:"
+PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")
+"""Sources that need no path."""
+
+_FRAMES_IN_MEMORY = 64
+_SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$")  # compressed ones too: shards.py says what to do
+
+
+class Sample(NamedTuple):
+    """Facts about an image or a video that are known without decoding it.
+
+    Attributes:
+        key: its name, stable between runs: a path in a folder, SHARD:KEY or FILE:ROW elsewhere.
+        captions: alternatives; empty without captions.
+        label: index into the classes.
+        original_side: shorter side in pixels before the set was made, if the set records it.
+        flaw: the reason why it cannot be used; empty for a usable one.
+        offset: its place in the shard, in bytes.
+    """
+
+    key: str
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    original_side: int | None = None
+    flaw: str = ""
+    offset: int | None = None
+
+
+class Example(NamedTuple):
+    """One image or clip with its facts.
+
+    Attributes:
+        picture: bytes of a square image, or of as many squares as a clip has frames.
+        captions: alternatives; empty without captions.
+        label: index into the source's classes.
+        key: the sample's name.
+        original_side: shorter side in pixels before resizing.
+    """
+
+    picture: UInt8[np.ndarray, "*frames side side c"]
+    captions: tuple[str, ...]
+    label: int | None
+    key: str
+    original_side: int
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Square images, or clips of square frames, in a fixed order.
+
+    A sample that turns out bad on reading is replaced by the next good one. So the example at an
+    index depends on the data alone: not on earlier reads, nor on the number of threads.
+
+    Attributes:
+        name: for messages, such as "openmoji".
+        samples: the usable samples.
+        read: (index, cut) -> the square; raises PictureError for a bad file. Any thread may call.
+        side: height and width in pixels.
+        frames: frames of each clip; None for images.
+        channels: 1 for grey, 3 for colour.
+        classes: names of the classes; empty without labels.
+        quarantine: the samples that are left out.
+        threads: number of samples that are read at the same time.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    read: Callable[[int, Cut], Picture]
+    side: int
+    frames: int | None = None
+    channels: int = 3
+    classes: tuple[str, ...] = ()
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    threads: int = 1
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of the samples."""
+        return [sample.key for sample in self.samples]
+
+    @cached_property
+    def captions(self) -> list[tuple[str, ...]] | None:
+        """Captions of each sample, known without decoding; None without captions."""
+        captions = [sample.captions for sample in self.samples]
+        return captions if captions[0] else None
+
+    @property
+    def bad(self) -> tuple[BadFile, ...]:
+        """Samples that are left out, among them those that turned out bad on reading."""
+        return self.quarantine.bad
+
+    @property
+    def total(self) -> int:
+        """Number of samples in the data set, good and bad."""
+        return self.quarantine.total or len(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(range(len(self))[index], Cut())
+
+    def many(self, indices: Sequence[int], cuts: Sequence[Cut] | None = None) -> list[Example]:
+        """Examples at `indices`, cut as `cuts` say; by default from the middle."""
+        cuts = cuts or [Cut()] * len(indices)
+        if self.threads == 1:
+            return list(map(self._example, indices, cuts))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self._example, indices, cuts))
+
+    def part(self, rows: Sequence[int]) -> Source:
+        """Source of the samples `rows`. A bad one is replaced by another one of this part."""
+        return replace(
+            self,
+            samples=[self.samples[row] for row in rows],
+            read=lambda index, cut: self.read(rows[index], cut),
+        )
+
+    def _example(self, index: int, cut: Cut) -> Example:
+        for step in range(len(self)):
+            n = (index + step) % len(self)
+            sample = self.samples[n]
+            if sample.key in self.quarantine:
+                continue
+            try:
+                picture = self.read(n, cut)
+            except PictureError as error:
+                self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
+                continue
+            side = sample.original_side or picture.original_side
+            return Example(picture.pixels, sample.captions, sample.label, sample.key, side)
+        raise ValueError(f"{self.name}: not one of {len(self):,} samples can be read")
+
+
+def array_source(
+    name: str,
+    array: UInt8[np.ndarray, "n *frames side side channels"],
+    keys: Sequence[str],
+    *,
+    captions: Sequence[tuple[str, ...]] | None = None,
+    labels: Sequence[int] | None = None,
+    original_sides: Sequence[int] | None = None,
+    classes: tuple[str, ...] = (),
+) -> Source:
+    """Source of the images or clips in an array, which may be memory-mapped, and columns for it."""
+    *frames, side, _, channels = array.shape[1:]
+    samples = [
+        Sample(
+            key,
+            () if captions is None else captions[n],
+            None if labels is None else labels[n],
+            side if original_sides is None else original_sides[n],
+        )
+        for n, key in enumerate(keys)
+    ]
+    return Source(
+        name,
+        samples,
+        lambda index, _: Picture(np.array(array[index]), side),
+        side,
+        frames=frames[0] if frames else None,
+        channels=channels,
+        classes=classes,
+    )
+
+
+def read_all(source: Source, rows: Sequence[int]) -> Iterator[Example]:
+    """Examples at `rows`, read 64 images or frames at a time."""
+    together = max(1, _FRAMES_IN_MEMORY // (source.frames or 1))
+    for start in range(0, len(rows), together):
+        yield from source.many(rows[start : start + together])
+
+
+def split(source: Source, share: float) -> tuple[Source, Source | None]:
+    """Training part and held-out part of about `share` of all samples (None for 0).
+
+    A sample's side depends on its key alone: it stays there when other samples come or go.
+
+    Raises:
+        ConfigError: one of the parts would be empty.
+    """
+    if share == 0.0:
+        return source, None
+    held = [fraction(key) < share for key in source.keys]
+    train, held_out = ([n for n, is_held in enumerate(held) if is_held == side] for side in (0, 1))
+    if not train or not held_out:
+        raise ConfigError(
+            f"data.held_out is {share:g}, which takes {len(held_out)} of the {len(source):,} "
+            f"pictures of {source.name}: there must be some on either side "
+            "(--set data.held_out=0 trains on all)"
+        )
+    return source.part(train), source.part(held_out)
+
+
+# --- from a config to a source ---------------------------------------------------------------
+
+
+def open_source(config: DataConfig, side: int, frames: int | None = None) -> Source:
+    """Open the data that `config` names, at the finest level's `side`; videos as clips of `frames`.
+
+    Without `frames`, a video gives the first frame of its clip. A source of images gives images in
+    either case. The first call for a set and side may take long: it decodes into the cache.
+
+    Raises:
+        ConfigError: a path is missing, or the data does not have this side.
+        ValueError, OSError: the data is missing or unusable; the message says what to do.
+        MissingExtra: an optional package is not installed.
+    """
+    if config.source == "openmoji":
+        from matryoshka_diffusion.data.emoji import openmoji
+
+        if config.path is not None:
+            raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
+        return openmoji(side)
+    if config.source == "fashion-mnist":
+        from matryoshka_diffusion.data.fashion_mnist import fashion_mnist
+
+        return fashion_mnist(side, None if config.path is None else _expanded(config.path))
+    from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
+
+    if config.path is None:
+        raise ConfigError(f"data.path is not set: {_remedy(config.source)}")
+    if config.source in VIDEO_SOURCES:
+        return _open_videos(config, config.path, side, frames)
+    decoder = picture_decoder(side, config.crop)
+    path = absolute(config.path)
+    if config.source == "folder":
+        from matryoshka_diffusion.data.folder import folder
+
+        catalogue = folder(_expanded(config.path))
+    elif config.source == "shards":
+        from matryoshka_diffusion.data.shards import shards
+
+        catalogue = shards(path)
+    else:
+        from matryoshka_diffusion.data import tables
+
+        is_parquet = config.source == "parquet"
+        catalogue = tables.parquet(path) if is_parquet else tables.hugging_face(path)
+    return open_catalogue(catalogue, decoder, config.max_bad_fraction)
+
+
+def _open_videos(config: DataConfig, path: str, side: int, frames: int | None) -> Source:
+    from matryoshka_diffusion.data.decoded import open_catalogue
+    from matryoshka_diffusion.data.emoji import fluent_emoji
+    from matryoshka_diffusion.data.video import clip_decoder, videos
+
+    decoder = clip_decoder(config, side, frames)
+    if config.source == "fluent-emoji":
+        catalogue = fluent_emoji(_expanded(path), config, frames)
+        return open_catalogue(catalogue, decoder, config.max_bad_fraction)
+    try:
+        return open_catalogue(videos(absolute(path)), decoder, config.max_bad_fraction)
+    except NoneUsable as error:
+        if frames is None:
+            raise
+        why = f"clips of {frames} frames, as the model's finest level has them, are made of videos"
+        raise NoneUsable(f"{error}; {why}", error.bad) from error
+
+
+def _remedy(source: SourceName) -> str:
+    from matryoshka_diffusion.data.emoji import FLUENT_EMOJI
+    from matryoshka_diffusion.data.folder import forms
+    from matryoshka_diffusion.data.image import PICTURES
+    from matryoshka_diffusion.data.video import VIDEOS
+
+    if source == "fluent-emoji":
+        return f"give the folder of the unpacked npm package {FLUENT_EMOJI} with --data"
+    if source == "clips":
+        return f"give a folder with --data ({forms(VIDEOS)}), or tar shards"
+    return f"give a folder with --data ({forms(PICTURES)}), or tar shards, parquet files or hf:NAME"
+
+
+# --- from a path to a kind of source ---------------------------------------------------------
+
+
+def with_source(config: RunConfig) -> RunConfig:
+    """Run config whose data source is recognised from its path. See `sourced`."""
+    clips = config.data_frames is not None
+    return config.model_copy(update={"data": sourced(config.data, clips=clips)})
+
+
+def sourced(data: DataConfig, *, clips: bool = False) -> DataConfig:
+    """Data config with the source that is at its path, where it names a folder.
+
+    Args:
+        clips: whether the model draws clips; then folders and shards are read as videos.
+    """
+    if data.source != "folder" or data.path is None:
+        return data
+    kind = kind_of(data.path)
+    source: SourceName = "clips" if clips and kind in ("folder", "shards") else kind
+    return data.model_copy(update={"source": source})
+
+
+def kind_of(path: str) -> SourceName:
+    """Kind of the data at `path`: an `hf:` name, shards, parquet files, or a folder.
+
+    A folder with images is a folder of images, whatever else is in it. Without images, videos
+    count before shards and parquet files.
+    """
+    from matryoshka_diffusion.data.folder import holds
+    from matryoshka_diffusion.data.image import SUFFIXES
+    from matryoshka_diffusion.data.video import CONTAINERS
+
+    if path.startswith(HUGGING_FACE):
+        return "datasets"
+    folder = _expanded(path)
+    if not folder.is_dir():
+        return _kind_of_file(path)
+    if holds(folder, SUFFIXES):
+        return "folder"
+    if holds(folder, CONTAINERS):
+        return "clips"
+    kinds = {_kind_of_file(name) for name in os.listdir(folder)}
+    return "shards" if "shards" in kinds else "parquet" if "parquet" in kinds else "folder"
+
+
+def _kind_of_file(name: str) -> SourceName:
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "shards" if _SHARD.search(name) else "folder"
+
+
+def absolute(path: str) -> str:
+    """Name of the same data from any working folder; addresses and hub names stay as they are."""
+    if "://" in path:
+        return path
+    if not path.startswith(HUGGING_FACE):
+        return str(_expanded(path).resolve())
+    from matryoshka_diffusion.data.tables import split_of
+
+    place, split = split_of(path.removeprefix(HUGGING_FACE))
+    folder = _expanded(place)
+    resolved = str(folder.resolve()) if folder.is_dir() else place
+    return f"{HUGGING_FACE}{resolved}{'@' if split else ''}{split}"
+
+
+def _expanded(path: str) -> Path:
+    return Path(path).expanduser()

@@ -1,0 +1,271 @@
+"""Tables with a column of encoded images: parquet files, and Hugging Face `datasets`.
+
+Captions and classes are read at once. Images stay where they are: `datasets` maps its tables into
+memory; a parquet file gives an image only with its whole row group. The last groups are kept, which
+is cheap in the order of the files, but slow in random order unless the groups are small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matryoshka_diffusion.data.decoded import Catalogue
+from matryoshka_diffusion.data.folder import CaptionError, clean
+from matryoshka_diffusion.data.image import PictureError
+from matryoshka_diffusion.data.shards import expand, opened, short_names, state_of
+from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
+from matryoshka_diffusion.files import UnreadableError, require
+
+PICTURE = ("image", "picture", "photo", "img", "jpg", "jpeg", "png", "webp")
+CAPTION = ("caption", "text")
+LABEL = ("label", "cls")
+DEFAULT_SPLIT = "train"
+
+_GROUPS_KEPT = 2
+
+
+class _Columns(NamedTuple):
+    """Names of the columns that are read; None where the table has no such column."""
+
+    picture: str
+    caption: str | None
+    label: str | None
+
+    @property
+    def words(self) -> list[str]:
+        return [name for name in self[1:] if name is not None]
+
+
+def _columns(names: Sequence[str], where: str) -> _Columns:
+    """Columns of a table by their names. Raises ValueError without a column of images."""
+    picture, caption, label = (
+        next((name for name in wanted if name in names), None)
+        for wanted in (PICTURE, CAPTION, LABEL)
+    )
+    if picture is None:
+        raise ValueError(
+            f"{where}: no column with pictures among {', '.join(names)}: "
+            f"call it {' or '.join(PICTURE[:2])}"
+        )
+    return _Columns(picture, caption, label)
+
+
+class _Row(NamedTuple):
+    """A row without its image. A class is a number or a name."""
+
+    captions: tuple[str, ...] = ()
+    label: int | str | None = None
+    flaw: str = ""
+
+
+def _rows(table: Any, columns: _Columns) -> list[_Row]:
+    """Rows of a pyarrow table; a value that makes no sense is a flaw of its row."""
+    nothing = [None] * table.num_rows
+    cells = (nothing if name is None else table.column(name) for name in columns[1:])
+    return [_row(*pair) for pair in zip(*cells, strict=True)]
+
+
+def _row(caption: Any, label: Any) -> _Row:
+    try:
+        text = None if caption is None else caption.as_py()
+        number = None if label is None else label.as_py()
+    except UnicodeDecodeError:
+        return _Row(flaw="its caption or class is not UTF-8")
+    texts: list[Any] = text if isinstance(text, list) else [text]
+    try:
+        if text is not None and not all(isinstance(one, str) for one in texts):
+            return _Row(flaw="its caption is no text")
+        captions = () if text is None else clean(texts)
+    except CaptionError as error:
+        return _Row(flaw=str(error))
+    if isinstance(number, int):
+        return _Row(captions, int(number))  # yes and no are 1 and 0
+    return _Row(captions, number if isinstance(number, str) else None)
+
+
+def _samples(
+    keys: Iterable[str], rows: Sequence[_Row], names: Sequence[str]
+) -> tuple[list[Sample], tuple[str, ...]]:
+    """Samples whose classes are numbers, and the names of the classes.
+
+    `names` are those that the table itself states. Classes that are words are sorted.
+
+    Raises:
+        ValueError: some rows have words and others numbers.
+    """
+    words = tuple(sorted({row.label for row in rows if isinstance(row.label, str)}))
+    if words and any(isinstance(row.label, int) for row in rows):
+        raise ValueError("classes are numbers in some of the rows and words in others")
+    numbers = {word: number for number, word in enumerate(words)}
+    samples = [
+        Sample(
+            key,
+            row.captions,
+            numbers[row.label] if isinstance(row.label, str) else row.label,
+            flaw=row.flaw,
+        )
+        for key, row in zip(keys, rows, strict=True)
+    ]
+    return samples, words or tuple(names)
+
+
+def _bytes(value: Any) -> bytes:
+    """Encoded image in a cell: bytes, or a struct with `bytes` as `datasets` writes it."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise PictureError("there is no picture in its row")
+    return data
+
+
+# --- parquet ---------------------------------------------------------------------------------
+
+
+def parquet(pattern: str) -> Catalogue:
+    """Rows of all parquet files that `pattern` stands for (see `shards.expand`), in their order.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: a file is damaged or has no column of images.
+        MissingExtra: pyarrow is not installed.
+    """
+    paths = expand(pattern, ".parquet")
+    files = [_File(path) for path in paths]
+    rows, keys, places = [], [], []
+    for name, file in zip(short_names(paths), files, strict=True):
+        rows += file.rows()
+        keys += [f"{name}:{row}" for row in range(len(rows) - len(keys))]
+        groups = range(file.metadata.num_row_groups)
+        sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        places += [(file, group, row) for group in groups for row in range(sizes[group])]
+    samples, classes = _samples(keys, rows, files[0].class_names())
+    lock = threading.Lock()
+    kept = lru_cache(_GROUPS_KEPT)(lambda file, group: file.pictures(group))
+
+    def load(n: int) -> bytes:
+        file, group, row = places[n]
+        with lock:  # or every thread would read the same group
+            return _bytes(kept(file, group)[row].as_py())
+
+    state = "\n".join(f"{path} {state_of(path)}" for path in paths)
+    return Catalogue(f"parquet {pattern}", state, samples, load, classes)
+
+
+class _File:
+    """One parquet file: its footer is read once, its groups when they are wanted."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._parquet = require("pyarrow.parquet", "parquet", "reading parquet files")
+        try:
+            with opened(path) as file:
+                self.metadata = self._parquet.read_metadata(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        self._schema = self.metadata.schema.to_arrow_schema()
+        self._columns = _columns(self._schema.names, path)
+        kind = str(self._schema.field(self._columns.picture).type)
+        if "binary" not in kind:  # binary, large_binary, struct<bytes: binary, path: string>
+            raise ValueError(f"{path}: column {self._columns.picture} holds {kind}, not bytes")
+
+    def rows(self) -> list[_Row]:
+        """Captions and classes."""
+        words = self._columns.words
+        if not words:
+            return [_Row()] * self.metadata.num_rows
+        try:
+            return self._read(lambda whole: _rows(whole.read(words), self._columns))
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+
+    def pictures(self, group: int) -> Any:
+        """Images of a row group, a pyarrow array.
+
+        Raises:
+            PictureError: the group is damaged.
+            OSError: the file cannot be read.
+        """
+        columns = [self._columns.picture]
+        try:
+            return self._read(lambda whole: whole.read_row_group(group, columns=columns).column(0))
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise PictureError(f"row group {group} is damaged ({reason})") from error
+
+    def _read(self, read: Callable[[Any], Any]) -> Any:
+        """Result of `read`; damage is a ValueError, for which pyarrow has OSErrors, too."""
+        try:
+            with opened(self.path) as file:
+                return read(self._parquet.ParquetFile(file, metadata=self.metadata))
+        except UnreadableError as error:
+            if error.errno is not None or "://" in self.path:
+                raise  # the disk or the connection, not the data
+            raise ValueError(str(error)) from error
+
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, if `datasets` wrote the file and knew them."""
+        try:
+            about = json.loads((self._schema.metadata or {})[b"huggingface"])
+            names = about["info"]["features"][self._columns.label]["names"]
+        except (KeyError, TypeError, ValueError):
+            return ()
+        return [str(name) for name in names]
+
+
+# --- Hugging Face ----------------------------------------------------------------------------
+
+
+def hugging_face(address: str) -> Catalogue:
+    """Data set `hf:NAME`, `hf:/saved/folder` or either with `@SPLIT` (default "train").
+
+    Raises:
+        OSError: there is no such data set.
+        ValueError: there is no such split, or no column of images.
+        MissingExtra: `datasets` is not installed.
+    """
+    name = address.removeprefix(HUGGING_FACE)
+    datasets = require("datasets", "datasets", "reading Hugging Face data sets")
+    table = _opened(datasets, name)
+    columns = _columns(table.column_names, name)
+    if isinstance(table.features[columns.picture], datasets.Image):  # our own decoder has bounds
+        table = table.cast_column(columns.picture, datasets.Image(decode=False))
+    rows = [_Row()] * table.num_rows
+    if columns.words:
+        rows = _rows(table.select_columns(columns.words).with_format("arrow")[:], columns)
+    names = getattr(table.features.get(columns.label), "names", None) or ()
+    keys = [f"{name}:{row}" for row in range(table.num_rows)]
+    samples, classes = _samples(keys, rows, names)
+    pictures = table.select_columns([columns.picture])
+
+    def load(n: int) -> bytes | Path:
+        value = pictures[n][columns.picture]
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            if not (path := Path(value["path"])).exists():
+                raise PictureError(f"its picture is a file that does not exist, {path}")
+            return path
+        return _bytes(value)
+
+    return Catalogue(f"datasets {name}", str(table._fingerprint), samples, load, classes)
+
+
+def _opened(datasets: Any, name: str) -> Any:
+    place, split = split_of(name)
+    if not os.path.isdir(place):
+        return datasets.load_dataset(place, split=split or DEFAULT_SPLIT)
+    saved = datasets.load_from_disk(place)
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if (split or DEFAULT_SPLIT) not in saved:
+        raise ValueError(f"{name}: its splits are {', '.join(saved)}: add @ and one of them")
+    return saved[split or DEFAULT_SPLIT]
+
+
+def split_of(name: str) -> tuple[str, str]:
+    """Place and split of `PLACE@SPLIT`; the split is empty if none is named."""
+    place, at, split = name.rpartition("@")
+    return (name, "") if not at or "/" in split or os.path.isdir(name) else (place, split)
