@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,7 +94,9 @@ def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch, f
     levels = (coarse, fine.model_copy(update={"frames": frames}))
     model = config.model.model_copy(update={"levels": levels})
     shape = (10, 16, 16, 3) if frames is None else (10, frames, 16, 16, 3)
-    source = replace(pictures(10), array=np.zeros(shape, np.uint8))
+    captions = [("red",)] * 10
+    keys = [str(n) for n in range(10)]
+    source = array_source("toy", np.zeros(shape, np.uint8), keys, captions=captions)
     asked = []
 
     def no_loss(net, x, *_, **__) -> SimpleNamespace:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -83,22 +83,22 @@ class Source:
         name: for messages, such as "openmoji".
         samples: the usable samples.
         read: (index, cut) -> the square; raises PictureError for a bad file. Any thread may call.
+        quarantine: the samples that are left out.
         side: height and width in pixels.
         frames: frames of each clip; None for images.
         channels: 1 for grey, 3 for colour.
         classes: names of the classes; empty without labels.
-        quarantine: the samples that are left out.
         threads: number of samples that are read at the same time.
     """
 
     name: str
     samples: Sequence[Sample]
     read: Callable[[int, Cut], Picture]
+    quarantine: Quarantine
     side: int
     frames: int | None = None
     channels: int = 3
     classes: tuple[str, ...] = ()
-    quarantine: Quarantine = field(default_factory=Quarantine)
     threads: int = 1
 
     @cached_property
@@ -120,7 +120,7 @@ class Source:
     @property
     def total(self) -> int:
         """Number of samples in the data set, good and bad."""
-        return self.quarantine.total or len(self.samples)
+        return self.quarantine.total
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -185,6 +185,7 @@ def array_source(
         name,
         samples,
         lambda index, _: Picture(np.array(array[index]), side),
+        Quarantine(name, total=len(samples)),
         side,
         frames=frames[0] if frames else None,
         channels=channels,
