@@ -19,8 +19,7 @@ from matryoshka_diffusion.data.augment import (
     augmented,
     draw_augmentation,
 )
-from matryoshka_diffusion.data.image import to_uint8
-from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka

@@ -25,8 +25,7 @@ from matryoshka_diffusion.data import video as clips_module
 from matryoshka_diffusion.data.augment import Cut, cut_square
 from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
-from matryoshka_diffusion.data.image import to_uint8
-from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, split, with_source
 from matryoshka_diffusion.data.video import clip_decoder
 from matryoshka_diffusion.eval.shrunk import shrunk

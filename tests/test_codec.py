@@ -33,8 +33,7 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.data.image import to_uint8
-from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval.sweep import averaged

@@ -19,7 +19,7 @@ from matryoshka_diffusion.codec.autoencoder import load_autoencoder
 from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
 from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
-from matryoshka_diffusion.data.image import to_float
+from matryoshka_diffusion.data.loader import to_float
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset

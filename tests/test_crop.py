@@ -16,8 +16,8 @@ from matryoshka_diffusion.config import Crop, DataConfig
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.augment import cut_square
 from matryoshka_diffusion.data.check import contact_sheet, describe
-from matryoshka_diffusion.data.image import read_picture, to_uint8
-from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import Source, open_source
 from matryoshka_diffusion.eval.demo import all_pictures
 from matryoshka_diffusion.runs import prepare as job

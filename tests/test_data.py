@@ -27,10 +27,11 @@ from matryoshka_diffusion.data import bad as folder_module
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data import fashion_mnist as idx
 from matryoshka_diffusion.data import image as images
+from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.emoji import openmoji
-from matryoshka_diffusion.data.image import PictureError, read_picture, to_float, to_uint8
-from matryoshka_diffusion.data.loader import Loader, look_ahead
+from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.data.loader import Loader, look_ahead, to_float, to_uint8
 from matryoshka_diffusion.data.source import Source, array_source, open_source, read_all
 from matryoshka_diffusion.files import UnreadableError
 

@@ -25,7 +25,8 @@ from faults.product import CONFIG
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import decoded
-from matryoshka_diffusion.data.image import PictureError, read_picture
+from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, array_source, open_source
 from matryoshka_diffusion.models.find import find_model

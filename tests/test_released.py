@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.data.image import to_float, to_uint8
+from matryoshka_diffusion.data.loader import to_float, to_uint8
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.released import convert, load_released, read_released
 from matryoshka_diffusion.models.released_pickle import BrokenFile, Record, plain, read_pickle

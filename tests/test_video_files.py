@@ -20,7 +20,9 @@ from PIL import Image
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import video as module
-from matryoshka_diffusion.data.image import Picture, PictureError, read_picture
+from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.data.video import (
     Container,
     Deadline,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec.autoencoder import Codec, load_codec
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.image import to_uint8
+from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.models import hub

@@ -14,7 +14,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning, equally_long
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.data.image import to_float
+from matryoshka_diffusion.data.loader import to_float
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of

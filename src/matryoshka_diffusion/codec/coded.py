@@ -10,8 +10,7 @@ import numpy as np
 from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.codec.cache import CodeCache
 from matryoshka_diffusion.config import VIDEO_SOURCES, DataConfig
-from matryoshka_diffusion.data.image import to_float
-from matryoshka_diffusion.data.loader import Batch, Loader
+from matryoshka_diffusion.data.loader import Batch, Loader, to_float
 from matryoshka_diffusion.data.source import Source
 
 WINDOW = 1024

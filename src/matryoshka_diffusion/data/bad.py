@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 from matryoshka_diffusion.files import write_atomically
 
 
+class PictureError(ValueError):
+    """A file that cannot be used; the message is the reason, without the path."""
+
+
 class BadFile(NamedTuple):
     """A file or sample that is left out, and the reason.
 

@@ -20,10 +20,16 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.augment import Cut, cut_square
-from matryoshka_diffusion.data.bad import BadFile, NoneUsable, Quarantine, refuse_too_many
-from matryoshka_diffusion.data.image import Picture, PictureError, read_picture
+from matryoshka_diffusion.data.bad import (
+    BadFile,
+    NoneUsable,
+    PictureError,
+    Quarantine,
+    refuse_too_many,
+)
+from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import look_ahead
-from matryoshka_diffusion.data.source import Sample, Source
+from matryoshka_diffusion.data.source import Picture, Sample, Source
 from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
 
 CACHED_PICTURES = 20_000

@@ -22,9 +22,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import state_of
-from matryoshka_diffusion.data.image import PictureError
 from matryoshka_diffusion.data.source import Sample, Source, array_source
 from matryoshka_diffusion.data.video import TooShortError, choose, open_video
 from matryoshka_diffusion.files import (

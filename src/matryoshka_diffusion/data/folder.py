@@ -20,9 +20,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.data.bad import BadFile, some
+from matryoshka_diffusion.data.bad import BadFile, PictureError, some
 from matryoshka_diffusion.data.decoded import Catalogue
-from matryoshka_diffusion.data.image import PICTURES, SUFFIXES, Kind, PictureError, read_picture
+from matryoshka_diffusion.data.image import PICTURES, SUFFIXES, Kind, read_picture
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.draw.grid import SHEETS
 

@@ -1,4 +1,4 @@
-"""Images: files decoded safely to RGB bytes, and bytes as numbers in [-1, 1].
+"""Image files, decoded safely: RGB bytes of the wanted side, or a reason why not.
 
 The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
 Pillow's limits bound the text and colour profiles in a file. An animation gives its first frame.
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from matryoshka_diffusion.config import Crop, Pixels
+from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -79,17 +79,6 @@ _DAMAGED = (  # exceptions of Pillow on damaged files, which it parses with stru
     zlib.error,
 )
 _UNKNOWN = "not a PNG, JPEG or WEBP picture, or damaged at its start"
-
-
-class PictureError(ValueError):
-    """A file that cannot be used; the message is the reason, without the path."""
-
-
-class Picture(NamedTuple):
-    """A decoded file, and its shorter side before resizing."""
-
-    pixels: UInt8[np.ndarray, "*frames h w c"]
-    original_side: int
 
 
 def _is_of_system(error: Exception) -> TypeGuard[OSError]:
@@ -192,28 +181,3 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-# --- bytes and numbers -----------------------------------------------------------------------
-
-
-def to_float(
-    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
-) -> Float[Tensor, "*shape"]:
-    """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or (x - 127) / 128 for released weights."""
-    x = torch.tensor(pixels, dtype=torch.float32)
-    if convention == "released":
-        return x.sub_(127.0).div_(128.0)
-    return x.div_(127.5).sub_(1.0)
-
-
-def to_uint8(
-    x: Float[Tensor, "*shape"], convention: Pixels = "symmetric"
-) -> UInt8[Tensor, "*shape"]:
-    """Nearest bytes to numbers in [-1, 1], clamped.
-
-    The released code truncates here; both conventions invert their `to_float` exactly.
-    """
-    scaled = (x.float() + 1.0) * 127.5
-    whole = scaled.floor() if convention == "released" else scaled.round()
-    return whole.clamp(0, 255).to(torch.uint8)

@@ -22,8 +22,7 @@ from matryoshka_diffusion.config import (
     SourceName,
 )
 from matryoshka_diffusion.data.augment import Cut
-from matryoshka_diffusion.data.bad import BadFile, NoneUsable, Quarantine
-from matryoshka_diffusion.data.image import Picture, PictureError
+from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
 from matryoshka_diffusion.files import fraction
 
 HUGGING_FACE = "hf:"
@@ -52,6 +51,13 @@ class Sample(NamedTuple):
     original_side: int | None = None
     flaw: str = ""
     offset: int | None = None
+
+
+class Picture(NamedTuple):
+    """A decoded image or clip, and its shorter side before resizing."""
+
+    pixels: UInt8[np.ndarray, "*frames h w c"]
+    original_side: int
 
 
 class Example(NamedTuple):

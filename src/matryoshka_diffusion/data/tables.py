@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import CaptionError, clean
-from matryoshka_diffusion.data.image import PictureError
 from matryoshka_diffusion.data.shards import expand, opened, short_names, state_of
 from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
 from matryoshka_diffusion.files import UnreadableError, require

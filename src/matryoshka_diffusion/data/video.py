@@ -19,18 +19,12 @@ from jaxtyping import Float64
 from PIL import Image, ImageOps
 
 from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue, Decoder
 from matryoshka_diffusion.data.folder import folder, holds
-from matryoshka_diffusion.data.image import (
-    REACH,
-    Kind,
-    Picture,
-    PictureError,
-    judge,
-    judging,
-    resized,
-)
+from matryoshka_diffusion.data.image import REACH, Kind, judge, judging, resized
 from matryoshka_diffusion.data.shards import shards
+from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import fraction, require
 
 MAX_BYTES = 2**29

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from matryoshka_diffusion.data.augment import Cut
-from matryoshka_diffusion.data.image import Picture
-from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.data.source import Picture, Source
 from matryoshka_diffusion.pyramid import Resolution, shrink
 
 

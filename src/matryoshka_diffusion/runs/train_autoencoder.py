@@ -27,8 +27,7 @@ from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
 from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, override, to_yaml
-from matryoshka_diffusion.data.image import to_float, to_uint8
-from matryoshka_diffusion.data.loader import Loader, look_ahead
+from matryoshka_diffusion.data.loader import Loader, look_ahead, to_float, to_uint8
 from matryoshka_diffusion.data.source import Source, absolute, open_source, sourced, split
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import refuse_full, require, write_atomically

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from matryoshka_diffusion.config import Pixels
-from matryoshka_diffusion.data.image import to_uint8
+from matryoshka_diffusion.data.loader import to_uint8
 
 Pictures: TypeAlias = list[Image.Image] | Float[np.ndarray, "n _ _ c"] | Float[Tensor, "n c _ _"]
 """All pictures of one level."""
