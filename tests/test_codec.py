@@ -236,8 +236,8 @@ def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tm
     told = []
     store_codes(cache, source, data, lambda done, total: told.append((done, total)))
     assert told == [(12, 12)]
-    assert len(cache.chunks) == 12 * (1 + flip)
-    assert cache.chunks.bytes > cache.bytes_of(12 * (1 + flip), 32)
+    assert len(cache.store) == 12 * (1 + flip)
+    assert cache.store.bytes > cache.bytes_of(12 * (1 + flip), 32)
 
     cache.codec._model.to("meta")  # nothing can be encoded any more
     loader = Loader(source, seed=3, flip=flip)
@@ -245,7 +245,7 @@ def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tm
     assert torch.equal(stored.picture, made.picture)
     assert stored.picture.is_contiguous()
     assert stored.keys == made.keys
-    assert len(fresh.chunks) == 0
+    assert len(fresh.store) == 0
 
 
 def test_codes_are_stored_once_and_survive_the_process(tiny_codec, tmp_path):
@@ -253,7 +253,7 @@ def test_codes_are_stored_once_and_survive_the_process(tiny_codec, tmp_path):
     cached(tiny_codec(), tmp_path).add(x[:3])
     again = cached(tiny_codec(), tmp_path)
     again.add([*x, x[3]])
-    assert len(again.chunks) == 4
+    assert len(again.store) == 4
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     again.add(x)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2

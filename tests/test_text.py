@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.text.cache import pad
-from matryoshka_diffusion.text.encoder import load_encoder
-from matryoshka_diffusion.text.t5 import T5States
+from matryoshka_diffusion.text.encoder import T5States, load_encoder
+from matryoshka_diffusion.text.feature_cache import pad
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 

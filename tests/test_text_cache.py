@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,16 +17,18 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.cli.terminal import duration, size_text
 from matryoshka_diffusion.config import EncoderConfig
-from matryoshka_diffusion.text import cache as cache_module
-from matryoshka_diffusion.text.cache import FeatureCache
-from matryoshka_diffusion.text.encoder import load_encoder
-from matryoshka_diffusion.text.plan import duration, size
+from matryoshka_diffusion.draw.grid import save_png
+from matryoshka_diffusion.text import feature_cache as cache_module
+from matryoshka_diffusion.text.encoder import HiddenStates, load_encoder
+from matryoshka_diffusion.text.feature_cache import FeatureCache
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 
 
-class Counting:
+class Counting(HiddenStates):
     """An encoder that remembers what it was asked: one row of 3 numbers for each letter and one.
 
     Its numbers are whole and small, so that bf16 holds them exactly.
@@ -86,7 +89,7 @@ def test_what_was_stored_is_read_and_not_encoded(tmp_path, dtype):
     asked = ["", "bb", "a", "bb"]
     assert right(asked, cache(asked))
     assert asked_of(cache).asked == []
-    assert len(cache.chunks) == 3
+    assert len(cache.store) == 3
     assert cache([]) == []
     assert (cache.key, cache.width) == ("counting", 3)
 
@@ -114,7 +117,7 @@ def test_a_caption_is_stored_once_and_the_encoder_then_rests(tmp_path):
 def test_features_are_ragged_on_disk(tmp_path):
     cache = filled(tmp_path, ["a" * n for n in range(20)], torch.bfloat16)
     tokens = sum(range(1, 21))
-    assert tokens * 3 * 2 < cache.chunks.bytes < tokens * 3 * 2 + 20 * 44 + 600
+    assert tokens * 3 * 2 < cache.store.bytes < tokens * 3 * 2 + 20 * 44 + 600
 
 
 @pytest.mark.parametrize("limit", ["captions", "bytes", "seconds"])
@@ -154,7 +157,7 @@ def test_two_caches_may_fill_one_folder(tmp_path):
     again = FeatureCache(Counting(), tmp_path)
     assert right(["d", "c", "b", "a"], again(["d", "c", "b", "a"]))
     assert asked_of(again).asked == []
-    assert len(again.chunks) == 4
+    assert len(again.store) == 4
 
 
 def test_the_default_folder_belongs_to_the_encoder(tmp_path, monkeypatch):
@@ -202,10 +205,10 @@ def test_a_chunk_that_another_process_removes_is_passed_over(tmp_path, monkeypat
     gone = path.with_name("0.safetensors")
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda *given: [*glob(*given), gone])
-    assert len(FeatureCache(Counting(), tmp_path).chunks) == 1
+    assert len(FeatureCache(Counting(), tmp_path).store) == 1
     path.write_bytes(data[:-1])
     monkeypatch.setattr(warnings, "warn", lambda *_, **__: path.unlink())
-    assert len(FeatureCache(Counting(), tmp_path).chunks) == 0
+    assert len(FeatureCache(Counting(), tmp_path).store) == 0
 
 
 # --- interruptions ---------------------------------------------------------------------------
@@ -216,7 +219,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from matryoshka_diffusion import files
-from matryoshka_diffusion.text import cache
+from matryoshka_diffusion.text import feature_cache as cache
 from test_text_cache import CAPTIONS_TO_KILL, Counting
 
 cache._BATCH, cache._CHUNK = 5, 10
@@ -249,7 +252,7 @@ def test_kill_9_costs_one_chunk_at_most(tmp_path, at, time, whole):
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False)
     assert killed.returncode == -signal.SIGKILL
     cache = FeatureCache(Counting(), tmp_path)
-    assert len(cache.chunks) == whole * 10
+    assert len(cache.store) == whole * 10
     cache.add(CAPTIONS_TO_KILL)
     assert len(asked_of(cache).asked) == 40 - whole * 10
     assert right(CAPTIONS_TO_KILL, FeatureCache(Counting(), tmp_path)(CAPTIONS_TO_KILL))
@@ -308,16 +311,15 @@ def test_the_size_is_known_before_it_starts(tmp_path, monkeypatch, dtype):
     captions = [f"{n:04}" + "x" * length for n, length in enumerate(lengths)]
     cache = FeatureCache(Counting(dtype), tmp_path)
     cache.add(captions[:1_000])
-    before = cache.chunks.bytes
-    plan = cache.plan([*captions, *captions])
+    before = cache.store.bytes
+    plan = cache.estimate([*captions, *captions])
     assert plan.captions == 3_000
     assert plan.missing == captions[1_000:]
     assert plan.cut == pytest.approx((lengths[1_000:] > 15).mean(), abs=0.05)
     cache.add(plan.missing)
-    assert plan.needed == pytest.approx(cache.chunks.bytes - before, rel=0.05)
-    full = cache.plan(captions)
+    assert plan.needed == pytest.approx(cache.store.bytes - before, rel=0.05)
+    full = cache.estimate(captions)
     assert (full.missing, full.needed, full.cut) == ([], 0, 0.0)
-    assert full.describe() == "3,000 different captions, 3,000 of them stored already"
 
 
 def test_the_time_is_that_of_a_sample_of_like_captions(tmp_path, monkeypatch):
@@ -331,29 +333,29 @@ def test_the_time_is_that_of_a_sample_of_like_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.time, "perf_counter", lambda: clock[0])
     captions = [f"{n:03}" + "x" * (n % 11) for n in range(990)]  # 8 letters each on average
     cache = FeatureCache(Slow(), tmp_path)
-    assert cache.seconds(cache.plan(captions)) == pytest.approx(8 * 990, rel=0.05)
+    assert cache.seconds(captions) == pytest.approx(8 * 990, rel=0.05)
     assert len(asked_of(cache).asked) == 65
     few = FeatureCache(Slow(), tmp_path / "few")
-    assert few.seconds(few.plan(captions[:20])) > 0
+    assert few.seconds(captions[:20]) > 0
     assert len(asked_of(few).asked) == 3, "a tenth of them, and the first"
 
 
-def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch):
-    plan = FeatureCache(Counting(), tmp_path).plan(["abc"])
-    plan.refuse_full_disk()
+def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch, capsys):
+    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "a.png", None)
+    (tmp_path / "a.txt").write_text("nothing at all")
     usage = type(shutil.disk_usage(tmp_path))(1000, 990, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=rf"{tmp_path}: about 92 bytes needed, 10 bytes free"):
-        plan.refuse_full_disk()
-    assert "92 bytes to write to" in plan.describe()
-    assert "(10 bytes free)" in plan.describe()
+    assert cli(["embed", "folder-64", "--data", str(tmp_path)]) == 1
+    assert re.search(
+        r"do not fit into .*needed, 10 bytes free; .*MDM_CACHE", capsys.readouterr().err
+    )
 
 
 def test_sizes_and_times_are_readable():
-    assert [size(n) for n in (12, 3_456, 7_890_000, 410_000_000_000)] == [
+    assert [size_text(n) for n in (12, 3_456, 7_890_000, 410_000_000_000)] == [
         "12 bytes", "3.46 kB", "7.89 MB", "410.0 GB",
     ]  # fmt: skip
-    assert [size(n) for n in (999, 999_499, 999_600, 999_600_000)] == [
+    assert [size_text(n) for n in (999, 999_499, 999_600, 999_600_000)] == [
         "999 bytes", "999 kB", "1 MB", "1.0 GB",
     ]  # fmt: skip
     assert [duration(n) for n in (4.2, 600.0, 7_200.0)] == ["4 s", "10 min", "2.0 hours"]

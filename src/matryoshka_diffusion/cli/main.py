@@ -8,7 +8,9 @@ by Ctrl-C / SIGTERM / SIGUSR1 and saved.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,7 +32,15 @@ from matryoshka_diffusion.cli.options import (
     refuse_idle,
     sampling,
 )
-from matryoshka_diffusion.cli.terminal import Bar, leads, one_line, say, show_warning
+from matryoshka_diffusion.cli.terminal import (
+    Bar,
+    duration,
+    leads,
+    one_line,
+    say,
+    show_warning,
+    size_text,
+)
 
 FORMATS = ("mdm", "diffusers")
 DTYPES = ("fp32", "bf16")
@@ -144,7 +154,6 @@ def _plan(config: Any, gpus: int, parallel: str) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.runs import prepare as job
-    from matryoshka_diffusion.text.plan import duration, size
 
     config = job.find_config(options.preset, options.data, options.set)
     texts, cache = job.captions_to_embed(
@@ -153,14 +162,25 @@ def embed(options: argparse.Namespace) -> None:
         text_encoder=options.text_encoder,
         precision=options.precision,
     )
-    plan = cache.plan(texts)
-    print(plan.describe())
-    plan.refuse_full_disk()
-    if plan.missing:
-        print(f"about {duration(cache.seconds(plan))}", flush=True)
+    estimate, free = cache.estimate(texts), shutil.disk_usage(cache.folder).free
+    stored = estimate.captions - len(estimate.missing)
+    print(f"{estimate.captions:,} different captions, {stored:,} of them stored already")
+    if estimate.missing:
+        cut = f" ({estimate.cut:.1%} of them are cut)" if estimate.cut else ""
+        print(
+            f"about {estimate.tokens:.1f} tokens each{cut}: {size_text(estimate.needed)} to write"
+        )
+        print(f"to {cache.folder} ({size_text(free)} free)")
+        if estimate.needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the features do not fit into {cache.folder}: about {estimate.needed:,} bytes "
+                f"needed, {free:,} bytes free; set MDM_CACHE to a folder on a larger disk",
+            )
+        print(f"about {duration(cache.seconds(estimate.missing))}", flush=True)
     with Bar("encoding", " captions", tell=True) as bar:
-        cache.add(plan.missing, bar)
-    stored = f"{len(cache.chunks):,} captions, {size(cache.chunks.bytes)}"
+        cache.add(estimate.missing, bar)
+    stored = f"{len(cache.store):,} captions, {size_text(cache.store.bytes)}"
     print(f"{cache.folder}: features of {stored}; training with this encoder reads them")
 
 

@@ -47,8 +47,6 @@ class Bar:
             self._say_now_and_then(done, total)
 
     def _say_now_and_then(self, done: int, total: int) -> None:
-        from matryoshka_diffusion.text.plan import duration
-
         now = time.monotonic()
         if now - self._told >= PLAIN_SECONDS:
             self._told, rate = now, done / (now - self._began)
@@ -105,3 +103,21 @@ def say(text: str, status: int) -> int:
     else:
         print(text, file=sys.stderr, flush=True)
     return status
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: 3.46 kB."""
+    amount = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if amount < 999.5:  # three digits round larger amounts to 1,000
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 4 s, 10 min, 2.0 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:,.1f} hours"

@@ -14,7 +14,7 @@ from torch import Tensor
 from matryoshka_diffusion.codec.autoencoder import Autoencoder
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.text.chunks import Chunks
+from matryoshka_diffusion.text.feature_cache import RaggedStore
 
 
 class CodeCache:
@@ -29,11 +29,11 @@ class CodeCache:
         self.codec = codec
         own = f"{codec.key[:32]}-{codec.device.type}"
         self.folder = cache_folder("codes", own) if folder is None else folder
-        self.chunks = Chunks(self.folder, codec.channels, torch.float32)
+        self.store = RaggedStore(self.folder, codec.channels, torch.float32)
 
     def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
         """Codes, the same bits whether they were stored by such a device or not."""
-        rows = self.chunks.find([name_of(picture) for picture in pictures]).tolist()
+        rows = self.store.find([name_of(picture) for picture in pictures]).tolist()
         codes = [
             self.codec.encode(picture) if row < 0 else self._read(row, picture.shape[-2])
             for picture, row in zip(pictures.split(1), rows, strict=True)
@@ -54,7 +54,7 @@ class CodeCache:
             OSError: the chunk cannot be written.
         """
         named = {name_of(picture): picture for picture in pictures}
-        rows = self.chunks.find(list(named)).tolist()
+        rows = self.store.find(list(named)).tolist()
         missing = {
             name: picture
             for (name, picture), row in zip(named.items(), rows, strict=True)
@@ -63,7 +63,7 @@ class CodeCache:
         if missing:
             threads = os.cpu_count() or 1
             made = look_ahead(self._alone, missing.values(), workers=threads, depth=2 * threads)
-            self.chunks.write(list(missing), list(made))
+            self.store.write(list(missing), list(made))
 
     def _alone(self, picture: Float[Tensor, "c h w"]) -> Float[Tensor, "n k"]:
         """Codes of one picture as the rows that a chunk holds, computed by one thread.
@@ -74,7 +74,7 @@ class CodeCache:
         return self.codec.encode(picture[None])[0].flatten(1).T.contiguous()
 
     def _read(self, row: int, height: int) -> Float[Tensor, "1 k y x"]:
-        positions = self.chunks.read(row)
+        positions = self.store.read(row)
         return positions.T.contiguous().unflatten(1, (height // self.codec.factor, -1))[None]
 
 

@@ -49,7 +49,7 @@ def store_codes(
     Raises:
         OSError: they cannot be written.
     """
-    cache.chunks.tidy()
+    cache.store.tidy()
     for first in range(0, len(source), WINDOW):
         indices = range(first, min(first + WINDOW, len(source)))
         shown = [example.picture for example in source.many(indices)]

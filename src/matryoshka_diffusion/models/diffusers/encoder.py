@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_diffusion.config import EncoderConfig
-from matryoshka_diffusion.text.encoder import states_of
-from matryoshka_diffusion.text.states import HiddenStates
+from matryoshka_diffusion.text.encoder import HiddenStates, states_of
 
 
 def encoder_of(

@@ -22,8 +22,7 @@ from matryoshka_diffusion.models.diffusers.seeds import seeds_of
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.samplers import State
-from matryoshka_diffusion.text.encoder import load_encoder
-from matryoshka_diffusion.text.states import HiddenStates
+from matryoshka_diffusion.text.encoder import HiddenStates, load_encoder
 from matryoshka_diffusion.train.checkpoint import load_weights
 
 for _package in ("diffusers", "transformers"):
