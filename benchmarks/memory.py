@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import parse, parser, report, speed, take_turns
-from benchmarks.steps import Trainer, outer_levels, trainer
+from benchmarks.steps import Repeated, outer_levels, trainer
 
 BASELINE = "fp32"
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return report("memory", rows, given)
 
 
-def _peak(each: Trainer, device: torch.device) -> dict[str, float]:
+def _peak(each: Repeated, device: torch.device) -> dict[str, float]:
     """What a step takes on a GPU beyond what lies there anyway; nothing on a CPU."""
     if device.type != "cuda":
         return {}

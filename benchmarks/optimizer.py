@@ -17,8 +17,8 @@ from benchmarks.harness import parse, parser, report, speed, take_turns
 from matryoshka_diffusion.nn.costs import count_parameters, training_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.ema import Ema
-from matryoshka_diffusion.train.optim import build_optimizer, set_learning_rate
+from matryoshka_diffusion.train.averages import Ema
+from matryoshka_diffusion.train.step import build_optimizer, set_learning_rate
 
 DECAY = 0.999
 

@@ -23,9 +23,8 @@ from benchmarks.harness import ROOT, parse, parser, report
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.learner import Learner
-
-CPU = torch.device("cpu")
+from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.trainer import Trainer
 
 
 def run_config(name: str) -> RunConfig:
@@ -37,11 +36,11 @@ def run_config(name: str) -> RunConfig:
 
 def write(config: RunConfig, folder: Path) -> int:
     """A checkpoint with moments; returns the bytes of its tensors."""
-    learner = Learner(config, CPU, images_seen=config.train.images)
-    for parameter in learner.net.parameters():
+    trainer = Trainer(Diffusion(config), images_seen=config.train.images)
+    for parameter in trainer.net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    learner.optimizer.step()
-    snapshot = learner.snapshot(0.0)
+    trainer.optimizer.step()
+    snapshot = trainer.snapshot()
     checkpoint.save(folder, snapshot, keep=1)
     parts = (snapshot.weights, snapshot.ema, snapshot.optimizer)
     return sum(value.nbytes for part in parts for value in part.values())
@@ -52,8 +51,10 @@ def restore(name: str, folder: Path) -> int:
     before = resident("VmRSS")
     path = checkpoint.newest(folder)
     assert path is not None
-    learner = Learner.restore(run_config(name), CPU, checkpoint.read(path), where=str(path))
-    assert learner.optimizer.state
+    snapshot = checkpoint.read(path)
+    trainer = Trainer(Diffusion(run_config(name)), images_seen=snapshot.state["images_seen"])
+    trainer.restore(snapshot, where=str(path))
+    assert trainer.optimizer.state
     return resident("VmHWM") - before
 
 

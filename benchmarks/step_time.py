@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import parse, parser, report, speed, synchronize, take_turns
-from benchmarks.steps import Trainer, outer_levels, trainer
+from benchmarks.steps import Repeated, outer_levels, trainer
 from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.presets import preset
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 def _rows(
     name: str,
-    trainers: dict[str, Trainer],
+    trainers: dict[str, Repeated],
     repeats: int,
     device: torch.device,
     peak: float | None,

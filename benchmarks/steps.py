@@ -11,12 +11,13 @@ from torch import Tensor
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.costs import kept_bytes
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Feed, Inputs
-from matryoshka_diffusion.train.layout import arranged
-from matryoshka_diffusion.train.learner import Learner
+from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import Diffusion, Stepped
+from matryoshka_diffusion.train.trainer import Trainer
 
 WORDS = 8
 
@@ -41,40 +42,39 @@ class Noise:
         )
 
 
-class Trainer(NamedTuple):
-    """A learner and the batch that it is given again and again."""
+class Repeated(NamedTuple):
+    """A trainer and the one batch that it takes again and again."""
 
-    learner: Learner
+    trainer: Trainer[NestedUNet]
     inputs: Inputs
 
     def step(self) -> None:
         """One whole step: forward, loss, backward, clipping, optimizer, average."""
-        outcome = self.learner.learn(self.inputs)
-        assert not outcome.culprits, "a skipped step is no measure"
+        outcome = self.trainer.step(self.inputs)
+        assert isinstance(outcome, Stepped), "a skipped step is no measure"
 
     def activation_bytes(self) -> int:
         """What the forward pass keeps for the backward pass, each storage counted once."""
-        config, inputs = self.learner.config, self.inputs
+        trainer, inputs = self.trainer, self.inputs
 
         def forward() -> object:
-            with autocast(config.train.precision, self.learner.device):
-                z = arranged(inputs.x, self.learner.layout)
-                return self.learner.net(z, inputs.t, inputs.cond)
+            with autocast(trainer.train.precision, trainer.device):
+                return trainer.net(inputs.x, inputs.t, inputs.cond)
 
-        return kept_bytes(self.learner.net, forward)
+        return kept_bytes(trainer.net, forward)
 
 
-def trainer(name: str, batch: int, device: torch.device, **train: Any) -> Trainer:
-    """The learner of a preset with all its levels; every row has them all.
+def trainer(name: str, batch: int, device: torch.device, **train: Any) -> Repeated:
+    """The trainer of a preset with all its levels; every row has them all.
 
     `train` changes its training: precision, layout, recompute, compile.
     """
     config = preset(name)
     settings = {"precision": "fp32", "layout": "nchw"} | train
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
-    learner = Learner(config, device, images_seen=config.train.images)
-    step = Step(len(config.train.stages) - 1, 0, (batch,) * len(learner.net.levels), 1e-4, False)
-    return Trainer(learner, Feed(config, Noise(config), _encoder(config), device)(step))
+    trainer = Trainer(Diffusion(config), device, images_seen=config.train.images)
+    step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)
+    return Repeated(trainer, Feed(config, Noise(config), _encoder(config), device)(step))
 
 
 def _encoder(config: RunConfig) -> Callable[[Sequence[str]], list[Tensor]] | None:

@@ -22,7 +22,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.learner import NotFinite
+from matryoshka_diffusion.train.step import NotFinite
 from matryoshka_diffusion.train.trainer import Hook, View, train
 from studies import measures
 from studies.asked import NEW, PRECISION, agrees

@@ -25,8 +25,8 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.sampling import BATCH
+from matryoshka_diffusion.train.averages import PowerEma, write_snapshot
 from matryoshka_diffusion.train.checkpoint import export_weights
-from matryoshka_diffusion.train.ema_power import PowerEma, write_snapshot
 from tiny_run import encode, tiny_config
 
 SAMPLES, BATCHED, FRAMES = 22, 4, 2
@@ -255,7 +255,7 @@ def measured_clips(folder: Path, **options: Any) -> Any:
 
 def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
-    from matryoshka_diffusion.train.world import joined
+    from matryoshka_diffusion.train.distributed import joined
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -21,7 +21,7 @@ from torch import nn
 
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.world import World, local
+from matryoshka_diffusion.train.distributed import World, local
 from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent
@@ -75,8 +75,8 @@ def run_ranks(size: int, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main(jobs: str, rank_timeout: str = "20") -> None:
+    from matryoshka_diffusion.train.distributed import joined
     from matryoshka_diffusion.train.signals import Stopped
-    from matryoshka_diffusion.train.world import joined
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -86,9 +86,9 @@ def main(jobs: str, rank_timeout: str = "20") -> None:
                 train_tiny(replace(world, parallel=job.pop("parallel", "ddp")), **job)
 
 
-def learnt(learner: Any) -> str:
+def learnt(trainer: Any) -> str:
     """A hash of this rank's weights, averages and moments."""
-    snapshot, digest = learner.snapshot(0.0), hashlib.sha256()
+    snapshot, digest = trainer.snapshot(), hashlib.sha256()
     for part in (snapshot.weights, snapshot.ema, snapshot.optimizer, snapshot.tracks):
         for name, value in part.items():
             digest.update(name.encode() + local(value.detach()).numpy().tobytes())
@@ -127,13 +127,13 @@ def train_tiny(
         clips: whether the finer level is one of clips.
         settings: of `train` in the config.
     """
-    from matryoshka_diffusion.train.adapters import fingerprint
-    from matryoshka_diffusion.train.learner import Learner
-    from matryoshka_diffusion.train.trainer import train
+    from matryoshka_diffusion.train.checkpoint import fingerprint
+    from matryoshka_diffusion.train.step import Skipped
+    from matryoshka_diffusion.train.trainer import Trainer, train
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     record = open(Path(folder) / f".seen-{world.rank}.jsonl", "a")  # noqa: SIM115
-    learn, clip = Learner.learn, nn.utils.clip_grad_norm_
+    learn, clip = Trainer.step, nn.utils.clip_grad_norm_
 
     def overflowing(parameters: Any, *args: Any) -> Any:
         listed = list(parameters)
@@ -156,14 +156,14 @@ def train_tiny(
             nn.utils.clip_grad_norm_ = overflowing
         outcome = learn(self, inputs)
         if break_at in range(inputs.step.first, inputs.step.end):
-            assert outcome.culprits
+            assert isinstance(outcome, Skipped)
             assert learnt(self) == before, "a skipped step changes no bit"
         nn.utils.clip_grad_norm_ = clip
         if inputs.step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    Learner.learn = recorded
+    Trainer.step = recorded
     if same_rows:
         world = SameRows(**vars(world))
     base = None
@@ -178,7 +178,7 @@ def train_tiny(
     try:
         train(config, pictures, Path(folder), encode=encode, base=base, world=world)
     finally:
-        Learner.learn = learn
+        Trainer.step = learn
         record.close()
 
 

@@ -26,8 +26,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.runs import prepare as job
-from matryoshka_diffusion.train.curriculum import steps
-from matryoshka_diffusion.train.feed import Feed
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.stages import steps
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from matryoshka_diffusion.config import ConfigError, RunConfig, StageConfig
-from matryoshka_diffusion.train import learner as learner_module
-from matryoshka_diffusion.train.compiled import compile_network
-from matryoshka_diffusion.train.curriculum import steps
-from matryoshka_diffusion.train.feed import Feed
-from matryoshka_diffusion.train.learner import Learner
+from matryoshka_diffusion.train import trainer as trainer_module
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.precision import compile_network
+from matryoshka_diffusion.train.stages import steps
+from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
 CPU = torch.device("cpu")
@@ -54,39 +55,39 @@ def main() -> None:
             traced.append(len(graph.graph.nodes))
             return graph.forward
 
-        learner_module.compile_network = lambda net, device, backend=backend: compile_network(
+        trainer_module.compile_network = lambda net, device, backend=backend: compile_network(
             net, device, backend
         )
         settings = {"dropout": 0.0, "stages": stages, "recompute": recompute}
-        learner, compiled = train(tiny_config(**settings, compile=True))
+        trainer, compiled = train(tiny_config(**settings, compile=True))
         other, plain = train(tiny_config(**settings))
         told = {
             "traced": traced,
             "compiled": compiled,
             "plain": plain,
-            "same_keys": learner.net.state_dict().keys() == other.net.state_dict().keys(),
+            "same_keys": trainer.net.state_dict().keys() == other.net.state_dict().keys(),
         }
         print(json.dumps(told))
 
 
-def train(config: RunConfig) -> tuple[Learner, list[float]]:
-    learner, feed = Learner(config, CPU), Feed(config, TinyPictures(), encode)
+def train(config: RunConfig) -> tuple[Trainer, list[float]]:
+    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     losses = []
     for step in steps(config.train):
-        learner.grow(len(step.rows))
-        losses.append(learner.learn(feed(step)).loss)
-    return learner, losses
+        trainer.grow(len(step.rows))
+        losses.append(trainer.step(feed(step)).loss)
+    return trainer, losses
 
 
 def test_without_a_compiler_the_error_comes_at_the_start(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no no-such-compiler: install it.*train\.compile=false"):
-        Learner(tiny_config(compile=True), CPU)
+        Trainer(Diffusion(tiny_config(compile=True)), CPU)
 
 
 def test_on_a_gpu_triton_is_needed_too(monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
-    monkeypatch.setattr("matryoshka_diffusion.train.compiled.find_spec", lambda name: None)
+    monkeypatch.setattr("matryoshka_diffusion.train.precision.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package triton"):
         compile_network(torch.nn.Linear(1, 1), torch.device("cuda"))
 

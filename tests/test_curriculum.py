@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import StageConfig, TrainConfig
-from matryoshka_diffusion.train.curriculum import (
+from matryoshka_diffusion.train.stages import (
     active_model,
     joined_after,
     stage_at,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from matryoshka_diffusion.train.ema import Ema
+from matryoshka_diffusion.train.averages import Ema
 
 
 def net(seed: int = 0) -> nn.Sequential:

@@ -11,8 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from matryoshka_diffusion.train.ema_power import UNIFORM, PowerEma, exponent, write_snapshot
-from matryoshka_diffusion.train.posthoc import Profile, fit, inner, synthesise
+from matryoshka_diffusion.train.averages import (
+    UNIFORM,
+    PowerEma,
+    Profile,
+    exponent,
+    fit,
+    inner,
+    synthesise,
+    write_snapshot,
+)
 
 LENGTHS = (0.05, 0.1)
 

@@ -43,7 +43,7 @@ from matryoshka_diffusion.metrics.agreement import level_agreement
 from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
 from matryoshka_diffusion.metrics.retrieval import SEED
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train.posthoc import average_of
+from matryoshka_diffusion.train.averages import average_of
 from ranks import ROOT, start_ranks
 
 OVERLAP = ("precision", "recall", "density", "coverage")

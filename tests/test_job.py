@@ -25,8 +25,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import PRESETS, nest, preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Feed
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 

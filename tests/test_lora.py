@@ -24,14 +24,20 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.runs import prepare as job
-from matryoshka_diffusion.train.adapters import build_network, fingerprint
-from matryoshka_diffusion.train.checkpoint import CheckpointError, export_weights, newest, read
-from matryoshka_diffusion.train.curriculum import steps
-from matryoshka_diffusion.train.feed import Feed
-from matryoshka_diffusion.train.learner import Learner
-from matryoshka_diffusion.train.optim import learnt_parameters
+from matryoshka_diffusion.train.checkpoint import (
+    CheckpointError,
+    build_network,
+    export_weights,
+    fingerprint,
+    learnt_parameters,
+    newest,
+    read,
+)
+from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.stages import steps
+from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.trainer import Trainer, train
 from test_trainer import stop_at, there
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -155,15 +161,15 @@ def tuned(model, tmp_path_factory) -> Path:
 
 def test_a_run_changes_the_adapters_and_nothing_else(model):
     config, base = tuning(model), find_model(model)[0]
-    learner = Learner(config, CPU, base=base)
-    start = {name: value.clone() for name, value in learner.net.state_dict().items()}
+    trainer = Trainer(Diffusion(config, base), CPU)
+    start = {name: value.clone() for name, value in trainer.net.state_dict().items()}
     feed = Feed(config, TinyPictures(), encode)
     for step in list(steps(config.train))[:2]:
-        learner.learn(feed(step))
-    learnt = learnt_parameters(learner.net).keys()
-    moved = {n for n, value in learner.net.state_dict().items() if not torch.equal(value, start[n])}
+        trainer.step(feed(step))
+    learnt = learnt_parameters(trainer.net).keys()
+    moved = {n for n, value in trainer.net.state_dict().items() if not torch.equal(value, start[n])}
     assert moved == learnt
-    assert learner.ema.weights.keys() == learner.tracks.ages.keys() == learnt
+    assert trainer.ema.weights.keys() == trainer.tracks.ages.keys() == learnt
     for name, value in base.items():
         assert torch.equal(value, find_model(model)[0][name])
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import torch
 
-from matryoshka_diffusion.train.memory import peak_memory_bytes
+from matryoshka_diffusion.train.log import peak_memory_bytes
 from test_trainer import run
 
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ from torch import nn
 
 import tiny_run
 from matryoshka_diffusion.config import TrainConfig
-from matryoshka_diffusion.train.optim import (
+from matryoshka_diffusion.train.precision import autocast, resolve_precision
+from matryoshka_diffusion.train.step import (
     build_optimizer,
     load_moments,
     moment_shapes,
     moments,
     set_learning_rate,
 )
-from matryoshka_diffusion.train.precision import autocast, resolve_precision
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.nn.layers import attend, norm
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.checkpoint import newest, read, save
-from matryoshka_diffusion.train.curriculum import steps
-from matryoshka_diffusion.train.feed import Feed, Inputs
-from matryoshka_diffusion.train.learner import PATIENCE, Learner, NotFinite, Outcome
-from matryoshka_diffusion.train.precision import DTYPES, GOOD_STEPS, LossScale, autocast
+from matryoshka_diffusion.train.inputs import Feed, Inputs
+from matryoshka_diffusion.train.precision import DTYPES, GROWTH_INTERVAL, LossScale, autocast
+from matryoshka_diffusion.train.stages import steps
+from matryoshka_diffusion.train.step import PATIENCE, Diffusion, NotFinite, Outcome, Skipped
+from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
 CPU = torch.device("cpu")
@@ -75,22 +76,22 @@ def test_the_output_layer_is_float32(precision):
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_weights_gradients_and_averages_are_float32(precision):
-    learner, _ = learnt(2, precision)
-    snapshot = learner.snapshot(0.0)
+    trainer, _ = learnt(2, precision)
+    snapshot = trainer.snapshot()
     for part in (snapshot.weights, snapshot.ema, snapshot.optimizer):
         assert {value.dtype for value in part.values()} == {torch.float32}
-    assert {p.grad.dtype for p in learner.net.parameters() if p.grad is not None} == {torch.float32}
+    assert {p.grad.dtype for p in trainer.net.parameters() if p.grad is not None} == {torch.float32}
 
 
 # --- the scale -----------------------------------------------------------------------------------
 
 
 def test_a_scale_halves_on_overflow_and_doubles_after_many_good_steps():
-    scale = LossScale.of("fp16")
+    scale = LossScale.initial("fp16")
     assert scale.factor == 2.0**16
     fallen = scale.after(False).after(False)
     assert fallen.factor == 2.0**14
-    for _ in range(GOOD_STEPS - 1):
+    for _ in range(GROWTH_INTERVAL - 1):
         fallen = fallen.after(True)
     assert fallen.factor == 2.0**14
     assert fallen.after(True) == LossScale(2.0**15, 2.0)
@@ -98,7 +99,7 @@ def test_a_scale_halves_on_overflow_and_doubles_after_many_good_steps():
 
 
 def test_a_scale_ends_at_one():
-    scale = LossScale.of("fp16")
+    scale = LossScale.initial("fp16")
     for _ in range(16):
         assert scale.can_fall
         scale = scale.after(False)
@@ -108,8 +109,8 @@ def test_a_scale_ends_at_one():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_other_precisions_have_a_scale_of_one_that_stays(precision):
-    scale = LossScale.of(precision)
-    for finite in (False, *[True] * (2 * GOOD_STEPS)):
+    scale = LossScale.initial(precision)
+    for finite in (False, *[True] * (2 * GROWTH_INTERVAL)):
         scale = scale.after(finite)
         assert scale.factor == 1.0
     assert not scale.can_fall
@@ -123,17 +124,17 @@ def config_of(precision: str, **changes):
 
 
 def learnt(count: int, precision: str, factor: float | None = None):
-    """A learner after the first steps of a run, and what they came to."""
+    """A trainer after the first steps of a run, and what they came to."""
     config = config_of(precision)
-    learner, feed = Learner(config, CPU), Feed(config, TinyPictures(), encode)
+    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     if factor is not None:
-        scaled(learner, factor)
-    outcomes = [learner.learn(feed(step)) for step in islice(steps(config.train), count)]
-    return learner, outcomes
+        scaled(trainer, factor)
+    outcomes = [trainer.step(feed(step)) for step in islice(steps(config.train), count)]
+    return trainer, outcomes
 
 
-def scaled(learner: Learner, factor: float) -> None:
-    learner.progress = replace(learner.progress, scale=LossScale(factor, growth=2.0))
+def scaled(trainer: Trainer, factor: float) -> None:
+    trainer.progress = replace(trainer.progress, scale=LossScale(factor, growth=2.0))
 
 
 def given(first: int = 0) -> Inputs:
@@ -154,7 +155,7 @@ def test_a_scale_changes_no_bit_of_float32_gradients():
 def test_fp16_learns_what_fp32_learns():
     _, half = learnt(4, "fp16")
     _, whole = learnt(4, "fp32")
-    assert not any(outcome.culprits for outcome in half)
+    assert not any(isinstance(outcome, Skipped) for outcome in half)
     for mine, theirs in zip(half, whole, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-2)
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
@@ -175,48 +176,54 @@ def test_without_a_scale_small_gradients_would_vanish():
     assert norms[1] == pytest.approx(4e-8, rel=1e-3)
 
 
-def overflow(learner: Learner, inputs: Inputs) -> Outcome:
+def overflow(trainer: Trainer, inputs: Inputs) -> Outcome:
     """A step under a scale so large that the gradient overflows."""
-    scaled(learner, 2.0**120)
-    return learner.learn(inputs)
+    scaled(trainer, 2.0**120)
+    return trainer.step(inputs)
 
 
 def test_an_overflow_halves_the_scale_and_changes_nothing_else():
-    learner, _ = learnt(1, "fp16")
-    before = {name: value.clone() for name, value in learner.net.state_dict().items()}
-    outcome = overflow(learner, given(4))
+    trainer, _ = learnt(1, "fp16")
+    before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    outcome = overflow(trainer, given(4))
     assert math.isfinite(outcome.loss)
-    assert outcome.culprits
-    progress = learner.progress
+    assert isinstance(outcome, Skipped)
+    progress = trainer.progress
     assert progress.scale == LossScale(2.0**119, 2.0)
     assert (progress.steps, progress.skipped, progress.skipped_in_a_row) == (1, 1, 0)
     assert progress.images_seen == 8
-    for name, value in learner.net.state_dict().items():
+    for name, value in trainer.net.state_dict().items():
         assert torch.equal(value, before[name])
 
 
 def test_patience_ends_only_where_the_scale_cannot_fall():
-    learner, inputs = Learner(config_of("fp16"), CPU), given()
-    next(learner.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    trainer, inputs = Trainer(Diffusion(config_of("fp16")), CPU), given()
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
     for _ in range(16):
-        learner.learn(inputs)
-    assert learner.progress.skipped_in_a_row == 0
+        trainer.step(inputs)
+    assert trainer.progress.skipped_in_a_row == 0
     for _ in range(PATIENCE - 1):
-        learner.learn(inputs)
+        trainer.step(inputs)
     with pytest.raises(NotFinite, match=r"train\.precision=fp32"):
-        learner.learn(inputs)
-    assert learner.progress.skipped == 16 + PATIENCE
+        trainer.step(inputs)
+    assert trainer.progress.skipped == 16 + PATIENCE
+
+
+def restored_from(config, snapshot):
+    trainer = Trainer(Diffusion(config), CPU, snapshot.state["images_seen"])
+    trainer.restore(snapshot, where="here")
+    return trainer
 
 
 def test_the_scale_is_in_the_checkpoint_and_an_older_one_loads_without(tmp_path):
-    learner, _ = learnt(2, "fp16", factor=2.0**12)
-    path = save(tmp_path, learner.snapshot(0.0), keep=1)
+    trainer, _ = learnt(2, "fp16", factor=2.0**12)
+    path = save(tmp_path, trainer.snapshot(), keep=1)
     assert path == newest(tmp_path)
     snapshot = read(path)
     assert snapshot.state["scale"] == asdict(LossScale(2.0**12, 2.0, good_steps=2))
     config = config_of("fp16")
-    assert Learner.restore(config, CPU, snapshot, where="here").progress == learner.progress
+    assert restored_from(config, snapshot).progress == trainer.progress
     old = json.loads(json.dumps(dict(snapshot.state)))
     del old["scale"]
-    restored = Learner.restore(config, CPU, replace(snapshot, state=old), where="here")
-    assert restored.progress == replace(learner.progress, scale=LossScale.of("fp16"))
+    restored = restored_from(config, replace(snapshot, state=old))
+    assert restored.progress == replace(trainer.progress, scale=LossScale.initial("fp16"))

@@ -18,7 +18,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.curriculum import learning_rate
+from matryoshka_diffusion.train.stages import learning_rate
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
 

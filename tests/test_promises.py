@@ -33,9 +33,8 @@ from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.learner import Learner
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.trainer import Trainer, train
 from test_data import chunk, png_bytes
 from test_pipeline import text_model
 from test_released import Evil, tensors
@@ -63,16 +62,16 @@ def ten_pictures() -> Source:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What training uses, for each sample: number, key, t and a hash of its noise."""
     found = []
-    real = Learner.learn
+    real = Trainer.step
 
-    def learn(self: Learner, inputs: Any) -> Any:
+    def learn(self: Trainer, inputs: Any) -> Any:
         noise = [level.numpy().tobytes() for level in inputs.noise]
         whole = hashlib.sha256(b"".join(noise)).hexdigest()
         rows = zip(inputs.ids, inputs.keys, inputs.t.tolist(), strict=True)
         found.extend((*row, whole) for row in rows)
         return real(self, inputs)
 
-    monkeypatch.setattr(Learner, "learn", learn)
+    monkeypatch.setattr(Trainer, "learn", learn)
     return found
 
 

@@ -18,11 +18,10 @@ from matryoshka_diffusion.config import LoraConfig
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.checkpoint import load_network, newest, read
-from matryoshka_diffusion.train.curriculum import step_at
-from matryoshka_diffusion.train.feed import Feed
-from matryoshka_diffusion.train.ranks import RanksDiffer, compare_data, compare_ranks
+from matryoshka_diffusion.train.distributed import RanksDiffer, World, compare_data, compare_ranks
+from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.stages import step_at
 from ranks import SETTINGS, run_ranks, seen, start_ranks, train_tiny
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -259,7 +258,9 @@ def test_ranks_of_different_runs_or_data_are_refused():
     config = tiny_config(**SETTINGS)
     inputs = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 0))
     with pytest.raises(RanksDiffer, match="rank 1 was started with another config"):
-        compare_ranks(found(("other", (99,), ["-"])), config, inputs)
+        compare_ranks(
+            found(("other", (99,), ["-"])), config, inputs.step, inputs.ids, inputs.noise[0]
+        )
     compare_data(found(), ["a", "b"])
-    with pytest.raises(RanksDiffer, match=r"rank 1 was given other data.*3 pictures and 2"):
+    with pytest.raises(RanksDiffer, match=r"rank 1 was given other data.*3 images and 2"):
         compare_data(found((3, "-")), ["a", "b"])

@@ -12,9 +12,10 @@ from matryoshka_diffusion.config import ConfigError, StageConfig
 from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Feed
-from matryoshka_diffusion.train.learner import Learner
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
 CPU = torch.device("cpu")
@@ -24,14 +25,14 @@ STAGES = (StageConfig(levels=2, images=24, batch_size=4, lr=1e-2),)
 def one_step(recompute, rows=(4, 2), precision="fp32", **changes):
     """Outcome and gradients of a step; there is dropout, and the network says something."""
     config = tiny_config(stages=STAGES, precision=precision, recompute=recompute, **changes)
-    learner = Learner(config, CPU)
+    trainer = Trainer(Diffusion(config), CPU)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        for parameter in learner.net.parameters():  # adapters and outputs begin at zero
+        for parameter in trainer.net.parameters():  # adapters and outputs begin at zero
             parameter.add_(0.05 * torch.randn_like(parameter))
     step = Step(0, 0, rows, 0.1, False)
-    outcome = learner.learn(Feed(config, TinyPictures(), encode)(step))
-    return outcome, {name: p.grad for name, p in learner.net.named_parameters()}
+    outcome = trainer.step(Feed(config, TinyPictures(), encode)(step))
+    return outcome, {name: p.grad for name, p in trainer.net.named_parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -53,10 +54,10 @@ def test_parts_of_a_batch_are_recomputed_with_their_own_dropout():
 
 
 def test_a_level_that_is_grown_is_recomputed_if_asked():
-    learner = Learner(tiny_config(recompute=(1,)), CPU)
-    assert [level.recomputed for level in learner.net.levels] == [False]
-    learner.grow(2)
-    assert [level.recomputed for level in learner.net.levels] == [False, True]
+    trainer = Trainer(Diffusion(tiny_config(recompute=(1,))))
+    assert [level.recomputed for level in trainer.net.levels] == [False]
+    trainer.grow(2)
+    assert [level.recomputed for level in trainer.net.levels] == [False, True]
 
 
 def test_what_is_kept_shrinks_level_by_level():

@@ -21,7 +21,7 @@ from matryoshka_diffusion.draw.clips import save_clip
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.sinks import SINKS, _as_gif, find_sink, scalars
+from matryoshka_diffusion.train.log import SINKS, _as_gif, find_sink, scalars
 from matryoshka_diffusion.train.trainer import train
 from tiny_run import TinyPictures, encode, tiny_config
 

@@ -28,7 +28,7 @@ from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.metrics.networks.features import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.curriculum import learning_rate
+from matryoshka_diffusion.train.stages import learning_rate
 from tiny_run import tiny_config
 
 TRIALS = all_trials()

@@ -27,13 +27,13 @@ from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
-from matryoshka_diffusion.train.curriculum import Step, step_at, steps
-from matryoshka_diffusion.train.feed import Feed, Inputs
-from matryoshka_diffusion.train.learner import Learner, NotFinite
-from matryoshka_diffusion.train.log import Display, Entry, Metrics, Outcome, summary
+from matryoshka_diffusion.train.inputs import Feed, Inputs
+from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
 from matryoshka_diffusion.train.run_folder import open_run
-from matryoshka_diffusion.train.signals import Interrupts, Stopped
-from matryoshka_diffusion.train.trainer import View, train
+from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
+from matryoshka_diffusion.train.stages import Step, step_at, steps
+from matryoshka_diffusion.train.step import Diffusion, NotFinite, Sample, Skipped, Stepped
+from matryoshka_diffusion.train.trainer import Trainer, View, train
 from tiny_run import TinyPictures, encode, tiny_config
 
 CPU = torch.device("cpu")
@@ -157,8 +157,9 @@ def test_a_signalled_process_loses_nothing(whole, tmp_path, number):
 def test_a_second_signal_leaves_at_once():
     code = (
         "import os, signal, time\n"
-        "from matryoshka_diffusion.train.signals import Interrupts\n"
-        "with Interrupts() as interrupts:\n"
+        "from matryoshka_diffusion.train.signals import Interrupts, handled\n"
+        "interrupts = Interrupts()\n"
+        "with handled(interrupts.note):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert interrupts.received == signal.SIGTERM\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -171,14 +172,14 @@ def test_a_second_signal_leaves_at_once():
 
 def test_signal_handlers_are_put_back_and_other_threads_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
-    with Interrupts():
+    with handled(Interrupts().note):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     seen = []
 
     def elsewhere() -> None:
-        with Interrupts() as interrupts:
-            seen.append(interrupts.received)
+        with handled(Interrupts().note):
+            seen.append(0)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -321,7 +322,7 @@ def test_a_step_without_fine_rows_is_given_an_empty_level():
 
 def test_micro_batches_share_the_fine_rows():
     given = inputs(Step(1, 24, (6, 3), 0.1, False))
-    parts = [given.every(2, offset) for offset in range(2)]
+    parts = [given.rows(slice(offset, None, 2)) for offset in range(2)]
     assert [part.ids for part in parts] == [(24, 26, 28), (25, 27, 29)]
     assert [len(part.x[1]) for part in parts] == [2, 1]
     assert torch.equal(parts[0].x[1], given.x[1][::2])
@@ -374,21 +375,21 @@ def test_conditions_that_cannot_be_had_are_an_error_at_the_start():
 # --- the step ----------------------------------------------------------------------------------
 
 
-def learner_after(images_seen: int, config: RunConfig | None = None) -> Learner:
-    """A learner that was trained on the first images of a run."""
+def learner_after(images_seen: int, config: RunConfig | None = None) -> Trainer:
+    """A trainer that was trained on the first images of a run."""
     config = config or tiny_config()
-    learner, feed = Learner(config, CPU), Feed(config, TinyPictures(), encode)
+    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     for step in steps(config.train):
         if step.first >= images_seen:
             break
-        learner.grow(len(step.rows))
-        learner.learn(feed(step))
-    return learner
+        trainer.grow(len(step.rows))
+        trainer.step(feed(step))
+    return trainer
 
 
-def state(learner: Learner) -> dict[str, Tensor]:
+def state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of everything that a step may change."""
-    snapshot = learner.snapshot(0.0)
+    snapshot = trainer.snapshot()
     return {
         f"{part}.{name}": value.clone()
         for part in ("weights", "ema", "optimizer", "tracks")
@@ -407,11 +408,11 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
     gradients, outcomes = [], []
     for count in (1, accumulate):
         config = tiny_config(dropout=0.0, stages=stages, accumulate=count, clip_norm=1e9)
-        learner = Learner(config, CPU)
+        trainer = Trainer(Diffusion(config), CPU)
         outcomes.append(
-            learner.learn(Feed(config, TinyPictures(), encode)(step_at(config.train, 0)))
+            trainer.step(Feed(config, TinyPictures(), encode)(step_at(config.train, 0)))
         )
-        gradients.append({n: there(p.grad).clone() for n, p in learner.net.named_parameters()})
+        gradients.append({n: there(p.grad).clone() for n, p in trainer.net.named_parameters()})
     for name, whole in gradients[0].items():
         scale = whole.abs().max().item()
         torch.testing.assert_close(gradients[1][name], whole, rtol=1e-5, atol=2e-6 * scale + 1e-9)
@@ -422,29 +423,29 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told():
     config = tiny_config(clip_norm=1e-3)
-    learner = Learner(config, CPU)
-    outcome = learner.learn(inputs(step_at(config.train, 0)))
-    norms = [there(p.grad).norm() for p in learner.net.parameters()]
+    trainer = Trainer(Diffusion(config), CPU)
+    outcome = trainer.step(inputs(step_at(config.train, 0)))
+    norms = [there(p.grad).norm() for p in trainer.net.parameters()]
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert outcome.grad_norm > 0.1
 
 
 def test_growing_in_training_keeps_coarse_outputs_bit_equal():
-    learner = learner_after(24)
+    trainer = learner_after(24)
     given = inputs(Step(1, 24, (4, 4), 0.1, False))
 
     def coarse(net: NestedUNet) -> Tensor:
         with torch.no_grad():
             return net(given.x[: len(net.levels)], given.t, given.cond)[0]
 
-    networks = [learner.net.eval(), learner.network(learner.averaged())]
-    before = state(learner)
+    networks = [trainer.net.eval(), trainer.network(trainer.averaged())]
+    before = state(trainer)
     expected = [coarse(net) for net in networks]
-    learner.grow(2)
-    networks = [learner.net.eval(), learner.network(learner.averaged())]
+    trainer.grow(2)
+    networks = [trainer.net.eval(), trainer.network(trainer.averaged())]
     for mine, theirs in zip(map(coarse, networks), expected, strict=True):
         assert torch.equal(mine, theirs)
-    after = state(learner)
+    after = state(trainer)
     assert_same({name: after[name] for name in before}, before)
     new = {name.split(".", 1)[1] for name in after.keys() - before.keys()}
     assert new
@@ -454,15 +455,15 @@ def test_growing_in_training_keeps_coarse_outputs_bit_equal():
 
 
 def test_the_averaged_network_is_a_frozen_copy_in_eval_mode():
-    learner = learner_after(8)
-    before = state(learner)
-    averaged = learner.network(learner.averaged())
+    trainer = learner_after(8)
+    before = state(trainer)
+    averaged = trainer.network(trainer.averaged())
     assert not any(module.training for module in averaged.modules())
     assert not any(value.requires_grad for value in averaged.parameters())
     for name, value in averaged.named_parameters():
         assert torch.equal(value, before[f"ema.{name}"])
         value.zero_()
-    assert_same(state(learner), before)
+    assert_same(state(trainer), before)
 
 
 def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_generator():
@@ -470,35 +471,35 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
     given = inputs(step_at(tiny_config().train, 8))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = first.learn(given)
+    one = first.step(given)
     assert torch.equal(torch.get_rng_state(), before), "nor does training touch it"
     torch.manual_seed(2)
-    assert second.learn(given) == one
+    assert second.step(given) == one
     assert_same(state(first), state(second))
-    no_dropout = learner_after(8, tiny_config(dropout=0.0)).learn(given)
+    no_dropout = learner_after(8, tiny_config(dropout=0.0)).step(given)
     assert no_dropout.loss != one.loss
 
 
 def test_the_average_of_a_new_level_warms_up_from_its_own_first_step():
     config = tiny_config(ema_decay=0.9999)
-    learner, started = learner_after(24, config), NestedUNet(config.model, config.train.seed)
-    learner.grow(2)
+    trainer, started = learner_after(24, config), NestedUNet(config.model, config.train.seed)
+    trainer.grow(2)
     feed = Feed(config, TinyPictures(), encode)
-    learner.learn(feed(next(steps(config.train, 24))))
-    initial, live = dict(started.named_parameters()), dict(learner.net.named_parameters())
-    for name, average in learner.ema.weights.items():
+    trainer.step(feed(next(steps(config.train, 24))))
+    initial, live = dict(started.named_parameters()), dict(trainer.net.named_parameters())
+    for name, average in trainer.ema.weights.items():
         if name.startswith("levels.1."):  # (1 + 0) / (10 + 0) of what it was
             torch.testing.assert_close(average, 0.1 * initial[name] + 0.9 * live[name])
 
 
 def test_tracks_of_a_new_level_begin_with_it():
-    learner = learner_after(28, tiny_config(ema_power=(0.05, 0.1)))
+    trainer = learner_after(28, tiny_config(ema_power=(0.05, 0.1)))
     ages = {
-        name.split(".")[1]: age for name, age in learner.tracks.ages.items() if "levels" in name
+        name.split(".")[1]: age for name, age in trainer.tracks.ages.items() if "levels" in name
     }
     assert ages == {"0": 28, "1": 4}
-    for average in learner.tracks.averages.values():  # one step old: the weights after it
-        for name, value in learner.net.named_parameters():
+    for average in trainer.tracks.averages.values():  # one step old: the weights after it
+        for name, value in trainer.net.named_parameters():
             if name.startswith("levels.1."):
                 assert torch.equal(average[name], value)
 
@@ -511,31 +512,31 @@ def gentle_config(**changes: Any) -> RunConfig:
 
 def test_a_frozen_nest_keeps_every_bit_while_the_new_level_learns():
     config = gentle_config(freeze_coarse_images=10)  # the steps from 24, 28 and 32
-    learner, feed = learner_after(24, config), Feed(config, TinyPictures(), encode)
-    before = state(learner)
-    learner.grow(2)
-    grown = state(learner)
+    trainer, feed = learner_after(24, config), Feed(config, TinyPictures(), encode)
+    before = state(trainer)
+    trainer.grow(2)
+    grown = state(trainer)
     for first in (24, 28, 32):
-        outcome = learner.learn(feed(step_at(config.train, first)))
-        gradients = [p.grad.norm() for p in learner.net.parameters() if p.grad is not None]
+        outcome = trainer.step(feed(step_at(config.train, first)))
+        gradients = [p.grad.norm() for p in trainer.net.parameters() if p.grad is not None]
         clipped = min(outcome.grad_norm, config.train.clip_norm)
         assert torch.stack(gradients).norm().item() == pytest.approx(clipped, rel=1e-3)
-    after = state(learner)
+    after = state(trainer)
     assert_same({name: after[name] for name in before}, before)
     new = [name for name in grown if name not in before]
     assert all("levels.1." in name for name in new)
     assert [name for name in new if torch.equal(after[name], grown[name])] == []
-    learner.learn(feed(step_at(config.train, 36)))
-    thawed = state(learner)
+    trainer.step(feed(step_at(config.train, 36)))
+    thawed = state(trainer)
     assert [name for name in before if torch.equal(thawed[name], before[name])] == []
 
 
 def test_a_ramp_lessens_what_the_new_level_adds_to_the_loss():
     config = gentle_config(ramp_images=16)
-    learner = learner_after(24, config)
-    learner.grow(2)
+    trainer = learner_after(24, config)
+    trainer.grow(2)
     given = Feed(config, TinyPictures(), encode)(step_at(config.train, 24))
-    loss, (coarse, fine), *_ = learner.learn(given)
+    loss, (coarse, fine), *_ = trainer.step(given)
     assert fine > 0
     assert loss == pytest.approx(coarse + 0.25 * fine, rel=1e-6)
 
@@ -558,26 +559,28 @@ def with_nan(given: Inputs, row: int) -> Inputs:
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_sample_named():
-    learner = learner_after(8, tiny_config(ema_power=(0.1,)))
-    before = state(learner)
+    trainer = learner_after(8, tiny_config(ema_power=(0.1,)))
+    before = state(trainer)
     given = inputs(step_at(tiny_config().train, 8))
-    outcome = learner.learn(with_nan(given, row=2))
-    assert_same(state(learner), before)
-    assert outcome.culprits == ((10, "picture-10"),)
-    assert learner.progress.images_seen == 12
-    assert (learner.progress.steps, learner.progress.skipped) == (2, 1)
-    assert learner.learn(given).culprits == ()
-    assert learner.progress.skipped_in_a_row == 0
+    outcome = trainer.step(with_nan(given, row=2))
+    assert_same(state(trainer), before)
+    assert isinstance(outcome, Skipped)
+    assert [sample[:2] for sample in outcome.culprits] == [(10, "picture-10")]
+    assert trainer.progress.images_seen == 12
+    assert (trainer.progress.steps, trainer.progress.skipped) == (2, 1)
+    assert isinstance(trainer.step(given), Stepped)
+    assert trainer.progress.skipped_in_a_row == 0
 
 
 def test_an_infinite_gradient_is_skipped_although_the_loss_is_finite():
-    learner = learner_after(8)
-    before = state(learner)
-    next(learner.net.parameters()).register_hook(lambda gradient: gradient * float("inf"))
-    outcome = learner.learn(inputs(step_at(tiny_config().train, 8)))
+    trainer = learner_after(8)
+    before = state(trainer)
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    outcome = trainer.step(inputs(step_at(tiny_config().train, 8)))
+    assert isinstance(outcome, Skipped)
     assert np.isfinite(outcome.loss)
-    assert [number for number, _ in outcome.culprits] == [8, 9, 10, 11]
-    assert_same(state(learner), before)
+    assert [sample.number for sample in outcome.culprits] == [8, 9, 10, 11]
+    assert_same(state(trainer), before)
 
 
 class Broken(TinyPictures):
@@ -690,9 +693,10 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
 
 
 def entry(rows: tuple[int, ...], losses: tuple[float, ...], *, skipped: bool = False) -> Entry:
-    culprits = ((7, "key"),) if skipped else ()
     step = Step(len(rows) - 1, 0, rows, 0.1, False)
-    return Entry(step, Outcome(sum(losses), losses, 2.0, culprits), 0.1, 0.3)
+    told = (sum(losses), losses, 2.0)
+    outcome = Skipped(*told, (Sample(7, "key", losses[0]),)) if skipped else Stepped(*told)
+    return Entry(step, outcome, 0.1, 0.3)
 
 
 def test_a_summary_weighs_levels_by_their_rows():
@@ -719,8 +723,9 @@ class Terminal(io.StringIO):
 def show(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO) -> str:
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr("matryoshka_diffusion.train.log.PLAIN_SECONDS", 0.0)
-    with Display(tiny_config(), 24) as display:
-        display.show(entry((4, 3), (0.25, 0.5)))
+    display = Display(tiny_config().train, (8, 16), 24)
+    display.show(entry((4, 3), (0.25, 0.5)))
+    display.close()
     return stderr.getvalue()
 
 

@@ -24,11 +24,11 @@ from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
 from matryoshka_diffusion.runs.held_out import HeldOutLoss
 from matryoshka_diffusion.runs.hooks import Preview, preview_of
 from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, build_schedules
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Feed, Inputs
+from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import View, train
-from matryoshka_diffusion.train.world import World
 from test_nested import TIMES, equal, nest, noisy, run, wake
 from test_pipeline import Words, randomised
 from tiny_run import TinyPictures, encode, tiny_config

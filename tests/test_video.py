@@ -29,10 +29,10 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.train.checkpoint import export_weights
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Feed
-from matryoshka_diffusion.train.learner import Learner
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.trainer import Trainer, train
 from tiny_run import FRAMES, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 
@@ -285,14 +285,14 @@ def test_a_model_of_clips_is_tuned_at_its_own_pace(video_run: Path, tmp_path: Pa
 def learn(rows: tuple[int, ...] = (4, 2), **settings: Any) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a step of a network that says something."""
     config = tiny_video(**{"precision": "fp32", **settings})
-    learner = Learner(config, torch.device("cpu"))
+    trainer = Trainer(Diffusion(config))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        for parameter in learner.net.parameters():
+        for parameter in trainer.net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     inputs = Feed(config, TinyClips(), encode)(Step(0, 0, rows, 0.0, False))
-    loss = learner.learn(inputs).loss
-    return loss, {name: p.grad for name, p in learner.net.named_parameters()}
+    loss = trainer.step(inputs).loss
+    return loss, {name: p.grad for name, p in trainer.net.named_parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

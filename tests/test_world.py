@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from matryoshka_diffusion.config import ConfigError, UsageError
-from matryoshka_diffusion.train import world
+from matryoshka_diffusion.train import distributed as world
+from matryoshka_diffusion.train.distributed import rank_device
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.world import rank_device
 
 
 def test_errors_that_cannot_be_sent_are_sent_in_words():

@@ -29,8 +29,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.sampling import UNBOUNDED, Sampler, batch_of
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.adapters import fingerprint
-from matryoshka_diffusion.train.checkpoint import load_network
+from matryoshka_diffusion.train.checkpoint import fingerprint, load_network
 from matryoshka_diffusion.train.precision import Precision
 
 

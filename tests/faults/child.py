@@ -169,7 +169,7 @@ def poison(samples: Collection[int]) -> None:
 def overflow(step: int) -> None:
     """An infinite number in one gradient of optimizer step `step`, counted from 1 in a process."""
 
-    from matryoshka_diffusion.train.world import local
+    from matryoshka_diffusion.train.distributed import local
 
     def strike(gradients: list[Any]) -> None:
         tell(f"Inf in a gradient of step {step}")
@@ -217,7 +217,7 @@ def pids(folder: str) -> None:
 
 def same_rows(_: None) -> None:
     """Every rank takes the samples of rank 0."""
-    from matryoshka_diffusion.train.world import World
+    from matryoshka_diffusion.train.distributed import World
 
     World.mine = lambda self, numbers: numbers[:: self.size]
 
@@ -229,9 +229,9 @@ def on_ranks(plans: Mapping[str, Mapping[str, Any]]) -> None:
 
 def learnt(path: str) -> None:
     """Add a line to `path` and the rank for each sample that was learnt from: number and key."""
-    from matryoshka_diffusion.train.learner import Learner
+    from matryoshka_diffusion.train.trainer import Trainer
 
-    real: Callable[..., Any] = Learner.learn
+    real: Callable[..., Any] = Trainer.step
 
     def learn(self: Any, inputs: Any) -> Any:
         outcome = real(self, inputs)
@@ -240,7 +240,7 @@ def learnt(path: str) -> None:
                 file.write(json.dumps(pair) + "\n")
         return outcome
 
-    Learner.learn = learn
+    Trainer.step = learn
 
 
 # --- everything else ---------------------------------------------------------------------------

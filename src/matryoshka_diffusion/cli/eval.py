@@ -224,7 +224,7 @@ def _ranks(options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     """The ranks that this process is one of, and its device."""
     import torch
 
-    from matryoshka_diffusion.train.world import joined, rank_device
+    from matryoshka_diffusion.train.distributed import joined, rank_device
 
     device = rank_device(find_device(options.device))
     with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world:

@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> None:
     if out is None:
         raise SystemExit(say("mdm train: give the run's folder with --out", 2))
     if options.gpus > 1 and "RANK" not in os.environ:
-        from matryoshka_diffusion.train.launch import launch
+        from matryoshka_diffusion.train.distributed import launch
 
         raise SystemExit(launch(options.gpus, options.arguments))
     _train(config, out, options.device, options.log, options.parallel, options.rank_timeout)
@@ -389,11 +389,10 @@ def _train(
     from matryoshka_diffusion.runs import prepare as job
     from matryoshka_diffusion.runs.held_out import HeldOutLoss
     from matryoshka_diffusion.runs.hooks import Preview, preview_of
-    from matryoshka_diffusion.train.ranks import compare_data
+    from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
+    from matryoshka_diffusion.train.log import find_sink
     from matryoshka_diffusion.train.run_folder import refuse_foreign
-    from matryoshka_diffusion.train.sinks import find_sink
     from matryoshka_diffusion.train.trainer import train as run
-    from matryoshka_diffusion.train.world import joined, rank_device
 
     sinks = [find_sink(name) for name in dict.fromkeys(logs)]
     device = rank_device(find_device(device))

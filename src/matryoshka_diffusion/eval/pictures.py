@@ -21,7 +21,7 @@ from matryoshka_diffusion.metrics.frechet import Moments
 from matryoshka_diffusion.metrics.retrieval import SEED
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.distributed import World
 
 FORMAT = 1
 """To be raised when columns hold other numbers of the same pictures."""

@@ -28,7 +28,7 @@ from matryoshka_diffusion.metrics.frechet import Reference as Published
 from matryoshka_diffusion.metrics.networks.inception_net import WIDTH
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import BATCH
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.distributed import World
 
 MOST_ENLARGED = 0.05
 """The share of pictures below the compared side from which on a set is no reference."""

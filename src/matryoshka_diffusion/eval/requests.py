@@ -30,7 +30,7 @@ from matryoshka_diffusion.eval.shrunk import shrunk
 from matryoshka_diffusion.files import cache_folder, digest
 from matryoshka_diffusion.metrics.retrieval import CAPTIONS
 from matryoshka_diffusion.models.find import WEIGHTS
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.distributed import World
 
 HELD_OUT = "held-out"
 _ALONE = World()

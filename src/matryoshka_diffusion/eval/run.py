@@ -44,7 +44,7 @@ from matryoshka_diffusion.metrics.networks.video import FRAMES, VIDEO, VideoNet
 from matryoshka_diffusion.metrics.retrieval import SEED
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.distributed import World
 
 Networks = Callable[[str], Extractor]
 """From the name of a network to the network."""

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.metrics.frechet import Moments
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.train.world import World
+from matryoshka_diffusion.train.distributed import World
 
 ABOUT = "about.json"
 _VALUES = "values"

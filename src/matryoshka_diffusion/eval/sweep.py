@@ -25,7 +25,7 @@ from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.models.find import count_levels, merged
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.posthoc import average_of, synthesise
+from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
 
 EMA = "ema"

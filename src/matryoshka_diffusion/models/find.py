@@ -18,8 +18,8 @@ from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.models.released import converted, read_released
 from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.adapters import merge
-from matryoshka_diffusion.train.curriculum import active_model
+from matryoshka_diffusion.train.checkpoint import merge
+from matryoshka_diffusion.train.stages import active_model
 
 Progress = Callable[[int, int], None]
 """Called with (amount done, amount in all)."""

@@ -13,8 +13,8 @@ from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.files import refuse_full
 from matryoshka_diffusion.models.find import Progress, find_model, with_encoder
 from matryoshka_diffusion.models.released import convert, read_released
+from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.checkpoint import export_weights
-from matryoshka_diffusion.train.posthoc import average_of, synthesise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ def average_model(run: Path, length: float, out: Path) -> float:
     """Write the model whose weights are the average of `length` over the training of `run`.
 
     Returns:
-        The error of the average's profile, as `train.posthoc.Fit.error`.
+        The error of the average's profile, as `train.averages.Fit.error`.
 
     Raises:
         UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the

@@ -13,9 +13,9 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.feed import Encode, Feed
+from matryoshka_diffusion.train.inputs import Encode, Feed
 from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import View
 
 PICTURES = 512

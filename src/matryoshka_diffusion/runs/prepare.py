@@ -51,10 +51,10 @@ from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.adapters import fingerprint
-from matryoshka_diffusion.train.curriculum import active_model
-from matryoshka_diffusion.train.ema_power import PowerEma
-from matryoshka_diffusion.train.precision import Asked, resolve_precision
+from matryoshka_diffusion.train.averages import PowerEma
+from matryoshka_diffusion.train.checkpoint import fingerprint
+from matryoshka_diffusion.train.precision import PrecisionSetting, resolve_precision
+from matryoshka_diffusion.train.stages import active_model
 
 MINILM_WIDTH = 384
 SMALL_BYTES = 2**30
@@ -251,7 +251,7 @@ def captions_to_embed(
     device: torch.device | str = "cpu",
     *,
     text_encoder: str | None = None,
-    precision: Asked | None = None,
+    precision: PrecisionSetting | None = None,
 ) -> Captions:
     """What training on `config` would encode, and where it would look for the features.
 
@@ -274,7 +274,7 @@ def captions_to_embed(
 
 
 def _open_cache(
-    config: RunConfig, device: torch.device | str, precision: Asked | None = None
+    config: RunConfig, device: torch.device | str, precision: PrecisionSetting | None = None
 ) -> FeatureCache:
     """The features for a run: a T5 is bf16 where the run is."""
     assert config.encoder is not None, "asked of runs with text"

@@ -34,16 +34,16 @@ from matryoshka_diffusion.files import refuse_full, require, write_atomically
 from matryoshka_diffusion.presets import CODECS
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.curriculum import Step, steps
 from matryoshka_diffusion.train.log import Metrics
-from matryoshka_diffusion.train.optim import (
+from matryoshka_diffusion.train.run_folder import differences
+from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
+from matryoshka_diffusion.train.stages import Step, steps
+from matryoshka_diffusion.train.step import (
     build_optimizer,
     load_moments,
     moments,
     set_learning_rate,
 )
-from matryoshka_diffusion.train.run_folder import differences
-from matryoshka_diffusion.train.signals import Interrupts, Stopped
 
 MEASURED = 512
 """Pictures that codes' scale and the error are measured on, evenly spread."""
@@ -208,7 +208,8 @@ def _learn(
     losses: list[float] = []
     todo = steps(learner.schedule, learner.images_seen)
     batches = look_ahead(lambda step: (step, _pictures(loader, step)), todo, workers=1, depth=2)
-    with Interrupts() as interrupts, closing(batches):
+    interrupts = Interrupts()
+    with handled(interrupts.note), closing(batches):
         began = time.monotonic() - learner.seconds
         for step, pictures in batches:
             losses.append(learner.learn(step, pictures))

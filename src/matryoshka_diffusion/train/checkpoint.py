@@ -3,7 +3,7 @@
 A checkpoint is a folder `<images seen>/` of safetensors and JSON. It is written under a temporary
 name, every file reaches the disk, the manifest with sizes and hashes comes last, and then the
 folder takes its name: a power cut or kill -9 at any moment leaves older checkpoints as they were.
-What does not match its manifest is never loaded.
+A folder that does not match its manifest is never loaded.
 
 Ranks that hold shards write one file each, side by side. A tensor is its pieces put together along
 the first axis, in the order of the manifest, whoever reads it: the number of ranks may change.
@@ -26,17 +26,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from matryoshka_diffusion.config import ModelConfig, RunConfig
+from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
-from matryoshka_diffusion.nn.nested import NestedUNet, renamed
-from matryoshka_diffusion.train.world import World, is_sharded, local
+from matryoshka_diffusion.nn.lora import attach, merged_state
+from matryoshka_diffusion.nn.nested import NestedUNet, first_name, renamed
+from matryoshka_diffusion.train.distributed import World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
-"""What rank 0 writes. Ranks with shards add `weights.2.safetensors` and so on."""
+"""Files of rank 0. Ranks with shards add `weights.2.safetensors` and so on."""
 PARTS = (*TENSORS, "tracks")
-"""Tracks are there if the run keeps any."""
+"""`tracks` is there if the run keeps any."""
 MODEL, LORA = "model.safetensors", "lora.safetensors"
 
 
@@ -46,14 +47,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All that a run needs to go on.
+    """Everything that a run needs to continue.
 
     Attributes:
         state: plain values for JSON; `images_seen` names the checkpoint.
-        weights: the network's state, by name.
-        ema: the averaged parameters, by name.
-        optimizer: moments and step counts, as `optim.moments` names them.
-        tracks: further averages, as `ema_power.PowerEma.state` names them.
+        weights: the network's learnt parameters, by name.
+        ema: their average, by name.
+        optimizer: moments and step counts, as `step.moments` names them.
+        tracks: further averages, as `averages.PowerEma.state` names them.
     """
 
     state: Mapping[str, Any]
@@ -69,7 +70,7 @@ class Snapshot:
 def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = None) -> Path:
     """Add a checkpoint to `folder`, then remove the oldest until `keep` are left.
 
-    A collective: every rank of `world` writes what it alone holds, rank 0 all the rest.
+    All ranks of `world` call it: each writes what it alone holds, rank 0 all the rest.
 
     Raises:
         OSError: it could not be written; names the path, the reason and the bytes needed. Nothing
@@ -78,30 +79,28 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = N
     world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
     if world.once(lambda: not target.exists() or _flaw(target) is not None):
-        _write(target, snapshot, world)
+        temporary = folder / f".{target.name}.tmp"
+        try:
+            world.once(lambda: _begin(temporary))
+            entries = world.each(lambda: _write_parts(temporary, snapshot, world))
+            manifest = {name: entry for files in entries for name, entry in files.items()}
+            world.once(lambda: _finish(temporary, target, manifest))
+        except OSError as error:
+            parts = [getattr(snapshot, name).values() for name in PARTS]
+            size = sum(value.nbytes for values in parts for value in values)
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(
+                error.errno,
+                f"cannot save the checkpoint {target} of {size:,} bytes: {reason}; "
+                "older checkpoints are untouched, and the same command continues from the newest",
+            ) from error
+        finally:
+            if world.leads:
+                shutil.rmtree(temporary, ignore_errors=True)
     if world.leads:
         for old in _newest_first(folder, up_to=target)[keep:]:
             shutil.rmtree(old)
     return target
-
-
-def _write(target: Path, snapshot: Snapshot, world: World) -> None:
-    temporary = target.parent / f".{target.name}.tmp"
-    try:
-        world.once(lambda: _begin(temporary))
-        written = world.each(lambda: _write_parts(temporary, snapshot, world))
-        manifest = {name: entry for files in written for name, entry in files.items()}
-        world.once(lambda: _finish(temporary, target, manifest))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            error.errno,
-            f"cannot save the checkpoint {target} of {_bytes(snapshot):,} bytes: {reason}; "
-            "older checkpoints are untouched, and the same command continues from the newest",
-        ) from error
-    finally:
-        if world.leads:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _begin(temporary: Path) -> None:
@@ -111,7 +110,7 @@ def _begin(temporary: Path) -> None:
 
 
 def _write_parts(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dict[str, Any]]:
-    """Write this rank's files; returns their entries in the manifest."""
+    """Write this rank's files, one at a time to spare memory; return their manifest entries."""
     entries = {}
     for name, data in _contents(snapshot, world):
         write_atomically(folder / name, lambda file, data=data: file.write(data))
@@ -123,15 +122,19 @@ def _finish(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=1).encode()
     write_atomically(temporary / MANIFEST, lambda file: file.write(text))
     if target.exists():
-        shutil.rmtree(target)  # `save` found it to be torn
+        shutil.rmtree(target)  # it is torn, or `save` would not write it again
     os.rename(temporary, target)
     sync_folder(target.parent)
 
 
 def _contents(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
-    """This rank's files, one at a time to spare memory."""
+    """Yield this rank's files: the shards that it holds, and on rank 0 all the rest."""
     for name in PARTS:
-        pieces = _pieces(getattr(snapshot, name), world)
+        pieces = {
+            key: local(value)
+            for key, value in getattr(snapshot, name).items()
+            if (local(value).numel() > 0 if is_sharded(value) else world.leads)
+        }
         if pieces or (world.leads and name in TENSORS):
             place = "" if world.leads else f".{world.rank + 1}"
             yield f"{name}{place}.safetensors", _to_bytes(pieces)
@@ -139,26 +142,9 @@ def _contents(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
         yield STATE, json.dumps(dict(snapshot.state), indent=1, allow_nan=False).encode()
 
 
-def _pieces(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this rank writes: its shards, if any of the tensor falls to it, and once the rest."""
-    return {
-        name: local(value)
-        for name, value in tensors.items()
-        if (local(value).numel() > 0 if is_sharded(value) else world.leads)
-    }
-
-
 def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return safetensors.torch.save(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata
-    )
-
-
-def _bytes(snapshot: Snapshot) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for name in PARTS
-        for value in getattr(snapshot, name).values()
     )
 
 
@@ -169,14 +155,13 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write what sampling needs: the weights and the resolved `config.json`.
+    """Write a model folder: the weights and the resolved `config.json`, which is all of sampling.
 
-    The weights hold the levels of `curriculum.active_model(config, config.train.images)`; where
-    the config says that adapters were trained, they are those of the adapters.
+    The weights hold the levels of `stages.active_model(config, config.train.images)`; where the
+    config says that adapters were trained, they are those of the adapters.
     """
-    data = _to_bytes(
-        {name: value.to(dtype) for name, value in weights.items()}, lora_metadata(config)
-    )
+    converted = {name: value.to(dtype) for name, value in weights.items()}
+    data = _to_bytes(converted, lora_metadata(config))
     text = json.dumps(config.model_dump(mode="json"), indent=1).encode()
     path = folder / weights_file(config)
     write_atomically(path, lambda file: file.write(data), needed=len(data))
@@ -184,12 +169,12 @@ def export_weights(
 
 
 def weights_file(config: RunConfig) -> str:
-    """What the weights of a model folder are called."""
+    """Name of the weights' file in a model folder."""
     return MODEL if config.train.lora is None else LORA
 
 
 def lora_metadata(config: RunConfig) -> dict[str, str] | None:
-    """What a file of adapters says about them, for whoever finds it alone.
+    """Metadata of a file of adapters, for whoever finds it alone.
 
     One entry, as JSON: several are written in no fixed order, and equal runs leave equal files.
     """
@@ -203,7 +188,7 @@ def lora_metadata(config: RunConfig) -> dict[str, str] | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; None if none was ever begun there.
+    """Return the newest complete checkpoint in `folder`; None if none was ever begun there.
 
     Torn ones are skipped with a warning.
 
@@ -211,12 +196,12 @@ def newest(folder: Path) -> Path | None:
         CheckpointError: there are checkpoints, but none is complete. Starting over in silence
             would throw the run away.
     """
-    found = _newest_first(folder)
-    for path in found:
+    paths = _newest_first(folder)
+    for path in paths:
         if (flaw := _flaw(path)) is None:
             return path
         warnings.warn(f"{path} is ignored: {flaw}", stacklevel=2)
-    if found:
+    if paths:
         raise CheckpointError(
             f"{folder} holds no complete checkpoint: remove it to start the run over"
         )
@@ -224,10 +209,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> Snapshot:
-    """The checkpoint at `path`, which `newest` has found complete; tensors are on the CPU.
-
-    They are read when they are asked for, so whoever copies them one by one holds them once.
-    """
+    """Read the checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
     manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])
@@ -237,10 +219,10 @@ def read(path: Path) -> Snapshot:
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors in safetensors files, each read when it is asked for and put together of its pieces.
+    """Tensors in safetensors files, each read on access and put together of its pieces.
 
-    So restoring a run takes the memory of the run and of one tensor, not that of the files, too.
-    Names that version 0.1.0 wrote are given as today's.
+    So restoring a run takes the memory of the run and of one tensor, not that of the files too.
+    Names that version 0.1.0 wrote become today's.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -266,9 +248,45 @@ class Stored(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def shape(self, name: str) -> torch.Size:
-        """A tensor's shape, without reading it."""
+        """Shape of a tensor, without reading it."""
         first, *rest = (shape for *_, shape in self._pieces[name])
         return torch.Size([first[0] + sum(shape[0] for shape in rest), *first[1:]] if first else [])
+
+
+def _newest_first(folder: Path, up_to: Path | None = None) -> list[Path]:
+    """Checkpoint folders by falling number, complete or not."""
+    names = sorted((p.name for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
+    return [folder / name for name in names if up_to is None or name <= up_to.name]
+
+
+def _flaw(path: Path) -> str | None:
+    """Say why the checkpoint is not complete; None if it is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        for name in dict.fromkeys([*FILES, *manifest]):
+            if manifest[name] != _fingerprint(path / name):
+                return f"{name} is not what {MANIFEST} says"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# --- networks out of weights -------------------------------------------------------------------
+
+
+def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training may change, by name: those that ask for a gradient."""
+    return {name: value for name, value in net.named_parameters() if value.requires_grad}
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
@@ -282,7 +300,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -
 
 
 def load_network(model: ModelConfig, weights: Mapping[str, Tensor], *, where: str) -> NestedUNet:
-    """A network that holds `weights`, in float32 and without a second copy of them.
+    """Make a network that holds `weights`, in float32 and without a second copy of them.
 
     Raises:
         CheckpointError: keys or shapes differ; lists the first differences.
@@ -319,29 +337,56 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
     return tensors.shape(name) if isinstance(tensors, Stored) else tensors[name].shape
 
 
-def _newest_first(folder: Path, up_to: Path | None = None) -> list[Path]:
-    """Checkpoint folders by falling number, complete or not."""
-    names = sorted((p.name for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
-    return [folder / name for name in names if up_to is None or name <= up_to.name]
+def build_network(
+    model: ModelConfig, train: TrainConfig, base: Mapping[str, Tensor] | None
+) -> NestedUNet:
+    """Make the network at the start of a run: initial weights, or adapters around those of `base`.
+
+    Adapters mean nothing without the weights that they were trained around, so the config names
+    these by a hash.
+
+    Raises:
+        CheckpointError: the run trains adapters, and `base` is not the model that they are for.
+    """
+    if train.lora is None:
+        return NestedUNet(model, seed=train.seed)
+    if base is None:
+        raise CheckpointError("train.lora: the weights to put adapters around were not given")
+    net = load_network(model, base, where=str(train.init))
+    if train.lora.base != (found := fingerprint(base)):
+        raise CheckpointError(
+            f"{train.init} is not the model that the adapters are for: its weights have the hash "
+            f"{found[:12]}..., theirs {train.lora.base[:12] or 'none'}..."
+        )
+    return attach(net, train.lora, train.seed)
 
 
-def _flaw(path: Path) -> str | None:
-    """Why the checkpoint is not complete; None if it is."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        for name in dict.fromkeys([*FILES, *manifest]):
-            if manifest[name] != _fingerprint(path / name):
-                return f"{name} is not what {MANIFEST} says"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    return None
+def merge(
+    model: ModelConfig,
+    train: TrainConfig,
+    base: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor],
+    *,
+    where: str,
+) -> dict[str, Tensor]:
+    """Weights of one plain network that computes what `base` does with its adapters.
+
+    Raises:
+        CheckpointError: they do not fit each other; lists the first differences.
+    """
+    net = build_network(model, train, base)
+    check_same(learnt_parameters(net), adapters, where=where)
+    net.load_state_dict(adapters, strict=False)
+    return merged_state(net)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bits, in hexadecimal digits.
+
+    Names are those of version 0.1.0, because configs hold the hashes that it computed.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    for name, value in sorted((first_name(name), value) for name, value in weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,23 +1,32 @@
-"""What a run tells: lines of metrics for programs, a bar or plain lines for people."""
+"""What a run reports: lines of metrics, a progress bar, and the curves of TensorBoard and W&B.
+
+`metrics.jsonl` is written in any case. Other sinks are chosen for each start of a run, not in its
+config: they change nothing that is learnt.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.train.curriculum import Step
-from matryoshka_diffusion.train.learner import Outcome
+import torch
+
+from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.draw.clips import FASTEST, gif
+from matryoshka_diffusion.files import require, write_atomically
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import Outcome, Skipped, Stepped
 
 PLAIN_SECONDS = 10.0
-"""Where there is no terminal: at most one line in so many seconds."""
+"""Least time between two lines where there is no terminal."""
 
 
 class Entry(NamedTuple):
@@ -30,34 +39,30 @@ class Entry(NamedTuple):
 
 
 def summary(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Means over some steps, skipped ones left out; null where nothing is left.
+    """Means over some steps, without skipped ones; null where nothing is left.
 
     A level's mean is over the rows that have it, so it means the same whatever the shares of a
     mixed-resolution batch. Time spent between steps (previews, saving) does not count.
     """
     step = entries[-1].step
-    good = [entry for entry in entries if not entry.outcome.culprits]
+    good = [(entry.step, entry.outcome) for entry in entries if isinstance(entry.outcome, Stepped)]
+    skipped = [entry.outcome for entry in entries if isinstance(entry.outcome, Skipped)]
     wait = sum(entry.wait_seconds for entry in entries)
     seconds = wait + sum(entry.work_seconds for entry in entries)
+    levels = [
+        [(o.per_level[level], s.rows[level]) for s, o in good if level < len(s.rows)]
+        for level in range(len(step.rows))
+    ]
     return {
         "images_seen": step.end,
         "stage": step.stage,
-        "loss": _mean([(entry.outcome.loss, 1) for entry in good]),
-        "loss_per_level": [
-            _mean(
-                [
-                    (entry.outcome.per_level[level], entry.step.rows[level])
-                    for entry in good
-                    if level < len(entry.step.rows)
-                ]
-            )
-            for level in range(len(step.rows))
-        ],
-        "grad_norm": _mean([(entry.outcome.grad_norm, 1) for entry in good]),
+        "loss": _mean([(outcome.loss, 1) for _, outcome in good]),
+        "loss_per_level": [_mean(losses) for losses in levels],
+        "grad_norm": _mean([(outcome.grad_norm, 1) for _, outcome in good]),
         "lr": step.lr,
         "images_per_second": sum(entry.step.count for entry in entries) / seconds,
         "data_wait": wait / seconds,
-        "skipped_ids": [n for entry in entries for n, _ in entry.outcome.culprits],
+        "skipped_ids": [sample.number for outcome in skipped for sample in outcome.culprits],
     }
 
 
@@ -66,11 +71,91 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
     return sum(value * count for value, count in weighted) / weight if weight else None
 
 
+class Log:
+    """Metrics, sinks and progress bar of a run as one. Of several ranks, rank 0 has them.
+
+    A sink that fails is left out from then on, with a warning: a run needs none of them.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics | None = None,
+        sinks: Sequence[Sink] = (),
+        display: Display | None = None,
+    ) -> None:
+        self.metrics, self.display = metrics, display
+        self.sinks, self._working = tuple(sinks), list(sinks)
+        self._entries: list[Entry] = []
+
+    def add(self, entry: Entry) -> None:
+        """Take in a step, show it, and warn of one that was skipped."""
+        self._entries.append(entry)
+        if isinstance(entry.outcome, Skipped) and self.metrics is not None:
+            warnings.warn(_why_skipped(entry.step, entry.outcome), stacklevel=2)
+        if self.display is not None:
+            self.display.show(entry)
+
+    def close_line(self, **counts: Any) -> None:
+        """Write a line about the steps since the last line, with these numbers beside."""
+        if self._entries:
+            self.write({**summary(self._entries), **counts})
+            self._entries.clear()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics to everyone."""
+        if self.metrics is not None:
+            self.metrics.write(line)
+        self._tell(self._working, lambda sink: sink.write(line))
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        """Show a picture of the run's folder elsewhere."""
+        self._tell(self._working, lambda sink: sink.picture(name, path, images_seen))
+
+    def close(self) -> None:
+        """Close the bar and all sinks, those that have failed too."""
+        if self.display is not None:
+            self.display.close()
+        self._tell(self.sinks, lambda sink: sink.close())
+
+    def _tell(self, sinks: Sequence[Sink], message: Callable[[Sink], None]) -> None:
+        for sink in [*sinks]:
+            try:
+                message(sink)
+            except Exception as error:  # noqa: BLE001, PERF203, services raise anything
+                if sink not in self._working:
+                    continue
+                self._working.remove(sink)
+                warnings.warn(
+                    f"{type(sink).__name__} failed and is told nothing more; metrics.jsonl "
+                    f"has it all ({type(error).__name__}: {error})",
+                    stacklevel=3,
+                )
+
+
+def _why_skipped(step: Step, outcome: Skipped) -> str:
+    at = f"step skipped at {step.first:,} images"
+    if outcome.scale is not None:
+        return f"{at}: a gradient overflowed in fp16; the loss scale is now {outcome.scale:g}"
+    return f"{at}: the loss or its gradient is not finite; {outcome}"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that tensors held on a GPU, or that the process held in RAM; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class Metrics:
     """`metrics.jsonl`: one JSON object a line, appended to while the run goes on.
 
-    Lines beyond `images_seen` were written after the checkpoint that a run resumes from; they
-    are cut, because those images are about to be seen again.
+    Lines beyond `images_seen` were written after the checkpoint that a run resumes from. They are
+    cut, because those images are about to be seen again.
     """
 
     def __init__(self, path: Path, images_seen: int) -> None:
@@ -90,7 +175,7 @@ class Metrics:
 
 
 def _is_within(line: bytes, images_seen: int) -> bool:
-    """Whether a line of metrics is about images up to there; False if a kill cut it short."""
+    """True for a line about images up to there; False if a kill cut the line short."""
     try:
         return json.loads(line)["images_seen"] <= images_seen
     except ValueError:
@@ -100,53 +185,42 @@ def _is_within(line: bytes, images_seen: int) -> bool:
 class Display:
     """Progress for people on stderr: images/s, time left, loss of each level, waiting for data.
 
-    A bar on a terminal; elsewhere (a log file, CI) a plain line now and then. Nothing unless
-    `shown`: of several ranks one speaks.
+    A bar on a terminal; elsewhere (a log file, CI) a plain line now and then.
     """
 
-    def __init__(self, config: RunConfig, images_seen: int, *, shown: bool = True) -> None:
+    def __init__(self, train: TrainConfig, level_names: Sequence[object], images_seen: int) -> None:
         from tqdm import tqdm  # with everything it imports, only where something is trained
 
-        self._config = config
+        self._train, self._level_names = train, level_names
         self._recent: deque[Entry] = deque(maxlen=50)
-        self._shown, self._plain = shown, not sys.stderr.isatty()
-        self._told = time.monotonic()
+        self._plain, self._last_line = not sys.stderr.isatty(), time.monotonic()
         self._bar = tqdm(
-            total=config.train.images,
+            total=train.images,
             initial=images_seen,
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
             smoothing=0.05,
-            disable=self._plain or not shown,
+            disable=self._plain,
         )
 
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
     def show(self, entry: Entry) -> None:
-        """Take in a step; tell if it is time."""
-        if not self._shown:
-            return
+        """Take in a step; print a line if it is time."""
         self._recent.append(entry)
-        train, now = self._config.train, time.monotonic()
+        total, now = self._train.images, time.monotonic()
         if not self._plain:
             self._bar.set_postfix_str(self._text(), refresh=False)
             self._bar.update(entry.step.count)
-        elif now - self._told >= PLAIN_SECONDS or entry.step.end == train.images:
-            self._told = now
+        elif now - self._last_line >= PLAIN_SECONDS or entry.step.end == total:
+            self._last_line = now
             rate = summary(self._recent)["images_per_second"]
-            left = int((train.images - entry.step.end) / rate)
+            left = int((total - entry.step.end) / rate)
             print(
-                f"{entry.step.end:,} of {train.images:,} images, {rate:.3g} images/s, "
+                f"{entry.step.end:,} of {total:,} images, {rate:.3g} images/s, "
                 f"{left // 60}:{left % 60:02} left, {self._text()}",
                 file=sys.stderr,
                 flush=True,
@@ -155,12 +229,181 @@ class Display:
     def _text(self) -> str:
         recent = summary(self._recent)
         losses = " ".join(
-            f"{level.size}:{'-' if loss is None else format(loss, '.4f')}"
-            for level, loss in zip(
-                self._config.model.levels, recent["loss_per_level"], strict=False
-            )
+            f"{name}:{'-' if loss is None else format(loss, '.4f')}"
+            for name, loss in zip(self._level_names, recent["loss_per_level"], strict=False)
         )
-        stages = len(self._config.train.stages)
         wait = recent["data_wait"]
         waiting = f" wait {wait:.0%}" if wait >= 0.05 else ""
-        return f"{recent['stage'] + 1}/{stages} {losses}{waiting}"
+        return f"{recent['stage'] + 1}/{len(self._train.stages)} {losses}{waiting}"
+
+
+# --- TensorBoard and Weights & Biases ----------------------------------------------------------
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes lines of metrics, as they are in `metrics.jsonl`, and pictures that lie in files.
+
+    The x axis is images seen: `line["images_seen"]`.
+    """
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+    def picture(self, name: str, path: Path, images_seen: int) -> None: ...
+    def close(self) -> None: ...
+
+
+OpenSink: TypeAlias = Callable[[Path, RunConfig | CodecRunConfig, int], Sink]
+"""Opens a sink for (run folder, resolved config, images seen so far).
+
+A run that resumes goes back to its checkpoint: it repeats what it reported beyond `images_seen`,
+and the sink sees to it that no curve has it twice.
+"""
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a line by the names of their curves: `loss`, `loss_per_level/0`, ...
+
+    A null (all steps were skipped) has no point, and lists of samples are no curve.
+    """
+    points = {}
+    for name, value in line.items():
+        values = {name: value}
+        if isinstance(value, list):
+            values = {f"{name}/{n}": x for n, x in enumerate(value) if name.endswith("_per_level")}
+        points |= {key: float(x) for key, x in values.items() if isinstance(x, int | float)}
+    points.pop("images_seen", None)  # the axis
+    return points
+
+
+class TensorBoard:
+    """Event files in `RUN/tensorboard`; `tensorboard --logdir RUN` shows them."""
+
+    def __init__(self, folder: Path, config: RunConfig | CodecRunConfig, images_seen: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        module = "tensorboard.compat.proto.summary_pb2"
+        self._proto: Any = require(module, "tensorboard", "--log tensorboard")
+        # TensorBoard drops the points of earlier files from this step on.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["images_seen"])
+        self._writer.flush()
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            (width, height), moves = image.size, getattr(image, "is_animated", False)
+            data = _as_gif(image) if moves else path.read_bytes()
+        kind: Any = self._proto.Summary
+        shown = kind.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
+        summary = kind(value=[kind.Value(tag=name, image=shown)])
+        self._writer._get_file_writer().add_summary(summary, images_seen)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _as_gif(image: Any) -> bytes:
+    """Convert an animation to the one form that TensorBoard plays, as fast as a GIF can be."""
+    from PIL import ImageSequence
+
+    frames, milliseconds = [], 0
+    for frame in ImageSequence.Iterator(image):
+        frames.append(frame.convert("RGB"))
+        milliseconds += frame.info["duration"]
+    return gif(frames, min(1000 * len(frames) / milliseconds, FASTEST[".gif"]), None)
+
+
+class WeightsAndBiases:
+    """One run of Weights & Biases for a run folder, however often it is resumed.
+
+    Nothing leaves the machine unless the environment asks for it: with WANDB_API_KEY or
+    WANDB_MODE=online the run is sent as it goes, else it is kept in `RUN/wandb`, from where
+    `wandb sync` sends it. Neither code nor the terminal's text is taken.
+
+    `RUN/wandb/run.json` remembers the run's id, the last step that was sent and the names sent with
+    it. A resumed run repeats the same numbers, since resuming is exact: they are passed over.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig | CodecRunConfig, images_seen: int) -> None:
+        self._wandb: Any = require("wandb", "wandb", "--log wandb")
+        self._path = folder / "wandb" / "run.json"
+        self._note = self._resumed = _read_note(self._path)
+        self._remember(self._note)
+        online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "matryoshka-diffusion"),
+                name=folder.resolve().name,
+                id=self._note.id,
+                resume="allow",
+                dir=str(folder),
+                mode=os.environ.get("WANDB_MODE", online),
+                config=config.model_dump(mode="json"),
+                allow_val_change=True,
+                save_code=False,
+                settings=self._wandb.Settings(console="off", disable_git=True),
+            )
+        except self._wandb.Error as error:
+            raise OSError(
+                f"--log wandb: {error}; with WANDB_MODE=offline the run is kept in {folder}"
+            ) from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._send(scalars(line), line["images_seen"])
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        self._send({name: self._wandb.Image(str(path))}, images_seen)
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _send(self, values: dict[str, Any], images_seen: int) -> None:
+        _, last, names = self._resumed
+        if images_seen == last:  # a kill may have kept some of them from being sent
+            values = {name: value for name, value in values.items() if name not in names}
+        if values and images_seen >= last:
+            self._run.log(values, step=images_seen)
+            before = self._note.names if images_seen == self._note.images_seen else []
+            self._remember(_Note(self._note.id, images_seen, [*before, *values]))
+
+    def _remember(self, note: _Note) -> None:
+        self._note = note
+        text = json.dumps(note._asdict()).encode()
+        write_atomically(self._path, lambda file: file.write(text))
+
+
+class _Note(NamedTuple):
+    """A run's id at Weights & Biases, the last step that was sent, and the names sent with it."""
+
+    id: str
+    images_seen: int
+    names: list[str]
+
+
+def _read_note(path: Path) -> _Note:
+    """Read the note; a new run if there is none. Raises ValueError if it is damaged."""
+    if not path.exists():
+        return _Note(secrets.token_hex(8), 0, [])
+    try:
+        note = json.loads(path.read_bytes())
+        return _Note(str(note["id"]), int(note["images_seen"]), list(note["names"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it, and a new run of "
+            "Weights & Biases is begun for what is still to come"
+        ) from error
+
+
+SINKS: dict[str, OpenSink] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+"""By the names of the packages and of the extras that bring them."""
+
+
+def find_sink(name: str) -> OpenSink:
+    """Return the sink of that name. Raises `MissingExtra` at once if its package is missing."""
+    require(name, name, f"--log {name}")
+    return SINKS[name]

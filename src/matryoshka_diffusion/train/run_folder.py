@@ -1,9 +1,10 @@
-"""The folder of a run: what was asked, where it ran. The same command finds its run again."""
+"""The folder of a run: its config, and where it was computed. The same command finds it again."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -13,31 +14,33 @@ from typing import Any
 
 import torch
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, Strict
+from matryoshka_diffusion.config import ConfigError, RunConfig, Strict, TrainConfig
 from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.train.layout import resolve_layout
-from matryoshka_diffusion.train.precision import resolve_precision
+from matryoshka_diffusion.train.checkpoint import CheckpointError
+from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
+
+DECIDED_AT_START = ("precision", "layout")
+"""The keys of `train` that may be `auto`."""
 
 
-def open_run(folder: Path, asked: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
-    """Begin a run in `folder`, or find the one that `asked` began there.
+def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
+    """Begin a run in `folder`, or find the run that `config` began there.
 
     Returns:
-        The resolved config, in which what `auto` left open is decided. A resumed run keeps the
-        decisions of its start, so moving it to other hardware does not change its numbers.
+        The resolved config, without `auto`. A resumed run keeps the decisions of its start, so
+        moving it to other hardware does not change its numbers.
 
     Raises:
         ConfigError: the folder belongs to a run of another config, or holds files of no run.
         OSError: it cannot be written.
     """
     path = folder / "config.yaml"
-    begun = written = load_config(path) if path.exists() else None
-    if begun is not None:
-        begun = _with_codec_of(begun, asked)
-        _check_same_run(folder, begun, asked)
+    written = load_config(path) if path.exists() else None
     refuse_foreign(folder)
-    config = resolved(begun or asked, device, ranks)
+    if written is not None:
+        config = _continued(folder, written, config)
+    config = resolved(config, device)
     if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
@@ -50,59 +53,52 @@ def refuse_foreign(folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is a file: give another --out")
     if (folder / "config.yaml").exists() or not folder.exists():
         return
-    shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if any(path.is_file() for top in shown for path in (top, *top.rglob("*"))):
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(path.is_file() for top in visible for path in (top, *top.rglob("*"))):
         raise ConfigError(
             f"{folder} holds files but no run (there is no config.yaml): give another --out"
         )
 
 
-DECIDED_AT_START = ("precision", "layout")
-"""The keys of `train` that may be `auto`."""
-
-
-def resolved(config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
-    """The config with what `auto` left open decided for so many of this device."""
-    config = _with(config, precision=resolve_precision(config.train.precision, device))
-    return _with(config, layout=resolve_layout(config, device, ranks))
+def resolved(config: RunConfig, device: torch.device) -> RunConfig:
+    """Replace `auto` by the choices for this device."""
+    train = config.train
+    precision = resolve_precision(train.precision, device)
+    return _with(config, precision=precision, layout=resolve_layout(train.layout, device))
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
-def _with_codec_of(begun: RunConfig, asked: RunConfig) -> RunConfig:
-    """The run with its codec where that lies now: what it is says its hash, not its folder."""
-    old, new = begun.codec, asked.codec
-    if old is None or new is None or not old.weights or old.weights != new.weights:
-        return begun
-    return begun.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
-
-
-def _check_same_run(folder: Path, begun: RunConfig, asked: RunConfig) -> None:
-    for key in DECIDED_AT_START:
-        if getattr(asked.train, key) == "auto":
-            asked = _with(asked, **{key: getattr(begun.train, key)})
-    if told := differences(begun, asked):
+def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig:
+    """Return the config of the run in `folder`. Raises ConfigError if `config` is another."""
+    old, new = written.codec, config.codec
+    if old and new and old.weights and old.weights == new.weights:  # it may have moved
+        written = written.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
+    auto = [key for key in DECIDED_AT_START if getattr(config.train, key) == "auto"]
+    config = _with(config, **{key: getattr(written.train, key) for key in auto})
+    if changes := differences(written, config):
         raise ConfigError(
-            f"{folder} holds a run of another config: {told}; give another --out, or drop the "
+            f"{folder} holds a run of another config: {changes}; give another --out, or drop the "
             "override to continue that run"
         )
+    return written
 
 
-def differences(begun: Strict, asked: Strict) -> str:
-    """The first values that differ, each with its path; empty if none do."""
-    there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (begun, asked))
-    different = [path for path in {**there, **here} if there.get(path) != here.get(path)]
-    told = "; ".join(
+def differences(written: Strict, config: Strict) -> str:
+    """Describe the first values that differ, each with its path; empty if none do."""
+    there, here = (dict(_leaves(c.model_dump(mode="json"))) for c in (written, config))
+    paths = [path for path in {**there, **here} if there.get(path) != here.get(path)]
+    first = "; ".join(
         f"{path} is {there.get(path, 'absent')} there, {here.get(path, 'absent')} now"
-        for path in different[:3]
+        for path in paths[:3]
     )
-    return told + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+    return first + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings and lists with its path, such as train.stages[0].lr."""
+    """Yield every value of nested mappings and lists with its path, such as train.stages[0].lr."""
     if isinstance(data, dict) and data:
         for key, value in data.items():
             yield from _leaves(value, f"{path}.{key}".removeprefix("."))
@@ -113,13 +109,35 @@ def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, data
 
 
+def refuse_lost_weights(train: TrainConfig, folder: Path) -> None:
+    """Raise CheckpointError if a run without a checkpoint must have had one."""
+    path = folder / "metrics.jsonl"
+    if train.lora is None and (train.init or train.init_levels):
+        raise CheckpointError(
+            f"{folder} begins from trained weights, but its first checkpoint is missing: remove it "
+            "and begin it again (mdm grow, or mdm train with --init)"
+        )
+    text = path.read_text("utf-8") if path.exists() else ""
+    logged = [int(number) for number in re.findall(r'"images_seen": (\d+)', text)]
+    if (
+        max(logged, default=0) >= 2 * train.checkpoint_every_images
+    ):  # one may have been in the making
+        raise CheckpointError(
+            f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
+        )
+
+
 def _note_start(path: Path, device: torch.device, ranks: int) -> None:
     """Add this start of the run to the list of where it was computed."""
     starts = json.loads(path.read_text("utf-8")) if path.exists() else []
+    try:
+        package = version("matryoshka-diffusion")
+    except PackageNotFoundError:  # run from its source
+        package = "unknown"
     starts.append(
         {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "matryoshka-diffusion": _package_version(),
+            "matryoshka-diffusion": package,
             "python": sys.version.split()[0],
             "torch": str(torch.__version__),
             "platform": platform.platform(),
@@ -130,10 +148,3 @@ def _note_start(path: Path, device: torch.device, ranks: int) -> None:
     )
     text = json.dumps(starts, indent=1).encode()
     write_atomically(path, lambda file: file.write(text))
-
-
-def _package_version() -> str:
-    try:
-        return version("matryoshka-diffusion")
-    except PackageNotFoundError:  # run from its source
-        return "unknown"

@@ -1,42 +1,65 @@
-"""Training: the loop that ties batches, losses and time together.
+"""Training: one class that owns what is learnt, and the loop that ties batches and time together.
 
-It knows no metrics, no sampling and no dataset by name; those come in as hooks and as a loader.
-What it promises: the same command continues a stopped run bit for bit, and whatever happens
-between two checkpoints (a signal, a full disk, a failing hook, kill -9) loses no checkpoint.
+It knows no metrics, no sampling and no dataset by name; those come in as hooks and as a loader, and
+the network and its loss as a `Recipe`. The same command continues a stopped run bit for bit, and
+whatever happens between two checkpoints (a signal, a full disk, a failing hook, kill -9) loses no
+checkpoint.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, Generic, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.diffusion import Loss
+from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.curriculum import Step, steps
-from matryoshka_diffusion.train.dump import write_dump
-from matryoshka_diffusion.train.ema_power import write_snapshot
-from matryoshka_diffusion.train.feed import Batches, Encode, Feed, Inputs
-from matryoshka_diffusion.train.learner import Learner, NotFinite, Outcome, describe
-from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
-from matryoshka_diffusion.train.memory import peak_memory_bytes
-from matryoshka_diffusion.train.ranks import compare_ranks
-from matryoshka_diffusion.train.run_folder import open_run
-from matryoshka_diffusion.train.signals import Interrupts, Stopped
-from matryoshka_diffusion.train.sinks import Log, OpenSink
-from matryoshka_diffusion.train.world import World, gathered
+from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
+from matryoshka_diffusion.train.checkpoint import Snapshot, check_same, learnt_parameters
+from matryoshka_diffusion.train.distributed import (
+    World,
+    compare_ranks,
+    fill,
+    gathered,
+    micro_batch,
+    shared,
+    whole,
+)
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs
+from matryoshka_diffusion.train.log import Display, Entry, Log, Metrics, OpenSink, peak_memory_bytes
+from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
+from matryoshka_diffusion.train.run_folder import open_run, refuse_lost_weights
+from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
+from matryoshka_diffusion.train.stages import Step, active_levels, joined_after, steps
+from matryoshka_diffusion.train.step import (
+    PATIENCE,
+    Diffusion,
+    Net,
+    NotFinite,
+    Outcome,
+    Recipe,
+    Sample,
+    Skipped,
+    Stepped,
+    build_optimizer,
+    drop_gradients,
+    load_moments,
+    moment_shapes,
+    moments,
+    set_learning_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -46,23 +69,23 @@ class View:
     Attributes:
         config: the resolved config.
         folder: the run's folder, to put files into.
-        images_seen: where the run is.
-        averaged: makes a frozen copy in eval mode that holds the averaged weights.
+        images_seen: the place in the run.
+        averaged: makes a frozen network in eval mode with copies of the averaged weights.
     """
 
-    config: RunConfig
+    config: Any
     folder: Path
     images_seen: int
-    averaged: Callable[[], NestedUNet]
+    averaged: Callable[[], Any]
 
 
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
-"""Every so many images (0: never), and at the end of the run: what to call.
+"""Interval in images (0: never), and a function to call then and at the end of the run.
 
-A dict that it returns becomes a line of metrics, the path of a picture goes to the sinks under the
+A dict that it returns becomes a line of metrics; the path of a picture goes to the sinks under the
 name of its folder. A hook may draw from torch's global generator, since training does not. If it
-raises, the run is saved first and then stops with that error; the same command goes on after the
-hook's place. Hooks are called on rank 0; the other ranks wait.
+raises, the run is saved first and then stops with that error; the same command continues after the
+hook's place. Hooks are called on rank 0 while the other ranks wait.
 """
 
 
@@ -79,15 +102,15 @@ def train(
     device: torch.device | str = "cpu",
     world: World | None = None,
 ) -> Path:
-    """Train in the run folder `folder`, or go on with the run that is there.
+    """Train in the run folder `folder`, or continue the run that is there; all ranks call it.
 
     Args:
-        loader: where pictures come from; see `data.loader.Loader`.
+        loader: source of batches; see `data.loader.Loader`.
         encode: captions to token features, for models with text.
         base: the weights of the model that adapters are put around (`train.lora`).
-        quarantine: the source's list of bad samples, to be saved with the run and restored.
+        quarantine: the source's list of bad samples, which is saved with the run and restored.
         sinks: where metrics and pictures go besides the run's folder.
-        world: the ranks that train together, from `world.joined`; all of them call this.
+        world: the ranks that train together, from `distributed.joined`.
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -95,234 +118,405 @@ def train(
     Raises:
         ConfigError: `folder` holds another run, or something else.
         CheckpointError: the run's checkpoints cannot be used.
-        Stopped: a rank got SIGINT, SIGTERM or SIGUSR1; the run is saved.
-        RanksDiffer: the ranks were given different data or configs, or the same samples.
-        NotFinite: the loss has not been finite for many steps.
-        OSError: something could not be written.
+        Stopped, RanksDiffer, NotFinite, OSError: as `Trainer.fit`.
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    run = Run(config, folder, device, world, base, quarantine or Quarantine(), sinks)
-    feed = Feed(config, loader, encode, device, world)
-    todo = steps(config.train, run.images_seen)
-    # One thread makes the inputs of the next steps while the network works on this one.
-    inputs = cast("Generator[Inputs]", look_ahead(_alone(feed), todo, workers=1, depth=2))
-    with (
-        closing(run.metrics),
-        Interrupts() as interrupts,
-        Display(config, run.images_seen, shown=world.leads) as display,
-        closing(inputs),
-        run.listing_bad(),
-    ):
-        for entry in run.learn(inputs):
-            run.log(entry)
-            display.show(entry)
-            run.keep_averages(entry.step)
-            run.call(hooks, entry.step)
-            # Asked once, since it may change at any time, and of all ranks: they stop together.
-            signal = world.highest(interrupts.received)
-            saved = run.save() if signal or run.should_save(entry.step) else None
-            if signal:
-                raise Stopped(
-                    f"stopped at {entry.step.end:,} of {config.train.images:,} images and saved "
-                    f"{saved}; the same command continues from there",
-                    signal,
-                )
-    weights = run.learner.averaged()
+    trainer = Trainer.open(Diffusion(config, base), folder, device, world, quarantine)
+    trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
+    weights = trainer.averaged()
     world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
     return folder / "model"
 
 
-def _alone(feed: Feed) -> Callable[[Step], Inputs]:
-    """The feed without helper threads of its own, which would compete for the network's cores.
+@dataclass(frozen=True)
+class Progress:
+    """Place in a run. `steps` changed the weights, `skipped` did not.
 
-    Torch counts threads for each thread that calls it, so the network keeps its own.
+    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
+    `skipped_in_a_row`: the smaller scale is the remedy.
     """
 
-    def inputs(step: Step) -> Inputs:
-        torch.set_num_threads(1)
-        return feed(step)
+    images_seen: int = 0
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    scale: LossScale = field(default_factory=LossScale)
 
-    return inputs
+    def after(self, step: Step, finite: bool) -> Progress:
+        """Place after a step."""
+        patient = not finite and not self.scale.can_fall
+        return Progress(
+            images_seen=step.end,
+            steps=self.steps + finite,
+            skipped=self.skipped + (not finite),
+            skipped_in_a_row=0 if finite else self.skipped_in_a_row + patient,
+            scale=self.scale.after(finite),
+        )
+
+    def restored(self, state: Mapping[str, Any]) -> Progress:
+        """Place that a checkpoint was saved at. What an older one does not hold stays as here."""
+        known = {key: state[key] for key in asdict(self) if key in state}
+        if "scale" in known:
+            known["scale"] = LossScale(**known["scale"])
+        return replace(self, **known)
 
 
-class Run:
-    """A learner and the folder that its progress is written to, by rank 0."""
+class Trainer(Generic[Net]):
+    """The network, its averages, the optimizer's memory and the place in the run: what is saved.
+
+    Every rank of `world` has one; they take each step together and come to the same outcome.
+
+    Attributes:
+        net: the network of the levels that are active after `images_seen` images.
+        ema, tracks: its averages.
+    """
 
     def __init__(
         self,
-        config: RunConfig,
+        recipe: Recipe[Net],
+        device: torch.device | str = "cpu",
+        images_seen: int = 0,
+        world: World | None = None,
+    ) -> None:
+        self.recipe, self.train = recipe, recipe.train
+        self.device, self.world = torch.device(device), world or World()
+        self.quarantine = Quarantine()
+        self.progress = Progress(images_seen, scale=LossScale.initial(self.train.precision))
+        self._began = time.monotonic()
+        levels = active_levels(self.train, images_seen)
+        self._prepare(recipe.build(levels), levels)
+        self.ema = Ema(self.net, self.train.ema_decay)
+        self.tracks = PowerEma(self.net, self.train.ema_power)
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Recipe[Net],
         folder: Path,
-        device: torch.device,
-        world: World,
-        base: Mapping[str, Tensor] | None,
-        quarantine: Quarantine,
+        device: torch.device | str = "cpu",
+        world: World | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> Trainer[Net]:
+        """Return the trainer of the newest checkpoint in a run folder, or one at the start.
+
+        Raises:
+            CheckpointError: the checkpoints cannot be used, or are missing.
+        """
+        world = world or World()
+        path = world.once(lambda: checkpoint.newest(folder / "checkpoints"))
+        snapshot = None if path is None else checkpoint.read(path)
+        if snapshot is None:
+            refuse_lost_weights(recipe.train, folder)
+        images_seen = 0 if snapshot is None else snapshot.state["images_seen"]
+        trainer = cls(recipe, device, images_seen, world)
+        trainer.quarantine = quarantine or trainer.quarantine
+        if snapshot is not None:
+            trainer.restore(snapshot, where=str(path))
+        return trainer
+
+    def fit(
+        self,
+        inputs_of: Callable[[Step], Inputs],
+        folder: Path,
+        *,
+        hooks: Sequence[Hook] = (),
         sinks: Sequence[OpenSink] = (),
     ) -> None:
-        self.config, self.folder, self.world = config, folder, world
-        self.quarantine = quarantine
-        seconds, path = 0.0, world.once(lambda: checkpoint.newest(folder / "checkpoints"))
-        if path is None:
-            _refuse_lost_weights(config, folder)
-            self.learner = Learner(config, device, base=base, world=world)
-        else:
-            snapshot = checkpoint.read(path)
-            self.learner = Learner.restore(
-                config, device, snapshot, where=str(path), base=base, world=world
-            )
-            seconds = snapshot.state["seconds"]
-            quarantine.restore(snapshot.state.get("bad", ()))  # older checkpoints have none
-        self._began = time.monotonic() - seconds
-        self.metrics = Log()
-        if world.leads:
-            others = [open_sink(folder, config, self.images_seen) for open_sink in sinks]
-            self.metrics = Log(Metrics(folder / "metrics.jsonl", self.images_seen), others)
-        self._entries: list[Entry] = []
+        """Take all steps that are left, and save, log and call hooks on the way.
 
-    @property
-    def images_seen(self) -> int:
-        return self.learner.progress.images_seen
+        Raises:
+            Stopped: a rank got SIGINT, SIGTERM or SIGUSR1; the run is saved.
+            RanksDiffer: the ranks have different data or configs, or the same samples.
+            NotFinite: the loss has not been finite for many steps.
+            OSError: something could not be written.
+        """
+        train, interrupts, first = self.train, Interrupts(), True
+        todo = steps(train, self.progress.images_seen)
+        # One thread makes the inputs of the next steps while the network works on this one.
+        ahead = look_ahead(_single_threaded(inputs_of), todo, workers=1, depth=2)
+        with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
+            for inputs, wait_seconds in _timed(ahead):
+                step, began = inputs.step, time.perf_counter()
+                if first:
+                    compare_ranks(self.world, self.recipe.config, step, inputs.ids, inputs.noise[0])
+                    first = False
+                self.grow(len(step.rows))
+                outcome = self.step(inputs)
+                log.add(Entry(step, outcome, wait_seconds, time.perf_counter() - began))
+                if step.ends_stage or step.passes(train.log_every_images):
+                    log.close_line(**self.counts())
+                if step.end == train.images or step.passes(train.ema_snapshot_interval):
+                    self._save_averages(folder)
+                self._call(hooks, step, folder, log)
+                # Asked once, since it may change at any time, and of all ranks: they stop together.
+                signal = self.world.highest(interrupts.received)
+                ends = step.end == train.images
+                if signal or ends or step.passes(train.checkpoint_every_images):
+                    path = self.save(folder, log)
+                if signal:
+                    raise Stopped(
+                        f"stopped at {step.end:,} of {train.images:,} images and saved "
+                        f"{path}; the same command continues from there",
+                        signal,
+                    )
 
-    def learn(self, inputs: Iterable[Inputs]) -> Iterator[Entry]:
-        """Take one step after the other, growing the network where its stage asks for it."""
-        asked, compared = time.perf_counter(), False
-        for given in inputs:
-            begun = time.perf_counter()
-            if not compared:
-                compare_ranks(self.world, self.config, given)
-                compared = True
-            self.learner.grow(levels=len(given.step.rows))
-            outcome = self._learn(given)
-            done = time.perf_counter()
-            yield Entry(given.step, outcome, begun - asked, done - begun)
-            asked = time.perf_counter()
+    # --- one step --------------------------------------------------------------------------
 
-    def _learn(self, given: Inputs) -> Outcome:
-        try:
-            return self.learner.learn(given)
-        except NotFinite as error:  # on all ranks
-            path = self.folder / "not-finite.json"
-            self.world.once(partial(write_dump, path, error, given.step))
-            error.args = (f"{error}; {path} tells more",)
-            raise
+    def step(self, inputs: Inputs) -> Outcome:
+        """Take one step, or skip it on all ranks if its loss or gradient is not finite.
 
-    def log(self, entry: Entry) -> None:
-        """Take a step into the metrics, and warn of one that was skipped."""
-        self._entries.append(entry)
-        if entry.outcome.culprits and self.world.leads:
-            warnings.warn(_why_skipped(entry), stacklevel=2)
-        if entry.step.ends_stage or entry.step.passes(self.config.train.log_every_images):
-            self._close_line()
+        Raises:
+            NotFinite: `PATIENCE` steps in a row were skipped.
+        """
+        step, progress = inputs.step, self.progress
+        loss = self._backward(inputs)
+        frozen = drop_gradients(self.net, lambda name: self._level(name) < step.frozen)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.train.clip_norm)
+        sums = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
+        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
+        # norm that each has of the gradient among them, so they decide alike whether to step.
+        norms, total, *per_level = sums.tolist()
+        grad_norm = norms / self.world.size
+        finite = math.isfinite(total) and math.isfinite(grad_norm)
+        self.progress = progress.after(step, finite)
+        if finite:
+            set_learning_rate(self.optimizer, step.lr)
+            self.optimizer.step()
+            self.ema.update(self.net, progress.steps, frozen, self._joined)
+            self.tracks.update(self.net, step.count, frozen)
+            return Stepped(total, tuple(per_level), grad_norm)
+        overflow = progress.scale.can_fall and math.isfinite(total)
+        scale = self.progress.scale.factor if overflow else None
+        samples = self._samples(inputs, loss)
+        skipped = Skipped(total, tuple(per_level), grad_norm, samples, scale)
+        if self.progress.skipped_in_a_row >= PATIENCE:
+            raise NotFinite(step, skipped)
+        return skipped
 
-    def _close_line(self) -> None:
-        """Write a line about the steps since the last one."""
-        if self._entries:
-            line = {
-                "step": self.learner.progress.steps,
-                **summary(self._entries),
-                "skipped": self.learner.progress.skipped,
-                "peak_memory_bytes": peak_memory_bytes(self.learner.device),
-                "seconds": self.seconds,
-            }
-            self.metrics.write(line)
-            self._entries.clear()
+    def _backward(self, inputs: Inputs) -> Loss:
+        """Leave the gradient of the step's loss in the parameters; return this rank's part of it.
 
-    def keep_averages(self, step: Step) -> None:
-        """Write a snapshot of the power-function averages, if there are any and it is time."""
-        train = self.config.train
-        if step.end == train.images or step.passes(train.ema_snapshot_interval):
-            state = gathered(self.learner.tracks.state(), self.world)
-            self.world.once(lambda: write_snapshot(self.folder / "ema", state, step.end))
+        A rank's share of the batch goes through in `accumulate` parts, each divided by the row
+        counts of the whole batch, so that all parts of all ranks add up to what the undivided
+        batch gives.
+        """
+        step, world = inputs.step, self.world
+        self.net.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        scale = self.progress.scale.factor
+        num_parts = min(self.train.accumulate, step.count)
+        parts, per_example = [], torch.zeros_like(inputs.t)
+        for offset in range(num_parts):
+            part = inputs.rows(slice(offset, None, num_parts))
+            place = world.rank + offset * world.size  # of its first row in the batch
+            with micro_batch(self.shared, last=offset == num_parts - 1):
+                with _torch_seeded(self.device, self.train.seed, "network", step.first, place):
+                    loss = self.recipe.loss(self.shared, part)
+                # Gradients are averaged over the ranks, and are to be summed.
+                (scale * world.size * loss.total).backward()
+            parts.append(Loss(*(value.detach() for value in loss)))
+            per_example[offset::num_parts] = parts[-1].per_example
+        if scale != 1.0:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
+        totals, per_level = (torch.stack([part[n] for part in parts]).sum(0) for n in (0, 1))
+        return Loss(totals, per_level, per_example)
 
-    def call(self, hooks: Sequence[Hook], step: Step) -> None:
-        """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
-        ends = step.end == self.config.train.images
-        due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
-        if not due:
+    def _samples(self, inputs: Inputs, loss: Loss) -> tuple[Sample, ...]:
+        """All ranks' samples with the loss of each, on every rank."""
+        losses = loss.per_example.tolist()
+        mine = [Sample(*row) for row in zip(inputs.ids, inputs.keys, losses, strict=True)]
+        return tuple(sorted(sample for rank in self.world.gather(mine) for sample in rank))
+
+    # --- the network -----------------------------------------------------------------------
+
+    def _prepare(self, net: Net, levels: int) -> None:
+        """Take a network, and build what depends on its levels and holds no state yet."""
+        # FSDP2 takes contiguous weights only, and beside them kernels choose layouts themselves.
+        layout = "nchw" if self.world.shards else self.train.layout
+        self.net, self.levels = placed(net, self.device, layout), levels
+        if self.train.compile:
+            compile_network(self.net, self.device)
+        self.shared = shared(self.net, self.world, self.device)
+        self.optimizer = build_optimizer(self.net, self.train)
+        self._parameters = self.recipe.in_order(self.net)
+
+    def grow(self, levels: int) -> None:
+        """Continue with the first `levels` levels; does nothing if they are there already.
+
+        Weights, averages and moments of the existing levels are kept. The averages of the new
+        ones start at their initial weights.
+        """
+        if levels == self.levels:
             return
-        learner, error = self.learner, None
-        weights = learner.averaged()
-        view = View(self.config, self.folder, step.end, lambda: learner.network(weights))
-        with self.world.first(f"hooks at {step.end}"):
-            if self.world.leads:
-                error = self._failure(due, view)
-        if self.world.highest(int(error is not None)):
-            self.save()
-            raise error or RuntimeError("a hook failed on rank 0")
+        memory = moments(self.optimizer, self.net)
+        kept = {name: whole(value).detach() for name, value in learnt_parameters(self.net).items()}
+        net = self.recipe.build(levels)
+        parameters = learnt_parameters(net)
+        fill({name: parameters[name] for name in kept}, kept)
+        self._prepare(net, levels)
+        self.ema.extend(self.net)
+        self.tracks.extend(self.net)
+        load_moments(self.optimizer, self.net, memory)
 
-    def _failure(
-        self, hooks: Sequence[Callable[[View], object]], view: View
-    ) -> BaseException | None:
-        """Call hooks, log what they find, and return the error that one of them raised."""
-        try:
-            for hook in hooks:
-                found = hook(view)
-                if isinstance(found, dict):
-                    self.metrics.write({"images_seen": view.images_seen, **found})
-                elif isinstance(found, Path):
-                    self.metrics.picture(found.parent.name, found, view.images_seen)
-        except BaseException as error:  # noqa: BLE001, raised again once all ranks have saved
-            return error
-        return None
+    def averaged(self) -> dict[str, Tensor]:
+        """Averaged weights on rank 0, put together from all ranks, which all call it."""
+        return gathered(self.ema.weights, self.world)
 
-    def should_save(self, step: Step) -> bool:
-        """True at every interval and at the end of the run."""
-        train = self.config.train
-        return step.end == train.images or step.passes(train.checkpoint_every_images)
+    def network(self, weights: Mapping[str, Tensor]) -> Net:
+        """Make a plain, frozen network in eval mode with copies of these weights."""
+        copies = {name: whole(value).detach().clone() for name, value in weights.items()}
+        return self.recipe.finished(self.net, copies).eval().requires_grad_(False)
 
-    def save(self) -> Path:
-        """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
-        self._close_line()
-        snapshot = self.learner.snapshot(self.seconds)
-        for found in self.world.gather(self.quarantine.state()):
-            self.quarantine.restore(found)
-        state = {**snapshot.state, "bad": self.quarantine.state()}
-        self._list_bad()
-        path = checkpoint.save(
-            self.folder / "checkpoints",
-            replace(snapshot, state=state),
-            keep=self.config.train.keep_checkpoints,
-            world=self.world,
-        )
-        self.quarantine.check()  # what all ranks have found together may be too much
-        return path
+    def _level(self, name: str) -> int:
+        return self.recipe.level_of(name)
 
-    @contextmanager
-    def listing_bad(self) -> Iterator[None]:
-        """List the bad samples however the run ends, above all if there were too many."""
-        try:
-            yield
-        finally:
-            self._list_bad()
+    def _joined(self, name: str) -> int:
+        """Steps of the run before a parameter came."""
+        return joined_after(self.train)[self._level(name)]
 
-    def _list_bad(self) -> None:
-        if self.world.leads:
-            self.quarantine.write(self.folder / "bad.jsonl")
+    # --- saving and restoring --------------------------------------------------------------
 
     @property
     def seconds(self) -> float:
         """Wall time of the run over all its starts."""
         return time.monotonic() - self._began
 
+    def counts(self) -> dict[str, Any]:
+        """Numbers of the run so far, for a line of metrics."""
+        return {
+            "step": self.progress.steps,
+            "skipped": self.progress.skipped,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "seconds": self.seconds,
+        }
 
-def _why_skipped(entry: Entry) -> str:
-    at, outcome = f"step skipped at {entry.step.first:,} images", entry.outcome
-    if outcome.scale is not None:
-        return f"{at}: a gradient overflowed in fp16; the loss scale is now {outcome.scale:g}"
-    return f"{at}: the loss or its gradient is not finite; {describe(outcome.culprits)}"
-
-
-def _refuse_lost_weights(config: RunConfig, folder: Path) -> None:
-    """Raise CheckpointError if a run without a checkpoint must have had one."""
-    train, path = config.train, folder / "metrics.jsonl"
-    if train.lora is None and (train.init or train.init_levels):
-        raise checkpoint.CheckpointError(
-            f"{folder} begins from trained weights, but its first checkpoint is missing: remove it "
-            "and begin it again (mdm grow, or mdm train with --init)"
+    def snapshot(self) -> Snapshot:
+        """Return all of this as named tensors and plain values."""
+        config = self.recipe.config.model_dump(mode="json")
+        bad = self.quarantine.state()
+        state = {**asdict(self.progress), "seconds": self.seconds, "config": config, "bad": bad}
+        return Snapshot(
+            state=state,
+            weights=learnt_parameters(self.net),
+            ema=self.ema.weights,
+            optimizer=moments(self.optimizer, self.net),
+            tracks=self.tracks.state(),
         )
-    text = path.read_text("utf-8") if path.exists() else ""
-    told = [int(number) for number in re.findall(r'"images_seen": (\d+)', text)]
-    if max(told, default=0) >= 2 * train.checkpoint_every_images:  # one may have been in the making
-        raise checkpoint.CheckpointError(
-            f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
-        )
+
+    def restore(self, snapshot: Snapshot, *, where: str) -> None:
+        """Go on from a snapshot of the same levels; `where` names it in errors.
+
+        Raises:
+            CheckpointError: it does not fit. It is checked whole before any of it is used.
+        """
+        live, memory = learnt_parameters(self.net), snapshot.optimizer
+        ema = snapshot.ema or snapshot.weights  # codecs had no average in earlier versions
+        check_same(live, snapshot.weights, where=f"{where}: weights")
+        check_same(live, ema, where=f"{where}: ema")
+        check_same(moment_shapes(self.net, memory), memory, where=f"{where}: optimizer")
+        check_same(self.tracks.state(), snapshot.tracks, where=f"{where}: tracks")
+        fill(live, snapshot.weights)
+        self.ema.load(ema)
+        self.tracks.load(snapshot.tracks)
+        load_moments(self.optimizer, self.net, memory)
+        self.progress = self.progress.restored(snapshot.state)
+        self.quarantine.restore(snapshot.state.get("bad", ()))  # older checkpoints have none
+        self._began = time.monotonic() - snapshot.state["seconds"]
+
+    def save(self, folder: Path, log: Log | None = None) -> Path:
+        """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
+        if log is not None:
+            log.close_line(**self.counts())
+        for state in self.world.gather(self.quarantine.state()):
+            self.quarantine.restore(state)
+        keep = self.train.keep_checkpoints
+        path = checkpoint.save(folder / "checkpoints", self.snapshot(), keep=keep, world=self.world)
+        self.quarantine.check()  # what all ranks have found together may be too much
+        return path
+
+    def _save_averages(self, folder: Path) -> None:
+        """Write a snapshot of the power-function averages, if there are any."""
+        state, images_seen = gathered(self.tracks.state(), self.world), self.progress.images_seen
+        self.world.once(lambda: write_snapshot(folder / "ema", state, images_seen))
+
+    # --- what surrounds the loop -----------------------------------------------------------
+
+    def _call(self, hooks: Sequence[Hook], step: Step, folder: Path, log: Log) -> None:
+        """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
+        ends, error = step.end == self.train.images, None
+        due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
+        if not due:
+            return
+        weights = self.averaged()
+        view = View(self.recipe.config, folder, step.end, lambda: self.network(weights))
+        with self.world.first(f"hooks at {step.end}"):
+            try:
+                for hook in due if self.world.leads else ():
+                    result = hook(view)
+                    if isinstance(result, dict):
+                        log.write({"images_seen": step.end, **result})
+                    elif isinstance(result, Path):
+                        log.picture(result.parent.name, result, step.end)
+            except BaseException as raised:  # noqa: BLE001, raised again once all ranks have saved
+                error = raised
+        if self.world.highest(int(error is not None)):
+            self.save(folder, log)
+            raise error or RuntimeError("a hook failed on rank 0")
+
+    @contextmanager
+    def _reporting(self, folder: Path, sinks: Sequence[OpenSink]) -> Iterator[Log]:
+        """Open the log of a run on rank 0; in the end list bad samples and dump the last skip."""
+        log, images_seen, config = Log(), self.progress.images_seen, self.recipe.config
+        if self.world.leads:
+            log = Log(
+                Metrics(folder / "metrics.jsonl", images_seen),
+                [open_sink(folder, config, images_seen) for open_sink in sinks],
+                Display(self.train, self.recipe.level_names, images_seen),
+            )
+        try:
+            yield log
+        except NotFinite as error:  # on all ranks
+            path = folder / "not-finite.json"
+            self.world.once(partial(error.dump, path))
+            error.args = (f"{error}; {path} tells more",)
+            raise
+        finally:
+            if self.world.leads:
+                self.quarantine.write(folder / "bad.jsonl")
+            log.close()
+
+
+def _timed(batches: Iterable[Inputs]) -> Iterator[tuple[Inputs, float]]:
+    """Yield inputs with the seconds that they were waited for."""
+    iterator = iter(batches)
+    while True:
+        began = time.perf_counter()
+        try:
+            inputs = next(iterator)
+        except StopIteration:
+            return
+        yield inputs, time.perf_counter() - began
+
+
+def _single_threaded(inputs_of: Callable[[Step], Inputs]) -> Callable[[Step], Inputs]:
+    """Keep torch's helper threads of the loader from competing for the network's cores.
+
+    Torch counts threads for each thread that calls it, so the network keeps its own.
+    """
+
+    def single(step: Step) -> Inputs:
+        torch.set_num_threads(1)
+        return inputs_of(step)
+
+    return single
+
+
+@contextmanager
+def _torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
+    """Seed torch's own generators for the dropout of one micro-batch, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+        yield

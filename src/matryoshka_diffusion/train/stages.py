@@ -1,4 +1,4 @@
-"""Progressive training (Section 3.3) as data: what every optimizer step of a run is given.
+"""Progressive training (Section 3.3) as data: every optimizer step of a run, before it is taken.
 
 Time is the number of images seen. A step is a pure function of where it starts, so a resumed run
 goes through the same steps as one that never stopped.
@@ -20,10 +20,10 @@ class Step(NamedTuple):
     Attributes:
         stage: index into `train.stages`.
         first: images seen before the step; also the global number of its first sample.
-        rows: how many samples hold each active level, coarse to fine; finer ones are a prefix.
+        rows: samples that hold each active level, coarse to fine; finer ones are a prefix.
         lr: learning rate.
         ends_stage: True for the last step of its stage.
-        frozen: the first so many levels, and what all levels share, are left as they are.
+        frozen: the first so many levels, and what all levels share, are not changed.
         ramp: a factor on the loss weight of each active level; empty means 1 for all.
     """
 
@@ -46,12 +46,12 @@ class Step(NamedTuple):
         return self.first + self.count
 
     def passes(self, every: int) -> bool:
-        """Whether the step reaches or passes a multiple of `every` images."""
+        """True if the step reaches or passes a multiple of `every` images."""
         return self.end // every > self.first // every
 
 
 def steps(train: TrainConfig, images_seen: int = 0) -> Iterator[Step]:
-    """The steps from `images_seen` to the end of the run."""
+    """Yield the steps from `images_seen` to the end of the run."""
     while images_seen < train.images:
         step = step_at(train, images_seen)
         yield step
@@ -59,20 +59,17 @@ def steps(train: TrainConfig, images_seen: int = 0) -> Iterator[Step]:
 
 
 def step_at(train: TrainConfig, images_seen: int) -> Step:
-    """The step that starts after `images_seen`; it is cut so that its stage ends exactly."""
+    """Return the step that starts after `images_seen`, cut so that its stage ends exactly."""
     index = stage_at(train, images_seen)
-    stage = train.stages[index]
+    stage, old = train.stages[index], train.levels_before(index)
     left = sum(s.images for s in train.stages[: index + 1]) - images_seen
-    count = min(stage.batch_size, left)
+    count, into_stage = min(stage.batch_size, left), stage.images - left
     mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
-    rows = rows_of_mix(mix, images_seen, count)
-    lr = learning_rate(train, images_seen, count)
-    old, into_stage = train.levels_before(index), stage.images - left
     return Step(
-        index,
-        images_seen,
-        rows,
-        lr,
+        stage=index,
+        first=images_seen,
+        rows=rows_of_mix(mix, images_seen, count),
+        lr=learning_rate(train, images_seen, count),
         ends_stage=count == left,
         frozen=old if into_stage < stage.freeze_coarse_images else 0,
         ramp=_ramp(stage, old, into_stage + count),
@@ -82,8 +79,8 @@ def step_at(train: TrainConfig, images_seen: int) -> Step:
 def _ramp(stage: StageConfig, old: int, images: int) -> tuple[float, ...]:
     """Factors on the level weights after `images` of a stage that began with `old` levels.
 
-    The new levels' rise evenly to 1. The paper names such a smooth transition as future work; it
-    counts the images after the step, so that no step has weight zero.
+    Those of the new levels rise evenly to 1, a smooth transition that the paper names as future
+    work. `images` includes the step, so no step has weight zero.
     """
     if images >= stage.ramp_images:
         return ()
@@ -91,7 +88,7 @@ def _ramp(stage: StageConfig, old: int, images: int) -> tuple[float, ...]:
 
 
 def joined_after(train: TrainConfig) -> tuple[int, ...]:
-    """How many steps the run takes before each of its levels joins, coarse to fine."""
+    """Count the steps that the run takes before each of its levels joins, coarse to fine."""
     joined: list[int] = []
     taken = 0
     for stage in train.stages:
@@ -109,8 +106,8 @@ def stage_at(train: TrainConfig, number: int) -> int:
 def learning_rate(train: TrainConfig, images_seen: int, count: int) -> float:
     """The stage's rate, times a linear warm-up, times the linear decay that ends the run.
 
-    Warm-up restarts with every stage that adds levels, because their weights are new. It counts
-    the images after the step and the decay those before, so that no step has rate zero.
+    Warm-up restarts with every stage that adds levels, because their weights are new. It includes
+    the step's images and the decay does not, so no step has rate zero.
     """
     index = stage_at(train, images_seen)
     levels = [0, *(stage.levels for stage in train.stages)]
@@ -121,10 +118,14 @@ def learning_rate(train: TrainConfig, images_seen: int, count: int) -> float:
     return train.stages[index].lr * warm * min(1.0, left)
 
 
-def active_model(config: RunConfig, images_seen: int) -> ModelConfig:
-    """The nest that the last of `images_seen` images was shown to: the model's first levels.
+def active_levels(train: TrainConfig, images_seen: int) -> int:
+    """Number of levels that the last of `images_seen` images was shown to.
 
     A finished run has the levels of its last stage, which may be fewer than `model.levels`.
     """
-    stage = config.train.stages[stage_at(config.train, max(images_seen - 1, 0))]
-    return config.model.first(stage.levels)
+    return train.stages[stage_at(train, max(images_seen - 1, 0))].levels
+
+
+def active_model(config: RunConfig, images_seen: int) -> ModelConfig:
+    """Config of the network at that place of the run: the model's `active_levels`."""
+    return config.model.first(active_levels(config.train, images_seen))

@@ -1,0 +1,311 @@
+"""One optimizer step: whose loss it lowers, how weights move, and how it may end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
+from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, level_of
+from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.train.checkpoint import (
+    build_network,
+    learnt_parameters,
+    load_network,
+    merge,
+)
+from matryoshka_diffusion.train.distributed import is_sharded, sharded_like
+from matryoshka_diffusion.train.inputs import Inputs
+from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.stages import Step
+
+Net = TypeVar("Net", bound=nn.Module)
+
+# --- the recipe --------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Recipe(Protocol[Net]):
+    """What one training learns. `Trainer` does the rest: steps, averages, checkpoints, ranks, logs.
+
+    To train something else than a nest, write a class with these members, and then
+
+        trainer = Trainer.open(recipe, folder, device)   # at the newest checkpoint, or at the start
+        trainer.fit(inputs, folder)                      # raises `Stopped` after a signal
+        trainer.net                                      # has learnt; export it as you like
+
+    `inputs` maps a `Step` to its `Inputs`, as `Feed` does: images as `x=(picture,)`, noise of the
+    recipe's own as `noise=(noise,)`, `t` zeros, `cond=Conditioning()`. The samples of a step are
+    `range(step.first, step.end)`. Draw everything random by their numbers, so that a resumed run
+    has the same bits. In `train`, `layout` and `precision` must not be `auto`.
+    """
+
+    @property
+    def config(self) -> RunConfig | CodecRunConfig:
+        """Config that checkpoints and logs hold, and that ranks compare."""
+        ...
+
+    @property
+    def train(self) -> TrainConfig:
+        """Stages, optimizer, averages, intervals."""
+        ...
+
+    @property
+    def level_names(self) -> Sequence[object]:
+        """Names of the losses in `Loss.per_level`, for the progress bar."""
+        ...
+
+    def build(self, levels: int) -> Net:
+        """Make the network of the first `levels` levels with initial weights."""
+        ...
+
+    def loss(self, net: Callable[..., Any], inputs: Inputs) -> Loss:
+        """Loss of a part of a step, divided by the counts of the whole step, `inputs.step.rows`.
+
+        So the losses of all parts add up to the loss of the step. `net` is what `build` made, maybe
+        wrapped for several ranks.
+        """
+        ...
+
+    def level_of(self, name: str) -> int:
+        """Level that a parameter came with."""
+        ...
+
+    def in_order(self, net: Net) -> Sequence[nn.Parameter]:
+        """Parameters in the order in which their gradients are summed to a norm."""
+        ...
+
+    def finished(self, net: Net, weights: Mapping[str, Tensor]) -> Net:
+        """Make a plain network with these learnt weights, of the same levels as `net`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Recipe of the paper: a nest of UNets and the joint loss (Eq. 3).
+
+    `config` is resolved (`run_folder.open_run`); `base` are the weights that adapters are put
+    around, if the run trains adapters.
+    """
+
+    config: RunConfig
+    base: Mapping[str, Tensor] | None = None
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+    @property
+    def level_names(self) -> Sequence[object]:
+        return [level.size for level in self.config.model.levels]
+
+    def build(self, levels: int) -> NestedUNet:
+        net = build_network(self.config.model.first(levels), self.train, self.base)
+        net.recompute(self.train.recompute)
+        return net
+
+    def loss(self, net: Callable[..., Any], inputs: Inputs) -> Loss:
+        step = inputs.step
+        model = self.config.model.first(len(step.rows))
+        process = Process.from_config(self.config.process, model).ramped(step.ramp)
+
+        def network(z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
+            with autocast(self.train.precision, t.device):  # the loss around it stays float32
+                return net(z, t, cond)
+
+        x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
+        return matryoshka_loss(network, x, cond, t, noise, process=process, counts=step.rows)
+
+    def level_of(self, name: str) -> int:
+        return level_of(name)
+
+    def in_order(self, net: NestedUNet) -> Sequence[nn.Parameter]:
+        return in_walk_order(net)
+
+    def finished(self, net: NestedUNet, weights: Mapping[str, Tensor]) -> NestedUNet:
+        if self.train.lora is not None and self.base is not None:
+            where = "the run's adapters"
+            weights = merge(net.config, self.train, self.base, weights, where=where)
+        return load_network(net.config, weights, where="the run's weights")
+
+
+# --- how a step ends ---------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A sample of a step: its global number, the source's name for it, and its loss."""
+
+    number: int
+    key: str
+    loss: float
+
+
+class Stepped(NamedTuple):
+    """A step that changed the weights. `grad_norm` is the norm before clipping."""
+
+    loss: float
+    per_level: tuple[float, ...]
+    grad_norm: float
+
+
+class Skipped(NamedTuple):
+    """A step that changed nothing, because its loss or its gradient is not finite.
+
+    `samples` are all of the step's, of all ranks. `scale` is the next loss scale after an overflow
+    in fp16, where a smaller scale is the remedy.
+    """
+
+    loss: float
+    per_level: tuple[float, ...]
+    grad_norm: float
+    samples: tuple[Sample, ...]
+    scale: float | None = None
+
+    @property
+    def culprits(self) -> tuple[Sample, ...]:
+        """Samples whose loss is not finite; every sample if only the gradient is not."""
+        bad = tuple(sample for sample in self.samples if not math.isfinite(sample.loss))
+        return bad or self.samples
+
+    def __str__(self) -> str:
+        first = ", ".join(f"{number} ({key})" for number, key, _ in self.culprits[:4])
+        more = len(self.culprits) - 4
+        return f"samples {first}{f' and {more} more' if more > 0 else ''}"
+
+
+Outcome: TypeAlias = Stepped | Skipped
+
+PATIENCE = 20
+"""Steps in a row that may be skipped because they are not finite."""
+
+
+class NotFinite(RuntimeError):
+    """`PATIENCE` steps in a row were not finite; `skipped` is the last of them."""
+
+    def __init__(self, step: Step, skipped: Skipped) -> None:
+        super().__init__(
+            f"{PATIENCE} steps in a row, up to {step.end:,} images, had an infinite or NaN "
+            f"loss or gradient; the last was of {skipped}. Try a smaller "
+            f"train.stages[{step.stage}].lr or train.precision=fp32, with another --out"
+        )
+        self.step, self.skipped = step, skipped
+
+    def dump(self, path: Path) -> None:
+        """Write what is known of the last step as JSON, with `nan`, `inf` and `-inf` as text."""
+        step, skipped = self.step, self.skipped
+        content = {
+            "error": str(self),
+            "images_seen": step.end,
+            "stage": step.stage,
+            "lr": step.lr,
+            "loss": _plain(skipped.loss),
+            "loss_per_level": [_plain(loss) for loss in skipped.per_level],
+            "grad_norm": _plain(skipped.grad_norm),
+            "samples": [
+                {"number": number, "key": key, "loss": _plain(loss)}
+                for number, key, loss in skipped.samples
+            ],
+        }
+        text = json.dumps(content, indent=1, allow_nan=False).encode()
+        write_atomically(path, lambda file: file.write(text))
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
+
+
+# --- the optimizer -----------------------------------------------------------------------------
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Make a fused Adam or AdamW. Biases, gains and other vectors are not decayed."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    learnt = learnt_parameters(net).values()
+    groups = [
+        {"params": [p for p in learnt if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return kind(groups, lr=0.0, betas=train.betas, eps=train.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def drop_gradients(net: nn.Module, frozen: Callable[[str], bool]) -> frozenset[str]:
+    """Drop the gradients of the parameters that `frozen` names; return their names.
+
+    Adam then moves neither such a parameter nor its moments, nor decays it, and clipping measures
+    only what will be applied. The gradient is computed first, so that every rank meets the same
+    collectives in a frozen step as in any other.
+    """
+    chosen = {name: p for name, p in net.named_parameters() if frozen(name)}
+    for parameter in chosen.values():
+        parameter.grad = None
+    return frozenset(chosen)
+
+
+def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
+    """Optimizer's memory as `<parameter>.<moment>`; a parameter never stepped has none."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in net.named_parameters()
+        if parameter in optimizer.state
+        for moment in MOMENTS
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, net: nn.Module, memory: Mapping[str, Tensor]
+) -> None:
+    """Give parameters their memory by name; those without one (new levels) start afresh.
+
+    Adam counts steps for each parameter, so the bias correction of new ones is right too.
+    """
+    for name, parameter in net.named_parameters():
+        if f"{name}.step" in memory:
+            optimizer.state[parameter] = {
+                moment: _beside(parameter, memory[f"{name}.{moment}"]) for moment in MOMENTS
+            }
+
+
+def _beside(parameter: Tensor, moment: Tensor) -> Tensor:
+    """Copy a moment to its parameter's device, layout and shards; step counts are plain numbers.
+
+    Fused kernels walk over parameter and moment side by side.
+    """
+    if moment.ndim == 0:
+        return moment.to(parameter.device, torch.float32, copy=True)
+    target = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+    if not is_sharded(moment):
+        moment = sharded_like(moment.to(parameter.device), parameter)
+    return target.copy_(moment)
+
+
+def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names and shapes that `memory` must have for this network, as tensors without storage.
+
+    A parameter may be left out of it whole.
+    """
+    known = {key.rpartition(".")[0] for key in memory}
+    return {
+        f"{name}.{moment}": torch.empty(() if moment == "step" else value.shape, device="meta")
+        for name, value in net.named_parameters()
+        if name in known
+        for moment in MOMENTS
+    }
