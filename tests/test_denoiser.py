@@ -20,6 +20,7 @@ from matryoshka_diffusion.denoiser import (
     Guided,
     NetworkDenoiser,
     Thresholded,
+    active_weights,
     dynamic_threshold,
 )
 from matryoshka_diffusion.diffusion import Process, diffuse, prediction_target
@@ -134,7 +135,7 @@ def test_the_interval_is_measured_by_each_levels_own_log_snr(
     interval: tuple[float, float], active: tuple[float, float]
 ):
     wrapped, conditional, unconditional = guided(3.0, 3.0, interval=interval)
-    assert wrapped.active_weights(HALF) == active
+    assert active_weights(HALF[:1], SCHEDULES, (3.0, 3.0), interval) == active
     found = wrapped(pyramid(0), HALF)
     assert unconditional.asked == (0 if active == (1.0, 1.0) else 1)
     plain = guided(*active)[0](pyramid(0), HALF)
@@ -191,7 +192,7 @@ def test_dynamic_thresholding_of_more_numbers_than_torch_sorts(monkeypatch: pyte
     """The quantile is one of the numbers then, next to the one between two of them."""
     x = 3.0 * torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     between = dynamic_threshold(x)
-    monkeypatch.setattr(denoiser, "MOST_NUMBERS", 100)
+    monkeypatch.setattr(denoiser, "QUANTILE_LIMIT", 100)
     torch.testing.assert_close(dynamic_threshold(x), between, rtol=5e-3, atol=0.0)
 
 

@@ -1,6 +1,6 @@
-"""What a picture is conditioned on, as one value: labels, text, micro-conditions, a coarse picture.
+"""Conditions of a batch as one value: labels, text, micro-conditions, the coarse image.
 
-An empty `Conditioning()` is the unconditional case; there is no other code for it.
+An empty `Conditioning()` is the unconditional case. It has no code of its own.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional as F
 
 AUGMENT_NUMBERS = 7
-"""Numbers that say how a picture was transformed (see `data.augment`), all 0 if it was not."""
-
+"""Numbers that describe how an image was augmented (see `data.augment`); all 0 if it was not."""
 
 TENSORS = ("labels", "tokens", "mask", "augment", "image", "image_t", "dropped")
+"""Fields of `Conditioning` that are one tensor."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Conditions of a batch of b rows; every field is optional.
+    """Conditions of a batch of b rows. Every field is optional.
 
     Attributes:
         labels: class indices.
-        tokens: text features, n tokens of d numbers a row, padded at the end.
-        mask: True where a token is real. Without one all are.
-        micro: scalars by name, such as `scale` (the side of the original picture in pixels).
-        augment: how the picture was transformed. Without it, not at all.
-        image: the coarse picture of an upsampler, enlarged to its coarsest level and under noise
+        tokens: text features, n tokens of d numbers for each row, padded at the end.
+        mask: True for real tokens. Without a mask all tokens are real.
+        micro: scalars by name, such as `scale` (the side of the original image in pixels).
+        augment: description of the augmentation. Without it nothing was done.
+        image: an upsampler's coarse image, enlarged to its coarsest level and under noise
             (`diffusion.augment_coarse`).
         image_t: the time of that noise, 0 for none.
-        dropped: True where the label and the text of a row are hidden from the network.
+        dropped: True for rows whose label and text are hidden from the network.
     """
 
     labels: Int[Tensor, " b"] | None = None
@@ -59,42 +59,42 @@ class Conditioning:
         return self.map(lambda x: x[selection])
 
     def trimmed(self) -> Conditioning:
-        """The same conditions without padding that no row needs."""
+        """The same conditions without the tokens that are padding in every row."""
         if self.tokens is None or self.mask is None:
             return self
         longest = int(self.mask.sum(1).max())
         return replace(self, tokens=self.tokens[:, :longest], mask=self.mask[:, :longest])
 
+    def padded(self, tokens: int) -> Conditioning:
+        """The same conditions with zeros appended until each row has `tokens` tokens."""
+        if self.tokens is None or self.tokens.shape[1] == tokens:
+            return self
+        missing = tokens - self.tokens.shape[1]
+        mask = self.mask
+        if mask is None:
+            mask = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+        longer = F.pad(self.tokens, (0, 0, 0, missing))
+        return replace(self, tokens=longer, mask=F.pad(mask, (0, missing)))
+
     def drop(self, rows: Bool[Tensor, " b"]) -> Conditioning:
-        """Hide label and text of the marked rows (classifier-free guidance needs such rows)."""
-        hidden = rows if self.dropped is None else self.dropped | rows
-        return replace(self, dropped=hidden)
+        """Hide label and text in these rows. Classifier-free guidance needs such rows."""
+        return replace(self, dropped=rows if self.dropped is None else self.dropped | rows)
 
     def null(self) -> Conditioning:
-        """Hide label and text of every row: the unconditional half of guidance."""
-        return self.drop(self._all_rows())
+        """Hide label and text in every row: the unconditional half of guidance.
 
-    def _all_rows(self) -> Bool[Tensor, " b"]:
+        Raises:
+            ValueError: there is neither a label nor text.
+        """
         for value in (self.labels, self.tokens):
             if value is not None:
-                return torch.ones(value.shape[0], dtype=torch.bool, device=value.device)
+                return self.drop(torch.ones(len(value), dtype=torch.bool, device=value.device))
         raise ValueError("there is nothing to guide by: the conditioning has no label and no text")
 
 
 def equally_long(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Conditioning]:
-    """Both with as many tokens, padded with zeros: networks may attend to padding."""
+    """Both conditionings with the same number of tokens: networks may attend to padding."""
     if a.tokens is None or b.tokens is None:
         return a, b
     longest = max(a.tokens.shape[1], b.tokens.shape[1])
-    return _padded(a, longest), _padded(b, longest)
-
-
-def _padded(cond: Conditioning, length: int) -> Conditioning:
-    assert cond.tokens is not None, "`equally_long` has seen to it"
-    missing = length - cond.tokens.shape[1]
-    if not missing:
-        return cond
-    mask = cond.tokens.new_ones(cond.tokens.shape[:2], dtype=torch.bool)
-    mask = mask if cond.mask is None else cond.mask
-    tokens = functional.pad(cond.tokens, (0, 0, 0, missing))
-    return replace(cond, tokens=tokens, mask=functional.pad(mask, (0, missing)))
+    return a.padded(longest), b.padded(longest)

@@ -1,8 +1,7 @@
-"""From a network to an estimate of the picture: the one thing that samplers see.
+"""Denoisers: estimates of the clean image, E[x | z_t], which are all that samplers see.
 
-A `Denoiser` maps a noisy pyramid and a time to an estimate of the clean pyramid, E[x | z_t], and
-nothing else. Guidance, thresholds and levels that were not trained to predict wrap a denoiser in
-another one.
+A `Denoiser` maps a noisy pyramid and a time to an estimate of the clean pyramid. Guidance,
+thresholds and untrained levels are denoisers that wrap another one.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from matryoshka_diffusion.diffusion import Network, Process, to_x0
 from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
 from matryoshka_diffusion.schedule import NoiseSchedule, expand
 
-MOST_NUMBERS = 2**24
-"""That torch takes the quantile of; clips may have more."""
+QUANTILE_LIMIT = 2**24
+"""The most numbers a row may have for `torch.quantile`. Clips may have more."""
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """The estimate of x on every level. `z` has equally many rows on all levels."""
+    """An estimate of x on every level. All levels of `z` have the same number of rows."""
 
     def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid: ...
 
 
 @dataclass(frozen=True)
 class NetworkDenoiser:
-    """A network under fixed conditions, read as estimates of x; no gradients flow through it."""
+    """The estimate of x of a network under fixed conditions, without gradients."""
 
     net: Network
     process: Process
@@ -52,18 +51,18 @@ class NetworkDenoiser:
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance: u + w (c - u), with u the estimate without conditions.
+    """Classifier-free guidance: u + w (c - u) for estimates c with and u without conditions.
 
-    The estimate is affine in what a network predicts, so guiding x0 is guiding eps or v.
+    The estimate of x is affine in the prediction, so guiding x0 is the same as guiding eps or v.
 
     Attributes:
         conditional: estimates with conditions.
-        unconditional: estimates without; not called where no level has a weight other than 1.
-        schedules: one for each level, which the interval is measured by.
+        unconditional: estimates without conditions. They are computed only if a weight is not 1.
+        schedules: the schedule of each level; the interval is in its log-SNR.
         weights: w of each level.
-        interval: the log-SNRs (low, high) within which a level is guided (arXiv 2404.07724).
-        rescale: share by which the guided estimate's standard deviation is brought back to the
-            conditional one's (arXiv 2305.08891).
+        interval: log-SNRs (low, high) between which a level is guided (arXiv 2404.07724).
+        rescale: how far the standard deviation of the guided estimate returns to that of the
+            conditional one, from 0 to 1 (arXiv 2305.08891).
     """
 
     conditional: Denoiser
@@ -74,7 +73,7 @@ class Guided:
     rescale: float = 0.0
 
     def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
-        weights = self.active_weights(t)
+        weights = active_weights(t[:1], self.schedules, self.weights, self.interval)
         conditional = self.conditional(z, t)
         if all(weight == 1.0 for weight in weights):
             return conditional
@@ -83,10 +82,6 @@ class Guided:
             self._rescaled(u + weight * (c - u), c)
             for u, c, weight in zip(unconditional, conditional, weights, strict=True)
         )
-
-    def active_weights(self, t: Float[Tensor, " b"]) -> tuple[float, ...]:
-        """Each level's weight at this time, which all rows share while sampling."""
-        return active_weights(t[:1], self.schedules, self.weights, self.interval)
 
     def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
         if self.rescale == 0.0:
@@ -102,7 +97,7 @@ def active_weights(
     weights: Sequence[float],
     interval: tuple[float, float],
 ) -> tuple[float, ...]:
-    """Each level's weight of guidance at one time: 1 outside of the interval of log-SNRs."""
+    """The guidance weight of each level at one time: 1 outside of the interval of log-SNRs."""
     low, high = interval
     return tuple(
         weight if low <= float(schedule.log_snr(t)) <= high else 1.0
@@ -112,7 +107,7 @@ def active_weights(
 
 @dataclass(frozen=True)
 class Thresholded:
-    """A denoiser whose estimates are kept inside the range of pixels, each level in its way."""
+    """Estimates kept inside the range of pixels, by one threshold for each level."""
 
     denoiser: Denoiser
     thresholds: Sequence[Threshold]
@@ -126,14 +121,13 @@ class Thresholded:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A denoiser whose untrained levels take D^r of the finest estimate for their own.
+    """Estimates of untrained levels replaced by D^r of the finest estimate.
 
-    E[D^r x | z] is D^r E[x | z], since D^r is linear: with the finest level's estimate right, all
-    are, and samplers keep every latent where training saw it. So a nest that was trained with the
-    finest loss only is sampled in the extended space like any other.
+    D^r is linear, so E[D^r x | z] = D^r E[x | z]: if the finest estimate is right, all are. A nest
+    that was trained on the finest loss only is then sampled in the extended space as any other.
 
     Attributes:
-        untrained: one for each level, coarse to fine; the finest is trained.
+        untrained: a flag for each level, coarse to fine. The finest level is trained.
     """
 
     denoiser: Denoiser
@@ -150,18 +144,18 @@ class Pooled:
 def dynamic_threshold(
     x: Float[Tensor, "b ..."], quantile: float = 0.995, ceiling: float = 100.0
 ) -> Float[Tensor, "b ..."]:
-    """Clip each picture to a quantile of its own |x|, at least 1, and scale that back to 1.
+    """Clip each image to a quantile of its own |x|, at least 1, and divide by that quantile.
 
-    Saturated pixels are pushed inwards instead of being cut off (Saharia et al., 2022).
+    Saturated pixels move inwards instead of being cut off (Saharia et al., 2022).
     """
     extent = expand(_quantile(x.abs().flatten(1).float(), quantile).clamp(1.0, ceiling), x)
     return x.clamp(-extent, extent) / extent
 
 
 def _quantile(rows: Float[Tensor, "b n"], q: float) -> Float[Tensor, " b"]:
-    """The quantile of each row; of more numbers than torch takes, the nearest one of them."""
+    """The quantile of each row. Longer rows than torch takes have the nearest number instead."""
     count = rows.shape[1]
-    if count <= MOST_NUMBERS:
+    if count <= QUANTILE_LIMIT:
         return torch.quantile(rows, q, dim=1)
     return rows.kthvalue(1 + round(q * (count - 1)), dim=1).values
 

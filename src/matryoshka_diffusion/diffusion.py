@@ -1,8 +1,8 @@
-"""The paper's maths: the forward process of a pyramid, what a network predicts, the joint loss.
+"""The paper's maths: the forward process of a pyramid, kinds of prediction, the joint loss.
 
 Everything here works level by level on pyramids (coarse to fine), at one shared time t of shape
-(b,). A finer level may hold fewer rows than a coarser one (mixed-resolution training); it then
-belongs to the first rows of the batch.
+(b,). In mixed-resolution training a finer level may have fewer rows. They are then the first rows
+of the batch.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Network(Protocol):
-    """What is trained: noisy pyramid, time and conditions in; one prediction a level out."""
+    """A network: noisy pyramid, time and conditions in, one prediction for each level out."""
 
     def __call__(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid: ...
 
 
 @dataclass(frozen=True)
 class Process:
-    """A diffusion process: how each level is noised, what is predicted, how errors count.
+    """A diffusion process: schedules, the kind of prediction, and the weights of errors.
 
-    All tuples have one entry for every level, coarse to fine.
+    All tuples have one entry for each level, coarse to fine.
     """
 
     schedules: tuple[NoiseSchedule, ...]
@@ -73,7 +73,7 @@ class Process:
         )
 
     def ramped(self, factors: Sequence[float]) -> Process:
-        """The process with each level weight times its factor; without factors it is the same."""
+        """The process with each level weight multiplied by its factor, if there are factors."""
         if not factors:
             return self
         weights = zip(self.level_weights, factors, strict=True)
@@ -81,13 +81,13 @@ class Process:
 
 
 def _follow_shift(weighting: WeightingConfig, level: LevelConfig) -> WeightingConfig:
-    """The bias of `sigmoid` is a place on the schedule; where that is shifted, it moves along."""
+    """The weighting of a level. The bias of `sigmoid` is a log-SNR, so it shifts with them."""
     shift = level.shift_power * math.log(level.shift_ratio)
     return weighting.model_copy(update={"bias": weighting.bias - shift})
 
 
 def per_level(values: tuple[T, ...], levels: int) -> tuple[T, ...]:
-    """One value stands for every level; otherwise the first `levels` values are taken."""
+    """The values of the first `levels` levels. A single value stands for every level."""
     return values * levels if len(values) == 1 else values[:levels]
 
 
@@ -97,9 +97,9 @@ def per_level(values: tuple[T, ...], levels: int) -> tuple[T, ...]:
 def diffuse(
     x: Pyramid, noise: Pyramid, t: Float[Tensor, " b"], schedules: Sequence[NoiseSchedule]
 ) -> Pyramid:
-    """z^r_t = alpha^r_t x^r + sigma^r_t eps^r with x^r = D^r(x): a draw from q(z_t | x), Eq. 1, 2.
+    """A draw from q(z_t | x): z^r_t = alpha^r_t D^r(x) + sigma^r_t eps^r (Eq. 1 and 2).
 
-    `x` is the pyramid already; every level follows its own schedule at the shared t.
+    `x` is the pyramid already. Each level follows its own schedule at the shared time.
     """
     z = []
     for x_r, noise_r, schedule in zip(x, noise, schedules, strict=True):
@@ -114,20 +114,21 @@ def augment_coarse(
     noise: Float[Tensor, "b c H W"],
     schedule: NoiseSchedule,
 ) -> Float[Tensor, "b c H W"]:
-    """The coarse picture as an upsampler sees it: enlarged to the noise's side, then noised at t.
+    """The coarse image for an upsampler: enlarged to the side of the noise, then noised at t.
 
-    Noise comes after enlarging and follows the schedule of the level that sees it (Appendix D.1).
-    It hides how the pictures of a base differ from real ones; t = 0 hides nothing.
+    The noise follows the schedule of the level that takes the image (Appendix D.1). It hides how
+    the images of a base model differ from real ones; t = 0 hides nothing.
     """
-    (seen,) = diffuse((up_sample(coarse, resolution_of(noise)),), (noise,), t, (schedule,))
-    return seen
+    enlarged = up_sample(coarse, resolution_of(noise))
+    (noised,) = diffuse((enlarged,), (noise,), t, (schedule,))
+    return noised
 
 
 # --- x0, eps and v: three names for one prediction ---------------------------------------------
 
 
 def prediction_target(kind: Prediction, x: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
-    """What a network of this kind should return, given the picture and the noise it carries."""
+    """The right prediction of this kind, for an image x and its noise."""
     if kind == "x0":
         return x
     if kind == "eps":
@@ -137,7 +138,7 @@ def prediction_target(kind: Prediction, x: Tensor, noise: Tensor, log_snr: Tenso
 
 
 def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The estimate of x in a prediction made from z = alpha x + sigma eps."""
+    """The estimate of x that a prediction from z = alpha x + sigma eps implies."""
     if kind == "x0":
         return prediction
     alpha, sigma = (expand(part, z) for part in alpha_sigma(log_snr))
@@ -145,7 +146,7 @@ def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, log_snr: Tensor) -> T
 
 
 def to_noise(x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The noise that z = alpha x + sigma eps holds if x is the picture."""
+    """The noise in z = alpha x + sigma eps, if x is the image."""
     alpha, sigma = (expand(part, z) for part in alpha_sigma(log_snr))
     return (z - alpha * x) / sigma
 
@@ -157,9 +158,9 @@ class Loss(NamedTuple):
     """The joint loss of a batch.
 
     Attributes:
-        total: sum over levels of level weight times `per_level`; what is minimised.
-        per_level: mean weighted error of the rows that have the level, one number each.
-        per_example: each row's weighted sum over the levels it has.
+        total: the sum over levels of level weight times `per_level`. Training minimises it.
+        per_level: for each level, the mean weighted error of the rows that have the level.
+        per_example: for each row, the weighted sum over the levels that the row has.
     """
 
     total: Float[Tensor, ""]
@@ -179,9 +180,9 @@ def matryoshka_loss(
 ) -> Loss:
     """Eq. 3: the errors of all levels at one shared time, weighted and summed.
 
-    `t` and `noise` are given, not drawn, so the loss is a pure function. `counts` are the numbers
-    of rows that `per_level` divides by; the default is the rows present. A micro-batch of a larger
-    batch passes the counts of the whole, and the losses of the parts then add up to its loss.
+    `t` and `noise` are arguments, so the loss is a pure function. `per_level` divides by `counts`,
+    by default the numbers of rows. With the counts of a whole batch, the losses of its
+    micro-batches add up to the loss of the batch.
     """
     predictions = net(diffuse(x, noise, t, process.schedules), t, cond)
     counts = [len(level) for level in x] if counts is None else counts
@@ -202,10 +203,10 @@ def matryoshka_loss(
 
 
 def _log_x_error(kind: Prediction, log_snr: Tensor) -> Tensor:
-    """log of (squared x-error / squared error of the prediction): 1, sigma^2 or 1 / SNR.
+    """log of (squared x-error / squared error of the prediction), a ratio of 1, sigma^2 or 1 / SNR.
 
-    Taking the error where it is predicted and converting its weight, rather than converting the
-    prediction to x, keeps eps-prediction finite where alpha vanishes.
+    The loss measures the error of the prediction itself and converts its weight. If it converted
+    the prediction to x instead, eps-prediction would be infinite where alpha vanishes.
     """
     if kind == "x0":
         return torch.zeros_like(log_snr)
@@ -213,7 +214,7 @@ def _log_x_error(kind: Prediction, log_snr: Tensor) -> Tensor:
 
 
 WEIGHTINGS: dict[str, Callable[[WeightingConfig, Tensor], Tensor]] = {
-    # log of the weight on the squared x-error, as a function of log-SNR
+    # The log of the weight on the squared x-error, as a function of log-SNR.
     "eps": lambda w, log_snr: log_snr,  # SNR: the released models' squared eps-error
     "v": lambda w, log_snr: F.softplus(log_snr),  # SNR + 1 = 1 / sigma^2: squared v-error
     "v_clipped": lambda w, log_snr: F.softplus(log_snr).clamp(max=math.log(w.clip)),
@@ -223,10 +224,10 @@ WEIGHTINGS: dict[str, Callable[[WeightingConfig, Tensor], Tensor]] = {
 
 
 def _log_weight(weighting: WeightingConfig, schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """log w_r(t), the weight of level r on its squared x-error.
+    """log w_r(t), the weight of a level on its squared x-error.
 
-    `sigmoid` is defined under noise levels drawn evenly in log-SNR; drawing t evenly instead asks
-    for the factor -d log_snr / d t.
+    `sigmoid` is defined for noise levels drawn evenly in log-SNR. Here t is drawn evenly, hence
+    the factor -d log_snr / d t.
     """
     log_weight = WEIGHTINGS[weighting.name](weighting, schedule.log_snr(t))
     if weighting.name == "sigmoid":

@@ -1,6 +1,6 @@
-"""The pyramid: one picture as a tuple of resolutions, coarse to fine, and D^r that makes it.
+"""The pyramid: one image at several resolutions, coarse to fine, and D^r, which makes a level.
 
-`pyramid[0]` is the coarsest level and `pyramid[-1]` the picture itself: the paper's r = 1..R.
+`pyramid[0]` is the coarsest level and `pyramid[-1]` the image itself: the paper's r = 1..R.
 Growing a pyramid appends, so the index of a level never changes.
 """
 
@@ -19,161 +19,158 @@ from torch.nn import functional as F
 from matryoshka_diffusion.config import ModelConfig
 
 Pyramid: TypeAlias = tuple[Tensor, ...]
-"""Levels coarse to fine, each (b_r, c, h_r, w_r) or, of clips, (b_r, c, f_r, h_r, w_r).
+"""Levels coarse to fine: images (b_r, c, h_r, w_r) or clips (b_r, c, f_r, h_r, w_r).
 
-A finer level may hold fewer rows, a prefix.
+A finer level may have fewer rows. They are then the first rows of the batch.
 """
 
 
 class Resolution(NamedTuple):
-    """The grid of one level: pixels and, where it holds clips, frames."""
+    """The size of one level in pixels and, for clips, in frames."""
 
     height: int
     width: int
     frames: int | None = None
 
     def shape(self, channels: int) -> tuple[int, ...]:
-        """The shape of a picture (c, h, w), or of a clip (c, f, h, w)."""
-        clip = () if self.frames is None else (self.frames,)
-        return (channels, *clip, self.height, self.width)
+        """The shape of an image (c, h, w) or of a clip (c, f, h, w)."""
+        frames = () if self.frames is None else (self.frames,)
+        return (channels, *frames, self.height, self.width)
 
 
 def resolution_of(x: Float[Tensor, "b c *grid"]) -> Resolution:
-    """The grid of pictures or clips."""
+    """The resolution of images or clips."""
     *frames, height, width = x.shape[2:]
     return Resolution(height, width, *frames)
 
 
 def resolutions_of(model: ModelConfig) -> tuple[Resolution, ...]:
-    """The grid of every level of a nest, coarse to fine."""
+    """The resolution of every level of a model, coarse to fine."""
     return tuple(Resolution(level.side, level.side, level.frames) for level in model.levels)
 
 
-def down_sample(
-    x: Float[Tensor, "b c *fine"], resolution: Resolution
-) -> Float[Tensor, "b c *grid"]:
-    """D^r of Section 3.1: in time the first frame, in space the area average on a coarser grid.
-
-    An average (not bi-linear interpolation, which skips pixels beyond a factor of two) is what
-    makes pooled noise smaller by exactly the pooled area, the fact that schedule shifts rest on.
-    In time the paper indexes: a level with fewer frames has the first of every so many, and one
-    without frames the first of all.
-
-    Raises:
-        ValueError: the picture's side is no multiple of the level's, or its frames are not.
-    """
-    return _average(_first_frames(x, resolution.frames), resolution)
-
-
-def shrink(
-    picture: UInt8[np.ndarray, "*fine c"], resolution: Resolution
-) -> UInt8[np.ndarray, "*grid c"]:
-    """D^r of one picture or clip of bytes, rounded to bytes. Raises as `down_sample` does."""
-    x = torch.from_numpy(picture.astype(np.float32)).movedim(-1, 0)[None]
-    return down_sample(x, resolution)[0].movedim(0, -1).round().to(torch.uint8).numpy()
-
-
-def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
-    given = resolution_of(x).frames
-    if given == frames:
-        return x
-    if given is None or given % (frames or 1):
-        raise ValueError(
-            f"a level of {frames} frames cannot be made of {given or 'no'} frames: there must be a "
-            "multiple of the level's"
-        )
-    return x[:, :, 0] if frames is None else x[:, :, :: given // frames]
-
-
-def _average(x: Float[Tensor, "b c *fine"], resolution: Resolution) -> Tensor:
-    height, width = x.shape[-2:]
-    if height % resolution.height or width % resolution.width:
-        raise ValueError(
-            f"a picture of {height}x{width} cannot be averaged to "
-            f"{resolution.height}x{resolution.width}: its sides must be multiples of the level's"
-        )
-    window = (height // resolution.height, width // resolution.width)
-    return (
-        x
-        if window == (1, 1)
-        else F.avg_pool2d(x.flatten(1, -3), window).view(len(x), *resolution.shape(x.shape[1]))
-    )
-
-
-def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
-    """`x` on a finer grid, by bilinear interpolation between the centres of its pixels.
-
-    The paper upsamples what a cascade's second network sees and does not say how; nearest pixels
-    would show that network edges that no picture has.
-    """
-    size = (resolution.height, resolution.width)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+# --- D^r -----------------------------------------------------------------------------------------
 
 
 def build_pyramid(x: Float[Tensor, "b c *grid"], resolutions: Sequence[Resolution]) -> Pyramid:
-    """[D^1(x), ..., D^R(x)] for `resolutions` given coarse to fine.
+    """[D^1(x), ..., D^R(x)] for `resolutions` from coarse to fine.
 
     Example:
         >>> build_pyramid(torch.ones(2, 3, 8, 8), [Resolution(4, 4), Resolution(8, 8)])[0].shape
         torch.Size([2, 3, 4, 4])
-        >>> build_pyramid(torch.ones(2, 3, 6, 8, 8), [Resolution(4, 4)])[0].shape  # of a clip
+        >>> build_pyramid(torch.ones(2, 3, 6, 8, 8), [Resolution(4, 4)])[0].shape  # from clips
         torch.Size([2, 3, 4, 4])
     """
     return tuple(down_sample(x, resolution) for resolution in resolutions)
 
 
+def down_sample(
+    x: Float[Tensor, "b c *fine"], resolution: Resolution
+) -> Float[Tensor, "b c *grid"]:
+    """D^r of Section 3.1: the area average in space, every n-th frame from the first in time.
+
+    An average makes pooled noise smaller by exactly the pooled area, and the shift of schedules
+    rests on that. Bi-linear interpolation skips pixels beyond a factor of two. In time the paper
+    indexes: a level without frames is the first frame.
+
+    Raises:
+        ValueError: the sides or the frames of `x` are not multiples of the level's.
+    """
+    x = _first_frames(x, resolution.frames)
+    height, width = x.shape[-2:]
+    if height % resolution.height or width % resolution.width:
+        raise ValueError(
+            f"an image of {height}x{width} cannot be averaged to "
+            f"{resolution.height}x{resolution.width}: its sides must be multiples of the level's"
+        )
+    window = (height // resolution.height, width // resolution.width)
+    if window == (1, 1):
+        return x
+    return F.avg_pool2d(x.flatten(1, -3), window).view(len(x), *resolution.shape(x.shape[1]))
+
+
+def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
+    found = resolution_of(x).frames
+    if found == frames:
+        return x
+    if found is None or found % (frames or 1):
+        raise ValueError(
+            f"a level of {frames} frames cannot be made of {found or 'no'} frames: their number "
+            "must be a multiple of the level's"
+        )
+    return x[:, :, 0] if frames is None else x[:, :, :: found // frames]
+
+
+def shrink(
+    image: UInt8[np.ndarray, "*fine c"], resolution: Resolution
+) -> UInt8[np.ndarray, "*grid c"]:
+    """D^r of one image or clip of bytes, rounded to bytes. Raises as `down_sample` does."""
+    x = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0)[None]
+    return down_sample(x, resolution)[0].movedim(0, -1).round().to(torch.uint8).numpy()
+
+
+def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
+    """Enlarge images by bilinear interpolation between the centres of pixels.
+
+    The paper enlarges the coarse image of a cascade and does not say how. Repeated pixels would
+    show the network edges that no image has.
+    """
+    size = (resolution.height, resolution.width)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
+# --- ragged pyramids: rows of a batch that end at different levels -------------------------------
+
+
 def ragged(pyramid: Pyramid, rows: Sequence[int]) -> Pyramid:
-    """The pyramid in which level r keeps only its first `rows[r]` rows (mixed resolution)."""
+    """The pyramid whose level r has only the first `rows[r]` rows (mixed resolutions)."""
     assert all(a >= b for a, b in itertools.pairwise(rows)), "finer levels hold a prefix"
     return tuple(level[:count] for level, count in zip(pyramid, rows, strict=True))
 
 
-def rows_of_mix(mix: Sequence[float], first: int, count: int) -> tuple[int, ...]:
-    """How many of the samples `first .. first + count - 1` hold each level, for shares `mix`.
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Append zero rows until there are `rows`: the features of finer levels that are missing."""
+    missing = rows - x.shape[0]
+    return x if missing == 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
 
-    What is rounded are the counts since the start of the run, so the shares are exact over a run
-    although every batch holds whole rows, and they do not depend on how it is cut into batches.
+
+def rows_of_mix(mix: Sequence[float], first: int, count: int) -> tuple[int, ...]:
+    """Rows of each level among the samples `first .. first + count - 1`, for shares `mix`.
+
+    `mix[r]` is the share of samples whose finest level is r. Rounding acts on the counts since the
+    start of the run. The shares are therefore exact over a run, although every batch has whole
+    rows, and they do not depend on the batch size.
     """
     before, after = (_rows_since_start(mix, total) for total in (first, first + count))
     return tuple(b - a for a, b in zip(before, after, strict=True))
 
 
 def _rows_since_start(mix: Sequence[float], total: int) -> list[int]:
-    """Of the first `total` samples, how many hold each level.
+    """Rows of each level among the first `total` samples.
 
-    The finest level takes its share of all; each coarser one its share of what is left. Every
-    part only grows with `total`, so in any batch a finer level holds no more rows than a coarser.
+    The finest level takes its share of all samples, each coarser one its share of the rest. Every
+    part only grows with `total`, so in any batch a finer level has no more rows than a coarser.
     """
     rows = [0] * len(mix)
     taken, share_left = 0, 1.0
     for level in reversed(range(1, len(mix))):
         share = mix[level] / share_left if share_left > 0 else 0.0
-        taken += _floor((total - taken) * min(share, 1.0))
+        # 1e-6 forgives the last bits of a product such as 0.3 * 10.
+        taken += int((total - taken) * min(share, 1.0) + 1e-6)
         share_left -= mix[level]
         rows[level] = taken
     rows[0] = total
     return rows
 
 
-def _floor(x: float) -> int:
-    """Floor that forgives the last bits of a product such as 0.3 * 10."""
-    return int(x + 1e-6)
+# --- clips as rows of frames, for layers that work in space alone --------------------------------
 
 
 def frames_as_rows(x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "n c h w"]:
-    """Every frame of a clip as a row of its own, the clips one after the other; pictures stay.
-
-    What works in space alone need not know of time.
-    """
+    """Clips with every frame as a row, clip after clip. Images stay as they are."""
     return x if resolution_of(x).frames is None else x.transpose(1, 2).flatten(0, 1)
 
 
 def rows_as_frames(x: Float[Tensor, "n c h w"], frames: int | None) -> Float[Tensor, "b c *grid"]:
-    """The clips whose frames are these rows; without frames, rows are pictures."""
+    """The reverse of `frames_as_rows`. Without `frames` the rows are images and stay."""
     return x if frames is None else x.unflatten(0, (len(x) // frames, frames)).transpose(1, 2)
-
-
-def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Append zero rows until there are `rows`: what a coarser doll receives from a finer one."""
-    missing = rows - x.shape[0]
-    return x if missing == 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])

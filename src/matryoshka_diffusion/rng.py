@@ -1,9 +1,9 @@
 """Randomness as a pure function of (seed, purpose, counter).
 
-Nothing in this project draws from a global generator. Whatever is random asks for its own stream
-by name and number, so resuming, evaluating, another batch size or another number of processes
-cannot change what a sample is given. The generator is Philox, which is counter-based: making a
-stream costs microseconds and two streams never meet.
+Nothing in this project draws from a global generator. Each random quantity has a stream of its own
+by name and number. Resuming, evaluating, another batch size or another number of processes
+therefore cannot change a sample's numbers. The generator is Philox, which is counter-based: a new
+stream costs microseconds, and two streams never meet.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+"""The golden ratio less one: the step of the sequence of `stratified`."""
 
 
 def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """The generator that belongs to `purpose` and up to three `counters` under `seed`.
+    """The generator for a seed, a purpose and up to three counters.
 
     Example:
         >>> float(stream(0, "demo", 7).random()) == float(stream(0, "demo", 7).random())
@@ -36,7 +37,7 @@ def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 
 def normal(seed: int, purpose: str, *counters: int, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-    """Standard normal float32 numbers, contiguous and on the CPU, so that devices agree."""
+    """Standard normal float32 numbers, drawn on the CPU so that all devices agree."""
     draw = stream(seed, purpose, *counters).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draw)
 
@@ -47,10 +48,10 @@ def uniform(seed: int, purpose: str, ids: Iterable[int]) -> Float[Tensor, " b"]:
 
 
 def stratified(seed: int, purpose: str, ids: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """Evenly spread float64 numbers in (0, 1]: frac(u + n phi), u fixed by the seed.
+    """Evenly spread float64 numbers in (0, 1]: 1 - frac(u + n phi), with u fixed by the seed.
 
-    Any run of consecutive ids covers the interval almost uniformly (a Kronecker sequence with the
-    golden ratio), whatever the batch it is cut into: stratified sampling without a batch.
+    Any run of consecutive ids n covers the interval almost uniformly: it is a Kronecker sequence
+    with the golden ratio. So sampling is stratified, whatever batches the ids are cut into.
     """
     offset = stream(seed, purpose).random()
     return 1.0 - torch.remainder(offset + ids.double() * GOLDEN, 1.0)

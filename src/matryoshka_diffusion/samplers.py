@@ -1,14 +1,15 @@
-"""Samplers in the extended space: from noise on every level to pictures on every level.
+"""Samplers in the extended space: from noise on every level to images on every level.
 
-Given the estimate of x, the reverse process separates by level: each level takes its own step
-with its own log-SNR at the shared time. Samplers are generators, so previews are free: every
-`State` they yield holds the latents and the present estimate of the pictures.
+Given the estimate of x, the reverse process separates by level: each level takes its own step with
+its own log-SNR at the shared time. Samplers are generators of `State`. Each state has the latents
+and the present estimate of the images, so previews cost nothing.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +28,7 @@ Times = Float[Tensor, " n"]
 
 
 class State(NamedTuple):
-    """After `step` steps: the time reached, the latents there, the estimate they came from."""
+    """The time and the latents after `step` steps, and the estimate that led to them."""
 
     step: int
     t: float
@@ -37,19 +38,19 @@ class State(NamedTuple):
 
 @runtime_checkable
 class NoiseSource(Protocol):
-    """Where noise comes from: seeded by sample, or recorded.
+    """A source of noise for samplers.
 
-    `purpose` is "start" for the initial latents and "step" for noise added at `step`.
+    `purpose` is "start" for the initial latents and "step" for the noise that `step` adds.
     """
 
     def __call__(self, purpose: str, step: int, level: int) -> Tensor: ...
 
 
 class SeededNoise:
-    """Noise that belongs to each sample's own seed: the batch it is in changes nothing.
+    """Noise from each sample's own seed, so that the rest of the batch changes nothing.
 
-    It is drawn on the CPU, so that the same seed gives the same noise on every device. Another
-    `family` has other noise of the same seeds.
+    It is drawn on the CPU: the same seed gives the same noise on every device. Each `family` has
+    its own streams, so an upsampler does not repeat the noise of its base.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class SeededNoise:
         self.device = device
 
     def __call__(self, purpose: str, step: int, level: int) -> Tensor:
-        """Standard normal numbers, (samples, channels, height, width) or those of clips."""
+        """Standard normal numbers, one row for each seed, in the shape of the level."""
         shape = self.shapes[level]
         rows = [
             rng.normal(seed, f"{self.family} {purpose}", step, level, shape=shape)
@@ -80,26 +81,26 @@ class SeededNoise:
 
 
 # --- time grids --------------------------------------------------------------------------------
-# A grid is a decreasing float64 tensor of n + 1 times that ends at 0; a step goes to the next one.
+# A grid is n + 1 decreasing float64 times that end at 0. Step k goes from time k to time k + 1.
 
 
 def trailing_grid(steps: int, schedule: NoiseSchedule) -> Times:
-    """Even times from 1 to 0: the first step starts where the noise really is pure."""
+    """Even times from 1 to 0. The first step starts at pure noise."""
     return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
 
 
 def log_snr_grid(steps: int, schedule: NoiseSchedule, ceiling: float = 12.0) -> Times:
-    """Times even in log-SNR, from its value at t = 1 up to `ceiling`, then clean."""
+    """Times that are even in log-SNR, from its value at t = 1 up to `ceiling`, then 0."""
     ends = torch.tensor([1.0, 1.0 / STEPS], dtype=torch.float64)
-    # Beyond +-ceiling nothing is left to resolve, of the picture or of the noise; and a table says
-    # nothing about times before its first step.
+    # Beyond +-ceiling there is nothing left to resolve, and a table does not describe times before
+    # its first node.
     first, end = schedule.log_snr(ends).clamp(-ceiling, ceiling).tolist()
     times = time_of(schedule, torch.linspace(first, end, steps, dtype=torch.float64))
     return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
 
 
 def released_grid(steps: int, schedule: NoiseSchedule) -> Times:
-    """The released code's re-spacing of 1000 steps; it starts below t = 1 (910 for 10 steps)."""
+    """The released code's re-spacing of 1000 steps. It starts below t = 1: 0.91 for 10 steps."""
     return torch.tensor(
         [round(k * 1001 / (steps + 1)) / 1000 for k in range(steps, -1, -1)], dtype=torch.float64
     )
@@ -120,10 +121,10 @@ def ddpm(
 ) -> Iterator[State]:
     """Ancestral sampling (Ho et al., 2020): draw from q(z_s | z_t, x) with the estimate for x.
 
-    With a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 (Eq. 1), that is a Gaussian of
+    With a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 (Eq. 1), it is a Gaussian with
     mean (a sigma_s^2 z + alpha_s v x) / sigma_t^2 and variance v sigma_s^2 / sigma_t^2.
     """
-    for step, (t, s) in enumerate(_intervals(times), start=1):
+    for step, (t, s) in enumerate(pairwise(times), start=1):
         x = denoise(z, t.expand(len(z[0])))
         following = []
         for level, (z_r, x_r, schedule) in enumerate(zip(z, x, schedules, strict=True)):
@@ -146,11 +147,11 @@ def ddim(
     noise: NoiseSource,
     eta: float = 0.0,
 ) -> Iterator[State]:
-    """DDIM (Song et al., 2021): keep the noise that z holds, or renew a share `eta` of it.
+    """DDIM (Song et al., 2021): keep the noise in z, or renew a share `eta` of it.
 
-    eta = 0 is deterministic; eta = 1 has the variance of ancestral sampling.
+    eta = 0 is deterministic. eta = 1 has the variance of ancestral sampling.
     """
-    for step, (t, s) in enumerate(_intervals(times), start=1):
+    for step, (t, s) in enumerate(pairwise(times), start=1):
         rows = t.expand(len(z[0]))
         x = denoise(z, rows)
         following = []
@@ -173,13 +174,13 @@ def dpmpp_2m(
 ) -> Iterator[State]:
     """DPM-Solver++(2M) (Lu et al., 2022): a second-order step from the last two estimates.
 
-    With the half log-SNR l = log(alpha / sigma) as time, the ODE's linear part is solved exactly
-    and the estimate is extrapolated linearly in l. The first step and the last one, which ends at
-    infinite l, are of first order. The solver is deterministic: `noise` is not used.
+    With the half log-SNR l = log(alpha / sigma) as time, the linear part of the ODE is solved
+    exactly, and the estimate is extrapolated linearly in l. The first step is of first order. So
+    is the last one, which ends at infinite l. The solver is deterministic and ignores `noise`.
     """
     previous_x: Pyramid | None = None
     previous_t = torch.tensor(1.0, dtype=torch.float64)
-    for step, (t, s) in enumerate(_intervals(times), start=1):
+    for step, (t, s) in enumerate(pairwise(times), start=1):
         x = denoise(z, t.expand(len(z[0])))
         following = []
         for level, (z_r, x_r, schedule) in enumerate(zip(z, x, schedules, strict=True)):
@@ -203,23 +204,21 @@ SAMPLERS: dict[SamplerName, Callable[..., Iterator[State]]] = {
 
 
 def last(states: Iterator[State]) -> State:
-    """Run a sampler to its end."""
-    state = None
-    for state in states:  # noqa: B007
-        pass
-    if state is None:
+    """Run a sampler to its end.
+
+    Raises:
+        ValueError: there is no state, because the time grid has no step.
+    """
+    final = deque(states, maxlen=1)
+    if not final:
         raise ValueError("a time grid needs at least one step")
-    return state
-
-
-def _intervals(times: Times) -> Iterator[tuple[Tensor, Tensor]]:
-    return itertools.pairwise(times)
+    return final[0]
 
 
 def _coefficients(
     schedule: NoiseSchedule, t: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha and sigma at t, then at s."""
+    """(alpha_t, sigma_t, alpha_s, sigma_s)."""
     alpha, sigma = alpha_sigma(schedule.log_snr(torch.stack([t, s])))
     return alpha[0], sigma[0], alpha[1], sigma[1]
 
@@ -229,5 +228,5 @@ def _half_log_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 
 def _mix(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a x + b y in the precision of x; the coefficients were computed in float64."""
+    """a x + b y in the precision of x. The coefficients are float64."""
     return float(a) * x + float(b) * y

@@ -1,9 +1,8 @@
 """Noise schedules as curves of log-SNR over time, and their shift by resolution.
 
-A schedule says how much of the picture is left at time t in [0, 1], 0 = clean, as
-lambda(t) = log(alpha_t^2 / sigma_t^2). All schedules preserve the variance: alpha^2 + sigma^2 = 1.
-Shifting by resolution (Section 3.1, after f-DM) is then a subtraction. Times and log-SNRs are
-always of shape (b,).
+A schedule is lambda(t) = log(alpha_t^2 / sigma_t^2) for times t in [0, 1], where t = 0 is clean.
+All schedules preserve the variance: alpha^2 + sigma^2 = 1. The shift by resolution (Section 3.1,
+after f-DM) is then a subtraction. Times and log-SNRs always have the shape (b,).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from matryoshka_diffusion.config import ModelConfig
 
 STEPS = 1000
-"""Steps of a tabulated schedule; node k lies at t = k / STEPS."""
+"""Steps of a tabulated schedule. Node k is at t = k / STEPS."""
 
 
 @runtime_checkable
@@ -38,16 +37,16 @@ def alpha_sigma(log_snr: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Floa
 
 
 def expand(per_row: Float[Tensor, " b"], like: Tensor) -> Tensor:
-    """Numbers of shape (b,) as (b, 1, ..., 1) in the precision and place of `like`."""
+    """Reshape numbers (b,) to (b, 1, ..., 1), with the precision and device of `like`."""
     return per_row.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """The continuous cosine schedule: alpha = cos(angle), with the angle linear in time.
+    """The continuous cosine schedule: alpha = cos(angle), and the angle is linear in time.
 
-    The angle stops short of 0 and pi/2 so that log-SNR stays within `bound`, beyond which float32
-    could not tell alpha from 1 or 0; t = 0 itself is clean.
+    The angle stops short of 0 and pi/2, so that log-SNR stays within `bound`. Beyond it float32
+    cannot tell alpha from 1 or 0. At t = 0 itself log-SNR is infinite.
     """
 
     bound: float = 15.0
@@ -61,10 +60,10 @@ class Cosine:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A schedule given by its log-SNR at the nodes t = 1/n, ..., n/n.
+    """A schedule tabulated at the nodes t = 1/n, ..., n/n.
 
-    Between nodes log-SNR is linear. Below the first node the noise variance is linear instead:
-    log-SNR is infinite at t = 0 and interpolating it would form 0 * inf.
+    Between nodes log-SNR is linear. Below the first node the noise variance is linear instead,
+    because log-SNR is infinite at t = 0 and its interpolation would form 0 * inf.
     """
 
     nodes: Float[Tensor, " n"] = field(repr=False)
@@ -81,11 +80,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Shifted:
-    """SNR divided by ratio^power: finer levels, whose pixels are redundant, get more noise.
+    """A schedule with SNR divided by ratio^power: finer levels get more noise.
 
-    With ratio s, the side of a level over the side of the coarsest one, pooling s x s divides the
-    noise variance by s^2. With power 2 every level therefore shows the coarse picture equally
-    well; with power 1 a finer level shows it better.
+    The ratio s is the side of a level over the side of the coarsest one. Pooling s x s pixels
+    divides the noise variance by s^2. With power 2 every level therefore shows the coarse image
+    equally well; with power 1 a finer level shows it better.
     """
 
     base: NoiseSchedule
@@ -98,7 +97,7 @@ class Shifted:
 
 
 def squared_cosine_table() -> Table:
-    """1000 steps of the squared-cosine alpha-bar (s = 0.008, beta <= 0.999), as released."""
+    """The released models' table: 1000 steps of a squared-cosine alpha-bar (s = 0.008)."""
     k = torch.arange(STEPS + 1, dtype=torch.float64, device="cpu")
     curve = torch.cos((k / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1.0 - curve[1:] / curve[:-1]).clamp(max=0.999)
@@ -106,13 +105,13 @@ def squared_cosine_table() -> Table:
 
 
 def linear_beta_table() -> Table:
-    """1000 steps of beta from 1e-4 to 0.02 (DDPM)."""
+    """DDPM's table: 1000 steps of beta from 1e-4 to 0.02."""
     beta = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64, device="cpu")
     return _from_alpha_bar(torch.cumprod(1.0 - beta, 0))
 
 
 def truncated_cosine_table() -> Table:
-    """1000 steps of a cosine whose log-SNR runs from 5 to -5: the released code's `cosine`."""
+    """The released code's `cosine`: 1000 steps of a cosine with log-SNR from 5 to -5."""
     start, end = math.atan(math.exp(-2.5)), math.atan(math.exp(2.5))
     u = torch.linspace(0.0, 1.0, STEPS, dtype=torch.float64, device="cpu")
     return Table(-2.0 * torch.log(torch.tan(start + u * (end - start))))
@@ -137,7 +136,7 @@ def build_schedules(model: ModelConfig) -> tuple[NoiseSchedule, ...]:
 
 
 def log_snr_rate(schedule: NoiseSchedule, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """d log_snr / d t, by differentiating the curve. Finite for t > 0."""
+    """d log_snr / d t by automatic differentiation. It is finite for t > 0."""
     with torch.enable_grad():
         time = t.detach().requires_grad_()
         (rate,) = torch.autograd.grad(schedule.log_snr(time).sum(), time)

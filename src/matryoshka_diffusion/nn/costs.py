@@ -1,4 +1,4 @@
-"""What a network costs, counted on tensors that have shapes and no numbers."""
+"""Costs of a network in FLOPs and bytes, counted on tensors that have shapes and no numbers."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 
 TEXT_TOKENS = 64
-"""Tokens of text that costs are counted with."""
+"""Text tokens for which costs are counted."""
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers the parameters of a module hold."""
+    """The number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def training_bytes(net: nn.Module, tracks: int = 0) -> int:
-    """Bytes of a network in training, in float32, without what depends on the batch.
+    """Bytes of a network in training, in float32, without those that depend on the batch.
 
-    A weight, and where it is learnt its gradient, two moments, the average and further `tracks`.
+    They are the weights and, for trained weights, gradient, two moments, EMA and further `tracks`.
     """
     learnt = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return 4 * count_parameters(net) + 4 * (4 + tracks) * learnt
 
 
 def forward_flops(model: ModelConfig, levels: int, tokens: int = TEXT_TOKENS) -> int:
-    """FLOPs (two for each multiply-add) of one forward pass of one picture, first `levels` only."""
-    net, z, t, cond = _one_picture(model.first(levels), tokens)
+    """FLOPs (two for each multiply-add) of the first `levels` levels, for one image."""
+    net, z, t, cond = _one_image(model.first(levels), tokens)
     with FlopCounterMode(display=False) as counter:
         net(z, t, cond)
     return counter.get_total_flops()
 
 
 def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int] = ()) -> int:
-    """Bytes that one picture's forward pass keeps for its backward pass, in float32.
+    """Bytes that the forward pass of one image keeps for the backward pass, in float32.
 
-    In bf16 it is about half. Without what kernels use in between, and without the block that is
-    being computed again where levels are recomputed.
+    In bf16 it is about half. Temporary memory of kernels is not counted, nor is the block that a
+    recomputed level computes again.
     """
-    net, z, t, cond = _one_picture(model.first(levels))
+    net, z, t, cond = _one_image(model.first(levels))
     net.recompute(recompute)
     return kept_bytes(net, lambda: net(z, t, cond))
 
@@ -54,10 +54,10 @@ def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int]
 def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes that `forward` keeps for its backward pass besides the weights of `net`.
 
-    Storages are counted, each once: two views of a tensor are one.
+    Each storage counts once, so two views of a tensor count once.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 
     def keep(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in weights:
@@ -70,7 +70,7 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def _one_picture(
+def _one_image(
     model: ModelConfig, tokens: int = TEXT_TOKENS
 ) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The bricks: norms, residual block, attention, embeddings. Nothing here knows about nesting."""
+"""Building blocks: norms, residual block, attention, embeddings. None of them knows of levels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 32
+"""Groups of every group normalisation. Widths are multiples of it."""
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Set all parameters to zero: the last layer of a residual branch starts as a no-op."""
+    """Set all parameters to zero. A branch that ends in such a layer starts as a no-op."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -36,7 +37,7 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
 
 
 class Unshuffle(nn.PixelUnshuffle):
-    """Squares of pixels as channels, also of no rows, which torch leaves as they are."""
+    """Fold squares of pixels into channels. Torch would leave an empty batch as it is."""
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         if len(x):
@@ -47,7 +48,7 @@ class Unshuffle(nn.PixelUnshuffle):
 
 
 class Shuffle(nn.PixelShuffle):
-    """Back from `Unshuffle`."""
+    """The reverse of `Unshuffle`."""
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         if len(x):
@@ -66,13 +67,13 @@ def sinusoid(x: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which nothing runs in a lower precision than its arguments have."""
+    """A context in which operations keep the precision of their arguments."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions; the embedding scales and shifts the features between them."""
+    """Two 3 x 3 convolutions. The embedding scales and shifts the features between them."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class ResidualBlock(nn.Module):
     def forward(
         self, h: Float[Tensor, "b inputs y x"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b outputs y x"]:
-        """`embedding` has passed its SiLU already, once for the whole level."""
+        """`embedding` is after its SiLU, which acts once for the whole level."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         out = self.conv1(F.silu(self.norm1(h)))
         out = torch.addcmul(shift, self.norm2(out), 1 + scale)
@@ -97,8 +98,8 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over positions, plus cross-attention to text with the same queries.
 
-    The two results are added. `text` is the width of the text tokens, or None where there is no
-    text. With `feed_forward` a two-layer perceptron follows.
+    The two results are added. `text` is the width of the text tokens, None without text. With
+    `feed_forward` a two-layer perceptron follows.
     """
 
     def __init__(self, width: int, heads: int, text: int | None, feed_forward: bool) -> None:
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "b n d"] | None,
         mask: Bool[Tensor, "b n"] | None,
     ) -> Float[Tensor, "b c y x"]:
-        """`mask` marks the tokens that may be attended to; without one all may."""
+        """`mask` is True for the tokens to attend to; without it these are all."""
         positions = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(part, self.heads) for part in positions.chunk(3, dim=2))
         attended = attend(q, k, v, None)
@@ -166,7 +167,7 @@ class TextLayer(nn.Module):
 
 
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n w"]:
-    """Channels as heads of equal width."""
+    """Split channels into heads of equal width."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
@@ -176,6 +177,6 @@ def attend(
     v: Float[Tensor, "b heads n w"],
     mask: Bool[Tensor, "b n"] | None,
 ) -> Float[Tensor, "b heads m w"]:
-    """Softmax attention of each query over the keys that `mask` leaves."""
+    """Softmax attention of each query over the keys at which `mask` is True."""
     allowed = None if mask is None else mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -1,7 +1,7 @@
-"""Low-rank adapters: a trained network is changed by few parameters, itself left as it is.
+"""LoRA: train a few parameters beside a network, whose own weights stay (arXiv 2106.09685).
 
-LoRA (Hu et al. 2021, arXiv 2106.09685): the weight W of a linear map becomes
-W + (alpha / rank) B A, of which only A (down to `rank`) and B (back up) are trained.
+The weight W of a linear map becomes W + (alpha / rank) B A. Only A (down to `rank`) and B (back up)
+are trained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from matryoshka_diffusion.rng import stream
 
 
 class Adapted(nn.Module):
-    """A linear map, or a 1 x 1 convolution, with a low-rank one of the same kind beside it.
+    """A linear layer or 1 x 1 convolution with a low-rank layer of the same kind beside it.
 
-    The way up starts at zero, so the sum starts as the map alone, bit for bit.
+    `up` starts at zero, so the sum starts as the layer alone, bit for bit.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, scale: float) -> None:
@@ -40,18 +40,18 @@ class Adapted(nn.Module):
         return self.base(x) + self.scale * self.up(self.down(x))
 
     def merged_weight(self) -> Float[Tensor, "..."]:
-        """The weight of one map that computes the sum."""
+        """The weight of a single layer that computes the sum."""
         up, down = (part.get_parameter("weight").flatten(1) for part in (self.up, self.down))
         return self.base.weight + self.scale * (up @ down).view_as(self.base.weight)
 
 
 def attach(net: NestedUNet, lora: LoraConfig, seed: int = 0) -> NestedUNet:
-    """Put adapters around the chosen maps of `net`, in place; nothing else asks for a gradient.
+    """Put low-rank layers beside the chosen layers of `net`, in place, and freeze all the rest.
 
-    Their initial values depend on `seed` and on the map's name only.
+    Their initial values depend only on `seed` and on the layer's name.
 
     Raises:
-        ConfigError: the chosen levels hold no such map.
+        ConfigError: the chosen levels have no such layer.
     """
     net.requires_grad_(False)
     chosen = list(_chosen(net, lora))
@@ -71,7 +71,7 @@ def attach(net: NestedUNet, lora: LoraConfig, seed: int = 0) -> NestedUNet:
 
 
 def merged_state(net: NestedUNet) -> dict[str, Tensor]:
-    """The state of a network without adapters that computes the same as `net`."""
+    """The state of a plain network that computes the same as `net` with its low-rank layers."""
     state = net.state_dict()
     for name, module in net.named_modules():
         if isinstance(module, Adapted):
@@ -81,7 +81,7 @@ def merged_state(net: NestedUNet) -> dict[str, Tensor]:
 
 
 def _chosen(net: NestedUNet, lora: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """The maps to adapt: name, the module that holds it, and what it is called there."""
+    """The layers to adapt: the name, the module that has the layer, and its name in there."""
     levels = lora.levels or range(len(net.levels))
     kind = (Attention, FrameAttention) if lora.maps == "attention" else nn.Module
     for place, owner in net.named_modules():
@@ -92,7 +92,7 @@ def _chosen(net: NestedUNet, lora: LoraConfig) -> Iterator[tuple[str, nn.Module,
 
 
 def _is_map(module: nn.Module) -> bool:
-    """Whether a module multiplies each position's channels by one matrix."""
+    """True for a layer that multiplies the channels of each position by one matrix."""
     return isinstance(module, nn.Linear) or (
         isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
     )

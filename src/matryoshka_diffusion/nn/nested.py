@@ -1,12 +1,12 @@
-"""NestedUNet (Section 3.2): a chain of UNets, each sitting in the middle of the next finer one.
+"""NestedUNet (Section 3.2): a chain of UNets, each in the middle of the next finer one.
 
-The paper's picture is a Russian doll, which is what the project is named after.
+A Matryoshka doll is built like this, hence the name. Here a doll is a `Level`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -24,13 +24,13 @@ from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.schedule import NoiseSchedule, build_schedules
 
 COARSE_TIME = MicroConfig(name="coarse_time", ceiling=1000.0)
-"""The condition that tells an upsampler how noisy its coarse image is, on the scale of time."""
+"""An upsampler's condition on the noise of its coarse image, on the scale of `time_steps`."""
 
 
 class Adapter(nn.Module):
-    """Convolutions between neighbours: `inward` to the coarser level, `outward` to the finer one.
+    """The convolutions between two levels: `inward` to the coarser one, `outward` to the finer one.
 
-    Both start at zero, so a new level changes nothing in the levels that it is put around.
+    Both start at zero, so a new level changes nothing in the levels inside of it.
     """
 
     def __init__(self, coarse: int, fine: int) -> None:
@@ -42,21 +42,20 @@ class Adapter(nn.Module):
 class NestedUNet(nn.Module):
     """One network that denoises all levels of a pyramid together.
 
-    `levels` runs from coarse to fine; one level alone is an ordinary UNet. Initial weights depend
-    only on `seed` and on the place in the nest. A level therefore starts the same, whether it was
-    there from the start or was grown later.
+    Initial weights depend only on `seed` and on the place in the nest. A level therefore starts
+    the same, whether it was there from the start or was grown later.
 
     Attributes:
-        levels: the UNets.
-        adapters: by the number of the finer level, "1" to "R - 1".
-        conditioner: text, labels and augmentation, which all levels share.
+        levels: the UNets, coarse to fine. One level alone is an ordinary UNet.
+        adapters: the convolutions between levels. The name is the index of the finer level.
+        conditioner: text, labels and augmentation, shared by all levels.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         levels: list[Level] = []
-        adapters: dict[str, nn.Module] = {}
+        adapters: dict[str, Adapter] = {}
         with torch.random.fork_rng(devices=[]):
             _seed(seed, "conditioner")
             self.conditioner = Conditioner(config)
@@ -68,9 +67,9 @@ class NestedUNet(nn.Module):
                     adapters[str(place)] = Adapter(coarser, level.core_width)
                 level.add_decoder(config)  # after the adapter: weights are drawn in this order
                 levels.append(level)
-        # A ModuleList does not say what it is a list of.
+        # A ModuleList does not say what it is a list of, nor does a ModuleDict.
         self.levels = cast("Sequence[Level]", nn.ModuleList(levels))
-        self.adapters = nn.ModuleDict(adapters)
+        self.adapters = cast("Mapping[str, Adapter]", nn.ModuleDict(adapters))
 
     def forward(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """One prediction for each level.
@@ -81,17 +80,17 @@ class NestedUNet(nn.Module):
             cond: conditions of the same rows.
         """
         x, context = self._inputs(z, t, cond)
-        adapters = cast("Sequence[Adapter]", [*self.adapters.values()])
-        *coarser, finest = self.levels
-        coarsest, *finer = self.levels
+        adapters = [*self.adapters.values()]
+        *coarser, finest = self.levels  # inwards: every level encodes, the finest one first
         h, trail = finest.encode(x[-1], t, context)
         trails = [trail]
         for level, adapter, x_r in reversed([*zip(coarser, adapters, x[:-1], strict=True)]):
             h, trail = level.encode(x_r, t, context, finer=adapter.inward(h))
             trails.append(trail)
+        coarsest, *finer = self.levels  # outwards: every level decodes, the coarsest one first
         h, prediction = coarsest.decode(h, trails.pop())
         predictions = [prediction]
-        for level, adapter in zip(finer, adapters, strict=True):  # and back out
+        for level, adapter in zip(finer, adapters, strict=True):
             trail = trails.pop()
             h = trail.core + adapter.outward(h[: len(trail.core)])
             h, prediction = level.decode(h, trail)
@@ -103,9 +102,9 @@ class NestedUNet(nn.Module):
     ) -> tuple[list[Tensor], Context]:
         """The noisy images at unit scale, and the context that all levels share.
 
-        An upsampler's coarse image goes to the coarsest level: as further channels beside the
-        noisy ones, with the time of its noise as one more condition. Growing adds finer levels, so
-        it does not change this.
+        The coarsest level of an upsampler also sees the coarse image, as further channels beside
+        the noisy ones, and the time of its noise, as one more condition. Growing adds finer
+        levels, so it changes nothing about that.
 
         Raises:
             ValueError: the network is an upsampler, and the coarse image or its time is missing.
@@ -129,10 +128,9 @@ class NestedUNet(nn.Module):
 
 
 def grow(net: NestedUNet, config: ModelConfig, seed: int = 0) -> NestedUNet:
-    """A deeper nest that computes the same: every weight is kept, new levels are put around.
+    """Put new levels around a nest, which keeps its weights (Section 3.3, progressive training).
 
-    The adapters of new levels start at zero, so the coarse predictions are bit-equal to before.
-    New parameters belong to new levels only (Section 3.3, progressive training).
+    The adapters of new levels start at zero, so the coarse predictions stay the same bits.
 
     Raises:
         ValueError: `config` does not extend the network's own config.
@@ -182,14 +180,14 @@ def _seed(seed: int, *place: object) -> None:
 
 
 def level_of(name: str) -> int:
-    """The level that a parameter came with, by its name; shared parameters came with level 0."""
+    """The level that a parameter came with. Shared parameters came with level 0."""
     part, place, *_ = name.split(".")
     assert part in ("levels", "adapters", "conditioner"), f"{name} is of a wrapped network"
     return 0 if part == "conditioner" else int(place)
 
 
 def renamed(name: str) -> str:
-    """The present name of a tensor that version 0.1.0 may have named; its context may be around.
+    """The present name of a tensor from a file that version 0.1.0 may have written.
 
     Example:
         >>> renamed("levels.1.inward.weight.exp_avg")
@@ -200,15 +198,16 @@ def renamed(name: str) -> str:
 
 
 def first_name(name: str) -> str:
-    """The name of a tensor in version 0.1.0: the reverse of `renamed`."""
+    """The name that a tensor had in version 0.1.0, the reverse of `renamed`. Hashes use it."""
     name = re.sub(r"\badapters\.(\d+)\.(inward|outward)\b", r"levels.\1.\2", name)
     return re.sub(r"\blevels\.0\.micro\.coarse_time\b", "levels.0.image_time", name)
 
 
 def in_walk_order(net: NestedUNet) -> list[nn.Parameter]:
-    """The parameters in the order in which the walk meets them, level by level.
+    """The parameters in the order of the walk, level by level.
 
-    The norm of all gradients is a sum over them. In another order its last bit may differ.
+    The norm of all gradients is a sum in this order. Another order would change its last bit, and
+    a run would no longer resume to the same numbers.
     """
     parts = ("conditioner", "time", "micro", "stem", "encoder", "inward", "outward")  # then others
 

@@ -1,7 +1,7 @@
-"""What a doll needs for clips: attention over frames, and convolutions that resample them.
+"""Layers for clips: attention over frames, and convolutions that halve or double frames.
 
-Features hold the frames of a clip as rows, one after the other (`pyramid.frames_as_rows`), so that
-bricks which work in space alone see pictures. Here the rows of a clip come together again.
+Features have each frame of a clip as a row (`pyramid.frames_as_rows`), so layers that work in space
+alone see images. The layers here put the rows of a clip together.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from matryoshka_diffusion.nn.layers import (
 )
 
 SEQUENCES = 32_768
-"""How many sequences attend at a time: GPU kernels count them with 16 bits."""
+"""Sequences that attend at a time. GPU kernels count them with 16 bits."""
 
 
 class FrameAttention(nn.Module):
     """Self-attention over the frames of a clip, at each position alone (Fig. 10).
 
-    A position attends to itself at other times; space is the business of other layers. Frames are
-    told apart by sines of their number, which the paper does not mention: without them attention
-    could not know before from after.
+    The input has sines of the frame number added, which the paper does not mention. Attention
+    could not tell before from after without them.
     """
 
     def __init__(self, width: int, heads: int, frames: int) -> None:
@@ -44,15 +43,15 @@ class FrameAttention(nn.Module):
         """`h` has the frames of each clip as rows."""
         clips = len(h) // self.frames
         numbers = sinusoid(torch.arange(self.frames, device=h.device).float(), h.shape[1])
-        told = self.norm(h) + numbers.to(h).repeat(clips, 1)[:, :, None, None]
-        qkv = self.qkv(told).unflatten(0, (clips, self.frames)).flatten(3)
+        numbered = self.norm(h) + numbers.to(h).repeat(clips, 1)[:, :, None, None]
+        qkv = self.qkv(numbered).unflatten(0, (clips, self.frames)).flatten(3)
         sequences = qkv.permute(0, 3, 1, 2).flatten(0, 1)  # one for each position of each clip
         attended = torch.cat([self._attend(part) for part in sequences.split(SEQUENCES)])
         attended = attended.unflatten(0, (clips, -1 if clips else 0)).permute(0, 2, 3, 1)
         return h + self.out(attended.reshape(h.shape))
 
     def _attend(self, qkv: Float[Tensor, "s f k"]) -> Float[Tensor, "s f c"]:
-        """On a CPU in float32: so many short sequences take 2 to 8 times as long in bfloat16."""
+        """Attend, on a CPU in float32: short sequences take 2 to 8 times as long in bfloat16."""
         if qkv.device.type != "cpu":
             return self._mix(qkv)
         with without_autocast(qkv.device):
@@ -64,10 +63,10 @@ class FrameAttention(nn.Module):
 
 
 class DownFrames(nn.Conv2d):
-    """Halve the frames by a strided convolution over three of them, at each position alone.
+    """Halve the frames by a strided convolution over three frames, at each position alone.
 
-    Output n is centred on frame 2 n, so the last of several halvings is centred on the first
-    frame, the one that D^r keeps.
+    Output n is centred on frame 2 n. After several halvings the first output is still centred on
+    the first frame, which D^r keeps.
     """
 
     def __init__(self, width: int, frames: int) -> None:
@@ -77,12 +76,12 @@ class DownFrames(nn.Conv2d):
     def forward(
         self, h: Float[Tensor, "n c y x"], embedding: Tensor, context: Context
     ) -> Float[Tensor, "m c y x"]:
-        """It ignores what blocks are conditioned on."""
+        """`embedding` and `context` are ignored: they are arguments of every encoder layer."""
         return _as_rows(super().forward(_over_time(h, self.frames)), h)
 
 
 class UpFrames(nn.Conv2d):
-    """Double the frames: repeat each, then a convolution over three, at each position alone."""
+    """Double the frames: repeat each, then convolve over three, at each position alone."""
 
     def __init__(self, width: int, frames: int) -> None:
         super().__init__(width, width, (3, 1), padding=(1, 0))
@@ -94,15 +93,15 @@ class UpFrames(nn.Conv2d):
 
 
 def per_frame(x: Tensor | None, frames: int) -> Tensor | None:
-    """What belongs to a clip, repeated for each of its frames."""
+    """Repeat each row of a clip for every one of its frames."""
     return x if x is None or frames == 1 else x.repeat_interleave(frames, dim=0)
 
 
 def _over_time(h: Float[Tensor, "n c y x"], frames: int) -> Float[Tensor, "b c f p"]:
-    """Clips as pictures whose height is time and whose width is all positions."""
+    """Clips as images whose height is time and whose width is all positions."""
     return h.unflatten(0, (len(h) // frames, frames)).flatten(3).transpose(1, 2)
 
 
 def _as_rows(clips: Float[Tensor, "b c f p"], like: Float[Tensor, "n c y x"]) -> Tensor:
-    """Back from `_over_time`: frames as rows, positions as in `like`."""
+    """The reverse of `_over_time`, with positions as in `like`."""
     return clips.transpose(1, 2).flatten(0, 1).unflatten(2, like.shape[2:])
