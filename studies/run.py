@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import commit, machine
 
 from matryoshka_diffusion.cascade import open_model
-from matryoshka_diffusion.codec.folder import codec_folder
+from matryoshka_diffusion.codec.autoencoder import codec_folder
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import write_atomically

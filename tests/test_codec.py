@@ -17,10 +17,15 @@ from torch import Tensor
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.codec.autoencoder import Identity, load_autoencoder, load_codec
-from matryoshka_diffusion.codec.cache import CodeCache
-from matryoshka_diffusion.codec.coded import Coded, store_codes
-from matryoshka_diffusion.codec.folder import WEIGHTS, codec_folder, fingerprint
+from matryoshka_diffusion.codec.autoencoder import (
+    WEIGHTS,
+    Identity,
+    codec_folder,
+    fingerprint,
+    load_autoencoder,
+    load_codec,
+)
+from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, store_codes
 from matryoshka_diffusion.config import (
     CodecConfig,
     ConfigError,
@@ -241,7 +246,7 @@ def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tm
 
     cache.codec._model.to("meta")  # nothing can be encoded any more
     loader = Loader(source, seed=3, flip=flip)
-    stored, made = (Coded(loader, one).batch(range(40)) for one in (cache, fresh))
+    stored, made = (LatentLoader(loader, one).batch(range(40)) for one in (cache, fresh))
     assert torch.equal(stored.picture, made.picture)
     assert stored.picture.is_contiguous()
     assert stored.keys == made.keys

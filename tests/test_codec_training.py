@@ -15,8 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.codec.autoencoder import load_autoencoder
-from matryoshka_diffusion.codec.folder import WEIGHTS, fingerprint
+from matryoshka_diffusion.codec.autoencoder import WEIGHTS, fingerprint, load_autoencoder
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
 from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
 from matryoshka_diffusion.data.loader import to_float

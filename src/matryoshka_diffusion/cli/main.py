@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> None:
 
 def _train_codec(config: Any, options: argparse.Namespace) -> None:
     """Train an autoencoder, and say how well it does and what it is for."""
-    from matryoshka_diffusion.codec.folder import TRAINING
+    from matryoshka_diffusion.codec.autoencoder import TRAINING
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.runs.train_autoencoder import train_codec
 

@@ -1,31 +1,49 @@
-"""Pictures <-> what the pyramid is made of: themselves, or the codes of an autoencoder."""
+"""Codecs: pixels themselves, or the codes of a frozen `AutoencoderKL` in a folder of diffusers.
+
+Whoever finds, checks or copies such a folder needs no diffusers; only loading its weights does.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matryoshka_diffusion.codec.folder import check_codec, check_weights, codec_folder, read_card
-from matryoshka_diffusion.config import ConfigError, RunConfig
-from matryoshka_diffusion.files import require
+from matryoshka_diffusion.config import CodecConfig, ConfigError, RunConfig
+from matryoshka_diffusion.configfile import load_config
+from matryoshka_diffusion.files import require, write_atomically
+
+SETTINGS, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+FILES = (SETTINGS, WEIGHTS)
+OWN = "codec"
+"""Folder of a model's own codec beside its weights, and of a trained codec in its run."""
+TRAINING = "codec.yaml"
+"""Config of an autoencoder's training, in its run folder."""
+
+_CLASS = "AutoencoderKL"
+_PLACES = ("", OWN, "vae")  # in the folder itself, in a run or model, in a pipeline
 
 AutoencoderKL: TypeAlias = Any
-"""That of diffusers, whose own annotations do not say what it returns."""
+"""The class of diffusers, whose own annotations do not say what it returns."""
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Pictures in [-1, 1] to codes of about unit variance, and back."""
+    """Map images in [-1, 1] to codes of about unit variance, and back."""
 
     def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b k *codes"]: ...
     def decode(self, codes: Float[Tensor, "b k *codes"]) -> Float[Tensor, "b c *grid"]: ...
 
 
 class Identity:
-    """The codec of a model of pixels, of pictures or clips."""
+    """Codec of a model of pixels, of images or clips."""
 
     def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         return pictures
@@ -35,17 +53,16 @@ class Identity:
 
 
 class Autoencoder:
-    """A frozen `AutoencoderKL`, in float32 whatever the network around it runs in.
+    """Frozen `AutoencoderKL`, in float32 whatever the network around it runs in.
 
-    A picture's codes are the mean of its posterior: they can be stored, resuming repeats them, and
-    the posterior's noise would be small beside the noise of diffusion. Pictures are encoded and
-    decoded one by one, so that neither result depends on the batch, to the last bit.
+    The codes of an image are the mean of its posterior: they can be stored and resuming repeats
+    them. Images are encoded and decoded one by one, so no bit of a result depends on the batch.
 
     Attributes:
-        key: a hash of what codes depend on.
-        channels: numbers of a code at each position.
-        colours: channels of the pictures.
-        factor: pixels along each side of a position.
+        key: hash of weights and settings.
+        channels: channels of the codes.
+        colours: channels of the images.
+        factor: side of an image over side of its codes.
     """
 
     def __init__(
@@ -66,24 +83,19 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
-        """Codes, where the pictures are.
-
-        Raises:
-            ValueError: a code is not finite.
-        """
+        """Codes, on the device of the images. Raises ValueError if a code is not finite."""
         codes = torch.cat([self._encode(picture) for picture in pictures.split(1)])
         if not codes.isfinite().all():
             raise ValueError(
                 "codec.path: the codec makes codes that are not finite (NaN or infinite) of finite "
-                "pictures; its weights are damaged"
+                "pictures; its weights are damaged: replace them"
             )
         return codes.to(pictures.device)
 
     @torch.no_grad()
     def decode(self, codes: Float[Tensor, "b k y x"]) -> Float[Tensor, "b c h w"]:
-        """Pictures, where the codes are."""
-        pictures = torch.cat([self._decode(one) for one in codes.split(1)])
-        return pictures.to(codes.device)
+        """Images, on the device of the codes."""
+        return torch.cat([self._decode(one) for one in codes.split(1)]).to(codes.device)
 
     def _encode(self, picture: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 k y x"]:
         with torch.autocast(self.device.type, enabled=False):
@@ -96,42 +108,176 @@ class Autoencoder:
             return self._model.decode(plain).sample
 
 
+def load_codec(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
+    """The codec of a run: `Identity`, or as `load_autoencoder`."""
+    return Identity() if config.codec is None else load_autoencoder(config, device)
+
+
 def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder that `config.codec` names.
+    """Load the autoencoder at `config.codec.path`.
 
     Raises:
-        ConfigError: there is none, or it does not fit the config; names the key and the remedy.
+        ConfigError: it is missing, or does not fit the config; names the key and the remedy.
         MissingExtra: diffusers is not installed.
     """
-    assert config.codec is not None, "asked of runs on codes"
+    assert config.codec is not None
     if config.codec.path is None:
         raise ConfigError(
             f"codec.path is not set: {config.name} needs an autoencoder, a folder with an "
-            "AutoencoderKL of diffusers (--codec PATH); mdm train codec --data DIR --out RUN, or "
+            f"{_CLASS} of diffusers (--codec PATH); mdm train codec --data DIR --out RUN, or "
             "mdm train openmoji-codec --out RUN, makes one"
         )
     folder = codec_folder(config.codec.path)
-    card = read_card(folder)
-    if config.codec.factor != card.factor:
+    shape = read_code_shape(folder)
+    if config.codec.factor != shape.factor:
         raise ConfigError(
-            f"codec.factor is {config.codec.factor}, but {folder} makes each side {card.factor} "
-            f"times smaller: add --set codec.factor={card.factor}, and give model.levels the sides "
-            "that codes then have"
+            f"codec.factor is {config.codec.factor}, but {folder} makes each side {shape.factor} "
+            f"times smaller: add --set codec.factor={shape.factor}, and set model.levels to the "
+            "sides of the codes"
         )
-    if config.model.channels != card.channels:
+    if config.model.channels != shape.channels:
         raise ConfigError(
             f"model.channels is {config.model.channels}, but codes of {folder} have "
-            f"{card.channels}: add --set model.channels={card.channels}"
+            f"{shape.channels}: add --set model.channels={shape.channels}"
         )
     key = check_codec(config.codec, folder, config.name)
     diffusers = require("diffusers", "diffusers", "a codec")
-    model, loading = diffusers.AutoencoderKL.from_pretrained(
+    model, report = diffusers.AutoencoderKL.from_pretrained(
         str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    check_weights(folder, loading)
+    # diffusers would only warn of missing or unused weights.
+    if problems := {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}:
+        raise ConfigError(f"codec.path: the weights in {folder} do not fit its config: {problems}")
     return Autoencoder(model, key, device)
 
 
-def load_codec(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
-    """What stands between pictures and the pyramid of a run. Raises as `load_autoencoder`."""
-    return Identity() if config.codec is None else load_autoencoder(config, device)
+# --- the folder of a codec -----------------------------------------------------------------------
+
+
+class CodeShape(NamedTuple):
+    """Side of an image over side of its codes, and channels of the codes."""
+
+    factor: int
+    channels: int
+
+
+def codec_folder(path: str) -> Path:
+    """Absolute folder of the `AutoencoderKL` at `path`.
+
+    Raises:
+        ConfigError: there is none, or its weights are no safetensors.
+    """
+    place = Path(path).expanduser().resolve()
+    if not place.is_dir():
+        raise ConfigError(
+            f"codec.path: there is no folder {place}; if the codec has moved, correct codec.path "
+            f"in the config, or put a copy into a folder {OWN} in the run's or model's folder"
+        )
+    folder = next((place / part for part in _PLACES if _is_codec(place / part)), None)
+    if folder is None:
+        raise ConfigError(
+            f"codec.path: {place} holds no {_CLASS} of diffusers (a {SETTINGS} with the "
+            f"_class_name {_CLASS}, beside {WEIGHTS})"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(
+            f"codec.path: {folder} has no {WEIGHTS}; other forms of weights can run code when they "
+            "are read: save it as safetensors with diffusers first"
+        )
+    return folder
+
+
+def read_code_shape(folder: Path) -> CodeShape:
+    """Shape of the codes, from the settings. Raises ConfigError if a setting is missing."""
+    settings = _read_settings(folder)
+    try:
+        factor = 2 ** (len(settings["block_out_channels"]) - 1)
+        return CodeShape(factor, settings["latent_channels"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"codec.path: {folder / SETTINGS} lacks {error}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of settings and weights, in hexadecimal digits."""
+    settings = {name: value for name, value in _read_settings(folder).items() if name[:1] != "_"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with open(folder / WEIGHTS, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_codec(config: CodecConfig, folder: Path, name: str) -> str:
+    """Hash of the codec in `folder`. Raises ConfigError unless model `name` was trained with it.
+
+    A config without a hash agrees with every codec.
+    """
+    key = fingerprint(folder)
+    if config.weights not in ("", key):
+        raise ConfigError(
+            f"codec.path: {folder} is not the codec that {name} was trained with: its hash is "
+            f"{key[:12]}..., not {config.weights[:12]}...; give the folder of that one"
+        )
+    return key
+
+
+def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of the model in `folder`, with the codec beside its weights if there is one."""
+    own = folder / OWN
+    return _with_path(config, str(own.resolve())) if config.codec and own.is_dir() else config
+
+
+def moved_codec(config: RunConfig, run: Path) -> RunConfig:
+    """The config of a checkpoint, with the codec of its run, or at the place that the run names."""
+    if config.codec is not None and (run / "config.yaml").is_file():
+        present = load_config(run / "config.yaml").codec
+        config = _with_path(config, present and present.path)
+    return with_own_codec(config, run)
+
+
+def _with_path(config: RunConfig, path: str | None) -> RunConfig:
+    assert config.codec is not None
+    return config.model_copy(update={"codec": config.codec.model_copy(update={"path": path})})
+
+
+def refuse_codec(path: Path) -> None:
+    """Raise ConfigError if `path`, named as a model, is an autoencoder or its training."""
+    remedy = f"mdm train PRESET --codec {path} trains a model on its codes"
+    if (path / TRAINING).is_file():
+        raise ConfigError(
+            f"{path} is the training of an autoencoder, which draws nothing by itself: {remedy}, "
+            f"mdm train {path} goes on with it"
+        )
+    if _is_codec(path):
+        raise ConfigError(f"{path} is an autoencoder, which draws nothing by itself: {remedy}")
+
+
+def carry_codec(config: RunConfig, folder: Path) -> RunConfig:
+    """Copy the codec of a run into the model folder `folder`, and return the config without a path.
+
+    Raises:
+        ConfigError: there is no codec at `codec.path`, or another one than the run's.
+        OSError: it cannot be written.
+    """
+    if config.codec is None or config.codec.path is None:
+        return config
+    origin = codec_folder(config.codec.path)
+    check_codec(config.codec, origin, config.name)
+    for name in FILES:
+        with open(origin / name, "rb") as source:
+            size = (origin / name).stat().st_size
+            write_atomically(folder / OWN / name, partial(shutil.copyfileobj, source), needed=size)
+    return _with_path(config, None)
+
+
+def _is_codec(folder: Path) -> bool:
+    return _read_settings(folder).get("_class_name") == _CLASS
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Settings in a folder; empty if there are none or they cannot be read."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
-from matryoshka_diffusion.codec.folder import with_own_codec
+from matryoshka_diffusion.codec.autoencoder import with_own_codec
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.eval.results import Result
 from matryoshka_diffusion.files import write_atomically

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from matryoshka_diffusion.codec import folder as codecs
+from matryoshka_diffusion.codec import autoencoder as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.train.checkpoint import MODEL, export_weights

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from matryoshka_diffusion.codec.autoencoder import Codec, Identity
-from matryoshka_diffusion.codec.coded import Coded
+from matryoshka_diffusion.codec.latent_loader import LatentLoader
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
@@ -56,7 +56,7 @@ class HeldOutLoss:
         whole = config.train.model_copy(update={"condition_dropout": 0.0})
         plain = config.model_copy(update={"train": whole, "model": net.config})
         loader = Loader(source, config.train.seed, pixels=config.data.pixels)
-        feed = Feed(plain, Coded(loader, self.codec), self.encode, self.device)
+        feed = Feed(plain, LatentLoader(loader, self.codec), self.encode, self.device)
         process = Process.from_config(config.process, net.config)
         count = min(PICTURES, len(source))
         totals = torch.zeros(len(net.levels), dtype=torch.float64)

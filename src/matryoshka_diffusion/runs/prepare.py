@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.cascade import note_base
-from matryoshka_diffusion.codec.autoencoder import Codec, Identity, load_autoencoder
-from matryoshka_diffusion.codec.cache import CodeCache
-from matryoshka_diffusion.codec.coded import Coded, can_store, store_codes
-from matryoshka_diffusion.codec.folder import codec_folder, read_card, with_own_codec
+from matryoshka_diffusion.codec.autoencoder import (
+    Codec,
+    Identity,
+    codec_folder,
+    load_autoencoder,
+    read_code_shape,
+    with_own_codec,
+)
+from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, can_store, store_codes
 from matryoshka_diffusion.config import (
     GENTLE,
     VIDEO_SOURCES,
@@ -72,7 +77,7 @@ class Job(NamedTuple):
     config: RunConfig
     source: Source
     held_out: Source | None
-    loader: Coded
+    loader: LatentLoader
     encode: FeatureCache | None
     base: dict[str, Tensor] | None
     codec: Codec
@@ -137,7 +142,7 @@ def find_config(
 
 def _with_codec(old: CodecConfig | None, folder: Path) -> str:
     """The change that puts a codec into a config; the factor of one that has it stays."""
-    factor = read_card(folder).factor if old is None else old.factor
+    factor = read_code_shape(folder).factor if old is None else old.factor
     return f"codec={CodecConfig(path=str(folder), factor=factor).model_dump_json()}"
 
 
@@ -197,7 +202,7 @@ def prepare(
     loader = Loader.of(source, config.train.seed, data)
     config, base = _with_base(_naming(config, codec))
     text = "\n".join(line for line in (text, told) if line)
-    return Job(config, source, held_out, Coded(loader, codec), encode, base, codec, text)
+    return Job(config, source, held_out, LatentLoader(loader, codec), encode, base, codec, text)
 
 
 def _open_codec(

@@ -23,8 +23,14 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import Autoencoder, AutoencoderKL
-from matryoshka_diffusion.codec.folder import OWN, SETTINGS, TRAINING, WEIGHTS
+from matryoshka_diffusion.codec.autoencoder import (
+    OWN,
+    SETTINGS,
+    TRAINING,
+    WEIGHTS,
+    Autoencoder,
+    AutoencoderKL,
+)
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, override, to_yaml
 from matryoshka_diffusion.data.loader import Loader, look_ahead, to_float, to_uint8
