@@ -14,7 +14,7 @@ from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -25,7 +25,7 @@ STAGES = (StageConfig(levels=2, images=24, batch_size=4, lr=1e-2),)
 def one_step(recompute, rows=(4, 2), precision="fp32", **changes):
     """Outcome and gradients of a step; there is dropout, and the network says something."""
     config = tiny_config(stages=STAGES, precision=precision, recompute=recompute, **changes)
-    trainer = Trainer(Diffusion(config), CPU)
+    trainer = Trainer(diffusion(config), CPU)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for parameter in trainer.net.parameters():  # adapters and outputs begin at zero
@@ -54,7 +54,7 @@ def test_parts_of_a_batch_are_recomputed_with_their_own_dropout():
 
 
 def test_a_level_that_is_grown_is_recomputed_if_asked():
-    trainer = Trainer(Diffusion(tiny_config(recompute=(1,))))
+    trainer = Trainer(diffusion(tiny_config(recompute=(1,))))
     assert [level.recomputed for level in trainer.net.levels] == [False]
     trainer.grow(2)
     assert [level.recomputed for level in trainer.net.levels] == [False, True]

@@ -176,7 +176,9 @@ def _measuring(
 
     frames = model.resolutions[-1].frames
     networks = find_networks(device, options.inception, options.clip, options.fvd, frames)
-    with world.first_here("data"):  # what one rank of a machine decodes, the others find
+    with world.first(
+        "data", each_machine=True
+    ):  # what one rank of a machine decodes, the others find
         asked = request(
             model.config,
             model.picture_side,

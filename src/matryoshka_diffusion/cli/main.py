@@ -400,7 +400,7 @@ def _train(
         world.once(lambda: refuse_foreign(out))
         # What rank 0 downloads, decodes and encodes, the others find in the cache.
         with (
-            world.first_here("data"),
+            world.first("data", each_machine=True),
             Bar("encoding", " captions", tell=True) as bar,
             Bar("encoding", " pictures", tell=True) as coding,
         ):
