@@ -120,8 +120,7 @@ def _train_codec(config: Any, options: argparse.Namespace) -> None:
     out = options.out or (begun if (begun / TRAINING).is_file() else None)
     if out is None:
         raise SystemExit(say("mdm train: give the codec's folder with --out", 2))
-    with Bar("training a codec", " images", tell=True) as bar:
-        codec = train_codec(config, out, find_device(options.device), progress=bar)
+    codec = train_codec(config, out, find_device(options.device))
     print(f"PSNR {codec.psnr:.2f} dB on {codec.measured_on}: {out / 'reconstructions.png'}")
     print(f"trained: {codec.folder}; mdm train {_on_codes(config)} --codec {out} --out RUN")
 
