@@ -174,7 +174,7 @@ def finest_only(pictures: PictureSet) -> RunConfig:
 
 def cascade(pictures: PictureSet) -> tuple[RunConfig, RunConfig]:
     """A base on half of the compute, and an upsampler on the other half."""
-    small, large = (preset(f"{pictures.preset}-{part}") for part in ("base", "upsampler"))
+    small, large = (preset(pictures.preset, part) for part in ("base", "upsampler"))
     return _half(small, pictures), _half(large, pictures)
 
 
@@ -184,7 +184,7 @@ def _half(config: RunConfig, pictures: PictureSet) -> RunConfig:
 
 def on_codes(pictures: PictureSet, kind: str) -> RunConfig:
     """Latent DM (one level), or MDM on codes: half of the compute on the coarser level first."""
-    config = preset(f"{pictures.preset}-{kind}")
+    config = preset(pictures.preset, kind)
     stages = [stage.model_copy(update={"mix": ()}) for stage in config.train.stages]
     return _staged(config, pictures, stages, (1.0 / len(stages),) * len(stages))
 
@@ -230,7 +230,7 @@ def nests(pictures: PictureSet) -> dict[str, RunConfig]:
 
     One level is simple DM. No stage of the coarsest level alone, since which that is differs.
     """
-    simple = preset(f"{pictures.preset}-simple")
+    simple = preset(pictures.preset, "simple")
     others = {name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()}
     return {"levels-1": _staged(simple, pictures, simple.train.stages, (1.0,)), **others}
 

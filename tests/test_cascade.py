@@ -276,19 +276,19 @@ def test_a_base_is_judged_by_the_levels_that_it_has_reached():
 @pytest.mark.parametrize(
     ("base", "upsampler"),
     [
-        ("openmoji-base", "openmoji-upsampler"),
-        ("fashion-mnist-base", "fashion-mnist-upsampler"),
-        ("imagenet-64", "imagenet-256-upsampler"),
-        ("cc12m-64", "cc12m-256-upsampler"),
+        ("openmoji --as base", "openmoji"),
+        ("fashion-mnist --as base", "fashion-mnist"),
+        ("imagenet-64", "imagenet-256"),
+        ("cc12m-64", "cc12m-256"),
     ],
 )
 def test_the_presets_are_pairs(base, upsampler):
-    check_pair(preset(base), preset(upsampler))
+    check_pair(preset(*base.split(" --as ")), preset(upsampler, "upsampler"))
 
 
 @pytest.mark.parametrize("name", ["openmoji", "fashion-mnist"])
 def test_a_base_learns_from_the_pictures_that_its_upsampler_does(name):
-    base, upsampler, nested = (preset(n) for n in (f"{name}-base", f"{name}-upsampler", name))
+    base, upsampler, nested = (preset(name, kind) for kind in ("base", "upsampler", None))
     assert base.data_side == upsampler.data_side == nested.data_side
     assert base.model.levels == nested.model.levels[:1]
     side = base.data_side // 2 + 1
@@ -396,7 +396,7 @@ def test_training_notes_which_base_the_upsampler_is_for(runs, monkeypatch, capsy
 
 
 def test_a_base_that_does_not_fit_is_refused_before_training(runs):
-    config = job.find_config("fashion-mnist-upsampler", None, [], base=str(runs / "base"))
+    config = job.find_config("fashion-mnist", as_="upsampler", base=str(runs / "base"))
     assert config.sampling.base is not None
     assert config.sampling.base.path == str((runs / "base").resolve())
     small = ["sampling.coarse_noise=0.3", "model.coarse={side: 4}"]

@@ -319,7 +319,7 @@ def test_training_is_the_same_with_and_without_stored_codes(
 def test_what_is_never_shown_twice_is_not_stored(change, tiny_codec, photos, own_cache):
     config = on_codes(tiny_codec(), path=str(photos), **change)
     ready = job.prepare(config)
-    assert ready.text.endswith("no picture recurs as it was")
+    assert ready.notes.endswith("no picture recurs as it was")
     assert ready.loader.batch(range(2)).picture.shape == (2, 4, 8, 8)
 
 
@@ -336,7 +336,7 @@ def train_command(photos, codec, out) -> int:
                 "train.preview_every_images=8", "data.held_out=0.25", stages]  # fmt: skip
     arguments = [word for setting in settings for word in ("--set", setting)]
     places = ["--data", str(photos), "--codec", str(codec), "--out", str(out)]
-    return cli.main(["train", "openmoji-latent", *places, *arguments])
+    return cli.main(["train", "openmoji", "--as", "latent", *places, *arguments])
 
 
 def test_the_command_trains_watches_draws_and_shares(tiny_codec, own_cache, tmp_path, capsys):
@@ -458,7 +458,7 @@ def test_a_codec_is_put_into_any_config(tiny_codec):
     config = job.find_config("folder-64", None, changes, codec=str(tiny_codec(factor=8)))
     assert config.codec == CodecConfig(path=str(tiny_codec(factor=8)), factor=8)
     assert config.data_side == 512
-    kept = job.find_config("openmoji-latent", None, [], codec=str(tiny_codec(factor=8)))
+    kept = job.find_config("openmoji", as_="latent", codec=str(tiny_codec(factor=8)))
     assert kept.codec is not None
     assert kept.codec.factor == 4  # whose levels are of that; loading says so
     with pytest.raises(ConfigError, match=r"sampling\.threshold .*\[none\]"):

@@ -254,7 +254,7 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
     assert config.name == name
     assert override(config, []) == config
     base = {"codec": "folder-64"}.get(name, name.removesuffix("-codec"))
-    user = preset(f"{base}-latent")
+    user = preset(base, "latent")
     assert user.codec is not None
     assert user.codec.factor == config.factor
     assert user.model.channels == config.channels
@@ -337,10 +337,10 @@ def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path
     assert cli.main(["train", "codec", "--data", str(smooth), "--out", out, *settings]) == 0
     said = capsys.readouterr().out
     assert "dB on 16 training pictures" in said
-    assert f"mdm train folder-64-latent --data {smooth} --codec {out} --out RUN" in said
+    assert f"mdm train folder-64 --data {smooth} --as latent --codec {out} --out RUN" in said
     assert cli.main(["train", out]) == 0
     changes = ["codec.factor=2", "model.channels=2", "model.levels[0].side=8"]
-    config = job.find_config("folder-64-latent", str(smooth), changes, codec=out)
+    config = job.find_config("folder-64", str(smooth), changes, as_="latent", codec=out)
     assert job.prepare(config).loader.batch(range(3)).picture.shape == (3, 2, 8, 8)
 
 

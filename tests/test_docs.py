@@ -85,8 +85,8 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "openmoji": (*SMALL, "model.text.width=32", "data.held_out=0.9", stages(3)),
     "fashion-mnist": (*SMALL, stages(2)),
     "folder-64": (*SMALL, stages(3)),
-    "openmoji-base": (*SMALL, "model.text.width=32", stages(1)),
-    "openmoji-upsampler": (
+    "openmoji --as base": (*SMALL, "model.text.width=32", stages(1)),
+    "openmoji --as upsampler": (
         "model.embedding=32",
         "model.levels[0].widths=[32, 32, 32, 32]",
         "model.text.width=32",
@@ -94,7 +94,7 @@ SHRUNK: dict[str, tuple[str, ...]] = {
         "sampling.steps=2",
         stages(1),
     ),
-    "folder-64-latent": (*SMALL, stages(1)),
+    "folder-64 --as latent": (*SMALL, stages(1)),
     "emoji-still": (*SMALL, "model.text.width=32", stages(1)),
     "emoji-video": (
         *SMALL,
@@ -170,6 +170,14 @@ def smaller(words: Sequence[str]) -> list[str]:
 
 def shrinking(arguments: Sequence[str]) -> list[str]:
     """What makes the command `mdm` with `arguments` smaller."""
+    if "--as" in arguments:
+        place = arguments.index("--as")
+        arguments = [
+            *arguments[:1],
+            " ".join((arguments[1], *arguments[place : place + 2])),
+            *arguments[2:place],
+            *arguments[place + 2 :],
+        ]
     match arguments:
         case ["train", name, *_] if "--dry-run" in arguments and name in SHRUNK:
             return settings(SHRUNK[name])
@@ -570,6 +578,6 @@ def test_an_unknown_command_is_an_error(line):
 
 @pytest.mark.parametrize("name", SHRUNK)
 def test_shrunk_presets_are_valid_and_small(name):
-    config = override(preset(name), list(SHRUNK[name]))
+    config = override(preset(*name.split(" --as ")), list(SHRUNK[name]))
     assert config.train.images <= 24
     assert config.train.stages[-1].levels == len(config.model.levels)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, WeightingConfig
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Pooled
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
 from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid
 from matryoshka_diffusion.schedule import Cosine
@@ -101,11 +99,11 @@ def test_only_the_finest_error_counts_and_the_coarse_level_still_learns():
 @pytest.mark.parametrize(
     ("weights", "stages", "message"),
     [
-        ((0.0,), {}, "level_weights is 0 for level 0, the finest of train.stages.0."),
-        ((1.0, 0.0), {}, r"is 0 for level 1, the finest of train.stages\[1\]"),
-        ((0.0, 1.0), {}, r"is 0 for level 0, the finest of train.stages\[0\]"),
+        ((0.0,), {}, r"level_weights is 0 for level 0, .*stages\[0\]"),
+        ((1.0, 0.0), {}, r"level_weights is 0 for level 1, .*stages\[1\]"),
+        ((0.0, 1.0), {}, r"level_weights is 0 for level 0, .*stages\[0\]"),
         ((-1.0, 1.0), {}, r"level_weights\[0\]: .*greater than or equal to 0"),
-        ((0.0, 1.0), {"mix": [0.5, 0.5]}, r"stages\[0\]\.mix gives rows to level 0 at most"),
+        ((0.0, 1.0), {"mix": [0.5, 0.5]}, r"stages\[0\]\.mix\[0\]"),
     ],
 )
 def test_what_would_not_be_trained_is_refused(weights, stages, message):
@@ -115,16 +113,3 @@ def test_what_would_not_be_trained_is_refused(weights, stages, message):
     data["train"]["stages"][0] |= stages
     with pytest.raises(ConfigError, match=message):
         from_dict(data)
-
-
-def test_the_baseline_is_its_nest_but_for_the_loss_and_the_stages():
-    finest, nested = preset("openmoji-finest"), preset("openmoji")
-    assert finest.model == nested.model
-    assert finest.sampling == nested.sampling
-    assert without_stages(finest) == without_stages(nested)
-    assert "weights of the levels' losses: 0 0 1" in describe(finest)
-
-
-def without_stages(run):
-    # The rate decays over a share of the last stage, which depends on the others.
-    return run.train.model_dump(exclude={"stages", "decay_share"})

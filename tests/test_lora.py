@@ -24,6 +24,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs.grow import grow_run, next_level, warm_start
 from matryoshka_diffusion.train.checkpoint import (
     CheckpointError,
     build_network,
@@ -230,7 +231,7 @@ def test_a_run_of_adapters_samples_finished_or_not_and_exports_whole(tuned, mode
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * theirs.abs().max().item())
         assert loaded.config.train.lora is None, "the weights are whole"
     Matryoshka.load(tmp_path / "average")
-    grown = job.grow_run(str(tuned), partial(job.next_level, side=32), tmp_path / "grown")
+    grown = grow_run(str(tuned), partial(next_level, side=32), tmp_path / "grown")
     assert (grown.train.init, grown.train.lora) == (None, None), "it begins with whole weights"
 
 
@@ -326,15 +327,15 @@ def test_a_rank_is_all_that_the_command_line_needs(model):
 
 def test_the_base_of_adapters_is_found_and_checked(model, tmp_path):
     config = tuning(model, base="")
-    completed, base = job._with_base(config)
+    completed, base = job._with_adapted(config)
     assert there(completed.train.lora).base == fingerprint(there(base))
-    assert job._with_base(completed)[0] == completed
+    assert job._with_adapted(completed)[0] == completed
     levels = config.model.levels
     changed = (levels[0].model_copy(update={"shift_ratio": 3.0}), levels[1])
     other = config.model_copy(update={"model": config.model.model_copy(update={"levels": changed})})
     with pytest.raises(ConfigError, match=r"model\.levels of .* is not that of this run"):
-        job._with_base(other)
+        job._with_adapted(other)
     with pytest.raises(ConfigError, match="hold no attention"):
-        job._with_base(tuning(model, levels=(1,)))
-    job.warm_start(config, tmp_path / "run")
+        job._with_adapted(tuning(model, levels=(1,)))
+    warm_start(config, tmp_path / "run")
     assert not (tmp_path / "run").exists(), "the model is not copied into the run"

@@ -1,26 +1,60 @@
-"""Every named run, shrunk: it builds, learns with every parameter, and survives YAML."""
+"""Every named run, shrunk: it survives YAML, learns with every parameter, trains, grows, samples.
+
+The baselines take as much arithmetic as the nest, and share its parts where they can.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ConfigError, LevelConfig, ModelConfig, RunConfig
+from matryoshka_diffusion.config import (
+    CodecConfig,
+    ConfigError,
+    LevelConfig,
+    ModelConfig,
+    RunConfig,
+)
 from matryoshka_diffusion.configfile import from_yaml, to_yaml
+from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
-from matryoshka_diffusion.nn.costs import forward_flops
+from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import PRESETS, preset
+from matryoshka_diffusion.presets.baselines import BASELINES
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
+from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.train.checkpoint import load_network
 from matryoshka_diffusion.train.stages import learning_rate
+from matryoshka_diffusion.train.trainer import train
 
-every_preset = pytest.mark.parametrize("name", PRESETS)
+COMPARED = {
+    "openmoji": tuple(BASELINES),
+    "fashion-mnist": ("simple", "finest", "base", "upsampler", "latent"),
+    "folder-64": ("latent",),
+    "cc12m-256": ("simple", "finest", "upsampler", "latent"),
+    "imagenet-256": ("simple", "upsampler", "latent"),
+}
+RUNS = {
+    **{name: (name, None) for name in PRESETS},
+    **{f"{name}-{kind}": (name, kind) for name, kinds in COMPARED.items() for kind in kinds},
+}
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def run_of(name: str) -> RunConfig:
+    return preset(*RUNS[name])
 
 
 def shrunk(model: ModelConfig) -> ModelConfig:
@@ -64,7 +98,7 @@ def woken(net: NestedUNet) -> NestedUNet:
 
 
 def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditioning]:
-    """Pictures, noise and conditions of which one row is dropped where rows may be."""
+    """Images, noise and conditions, of which one row is dropped where rows may be."""
     generator = torch.Generator().manual_seed(1)
 
     def numbers(*shape: int) -> Tensor:
@@ -73,12 +107,11 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
     shapes = [resolution.shape(model.channels) for resolution in resolutions_of(model)]
     x = build_pyramid(numbers(*shapes[-1]), resolutions_of(model))
     noise = tuple(numbers(*shape) for shape in shapes)
-    names = {micro.name for level in model.levels for micro in level.micro}
     cond = Conditioning(
         labels=torch.arange(rows) if model.classes else None,
         tokens=numbers(4, model.text.features) if model.text else None,
         mask=torch.arange(4) < torch.tensor([[4], [2]]) if model.text else None,
-        micro={name: torch.tensor([10.0, 30.0]) for name in names},
+        micro={name: torch.tensor([10.0, 30.0]) for name in model.micro_names},
         image=numbers(*shapes[0]) if model.coarse else None,
         image_t=torch.tensor([0.2, 0.7]) if model.coarse else None,
     )
@@ -87,17 +120,19 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
     return x, noise, cond
 
 
-@every_preset
-def test_every_parameter_of_every_preset_learns(name: str):
-    run = preset(name)
-    run = revalidated(run.model_copy(update={"model": shrunk(run.model)}))
-    net = woken(NestedUNet(run.model))
-    x, noise, cond = batch(run.model)
-    process = Process.from_config(run.process, run.model)
+@every_run
+def test_every_preset_survives_yaml_and_every_parameter_learns(name: str):
+    run = run_of(name)
+    assert run.name == name
+    assert revalidated(run) == run
+    assert run.train.stages[-1].levels == len(run.model.levels)
+    model = revalidated(run.model_copy(update={"model": shrunk(run.model)})).model
+    net = woken(NestedUNet(model))
+    x, noise, cond = batch(model)
+    process = Process.from_config(run.process, model)
     times = torch.tensor([0.1, 0.5], dtype=torch.float64)
     loss = matryoshka_loss(net, x, cond, times, noise, process=process)
     assert loss.total.isfinite()
-    assert loss.per_level.shape == (len(run.model.levels),)
     loss.total.backward()
     still = {
         key
@@ -114,59 +149,101 @@ def test_every_parameter_of_every_preset_learns(name: str):
     assert still == unused
 
 
-@every_preset
-def test_every_preset_survives_yaml(name: str):
-    run = preset(name)
-    assert run.name == name
-    assert revalidated(run) == run
+# --- a run of each -----------------------------------------------------------------------------
+
+ROWS = 2
 
 
-@every_preset
-def test_every_preset_trains_as_deep_as_its_nest(name: str):
-    run = preset(name)
-    assert run.train.stages[-1].levels == len(run.model.levels)
+def short(run: RunConfig) -> RunConfig:
+    """The run with its nest shrunk and one step in each stage; shares and precision stay."""
+    stages = tuple(
+        stage.model_copy(update={"images": ROWS, "batch_size": ROWS}) for stage in run.train.stages
+    )
+    often = {"log_every_images": 1, "checkpoint_every_images": ROWS, "warmup_images": ROWS}
+    learning = run.train.model_copy(update={"stages": stages, "init_levels": 0, **often})
+    return revalidated(run.model_copy(update={"model": shrunk(run.model), "train": learning}))
 
 
-def parameters(name: str) -> int:
+class Smooth:
+    """Images of smooth colours, or such latents, with all conditions of any preset."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.model = config.model
+
+    def batch(self, ids: range) -> Batch:
+        side, channels = self.model.levels[-1].side, self.model.channels
+        coarse = [normal(0, "picture", n, shape=(channels, 2, 2)).clamp(-1, 1) for n in ids]
+        picture = torch.nn.functional.interpolate(torch.stack(coarse), size=(side, side))
+        frames = [picture.roll(n, dims=3) for n in range(self.model.levels[-1].frames or 0)]
+        classes = self.model.classes
+        return Batch(
+            picture=torch.stack(frames, dim=2) if frames else picture,
+            captions=tuple(f"picture {n}" for n in ids),
+            labels=torch.tensor([n % classes for n in ids]) if classes else None,
+            original_side=200 * uniform(0, "side", ids).float() + side,
+            ids=torch.tensor(ids),
+            keys=tuple(f"picture-{n}" for n in ids),
+        )
+
+
+class Words:
+    """Features of the width that shrunk presets have: one fixed vector for each word."""
+
+    key, width = "words", 24
+
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        words = [(*caption.split(), "</s>") for caption in captions]
+        return [torch.stack([normal(0, word, shape=(24,)) for word in some]) for some in words]
+
+
+@every_run
+def test_a_shrunk_preset_trains_grows_and_samples(
+    name: str, tmp_path: Path, tiny_codec: Callable[..., Path]
+):
+    config, words = short(run_of(name)), Words()
+    if config.codec is not None:
+        factor, channels = config.codec.factor, config.model.channels
+        codec = CodecConfig(path=str(tiny_codec(factor=factor, channels=channels)), factor=factor)
+        config = config.model_copy(update={"codec": codec})
+    encode = words if config.model.text is not None else None
+    finished = train(config, Smooth(config), tmp_path / "run", encode=encode)
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    levels = [len(json.loads(line)["loss_per_level"]) for line in lines]
+    assert levels == [stage.levels for stage in config.train.stages]
+    assert all(json.loads(line)["loss"] > 0 for line in lines)
+
+    weights = load_file(finished / "model.safetensors")
+    net = load_network(config.model, weights, where=name)
+    model = Matryoshka(net, config, encoder=words if encode else None)
+    prompts, classes = "picture 1" if encode else None, 0 if config.model.classes else None
+    given, coarse = None, config.model.coarse
+    if coarse is not None:
+        given = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
+    samples = model.sample(prompts, classes=classes, coarse=given, steps=1)
+    sides = [level.side * config.pixels_per_side for level in config.model.levels]
+    assert [tuple(level.shape[-3:-1]) for level in samples.levels] == [(s, s) for s in sides]
+
+
+# --- sizes and schedules -----------------------------------------------------------------------
+
+
+def parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in NestedUNet(preset(name).model).parameters())
-
-
-def test_the_papers_base_model_has_437_million_parameters():
-    assert parameters("cc12m-64") == pytest.approx(437.2e6, abs=0.1e6)
+        return count_parameters(NestedUNet(model))
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
+    ("name", "count", "error"),
     [
-        ("released-64", 461_359_107),
-        ("released-256", 476_613_958),
-        ("released-1024", 480_970_057),
+        ("cc12m-64", 437.2e6, 0.1e6),  # which the paper rounds to 450 M
+        ("released-64", 461_359_107, 0),
+        ("released-256", 476_613_958, 0),
+        ("released-1024", 480_970_057, 0),
     ],
 )
-def test_the_released_models_have_their_exact_size(name: str, count: int):
-    assert parameters(name) == count
-
-
-def test_the_changed_s64_has_the_weights_of_s64_and_about_its_arithmetic():
-    """Appendix D.2: on codes of 32 x 32 it does not halve after its first width."""
-    plain, changed = preset("cc12m-64").model, preset("cc12m-256-latent").model
-    level = changed.levels[0]
-    assert (level.side, level.core_side) == (32, plain.levels[0].core_side)
-    more = 2 * 9 * 256 + 1  # one channel more in the stem and in the head
-    assert parameters("cc12m-256-latent") - parameters("cc12m-64") == more
-    share = forward_flops(changed, 1) / forward_flops(plain, 1)
-    assert share == pytest.approx(0.815, abs=0.005)
-
-
-def test_a_model_on_codes_has_the_trunk_of_the_one_on_pixels():
-    for name in ("openmoji", "fashion-mnist"):
-        pixels, codes = preset(name), preset(f"{name}-latent")
-        trunks = [run.model.levels[0] for run in (pixels, codes)]
-        assert trunks[0].widths == trunks[1].widths
-        assert trunks[0].stem_side == trunks[1].stem_side
-        assert pixels.data_side == codes.data_side
-        assert pixels.train.images == codes.train.images
+def test_the_papers_models_have_their_size(name: str, count: float, error: float):
+    assert parameters(run_of(name).model) == pytest.approx(count, abs=error, rel=0)
 
 
 @pytest.mark.parametrize(
@@ -185,24 +262,134 @@ def test_a_model_on_codes_has_the_trunk_of_the_one_on_pixels():
 )
 def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
     half = torch.tensor([0.5], dtype=torch.float64)
-    found = [float(schedule.log_snr(half)) for schedule in build_schedules(preset(name).model)]
+    found = [float(schedule.log_snr(half)) for schedule in build_schedules(run_of(name).model)]
     assert found == pytest.approx([base + shift for shift in levels], abs=1e-3)
-
-
-def test_an_unknown_preset_is_an_error_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"'openmojis' \(did you mean openmoji\?\).*cc12m-64"):
-        preset("openmojis")
 
 
 @pytest.mark.parametrize("name", ["openmoji", "fashion-mnist", "openmoji-codes", "openmoji-simple"])
 def test_a_rate_that_decays_is_whole_until_thirty_per_cent_of_the_last_stage_are_left(name):
-    train = preset(name).train
+    train = run_of(name).train
     last = train.stages[-1]
     left = 0.3 * last.images
     before = learning_rate(train, int(train.images - 1.01 * left), last.batch_size)
     assert before == pytest.approx(last.lr)
     halfway = learning_rate(train, int(train.images - 0.5 * left), last.batch_size)
     assert halfway == pytest.approx(last.lr / 2, rel=1e-2)
-    assert (
-        preset("cc12m-256").train.decay_share == preset("cc12m-256-simple").train.decay_share == 0
-    )
+    for constant in ("cc12m-256", "cc12m-256-simple"):
+        assert run_of(constant).train.decay_share == 0
+
+
+# --- baselines ---------------------------------------------------------------------------------
+
+
+def arithmetic(name: str) -> float:
+    """FLOPs of all forward passes of a run: a row costs what the levels do that it has."""
+    run = run_of(name)
+    costs = [forward_flops(run.model, n + 1) for n in range(len(run.model.levels))]
+    total = 0.0
+    for stage in run.train.stages:
+        mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
+        total += stage.images * sum(m * cost for m, cost in zip(mix, costs, strict=False))
+    return total
+
+
+@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist"])
+def test_a_baseline_takes_as_much_arithmetic_as_the_nest(name: str):
+    nest = arithmetic(name)
+    assert arithmetic(f"{name}-simple") == pytest.approx(nest, rel=0.01)
+    assert arithmetic(f"{name}-finest") == pytest.approx(nest, rel=0.01)
+    cascade = arithmetic(f"{name}-base") + arithmetic(f"{name}-upsampler")
+    assert cascade == pytest.approx(nest, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "gigaflops"),
+    [
+        ("openmoji-simple", 6.2, 0.56),
+        ("openmoji-upsampler", 6.5, 0.57),
+        ("fashion-mnist-simple", 2.7, 0.29),
+        ("fashion-mnist-base", 2.2, 0.11),
+    ],
+)
+def test_baselines_have_the_sizes_that_are_stated(name: str, millions: float, gigaflops: float):
+    model = run_of(name).model
+    assert parameters(model) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert forward_flops(model, 1) / 1e9 == pytest.approx(gigaflops, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "t", "ratio"),
+    [
+        ("imagenet-256-upsampler", 0.5, 4.0),
+        ("imagenet-256-upsampler", 0.7, 1.0),
+        ("fashion-mnist-upsampler", 0.3, 4.0),
+        ("openmoji-upsampler", 0.3, 1.0),
+    ],
+)
+def test_times_of_augmentation_in_the_signal_that_is_left(name: str, t: float, ratio: float):
+    """Signal over noise of a coarse pixel, which averages over many of the enlarged image."""
+    model = run_of(name).model
+    assert model.coarse is not None
+    times = torch.tensor([t], dtype=torch.float64)
+    averaged = (model.levels[0].side / model.coarse.side) ** 2
+    found = averaged * build_schedules(model)[0].log_snr(times).exp().item()
+    assert found == pytest.approx(ratio, rel=0.05)
+
+
+def test_the_parts_of_a_nest_are_not_changed_by_being_a_baseline():
+    nest, base = run_of("imagenet-256"), run_of("imagenet-64")
+    assert nest.model.levels[:1] == base.model.levels
+    (simple,) = run_of("imagenet-256-simple").model.levels
+    assert (simple.side, simple.widths) == (256, (64, 128, 256, 512, 768))
+    assert (simple.blocks, simple.attention) == ((2, 2, 3, 2, 2), (0, 0, 0, 1, 5))
+    assert simple.shift_ratio == nest.model.levels[1].shift_ratio
+    upsampler = run_of("imagenet-256-upsampler")
+    assert upsampler.model.levels == (simple,)
+    assert upsampler.train.images == nest.train.stages[-1].images
+
+
+def test_a_finest_baseline_is_its_nest_but_for_the_loss_and_the_stages():
+    finest, nest = run_of("openmoji-finest"), run_of("openmoji")
+    assert (finest.model, finest.sampling) == (nest.model, nest.sampling)
+    assert finest.process.level_weights == (0.0, 0.0, 1.0)
+    # The rate decays over a share of the last stage, which depends on the others.
+    ours, theirs = (r.train.model_dump(exclude={"stages", "decay_share"}) for r in (finest, nest))
+    assert ours == theirs
+
+
+def test_the_changed_s64_has_the_weights_of_s64_and_about_its_arithmetic():
+    """Appendix D.2: on latents of 32 x 32 it does not halve after its first width."""
+    plain, changed = run_of("cc12m-64").model, run_of("cc12m-256-latent").model
+    level = changed.levels[0]
+    assert (level.side, level.core_side) == (32, plain.levels[0].core_side)
+    more = 2 * 9 * 256 + 1  # one channel more in the stem and in the head
+    assert parameters(changed) - parameters(plain) == more
+    share = forward_flops(changed, 1) / forward_flops(plain, 1)
+    assert share == pytest.approx(0.815, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist"])
+def test_a_model_on_latents_has_the_trunk_of_the_one_on_pixels(name):
+    pixels, latents = run_of(name), run_of(f"{name}-latent")
+    trunk, other = (run.model.levels[0] for run in (pixels, latents))
+    assert (trunk.widths, trunk.stem_side) == (other.widths, other.stem_side)
+    assert pixels.data_side == latents.data_side
+    assert pixels.train.images == latents.train.images
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("openmojis", None, "did you mean openmoji.*cc12m-64"),
+        ("openmoji-simple", None, "did you mean openmoji --as simple"),
+        ("openmoji-codec", None, "autoencoder"),
+        ("openmoji", "sample", "sample: .* simple"),
+        ("emoji-still", "base", "emoji-still .* omit --as"),
+        ("emoji-video", "simple", "emoji-video .* omit --as"),
+        ("fashion-mnist", "codes", "fashion-mnist .* openmoji"),
+        ("cc12m-1024", "latent", "cc12m-1024 has latents of 256"),
+    ],
+)
+def test_an_unknown_run_is_an_error_with_what_there_is(name, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        preset(name, kind)

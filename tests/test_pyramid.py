@@ -22,7 +22,7 @@ from matryoshka_diffusion.pyramid import (
     rows_as_frames,
     rows_of_mix,
 )
-from matryoshka_diffusion.runs.prepare import next_frames
+from matryoshka_diffusion.runs.grow import next_frames
 
 
 def picture(*shape: int, seed: int = 0) -> torch.Tensor:

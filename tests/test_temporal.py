@@ -14,9 +14,10 @@ from matryoshka_diffusion.nn import temporal
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
-from matryoshka_diffusion.presets import preset, s64, t16, t16s256
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.presets.paper import s64, t16, t16s256
 from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
-from matryoshka_diffusion.runs.prepare import next_frames, next_level
+from matryoshka_diffusion.runs.grow import next_frames, next_level
 
 ROWS, FRAMES = 3, 4
 TEXT = TextConfig(features=12, width=16, layers=1, heads=2)

@@ -28,6 +28,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.stages import Step
@@ -52,8 +53,8 @@ def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def grown(image_run: Path, out: Path, *changes: str, data: str | None = "films") -> RunConfig:
     """A run of `FRAMES` frames around the image run, on a folder of videos that is not there."""
-    finer = partial(job.next_frames, frames=FRAMES)
-    return job.grow_run(str(image_run), finer, out, changes, data=data)
+    finer = partial(next_frames, frames=FRAMES)
+    return grow_run(str(image_run), finer, out, changes, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_what_is_for_pictures_is_refused_for_clips(video_run: Path):
         override(config, ["codec={path: x}", "sampling.threshold=[none]"])
     with pytest.raises(ConfigError, match=r"data\.augment .* omit"):
         override(config, ["data.augment=0.1", "model.augment=true"])
-    with pytest.raises(ConfigError, match="an upsampler draws pictures, but"):
+    with pytest.raises(ConfigError, match=r"coarse: .*frames; omit"):
         override(config, ["model.coarse={side: 4}", "sampling.coarse_noise=0.1"])
 
 
@@ -211,7 +212,7 @@ def test_levels_with_frames_that_do_not_fit_are_refused(
 def test_a_picture_level_cannot_be_put_around_clips(video_run: Path):
     config = job.find_config(str(video_run), None, [])
     moving = config.model.levels[1]
-    still = job.next_level(moving, 16).model_copy(update={"frames": None})
+    still = next_level(moving, 16).model_copy(update={"frames": None})
     levels: list[dict[str, Any]] = [
         level.model_dump(mode="json") for level in (*config.model.levels, still)
     ]
@@ -248,19 +249,17 @@ def test_new_data_of_a_grown_run_is_what_lies_there(image_run: Path, tmp_path: P
 
     def source(finer: partial[LevelConfig], data: str, *changes: str) -> str:
         out = tmp_path / f"on {data}{changes}"
-        grown = job.grow_run(
-            str(tmp_path / "model"), finer, out, changes, data=str(tmp_path / data)
-        )
+        grown = grow_run(str(tmp_path / "model"), finer, out, changes, data=str(tmp_path / data))
         return grown.data.source
 
-    longer = partial(job.next_frames, frames=FRAMES)
-    assert source(partial(job.next_level, side=16), "stills") == "folder"
+    longer = partial(next_frames, frames=FRAMES)
+    assert source(partial(next_level, side=16), "stills") == "folder"
     assert source(longer, "films") == "clips"
     assert source(longer, "films", "data.source=fluent-emoji") == "fluent-emoji"
 
 
 def test_a_run_on_pictures_is_not_grown_in_time_without_videos(image_run: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"4 frames, but .* pictures .*: give videos with --data"):
+    with pytest.raises(ConfigError, match=r"4 frames, .*: give videos with --data"):
         grown(image_run, tmp_path / "run", data=None)
     assert not (tmp_path / "run").exists()
 

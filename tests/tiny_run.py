@@ -24,7 +24,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.runs.prepare import next_frames
+from matryoshka_diffusion.runs.grow import next_frames
 
 FRAMES = 4
 CAPTIONS = ("red", "a green square", "blue thing", "")

@@ -19,6 +19,10 @@ from matryoshka_diffusion.modelconfig import TextConfig as TextConfig
 
 UNIFORM = 12**-0.5  # length (0.2887) of a plain mean over a training: the bound of EMA lengths
 SLOWEST_FPS, FASTEST_FPS = 0.01, 1000.0  # frames per second of written clips
+PER_LEVEL = (
+    *(("process", "weighting"), ("process", "level_weights")),
+    *(("sampling", "guidance"), ("sampling", "threshold")),
+)  # settings with one entry for all levels, or one for each
 GENTLE = ("freeze_coarse_images", "ramp_images")  # of a stage: a gentle start of its new levels
 
 
@@ -131,7 +135,7 @@ class StageConfig(Strict):
             yield f"mix sums to {sum(self.mix):g}, not to 1"
         for name in GENTLE:
             if (length := getattr(self, name)) > self.images:
-                yield f"{name} is {length}, more than the stage's {self.images} images"
+                yield f"{name} is {length}, more than the stage's {self.images} images; set less"
 
 
 class LoraConfig(Strict):
@@ -206,7 +210,7 @@ class TrainConfig(Strict):
                 yield f"{place}: no levels are new beside trained ones; omit it or set init_levels"
         if self.lora is not None:
             if self.init is None:
-                yield "lora: adapters need a model to be put around; set init"
+                yield "lora: adapters need a model; name it in place of the preset, or set init"
             if levels[-1] > levels[0]:
                 yield "lora: stages that add levels would leave these untrained"
             if beyond := [level for level in self.lora.levels if level >= levels[0]]:
@@ -283,14 +287,9 @@ class RunConfig(Strict):
             yield f"train.stages[-1].levels is {deepest}, but model.levels has {levels} entries"
         if unknown := [level for level in self.train.recompute if level >= levels]:
             yield f"train.recompute names level {unknown[0]}, but the last level is {levels - 1}"
-        per_level = {
-            "process": ("weighting", "level_weights"),
-            "sampling": ("guidance", "threshold"),
-        }
-        for part, names in per_level.items():
-            for name in names:
-                if (entries := len(getattr(getattr(self, part), name))) not in (1, levels):
-                    yield f"{part}.{name} has {entries} entries; give 1 or {levels}"
+        for part, name in PER_LEVEL:
+            if (entries := len(getattr(getattr(self, part), name))) not in (1, levels):
+                yield f"{part}.{name} has {entries} entries; give 1 or {levels}"
         yield from self._untrained_levels()
         if model.text is not None and model.classes:
             yield "model.text and model.classes: a run has captions or classes; omit one"
@@ -329,13 +328,18 @@ class RunConfig(Strict):
 
 
 class CodecRunConfig(Strict):
-    """The training of a small autoencoder on images of `side`: an `AutoencoderKL` of diffusers."""
+    """The training of a small autoencoder (an `AutoencoderKL` of diffusers) on images of `side`.
+
+    Each step from one width to the next halves the side.
+    """
 
     name: str
     data: DataConfig
     side: Count
     channels: Count = 4  # numbers at each position of the latents
-    widths: tuple[Count, ...] = Field((16, 32, 64), min_length=1)  # each step halves the side
+    widths: tuple[Count, ...] = Field(
+        default=(16, 32, 64), min_length=1
+    )  # each step halves the side
     blocks: Count = 1  # the encoder's at each width; the decoder has one more
     norm_groups: Count = 2  # few, because the first widths are small
     square_weight: Weight = 1.0  # of the squared error of a pixel, beside the absolute one

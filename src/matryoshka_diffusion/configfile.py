@@ -78,7 +78,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     Raises:
         ConfigError: no `=`, an unknown path (with the nearest known one), a bad value.
     """
-    return changed(config, [_assignment(text) for text in assignments], where="--set")
+    return changed(config, [assignment(text) for text in assignments], where="--set")
 
 
 def changed(config: Config, changes: Changes, *, where: str = "config") -> Config:
@@ -123,7 +123,8 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {_one_line(error)}") from error
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """The path and value of `path.to.key=value`. Raises `ConfigError`."""
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"--set {text}: write path.to.key=value")

@@ -86,6 +86,7 @@ def train(options: argparse.Namespace) -> None:
         options.set,
         options.init,
         options.lora,
+        as_=options.as_,
         base=options.base,
         codec=options.codec,
     )
@@ -109,9 +110,19 @@ def _train_codec(config: Any, options: argparse.Namespace) -> None:
     from matryoshka_diffusion.runs.train_autoencoder import train_codec
 
     plain = build_parser().parse_args(["train", options.preset])
-    others = ("--init", "--base", "--lora", "--codec", "--dry-run", "--log", "--gpus", "--parallel")
+    others = (
+        "--as",
+        "--init",
+        "--base",
+        "--lora",
+        "--codec",
+        "--dry-run",
+        "--log",
+        "--gpus",
+        "--parallel",
+    )
     for name in (*others, "--rank-timeout"):
-        key = name[2:].replace("-", "_")
+        key = "as_" if name == "--as" else name[2:].replace("-", "_")
         if getattr(options, key) != getattr(plain, key):
             raise UsageError(f"{name} is not for training a codec")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -129,8 +140,8 @@ def _on_codes(config: Any) -> str:
     """The preset that is meant for a codec's codes, with its data."""
     from matryoshka_diffusion.presets import PRESETS
 
-    name = f"{config.name.removesuffix('-codec')}-latent"
-    return name if name in PRESETS else f"folder-64-latent --data {config.data.path}"
+    name = config.name.removesuffix("-codec")
+    return f"{name if name in PRESETS else f'folder-64 --data {config.data.path}'} --as latent"
 
 
 def _plan(config: Any, gpus: int, parallel: str) -> None:
@@ -248,13 +259,13 @@ def _own_pictures(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 
 
 def grow(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.runs import prepare as job
+    from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
 
-    config = job.grow_run(
+    config = grow_run(
         options.model,
-        partial(job.next_level, side=options.to)
+        partial(next_level, side=options.to)
         if options.frames is None
-        else partial(job.next_frames, frames=options.frames),
+        else partial(next_frames, frames=options.frames),
         options.out,
         options.set,
         data=options.data,
@@ -271,10 +282,10 @@ def info(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.presets import preset
 
     path = Path(options.name)
-    if path.is_file():
-        print(describe_released(path))
+    if options.as_ is not None or not path.exists():
+        print(describe(preset(options.name, options.as_)))
     else:
-        print(describe((read_config if path.exists() else preset)(options.name)))
+        print(describe_released(path) if path.is_file() else describe(read_config(options.name)))
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -386,6 +397,7 @@ def _train(
     from matryoshka_diffusion.cascade import keep_base
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.runs import prepare as job
+    from matryoshka_diffusion.runs.grow import warm_start
     from matryoshka_diffusion.runs.held_out import HeldOutLoss
     from matryoshka_diffusion.runs.hooks import Preview, preview_of
     from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
@@ -406,7 +418,7 @@ def _train(
             config = keep_base(config, out)
             ready = job.prepare(config, device, progress=bar, coding=coding)
         compare_data(world, ready.source.keys)
-        world.once(lambda: job.warm_start(ready.config, out))
+        world.once(lambda: warm_start(ready.config, out))
         every, asked = (
             ready.config.train.preview_every_images,
             preview_of(ready.source, ready.config),
@@ -417,8 +429,8 @@ def _train(
             hooks.append((every, watch))
         if world.leads:
             print(summary(ready.source))
-            if ready.text:
-                print(ready.text)
+            if ready.notes:
+                print(ready.notes)
         finished = run(
             ready.config,
             ready.loader,
@@ -463,6 +475,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "preset", metavar="PRESET", help="preset, YAML file, run folder, or model to tune"
     )
+    _add_as(command)
     command.add_argument("--data", metavar="DATA", help="folder, tar shards, parquet or hf:NAME")
     command.add_argument("--out", type=Path, metavar="RUN", help="the run's folder")
     command.add_argument("--init", metavar="MODEL", help="start from the weights of this model")
@@ -602,6 +615,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add_command(commands, "info", info, "show a preset or a model, level by level")
     command.add_argument("name", metavar="PRESET|RUN|FILE", help=f"preset, {MODEL}")
+    _add_as(command)
 
     add_eval(commands)
     add_sweep(commands)
@@ -633,6 +647,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(command)
     _add_set(command)
     return parser
+
+
+def _add_as(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--as",
+        dest="as_",
+        metavar="BASELINE",
+        help="what the paper compares the preset with: simple, finest, base, upsampler, latent or "
+        "codes",
+    )
 
 
 def _add_model_folder(command: argparse.ArgumentParser) -> None:
