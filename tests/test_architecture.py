@@ -31,10 +31,7 @@ OPTIONAL = (
 )
 
 # Their classes are subclasses of the optional packages' own.
-OF_DIFFUSERS = tuple(
-    f"matryoshka_diffusion.models.diffusers.{name}"
-    for name in ("checks", "encoder", "network", "pipeline")
-)
+OF_DIFFUSERS = ("matryoshka_diffusion.models.diffusers",)
 
 IMPORT_EVERY_MODULE = f"""
 import pkgutil, sys

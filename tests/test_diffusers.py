@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -16,13 +17,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from matryoshka_diffusion import sampling
 from matryoshka_diffusion.config import ConfigError, EncoderConfig, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.models.diffusers import lockstep, write_diffusers
-from matryoshka_diffusion.models.diffusers.network import MDMNetwork
-from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline
-from matryoshka_diffusion.models.diffusers.seeds import seeds_of
+from matryoshka_diffusion.models import diffusers as export
+from matryoshka_diffusion.models.diffusers import MDMNetwork, MDMPipeline, seeds_of, write_diffusers
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, moving, plain_model, randomised
@@ -88,7 +88,7 @@ def pipe(folder):
 
 @pytest.fixture(scope="module")
 def class_pipe():
-    return quiet(MDMPipeline.from_matryoshka(class_model()))
+    return quiet(MDMPipeline.from_sampler(class_model()))
 
 
 def seed(number):
@@ -174,7 +174,7 @@ def test_each_prompt_may_have_its_negative_prompt(model, pipe):
 @pytest.mark.parametrize("negative", [None, ["doll", "a table"]])
 def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, negative):
     model = text_model(t5, masked=False, learned_null=False)
-    pipe = quiet(MDMPipeline.from_matryoshka(model))
+    pipe = quiet(MDMPipeline.from_sampler(model))
     prompts = [PROMPTS[1], PROMPTS[0]]
     output = pipe(prompts, negative_prompt=negative, generator=seed(7))
     for index, prompt in enumerate(prompts):
@@ -186,7 +186,7 @@ def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, nega
 
 
 def test_many_pictures_are_cut_into_batches_as_natively(model, pipe, monkeypatch):
-    monkeypatch.setattr(lockstep, "BATCH_SIZE", 2)
+    monkeypatch.setattr(sampling, "BATCH", 2)
     output = pipe(PROMPTS[0], num_images_per_prompt=5, generator=seed(7))
     assert same(output, model.sample(PROMPTS[0], n=5, seed=7, batch_size=2))
 
@@ -270,7 +270,7 @@ def test_grey_pictures_are_grey():
     base = class_model().config
     config = base.model_copy(update={"model": base.model.model_copy(update={"channels": 1})})
     model = Matryoshka(randomised(config), config)
-    output = quiet(MDMPipeline.from_matryoshka(model))(class_labels=1, generator=seed(7))
+    output = quiet(MDMPipeline.from_sampler(model))(class_labels=1, generator=seed(7))
     assert output.images[0].mode == "L"
     assert same(output, model.sample(classes=1, seed=7))
 
@@ -295,7 +295,7 @@ def test_a_callback_sees_every_step_and_may_return_nothing(pipe):
 @pytest.mark.parametrize("batch_size", [64, 1])
 def test_latents_that_a_callback_replaces_are_gone_on_from(pipe, monkeypatch, in_place, batch_size):
     """Sampling that is given another seed's latents half-way ends at the other seed's picture."""
-    monkeypatch.setattr(lockstep, "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(sampling, "BATCH", batch_size)
     call = {"prompt": ["red", "doll"], "num_inference_steps": 4, "sampler": "ddim"}
     kept = {}
 
@@ -402,7 +402,7 @@ def test_two_calls_of_one_pipeline_do_not_know_of_each_other(model, pipe):
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 texts for 2 prompts"),
         ({"prompt": "a", "negative_prompt": ["c", "d"]}, "2 texts for 1 prompts"),
         ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1.0}, "needs guidance"),
-        ({"prompt": "a", "generator": [seed(0), seed(1)]}, "2 generators for 1 pictures"),
+        ({"prompt": "a", "generator": [seed(0), seed(1)]}, "2 generators for 1 images"),
         ({"prompt": "a", "smapler": "ddim"}, r"smapler: unknown key \(did you mean"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "there is no 'noise'"),
     ],
@@ -427,7 +427,7 @@ def test_what_a_model_of_classes_cannot_do_is_said(class_pipe, arguments, messag
 
 def test_an_unconditional_model_is_not_guided():
     with pytest.raises(ValueError, match="is unconditional"):
-        quiet(MDMPipeline.from_matryoshka(plain_model()))(guidance_scale=2.0)
+        quiet(MDMPipeline.from_sampler(plain_model()))(guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("name", ["steps", "guidance"])
@@ -442,7 +442,7 @@ def test_a_setting_has_one_name(pipe, name):
 def test_the_folder_holds_the_whole_config_and_safetensors_only(model, folder, pipe):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "MDMPipeline"
-    assert index["network"] == ["matryoshka_diffusion.models.diffusers.network", "MDMNetwork"]
+    assert index["network"] == ["matryoshka_diffusion.models.diffusers", "MDMNetwork"]
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     assert pipe.network.run_config == without_paths(model.config)
     assert pipe.network.run_config.encoder.path is None, "it was a folder of this computer"
@@ -501,9 +501,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_a_model_of_clips_is_refused(tmp_path):
-    model, message = moving(plain_model()), "tiny draws clips, MDMPipeline only pictures"
+    model, message = moving(plain_model()), "tiny draws clips"
     with pytest.raises(UsageError, match=message):
-        MDMPipeline.from_matryoshka(model)
+        MDMPipeline.from_sampler(model)
     with pytest.raises(UsageError, match=message):
         write_diffusers(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -610,18 +610,18 @@ def test_a_config_that_makes_no_sense_is_refused(copy):
 
 
 def test_components_that_do_not_belong_together_are_refused(pipe, class_pipe):
-    with pytest.raises(ValueError, match="takes no text: leave out"):
+    with pytest.raises(ValueError, match="takes no text: omit"):
         MDMPipeline(class_pipe.network, pipe.text_encoder, pipe.tokenizer)
-    with pytest.raises(ValueError, match="takes text: it needs"):
+    with pytest.raises(ValueError, match="takes text: add"):
         MDMPipeline(pipe.network)
     wide = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1)
-    with pytest.raises(ValueError, match="text features of 16 numbers; the text encoder gives 8"):
+    with pytest.raises(ValueError, match="gives 8 numbers, the network takes 16"):
         MDMPipeline(pipe.network, transformers.T5EncoderModel(wide), pipe.tokenizer)
 
 
 @pytest.mark.parametrize("package", ["diffusers", "transformers"])
-def test_a_missing_package_names_its_extra(monkeypatch, tmp_path, package):
+def test_a_missing_package_names_its_extra(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "matryoshka_diffusion.models.diffusers.pipeline")
+    monkeypatch.delitem(sys.modules, export.__name__)
     with pytest.raises(MissingExtra, match=rf"package {package}: pip install .*\[diffusers\]"):
-        write_diffusers(plain_model(), tmp_path / "export")
+        importlib.import_module(export.__name__)

@@ -553,7 +553,7 @@ def test_a_released_checkpoint_is_tuned_on_pictures_of_ones_own(tiny_t5, tmp_pat
 
 
 def test_a_released_file_goes_to_diffusers(tiny_t5, tmp_path, monkeypatch):
-    from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline
+    from matryoshka_diffusion.models.diffusers import MDMPipeline
 
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"

@@ -33,7 +33,7 @@ _HOMES = {
     "build_schedules": "schedule",
 }
 # Needs an extra, so `from matryoshka_diffusion import *` leaves it alone.
-_OF_EXTRAS = {"MDMPipeline": "models.diffusers.pipeline"}
+_OF_EXTRAS = {"MDMPipeline": "models.diffusers"}
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.diffusion import Process as Process
     from matryoshka_diffusion.diffusion import diffuse as diffuse
     from matryoshka_diffusion.diffusion import matryoshka_loss as matryoshka_loss
-    from matryoshka_diffusion.models.diffusers.pipeline import MDMPipeline as MDMPipeline
+    from matryoshka_diffusion.models.diffusers import MDMPipeline as MDMPipeline
     from matryoshka_diffusion.nn.nested import NestedUNet as NestedUNet
     from matryoshka_diffusion.nn.nested import grow as grow
     from matryoshka_diffusion.pipeline import Matryoshka as Matryoshka

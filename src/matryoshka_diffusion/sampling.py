@@ -181,6 +181,37 @@ class Sampler:
             for rows in (lengths == length).nonzero()[:, 0].split(batch_size)
         ]
 
+    def lockstep(
+        self,
+        cond: Conditioning,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        negative: str | list[str] | None = None,
+    ) -> Iterator[State]:
+        """Sample all batches in step, for a callback that sees all images at every step.
+
+        Sampling continues from what is written into `z` of a state.
+        """
+        several = negative if isinstance(negative, list) else None
+        batches = self.batches(cond, len(seeds), BATCH)
+        order = torch.cat(batches).argsort().to(self.device)
+
+        def stream(rows: Tensor) -> Iterator[State]:
+            places = rows.tolist()
+            own = [several[row] for row in places] if several else negative
+            own_seeds = [seeds[row] for row in places]
+            return self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, own)
+
+        def together(parts: Sequence[Pyramid]) -> Pyramid:
+            return tuple(torch.cat(level)[order] for level in zip(*parts, strict=True))
+
+        for states in zip(*map(stream, batches), strict=True):
+            z = together([state.z for state in states])
+            yield State(states[0].step, states[0].t, z, together([state.x for state in states]))
+            for rows, state in zip(batches, states, strict=True):
+                for own, whole in zip(state.z, z, strict=True):
+                    own.copy_(whole[rows.to(whole.device)])
+
     # --- conditions ---
 
     def condition(

@@ -1,0 +1,424 @@
+"""`MDMPipeline`: a model of this project as a pipeline of the diffusers library.
+
+The pipeline samples with the same `Sampler` as `Matryoshka`, so a seed gives the same image in
+both. Importing this file needs the extra `diffusers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import Pixels, UsageError
+from matryoshka_diffusion.configfile import from_dict
+from matryoshka_diffusion.data.loader import to_uint8
+from matryoshka_diffusion.files import refuse_full, require, whole_folder
+from matryoshka_diffusion.models.save import without_paths
+from matryoshka_diffusion.nn.nested import NestedUNet, renamed
+from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.samplers import State
+from matryoshka_diffusion.sampling import Sampler
+from matryoshka_diffusion.text.encoder import HiddenStates, load_encoder, states_of
+from matryoshka_diffusion.train.checkpoint import load_weights
+
+for _package in ("diffusers", "transformers"):
+    require(_package, "diffusers", "MDMPipeline")
+
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback  # noqa: E402
+from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
+from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # noqa: E402
+from diffusers.utils.outputs import BaseOutput  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+
+Images: TypeAlias = list[Image.Image] | Float[np.ndarray, "n _ _ c"] | Float[Tensor, "n c _ _"]
+"""All images of one level."""
+StepCallback: TypeAlias = Callable[
+    ["MDMPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
+]
+FORMS = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "estimates")
+
+
+def write_diffusers(model: Sampler, folder: Path) -> None:
+    """Write a folder that `MDMPipeline.from_pretrained` loads; it appears whole or not at all.
+
+    Raises:
+        ConfigError: the folder holds something already.
+        UsageError, OSError: as `MDMPipeline.from_sampler`, or the folder cannot be written.
+    """
+    folder = folder.resolve()
+    refuse_full(folder)
+    pipe = MDMPipeline.from_sampler(model)
+    try:
+        with whole_folder(folder) as unfinished:
+            pipe.save_pretrained(unfinished)
+    except SafetensorError as error:  # raised on a full disk
+        raise OSError(f"cannot write {folder}: {error}") from error
+
+
+class MDMNetwork(ModelMixin, ConfigMixin):
+    """A nest, `net`, with the resolved config of its run, `run_config`, as a model of diffusers."""
+
+    @register_to_config
+    def __init__(self, run: dict[str, Any], levels: int) -> None:
+        """`run` is a `RunConfig` in JSON's types; the nest has the first `levels` of its levels."""
+        super().__init__()
+        self.run_config = from_dict(run, where="the network's config.json")
+        self.net = NestedUNet(self.run_config.model.first(levels))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, **options: Any
+    ) -> MDMNetwork:
+        """Load as `ModelMixin.from_pretrained`; raise `ValueError` where diffusers would warn."""
+        strict = {"use_safetensors": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **(options | strict))
+        network, loading = loaded
+        problems = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
+        if problems:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit its config: {problems}; it belongs "
+                "to another config or version"
+            )
+        return network
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        """Rename, in place, what version 0.1.0 exported: diffusers calls this before it loads."""
+        for name in list(state_dict):
+            state_dict[renamed(name)] = state_dict.pop(name)
+
+    def forward(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
+        """Predict as `NestedUNet.forward`; weights of half precision run under autocast."""
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(z[0].device.type, self.dtype if half else None, enabled=half):
+            return self.net(z, t, cond)
+
+
+class _PlacedEncoder(nn.Module):
+    """A text encoder where its pipeline runs it; its tokens and features are on the CPU.
+
+    It is in a tuple, or `HiddenStates` would move it and undo what the pipeline's user set.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        super().__init__()
+        self.config, self._model, self._device = model.config, (model,), device
+
+    def forward(self, **tokens: Tensor) -> SimpleNamespace:
+        placed = {name: value.to(self._device) for name, value in tokens.items()}
+        states = self._model[0](**placed).last_hidden_state
+        return SimpleNamespace(last_hidden_state=states.float().cpu())
+
+
+@dataclass
+class MDMPipelineOutput(BaseOutput):
+    """Images of the finest level, and of all `levels`, coarse to fine."""
+
+    images: Images
+    levels: tuple[Images, ...]
+
+
+class MDMPipeline(DiffusionPipeline):
+    """Prompts or classes to images of every level.
+
+    Example:
+        >>> pipe = MDMPipeline.from_pretrained("folder")  # doctest: +SKIP
+        >>> pipe("red apple", num_images_per_prompt=4).images[0].size  # doctest: +SKIP
+        (64, 64)
+    """
+
+    model_cpu_offload_seq = "text_encoder->network"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
+
+    def __init__(
+        self,
+        network: MDMNetwork,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Raises `ValueError` if a text encoder is missing, superfluous or of another width."""
+        super().__init__()
+        text, parts = network.net.config.text, (text_encoder, tokenizer)
+        if text is None and any(part is not None for part in parts):
+            raise UsageError("this network takes no text: omit text_encoder and tokenizer")
+        if text is not None and any(part is None for part in parts):
+            raise UsageError("this network takes text: add a text_encoder and its tokenizer")
+        width = text_encoder and text_encoder.config.hidden_size
+        if text is not None and width != text.features:
+            raise UsageError(
+                f"text_encoder gives {width} numbers, the network takes {text.features}"
+            )
+        self.register_modules(network=network, text_encoder=text_encoder, tokenizer=tokenizer)
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    @classmethod
+    def from_sampler(cls, model: Sampler) -> MDMPipeline:
+        """Make a pipeline with a copy of a model's network and with the text encoder it names.
+
+        Raises:
+            UsageError: the model is an upsampler, or one of latents or clips.
+            OSError: the text encoder cannot be loaded.
+        """
+        config, net = model.config, model.net
+        assert isinstance(net, NestedUNet), "a loaded model has one"
+        for refused, kind in (
+            (config.model.coarse is not None, "is an upsampler, for which diffusers has no form"),
+            (config.codec is not None, "draws latents (codec.path), MDMPipeline only pixels"),
+            (model.resolutions[-1].frames is not None, "draws clips, MDMPipeline only images"),
+        ):
+            if refused:
+                raise UsageError(f"{config.name} {kind}: omit --format diffusers")
+        network = MDMNetwork(without_paths(config).model_dump(mode="json"), len(model.model.levels))
+        load_weights(network.net, net.state_dict(), where=config.name)
+        network.eval()
+        if config.encoder is None:
+            return cls(network)
+        encoder = load_encoder(config.encoder)
+        assert isinstance(encoder, HiddenStates), "all encoders are transformers' own"
+        return cls(network, encoder.model, encoder.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> MDMPipeline:
+        """Load a folder that `write_diffusers` or `save_pretrained` wrote; only safetensors.
+
+        Raises:
+            ValueError: weights or components do not fit each other or are missing.
+            OSError: a file is missing or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():  # from the hub, diffusers takes no class of another library
+            raise FileNotFoundError(
+                f"{folder}: no such folder; a model on the hub has to be fetched first, as "
+                "huggingface_hub.snapshot_download does"
+            )
+        try:
+            pipe = super().from_pretrained(folder, **(options | {"use_safetensors": True}))
+        except (RuntimeError, SafetensorError) as error:  # of transformers, about weights
+            raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+        for name, check in (("text_encoder", check_encoder), ("tokenizer", check_tokenizer)):
+            part = getattr(pipe, name)
+            if part is not None and name not in options:
+                check(part)
+        return pipe
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """Read `model_index.json`. The class of the network is this one, wherever it once lay."""
+        config = super().load_config(*arguments, **options)
+        index = config[0] if isinstance(config, tuple) else config
+        if isinstance(index, dict) and all(index.get("network") or [None]):
+            index["network"] = [MDMNetwork.__module__, MDMNetwork.__name__]
+        return config
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the latest call."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        class_labels: str | int | Sequence[str | int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **settings: Any,
+    ) -> MDMPipelineOutput | tuple[Images, tuple[Images, ...]]:
+        """Draw `num_images_per_prompt` images for each prompt or class.
+
+        Args (None is as in the exported run):
+            class_labels: names or numbers, for a model of classes; by default all classes.
+            guidance_scale: one number, or one for each level.
+            negative_prompt: what guidance leads away from: one text, or one for each prompt.
+            generator: see `seeds_of`. An image depends on its seed, not on its batch.
+            output_type: "pil"; "np" (n, h, w, c) or "pt" (n, c, h, w), both 0 to 1; or "latent".
+            return_dict: False for a tuple (images, levels).
+            callback_on_step_end: called after each step with the pipeline, the step from 0, the
+                time reached (1 noise, 0 image) and tensors by name. It may return other
+                `latents`, and set `_interrupt` of the pipeline to stop.
+            callback_on_step_end_tensor_inputs: names of these tensors: "latents", "estimates" (of
+                the images at present); both are tuples of levels, coarse to fine.
+            settings: other keys of `SamplingConfig`, such as sampler, grid, eta.
+
+        Raises:
+            ValueError: the model cannot do what an argument asks for.
+            TypeError: a setting has another name in this pipeline.
+        """
+        if output_type not in FORMS:
+            raise ValueError(f"output_type {output_type!r}: there are {', '.join(FORMS)}")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if unknown := set(callback_on_step_end_tensor_inputs) - {*CALLBACK_TENSORS}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: there is no {unknown.pop()!r}, only "
+                f"{' and '.join(CALLBACK_TENSORS)}"
+            )
+        sampler = self._sampler()
+        sampling = sampler.sampling(native_settings(settings, num_inference_steps, guidance_scale))
+        negative = negative_rows(prompt, negative_prompt, num_images_per_prompt)
+        captions, cond = sampler.condition(prompt, class_labels, num_images_per_prompt)
+        seeds = seeds_of(generator, len(captions))
+
+        self._interrupt, self._num_timesteps, state = False, sampling.steps, None
+        bar: Any = self.progress_bar(total=sampling.steps)  # pyright: ignore[reportCallIssue]
+        with bar:
+            for state in sampler.lockstep(cond, seeds, sampling, negative):
+                bar.update()
+                if callback_on_step_end is not None:
+                    tensors = {"latents": state.z, "estimates": state.x}
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changes = callback_on_step_end(self, state.step - 1, state.t, wanted) or {}
+                    replace_latents(state, changes.get("latents", state.z))
+                if self._interrupt:  # set by the callback
+                    break
+        assert state is not None, "a config has at least one step"
+        pixels = sampler.config.data.pixels
+        levels = tuple(in_form(z, pixels, output_type) for z in state.z)
+        self.maybe_free_model_hooks()
+        return MDMPipelineOutput(levels[-1], levels) if return_dict else (levels[-1], levels)
+
+    def _sampler(self) -> Sampler:
+        """Make a sampler of the components as they are now."""
+        network, device, encoder = self.network.eval(), self._execution_device, None
+        config, named = network.run_config, network.run_config.encoder
+        if named is not None:
+            placed = _PlacedEncoder(self.text_encoder, device)
+            encoder = states_of(named)(named.name, placed, self.tokenizer, named.max_tokens)
+        return Sampler(network, network.net.config, config, encoder=encoder, device=device)
+
+
+def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
+    """Continue sampling from a callback's latents. Raises `ValueError` if the shapes differ."""
+    shapes, theirs = ([tuple(z.shape) for z in pyramid] for pyramid in (state.z, latents))
+    if shapes != theirs:
+        raise ValueError(f"the callback's latents are of shapes {theirs}, the sampler's {shapes}")
+    for own, new in zip(state.z, latents, strict=True):
+        own.copy_(new)
+
+
+# --- arguments of a call -----------------------------------------------------------------------
+
+
+def in_form(z: Float[Tensor, "n c h w"], pixels: Pixels, form: str) -> Images:
+    """Latents of one level in the form `output_type`; all forms but `latent` hold equal bytes."""
+    if form == "latent":
+        return z
+    data = to_uint8(z, pixels)
+    if form == "pt":
+        return data.float() / 255.0
+    rows = data.permute(0, 2, 3, 1).cpu()
+    if form == "np":
+        return (rows.float() / 255.0).numpy()
+    return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows.numpy()]
+
+
+def native_settings(
+    settings: Mapping[str, Any], steps: int | None, guidance: float | Sequence[float] | None
+) -> dict[str, Any]:
+    """Settings by the names of `SamplingConfig`. Raises `TypeError` for one that is renamed."""
+    renamed = {"steps": steps, "guidance": guidance}
+    if twice := settings.keys() & renamed.keys():
+        new = "num_inference_steps and guidance_scale"
+        raise TypeError(f"{min(twice)} is no argument of the pipeline: use {new}")
+    return {**settings, **{name: value for name, value in renamed.items() if value is not None}}
+
+
+def negative_rows(
+    prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, copies: int
+) -> str | list[str] | None:
+    """Negative prompts for each of the images. Raises `ValueError` if they do not match prompts."""
+    if copies < 1:
+        raise ValueError(f"num_images_per_prompt is {copies}: set at least 1")
+    prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    if not prompts:
+        raise ValueError("prompt is an empty list")
+    if negative is None or isinstance(negative, str):
+        return negative
+    if len(negative) != len(prompts):
+        raise ValueError(
+            f"negative_prompt: {len(negative)} texts for {len(prompts)} prompts; give one text, "
+            "or one for each prompt"
+        )
+    return [text for text in negative for _ in range(copies)]
+
+
+def seeds_of(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> tuple[int, ...]:
+    """Seeds of `count` images; every generator is advanced by one draw.
+
+    One generator gives consecutive seeds; several give one each. A fresh generator stands for the
+    seed it was made with, so `torch.Generator().manual_seed(7)` gives the images 7, 8, ...; a used
+    one gives a seed that it draws. None draws a seed from torch's global generator.
+
+    Raises:
+        ValueError: there are several generators, but not one for each image.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        first = _draw(torch.default_generator) if generator is None else _seed(generator)
+        return tuple(range(first, first + count))
+    if len(generator) != count:
+        raise ValueError(f"generator: {len(generator)} generators for {count} images")
+    return tuple(_seed(one) for one in generator)
+
+
+def _seed(generator: torch.Generator) -> int:
+    seed = generator.initial_seed()
+    fresh = torch.Generator(generator.device).manual_seed(seed)
+    is_fresh = torch.equal(generator.get_state(), fresh.get_state())
+    drawn = _draw(generator)
+    return seed if is_fresh else drawn
+
+
+def _draw(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+# --- whole components, where the libraries would only warn -------------------------------------
+
+
+def check_encoder(text_encoder: PreTrainedModel) -> None:
+    """Raise `ValueError` unless the folder holds all weights: transformers fills gaps at random."""
+    folder = Path(str(text_encoder.name_or_path))
+    saved: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved.update(file.keys())
+    state = text_encoder.state_dict(keep_vars=True)
+    loaded = {id(state[name]) for name in saved & state.keys()}  # tied weights have several names
+    missing = [f"{name} is missing" for name, weight in state.items() if id(weight) not in loaded]
+    surplus = [f"{name} is not in the encoder" for name in sorted(saved - state.keys())]
+    if problems := missing + surplus:
+        raise ValueError(f"{folder}: {problems[0]}, one of {len(problems)} such weights")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `FileNotFoundError` without a vocabulary: transformers makes one without words."""
+    folder = Path(str(tokenizer.name_or_path))
+    names = list(tokenizer.vocab_files_names.values())
+    if not any((folder / name).is_file() for name in names):
+        raise FileNotFoundError(f"{folder}: there is no {' or '.join(names)}")
