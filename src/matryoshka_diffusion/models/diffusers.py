@@ -371,31 +371,27 @@ def seeds_of(
 ) -> tuple[int, ...]:
     """Seeds of `count` images; every generator is advanced by one draw.
 
-    One generator gives consecutive seeds; several give one each. A fresh generator stands for the
-    seed it was made with, so `torch.Generator().manual_seed(7)` gives the images 7, 8, ...; a used
-    one gives a seed that it draws. None draws a seed from torch's global generator.
+    One generator, by default torch's global one, gives consecutive seeds; several give one each.
+    A fresh generator stands for the seed it was made with, so `torch.Generator().manual_seed(7)`
+    gives the images 7, 8, ...; a used one, and the global one, give a seed that they draw.
 
     Raises:
         ValueError: there are several generators, but not one for each image.
     """
     if generator is None or isinstance(generator, torch.Generator):
-        first = _draw(torch.default_generator) if generator is None else _seed(generator)
+        first = _seed(generator or torch.default_generator, drawn=generator is None)
         return tuple(range(first, first + count))
     if len(generator) != count:
         raise ValueError(f"generator: {len(generator)} generators for {count} images")
-    return tuple(_seed(one) for one in generator)
+    return tuple(map(_seed, generator))
 
 
-def _seed(generator: torch.Generator) -> int:
-    seed = generator.initial_seed()
-    fresh = torch.Generator(generator.device).manual_seed(seed)
+def _seed(generator: torch.Generator, drawn: bool = False) -> int:
+    seed, device = generator.initial_seed(), generator.device
+    fresh = torch.Generator(device).manual_seed(seed)
     is_fresh = torch.equal(generator.get_state(), fresh.get_state())
-    drawn = _draw(generator)
-    return seed if is_fresh else drawn
-
-
-def _draw(generator: torch.Generator) -> int:
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    other = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    return seed if is_fresh and not drawn else other
 
 
 # --- whole components, where the libraries would only warn -------------------------------------
