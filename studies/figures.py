@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.metrics.networks import NAME
 from studies.drawings import SOLVERS
 from studies.groups import FAMILIES, GROUPS, NOISED, TITLES, Group
 from studies.spread import BASE, Results, Spread, curve, distance, found_first, seeds_of, shared

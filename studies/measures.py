@@ -8,8 +8,8 @@ from typing import Any
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import ProcessConfig
 from matryoshka_diffusion.data.source import Source
-from matryoshka_diffusion.eval.results import Result
-from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.eval.evaluate import evaluate
+from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.held_out import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job

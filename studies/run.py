@@ -16,7 +16,7 @@ from matryoshka_diffusion.codec.autoencoder import codec_folder
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs.prepare import Job, open_source, prepare

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.metrics.networks import NAME
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.metrics.networks import NAME
 from studies.groups import GROUPS, TITLES, Group
 from studies.spread import (
     Result,

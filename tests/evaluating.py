@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -19,8 +18,8 @@ from PIL import Image
 from matryoshka_diffusion.config import EncoderConfig, SamplingConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.source import Source, array_source
-from matryoshka_diffusion.eval.run import evaluate
-from matryoshka_diffusion.metrics.networks.inception_net import CLASSES
+from matryoshka_diffusion.eval.evaluate import evaluate
+from matryoshka_diffusion.metrics.networks.inception import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
@@ -38,10 +37,10 @@ class Look:
     weights, resize, width, variant = "0123456789abcdef", "not at all", 6, "tiny"
 
     def __init__(self, name: str, width: int = 6) -> None:
-        self.name, self.width, self.seen = name, width, 0
+        self.name, self.width, self.seen, self.most = name, width, 0, 0
 
     def __call__(self, pictures: Any) -> Any:
-        self.seen += len(pictures)
+        self.seen, self.most = self.seen + len(pictures), max(self.most, len(pictures))
         values = pictures.reshape(len(pictures), -1).astype(np.float32) / 255.0
         some = values[:, np.arange(self.width) % values.shape[1]]
         return some + some**2
@@ -65,23 +64,34 @@ class Words:
         return encode(captions)
 
 
+class Looks(dict):
+    """Stand-ins by name, each made when it is first asked for."""
+
+    def __init__(self, width: int = 6) -> None:
+        self.width = width
+
+    def __missing__(self, name: str) -> Look:
+        return self.setdefault(name, Look(name, self.width))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name else default
+
+
 def looks(width: int = 6) -> Any:
     """Stand-ins by name, each made once."""
-    return functools.cache(lambda name: Look(name, width))
+    return Looks(width)
 
 
-def source(count: int = 40, side: int = 16) -> Source:
-    """Images of two classes with captions."""
+def source(count: int = 40, side: int = 16, **changes: Any) -> Source:
+    """Images of two classes with captions, or what `changes` say."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     texts = [f"picture {i}" for i in range(count)]
-    return array_source(
-        "pictures",
-        pictures,
-        texts,
-        captions=[(text,) for text in texts],
-        labels=[i % 2 for i in range(count)],
-        classes=("cat", "dog"),
-    )
+    columns: dict[str, Any] = {
+        "captions": [(text,) for text in texts],
+        "labels": [i % 2 for i in range(count)],
+        "classes": ("cat", "dog"),
+    }
+    return array_source("pictures", changes.pop("array", pictures), texts, **(columns | changes))
 
 
 def clips(count: int = 12, frames: int = FRAMES, side: int = 16) -> Source:
@@ -226,13 +236,13 @@ WIDTH = 24
 
 def narrow(patch: pytest.MonkeyPatch) -> None:
     """Let Inception be one of few features: a distance of 2,048 takes half a minute on one core."""
-    patch.setattr("matryoshka_diffusion.eval.references.WIDTH", WIDTH)
+    patch.setattr("matryoshka_diffusion.eval.reference.WIDTH", WIDTH)
 
     def stand_in(path: str, device: Any) -> Look:
         assert Path(path).is_file()
         return Look("Inception", WIDTH)
 
-    patch.setattr("matryoshka_diffusion.eval.run.Inception", stand_in)
+    patch.setattr("matryoshka_diffusion.eval.metric.Inception", stand_in)
 
 
 # --- an evaluation -----------------------------------------------------------------------------

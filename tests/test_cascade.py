@@ -24,8 +24,8 @@ from matryoshka_diffusion.data.folder import for_each, read_coarse
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
-from matryoshka_diffusion.eval.protocols import Conditions
-from matryoshka_diffusion.eval.run import evaluate
+from matryoshka_diffusion.eval.evaluate import evaluate
+from matryoshka_diffusion.eval.prompts import Conditions
 from matryoshka_diffusion.models.diffusers import write_diffusers
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import without_paths
@@ -222,7 +222,7 @@ def test_a_plain_model_takes_no_coarse_pictures(cascade):
 
 
 def test_a_number_says_how_each_of_both_was_sampled(cascade, tmp_path):
-    shown = Conditions("of red", "red", caption=lambda i: "red")
+    shown = Conditions("of red", "red", "prompts", lambda i: "red")
     options = {"n": 1, "conditions": shown, "folder": tmp_path, "steps": 1}
     weak, strong = (
         evaluate(cascade, "agreement", guidance=weights, **options)[0]

@@ -28,7 +28,7 @@ from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, split, with_source
 from matryoshka_diffusion.data.video import clip_decoder
-from matryoshka_diffusion.eval.shrunk import shrunk
+from matryoshka_diffusion.eval.reference import shrunk
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution, shrink

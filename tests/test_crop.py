@@ -19,11 +19,14 @@ from matryoshka_diffusion.data.check import contact_sheet, describe
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import Loader, to_uint8
 from matryoshka_diffusion.data.source import Source, open_source
-from matryoshka_diffusion.eval.demo import all_pictures
 from matryoshka_diffusion.runs import prepare as job
 
 SIDE = 16
 WIDE, HIGH, SQUARE = (SIDE, 40), (35, SIDE), (SIDE, SIDE)
+
+
+def all_pictures(source):
+    return np.stack([source[index].picture for index in range(len(source))])
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -191,7 +191,7 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return []
         case ["export", model, *_]:
             return ["--text-encoder", "t5"] if model.startswith("mdm-") else []
-        case ["eval", first, *_] if first.startswith("samples"):  # two sets of small pictures
+        case ["compare", *_]:  # two sets of small pictures
             return []
         case ["eval", *_]:
             drawn = {"-n", "--protocol"} & set(arguments)

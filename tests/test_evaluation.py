@@ -1,4 +1,4 @@
-"""Evaluation as a job: resumed, shared and streamed as if done at once, and what it refuses."""
+"""Evaluation: resumed, shared and streamed as if done at once; every metric; what is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,37 @@ import pytest
 import torch
 
 import evaluating
-from evaluating import (
-    BATCHED,
-    SAMPLES,
-    Look,
-    Words,
-    looks,
-    measured,
-    measured_clips,
-    model,
-    source,
-)
+from evaluating import BATCHED, SAMPLES, Look, Words, looks, measured, measured_clips, model, source
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.eval import demo as measure
-from matryoshka_diffusion.eval import measures, results, run, store
-from matryoshka_diffusion.eval.measures import METRICS, parse_metrics, thousands
-from matryoshka_diffusion.eval.pictures import PictureSet, Shown, fingerprint
-from matryoshka_diffusion.eval.protocols import captions_in_turn, labels_in_turn, unconditional
-from matryoshka_diffusion.eval.references import of_source
-from matryoshka_diffusion.eval.results import Result
-from matryoshka_diffusion.eval.run import evaluate, find_networks
-from matryoshka_diffusion.eval.store import Store
-from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.metrics.agreement import level_agreement
-from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
-from matryoshka_diffusion.metrics.retrieval import SEED
+from matryoshka_diffusion.eval import feature_store, metric, result
+from matryoshka_diffusion.eval.evaluate import SEED, evaluate, find_networks, measure
+from matryoshka_diffusion.eval.feature_store import PictureBatch, PictureSet, pictures_of
+from matryoshka_diffusion.eval.metric import METRICS, VIDEO, parse_metrics, thousands
+from matryoshka_diffusion.eval.prompts import (
+    SHEET_PROMPTS,
+    UNSEEN_PROMPTS,
+    Conditions,
+    demo_sheet,
+    in_turn,
+    retrieval_captions,
+)
+from matryoshka_diffusion.eval.reference import Reference
+from matryoshka_diffusion.eval.result import Result
+from matryoshka_diffusion.metrics.frechet import Moments, PublishedMoments, frechet_distance
+from matryoshka_diffusion.metrics.networks.video import VideoNet
+from matryoshka_diffusion.metrics.pixels import (
+    averages,
+    compare_motion,
+    level_agreement,
+    motion,
+    prompt_retrieval,
+)
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.averages import average_of
 from ranks import ROOT, start_ranks
 
-OVERLAP = ("precision", "recall", "density", "coverage")
+COUNT, FRAMES, SIDE = 10, 3, 16
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +59,50 @@ def whole(tmp_path_factory):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def all_pictures(known: Any) -> Any:
+    return np.stack([known[index].picture for index in range(len(known))])
+
+
+def distance(look: Any, *sides: Any) -> float:
+    return frechet_distance(*(Moments.of(look(frames(side))) for side in sides))
+
+
+def frames(shown: Any) -> Any:
+    """All frames of all clips as pictures."""
+    return shown.reshape(-1, *shown.shape[-3:])
 
 
 # --- done in any way, the numbers are the same -------------------------------------------------
 
 
 def test_streamed_numbers_are_those_of_all_samples_in_memory(whole):
-    tiny, known = model(), source()
-    asked = labels_in_turn(known).of(range(SAMPLES))
+    tiny, known, look = model(), source(), Look("EffNetLite0")
+    asked = in_turn(tiny.config, known).of(range(SAMPLES))
     samples = tiny.sample(**asked, seed=SEED, batch_size=BATCHED)
-    look = Look("EffNetLite0")
-    real = np.stack([known[i].picture for i in range(len(known))])
-    expected = frechet_distance(Moments.of(look(real)), Moments.of(look(samples.pictures)))
-    distance, agreement = whole[1]
-    assert distance.value == pytest.approx(expected, rel=1e-9)
+    fd, agreement = whole[1]
+    expected = distance(look, all_pictures(known), samples.pictures)
+    assert fd.value == pytest.approx(expected, rel=1e-9)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
     assert len(np.unique(look(samples.pictures), axis=0)) == SAMPLES
 
 
-def test_features_are_kept_for_the_keys_and_the_bytes_of_pictures():
-    known = source()
-    hashes = [hashlib.sha256(known[i].picture.tobytes()).hexdigest() for i in range(len(known))]
-    assert fingerprint(known) == digest("\n".join([*known.keys, *hashes]))
+def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
+    tiny, known, look = model("text", 2), evaluating.clips(), Look("EffNetLite0")
+    captions = in_turn(tiny.config, known).captions(10)
+    samples = tiny.sample(captions, seed=SEED, batch_size=BATCHED)
+    made, real = samples.levels[-1], all_pictures(known)
+    fd, by_frame, moves, agreement, retrieved = measured_clips(tmp_path)
+    assert fd.value == pytest.approx(distance(look, real, made), rel=1e-9)
+    assert fd.metric.startswith("FD-EffNetLite0 [frames of clips, 10 x 2]")
+    assert list(by_frame.others) == ["frame 0", "frame 1"]
+    assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
+    assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
+    assert (retrieved.n, retrieved.frames, fd.batch_size) == (12, 2, BATCHED)
+    assert fd.reference == "clips, frame stride 4, from a fixed place"
 
 
 def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):
@@ -107,33 +127,39 @@ def test_two_ranks_do_what_one_does(whole, tmp_path):
     assert measured_clips(tmp_path / "both") == clips
 
 
+# --- what is kept, and under which name --------------------------------------------------------
+
+
 def test_what_is_known_is_not_made_again(tmp_path):
     networks = looks()
     measured(tmp_path, networks=networks, n=20)
-    seen = networks("EffNetLite0").seen
+    seen = networks["EffNetLite0"].seen
     measured(tmp_path, networks=networks, n=20)
-    assert networks("EffNetLite0").seen == seen
+    assert networks["EffNetLite0"].seen == seen
     measured(tmp_path, networks=networks, n=24)  # another batch, and nothing of the reference
-    assert networks("EffNetLite0").seen == seen + BATCHED
+    assert networks["EffNetLite0"].seen == seen + BATCHED
     told = []
     measured(tmp_path, networks=networks, n=30, progress=lambda *now: told.append(now))
     assert told[-1] == ("tiny", 6, 6)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
 
 
-def test_the_moments_of_a_reference_are_taken_once(tmp_path, monkeypatch):
+def test_moments_of_a_reference_are_taken_once_and_damaged_files_are_named(tmp_path, monkeypatch):
     """A set that much is compared with is large; what is compared with it is not."""
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    taken, take = [], store.moments_of
-    monkeypatch.setattr(store, "moments_of", lambda rows: taken.append(1) or take(rows))
+    taken, take = [], feature_store.moments_of
+    monkeypatch.setattr(feature_store, "moments_of", lambda rows: taken.append(1) or take(rows))
     first = measured(tmp_path / "results")
     assert measured(tmp_path / "results") == first
     measured(tmp_path / "results", seed=9)
     assert taken == [1]
-    (kept,) = (tmp_path / "cache").rglob("moments-*.safetensors")
-    kept.write_bytes(kept.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"moments-00000040.safetensors: damaged"):
-        measured(tmp_path / "results")
+    for kept in ("cache/**/moments-00000040.safetensors", "results/*/EffNet*/*.safetensors"):
+        for path in [*tmp_path.glob(kept)]:
+            path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(ValueError, match=r"\.safetensors: damaged .* remove it"):
+            measured(tmp_path / "results")
+        for path in [*tmp_path.glob(kept)]:
+            path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -145,11 +171,10 @@ def test_other_samples_have_a_folder_of_their_own(changed, tmp_path):
     about = [json.loads(path.read_text()) for path in tmp_path.glob("*/about.json")]
     assert len(about) == 2
     [name] = changed
-    values = {str({**one, **one["sampling"]}[name]) for one in about}
-    assert len(values) == 2
+    assert len({str({**one, **one["sampling"]}[name]) for one in about}) == 2
 
 
-def test_other_weights_have_a_folder_of_their_own(tmp_path):
+def test_other_weights_and_text_encoders_have_a_folder_of_their_own(tmp_path):
     trained: Any = model()
     options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
     before = evaluate(trained, "fd", **options)
@@ -158,16 +183,12 @@ def test_other_weights_have_a_folder_of_their_own(tmp_path):
     after = evaluate(trained, "fd", **options)
     assert before[0].weights != after[0].weights
     assert before[0].value != after[0].value
-
-
-def test_another_text_encoder_at_the_same_place_has_a_folder_of_its_own(tmp_path):
     tiny, other = model("text"), Words()
     other.key = "other weights"
-    options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
     for encoder in (Words(), other):
         evaluate(Matryoshka(tiny.net, tiny.config, encoder=encoder), "fd", **options)
     about = [json.loads(path.read_text()) for path in tmp_path.glob("*/about.json")]
-    assert {one["encoder"] for one in about} == {"words", "other weights"}
+    assert {one.get("encoder") for one in about} >= {"words", "other weights"}
 
 
 def test_what_is_drawn_on_another_kind_of_device_is_not_mixed_with_the_rest():
@@ -183,85 +204,93 @@ def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_pat
     measured(tmp_path / "eval", networks=networks, n=BATCHED)
     [about] = (json.loads(path.read_text()) for path in tmp_path.glob("eval/*/about.json"))
     assert about["samples"] >= 2, "1 was before labels were indices"
-    seen = networks("EffNetLite0").seen
-    rules = "matryoshka_diffusion.eval.pictures.SAMPLES"
-    monkeypatch.setattr(rules, about["samples"] + 1)
+    seen = networks["EffNetLite0"].seen
+    monkeypatch.setattr(feature_store, "SAMPLES", about["samples"] + 1)
     measured(tmp_path / "eval", networks=networks, n=BATCHED)
-    assert networks("EffNetLite0").seen == seen + BATCHED
+    assert networks["EffNetLite0"].seen == seen + BATCHED
 
 
 def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
-    known: Any = source()
-    before = measured(tmp_path, source=known)
-    known.array[5] = 0
-    assert measured(tmp_path, source=known)[0].value != before[0].value
+    array = np.full((40, 16, 16, 3), 9, np.uint8)
+    before = measured(tmp_path, source=source(array=array))
+    array[5] = 0
+    assert measured(tmp_path, source=source(array=array))[0].value != before[0].value
 
 
-def test_a_damaged_file_is_named(whole, tmp_path):
-    measured(tmp_path)
-    path = next(tmp_path.rglob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"safetensors: damaged .* remove it and repeat"):
-        measured(tmp_path)
+def test_as_many_frames_as_pictures_are_in_memory_at_a_time(tmp_path):
+    options = {"source": evaluating.clips(), "n": 2, "networks": looks(), "folder": tmp_path}
+    [found] = evaluate(model("text", 2), "fd", **options)
+    sizes = [pictures_of(one, tmp_path).batch_size for one in (source(), evaluating.clips())]
+    assert (found.batch_size, sizes, batch_of(100)) == (32, [64, 32], 1)
 
 
 # --- every metric ------------------------------------------------------------------------------
 
+OVERLAP = ("precision", "recall", "density", "coverage")
 
-def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path, monkeypatch):
-    for name in ("kid", "kd"):  # whose subsets have 1,000 rows
-        monkeypatch.setitem(METRICS, name, METRICS[name]._replace(least=2))
-    few = functools.partial(measures.kernel_distance, subsets=2, size=10)
-    monkeypatch.setattr(measures, "kernel_distance", few)
-    of_pictures = [name for name, metric in METRICS.items() if not metric.clips]
-    found = evaluate(
-        model("text"),
-        of_pictures,
-        source=source(),
-        n=30,
-        networks=looks(),
-        folder=tmp_path,
-    )
-    names = {result.metric.split(" [")[0] for result in found}
-    assert names == {
+
+@pytest.fixture
+def few(monkeypatch):
+    """Kernel distances of few samples: usually their subsets have 1,000 rows."""
+    for name in ("kid", "kd"):
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], least=2))
+        kernel = functools.partial(metric.kernel_distance, subsets=2, size=8)
+    monkeypatch.setattr(metric, "kernel_distance", kernel)
+
+
+@pytest.mark.usefixtures("few")
+def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
+    asked = [name for name, one in METRICS.items() if "clips" not in one.needs]
+    options = {"source": source(), "n": 30, "networks": looks(), "folder": tmp_path}
+    found = evaluate(model("text"), asked, **options)
+    assert {one.metric.split(" [")[0] for one in found} == {
         *("FD-EffNetLite0", "FID-30", "KID", "KD-EffNetLite0", "IS"),
         *(f"{kind}-{network}" for kind in OVERLAP for network in ("Inception", "EffNetLite0")),
         *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement"),
     }
-    assert {result.key for result in found} == set(of_pictures)
-    assert all(np.isfinite(result.value) for result in found)
-    better = {result.key for result in found if result.higher_is_better}
+    assert {one.key for one in found} == set(asked)
+    assert all(np.isfinite(one.value) for one in found)
+    better = {one.key for one in found if one.higher_is_better}
     assert better == {"is", "prdc", "prdc-fd", "clip", "retrieval"}
-    biased = next(result for result in found if result.key == "is")
+    biased = next(one for one in found if one.key == "is")
     assert biased.metric == "IS [3 samples a split < 1,008 classes: biased low]"
 
 
 def test_retrieval_is_that_of_the_samples_in_memory(tmp_path):
     tiny, known = model("text"), source()
     [found] = evaluate(tiny, "retrieval", source=known, folder=tmp_path)
-    expected = measure.retrieval(tiny, known)
-    assert found.value == expected.first
-    assert found.others == {"among five": expected.among_five}
+    asked = retrieval_captions(tiny.config, known)
+    samples = tiny.sample(asked.captions(40), seed=SEED).pictures
+    known_averages, prompted = averages(all_pictures(known)), np.array(asked.pictures)
+    expected = prompt_retrieval(averages(samples), prompted, known_averages)
+    assert (found.value, found.others) == (expected.first, {"among five": expected.among_five})
     assert found.sentence() == str(expected)
+    assert str(expected).startswith("prompt retrieval over 40 captions: 0.")
+
+
+def cosines(look: Any, shown: Any, captions: Any) -> Any:
+    images, texts = look(shown).astype(np.float64), look.texts(captions).astype(np.float64)
+    lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    return (images * texts).sum(1) / lengths
 
 
 def test_the_clip_score_is_of_each_sample_and_its_own_caption(tmp_path):
-    tiny, known, look = model("text"), source(), Look("CLIP")
-    options = {"source": known, "networks": lambda _: look, "folder": tmp_path, "batch_size": 4}
+    tiny, known = model("text"), source()
+    options = {"source": known, "networks": looks(), "folder": tmp_path, "batch_size": 4}
     [found] = evaluate(tiny, "clip", n=10, **options)
-    captions = captions_in_turn(known).captions(10)
-    pictures = tiny.sample(captions, seed=SEED).pictures
-    images, texts = look(pictures).astype(np.float64), look.texts(captions).astype(np.float64)
-    cosines = (
-        (images * texts).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(texts, axis=1)
-    )
-    assert found.value == pytest.approx(100 * cosines.mean(), rel=1e-6)
+    captions = in_turn(tiny.config, known).captions(10)
+    expected = cosines(Look("CLIP"), tiny.sample(captions, seed=SEED).pictures, captions)
+    assert found.value == pytest.approx(100 * expected.mean(), rel=1e-6)
 
 
-def test_the_weights_that_were_not_averaged_are_named_in_the_number(tmp_path):
+def test_weights_without_averaging_are_named_in_the_number(tmp_path):
     options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
     [found] = evaluate(model(ema_decay=0.0), "fd", **options)
     assert found.metric.startswith("FD-EffNetLite0 [no EMA; n = 4 <= 6 features")
+    plain = model(ema_decay=0.0)
+    afterwards = Matryoshka(plain.net, average_of(plain.config, 0.08))
+    averaged = [one.describe({})["averaged"] for one in (plain, model(), afterwards)]
+    assert averaged == [False, True, True]
 
 
 class Certain(Look):
@@ -274,27 +303,150 @@ class Certain(Look):
         return features
 
 
-def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_classes(tmp_path):
-    def make(rows: range, progress: Any) -> Shown:
-        shade = np.array([row // 100 for row in rows], np.uint8)
-        return Shown(np.broadcast_to(shade[:, None, None, None], (len(rows), 2, 2, 3)), [])
+def set_of(shown: Any, root: Path, name: str, **options: Any) -> PictureSet:
+    """What is in memory as a set that is read a batch at a time."""
 
-    store = Store.at(tmp_path, {"sorted": True}, make, 100)
-    [found] = run.measure(
-        PictureSet("sorted", 400, 2, lambda: store),
-        None,
-        ["is"],
-        lambda _: Certain("Inception"),
-        Result(""),
-    )
+    def make(rows: range, progress: Any) -> PictureBatch:
+        return PictureBatch([shown[rows.start : rows.stop]], [SIDE] * len(rows))
+
+    length = shown.shape[1] if shown.ndim == 5 else None
+    about = functools.partial(dict, pictures=hashlib.sha256(shown.tobytes()).hexdigest())
+    return PictureSet(name, len(shown), SIDE, length, root, about, make, BATCHED, **options)
+
+
+def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_classes(tmp_path):
+    shades = np.arange(4, dtype=np.uint8).repeat(100)[:, None, None, None]
+    shown = np.broadcast_to(shades, (400, 2, 2, 3))
+    networks = {"Inception": Certain("Inception")}
+    [found] = measure(set_of(shown, tmp_path, "sorted"), None, ["is"], networks, Result(""))
     assert found.value == pytest.approx(4.0, rel=0.05), "1 in splits of one class each"
 
 
-def test_averages_are_known_as_such_whenever_they_were_made():
-    plain, averages = model(ema_decay=0.0), model()
-    afterwards = Matryoshka(plain.net, average_of(plain.config, 0.08))
-    found = [one.describe({})["averaged"] for one in (plain, averages, afterwards)]
-    assert found == [False, True, True]
+# --- clips -------------------------------------------------------------------------------------
+
+
+def clips(count=COUNT, length=FRAMES, seed=0, top=256):
+    shape = (count, length, SIDE, SIDE, 3)
+    return np.random.default_rng(seed).integers(0, top, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Measures clips or pictures against other ones."""
+
+    def compared(metrics: str, made: Any, real: Any, networks: Any = None, **options: Any) -> Any:
+        reference = Reference("real", set_of(real, tmp_path, "real"))
+        samples = set_of(made, tmp_path, "made", **options)
+        networks = looks() if networks is None else networks
+        return measure(samples, reference, metrics.split(","), networks, Result(of="made"))
+
+    return compared
+
+
+def test_the_distance_per_frame_is_that_of_all_frames_as_pictures(compared):
+    made, real, networks = clips(), clips(14, seed=1, top=200), looks()
+    [found] = compared("fd", made, real, networks)
+    assert found.value == pytest.approx(distance(Look(""), real, made), rel=1e-9)
+    assert found.metric == "FD-EffNetLite0 [frames of clips, 10 x 3]"
+    assert found.sentence().startswith(f"{found.metric} of 10 clips to 14 clips: ")
+    seen = networks["EffNetLite0"].seen
+    compared("fd-frames,prdc-fd", made, real, networks)
+    assert networks["EffNetLite0"].seen == seen == 24 * FRAMES, "the same features"
+    assert networks["EffNetLite0"].most == BATCHED, "frames in a batch, not all of a clip"
+    [few] = compared("fid", clips(2), clips(5, seed=1))
+    assert few.metric == "FID-6 [frames of clips, 2 x 3; n = 6 <= 6 features: rank-deficient]"
+
+
+def test_the_distance_of_each_frame_shows_where_clips_go_astray(compared):
+    real, look = clips(14, seed=1), Look("EffNetLite0")
+    made = real.copy()
+    made[:, 1] //= 2
+    made[:, 2] //= 4
+    [found] = compared("fd-frames", made, real)
+    expected = [distance(look, real[:, t], made[:, t]) for t in range(FRAMES)]
+    assert list(found.others) == ["frame 0", "frame 1", "frame 2"]
+    np.testing.assert_allclose(list(found.others.values()), expected, rtol=1e-9, atol=1e-12)
+    assert expected[0] < 1e-9 < expected[1] < expected[2]
+    assert found.value == pytest.approx(np.mean(expected))
+    assert found.metric.startswith("FD-EffNetLite0-by-frame [frames of clips, 14 x 3]")
+
+
+def test_the_distance_between_clips_is_that_of_their_features(compared, tmp_path):
+    evaluating.make_video_net(tmp_path / "i3d.pt")
+    networks = find_networks(["fvd"], fvd=tmp_path / "i3d.pt", frames=FRAMES)
+    made, real = clips(), clips(14, seed=1, top=200)
+    [found] = compared("fvd", made, real, networks)
+    net = VideoNet(tmp_path / "i3d.pt", FRAMES)
+    expected = frechet_distance(*(Moments.of(net(side)) for side in (real, made)))
+    assert found.value == pytest.approx(expected, rel=1e-6)
+    assert found.metric == (
+        f"FVD-10-3f [weights {net.weights[:8]}, taken for the I3D of Kinetics-400; resize inside "
+        "the TorchScript file to 224x224; n = 10 <= 400 features: rank-deficient]"
+    )
+    assert (found.extractor, found.extractor_weights) == ("I3D", net.weights)
+    other = {VIDEO: Look("Video")}
+    assert compared("fvd", made, real, other)[0].metric.startswith("FD-Video-01234567-10-3f [")
+
+
+def test_motion_is_that_of_the_clips_in_memory(compared):
+    made, real = clips(), clips(14, seed=1)
+    made[:5] = made[:5, :1]
+    [found] = compared("motion", made, real)
+    expected = compare_motion(motion(real), motion(made))
+    assert found.value == expected.distance
+    assert found.others == {"ratio": expected.ratio, "slight": 0.5, "slight real": 0.0}
+    assert found.sentence().startswith("motion distance-3f of 10 clips to 14 clips: ")
+    with pytest.raises(ValueError, match="none of the real clips moves"):
+        compared("motion", made, real[:, :1].repeat(FRAMES, 1)[:9])
+
+
+def test_each_frame_is_scored_by_the_caption_of_its_clip(tmp_path):
+    made, captions = clips(), [f"clip {n}" for n in range(COUNT)]
+    samples = set_of(made, tmp_path, "made", captions=captions)
+    [found] = measure(samples, None, ["clip"], looks(), Result(of="made"))
+    expected = cosines(Look("CLIP"), frames(made), np.repeat(captions, FRAMES).tolist())
+    assert found.value == pytest.approx(100 * expected.mean(), rel=1e-6)
+    assert found.metric == "CLIP-tiny [frames of clips, 10 x 3]"
+
+
+def test_clips_of_the_same_pictures_in_another_order_are_other_clips(compared):
+    real = clips(4, seed=1)
+    turned = np.concatenate([real, real[:, ::-1]])
+    options = {"captions": ["a"] * 8, "belong_to": list(range(8))}
+    assert compared("retrieval", turned, turned, **options)[0].value == 1.0
+
+
+@pytest.mark.usefixtures("few")
+def test_clips_that_stand_still_are_as_many_samples_as_pictures(tmp_path):
+    def found(folder: Path, *shown: Any) -> Any:
+        made, real = (set_of(one, folder, f"set {n}") for n, one in enumerate(shown))
+        names = ["kid", "kd", "cmmd", "prdc", "prdc-fd"]
+        return measure(made, Reference("real", real), names, looks(), Result(""))
+
+    made, real = clips(10, 1), clips(14, 1, seed=1)
+    pictures = found(tmp_path / "pictures", made[:, 0], real[:, 0])
+    still = found(tmp_path / "clips", made.repeat(FRAMES, 1), real.repeat(FRAMES, 1))
+    assert [one.value for one in still] == [one.value for one in pictures]
+    assert all("one frame of each clip" in one.metric for one in still)
+
+
+def test_sets_of_one_distribution_overlap_however_alike_frames_are(compared, tmp_path):
+    first, second = (  # 60 clips of 8 frames that differ by a few bytes
+        clips(60, 1, seed=seed + 10, top=252) + clips(60, 8, seed=seed, top=4) for seed in (0, 1)
+    )
+    precision, recall, density, coverage = (one.value for one in compared("prdc-fd", first, second))
+    assert min(precision, recall, coverage) > 0.7
+    assert density == pytest.approx(1.0, abs=0.2)
+    same = [one.value for one in compared("prdc", second, second)]
+    assert same[0] == same[1] == same[3] == 1.0, "the frame of a clip is always the same"
+
+
+def test_every_metric_of_moments_takes_all_frames(compared):
+    found = compared("fd,fid,is,fid-frames", clips(), clips(14, seed=1))
+    assert all(np.isfinite(one.value) for one in found)
+    assert all("frames of clips, 10 x 3" in one.metric for one in found)
+    many = np.broadcast_to(clips(1, 20)[:, :, :1, :1], (504, 20, 1, 1, 3))  # 10,080 frames
+    assert compared("is", many, many)[0].metric == "IS [frames of clips, 504 x 20]"
 
 
 # --- what cannot be ----------------------------------------------------------------------------
@@ -303,40 +455,67 @@ def test_averages_are_known_as_such_whenever_they_were_made():
 @pytest.mark.parametrize(
     ("metrics", "changes", "message"),
     [
-        ("fdi", {}, "no metric 'fdi'.*did you mean fd"),
-        ("fid50k,kid10k", {}, "asks for 10,000 samples and for 50,000"),
-        ("fd", {"n": None}, "how many samples"),
-        ("fd", {"n": 1}, "fd needs at least 2 samples, not 1"),
-        ("kid", {}, "kid needs at least 1,000 samples, not 22"),
-        ("kid", {"n": 1000}, "kid needs at least 1,000 pictures of reference, not 40"),
-        ("is", {"n": 9}, "is needs at least 10 samples, not 9"),
-        ("clip", {}, "clip needs captions, which tiny was not drawn for"),
-        ("retrieval", {}, "tiny has no prompts to retrieve"),
-        ("fd", {"source": None}, "its training pictures are needed"),
-        ("fd", {"source": None, "conditions": unconditional()}, "name them with --ref"),
-        ("fd", {"reference": of_source(source(side=32))}, "32 pixels a side, the samples have 16"),
-        ("fid", {"networks": find_networks()}, "give its weights, --inception FILE"),
-        ("clip", {"networks": find_networks(), "model": "text"}, "--clip PATH"),
-        ("retrieval", {"source": None, "model": "text"}, "needs the pictures that"),
-        ("retrieval,kid", {"model": "text"}, "kid needs at least 1,000 samples, not 22"),
-        ("fd", {"source": None, "model": "text"}, "a file of captions"),
+        ("fdi", {}, "no metric 'fdi'.*fd"),
+        ("fid50k,kid10k", {}, "10,000 samples .* 50,000"),
+        ("retrieval5k", {"model": "text"}, "retrieval5k: .*omit the number"),
+        ("fd", {"n": None}, "-n"),
+        ("fd", {"n": 1}, "fd .*2 samples, not 1"),
+        ("kid", {}, "kid .*1,000 samples, not 22"),
+        ("kid", {"n": 1000}, "kid .*1,000 pictures of reference, pictures"),
+        ("is", {"n": 9}, "is .*10 samples, not 9"),
+        ("clip", {}, "clip needs captions, .*tiny"),
+        ("retrieval", {}, "tiny has no prompts"),
+        ("retrieval", {"source": None, "model": "text"}, "retrieval needs the pictures"),
+        ("retrieval,kid", {"model": "text"}, "kid .*1,000 samples, not 22"),
+        ("fd", {"source": None}, "imagenet50k"),
+        ("fd", {"source": None, "model": "text"}, "--captions"),
+        ("fd", {"source": None, "conditions": Conditions("none")}, "fd .*--ref"),
+        ("fid", {"networks": None}, "fid.*--inception"),
+        ("clip", {"networks": None, "model": "text"}, "clip.*--clip"),
+        ("fvd", {"networks": None}, "fvd.*--fvd"),
+        ("fvd", {"model": "text"}, "fvd needs clips, and tiny"),
+        ("agreement", {"model": "one level", "source": None}, "agreement needs several levels"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_drawn(metrics, changes, message, tmp_path):
-    tiny = model(changes.pop("model", "classes"))
+    kind = changes.pop("model", "classes")
+    tiny = model("nothing" if kind == "one level" else kind)
+    if kind == "one level":
+        tiny.net.levels, config = tiny.net.levels[:1], tiny.net.config
+        tiny.net.config = tiny.model = config.model_copy(update={"levels": config.levels[:1]})
     given = {"source": source(), "n": SAMPLES, "networks": looks(), "folder": tmp_path}
     with pytest.raises(UsageError, match=message):
         evaluate(tiny, metrics, **(given | changes))
     assert not list(tmp_path.iterdir())
 
 
-def test_levels_of_one_level_cannot_disagree(tmp_path):
-    tiny = model("nothing")
-    tiny.net.levels = tiny.net.levels[:1]
-    config = tiny.net.config
-    tiny.net.config = tiny.model = config.model_copy(update={"levels": config.levels[:1]})
-    with pytest.raises(UsageError, match="agreement needs pictures of several levels"):
-        evaluate(tiny, "agreement", n=4, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("metrics", "made", "real", "message"),
+    [
+        ("motion", clips()[:, 0], clips()[:, 0], "motion needs clips, and made"),
+        ("fd", clips(), clips(length=4), "real has clips of 4 frames, made clips of 3 frames"),
+        ("fd", clips(), clips()[:, 0], "real has pictures, made clips of 3 frames"),
+        ("fd", clips()[:, 0], clips(), "real has clips of 3 frames, made pictures"),
+        ("kid", clips(), clips(), "kid .*1,000 samples, not 10"),
+        ("fvd", clips(1), clips(), "fvd .*2 samples, not 1"),
+        ("motion", clips(length=1), clips(length=1), "motion .*2 frames"),
+        ("fd-frames", clips(1), clips(), "fd-frames .*2 samples, not 1"),
+        ("prdc-fd", clips(5), clips(), "prdc-fd .*6 samples, not 5"),
+        ("fid", clips(), None, r"real has moments of pictures, made clips of 3"),
+        ("prdc", clips()[:, 0], None, "prdc needs the pictures .*real"),
+        ("fd", clips()[:, 0], None, "fd needs the pictures"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(metrics, made, real, message, tmp_path):
+    moments = Reference("real", None, PublishedMoments(np.zeros(6), np.eye(6)))
+    reference = moments if real is None else Reference("real", set_of(real, tmp_path, "real"))
+    with pytest.raises(UsageError, match=message):
+        measure(set_of(made, tmp_path, "made"), reference, [metrics], looks(), Result(""))
+
+
+def test_files_of_networks_that_nothing_looks_through_are_refused():
+    with pytest.raises(UsageError, match=r"--clip: none of fd .*omit it"):
+        find_networks(["fd"], clip="c")
 
 
 def test_a_sample_with_nan_is_named_by_its_seed(tmp_path):
@@ -354,54 +533,68 @@ def test_a_sample_with_nan_is_named_by_its_seed(tmp_path):
 def test_names_of_metrics_are_parsed():
     assert parse_metrics("fd, FID,fd") == (("fd", "fid"), None)
     assert parse_metrics("fid50k,prdc-fd") == (("fid", "prdc-fd"), 50_000)
-    assert thousands(30_000) == "30K"
-    assert thousands(1_500) == "1500"
+    assert [thousands(count) for count in (50_000, 2_048)] == ["50K", "2048"]
+
+
+def test_the_published_cmmd_says_whose_weights_it_takes(compared):
+    clip = Look("CLIP")
+    clip.variant = "ViT-L/14-336"
+    [found] = compared("cmmd", clips()[:, 0], clips()[:, 0], {"CLIP": clip})
+    assert found.metric == "CMMD [CLIP weights 01234567, taken for those of OpenAI]"
 
 
 def test_results_are_lines_of_json_also_after_a_torn_one(whole, tmp_path):
-    path = tmp_path / "eval" / results.FILE
-    results.append(whole[1], path)
+    path = tmp_path / "eval" / result.FILE
+    result.append(whole[1], path)
     with open(path, "a") as file:
         file.write('{"torn": ')
-    results.append(whole[1][:1], path)
+    result.append(whole[1][:1], path)
     lines = path.read_text().splitlines()
     assert len(lines) == 4
     record = json.loads(lines[-1])
     assert record == {**json.loads(lines[0]), "date": record["date"]}
-    assert record["n"] == SAMPLES
-    assert record["reference_count"] == 40
+    assert (record["n"], record["reference_count"]) == (SAMPLES, 40)
     assert record["sampling"]["steps"] == 1
     assert record["extractor_weights"] == Look.weights
     assert {"version", "commit", "date", "weights", "seed", "precision"} <= set(record)
 
 
 def test_a_number_says_where_it_is_from(whole):
-    distance, agreement = whole[1]
-    line = distance.provenance()
-    for part in (
-        "tiny (weights ",
-        "classes of pictures",
-        "EffNetLite0",
-        "not at all",
-        "steps 1",
-        "fp32 on cpu",
-    ):
-        assert part in line
+    fd, agreement = whole[1]
+    words = ("tiny (weights ", "classes of pictures", "EffNetLite0", "not at all", "steps 1")
+    assert all(word in fd.provenance() for word in (*words, "fp32 on cpu"))
     assert "reference" not in agreement.provenance()
     assert agreement.sentence().startswith("level disagreement of 22 samples: 0.")
-
-
-def test_both_networks_of_a_cascade_are_in_the_line_that_says_where_a_number_is_from():
     both = Result(of="up", weights=f"{'ab' * 32} after {'cd' * 32}").provenance()
     assert both.startswith(f"up (weights {'ab' * 8} after {'cd' * 8}); ")
 
 
 def test_the_commit_is_that_of_the_code_or_unknown(monkeypatch):
-    results.commit.cache_clear()
-    monkeypatch.setattr(results, "_git", lambda folder, *words: None)
-    assert results.commit() is None
-    results.commit.cache_clear()
-    answers = {"ls-files": "results.py", "status": " M file", "rev-parse": "abc"}
-    monkeypatch.setattr(results, "_git", lambda folder, *words: answers[words[0]])
-    assert results.commit() == "abc+"
-    results.commit.cache_clear()
+    answers = {"ls-files": "result.py", "status": " M file", "rev-parse": "abc"}
+    for git, expected in ((lambda *words: None, None), (lambda *words: answers[words[0]], "abc+")):
+        result.commit.cache_clear()
+        monkeypatch.setattr(result, "_git", git)
+        assert result.commit() == expected
+    result.commit.cache_clear()
+
+
+# --- the sheet of the demo ---------------------------------------------------------------------
+
+
+def test_the_demo_sheet_has_every_level_beside_the_real_picture():
+    texts = [*SHEET_PROMPTS, "a", "b", "c", "d"]
+    known = source(24, captions=[(text,) for text in texts])
+    page = demo_sheet(model("text"), known)
+    assert page.width < 1.5 * page.height < 2.5 * page.width
+    with pytest.raises(ValueError, match="no caption 'red apple'"):
+        demo_sheet(model("text"), source())
+
+
+def test_unseen_prompts_are_no_names_of_pictures_but_their_words_are():
+    emoji = pytest.importorskip("emoji")
+    names = {entry["en"].strip(":").replace("_", " ") for entry in emoji.EMOJI_DATA.values()}
+    words = {word for name in names for word in name.split()}
+    assert len(UNSEEN_PROMPTS) == 4
+    for prompt in UNSEEN_PROMPTS:
+        assert prompt not in names
+        assert set(prompt.split()) <= words

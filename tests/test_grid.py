@@ -10,7 +10,6 @@ from PIL import Image
 
 from matryoshka_diffusion.draw import clips, grid
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
-from matryoshka_diffusion.eval import demo_sheet
 from test_clips_written import decode
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
@@ -199,33 +198,3 @@ def test_a_png_that_cannot_be_written_names_its_path(tmp_path):
     with pytest.raises(OSError, match=r"file/a\.png"):
         save_png(plain(RED), tmp_path / "file" / "a.png", None)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-# --- the demo's sheet ------------------------------------------------------------------------
-
-
-def test_the_demo_sheet_has_every_level_beside_the_real_image():
-    levels = [
-        np.stack([plain((value + n, 1, 1), side) for n in range(24)])
-        for value, side in ((50, 16), (100, 32), (150, 64))
-    ]
-    real = [plain((200 + n, 1, 1), 64) for n in range(20)]
-    captions = [f"image {n}" for n in range(24)]
-    image = demo_sheet.demo_sheet(levels, captions, [*real, None, None, None, None], title="Demo")
-    areas = {colour: number for number, colour in image.getcolors(1 << 24) or ()}
-    assert {areas[tuple(picture[0, 0])] for level in levels for picture in level} == {128 * 128}
-    assert {areas[tuple(picture[0, 0])] for picture in real} == {128 * 128}
-    assert boxes(image, grid.MARKED)[1] > boxes(image, (219, 1, 1))[1]
-    assert image.width < 1.5 * image.height < 2.5 * image.width
-    with pytest.raises(ValueError, match="shorter"):
-        demo_sheet.demo_sheet([np.zeros((2, 4, 4, 3), np.uint8)], ["a", "b"], [None], title="")
-
-
-def test_unseen_prompts_are_no_names_of_emoji_but_their_words_are():
-    emoji = pytest.importorskip("emoji")
-    names = {entry["en"].strip(":").replace("_", " ") for entry in emoji.EMOJI_DATA.values()}
-    words = {word for name in names for word in name.split()}
-    assert len(demo_sheet.UNSEEN_PROMPTS) == 4
-    for prompt in demo_sheet.UNSEEN_PROMPTS:
-        assert prompt not in names
-        assert set(prompt.split()) <= words

@@ -1,20 +1,48 @@
-"""Moments and the Fréchet distance against closed forms."""
+"""Metrics of arrays against closed forms, against their sums as loops, and against torchmetrics."""
 
 from __future__ import annotations
 
-from functools import reduce
+import tracemalloc
+from functools import partial, reduce
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.multimodal.clip_score import CLIPScore
 
-from matryoshka_diffusion.metrics import frechet as metrics
-from matryoshka_diffusion.metrics.frechet import Moments, Reference, frechet_distance
+from matryoshka_diffusion.metrics import frechet, mmd, prdc
+from matryoshka_diffusion.metrics.frechet import Moments, PublishedMoments, frechet_distance
+from matryoshka_diffusion.metrics.mmd import cmmd, kernel_distance
+from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
+from matryoshka_diffusion.metrics.networks.inception import inception_score
+from matryoshka_diffusion.metrics.pixels import (
+    SLIGHT,
+    Retrieval,
+    averages,
+    compare_motion,
+    level_agreement,
+    motion,
+    prompt_retrieval,
+    wasserstein,
+)
+from matryoshka_diffusion.metrics.prdc import density_coverage, precision_recall
+from matryoshka_diffusion.metrics.rows import row_blocks
 
 
 def random(seed):
     return np.random.default_rng(seed)
+
+
+# --- Fréchet distance --------------------------------------------------------------------------
 
 
 def gaussian(mean, covariance, count=1000):
@@ -35,29 +63,22 @@ def test_moments_are_mean_and_unbiased_covariance():
     np.testing.assert_allclose(moments.covariance, np.cov(x, rowvar=False))
 
 
-@given(cuts=st.lists(st.integers(1, 39), max_size=6, unique=True).map(sorted))
-def test_however_the_rows_are_cut_the_moments_are_the_same(cuts):
+@given(
+    cuts=st.lists(st.integers(1, 39), max_size=6, unique=True).map(sorted),
+    gathered=st.sampled_from([1, 7, 40, 41, 2048]),
+)
+def test_moments_do_not_depend_on_how_rows_are_cut_and_gathered(cuts, gathered):
     x = random(1).normal(100.0, 1.0, (40, 5))
-    close(Moments.stream(np.split(x, cuts)), Moments.of(x))
-
-
-@pytest.mark.parametrize("gathered", [1, 7, 40, 41])
-def test_however_many_rows_are_gathered_the_moments_are_the_same(gathered, monkeypatch):
-    monkeypatch.setattr(metrics, "GATHERED", gathered)
-    x = random(1).normal(100.0, 1.0, (40, 5))
-    close(Moments.stream(np.split(x, range(3, 40, 3))), Moments.of(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frechet, "GATHERED", gathered)
+        close(Moments.stream(np.split(x, cuts)), Moments.of(x))
 
 
 @given(order=st.permutations(range(6)))
-def test_in_whichever_order_parts_are_merged_the_moments_are_the_same(order):
+def test_moments_do_not_depend_on_the_order_of_merging(order):
     parts = [random(20 + n).normal(n, 1.0 + n, (3 + n, 4)) for n in range(6)]
     merged = reduce(Moments.merge, (Moments.of(parts[n]) for n in order))
     close(merged, Moments.of(np.concatenate(parts)))
-
-
-def test_merging_commutes():
-    a, b = Moments.of(random(2).normal(0, 1, (7, 4))), Moments.of(random(3).normal(5, 2, (30, 4)))
-    close(a.merge(b), b.merge(a))
 
 
 def test_float32_features_with_a_large_mean_keep_their_covariance():
@@ -89,47 +110,8 @@ def test_distance_to_a_linear_image_that_does_not_commute():
     covariance, a = root @ root.T, factor @ factor.T + 0.1 * np.eye(5)
     assert not np.allclose(covariance @ a, a @ covariance)
     rest = np.eye(5) - a
-    distance = frechet_distance(
-        gaussian(np.zeros(5), covariance), gaussian(np.zeros(5), a @ covariance @ a)
-    )
-    assert distance == pytest.approx(np.trace(rest @ covariance @ rest), rel=1e-9)
-
-
-def test_samples_of_gaussians_are_as_far_apart_as_the_gaussians():
-    root = random(13).normal(size=(4, 4)) / 2.0
-    mean, stretch = np.array([1.0, 0.0, -1.0, 0.5]), np.array([0.5, 1.0, 1.5, 2.0])
-    x = random(14).normal(size=(200_000, 4))
-    y = random(15).normal(size=(200_000, 4)) * stretch @ root + mean
-    exact = frechet_distance(
-        gaussian(np.zeros(4), np.eye(4)), gaussian(mean, root.T * stretch**2 @ root)
-    )
-    # Independent of the above, since one side is the identity: |m|^2 + tr(1 + S - 2 S^(1/2)).
-    values = np.linalg.eigvalsh(root.T * stretch**2 @ root)
-    assert exact == pytest.approx((mean**2).sum() + np.square(1 - np.sqrt(values)).sum(), rel=1e-10)
-    sampled = frechet_distance(*(Moments.stream(np.split(side, 100)) for side in (x, y)))
-    assert sampled == pytest.approx(exact, rel=0.01)
-
-
-def test_published_moments_are_a_reference():
-    x = random(16).normal(size=(300, 5))
-    moments, other = Moments.of(x), Moments.of(random(17).normal(1.0, 2.0, (200, 5)))
-    reference = Reference(x.mean(axis=0), np.cov(x, rowvar=False))
-    expected = frechet_distance(moments, other)
-    assert frechet_distance(reference, other) == pytest.approx(expected, rel=1e-10)
-    single = Reference(*(a.astype(np.float32) for a in (reference.mean, reference.covariance)))
-    assert frechet_distance(other, single) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_reference_that_makes_no_sense_is_refused():
-    mean, covariance = np.zeros(3), np.eye(3)
-    with pytest.raises(ValueError, match=r"width 3 cannot have a covariance of \(4, 4\)"):
-        Reference(mean, np.eye(4))
-    with pytest.raises(ValueError, match="values that are not finite"):
-        Reference(mean, np.where(covariance > 0, np.nan, 0.0))
-    with pytest.raises(ValueError, match="not symmetric"):
-        Reference(mean, covariance + np.triu(np.ones((3, 3)), 1))
-    with pytest.raises(ValueError, match="width 3 cannot meet those of 4"):
-        frechet_distance(Reference(mean, covariance), Reference(np.zeros(4), np.eye(4)))
+    sides = gaussian(np.zeros(5), covariance), gaussian(np.zeros(5), a @ covariance @ a)
+    assert frechet_distance(*sides) == pytest.approx(np.trace(rest @ covariance @ rest), rel=1e-9)
 
 
 def test_distance_is_symmetric_and_zero_to_itself():
@@ -143,31 +125,542 @@ def test_fewer_samples_than_features_cost_no_precision():
     x = random(11).normal(size=(10, 200))
     a = Moments.of(x)
     assert frechet_distance(a, Moments.of(x + 0.5)) == pytest.approx(200 * 0.25, rel=1e-9)
-    assert frechet_distance(a, Moments.of(3.0 * (x - a.mean) + a.mean)) == pytest.approx(
-        4.0 * np.trace(a.covariance), rel=1e-9
-    )
+    stretched = Moments.of(3.0 * (x - a.mean) + a.mean)
+    expected = 4.0 * np.trace(a.covariance)
+    assert frechet_distance(a, stretched) == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_has_no_distance_is_refused():
+def test_published_moments_are_a_reference():
+    x = random(16).normal(size=(300, 5))
+    moments, other = Moments.of(x), Moments.of(random(17).normal(1.0, 2.0, (200, 5)))
+    reference = PublishedMoments(x.mean(axis=0), np.cov(x, rowvar=False))
+    expected = frechet_distance(moments, other)
+    assert frechet_distance(reference, other) == pytest.approx(expected, rel=1e-10)
+    single = PublishedMoments(*(a.astype(np.float32) for a in vars(reference).values()))
+    assert frechet_distance(other, single) == pytest.approx(expected, rel=1e-5)
+
+
+def test_moments_and_distances_of_unfit_features_are_refused():
     two = Moments.of(random(12).normal(size=(2, 3)))
-    with pytest.raises(ValueError, match="at least 2 samples, not 1"):
+    with pytest.raises(ValueError, match="at least 2 samples"):
         frechet_distance(two, Moments.of(np.zeros((1, 3))))
-    with pytest.raises(ValueError, match="width 3 cannot meet those of 4"):
-        frechet_distance(two, Moments.of(np.zeros((2, 4))))
-    with pytest.raises(ValueError, match="width 3 cannot meet those of 4"):
-        two.merge(Moments.of(np.zeros((2, 4))))
+    for combine in (frechet_distance, Moments.merge):
+        with pytest.raises(ValueError, match=r"width 3 .* width 4"):
+            combine(two, Moments.of(np.zeros((2, 4))))
+    with pytest.raises(ValueError, match=r"row 2 .* not finite"):
+        Moments.of(np.array([[0.0], [0.0], [np.inf], [0.0]]))
+    for empty in (lambda: Moments.of(np.zeros((0, 3))), lambda: Moments.stream([])):
+        with pytest.raises(ValueError, match="no features"):
+            empty()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(bad):
-    x = np.zeros((4, 3))
-    x[2, 1] = bad
-    with pytest.raises(ValueError, match="row 2 of the features is not finite"):
-        Moments.of(x)
+# --- kernel distances --------------------------------------------------------------------------
 
 
-def test_no_features_are_refused():
-    with pytest.raises(ValueError, match="no features"):
-        Moments.of(np.zeros((0, 3)))
-    with pytest.raises(ValueError, match="no features"):
-        Moments.stream([])
+def pairs(kernel, x, y, *, itself):
+    """Mean of the kernel over all pairs, one at a time."""
+    values = [kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(y) if itself or i != j]
+    return sum(values) / len(values)
+
+
+def cubic(a, b):
+    return (sum(p * q for p, q in zip(a, b, strict=True)) / len(a) + 1.0) ** 3
+
+
+def normal(a, b):
+    a, b = (v / np.sqrt(sum(p * p for p in v)) for v in (a, b))
+    return np.exp(-sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / 200.0)
+
+
+def test_kernel_distance_is_the_unbiased_sum_over_pairs():
+    x, y = random(0).normal(size=(9, 4)), random(1).normal(0.5, 1.5, (9, 4))
+    within = pairs(cubic, x, x, itself=False) + pairs(cubic, y, y, itself=False)
+    found = kernel_distance(x, y, subsets=1, size=9)
+    assert found.mean == pytest.approx(within - 2.0 * pairs(cubic, x, y, itself=True), rel=1e-10)
+    assert found.std == 0.0
+
+
+def test_kernel_distance_by_hand():
+    # One feature; k(0, 2) = 1, k(1, 1) = 8 and k(0, 1) = 1, k(2, 1) = 27.
+    x, y = np.array([[0.0], [2.0]]), np.array([[1.0], [1.0]])
+    assert kernel_distance(x, y, subsets=3, size=2).mean == pytest.approx(1 + 8 - 2 * (1 + 27) / 2)
+
+
+def test_kernel_distance_averages_subsets_that_never_change():
+    x, y = random(2).normal(size=(60, 3)), random(3).normal(0.3, 1.0, (50, 3))
+    found = kernel_distance(x, y, subsets=40, size=20)
+    assert found == kernel_distance(x, y, subsets=40, size=20)
+    assert found.std > 0.0
+    whole = kernel_distance(x[:50], y, subsets=1, size=50).mean
+    assert found.mean == pytest.approx(whole, abs=3.0 * found.std)
+
+
+def test_kernel_distance_of_one_distribution_is_zero_on_average():
+    sides = [[random(2 * n + side).normal(size=(50, 4)) for side in (0, 1)] for n in range(100)]
+    values = [kernel_distance(x, y, subsets=1, size=50).mean for x, y in sides]
+    assert min(values) < 0.0 < max(values)
+    assert abs(np.mean(values)) < 3.0 * np.std(values) / 10.0
+
+
+def test_cmmd_is_a_thousand_times_the_biased_sum_over_pairs():
+    x, y = random(4).normal(size=(7, 5)), random(5).normal(1.0, 2.0, (4, 5))
+    both = partial(pairs, normal, itself=True)
+    expected = 1000.0 * (both(x, x) + both(y, y) - 2.0 * both(x, y))
+    assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(3.0 * x, y / 7.0) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cmmd_by_hand():
+    # Two opposite directions: |x - y|^2 = 4, so 1000 (1 + 1 - 2 exp(-4 / 200)).
+    x, y = np.array([[2.0, 0.0]]), np.array([[-5.0, 0.0]])
+    assert cmmd(x, y) == pytest.approx(2000.0 * (1.0 - np.exp(-0.02)), rel=1e-12)
+    assert cmmd(x, x) == 0.0
+
+
+# --- precision, recall, density, coverage ------------------------------------------------------
+
+
+def distance(a, b):
+    return float(np.sqrt(((a - b) ** 2).sum()))
+
+
+def radii(points, k):
+    return [sorted(distance(p, q) for q in points)[k] for p in points]
+
+
+def clouds(seed=0, real=40, made=30):
+    return random(seed).normal(size=(real, 3)), random(seed + 1).normal(1.3, 0.9, (made, 3))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_shares_of_points_in_closed_balls(k):
+    def share(points, queries):
+        balls = list(zip(points, radii(points, k), strict=True))
+        return np.mean([any(distance(q, p) <= r for p, r in balls) for q in queries])
+
+    real, made = clouds()
+    found = precision_recall(real, made, k=k)
+    assert found == (pytest.approx(share(real, made)), pytest.approx(share(made, real)))
+    assert 0.0 < min(found) <= max(found) < 1.0
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_density_and_coverage_count_open_balls_around_real_points(k):
+    real, made = clouds(2)
+    inside = [[distance(y, x) < r for y in made] for x, r in zip(real, radii(real, k), strict=True)]
+    found = density_coverage(real, made, k=k)
+    assert found.density == pytest.approx(sum(map(sum, inside)) / (k * len(made)), rel=1e-12)
+    assert found.coverage == pytest.approx(sum(map(any, inside)) / len(real), rel=1e-12)
+    assert 0.0 < found.coverage < 1.0
+
+
+def test_overlap_by_hand_on_a_line():
+    # Balls around real points (k = 1): 0 +- 1, 1 +- 1, 3 +- 2. Around samples: both +- 8.5.
+    real, made = np.array([[0.0], [1.0], [3.0]]), np.array([[1.5], [10.0]])
+    assert precision_recall(real, made, k=1) == (0.5, 1.0)
+    assert density_coverage(real, made, k=1) == (pytest.approx(2 / 2), pytest.approx(2 / 3))
+
+
+def test_equal_sets_overlap_wholly_and_distant_ones_not_at_all():
+    grid = np.stack(np.meshgrid([0.0, 1.0, 3.0, 7.0], [0.0, 2.0, 5.0, 11.0]), -1).reshape(-1, 2)
+    points = grid + np.arange(16)[:, None] / 64.0  # no ties, and exact in float64
+    for metric in (precision_recall, density_coverage):
+        assert metric(points, points) == (1.0, 1.0)
+        assert metric(points, points + 1000.0) == (0.0, 0.0)
+
+
+def test_samples_of_one_picture_are_precise_and_recall_nothing_more():
+    real = random(4).normal(size=(50, 2))
+    found = precision_recall(real, real[:1] + 1e-6 * random(5).normal(size=(50, 2)))
+    assert found.precision == 1.0
+    assert found.recall <= 1 / 50
+
+
+def test_density_and_coverage_of_one_distribution_are_what_theory_says():
+    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020),
+    # E[coverage] = 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)).
+    n, k = 100, 5
+    missed = np.prod([(n - i) / (2 * n - i) for i in range(1, k + 1)])
+    found = np.array(
+        [density_coverage(*random(seed).normal(size=(2, n, 3)), k=k) for seed in range(200)]
+    )
+    error = found.std(axis=0) / np.sqrt(len(found))
+    assert (np.abs(found.mean(axis=0) - [1.0, 1.0 - missed]) < 3.0 * error).all()
+    assert (error < 0.01).all()
+
+
+@pytest.mark.parametrize("metric", [precision_recall, density_coverage, cmmd])
+def test_all_pairs_never_lie_in_memory_and_blocks_change_nothing(metric, monkeypatch):
+    n = 1200
+    real, made = random(9).normal(size=(2, n, 2))
+    whole = metric(real, made)
+    for module in (prdc, mmd):
+        monkeypatch.setattr(module, "row_blocks", partial(row_blocks, entries=10 * n))
+    tracemalloc.start()
+    found = metric(real, made)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * n * n / 10
+    assert found == (pytest.approx(whole, rel=1e-11) if metric is cmmd else whole)
+
+
+@pytest.mark.parametrize(
+    ("metric", "least"),
+    [
+        (kernel_distance, 1000),
+        (partial(kernel_distance, size=10), 10),
+        (cmmd, 1),
+        (precision_recall, 4),
+        (density_coverage, 6),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused(metric, least):
+    rows = random(8).normal(size=(1000, 2))
+    with pytest.raises(ValueError, match=f"at least {least:,} samples"):
+        metric(rows, rows[: least - 1])
+    with pytest.raises(ValueError, match=r"width 2 .* width 1"):
+        metric(rows, rows[:, :1])
+    with pytest.raises(ValueError, match=r"row 3 .* not finite"):
+        metric(rows, np.where(np.arange(1000)[:, None] == 3, np.nan, rows))
+    if metric is cmmd:
+        with pytest.raises(ValueError, match=r"row 3 .* is zero"):
+            metric(rows, np.where(np.arange(1000)[:, None] == 3, 0.0, rows))
+
+
+# --- Inception score and CLIP score ------------------------------------------------------------
+
+
+def one_hot(labels, classes):
+    return np.eye(classes)[labels]
+
+
+def test_inception_score_where_it_is_known():
+    sure = inception_score(one_hot(np.arange(80) % 8, 8))
+    assert sure == (pytest.approx(8.0, rel=1e-12), pytest.approx(0.0, abs=1e-12))
+    row = random(0).dirichlet(np.ones(6))
+    assert inception_score(np.tile(row, (30, 1))).mean == pytest.approx(1.0, rel=1e-12)
+
+
+def test_splits_of_the_inception_score_are_scored_apart():
+    # Within each half there is one class: clear, but without any variety.
+    labels = np.repeat([0, 1], 10)
+    assert inception_score(one_hot(labels, 2), splits=2).mean == pytest.approx(1.0)
+    assert inception_score(one_hot(labels, 2), splits=1).mean == pytest.approx(2.0)
+    # 3 of one class, then one of each of 3: scores 1 and 3, so mean 2 and deviation 1.
+    assert inception_score(one_hot([0, 0, 0, 0, 1, 2], 3), splits=2) == pytest.approx((2.0, 1.0))
+
+
+def test_inception_score_is_the_divergence_written_as_loops():
+    rows = random(1).dirichlet(np.full(5, 0.3), size=23)
+    scores = []
+    for first, last in ((0, 7), (7, 15), (15, 23)):  # 23 * 1 // 3 and 23 * 2 // 3
+        part = rows[first:last]
+        mean = part.mean(axis=0)
+        terms = [p * np.log(p / q) for row in part for p, q in zip(row, mean, strict=True)]
+        scores.append(np.exp(sum(terms) / len(part)))
+    expected = (np.mean(scores), np.std(scores))
+    assert inception_score(rows, splits=3) == pytest.approx(expected, rel=1e-10)
+
+
+def test_rows_that_are_no_distribution_are_refused():
+    with pytest.raises(ValueError, match="at least 10 samples"):
+        inception_score(one_hot(np.zeros(9, int), 3))
+    rows = one_hot(np.zeros(12, int), 3)
+    for row, value, message in ((4, 0.5, "no distribution"), (2, np.nan, "not finite")):
+        rows[row, 1] = value
+        with pytest.raises(ValueError, match=f"row {row} .*{message}"):
+            inception_score(rows)
+
+
+def test_clip_score_is_a_hundred_times_the_cosine_where_that_is_positive():
+    images = np.array([[3.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
+    texts = np.array([[5.0, 0.0], [0.0, 2.0], [-1.0, 0.1]])
+    expected = [100.0, 100.0 / np.sqrt(2.0), 0.0]
+    np.testing.assert_allclose(clip_score(images, texts), expected, rtol=1e-12)
+    for bad_images, bad_texts, message in (
+        (images, texts[:2], "3 pictures .* 2 captions"),
+        (images[:0], texts[:0], "at least 1 samples"),
+        (images, texts[:, :1], "width"),
+        (images * [[1.0], [0.0], [1.0]], texts, "row 1 .* zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clip_score(bad_images, bad_texts)
+
+
+# --- agreement of levels -----------------------------------------------------------------------
+
+
+def pictures(side, count=3, seed=0):
+    return random(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def averaged(fine, side):
+    count, old, _, channels = fine.shape
+    window = old // side
+    return fine.reshape(count, side, window, side, window, channels).mean(axis=(2, 4))
+
+
+def test_levels_of_one_picture_agree_up_to_the_rounding():
+    fine = pictures(16)
+    levels = [averaged(fine, side).round().astype(np.uint8) for side in (4, 8)]
+    gaps = level_agreement([*levels, fine])
+    assert gaps.shape == (3, 2)
+    assert 0.0 < gaps.max() <= 0.5 / 255
+    assert level_agreement([fine]).shape == (3, 0)
+
+
+def test_the_levels_of_a_clip_agree_in_space_and_time():
+    """D^r in time is the first frame of every so many; a picture is the first of all."""
+    clips = pictures(16, count=12).reshape(3, 4, 16, 16, 3)
+    halved = averaged(clips[:, ::2].reshape(6, 16, 16, 3), 8).reshape(3, 2, 8, 8, 3)
+    levels = [level.round().astype(np.uint8) for level in (halved[:, 0], halved)]
+    assert level_agreement([*levels, clips]).max() <= 0.5 / 255
+    other = averaged(clips[:, 1], 8).round().astype(np.uint8)
+    assert level_agreement([other, clips]).min() > 0.01
+
+
+def test_each_picture_and_level_has_its_own_difference():
+    coarse, middle, fine = (np.full((2, side, side, 1), 100, np.uint8) for side in (2, 4, 8))
+    coarse[1] += 51
+    middle[0, :2] -= 51
+    gaps = level_agreement([coarse, middle, fine])
+    np.testing.assert_allclose(gaps, [[0.0, 0.1], [0.2, 0.0]], atol=1e-12)
+    coarse, fine = pictures(4, seed=1), pictures(12, seed=2)
+    expected = np.abs(averaged(fine / 255, 4) - coarse / 255).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(level_agreement([coarse, fine])[:, 0], expected, rtol=1e-12)
+
+
+def test_levels_that_do_not_belong_together_are_refused():
+    for levels, message in (
+        ([], "no levels"),
+        ([pictures(4, count=2), pictures(8)], "2, 3 pictures"),
+        ([pictures(3), pictures(8)], "8x8 .* 3x3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            level_agreement(levels)
+
+
+# --- motion ------------------------------------------------------------------------------------
+
+NUMBERS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=8).map(np.array)
+
+
+def clip_of(frames):
+    """One clip (f, h, w, 1) of the frames (f, h, w)."""
+    return np.asarray(frames, np.uint8)[None, ..., None]
+
+
+def test_still_clips_do_not_move_and_black_and_white_in_turn_moves_most():
+    assert motion(clip_of([random(0).integers(0, 256, (8, 8))] * 5)) == [0.0]
+    assert motion(clip_of([np.full((2, 2), 255 * (t % 2)) for t in range(4)])) == [2.0]
+    eye = np.zeros((2, 64, 64), np.uint8)
+    eye[1, :2, :2] = 255
+    assert 0.0 < motion(clip_of(eye))[0] < SLIGHT, "an eye that blinks is not still"
+    with pytest.raises(ValueError, match="one frame"):
+        motion(np.zeros((3, 1, 4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("speed", [0, 1, 2, 3])
+def test_a_ramp_that_is_pushed_along_changes_by_speed_times_slope(speed):
+    """x(i, t) = 4 (i - v t): every pixel changes by 4 v bytes, whichever way bytes go."""
+    ramp = [100 + 4 * (np.arange(8) - speed * t) for t in range(6)]
+    frames = np.broadcast_to(np.array(ramp)[:, None], (6, 8, 8))
+    for order in (frames, frames[::-1]):
+        np.testing.assert_allclose(motion(clip_of(order)), [4 * speed * 2.0 / 255.0], rtol=1e-12)
+
+
+def test_each_clip_has_its_own_motion_however_they_are_batched():
+    many = random(1).integers(0, 256, (6, 4, 8, 8, 3), dtype=np.uint8)
+    x = many / 127.5 - 1.0
+    expected = np.abs(x[:, 1:] - x[:, :-1]).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(motion(many), expected, rtol=1e-12)
+    alone = np.concatenate([motion(many[n : n + 1]) for n in range(6)])
+    np.testing.assert_array_equal(motion(many), alone)
+
+
+@given(a=NUMBERS, b=NUMBERS)
+def test_wasserstein_is_the_cost_of_moving_sorted_numbers(a, b):
+    """Each number as often as the other side is long: then the i-th smallest go to each other."""
+    paired = np.sort(np.repeat(a, len(b))), np.sort(np.repeat(b, len(a)))
+    assert wasserstein(a, b) == pytest.approx(np.abs(paired[0] - paired[1]).mean(), abs=1e-12)
+    assert wasserstein(a, a + 0.3) == pytest.approx(0.3, rel=1e-12)
+
+
+def test_motions_of_two_sets_are_compared():
+    real = np.array([0.1, 0.2, 0.3])
+    half = (pytest.approx(0.1), pytest.approx(0.5), 0.0, 0.0)
+    assert compare_motion(real, real / 2) == half
+    real = np.array([0.0, 0.2, SLIGHT / 2, 0.4])
+    still = (pytest.approx(real.mean()), 0.0, 1.0, 0.5)
+    assert compare_motion(real, np.zeros(10)) == still
+    some = np.array([0.1])
+    for bad_real, made, message in (
+        (np.zeros(3), some, "none .* moves"),
+        (some, some[:0], "at least 1 samples"),
+        (some, np.array([np.nan]), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_motion(bad_real, made)
+
+
+# --- prompt retrieval --------------------------------------------------------------------------
+
+
+def flat(*values, side=16, channels=3):
+    """Pictures of one grey value each."""
+    return np.stack([np.full((side, side, channels), value, np.uint8) for value in values])
+
+
+def retrieved(samples, prompted, training):
+    return prompt_retrieval(averages(samples), np.array(prompted, np.int64), averages(training))
+
+
+@pytest.mark.parametrize(
+    ("samples", "prompted", "training", "expected"),
+    [
+        # The five nearest to 1 are 0, 20, 40, 60, 80 in this order.
+        ((1, 1, 1, 1), (0, 1, 4, 5), (0, 20, 40, 60, 80, 100, 120), (0.25, 0.75)),
+        ((20, 20), (0, 1), (10, 30), (0.5, 1.0)),  # of equal distances the lower index is nearer
+        ((12, 12), (2, 0), (200, 10, 10), (0.5, 1.0)),  # a twin of the prompted picture is a hit
+        ((10, 10), (6, 7), (*[10] * 7, 200), (0.5, 0.5)),  # six twins are as good as one
+        ((0, 99), (1, 1), (0, 100), (0.5, 1.0)),  # fewer than five
+    ],
+)
+def test_shares_of_first_places_and_of_places_among_five(samples, prompted, training, expected):
+    found = retrieved(flat(*samples), prompted, flat(*training))
+    assert tuple(found) == (*expected, len(samples))
+
+
+def test_perfect_samples_are_all_retrieved_and_compared_at_16_pixels():
+    training = random(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    chosen = [3, 49, 0, 17]
+    assert retrieved(training[chosen], chosen, training) == Retrieval(1.0, 1.0, 4)
+    fine = np.zeros((2, 64, 64, 1), np.uint8)
+    fine[0, ::4] = 80  # the same area averages from another arrangement of pixels
+    fine[1, 1::4] = 80
+    training = np.concatenate([flat(25, side=64, channels=1), fine])
+    assert retrieved(flat(20, channels=1), [2], training).first == 1.0
+    assert retrieved(flat(24, channels=1), [0], training).first == 1.0
+
+
+@pytest.mark.parametrize(
+    ("samples", "prompted", "training", "message"),
+    [
+        (flat(0)[:0], [], flat(0), "at least one sample"),
+        (flat(0), [1], flat(0), r"outside 0 \.\. 0"),
+        (flat(0), [-1], flat(0), r"outside 0 \.\. 0"),
+        (flat(0, side=24), [0], flat(0), "side 24"),
+    ],
+)
+def test_what_cannot_be_retrieved_is_refused(samples, prompted, training, message):
+    with pytest.raises(ValueError, match=message):
+        retrieved(samples, prompted, training)
+
+
+# --- torchmetrics, through the same small networks ---------------------------------------------
+
+WIDTH, AGREES = 12, 1e-4
+
+
+class Bytes(nn.Module):
+    """A network that takes bytes."""
+
+    num_features = WIDTH
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            convolution = nn.Conv2d(3, WIDTH, 3, stride=2)
+        net = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+        self.net = net.eval().requires_grad_(False)
+
+    def forward(self, shown):
+        return self.net(shown.double() / 64.0)
+
+
+def contrasts(count, low, high, seed):
+    """Pictures of their own contrast each, so that features vary from picture to picture."""
+    tops = random(seed).integers(low, high, (count, 1, 1, 3))
+    shown = (random(seed + 9).random((count, 8, 8, 3)) * tops).astype(np.uint8)
+    return torch.from_numpy(shown).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Bytes()
+
+
+@pytest.fixture(scope="module")
+def sides():
+    return contrasts(300, 60, 255, seed=0), contrasts(200, 30, 220, seed=1)
+
+
+def test_frechet_distance_is_that_of_torchmetrics(network, sides):
+    theirs = FrechetInceptionDistance(network, input_img_size=(3, 8, 8))
+    for side, real in zip(sides, (True, False), strict=True):
+        for batch in side.split(64):
+            theirs.update(batch, real=real)
+    ours = [Moments.stream(network(batch).numpy() for batch in side.split(37)) for side in sides]
+    assert frechet_distance(*ours) == pytest.approx(float(theirs.compute()), rel=AGREES)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")
+def test_kernel_distance_is_that_of_torchmetrics(network, sides):
+    # Their subsets are drawn otherwise, so every subset is the whole set.
+    real, made = (side[:200] for side in sides)
+    theirs = KernelInceptionDistance(network, subsets=2, subset_size=200)
+    theirs.update(real, real=True)
+    theirs.update(made, real=False)
+    ours = kernel_distance(network(real).numpy(), network(made).numpy(), subsets=2, size=200)
+    assert ours.mean == pytest.approx(float(theirs.compute()[0]), rel=AGREES)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save all")
+def test_inception_score_is_that_of_torchmetrics(network, sides, monkeypatch):
+    theirs = InceptionScore(network, splits=10)
+    theirs.update(sides[0])
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # they shuffle; ours come as they come
+    mean, std = map(float, theirs.compute())
+    ours = inception_score(network(sides[0]).softmax(1).numpy(), splits=10)
+    assert ours.mean == pytest.approx(mean, rel=AGREES)
+    # Salimans et al. divide by the number of splits, they by one less.
+    assert ours.std * np.sqrt(10 / 9) == pytest.approx(std, rel=AGREES)
+
+
+class Embeddings(nn.Module):
+    """transformers 5 returns the embeddings within a record, which torchmetrics does not know."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.model: Any = transformers.CLIPModel.from_pretrained(folder).eval()
+        self.config = SimpleNamespace()
+
+    def get_image_features(self, pixels):
+        return self.model.get_image_features(pixels).pooler_output
+
+    def get_text_features(self, tokens, mask):
+        return self.model.get_text_features(tokens, mask).pooler_output
+
+
+def test_clip_score_is_that_of_torchmetrics(tiny_clip):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_clip)
+    prepare = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+
+    def processor(text=None, images=None, **options):
+        if images is None:
+            return tokenizer(text, **options)
+        return prepare(images=[image.numpy() for image in images], return_tensors="pt")
+
+    theirs = CLIPScore(lambda: (Embeddings(tiny_clip), processor))
+    made = contrasts(40, 60, 255, seed=2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    words = ("a blue jay", "red apple", "the red jay on the apple", "a")
+    captions = [words[n % 4] for n in range(40)]
+    clip = CLIP(tiny_clip)
+    scores = clip_score(clip(made.permute(0, 2, 3, 1).numpy()), clip.texts(captions))
+    # They cut off the mean below zero, we each score (Hessel et al. 2021): use those above.
+    positive = np.flatnonzero(scores > 0.0)
+    assert len(positive) >= 10
+    with torch.no_grad():
+        theirs.update(made[positive], [captions[n] for n in positive])
+    assert scores[positive].mean() == pytest.approx(float(theirs.compute()), rel=AGREES)

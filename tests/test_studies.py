@@ -25,7 +25,7 @@ from studies.trials import DECAY, SETS, Trial, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.metrics.networks.features import NAME
+from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import learning_rate

@@ -1,12 +1,12 @@
-"""The commands `mdm eval` and `mdm sweep`: models and pictures measured, settings tried."""
+"""The commands `mdm eval`, `mdm compare` and `mdm sweep`: quality of models and of images."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matryoshka_diffusion.cli.options import (
     MODEL,
@@ -15,6 +15,7 @@ from matryoshka_diffusion.cli.options import (
     SAMPLERS,
     add_base,
     add_command,
+    add_device,
     add_sampling,
     find_device,
     positive,
@@ -26,112 +27,97 @@ from matryoshka_diffusion.cli.terminal import Bars, leads, say
 PROTOCOLS = ("coco30k", "imagenet50k")
 
 
+class Job(NamedTuple):
+    """The ranks that this process is one of, their device and their progress bars."""
+
+    world: Any
+    device: str
+    bars: Bars
+
+
+@contextmanager
+def _job(options: argparse.Namespace) -> Iterator[Job]:
+    import torch
+
+    from matryoshka_diffusion.train.distributed import joined, rank_device
+
+    device = rank_device(find_device(options.device))
+    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world, Bars() as bars:
+        yield Job(world, device, bars)
+
+
 def evaluate(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.eval import results
+    from matryoshka_diffusion.eval import evaluate as evaluation
 
-    measured = _measure_model if options.other is None else _measure_pictures
-    with _ranks(options) as (world, device), Bars() as bars:
-        found, folder = measured(options, world, device, bars)
-        if not world.leads:
-            return
-    path = folder / results.FILE
-    results.append(found, path)
-    print(f"{results.report(found)}\n  in {path}")
+    with _job(options) as job:
+        model, settings = _open_model(options, job), sampling(options)
+        refuse_idle(model, settings)
+        plan = _plan(options, model, job)
+        _report(job, evaluation.evaluate(model, **plan, **settings), plan["folder"])
 
 
-def _measure_model(options: argparse.Namespace, world: Any, device: str, bars: Bars) -> Any:
-    """The numbers of a model, and the folder that they belong into."""
+def compare(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.eval.run import evaluate as run
-
-    of_sets = {"--side": options.side, "--frames": options.frames, "--frame-stride": options.stride}
-    for name, value in of_sets.items():
-        if value is not None:
-            raise UsageError(f"{name} is of two sets: what a model draws is known, leave it away")
-    model, settings = _model(options, device), sampling(options)
-    refuse_idle(model, settings)
-    how = _measuring(options, model, world, device, bars)
-    return run(model, **how, **settings), how["folder"]
-
-
-def _measure_pictures(options: argparse.Namespace, world: Any, device: str, bars: Bars) -> Any:
-    """The numbers of two sets of pictures, and the folder that they belong into."""
-    from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.eval.measures import parse_metrics
-    from matryoshka_diffusion.eval.requests import compare
-    from matryoshka_diffusion.eval.run import find_networks
-    from matryoshka_diffusion.eval.sweep import OPTIONS
+    from matryoshka_diffusion.eval import evaluate as evaluation
+    from matryoshka_diffusion.eval.metric import parse_metrics
     from matryoshka_diffusion.files import cache_folder
 
-    unnamed = dict.fromkeys(("n", "ref", "protocol", "captions", "seed", "base"))
-    of_models = {**unnamed, "precision": PRECISION, "batch_size": None}
-    given = [name for name, usual in of_models.items() if getattr(options, name) != usual]
-    given += sampling(options)
-    if given:
-        names = {"n": "-n", **OPTIONS}
-        typed = [names.get(name, f"--{name.replace('_', '-')}") for name in given]
-        raise UsageError(
-            f"{options.model} and {options.other} are pictures, compared as they are: leave "
-            f"{', '.join(typed)} away"
-        )
-    metrics, n = parse_metrics(options.metrics or "fd")
+    metrics, n = parse_metrics(options.metrics)
     if n is not None:
         raise UsageError(
-            f"--metrics {options.metrics}: two sets are compared whole, so leave the number of "
-            f"samples away (--metrics {','.join(metrics)})"
+            f"--metrics {options.metrics}: two sets are compared whole, so omit the number of "
+            f"samples (--metrics {','.join(metrics)})"
         )
-    _refuse_unlooked(options, metrics)
-    found = compare(
-        options.model,
-        options.other,
-        metrics,
-        find_networks(device, options.inception, options.clip, options.fvd, options.frames),
-        side=options.side,
-        frames=options.frames,
-        frame_stride=options.stride,
-        world=world,
-        progress=bars,
-    )
-    return found, cache_folder("eval")
+    with _job(options) as job:
+        results = evaluation.compare(
+            options.first,
+            options.second,
+            metrics,
+            _networks(options, job, options.frames)(metrics),
+            side=options.side,
+            frames=options.frames,
+            frame_stride=options.frame_stride,
+            world=job.world,
+            progress=job.bars,
+        )
+        _report(job, results, cache_folder("eval"))
 
 
 def sweep(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.eval import evaluate as evaluation
+    from matryoshka_diffusion.eval import result
     from matryoshka_diffusion.eval import sweep as sweeping
-    from matryoshka_diffusion.eval.requests import sweep_folder
-    from matryoshka_diffusion.eval.run import evaluate as run
-    from matryoshka_diffusion.eval.sweep_plot import draw
     from matryoshka_diffusion.files import require
 
-    axes = _axes(options)
+    values = {name: getattr(options, f"swept_{name}") for name in SWEPT}
+    axes = {name: swept for name, swept in values.items() if swept}
     if not axes:
         raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
-    with _ranks(options) as (world, device), Bars() as bars:
-        usual, fixed = _model(options, device), sampling(options)
+    with _job(options) as job:
+        usual, fixed = _open_model(options, job), sampling(options)
         refuse_idle(usual, *(fixed | one for one in sweeping.combinations(axes)))
-        how = _measuring(options, usual, world, device, bars)
+        plan = _plan(options, usual, job)
 
         def open_model(length: float | None) -> Any:
-            run_folder, precision = Path(options.model), options.precision
-            if length is None:
-                return usual
-            return sweeping.averaged(run_folder, length, usual, device=device, precision=precision)
+            how: dict[str, Any] = {"device": job.device, "precision": options.precision}
+            run = Path(options.model)
+            return usual if length is None else sweeping.averaged(run, length, usual, **how)
 
         points = sweeping.sweep(
             open_model,
             axes,
-            lambda model, settings: run(model, **how, **settings),
+            lambda model, settings: evaluation.evaluate(model, **plan, **settings),
             fixed=fixed,
             progress=_say_points,
         )
-        if not world.leads:
+        if not job.world.leads:
             return
-    out = options.out or sweep_folder(options.model)
+    out = options.out or result.folder_of(options.model, "sweep")
     sweeping.write(points, out / "sweep.json")
-    draw(points, out / "sweep.png")
-    print(sweeping.table(points))
-    print(f"{out / 'sweep.json'}, {out / 'sweep.png'}")
+    sweeping.draw(points, out / "sweep.png")
+    print(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
     best = sweeping.best(points)
     idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
     opened = {"precision": options.precision, "base": options.base}
@@ -148,38 +134,23 @@ def _say_points(done: int, total: int) -> None:
         say(f"{done} of {total} combinations", 0)
 
 
-def _axes(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
-    """The values to try, by the names of the settings; those that were named only."""
-    numbers = {
-        "ema": options.ema,
-        "guidance": options.cfgs,
-        "steps": options.step_counts,
-        "coarse_noise": options.coarse_noises,
-    }
-    axes = {"sampler": options.samplers, **numbers}
-    return {name: values for name, values in axes.items() if values}
-
-
-def _model(options: argparse.Namespace, device: str) -> Any:
+def _open_model(options: argparse.Namespace, job: Job) -> Any:
     from matryoshka_diffusion.cascade import open_model
 
-    return open_model(options.model, device=device, precision=options.precision, base=options.base)
+    return open_model(
+        options.model, device=job.device, precision=options.precision, base=options.base
+    )
 
 
-def _measuring(
-    options: argparse.Namespace, model: Any, world: Any, device: str, bars: Bars
-) -> dict[str, Any]:
-    """The arguments of `evaluate` but for the sampler's settings."""
-    from matryoshka_diffusion.eval.requests import request, results_folder
-    from matryoshka_diffusion.eval.run import find_networks
-    from matryoshka_diffusion.metrics.retrieval import SEED
+def _plan(options: argparse.Namespace, model: Any, job: Job) -> dict[str, Any]:
+    """The arguments of `evaluate`, except the sampler's settings."""
+    from matryoshka_diffusion.eval import evaluate as evaluation
+    from matryoshka_diffusion.eval import result
 
     frames = model.resolutions[-1].frames
-    networks = find_networks(device, options.inception, options.clip, options.fvd, frames)
-    with world.first(
-        "data", each_machine=True
-    ):  # what one rank of a machine decodes, the others find
-        asked = request(
+    # One rank of a machine decodes, the others read its cache.
+    with job.world.first("data", each_machine=True):
+        plan = evaluation.plan(
             model.config,
             model.picture_side,
             frames,
@@ -188,132 +159,100 @@ def _measuring(
             protocol=options.protocol,
             captions=options.captions,
             reference=options.ref,
-            networks=networks,
+            networks=_networks(options, job, frames),
         )
-    _refuse_unlooked(options, asked.metrics)
-    return {
-        **asked._asdict(),
-        "networks": networks,
-        "folder": results_folder(options.model),
-        "seed": SEED if options.seed is None else options.seed,
-        "batch_size": options.batch_size,
-        "world": world,
-        "progress": bars,
-    }
+    if options.seed is not None:
+        plan["seed"] = options.seed
+    how = {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
+    return {**plan, **how, "folder": result.folder_of(options.model, "eval")}
 
 
-def _refuse_unlooked(options: argparse.Namespace, metrics: Sequence[str]) -> None:
-    """Raise `UsageError` for the file of a network that none of the metrics looks through."""
-    from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.eval.measures import METRICS
-    from matryoshka_diffusion.metrics.naming import INCEPTION
-    from matryoshka_diffusion.metrics.networks.clip import CLIP
-    from matryoshka_diffusion.metrics.networks.video import VIDEO
+def _networks(
+    options: argparse.Namespace, job: Job, frames: int | None
+) -> Callable[[Sequence[str]], Any]:
+    from matryoshka_diffusion.eval.evaluate import find_networks
 
-    looked_through = {METRICS[name].network for name in metrics}
-    files = {INCEPTION: "inception", CLIP.name: "clip", VIDEO: "fvd"}
-    for network, option in files.items():
-        if getattr(options, option) is not None and network not in looked_through:
-            those = ",".join(name for name, metric in METRICS.items() if metric.network == network)
-            raise UsageError(
-                f"--{option}: none of {', '.join(metrics)} looks through it; leave it away, or "
-                f"name a metric that does (--metrics, one of {those})"
-            )
+    files = {name: getattr(options, name) for name in ("inception", "clip", "fvd")}
+    return lambda metrics: find_networks(metrics, job.device, frames=frames, **files)
 
 
-@contextmanager
-def _ranks(options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
-    """The ranks that this process is one of, and its device."""
-    import torch
+def _report(job: Job, results: Sequence[Any], folder: Path) -> None:
+    from matryoshka_diffusion.eval import result
 
-    from matryoshka_diffusion.train.distributed import joined, rank_device
-
-    device = rank_device(find_device(options.device))
-    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world:
-        yield world, device
+    if job.world.leads:
+        result.append(results, folder / result.FILE)
+        print(f"{result.report(results)}\n  in {folder / result.FILE}")
 
 
 # --- the parsers -------------------------------------------------------------------------------
 
 
 def add_eval(commands: Any) -> None:
-    """Add `eval` to the commands."""
-    command = add_command(
-        commands, "eval", evaluate, "measure a model, or one set of pictures by another"
-    )
-    command.add_argument("model", metavar="RUN|DATA", help=f"{MODEL}, or pictures")
-    command.add_argument("other", metavar="DATA", nargs="?", help="the pictures to compare with")
-    command.add_argument("--side", type=positive, metavar="N", help="of pictures, in pixels")
+    """Add `eval` and `compare` to the commands."""
+    command = add_command(commands, "eval", evaluate, "measure the samples of a model")
+    command.add_argument("model", metavar="RUN", help=MODEL)
+    _add_evaluation(command)
+    add_sampling(command)
+    command = add_command(commands, "compare", compare, "measure one set of images by another")
+    command.add_argument("first", metavar="DATA", help="images or clips to measure")
+    command.add_argument("second", metavar="DATA", help="images or clips to compare them with")
+    command.add_argument("--side", type=positive, metavar="N", help="side of the images in pixels")
     command.add_argument(
-        "--frames", type=positive, metavar="N", help="of clips, of two sets of them"
+        "--frames", type=positive, metavar="N", help="compare videos by clips of N frames"
     )
     command.add_argument(
         "--frame-stride",
-        dest="stride",
         type=positive,
         metavar="K",
         help="take every K-th frame of the real clips (4); of samples every one",
     )
-    _add_measuring(command)
-    add_sampling(command)
+    _add_metrics(command, "fd")
+    add_device(command)
 
 
 def add_sweep(commands: Any) -> None:
     """Add `sweep` to the commands."""
     command = add_command(commands, "sweep", sweep, "try sampling settings and say which are best")
     command.add_argument("model", metavar="RUN", help=MODEL)
-    lists = "a list, or FIRST:LAST:STEP"
-    command.add_argument(
-        "--cfg", dest="cfgs", type=_numbers, metavar="LIST", help=f"guidance weights: {lists}"
-    )
-    command.add_argument(
-        "--steps", dest="step_counts", type=_counts, metavar="LIST", help=f"of the sampler: {lists}"
-    )
-    command.add_argument(
-        "--sampler", dest="samplers", type=_samplers, metavar="LIST", help=", ".join(SAMPLERS)
-    )
-    command.add_argument(
-        "--ema", type=_numbers, metavar="LIST", help=f"lengths of averages, as in mdm ema: {lists}"
-    )
-    command.add_argument(
-        "--coarse-noise",
-        dest="coarse_noises",
-        type=_numbers,
-        metavar="LIST",
-        help=f"on the coarse picture of a cascade: {lists}",
-    )
+    for name, (option, kind, text) in SWEPT.items():
+        command.add_argument(option, dest=f"swept_{name}", type=kind, metavar="LIST", help=text)
     command.add_argument(
         *("-o", "--out"), type=Path, metavar="DIR", help="for sweep.json and sweep.png (RUN/sweep)"
     )
-    _add_measuring(command)
+    _add_evaluation(command)
     add_sampling(command, swept=True)
 
 
-def _add_measuring(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--metrics",
-        metavar="LIST",
-        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd; of "
-        "clips fvd, motion, fd-frames, fid-frames, too",
-    )
-    command.add_argument("-n", type=positive, help="how many samples")
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    _add_metrics(command, None)
+    command.add_argument("-n", type=positive, help="number of samples")
     command.add_argument(
         "--ref",
         metavar="DATA",
-        help="pictures to compare with, or an .npz of ADM, or held-out (the training pictures)",
+        help="images to compare with, an .npz of ADM, or held-out (the training images)",
     )
     command.add_argument("--protocol", choices=PROTOCOLS, help="a published way of measuring")
     command.add_argument("--captions", type=Path, metavar="FILE", help=".json of COCO, or a list")
     add_base(command)
+    command.add_argument("--seed", type=int, help="seed of sample 0 (1000000)")
+
+
+def _add_metrics(command: argparse.ArgumentParser, default: str | None) -> None:
+    command.add_argument(
+        "--metrics",
+        metavar="LIST",
+        default=default,
+        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd; of "
+        "clips also fvd, motion, fd-frames, fid-frames",
+    )
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
     command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")
     command.add_argument("--fvd", type=Path, metavar="FILE", help="TorchScript network of clips")
-    command.add_argument("--seed", type=int, help="of sample 0 (1000000)")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.eval.grid import parse_numbers
+    from matryoshka_diffusion.eval.sweep import parse_numbers
 
     try:
         return parse_numbers(text)
@@ -330,3 +269,14 @@ def _samplers(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in SAMPLERS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SAMPLERS)}")
     return names
+
+
+_LIST = "a list, or FIRST:LAST:STEP"
+SWEPT: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "sampler": ("--sampler", _samplers, ", ".join(SAMPLERS)),
+    "ema": ("--ema", _numbers, f"lengths of averages, as in mdm ema: {_LIST}"),
+    "guidance": ("--cfg", _numbers, f"guidance weights: {_LIST}"),
+    "steps": ("--steps", _counts, f"sampler steps: {_LIST}"),
+    "coarse_noise": ("--coarse-noise", _numbers, f"on the coarse image of a cascade: {_LIST}"),
+}
+"""Axes of a sweep in their order: setting, option, type and help."""

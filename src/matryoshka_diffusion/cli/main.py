@@ -34,6 +34,7 @@ from matryoshka_diffusion.cli.options import (
 )
 from matryoshka_diffusion.cli.terminal import (
     Bar,
+    Bars,
     duration,
     leads,
     one_line,
@@ -365,7 +366,8 @@ def data_check(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.draw.grid import save_png
-    from matryoshka_diffusion.eval import demo as measure
+    from matryoshka_diffusion.eval.evaluate import evaluate
+    from matryoshka_diffusion.eval.prompts import demo_sheet
     from matryoshka_diffusion.pipeline import Matryoshka
     from matryoshka_diffusion.runs import prepare as job
 
@@ -375,11 +377,14 @@ def demo(options: argparse.Namespace) -> None:
     model = Matryoshka.load(finished, device=device)
     source = job.open_source(model.config.data, model.picture_side)
     with Bar("24 prompts", " steps") as bar:
-        page = measure.sheet(model, source, progress=bar)
+        page = demo_sheet(model, source, progress=bar)
     path = options.out / "sheet.png"
     save_png(page, path, {"model": model.config.name})
-    with Bar("prompt retrieval", " steps") as bar:
-        print(measure.retrieval(model, source, progress=bar))
+    with Bars() as bars:
+        results = evaluate(
+            model, "retrieval", source=source, folder=options.out / "eval", progress=bars
+        )
+    print(results[0].sentence())
     print(f"24 prompts at every level, beside the real pictures: {path}")
 
 

@@ -1,17 +1,19 @@
-"""Sampling settings tried one after the other, and which of them are best.
+"""Sweeps: sampling settings tried one after the other, and which of them are best.
 
-Every point is an evaluation like any other, through the same files: a sweep that is interrupted
-goes on, and shares its samples with `mdm eval`.
+Every point is an ordinary evaluation through the same files: an interrupted sweep goes on, and
+shares its samples with `mdm eval`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
 from matryoshka_diffusion.codec.autoencoder import with_own_codec
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import load_config
-from matryoshka_diffusion.eval.results import Result
-from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.eval.result import Result
+from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.models.find import count_levels, merged
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
@@ -29,11 +32,12 @@ from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
 
 EMA = "ema"
-"""The axis whose values are other weights, and not settings of a sampler."""
+"""The axis whose values are other weights, not sampling settings."""
 
-MATCHED = 0.05
-"""How far an average's profile may be off without a warning, as in `mdm ema`."""
+MAX_PROFILE_ERROR = 0.05
+"""Error of an average's profile that needs a warning, as in `mdm ema`."""
 
+MAX_VALUES = 1000
 OPTIONS = {
     "guidance": "--cfg",
     "guidance_interval": "--interval",
@@ -47,7 +51,7 @@ OPTIONS = {
     "precision": "--precision",
     "base": "--base",
 }
-"""How `mdm sample` is told of a setting."""
+"""Options of `mdm sample` by setting."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Point:
     """One combination.
 
     Attributes:
-        values: the value on each axis of the sweep.
-        cost: evaluations of the network for a sample.
-        results: what was measured, the metrics in the order in which they were asked for.
+        values: value on each axis of the sweep.
+        cost: evaluations of the network a sample.
+        results: the numbers, in the order of the metrics.
     """
 
     values: Mapping[str, Any]
@@ -66,7 +70,7 @@ class Point:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of the values that are settings of a sampler."""
+        """Those of the values that are sampling settings."""
         return {name: value for name, value in self.values.items() if name != EMA}
 
     @property
@@ -83,13 +87,13 @@ def sweep(
     fixed: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Point]:
-    """Every combination of the axes' values, measured.
+    """Measure every combination of the axes' values.
 
     Args:
-        open_model: the model whose weights are the average of this length, or its usual ones.
-        axes: values by the names of `SamplingConfig`, or of `EMA`.
-        measure: the numbers of a model with these settings.
-        fixed: settings that all combinations share, of which a point says nothing.
+        open_model: opens the model with the average of a length as its weights, or its usual ones.
+        axes: values by names of `SamplingConfig` fields, or `EMA`.
+        measure: the numbers of a model with some settings.
+        fixed: settings that all combinations share; they are not among a point's values.
         progress: called with (points done, points in all).
     """
     lengths, all_settings = axes.get(EMA, [None]), combinations(axes)
@@ -107,7 +111,7 @@ def sweep(
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of the axes that are settings of a sampler."""
+    """Every combination of the sampling settings on the axes."""
     rest = {name: values for name, values in axes.items() if name != EMA}
     return [dict(zip(rest, one, strict=True)) for one in itertools.product(*rest.values())]
 
@@ -120,16 +124,16 @@ def averaged(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> Model:
-    """A run's model with the average of this length for its weights, as `mdm ema` writes it.
+    """A run's model with the average of this length as its weights, as `mdm ema` writes it.
 
-    Where the run is an upsampler, the base of its `usual` model draws with it.
+    If the run is an upsampler, the base of its `usual` model draws with it.
 
     Raises:
         FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
     """
     where = f"{run / 'ema'} at length {length:g}"
     average = synthesise(run / "ema", length)
-    if average.error > MATCHED:
+    if average.error > MAX_PROFILE_ERROR:
         warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
     config = average_of(with_own_codec(load_config(run / "config.yaml"), run), length)
     weights, config = merged(average.weights, config, where=where)
@@ -139,23 +143,55 @@ def averaged(
     return Cascade(usual.base, model) if isinstance(usual, Cascade) else model
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Numbers of a list such as `10,25,50` or `1:3:0.25`, a range with both ends, or both mixed.
+
+    Computed in decimals, so that 0.1:0.3:0.1 ends at 0.3.
+
+    Raises:
+        UsageError: no such list, or more than 1,000 numbers.
+
+    Example:
+        >>> parse_numbers("1:2:0.25,5")
+        (1.0, 1.25, 1.5, 1.75, 2.0, 5.0)
+    """
+    numbers: list[Decimal] = []
+    for part in text.split(","):
+        try:
+            ends = [Decimal(end.strip()) for end in part.split(":")]
+        except InvalidOperation:
+            ends = [Decimal("nan")]
+        if not all(end.is_finite() and math.isfinite(end) for end in ends):  # also as floats
+            raise UsageError(f"{text!r}: {part!r} is no number; give 1,2,5 or FIRST:LAST:STEP")
+        if len(ends) == 1:
+            numbers += ends
+            continue
+        if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
+            raise UsageError(
+                f"{text!r}: a range is FIRST:LAST:STEP with a STEP above 0, such as 1:3:0.25"
+            )
+        first, last, step = ends
+        if last - first >= MAX_VALUES * step:  # a division may have too many digits
+            raise UsageError(f"{text!r}: this is more than {MAX_VALUES:,} values")
+        numbers += [first + place * step for place in range(int((last - first) // step) + 1)]
+    return tuple(dict.fromkeys(map(float, numbers)))
+
+
 # --- which are best ----------------------------------------------------------------------------
 
 
 def badness(result: Result) -> float:
-    """The number with its sign turned where higher is better."""
+    """The number, with its sign turned if higher is better."""
     return -result.value if result.higher_is_better else result.value
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The best quality; of several equal ones the cheapest, then the first."""
+    """The best quality; among equal ones the cheapest, then the first."""
     return min(points, key=lambda point: (badness(point.quality), point.cost))
 
 
 def pareto(pairs: Sequence[tuple[float, float]]) -> list[int]:
-    """The places of the pairs that no other pair beats, smaller being better in both.
-
-    A pair beats another if it is as small in both and smaller in one.
+    """Indices of the pairs that no other pair beats; smaller is better in both.
 
     Example:
         >>> pareto([(1.0, 3.0), (2.0, 2.0), (2.0, 3.0), (3.0, 1.0)])
@@ -169,74 +205,46 @@ def pareto(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The places of the points for which less cost means less quality."""
+    """Indices of the points for which less cost means less quality."""
     return pareto([(float(point.cost), badness(point.quality)) for point in points])
 
 
-def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
-    """The lines that draw samples with these settings.
-
-    `fixed` are those that all points of the sweep share, by the names of `OPTIONS`.
-    """
-    lines, model = [], run
-    if EMA in point.values:
-        model = f"{run}-ema{point.values[EMA]:g}"
-        length = f"{point.values[EMA]:g}"
-        lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
-    options = [
-        word
-        for name, value in {**point.values, **fixed}.items()
-        if name != EMA
-        for word in (OPTIONS[name], *_words(value))
-    ]
-    lines.append(shlex.join(["mdm", "sample", model, *options]))
-    return "\n".join(lines)
-
-
-# --- on the screen and in a file ---------------------------------------------------------------
+# --- table, file, command and picture ----------------------------------------------------------
 
 
 def table(points: Sequence[Point]) -> str:
-    """A line for each point, the best and the front marked, and below what the columns are."""
-    chosen, on_front = best(points), front(points)
-    names = list(points[0].values)
+    """A line for each point, the best and the front marked; notes on the columns below."""
+    marks, names = _marks(points), list(points[0].values)
     heads = [result.metric.split(" [")[0] for result in points[0].results]
     rows = [[*names, "evaluations", *heads, ""]]
-    for place, point in enumerate(points):
-        mark = "best" if point is chosen else "front" if place in on_front else ""
+    for point, mark in zip(points, marks, strict=True):
         values = [_plain(point.values[name]) for name in names]
-        measured = [f"{result.value:.4g}" for result in point.results]
-        rows.append([*values, str(point.cost), *measured, mark])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rows.append([*values, str(point.cost), *(f"{r.value:.4g}" for r in point.results), mark])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
-    notes = [_note(result) for result in points[0].results]
-    return "\n".join([*lines, *notes])
+    for result in points[0].results:
+        way = "higher" if result.higher_is_better else "lower"
+        lines.append(f"{result.sentence().rsplit(':', 1)[0]}; {way} is better")
+    return "\n".join(lines)
 
 
-def _note(result: Result) -> str:
-    way = "higher" if result.higher_is_better else "lower"
-    counts = result.sentence().rsplit(":", 1)[0]
-    return f"{counts}; {way} is better"
-
-
-def _words(value: Any) -> list[str]:
-    """A value on a command line; an interval is two words."""
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else [_plain(value)]
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _marks(points: Sequence[Point]) -> list[str]:
+    chosen, ahead = best(points), front(points)
+    return [
+        "best" if point is chosen else "front" if place in ahead else ""
+        for place, point in enumerate(points)
+    ]
 
 
 def write(points: Sequence[Point], path: Path) -> None:
-    """All points with all their results, as JSON."""
-    chosen, on_front = best(points), front(points)
+    """Write all points with all their results, as JSON."""
+    chosen, ahead = best(points), front(points)
     listed = [
         {
             "values": dict(point.values),
             "evaluations": point.cost,
             "best": point is chosen,
-            "front": place in on_front,
+            "front": place in ahead,
             "results": [result.record() for result in point.results],
         }
         for place, point in enumerate(points)
@@ -245,12 +253,94 @@ def write(points: Sequence[Point], path: Path) -> None:
     write_atomically(path, lambda file: file.write(text))
 
 
+def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
+    """The command lines that draw samples with a point's settings and the `fixed` ones."""
+    lines, model = [], run
+    if EMA in point.values:
+        length = f"{point.values[EMA]:g}"
+        model = f"{run}-ema{length}"
+        lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
+    words = ["mdm", "sample", model]
+    for name, value in {**point.values, **fixed}.items():
+        if name != EMA:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [OPTIONS[name], *map(_plain, values)]
+    return "\n".join([*lines, shlex.join(words)])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Write a PNG: quality along an axis, against cost, and distance against alignment.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    require("matplotlib", "plots", "the picture of mdm sweep")
+    from matplotlib.figure import Figure
+
+    axis, pairs = numeric_axis(points), trade_off(points)
+    count = 1 + bool(axis) + bool(pairs)
+    figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
+    panels = iter(figure.subplots(1, count, squeeze=False)[0])
+    title = points[0].quality.metric.replace(" [", "\n[")
+    if axis:
+        panel = next(panels)
+        for name, group in lines_of(points, axis).items():
+            places = [point.values[axis] for point in group]
+            panel.plot(places, [point.quality.value for point in group], "o-", label=name or None)
+        panel.set(xlabel=axis, ylabel=title)
+        if len(points[0].values) > 1:
+            panel.legend(fontsize="small")
+    panel, chosen = next(panels), best(points)
+    costs = [(float(point.cost), point.quality.value) for point in points]
+    _with_front(panel, costs, front(points))
+    panel.plot([chosen.cost], [chosen.quality.value], "*", markersize=14, label="best")
+    panel.set(xlabel="evaluations of the network", ylabel=title)
+    panel.legend(fontsize="small")
+    if pairs:
+        panel = next(panels)
+        ahead = pareto([(badness(y), badness(x)) for x, y in pairs])
+        _with_front(panel, [(y.value, x.value) for x, y in pairs], ahead)
+        distance, alignment = (one.metric.replace(" [", "\n[") for one in pairs[0])
+        panel.set(xlabel=alignment, ylabel=distance)
+        panel.legend(fontsize="small")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _with_front(panel: Any, pairs: Sequence[tuple[float, float]], ahead: Sequence[int]) -> None:
+    """Draw all pairs grey and those `ahead` as a line."""
+    panel.plot(*zip(*pairs, strict=True), "o", color="0.6")
+    panel.plot(*zip(*sorted(pairs[place] for place in ahead), strict=True), "o-", label="front")
+
+
+def numeric_axis(points: Sequence[Point]) -> str | None:
+    """The axis that quality is drawn along: guidance if it was swept, else the first of numbers."""
+    values = {
+        name: {point.values[name] for point in points}
+        for name in points[0].values
+        if not isinstance(points[0].values[name], str)
+    }
+    swept = [name for name, found in values.items() if len(found) > 1]
+    return "guidance" if "guidance" in swept else next(iter(swept), None)
+
+
 def lines_of(points: Iterable[Point], axis: str) -> dict[str, list[Point]]:
-    """The points by all their values but that on `axis`, each group in the order of that."""
+    """Points by all their values but that on `axis`, each group sorted along it."""
     groups: dict[str, list[Point]] = {}
-    for point in points:
+    for point in sorted(points, key=lambda point: point.values[axis]):
         rest = [f"{name} {_plain(value)}" for name, value in point.values.items() if name != axis]
         groups.setdefault(", ".join(rest), []).append(point)
-    return {
-        name: sorted(group, key=lambda point: point.values[axis]) for name, group in groups.items()
-    }
+    return groups
+
+
+def trade_off(points: Sequence[Point]) -> list[tuple[Result, Result]]:
+    """Distance and alignment of each point; empty unless both were measured."""
+    keys = [result.key for result in points[0].results]
+    distances = [keys.index(key) for key in keys if key in ("fd", "fid", "fvd")]
+    alignments = [keys.index(key) for key in keys if key in ("clip", "retrieval")]
+    if not (distances and alignments):
+        return []
+    return [(point.results[distances[0]], point.results[alignments[0]]) for point in points]

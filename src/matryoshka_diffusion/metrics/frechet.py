@@ -1,62 +1,31 @@
-"""The Fréchet distance between two sets of features, and the moments it needs.
-
-Everything is float64: a covariance of 1,280 features is a difference of large sums.
-"""
+"""Fréchet distance between two sets of features, and the moments that it needs, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from matryoshka_diffusion.metrics.checks import finite, same_width
+from matryoshka_diffusion.metrics.rows import finite, same_width
 
 GATHERED = 2048
-"""Rows that moments are taken of at once; with 2,048 features, 32 MB in float64."""
+"""Rows whose moments are taken together; with 2,048 features, 32 MB in float64."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Moments that somebody published, such as `mu` and `sigma` of one of ADM's `.npz` files.
-
-    How many pictures they are of is not known, so they can be compared with and not merged.
-
-    Raises:
-        ValueError: shapes that do not belong together, a value that is not finite, or a covariance
-            that is not symmetric.
-    """
+class PublishedMoments:
+    """Moments of an unknown number of rows, which can be compared but not merged."""
 
     mean: Float[np.ndarray, " d"]
-    covariance: Float[np.ndarray, "e f"]
-
-    def __post_init__(self) -> None:
-        width = len(self.mean)
-        if self.covariance.shape != (width, width):
-            raise ValueError(
-                f"a mean of width {width} cannot have a covariance of {self.covariance.shape}"
-            )
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise ValueError("the reference's mean or covariance has values that are not finite")
-        tolerance = 1e-6 * float(np.abs(self.covariance).max(initial=0.0))
-        if not np.allclose(self.covariance, self.covariance.T, rtol=0.0, atol=tolerance):
-            raise ValueError("the reference's covariance is not symmetric")
+    covariance: Float[np.ndarray, "d d"]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of the rows seen, in a form in which two of them can be merged.
-
-    Attributes:
-        count: rows seen.
-        mean: their mean.
-        scatter: sum over the rows of (x - mean)(x - mean)^T.
-    """
-
-    ARRAYS: ClassVar = ("count", "mean", "scatter")
+    """Mean of `count` rows and their scatter, the sum of (x - mean)(x - mean)^T."""
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -64,11 +33,7 @@ class Moments:
 
     @staticmethod
     def of(features: Float[np.ndarray, "n d"]) -> Moments:
-        """The moments of one batch.
-
-        Raises:
-            ValueError: no rows, or a value that is not finite.
-        """
+        """Take the moments of one batch. Raises `ValueError` without rows or if not finite."""
         rows = finite(features)
         if not len(rows):
             raise ValueError("there are no features to take the moments of")
@@ -78,7 +43,7 @@ class Moments:
 
     @staticmethod
     def stream(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
-        """The moments of many batches, of which only some are in memory. Raises as `of` does."""
+        """Take the moments of many batches, a few of them in memory. Raises as `of` does."""
         moments = map(Moments.of, _gathered(batches))
         first = next(moments, None)
         if first is None:
@@ -86,38 +51,27 @@ class Moments:
         return reduce(Moments.merge, moments, first)
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets together (Chan, Golub and LeVeque, 1979).
+        """Moments of both sets together (Chan, Golub and LeVeque, 1979).
 
-        Raises:
-            ValueError: the features have different widths.
+        Raises `ValueError` if the features have different widths.
         """
         same_width(len(self.mean), len(other.mean))
         count = self.count + other.count
         step = other.mean - self.mean
-        between = np.outer(step, step) * (self.count * other.count / count)
-        return Moments(
-            count, self.mean + step * (other.count / count), self.scatter + other.scatter + between
-        )
-
-    def as_arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes."""
-        return {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @staticmethod
-    def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
-        """The moments that `as_arrays` has written down."""
-        return Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
+        scatter = np.outer(step, step) * (self.count * other.count / count)
+        mean = self.mean + step * (other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + scatter)
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """The unbiased estimate. Raises `ValueError` below two rows."""
+        """Unbiased estimate of the covariance. Raises `ValueError` below two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def _gathered(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Iterator[Float[np.ndarray, "_ d"]]:
-    """Batches joined to `GATHERED` rows or more: merging moments costs as much as many rows do."""
+    """Join batches to at least `GATHERED` rows: one merge costs as much as many rows do."""
     waiting, rows = [], 0
     for batch in batches:
         waiting.append(batch)
@@ -129,24 +83,21 @@ def _gathered(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Iterator[Float[np.
         yield np.concatenate(waiting)
 
 
-def frechet_distance(a: Moments | Reference, b: Moments | Reference) -> float:
+def frechet_distance(a: Moments | PublishedMoments, b: Moments | PublishedMoments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the squared 2-Wasserstein distance.
 
-    On Inception's features this is FID (Heusel et al. 2017, Eq. 6).
+    On Inception's features this is FID (Heusel et al. 2017, Eq. 6). The last trace is the sum of
+    the singular values of S_a^(1/2) S_b^(1/2). Both symmetric roots are real and stable even where
+    S is singular, with fewer samples than features.
 
-    The last trace is that of a matrix which is not symmetric. It equals the sum of the singular
-    values of S_a^(1/2) S_b^(1/2), whose factors are symmetric roots: real and stable also where
-    there are fewer samples than features and S is singular.
-
-    Raises:
-        ValueError: fewer than two samples on a side, or features of different widths.
+    Raises `ValueError` for fewer than two samples on a side, or features of different widths.
     """
     same_width(len(a.mean), len(b.mean))
     covariances = [side.covariance.astype(np.float64) for side in (a, b)]
     roots = [_symmetric_root(covariance) for covariance in covariances]
     overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
     spread = sum(np.trace(covariance) for covariance in covariances) - 2.0 * overlap
-    # Between equal sets, rounding may leave less than nothing.
+    # Between equal sets, rounding may leave a negative number.
     return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
 

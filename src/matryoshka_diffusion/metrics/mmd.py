@@ -12,14 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from matryoshka_diffusion.metrics.checks import comparable, unit
-from matryoshka_diffusion.metrics.pairs import row_blocks, squared_distances
+from matryoshka_diffusion.metrics.rows import comparable, row_blocks, squared_distances, unit
 from matryoshka_diffusion.rng import stream
 
-SUBSETS = 100
-SUBSET_SIZE = 1000
-_SIGMA = 10.0
-_SCALE = 1000.0
+SUBSETS, SUBSET_SIZE = 100, 1000
 
 _Rows = Float[np.ndarray, "_ d"]
 
@@ -40,27 +36,22 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID (Bińkowski et al. 2018, "Demystifying MMD GANs") on any features.
 
-    The unbiased MMD^2 with the kernel (x . y / d + 1)^3, averaged over random subsets. Which rows
-    are in subset number i is a function of i and the number of rows alone. It may be negative
-    where the sets are alike.
+    The unbiased MMD^2 with the kernel (x . y / d + 1)^3, averaged over random subsets. The rows of
+    subset i depend on i and on the number of rows alone. Between similar sets it may be negative.
 
-    Raises:
-        ValueError: fewer rows on a side than a subset has, different widths, or a value that is
-            not finite.
+    Raises `ValueError` as `rows.comparable` does.
     """
     real, made = comparable(real, made, metric="the kernel distance", least=max(size, 2))
+
+    def subset(rows: _Rows, side: str, index: int) -> _Rows:
+        purpose = f"kernel distance {side}"
+        return rows[stream(0, purpose, index).choice(len(rows), size, replace=False)]
+
     values = [
-        _unbiased(
-            real[_subset("real", index, len(real), size)],
-            made[_subset("made", index, len(made), size)],
-        )
+        _unbiased(subset(real, "real", index), subset(made, "made", index))
         for index in range(subsets)
     ]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
-
-
-def _subset(side: str, index: int, rows: int, size: int) -> np.ndarray:
-    return stream(0, f"kernel distance {side}", index).choice(rows, size, replace=False)
 
 
 def _unbiased(x: _Rows, y: _Rows) -> float:
@@ -78,24 +69,23 @@ def cmmd(real: Float[np.ndarray, "n d"], made: Float[np.ndarray, "m e"]) -> floa
     """CMMD (Jayasumana et al. 2024, "Rethinking FID") on the image embeddings of a CLIP.
 
     1000 MMD^2 between embeddings of length 1, with the kernel exp(-|x - y|^2 / (2 10^2)). As in
-    the published code the estimate is the biased one (Gretton et al. 2012, Eq. 5), in which rows
-    are also paired with themselves: 0 between equal sets and never negative. Here it is computed in
-    float64, because it is a difference of numbers close to 1.
+    the published code the estimate is the biased one (Gretton et al. 2012, Eq. 5), which also pairs
+    rows with themselves: never negative, and 0 between equal sets. It needs float64, because it is
+    a difference of numbers close to 1.
 
-    Raises:
-        ValueError: no rows on a side, different widths, or a row that is zero or not finite.
+    Raises `ValueError` as `rows.comparable` and `rows.unit` do.
     """
     real, made = comparable(real, made, metric="CMMD", least=1)
     x, y = unit(real), unit(made)
     squared = _mean(_gaussian, x, x) + _mean(_gaussian, y, y) - 2.0 * _mean(_gaussian, x, y)
-    return max(_SCALE * squared, 0.0)
+    return max(1000.0 * squared, 0.0)
 
 
 def _gaussian(x: _Rows, y: _Rows) -> Float[np.ndarray, "n m"]:
-    return np.exp(-squared_distances(x, y) / (2.0 * _SIGMA**2))
+    return np.exp(-squared_distances(x, y) / (2.0 * 10.0**2))
 
 
 def _mean(kernel: Callable[[_Rows, _Rows], np.ndarray], x: _Rows, y: _Rows) -> float:
-    """The mean over all pairs, a block of rows at a time."""
+    """Mean of the kernel over all pairs, a block of rows at a time."""
     total = sum(kernel(x[block], y).sum() for block in row_blocks(len(x), len(y)))
     return float(total) / (len(x) * len(y))

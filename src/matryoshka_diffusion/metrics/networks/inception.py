@@ -1,106 +1,270 @@
 """The Inception of FID, KID and IS, from a weights file that the user has.
 
 The weights cannot be shipped. Two files of them are in use, both made from TensorFlow's
-`inception-2015-12-05`, and a number says which it was computed with (`Inception.weights`):
+`inception-2015-12-05`, and a result says which one it was computed with (`Inception.weights`):
 
 - `pt_inception-2015-12-05-6726825d.pth`, the state dict of the port that pytorch-fid uses (or the
-  same keys as safetensors). It is read as data: nothing in it is run. Resizing and scaling are ours
-  and those of the TensorFlow graph, by which ADM's references were made.
+  same keys as safetensors). It is read as data: nothing in it is run. Resizing and scaling are
+  those of the TensorFlow graph, by which ADM's references were made.
 - `inception-2015-12-05.pt`, the TorchScript archive of StyleGAN and EDM, which resizes and scales
-  inside. TorchScript is a program: loading it runs what it says. Load one only from where you
-  trust.
+  inside. Loading it runs the program in it, so load one only from a source that you trust.
 """
 
 from __future__ import annotations
 
-import pickle
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from matryoshka_diffusion.metrics.naming import INCEPTION
-from matryoshka_diffusion.metrics.networks.features import weights_hash
-from matryoshka_diffusion.metrics.networks.inception_net import CLASSES, SIDE, WIDTH, FIDInception
-from matryoshka_diffusion.metrics.networks.resize import as_rgb, tf1_bilinear
-from matryoshka_diffusion.metrics.networks.torchscript import (
+from matryoshka_diffusion.metrics.networks import (
+    as_rgb,
     is_torchscript,
     load_torchscript,
-    reason,
+    tf1_bilinear,
+    torchscript_reason,
+    weights_hash,
 )
+from matryoshka_diffusion.metrics.rows import finite
 
+WIDTH = 2048
+CLASSES = 1008
+SIDE = 299
+SPLITS = 10
+
+_UNREADABLE = (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, LookupError)
 _EXPECTED = (
     "expected the TorchScript file inception-2015-12-05.pt or the state dict "
     "pt_inception-2015-12-05-6726825d.pth"
 )
-_SHOWN = 3
 
 
-class _Network(NamedTuple):
-    """What a weights file holds, on its device."""
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over the splits, between 1 and the number of classes."""
 
-    features: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b 2048"]]
-    classifier: Float[np.ndarray, "classes 2048"] | None
-    resize: str
+    mean: float
+    std: float
+
+
+def inception_score(
+    probabilities: Float[np.ndarray, "n classes"], *, splits: int = SPLITS
+) -> InceptionScore:
+    """IS (Salimans et al. 2016, Section 4): exp E KL(p(y | x) || p(y)), p(y) the mean in a split.
+
+    The samples are cut into `splits` parts in their order, as in the published code, so they must
+    not be sorted by class. Parts with fewer samples than classes bias the score.
+    Raises `ValueError` for fewer samples than splits, or a row that is no distribution.
+    """
+    count = len(probabilities)
+    if count < splits:
+        raise ValueError(f"the Inception score takes at least {splits} samples, not {count}")
+    rows = finite(probabilities)
+    wrong = (rows < 0.0).any(axis=1) | (np.abs(rows.sum(axis=1) - 1.0) > 1e-3)
+    if wrong.any():
+        raise ValueError(f"row {int(wrong.argmax())} of the probabilities is no distribution")
+    bounds = [len(rows) * index // splits for index in range(splits + 1)]
+    scores = [_score(rows[first:last]) for first, last in itertools.pairwise(bounds)]
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+
+
+def _score(rows: Float[np.ndarray, "n c"]) -> float:
+    marginal = np.broadcast_to(rows.mean(axis=0), rows.shape)
+    present = rows > 0.0  # p log p is 0 where p is 0
+    divergence = (rows[present] * np.log(rows[present] / marginal[present])).sum() / len(rows)
+    return float(np.exp(divergence))
+
+
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "average": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "maximum": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+    "halve": partial(F.max_pool2d, kernel_size=3, stride=2),
+}
+
+# One line a branch: poolings and convolutions from left to right, "NAME WIDTH [KERNEL[/STRIDE]]".
+# A kernel with a stride is TensorFlow's "VALID", one without is "SAME". "+" puts two side by side.
+_A = """branch1x1 64
+branch5x5_1 48 > branch5x5_2 64 5x5
+branch3x3dbl_1 64 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3
+average > branch_pool {}"""
+_B = """branch3x3 384 3x3/2
+branch3x3dbl_1 64 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3/2
+halve"""
+_C = """branch1x1 192
+branch7x7_1 {0} > branch7x7_2 {0} 1x7 > branch7x7_3 192 7x1
+branch7x7dbl_1 {0} > branch7x7dbl_2 {0} 7x1 > branch7x7dbl_3 {0} 1x7 \
+> branch7x7dbl_4 {0} 7x1 > branch7x7dbl_5 192 1x7
+average > branch_pool 192"""
+_D = """branch3x3_1 192 > branch3x3_2 320 3x3/2
+branch7x7x3_1 192 > branch7x7x3_2 192 1x7 > branch7x7x3_3 192 7x1 > branch7x7x3_4 192 3x3/2
+halve"""
+_E = """branch1x1 320
+branch3x3_1 384 > branch3x3_2a 384 1x3 + branch3x3_2b 384 3x1
+branch3x3dbl_1 448 > branch3x3dbl_2 384 3x3 > branch3x3dbl_3a 384 1x3 + branch3x3dbl_3b 384 3x1
+{} > branch_pool 192"""
+_STEM = """Conv2d_1a_3x3 32 3x3/2 > Conv2d_2a_3x3 32 3x3/1 > Conv2d_2b_3x3 64 3x3 > halve \
+> Conv2d_3b_1x1 80 > Conv2d_4a_3x3 192 3x3/1 > halve"""
+_BLOCKS = {  # input channels and branches
+    "Mixed_5b": (192, _A.format(32)),
+    "Mixed_5c": (256, _A.format(64)),
+    "Mixed_5d": (288, _A.format(64)),
+    "Mixed_6a": (288, _B),
+    "Mixed_6b": (768, _C.format(128)),
+    "Mixed_6c": (768, _C.format(160)),
+    "Mixed_6d": (768, _C.format(160)),
+    "Mixed_6e": (768, _C.format(192)),
+    "Mixed_7a": (768, _D),
+    "Mixed_7b": (1280, _E.format("average")),
+    "Mixed_7c": (2048, _E.format("maximum")),
+}
+
+
+class Branches(nn.Module):
+    """Branches side by side, their results concatenated."""
+
+    def __init__(self, channels: int, branches: str) -> None:
+        super().__init__()
+        self._branches = [
+            [[conv.split() for conv in step.split(" + ")] for step in line.split(" > ")]
+            for line in branches.splitlines()
+        ]
+        for branch in self._branches:
+            width = channels
+            for step in branch:
+                if step[0][0] in _POOLS:
+                    continue
+                for name, outputs, *kernel in step:
+                    self.add_module(name, ConvNorm(width, int(outputs), *kernel))
+                width = sum(int(outputs) for _, outputs, *_ in step)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
+        return torch.cat([self._walk(branch, x) for branch in self._branches], dim=1)
+
+    def _walk(self, branch: list[list[list[str]]], x: Tensor) -> Tensor:
+        for step in branch:
+            parts = [_POOLS.get(name) or self.get_submodule(name) for name, *_ in step]
+            x = torch.cat([part(x) for part in parts], dim=1)
+        return x
+
+
+class ConvNorm(nn.Module):
+    """Convolution, frozen batch normalisation, ReLU."""
+
+    def __init__(self, channels: int, outputs: int, kernel: str = "1x1") -> None:
+        super().__init__()
+        size, _, stride = kernel.partition("/")
+        height, width = map(int, size.split("x"))
+        padding = 0 if stride else (height // 2, width // 2)
+        self.conv = nn.Conv2d(
+            channels, outputs, (height, width), int(stride or 1), padding=padding, bias=False
+        )
+        self.bn = Frozen(outputs)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Frozen(nn.Module):
+    """Batch normalisation by stored moments."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(make(width)) for make in (torch.ones, torch.zeros))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        moments = self.running_mean, self.running_var
+        return F.batch_norm(x, *moments, self.weight, self.bias, eps=1e-3)
+
+
+class FIDInception(Branches):
+    """Inception-v3 (Szegedy et al. 2016), as in TensorFlow's `inception-2015-12-05`.
+
+    The names of layers are torchvision's. Three things differ from torchvision's network: averages
+    over 3x3 pixels do not count the padding, the last block takes a maximum for an average, and
+    there are 1,008 classes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(3, _STEM)
+        for name, (channels, branches) in _BLOCKS.items():
+            self.add_module(name, Branches(channels, branches))
+        self.fc = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Float[Tensor, "b 3 299 299"]) -> Float[Tensor, "b 2048"]:
+        """Features averaged over the last 8x8 pixels, of scaled pixels."""
+        x = super().forward(x)
+        for name in _BLOCKS:
+            x = self.get_submodule(name)(x)
+        return x.mean(dim=(2, 3))
 
 
 class Inception:
-    """Pictures -> the 2,048 features that FID, KID and IS are defined on: an `Extractor`.
+    """Images -> the 2,048 features that FID, KID and IS are defined on: an `Extractor`."""
 
-    Each picture's features depend on that picture only.
-    """
-
-    name = INCEPTION
+    name = "Inception"
     width = WIDTH
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        """Load a weights file; which of the two it is, is seen from what is in it.
-
-        Raises:
-            FileNotFoundError: there is no file.
-            ValueError: it is something else; the message says what is missing or unexpected.
-        """
+        """Load a weights file of either kind. Raises `FileNotFoundError`, or `ValueError`."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {_EXPECTED}")
         self.weights = weights_hash(path)
-        load = _scripted if is_torchscript(path) else _ported
         self._path, self._device = path, torch.device(device)
-        self._network = load(path, self._device)
-        self.resize = self._network.resize
+        self._features: Callable[[Tensor], Tensor]
+        if is_torchscript(path):
+            net = _scripted(path, self._device)
+            self._features = partial(net, return_features=True)
+            self.resize = f"inside the TorchScript file to {SIDE}x{SIDE}"
+            shape = (CLASSES, WIDTH)
+            weight = next((w for w in net.state_dict().values() if w.shape == shape), None)
+        else:
+            net = _ported(path, self._device)
+            # As the TensorFlow graph scales bytes. pytorch-fid has 2x / 255 - 1, half a byte off.
+            self._features = lambda x: net((tf1_bilinear(x.float(), SIDE) - 128.0) / 128.0)
+            self.resize = f"TensorFlow 1 bilinear without antialiasing to {SIDE}x{SIDE}"
+            weight = net.fc.weight
+        self._classifier = None if weight is None else weight.detach().cpu().double().numpy()
 
     @torch.inference_mode()
     def __call__(self, pictures: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b 2048"]:
-        """Features of one batch of pictures with one channel or three, of any side."""
+        """Features of one batch of images with 1 or 3 channels, of any side."""
         x = as_rgb(pictures, self.name, self._device)
-        return self._network.features(x).float().cpu().numpy()
+        return self._features(x).float().cpu().numpy()
 
     def probabilities(
         self, features: Float[np.ndarray, "n 2048"]
     ) -> Float[np.ndarray, "n classes"]:
         """The distribution over the 1,008 classes that the Inception score takes.
 
-        The classifier's bias is left out: the published scores were computed so.
-
-        Raises:
-            ValueError: the file holds no classifier.
+        The classifier's bias is left out: the published scores were computed without it.
+        Raises `ValueError` if the file holds no classifier.
         """
-        if self._network.classifier is None:
+        if self._classifier is None:
             raise ValueError(
-                f"{self._path} has no weight of {CLASSES}x{WIDTH}: there is no Inception score "
-                "without the classifier"
+                f"{self._path} has no weight of {CLASSES}x{WIDTH}: omit the Inception score, or "
+                "give a file with the classifier"
             )
-        logits = features.astype(np.float64) @ self._network.classifier.T
+        logits = features.astype(np.float64) @ self._classifier.T
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
 
-def _scripted(path: Path, device: torch.device) -> _Network:
+def _scripted(path: Path, device: torch.device) -> Any:
     probe = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
     try:
         with torch.inference_mode():
@@ -108,84 +272,50 @@ def _scripted(path: Path, device: torch.device) -> _Network:
             shape = tuple(net(probe, return_features=True).shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{path} is a TorchScript file, but no Inception: {reason(error)}"
+            f"{path} is a TorchScript file, but no Inception: {torchscript_reason(error)}"
         ) from error
     if shape != (1, WIDTH):
         raise ValueError(f"{path}: a picture has features of shape {shape}, not (1, {WIDTH})")
-    classifiers = [
-        weight for weight in net.state_dict().values() if weight.shape == (CLASSES, WIDTH)
-    ]
-    return _Network(
-        features=lambda x: net(x, return_features=True),
-        classifier=_classifier(classifiers[0]) if classifiers else None,
-        resize=f"inside the TorchScript file to {SIDE}x{SIDE}",
-    )
+    return net
 
 
-def _ported(path: Path, device: torch.device) -> _Network:
+def _ported(path: Path, device: torch.device) -> FIDInception:
     state = _state_dict(path, device)
     # Built on `meta`: its usual initialisation would draw from torch's global generator.
     with torch.device("meta"):
         net = FIDInception()
-    _check_keys(path, state, net.state_dict())
+    wanted = {key: tuple(weight.shape) for key, weight in net.state_dict().items()}
+    shapes = {key: tuple(weight.shape) for key, weight in state.items()}
+    problems = {
+        "missing": [key for key in wanted if key not in shapes],
+        "unexpected": [key for key in shapes if key not in wanted],
+        "of another shape": [
+            f"{key} {shapes[key]} instead of {shape}"
+            for key, shape in wanted.items()
+            if shapes.get(key, shape) != shape
+        ],
+    }
+    texts = [
+        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if texts:
+        raise ValueError(f"{path} is no FID Inception: {'; '.join(texts)}; {_EXPECTED}")
     net.load_state_dict(state, assign=True)
-    net.eval().requires_grad_(False)
-    return _Network(
-        features=lambda x: net(_scaled(tf1_bilinear(x.float(), SIDE))),
-        classifier=_classifier(net.fc.weight),
-        resize=f"TensorFlow 1 bilinear without antialiasing to {SIDE}x{SIDE}",
-    )
-
-
-def _scaled(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Bytes as the TensorFlow graph scales them. pytorch-fid has 2x / 255 - 1, half a byte off."""
-    return (x - 128.0) / 128.0
-
-
-def _classifier(weight: Tensor) -> Float[np.ndarray, "classes 2048"]:
-    return weight.detach().cpu().double().numpy()
+    return net.eval().requires_grad_(False)
 
 
 def _state_dict(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a file by name, without the counters that training leaves.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Tensors of a file by name, without the counters that training leaves."""
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path, device=str(device))
         else:
             state = torch.load(path, map_location=device, weights_only=True)
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-    ) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise ValueError(f"cannot read {path}: {''.join(reason)}; {_EXPECTED}") from error
+    except _UNREADABLE as error:
+        reason = "".join(str(error).strip().splitlines()[:1])
+        raise ValueError(f"cannot read {path}: {reason}; {_EXPECTED}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict (tensors by name); {_EXPECTED}")
     return {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
-
-
-def _check_keys(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    problems = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(weight.shape)}"
-            for key, weight in wanted.items()
-            if key in state and state[key].shape != weight.shape
-        ],
-    }
-    found = [f"{len(keys)} keys {kind} ({_some(keys)})" for kind, keys in problems.items() if keys]
-    if found:
-        raise ValueError(f"{path} is no FID Inception: {'; '.join(found)}; {_EXPECTED}")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""A number with all that is needed to understand it, and to make it again."""
+"""A number with everything that is needed to understand it, and to make it again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from matryoshka_diffusion.metrics.naming import flagged
+from matryoshka_diffusion.files import cache_folder, digest
 
 FILE = "results.jsonl"
 
@@ -25,28 +25,27 @@ class Result:
     """One number.
 
     Attributes:
-        of: whose samples: the model's name, or that of a set of pictures.
-        key: what was asked for, such as "fid".
-        metric: its name with its protocol and everything that is wrong with it, such as
-            "FID-50K" or "FID-2K [n = 2,000 <= 2,048 features: rank-deficient]".
-        others: what belongs to it, such as the standard deviation of a KID.
-        n: how many samples.
-        frames: of each, where they are clips; None for pictures.
-        words: the whole number for people, where it has a sentence of its own.
-        flags: what is wrong with all numbers of this model; in `metric`, too.
-        weights: a hash of the model's weights, of a cascade "<upsampler's> after <base's>"; empty
-            for pictures.
-        conditions: what the samples were asked to show.
-        reference: what they were compared with; empty where they are not compared.
-        reference_count: of how many pictures; None where nobody says.
-        extractor: which network looked at the pictures; empty where none did.
-        extractor_weights: the beginning of the SHA-256 of its file.
-        resize: how it brings pictures to its side.
-        sampling: the resolved settings, of a cascade the upsampler's with the base's under `base`;
-            empty for pictures.
-        seed: of the first sample.
-        device: the type of what they were drawn on, such as "cuda".
-        higher_is_better: which way is good.
+        of: whose samples: the model's name, or that of a set of images.
+        key: name of the metric in METRICS, such as "fid".
+        metric: name of the number with its protocol and remarks, such as "FID-50K" or
+            "FID-2K [n = 2,000 <= 2,048 features: rank-deficient]".
+        others: companions of the value, such as the standard deviation of a KID.
+        n: number of samples.
+        frames: frames of each sample; None for images.
+        words: the whole number for people, if it has a sentence of its own.
+        flags: remarks on all numbers of this model; they are in `metric`, too.
+        weights: hash of the model's weights, of a cascade "<upsampler's> after <base's>"; empty
+            for images.
+        conditions: the rule of captions or classes.
+        reference: name of the reference; empty if there is none.
+        reference_count: number of its images; None if it is unknown.
+        extractor: network that looked at the images; empty if none did.
+        extractor_weights: first digits of the SHA-256 of its file.
+        resize: how it resizes images.
+        sampling: resolved settings, of a cascade the upsampler's with the base's under `base`;
+            empty for images.
+        seed: seed of the first sample.
+        device: type of the device that drew the samples, such as "cuda".
     """
 
     of: str
@@ -75,14 +74,15 @@ class Result:
     def sentence(self) -> str:
         """The number for people."""
         if self.words:
-            return flagged(self.words, *self.flags)
+            return flagged(self.words, self.flags)
         made, real = ("samples", "pictures") if self.frames is None else ("clips", "clips")
         counts = f" of {self.n:,} {made}"
         if self.reference:
             known = self.reference_count is not None
             counts += f" to {self.reference_count:,} {real}" if known else f" to {self.reference}"
         others = "".join(f", {name} {value:.4g}" for name, value in self.others.items())
-        return f"{self.metric}{counts}: {_shown(self.value)}{others}"
+        value = f"{self.value:.3f}" if abs(self.value) >= 1.0 else f"{self.value:.4f}"
+        return f"{self.metric}{counts}: {value}{others}"
 
     def provenance(self) -> str:
         """One line that says where the number is from."""
@@ -104,45 +104,19 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         """The number as JSON."""
-        return {
-            **asdict(self),
-            "version": package_version(),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return {**asdict(self), "version": package_version(), "commit": commit(), "date": date}
 
 
-def report(results: Sequence[Result]) -> str:
-    """Every number, and below those that share it, where they are from."""
-    lines = []
-    for result, following in itertools.zip_longest(results, results[1:]):
-        lines.append(result.sentence())
-        if following is None or following.provenance() != result.provenance():
-            lines.append(f"  {result.provenance()}")
-    return "\n".join(lines)
+def flagged(name: str, flags: Iterable[str | None]) -> str:
+    """A name with its remarks, if there are any.
 
-
-def append(results: Iterable[Result], path: Path) -> None:
-    """Add a line of JSON for each number to the end of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(result.record()) + "\n" for result in results)
-    with open(path, "a+b") as file:
-        if file.tell() and not _ends_its_line(file.name):
-            text = "\n" + text  # of a line that a crash has cut off
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _ends_its_line(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
-
-
-def _shown(value: float) -> str:
-    """Three digits after the point, more where the number is small."""
-    return f"{value:.3f}" if abs(value) >= 1.0 else f"{value:.4f}"
+    Example:
+        >>> flagged("FID", ["no EMA", None])
+        'FID [no EMA]'
+    """
+    raised = [flag for flag in flags if flag]
+    return f"{name} [{'; '.join(raised)}]" if raised else name
 
 
 def _settings(sampling: Mapping[str, Any]) -> str:
@@ -158,8 +132,42 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def report(results: Sequence[Result]) -> str:
+    """Every number, and below the numbers that share it, their provenance."""
+    lines = []
+    for result, following in itertools.zip_longest(results, results[1:]):
+        lines.append(result.sentence())
+        if following is None or following.provenance() != result.provenance():
+            lines.append(f"  {result.provenance()}")
+    return "\n".join(lines)
+
+
+def append(results: Iterable[Result], path: Path) -> None:
+    """Add a line of JSON for each number to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(result.record()) + "\n" for result in results)
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else "\n" + text  # after a line cut by a crash
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def folder_of(run: str, kind: Literal["eval", "sweep"]) -> Path:
+    """`RUN/eval` or `RUN/sweep` of a folder; else the cache, in which each sweep has a folder."""
+    path = Path(run)
+    if path.is_dir():
+        return path / kind
+    if kind == "eval":
+        return cache_folder("eval")
+    name = f"{path.stem}-{digest(str(path.resolve()))[:8]}" if path.is_file() else run
+    return cache_folder("sweep") / name
+
+
 def package_version() -> str:
-    """Of the installed package."""
+    """Version of the installed package."""
     try:
         return version("matryoshka-diffusion")
     except PackageNotFoundError:  # run from its source
@@ -168,15 +176,15 @@ def package_version() -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit that this code was run from, with "+" if it was changed; None if nobody knows."""
-    here = Path(__file__)
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+    """Commit of the running code, with "+" if it was changed; None if it is unknown."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None  # no git, or a repository that only happens to hold the installed package
-    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
-    return f"{_git(here.parent, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{_git('rev-parse', 'HEAD')}{'+' if changed else ''}"
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).parent
     try:
         found = subprocess.run(
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10

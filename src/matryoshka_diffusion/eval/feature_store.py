@@ -1,0 +1,294 @@
+"""Features of images in files, one file a batch: an image is made, measured and dropped.
+
+A folder belongs to one endless sequence of images and is named after everything that they depend
+on. A file holds one column (the features of one network, say) of one batch, and is whole or absent.
+Existing files are not made again, whoever made them. So an interrupted evaluation goes on, ranks
+share the work, and two commands that need the same samples draw them once. Results are read from
+the files in their order, so none of this changes a bit of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from matryoshka_diffusion.cascade import Model
+from matryoshka_diffusion.data.source import Source, read_all
+from matryoshka_diffusion.eval.prompts import Conditions, evenly_spread
+from matryoshka_diffusion.files import digest, write_atomically
+from matryoshka_diffusion.metrics.frechet import Moments
+from matryoshka_diffusion.models.find import Progress
+from matryoshka_diffusion.sampling import batch_of
+from matryoshka_diffusion.train.distributed import World
+
+FORMAT = 1
+"""Version of the columns: raise it when they hold other numbers of the same images."""
+
+SAMPLES = 2
+"""Version of the samples: raise it when the same settings give other samples."""
+
+_VALUES = "values"
+_ALONE = World()
+
+
+class PictureBatch(NamedTuple):
+    """Images or clips to be measured: all levels, coarse to fine, and their sides before resizing.
+
+    Images of a source have one level, samples of a model have no sides.
+    """
+
+    levels: Sequence[UInt8[np.ndarray, "b ... c"]]
+    original_sides: Sequence[int] = ()
+
+    @property
+    def pictures(self) -> UInt8[np.ndarray, "b *frames h w c"]:
+        """The finest level."""
+        return self.levels[-1]
+
+
+class Column(NamedTuple):
+    """One row of numbers for each image. Columns of the same name hold the same numbers."""
+
+    name: str
+    of: Callable[[PictureBatch], np.ndarray]
+
+
+ORIGINAL_SIDES = Column("original-sides", lambda batch: np.array(batch.original_sides, np.int64))
+
+
+def flat(rows: np.ndarray) -> np.ndarray:
+    """Features of clips (b, f, d) with one row a frame."""
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def moments_of(batches: Iterable[np.ndarray]) -> Moments:
+    """Moments of features, each frame of a clip being a row."""
+    return Moments.stream(map(flat, batches))
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """The first `count` images or clips of a sequence, and the columns that are known of them.
+
+    Attributes:
+        name: for people.
+        side: of the images, in pixels.
+        frames: of each clip; None for images.
+        root: folder that the sequence has its own folder in.
+        describe: everything that the images depend on, as JSON. It is called when images are first
+            needed: for a source some are read, for samples a text encoder may be loaded.
+        make: draws or reads consecutive images; it is called with their numbers and a progress.
+        batch_size: images in memory at a time, and rows in a file.
+        levels: number of levels of each image.
+        captions: caption of each image; empty if there are none.
+        belong_to: index of the training image whose caption each image was drawn for, if known.
+    """
+
+    name: str
+    count: int
+    side: int
+    frames: int | None
+    root: Path
+    describe: Callable[[], dict[str, Any]]
+    make: Callable[[range, Progress], PictureBatch]
+    batch_size: int
+    levels: int = 1
+    captions: Sequence[str] = ()
+    belong_to: Sequence[int] = ()
+
+    @property
+    def kind(self) -> str:
+        """The word for people: pictures or clips."""
+        return "pictures" if self.frames is None else f"clips of {self.frames} frames"
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """Everything that the images depend on, as JSON."""
+        return self.describe()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the sequence, named after a hash of `about`."""
+        return self.root / digest(json.dumps(self.about, sort_keys=True))[:16]
+
+    def fill(
+        self, columns: Sequence[Column], *, world: World = _ALONE, progress: Progress | None = None
+    ) -> None:
+        """Make what is missing of the columns; a collective.
+
+        `progress` is called with (images done, images that were missing).
+
+        Raises:
+            OSError: a file cannot be written, or ranks do not share the folder.
+        """
+        missing = world.once(lambda: self._missing(columns))
+        if missing:
+            text = json.dumps(self.about, indent=1).encode()
+            about = self.folder / "about.json"
+            world.once(lambda: write_atomically(about, lambda file: file.write(text)))
+            mine = [missing[place] for place in world.mine(range(len(missing)))]
+            world.each(lambda: self._make(columns, mine, world, progress))
+            world.once(lambda: self._refuse_elsewhere(columns))
+
+    def stream(self, column: Column) -> Iterator[np.ndarray]:
+        """Rows of a column, a batch at a time. Raises `ValueError` if a file is damaged."""
+        return (_load(self._path(column, rows))[_VALUES] for rows in self._batches())
+
+    def all(self, column: Column) -> np.ndarray:
+        """All rows of a column."""
+        return np.concatenate(list(self.stream(column)))
+
+    def moments(self, column: Column) -> Moments:
+        """Moments of a column. They are kept: a set that is often compared with is large.
+
+        Raises:
+            OSError: they cannot be written.
+            ValueError: a file is damaged.
+        """
+        path = self.folder / column.name / f"moments-{self.count:08d}.safetensors"
+        if not path.is_file():
+            moments = moments_of(self.stream(column))
+            data = save({**vars(moments), "count": np.array(moments.count)})
+            write_atomically(path, lambda file: file.write(data))
+        arrays = _load(path)
+        return Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
+
+    def _batches(self) -> list[range]:
+        numbers, size = range(self.count), self.batch_size
+        return [numbers[first : first + size] for first in range(0, self.count, size)]
+
+    def _path(self, column: Column, rows: range) -> Path:
+        # A last batch of fewer images has its own file: in bf16 an image may depend on the others
+        # that it is drawn with.
+        return self.folder / column.name / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+
+    def _missing(self, columns: Sequence[Column]) -> list[range]:
+        return [
+            rows
+            for rows in self._batches()
+            if not all(self._path(column, rows).is_file() for column in columns)
+        ]
+
+    def _make(
+        self,
+        columns: Sequence[Column],
+        batches: Sequence[range],
+        world: World,
+        progress: Progress | None,
+    ) -> None:
+        total, done = sum(map(len, batches)), 0
+
+        def report(part: int, whole: int) -> None:
+            """Progress of all ranks, which are about as far as this one."""
+            if progress is not None:
+                progress((done + size * part // whole) * world.size, total * world.size)
+
+        for rows in batches:
+            size = len(rows)
+            batch = self.make(rows, report)
+            for column in columns:
+                path = self._path(column, rows)
+                if not path.is_file():
+                    values = column.of(batch)
+                    assert len(values) == size, f"{column.name} has a row for each image"
+                    data = save({_VALUES: np.ascontiguousarray(values)})
+                    write_atomically(path, lambda file, data=data: file.write(data))
+            report(1, 1)
+            done += size
+
+    def _refuse_elsewhere(self, columns: Sequence[Column]) -> None:
+        if self._missing(columns):
+            raise OSError(
+                f"{self.folder} lacks files that other ranks have written: put the run's folder "
+                "and MDM_CACHE into folders that all ranks share"
+            )
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it and repeat the command") from error
+
+
+# --- samples of a model, images of a source ----------------------------------------------------
+
+
+def samples_of(
+    model: Model,
+    conditions: Conditions,
+    count: int,
+    root: Path,
+    *,
+    seed: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> PictureSet:
+    """Samples 0 .. count - 1 of a model; sample i has the seed `seed + i`."""
+
+    def describe() -> dict[str, Any]:
+        about = {"format": FORMAT, "samples": SAMPLES, **model.describe(dict(settings))}
+        about |= {"seed": seed, "batch_size": batch_size}
+        return about | {"conditions": conditions.name, "of": conditions.identity}
+
+    def make(rows: range, progress: Progress) -> PictureBatch:
+        asked = {**conditions.of(rows), "seed": seed + rows.start, **settings}
+        return PictureBatch(model.sample(batch_size=batch_size, progress=progress, **asked).levels)
+
+    return PictureSet(
+        name=model.config.name,
+        count=count,
+        side=model.picture_side,
+        frames=model.resolutions[-1].frames,
+        root=root,
+        describe=describe,
+        make=make,
+        batch_size=batch_size,
+        levels=len(model.resolutions),
+        captions=conditions.captions(count),
+        belong_to=conditions.pictures[:count],
+    )
+
+
+def pictures_of(source: Source, root: Path) -> PictureSet:
+    """All images or clips of a source."""
+    batch_size = batch_of(source.frames)
+
+    def describe() -> dict[str, Any]:
+        some = read_all(source, evenly_spread(len(source)))
+        hashes = [hashlib.sha256(one.picture.tobytes()).hexdigest() for one in some]
+        about = {
+            "format": FORMAT,
+            "source": source.name,
+            "side": source.side,
+            "pictures": digest("\n".join([*source.keys, *hashes])),
+            "batch_size": batch_size,
+        }
+        return about if source.frames is None else {**about, "frames": source.frames}
+
+    def make(rows: range, progress: Progress) -> PictureBatch:
+        examples = source.many(list(rows))
+        pictures = np.stack([example.picture for example in examples])
+        return PictureBatch([pictures], [example.original_side for example in examples])
+
+    return PictureSet(
+        name=source.name,
+        count=len(source),
+        side=source.side,
+        frames=source.frames,
+        root=root,
+        describe=describe,
+        make=make,
+        batch_size=batch_size,
+        captions=[captions[0] for captions in source.captions or ()],
+    )

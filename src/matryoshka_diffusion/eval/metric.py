@@ -1,0 +1,427 @@
+"""The metrics by name: what each computes, what it needs, and what its number is called.
+
+"FID", "KID", "IS", "CMMD" and "FVD" are published protocols and belong to their networks. The same
+formula on another network gives another number, so it has another name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat, moments_of
+from matryoshka_diffusion.eval.prompts import RETRIEVED
+from matryoshka_diffusion.eval.reference import Reference
+from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.mmd import SUBSET_SIZE, cmmd, kernel_distance
+from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
+from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
+from matryoshka_diffusion.metrics.networks.inception import (
+    CLASSES,
+    SPLITS,
+    Inception,
+    inception_score,
+)
+from matryoshka_diffusion.metrics.networks.video import FRAMES, VideoNet
+from matryoshka_diffusion.metrics.pixels import (
+    averages,
+    compare_motion,
+    level_agreement,
+    motion,
+    prompt_retrieval,
+    refuse_still,
+)
+from matryoshka_diffusion.metrics.prdc import (
+    DENSITY_COVERAGE_K,
+    PRECISION_RECALL_K,
+    density_coverage,
+    precision_recall,
+)
+from matryoshka_diffusion.rng import stream
+
+EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"
+Networks: TypeAlias = Mapping[str, Extractor]
+"""Networks by name; the network of FVD is `VIDEO`, whatever its file holds."""
+
+AVERAGES = Column("averages", lambda batch: averages(batch.pictures))
+MOTION = Column("motion", lambda batch: motion(batch.pictures))
+AGREEMENT = Column("agreement", lambda batch: level_agreement(batch.levels))
+
+Need = Literal["reference", "captions", "training captions", "levels", "clips"]
+
+
+class Number(NamedTuple):
+    """A value with its name, remarks and companions; `words` if it has a sentence of its own."""
+
+    name: str
+    value: float
+    others: Mapping[str, float] = {}
+    flags: tuple[str | None, ...] = ()
+    higher_is_better: bool = False
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and what it needs.
+
+    Attributes:
+        compute: the numbers.
+        looks_at: name of the network whose features it takes, or the column of pixels.
+        needs: among others, samples of the captions of training images.
+        least: number of samples that it needs on each side.
+        one_frame: takes one frame of each clip, because it assumes independent samples.
+        published: can do with published moments of Inception's features.
+        least_frames: number of frames that it needs of each clip.
+        check: raises `ValueError` if the reference, whose column is filled, is of no use.
+    """
+
+    compute: Callable[[Comparison], list[Number]]
+    looks_at: str | Column
+    needs: tuple[Need, ...] = ("reference",)
+    least: int = 2
+    one_frame: bool = False
+    published: bool = False
+    least_frames: int = 1
+    check: Callable[[PictureSet], None] = lambda real: None
+
+    @property
+    def network(self) -> str:
+        """Name of the network that it looks through; empty if it looks at pixels."""
+        return self.looks_at if isinstance(self.looks_at, str) else ""
+
+    @property
+    def by_frame(self) -> bool:
+        """True if each frame of a clip is an image to it."""
+        return self.network not in ("", VIDEO)
+
+    def count(self, pictures: PictureSet) -> int:
+        """Number of samples, as the metric counts them."""
+        frames = self.by_frame and not self.one_frame and "clips" not in self.needs
+        return pictures.count * (pictures.frames or 1) if frames else pictures.count
+
+    def refuse_unmet(self, name: str, made: PictureSet, reference: Reference | None) -> None:
+        """Raise `UsageError` with the first need that is not met."""
+        real = None if reference is None else reference.pictures
+        who, whom = made.name, "" if reference is None else reference.name
+        compares, least = "reference" in self.needs, f"at least {self.least:,}"
+        kind = "moments of pictures" if real is None else real.kind
+        for need, missing, message in (
+            ("clips", made.frames is None, f"needs clips, and {who} has pictures: omit it"),
+            (
+                "clips",
+                (made.frames or 0) < self.least_frames,
+                f"needs clips of at least {self.least_frames} frames, {who} has {made.kind}",
+            ),
+            ("", self.count(made) < self.least, f"needs {least} samples, not {self.count(made):,}"),
+            (
+                "training captions",
+                not made.belong_to,
+                f"needs samples of the captions of training pictures, which {who} does not have: "
+                "omit it, or measure the model (mdm eval RUN)",
+            ),
+            ("captions", not made.captions, f"needs captions, which {who} does not have: omit it"),
+            ("levels", made.levels < 2, f"needs several levels, {who} has one: omit it"),
+            ("reference", reference is None, "compares with pictures: name them with --ref"),
+            (
+                "reference",
+                (None if real is None else real.frames) != made.frames,
+                f"compares like with like: {whom} has {kind}, {who} {made.kind}; name a reference "
+                "with clips of as many frames",
+            ),
+            (
+                "reference",
+                real is None and not self.published,
+                f"needs the pictures of its reference, but {whom} holds only mu and sigma",
+            ),
+            (
+                "reference",
+                compares and real is not None and self.count(real) < self.least,
+                f"needs {least} pictures of reference, {whom} has too few",
+            ),
+        ):
+            if missing and (not need or need in self.needs):
+                raise UsageError(f"{name} {message}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples and, for most metrics, a reference, whose columns are filled."""
+
+    metric: Metric
+    made: PictureSet
+    reference: Reference | None
+    networks: Networks
+
+    @property
+    def network(self) -> Any:
+        """The `Extractor` of the metric."""
+        return self.networks[self.metric.network]
+
+    @property
+    def real(self) -> PictureSet:
+        """Images of the reference, without which the metric was refused."""
+        assert self.reference is not None
+        assert self.reference.pictures is not None
+        return self.reference.pictures
+
+    @property
+    def published(self) -> Any:
+        """Moments that take the place of the reference's images, or None."""
+        return self.reference.published if self.metric.published and self.reference else None
+
+    @property
+    def column(self) -> Column:
+        """The column that the metric takes of each image."""
+        looks_at, network = self.metric.looks_at, self.networks.get(self.metric.network)
+        if isinstance(looks_at, Column) or network is None:
+            assert isinstance(looks_at, Column), f"the network {looks_at} is loaded"
+            return looks_at
+        name = f"{network.name}-{network.weights}-{digest(network.resize)[:8]}"
+        see = partial(_by_frame, network) if self.metric.by_frame else network
+        return Column(name, lambda batch: see(batch.pictures))
+
+    def rows(self, pictures: PictureSet) -> np.ndarray:
+        """One row an image; of a clip one row a frame, or one frame only, always the same.
+
+        Frames of a clip are alike: among all frames, the nearest neighbours of a frame are those
+        of its own clip, and the pairs that an unbiased estimator averages over are not independent.
+        """
+        rows = pictures.all(self.column)
+        if pictures.frames is None or not self.metric.by_frame:
+            return rows
+        if not self.metric.one_frame:
+            return flat(rows)
+        chosen = stream(0, "evaluation frames").integers(pictures.frames, size=len(rows))
+        return rows[np.arange(len(rows)), chosen]
+
+    def both(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the reference and of the samples."""
+        return self.rows(self.real), self.rows(self.made)
+
+    def frechet(self) -> float:
+        """Fréchet distance of the features."""
+        real = self.published or self.real.moments(self.column)
+        return frechet_distance(real, moments_of(self.made.stream(self.column)))
+
+    def named(self, published: str, short: str) -> str:
+        """The published name on Inception, such as FID; else such as FD-EffNetLite0."""
+        name = self.network.name
+        return published if name == INCEPTION else f"{short}-{name}"
+
+    def few(self, count: int) -> str | None:
+        """The remark on a covariance of `count` rows that has no full rank.
+
+        The distance is then far too large, by an amount that depends on the count.
+        """
+        width = self.network.width
+        text = f"n = {count:,} <= {width:,} features: rank-deficient"
+        return text if count <= width else None
+
+
+def _by_frame(network: Extractor, shown: np.ndarray) -> np.ndarray:
+    """Features (b, d) of images, (b, f, d) of clips: one frame of every clip at a time."""
+    if shown.ndim == 4:
+        return network(shown)
+    return np.stack([network(frames) for frames in shown.swapaxes(0, 1)], axis=1)
+
+
+def _frechet(given: Comparison) -> list[Number]:
+    count = given.metric.count(given.made)
+    name = given.named(f"FID-{thousands(count)}", "FD")
+    return [Number(name, given.frechet(), flags=(given.few(count),))]
+
+
+def _frechet_by_frame(given: Comparison) -> list[Number]:
+    """One distance for each frame: where they rise, samples drift away from real clips."""
+
+    def moments(pictures: PictureSet, frame: int) -> Moments:
+        return Moments.stream(rows[:, frame] for rows in pictures.stream(given.column))
+
+    found = [
+        frechet_distance(moments(given.real, frame), moments(given.made, frame))
+        for frame in range(given.made.frames or 0)
+    ]
+    others = {f"frame {frame}": distance for frame, distance in enumerate(found)}
+    name, flags = f"{given.named('FID', 'FD')}-by-frame", (given.few(given.made.count),)
+    return [Number(name, float(np.mean(found)), others, flags)]
+
+
+def _video_frechet(given: Comparison) -> list[Number]:
+    network, made, weights = given.network, given.made, given.network.weights[:8]
+    i3d = network.name == "I3D"  # by its shape; only the owner of the file knows its weights
+    name = "FVD" if i3d else f"FD-{network.name}-{weights}"
+    taken = ", taken for the I3D of Kinetics-400" if i3d else ""
+    flags = (f"weights {weights}{taken}; resize {network.resize}", given.few(made.count))
+    name = f"{name}-{thousands(made.count)}-{made.frames}f"
+    return [Number(name, given.frechet(), flags=flags)]
+
+
+def _kernel(given: Comparison) -> list[Number]:
+    found = kernel_distance(*given.both())
+    return [Number(given.named("KID", "KD"), found.mean, {"std": found.std})]
+
+
+def _inception_score(given: Comparison) -> list[Number]:
+    features = given.rows(given.made)
+    # A folder of classes is sorted by them: each split would hold a few classes.
+    shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
+    found = inception_score(given.network.probabilities(shuffled))
+    size = len(features) // SPLITS
+    flag = f"{size:,} samples a split < {CLASSES:,} classes: biased low" if size < CLASSES else None
+    return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
+
+
+def _overlap(given: Comparison) -> list[Number]:
+    real, made = given.both()
+    found = {**precision_recall(real, made)._asdict(), **density_coverage(real, made)._asdict()}
+    name = given.network.name
+    return [Number(f"{kind}-{name}", value, higher_is_better=True) for kind, value in found.items()]
+
+
+def _clip_score(given: Comparison) -> list[Number]:
+    clip, captions = given.network, given.made.captions
+    scores, first = [], 0
+    for images in given.made.stream(given.column):
+        texts, rows = clip.texts(captions[first : first + len(images)]), flat(images)
+        # Each frame of a clip is scored by the clip's caption.
+        scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
+        first += len(images)
+    value = float(np.concatenate(scores).mean())
+    return [Number(f"CLIP-{clip.variant}", value, higher_is_better=True)]
+
+
+def _cmmd(given: Comparison) -> list[Number]:
+    clip = given.network
+    # The CLIP of the publication. Others may have its shape: only the owner knows its weights.
+    published = clip.variant == "ViT-L/14-336"
+    flag = f"CLIP weights {clip.weights[:8]}, taken for those of OpenAI" if published else None
+    name = "CMMD" if published else f"CMMD-{clip.variant}"
+    return [Number(name, cmmd(*given.both()), flags=(flag,))]
+
+
+def _retrieval(given: Comparison) -> list[Number]:
+    real, made = given.both()
+    found = prompt_retrieval(made, np.array(given.made.belong_to), real)
+    others = {"among five": found.among_five}
+    return [Number("prompt retrieval", found.first, others, (), True, words=str(found))]
+
+
+def _agreement(given: Comparison) -> list[Number]:
+    per_level = given.rows(given.made).mean(axis=0)
+    others = {f"level {level}": float(gap) for level, gap in enumerate(per_level)}
+    return [Number("level disagreement", float(per_level.mean()), others)]
+
+
+def _motion(given: Comparison) -> list[Number]:
+    found = compare_motion(*given.both())
+    others = {"ratio": found.ratio, "slight": found.slight, "slight real": found.slight_real}
+    return [Number(f"motion distance-{given.made.frames}f", found.distance, others)]
+
+
+_CLIPS: tuple[Need, ...] = ("reference", "clips")
+_TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
+_NEIGHBOURS = max(PRECISION_RECALL_K, DENSITY_COVERAGE_K) + 1
+METRICS: dict[str, Metric] = {
+    "fd": Metric(_frechet, EFFNET),
+    "fid": Metric(_frechet, INCEPTION, published=True),
+    "kid": Metric(_kernel, INCEPTION, least=SUBSET_SIZE, one_frame=True),
+    "is": Metric(_inception_score, INCEPTION, (), least=SPLITS),
+    "prdc": Metric(_overlap, INCEPTION, least=_NEIGHBOURS, one_frame=True),
+    "kd": Metric(_kernel, EFFNET, least=SUBSET_SIZE, one_frame=True),
+    "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
+    "clip": Metric(_clip_score, CLIP.name, ("captions",), least=1),
+    "cmmd": Metric(_cmmd, CLIP.name, least=1, one_frame=True),
+    "retrieval": Metric(_retrieval, AVERAGES, _TRAINED, least=1),
+    "agreement": Metric(_agreement, AGREEMENT, ("levels",), least=1),
+    "fvd": Metric(_video_frechet, VIDEO, _CLIPS),
+    "fd-frames": Metric(_frechet_by_frame, EFFNET, _CLIPS),
+    "fid-frames": Metric(_frechet_by_frame, INCEPTION, _CLIPS),
+    "motion": Metric(
+        *(_motion, MOTION, _CLIPS),
+        least=1,
+        least_frames=2,
+        check=lambda real: refuse_still(real.all(MOTION)),
+    ),
+}
+
+
+def parse_metrics(names: str | Sequence[str]) -> tuple[tuple[str, ...], int | None]:
+    """Split `fd,fid50k,...` into metrics, each once, and the number of samples in the names.
+
+    Raises:
+        UsageError: an unknown name, two numbers of samples, or one of a metric that has its own.
+
+    Example:
+        >>> parse_metrics("fid50k,retrieval")
+        (('fid', 'retrieval'), 50000)
+    """
+    metrics, counts = [], set()
+    for word in names.split(",") if isinstance(names, str) else names:
+        match = re.fullmatch(r"([a-z-]+)(?:(\d+)k)?", word.strip().lower())
+        if match is None or match[1] not in METRICS:
+            near = difflib.get_close_matches(word, METRICS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"no metric {word!r}: there are {', '.join(METRICS)}{hint}")
+        if match[2] and "training captions" in METRICS[match[1]].needs:
+            raise UsageError(f"{word}: {match[1]} has {RETRIEVED} fixed captions: omit the number")
+        metrics.append(match[1])
+        counts |= {1000 * int(match[2])} if match[2] else set()
+    if len(counts) > 1:
+        raise UsageError(f"--metrics asks for {min(counts):,} samples and for {max(counts):,}")
+    return tuple(dict.fromkeys(metrics)), next(iter(counts), None)
+
+
+def thousands(count: int) -> str:
+    """50,000 as 50K; other numbers than whole thousands as they are."""
+    return f"{count // 1000}K" if count % 1000 == 0 else str(count)
+
+
+def find_networks(
+    metrics: Iterable[str],
+    device: torch.device | str = "cpu",
+    *,
+    inception: str | Path | None = None,
+    clip: str | Path | None = None,
+    fvd: str | Path | None = None,
+    frames: int | None = None,
+) -> Networks:
+    """Load the networks that the metrics look through, from files; FVD's for clips of `frames`.
+
+    Raises:
+        UsageError: a file is missing, or none of the metrics looks through it.
+        OSError, ValueError: a file cannot be used.
+    """
+    files = {
+        INCEPTION: ("inception", inception, lambda path: Inception(path, device)),
+        CLIP.name: ("clip", clip, lambda path: CLIP(path, device)),
+        VIDEO: ("fvd", fvd, lambda path: VideoNet(path, frames or FRAMES, device)),
+    }
+    metrics = list(metrics)
+    wanted = {METRICS[name].network for name in metrics}
+    found: dict[str, Extractor] = {EFFNET: EffNetLite0(device)} if EFFNET in wanted else {}
+    for network, (option, path, load) in files.items():
+        users = ",".join(name for name, one in METRICS.items() if one.network == network)
+        if network in wanted and path is None:
+            raise UsageError(
+                f"{users} need a network that is not shipped: give its file, --{option} PATH; fd, "
+                "kd, prdc-fd and motion need none"
+            )
+        if network not in wanted and path is not None:
+            raise UsageError(
+                f"--{option}: none of {','.join(metrics)} looks through it; omit it, or add one "
+                f"of {users} to --metrics"
+            )
+        if path is not None:
+            found[network] = load(str(path))
+    return found

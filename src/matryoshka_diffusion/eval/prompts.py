@@ -1,0 +1,240 @@
+"""Captions or classes for the samples of an evaluation: the same rule in every run.
+
+Sample i's caption or class depends on i alone, so the first 1,000 of 30,000 samples are those of an
+evaluation with 1,000.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from matryoshka_diffusion.cascade import Model
+from matryoshka_diffusion.config import RunConfig, UsageError
+from matryoshka_diffusion.data.folder import clean, lines, texts_of
+from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.draw import grid
+from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.models.find import Progress
+from matryoshka_diffusion.rng import choose, stream
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+else:
+    Image = Any
+
+RETRIEVED = 128
+"""Captions of a prompt retrieval."""
+
+MAX_HASHED = 4096
+"""Images of a source that are read to recognise it; reading all takes as long as measuring."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Captions or classes of samples 0, 1, 2, ...; neither for an unconditional model.
+
+    Attributes:
+        name: the rule, for people.
+        identity: hash of everything that the rule depends on.
+        kind: the argument of `Matryoshka.sample` that takes them.
+        at: caption or class of sample i.
+        limit: number of samples that the rule has conditions for; None if it never ends.
+        pictures: index of the image that each of `limit` captions belongs to, if any.
+    """
+
+    name: str
+    identity: str = ""
+    kind: Literal["prompts", "classes", "n"] = "n"
+    at: Callable[[int], Any] = lambda i: None
+    limit: int | None = None
+    pictures: Sequence[int] = ()
+
+    def of(self, rows: range) -> dict[str, Any]:
+        """Arguments of `Matryoshka.sample` for these samples."""
+        return {self.kind: len(rows) if self.kind == "n" else [self.at(row) for row in rows]}
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of samples 0 .. count - 1; empty if there are none."""
+        return [self.at(row) for row in range(count)] if self.kind == "prompts" else []
+
+    def check(self, n: int | None) -> int:
+        """The number of samples. Raises `UsageError` if it is unknown or above `limit`."""
+        if n is None:
+            raise UsageError("how many samples? give -n, or a metric such as fid50k that says so")
+        if self.limit is not None and self.limit < n:
+            raise UsageError(
+                f"{self.name}: there are {self.limit:,} for {n:,} samples; give -n {self.limit}, "
+                "which the number then says"
+            )
+        return n
+
+
+def in_turn(config: RunConfig, source: Source | None) -> Conditions:
+    """The captions or classes of the training images, shuffled, over and over.
+
+    Sources are often sorted by class: their first 1,000 images would be of one class, and so would
+    each split of an Inception score.
+
+    Raises:
+        UsageError: the model takes captions or classes, and the source has none or is missing.
+    """
+    if config.model.text is None and not config.model.classes:
+        return Conditions("without conditions")
+    if source is None:
+        raise UsageError(
+            f"{config.name} needs captions or classes: give its training pictures, a file of "
+            "captions (--captions), or random classes (--protocol imagenet50k)"
+        )
+    order = stream(0, "evaluation order").permutation(len(source)).tolist()
+    if config.model.text is not None:
+        texts = [captions[0] for captions in _captions_of(source)]
+        name = f"the captions of {source.name}, shuffled"
+        return Conditions(name, _hash(texts), "prompts", lambda i: texts[order[i % len(order)]])
+    if not source.classes:
+        raise UsageError(
+            f"{source.name} has no classes to ask for: put its pictures into a folder for each, or "
+            "ask for random ones (--protocol imagenet50k)"
+        )
+
+    def label(index: int) -> int:
+        found = source[index].label
+        assert found is not None, "every image of a source with classes has one"
+        return found
+
+    # A class is known by decoding its image, so the hash has a part of the classes only.
+    some = [str(label(index)) for index in evenly_spread(len(source))]
+    identity = _hash([source.name, *source.classes, *some, *source.keys])
+    name = f"the classes of {source.name}, shuffled"
+    return Conditions(name, identity, "classes", lambda i: label(order[i % len(order)]))
+
+
+def evenly_spread(count: int, most: int = MAX_HASHED) -> range:
+    """At most `most` of the numbers 0 .. count - 1, evenly apart."""
+    return range(0, count, -(-count // most))
+
+
+def random_labels(classes: int) -> Conditions:
+    """Classes drawn uniformly, as in the paper's Appendix E ("randomly sampled class labels")."""
+
+    def label(i: int) -> int:
+        return int(stream(0, "evaluation classes", i).integers(classes))
+
+    return Conditions(f"random classes of {classes}", _hash([str(classes)]), "classes", label)
+
+
+def retrieval_captions(config: RunConfig, source: Source | None) -> Conditions:
+    """The first captions of 128 images (all, of a smaller source), the same for every model.
+
+    Raises:
+        UsageError: the model takes no captions, or the source has none or is missing.
+    """
+    if config.model.text is None:
+        raise UsageError(f"{config.name} has no prompts to retrieve: omit the metric retrieval")
+    if source is None:
+        raise UsageError("retrieval needs the pictures that the model was trained on")
+    captions = _captions_of(source)
+    chosen = choose(len(captions), min(RETRIEVED, len(captions)), "retrieval").tolist()
+    texts = [captions[index][0] for index in chosen]
+    name, count = f"{len(texts)} captions of {source.name}", len(texts)
+    return Conditions(name, _hash(texts), "prompts", texts.__getitem__, count, tuple(chosen))
+
+
+def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:
+    if not source.captions:
+        raise UsageError(
+            f"{source.name} has no captions to ask for: add NAME.txt beside NAME.png or a "
+            "metadata.jsonl, or, for all metrics but retrieval, name a file of them (--captions)"
+        )
+    return source.captions
+
+
+def captions_of_file(path: Path) -> Conditions:
+    """All captions of a file in a fixed random order; n samples take the first n of it.
+
+    Raises:
+        UsageError: see `read_captions`.
+    """
+    texts = read_captions(path)
+    order = stream(0, "evaluation captions").permutation(len(texts))
+    name, count = f"captions of {path.name}", len(texts)
+    return Conditions(name, _hash(texts), "prompts", lambda i: texts[int(order[i])], count)
+
+
+def _hash(texts: Sequence[str]) -> str:
+    return digest(json.dumps(list(texts)))
+
+
+def read_captions(path: Path) -> list[str]:
+    """Captions of a file, in its order.
+
+    The file is COCO's annotations as .json (`annotations` with `id` and `caption`, taken in the
+    order of their ids), a .jsonl or .csv with `text` or `caption`, or text with a caption a line.
+
+    Raises:
+        UsageError: there is no such file, it is none of these, or it holds no caption.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file of captions")
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            annotations = sorted(json.loads(data)["annotations"], key=lambda one: int(one["id"]))
+            texts = [str(annotation["caption"]) for annotation in annotations]
+        elif path.suffix in (".jsonl", ".csv"):
+            rows = (json.loads(line) for line in lines(data) if line.strip())
+            rows = csv.DictReader(lines(data)) if path.suffix == ".csv" else rows
+            # Several texts in a row are alternatives, of which one is enough.
+            texts = [text for row in rows if isinstance(row, dict) for text in texts_of(row)[:1]]
+        else:
+            texts = lines(data)
+        captions = [clean([text])[0] for text in texts if text.strip()]
+    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
+        raise UsageError(
+            f"{path}: its captions cannot be read ({type(error).__name__}: {error}); give a .json "
+            "of COCO annotations such as captions_val2014.json, a .jsonl or .csv with text or "
+            "caption, or a text file with a caption in each line"
+        ) from error
+    if not captions:
+        raise UsageError(f"{path} holds no captions")
+    return captions
+
+
+# --- the sheet of the demo ---------------------------------------------------------------------
+
+SHEET_PROMPTS = (
+    # Plain things that a stranger can name, chosen by hand before any sample was seen.
+    "red apple", "banana", "cat face", "dog face", "sunflower", "umbrella", "airplane", "bicycle",
+    "hamburger", "ice cream", "snowman", "guitar", "soccer ball", "key", "crown", "cactus",
+    "fish", "butterfly", "alarm clock", "flag of Japan",
+)  # fmt: skip
+UNSEEN_PROMPTS = ("purple apple", "blue banana", "green elephant", "pink airplane")
+"""Things and colours that OpenMoji's captions have, but not together."""
+
+
+def demo_sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
+    """Draw 20 prompts at every level beside their real images, and 4 unseen combinations.
+
+    Raises:
+        ValueError: the source does not have the captions (it is made for OpenMoji).
+    """
+    by_caption = {text: i for i in range(len(source)) for text in source[i].captions}
+    missing = [prompt for prompt in SHEET_PROMPTS if prompt not in by_caption]
+    if missing:
+        raise ValueError(f"{source.name} has no caption {missing[0]!r}")
+    prompts = [*SHEET_PROMPTS, *UNSEEN_PROMPTS]
+    levels = model.sample(prompts, progress=progress).levels
+    real = [source[by_caption[prompt]].picture for prompt in SHEET_PROMPTS]
+    real += [None] * len(UNSEEN_PROMPTS)
+    return grid.grid(
+        [[*row, picture] for row, picture in zip(zip(*levels, strict=True), real, strict=True)],
+        captions=prompts,
+        marks=["unseen combination" if picture is None else None for picture in real],
+        columns_titles=[*grid.titles_of_levels(levels), "real picture"],
+        title=f"{model.config.name}: every level of a sample, and the picture of its caption",
+        blocks=2,  # 24 rows in one column would be three times as high as wide
+    )

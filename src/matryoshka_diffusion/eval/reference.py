@@ -1,0 +1,286 @@
+"""What samples are compared with: images, or the moments that ADM's .npz files hold.
+
+FID is defined between sets of one resolution. Images of a source are cropped to squares and resized
+to the side of the samples as training images are, and the name of the number says so unless they
+are the model's own data. A small share of them may be enlarged: published numbers on COCO resize
+every image of val2014, the few below 256 pixels as well. More than that is refused, and so is an
+.npz of another resolution.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from matryoshka_diffusion.config import DataConfig, SourceName, UsageError
+from matryoshka_diffusion.data.augment import Cut
+from matryoshka_diffusion.data.image import SUFFIXES
+from matryoshka_diffusion.data.source import (
+    Picture,
+    Source,
+    absolute,
+    kind_of,
+    open_source,
+    sourced,
+)
+from matryoshka_diffusion.draw.grid import SHEETS
+from matryoshka_diffusion.eval.feature_store import (
+    FORMAT,
+    ORIGINAL_SIDES,
+    PictureBatch,
+    PictureSet,
+    pictures_of,
+)
+from matryoshka_diffusion.files import cache_folder
+from matryoshka_diffusion.metrics.frechet import PublishedMoments
+from matryoshka_diffusion.metrics.networks.inception import WIDTH
+from matryoshka_diffusion.models.find import WEIGHTS, Progress
+from matryoshka_diffusion.pyramid import Resolution, shrink
+from matryoshka_diffusion.sampling import BATCH
+from matryoshka_diffusion.train.distributed import World
+
+MAX_ENLARGED = 0.05
+"""Largest share of images below the compared side in a reference."""
+
+_PICTURES = "arr_0.npy"
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_ALONE = World()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A set of real images.
+
+    Attributes:
+        name: for people.
+        pictures: None if only moments are known.
+        published: moments of Inception's features; None if they are computed from the pictures.
+        foreign: True for files that may be resized; False for the model's own data.
+    """
+
+    name: str
+    pictures: PictureSet | None
+    published: PublishedMoments | None = None
+    foreign: bool = False
+
+    def flag(
+        self, side: int, what: str, *, world: World = _ALONE, progress: Progress | None = None
+    ) -> str | None:
+        """The remark on how these images, called `what`, came to `side` pixels; a collective.
+
+        Raises:
+            UsageError: they have another resolution, or too many were enlarged.
+        """
+        if self.pictures is None:
+            return f"{what} of unstated resolution"
+        if self.pictures.side != side:
+            raise UsageError(
+                f"{self.name} has pictures of {self.pictures.side} pixels a side, the samples have "
+                f"{side}: no distance is defined between resolutions"
+            )
+        if not self.foreign:
+            return None
+        self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
+        sides = self.pictures.all(ORIGINAL_SIDES)
+        small = sides[sides < side]
+        if len(small) > MAX_ENLARGED * len(sides):
+            raise UsageError(
+                f"{self.name}: {len(small):,} of {len(sides):,} pictures have fewer than the "
+                f"{side} pixels a side that are compared (the first one has {small[0]}): remove "
+                f"them, or compare at a smaller side; at most {MAX_ENLARGED:.0%} may be enlarged"
+            )
+        changes = [f"cut and shrunk to {side}"] if (sides > side).any() else []
+        changes += [f"{len(small):,} of {len(sides):,} enlarged to {side}"] if len(small) else []
+        return f"{what} {', '.join(changes)}" if changes else None
+
+
+def reference_of(source: Source, data: DataConfig, *, name: str = "") -> Reference:
+    """All images of a model's own source as a reference.
+
+    Of videos the name says how clips are cut from them. `name` precedes it.
+    """
+    name += source.name
+    if source.frames is not None:
+        rate = "" if data.fps is None else f" at {data.fps:g} fps"
+        begin = "the start" if data.clip == "start" else "a fixed place"
+        name += f", frame stride {data.frame_stride}{rate}, from {begin}"
+    return Reference(name, pictures_of(source, cache_folder("references")))
+
+
+def shrunk(source: Source, side: int, frames: int | None) -> Source:
+    """D^r of a source: the images or clips that a model of smaller ones learns from."""
+    grid = Resolution(side, side, frames)
+
+    def read(index: int, cut: Cut) -> Picture:
+        picture = source.read(index, cut)
+        return picture._replace(pixels=shrink(picture.pixels, grid))
+
+    return replace(source, read=read, side=side, frames=frames)
+
+
+def open_reference(name: str, side: int, frames: int | None = None, **fields: Any) -> Reference:
+    """Open an .npz, or any data as squares of `side` pixels; with `frames`, clips of videos.
+
+    `fields` are those of `DataConfig`: how clips are cut from videos, and the source if it is
+    known. The sheets in a folder of samples (`grid.png`, ...) are left out.
+
+    Raises:
+        UsageError, OSError, ValueError: the data cannot be compared with.
+    """
+    if name.endswith(".npz"):
+        return open_npz(Path(name).expanduser())
+    folder = Path(name).expanduser()
+    files = [file for file in ("config.yaml", *WEIGHTS) if (folder / file).is_file()]
+    if files:  # the images in there are previews
+        raise UsageError(
+            f"{name} is a run or a model (it holds {files[0]}), not pictures: mdm eval {name} "
+            "--ref DATA measures its samples"
+        )
+    data = DataConfig(path=absolute(name), **{"source": _kind(name, frames), **fields})
+    source = open_source(data, side, frames)
+    rows = [row for row, key in enumerate(source.keys) if key not in SHEETS]
+    source = source if len(rows) == len(source) else source.part(rows)
+    own = reference_of(source, data)
+    return Reference(own.name, own.pictures, foreign=True)
+
+
+def fixed_clips(data: DataConfig) -> DataConfig:
+    """The same data with one clip of each video: training may take another one each time."""
+    return data.model_copy(update={"clip": "fixed"}) if data.clip == "random" else data
+
+
+def fields_like(data: DataConfig, name: str) -> dict[str, Any]:
+    """Fields for `open_reference`: clips are cut as those of a model with this `data`.
+
+    The model's own data is read as the model reads it.
+    """
+    cut = {"frame_stride", "fps", "clip", "clip_frames"}
+    fields = fixed_clips(data).model_dump(include=cut)
+    if data.path is not None and absolute(name) == absolute(data.path):
+        fields["source"] = sourced(data).source
+    return fields
+
+
+def holds_videos(name: str) -> bool:
+    """True for a set of videos, and for a folder whose first image moves."""
+    path = _first_picture(name)
+    if kind_of(name) == "clips" or path is None:
+        return kind_of(name) == "clips"
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "n_frames", 1) > 1
+    except OSError:  # a bad file, which is counted when all of them are read
+        return False
+
+
+def side_of(name: str) -> int:
+    """Shorter side of the first image; 0 for an .npz, whose header says it.
+
+    Raises:
+        UsageError: it is no folder of images.
+    """
+    if name.endswith(".npz"):
+        return 0
+    path = _first_picture(name)
+    if path is None:
+        raise UsageError(f"{name}: of which side? --side N says it, except for folders of pictures")
+    with Image.open(path) as picture:
+        return min(picture.size)
+
+
+def _first_picture(name: str) -> Path | None:
+    files = Path(name).expanduser().rglob("*")
+    pictures = (path for path in files if path.suffix.lower() in SUFFIXES)
+    return min((path for path in pictures if path.name not in SHEETS), default=None)
+
+
+def _kind(name: str, frames: int | None) -> SourceName:
+    kind = kind_of(name)
+    if frames is not None and kind in ("datasets", "parquet"):
+        raise UsageError(
+            f"{name} has pictures, which clips are not compared with: name a folder of videos, or "
+            "tar shards of them"
+        )
+    return kind if frames is None else "clips"
+
+
+# --- ADM's files -------------------------------------------------------------------------------
+
+
+def open_npz(path: Path) -> Reference:
+    """A reference batch as ADM publishes them: `mu` and `sigma`, images as `arr_0`, or both.
+
+    Nothing in the file is unpickled, and its images are read a batch at a time.
+
+    Raises:
+        UsageError: there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):  # an .npy by another name, which numpy would open
+        raise UsageError(f"{path} is no reference batch that can be read: no .npz, which is a zip")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = set(arrays.files)
+            published = _published(arrays["mu"], arrays["sigma"]) if "mu" in names else None
+        pictures = _pictures(path) if "arr_0" in names else None
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is no reference batch that can be read: {error}") from error
+    if published is None and pictures is None:
+        raise UsageError(
+            f"{path} holds {', '.join(sorted(names)) or 'nothing'}: a reference batch has mu and "
+            "sigma, pictures as arr_0, or both"
+        )
+    return Reference(path.name, pictures, published)
+
+
+def _published(mean: np.ndarray, covariance: np.ndarray) -> PublishedMoments:
+    if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
+        raise ValueError(
+            f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {WIDTH:,} features"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mu or sigma has values that are not finite")
+    tolerance = 1e-6 * float(np.abs(covariance).max())
+    if not np.allclose(covariance, covariance.T, rtol=0.0, atol=tolerance):
+        raise ValueError("sigma is not symmetric")
+    return PublishedMoments(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def _pictures(path: Path) -> PictureSet:
+    archive = zipfile.ZipFile(path)  # open as long as the set lives: reading goes on forwards
+    file = archive.open(_PICTURES)
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"arr_0 has the unknown version {version}")
+    shape, in_columns, dtype = _HEADERS[version](file)
+    begin = file.tell()
+    if dtype != np.uint8 or len(shape) != 4 or in_columns or shape[3] not in (1, 3):
+        raise ValueError(f"arr_0 is {dtype} of {shape}, not bytes of pictures (n, h, w, c)")
+    count, side, width, channels = shape
+    if side != width:
+        raise ValueError(f"the pictures of arr_0 are {side}x{width}: no squares")
+    about = {
+        "format": FORMAT,
+        "file": path.name,
+        "shape": list(shape),
+        "crc32": archive.getinfo(_PICTURES).CRC,
+        "batch_size": BATCH,
+    }
+
+    def make(rows: range, progress: Progress) -> PictureBatch:
+        size = side * side * channels
+        file.seek(begin + rows.start * size)  # decompresses only what is skipped
+        data = np.frombuffer(file.read(len(rows) * size), np.uint8)
+        return PictureBatch([data.reshape(len(rows), *shape[1:])], [side] * len(rows))
+
+    root = cache_folder("references")
+    return PictureSet(path.name, count, side, None, root, lambda: about, make, BATCH)
