@@ -325,7 +325,7 @@ def test_what_is_never_shown_twice_is_not_stored(change, tiny_codec, photos, own
 
 def test_pictures_of_another_number_of_channels_are_refused(tiny_codec, photos):
     config = on_codes(tiny_codec(colours=1), path=str(photos))
-    with pytest.raises(ConfigError, match=r"is for pictures of 1 channels, but .* has 3"):
+    with pytest.raises(ConfigError, match=r"of 1 channels, but .* has 3"):
         job.prepare(config)
 
 
