@@ -299,13 +299,13 @@ def test_training_is_the_same_with_and_without_stored_codes(
     config = on_codes(tiny_codec(), path=str(photos), flip=True)
     stored = job.prepare(config)
     key = fingerprint(tiny_codec())
-    assert stored.text == f"codes of 12 pictures from {own_cache / 'codes' / key[:32]}-cpu"
+    assert stored.notes == f"codes of 12 pictures from {own_cache / 'codes' / key[:32]}-cpu"
     assert stored.config.codec is not None
     assert stored.config.codec.weights == key
     one = trained(config, tmp_path / "stored")
     shutil.rmtree(own_cache / "codes")
     monkeypatch.setattr(job, "SMALL_BYTES", 0)
-    assert "they would take 24,576 bytes" in job.prepare(config).text
+    assert "they would take 24,576 bytes" in job.prepare(config).notes
     other = trained(config, tmp_path / "fresh")
     assert not list((own_cache / "codes").rglob("*.safetensors"))
     assert all(torch.equal(one[name], other[name]) for name in one)
