@@ -1,9 +1,9 @@
-"""Truth without a network: Gaussian pictures, whose posterior mean over all levels is closed form.
+"""Truth without a network: Gaussian images, whose posterior mean has a closed form.
 
 For x ~ N(mu, S) and z^r = alpha^r D^r x + sigma^r eps^r, the posterior of x given *all* levels is
-Gaussian. Its mean is affine in z, so every sampler that uses it is an affine map of its noise, and
-pushing 0 and the unit vectors through such a map gives the mean and covariance of what it draws,
-exactly. Everything is float64.
+Gaussian, and its mean is affine in z. Every sampler that uses this mean is an affine map of its
+noise. Pushing 0 and the unit vectors through the map gives the mean and the covariance of its
+samples exactly. Everything is float64.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from matryoshka_diffusion.schedule import NoiseSchedule, Shifted
 
 
 @dataclass(frozen=True)
-class GaussianPictures:
-    """Pictures or clips of one channel, x ~ N(mean, covariance), seen through schedules.
+class GaussianImages:
+    """Images or clips of one channel, x ~ N(mean, covariance), with a schedule for each level.
 
     Called with (z, t) it is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
     """
@@ -37,12 +37,12 @@ class GaussianPictures:
 
     @cached_property
     def pools(self) -> tuple[Tensor, ...]:
-        """D^r as matrices, from what it makes of the unit vectors."""
+        """D^r as matrices, from its values at the unit vectors."""
         units = torch.eye(len(self.mean), dtype=torch.float64)
         return tuple(level.flatten(1).T for level in self.pyramid(units))
 
     def pyramid(self, numbers: Tensor) -> Pyramid:
-        """All levels of pictures that are given as rows of their numbers."""
+        """All levels of images whose pixels are the rows of a matrix."""
         x = numbers.reshape(len(numbers), *self.resolutions[-1].shape(1))
         return build_pyramid(x, self.resolutions)
 
@@ -69,7 +69,7 @@ class GaussianPictures:
         return tuple((x @ pool.T).view_as(z_r) for z_r, pool in zip(z, self.pools, strict=True))
 
     def as_network(self, prediction: Prediction) -> Network:
-        """The same estimates as what a network of this kind would return."""
+        """A network of this kind of prediction with the same estimates."""
 
         def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
             return tuple(
@@ -90,10 +90,10 @@ def prediction_of(kind: Prediction, x: Tensor, z: Tensor, log_snr: Tensor) -> Te
     return {"x0": x, "eps": eps, "v": alpha * eps - sigma * x}[kind]
 
 
-def small_world(base: NoiseSchedule) -> GaussianPictures:
+def small_world(base: NoiseSchedule) -> GaussianImages:
     """Levels of 1, 2 and 4 pixels; neighbours are correlated, the mean is not zero."""
     place = torch.arange(4, dtype=torch.float64)
-    return GaussianPictures(
+    return GaussianImages(
         mean=torch.tensor([0.5, -0.2, 0.1, 0.3], dtype=torch.float64),
         covariance=0.25 * torch.exp(-(place[:, None] - place).abs() / 2),
         resolutions=(Resolution(1, 1), Resolution(1, 2), Resolution(1, 4)),
@@ -101,7 +101,7 @@ def small_world(base: NoiseSchedule) -> GaussianPictures:
     )
 
 
-def small_clips(base: NoiseSchedule) -> GaussianPictures:
+def small_clips(base: NoiseSchedule) -> GaussianImages:
     """A pixel, two frames of a pixel, two frames of two pixels: refined in time, then in space.
 
     The first frame is at rest more often than the second one, so they differ for D^r.

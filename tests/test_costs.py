@@ -1,30 +1,41 @@
-"""Costs are counted on shapes: they equal what real tensors cost."""
+"""Costs counted on shapes equal those of real tensors; recomputing keeps less and the same bits."""
 
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.cli.info import describe_plan
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import LoraConfig
+from matryoshka_diffusion.config import ConfigError, LoraConfig, StageConfig
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.nn.costs import TEXT_TOKENS, activation_bytes, training_bytes
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
-from tiny_run import tiny_config
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import resolutions_of
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import diffusion
+from matryoshka_diffusion.train.trainer import Trainer
+from tiny_run import TinyPictures, encode, tiny_config
+
+# --- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_activations_are_those_of_real_tensors(levels):
-    model = tiny_config(dropout=0.0).model
-    net = NestedUNet(model.first(levels))
+    model = tiny_config(dropout=0.0).model.first(levels)
+    net = NestedUNet(model)
     kept = []
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         outputs = net(
-            tuple(torch.zeros(1, 3, level.side, level.side) for level in model.levels[:levels]),
+            tuple(torch.zeros(1, *each.shape(3)) for each in resolutions_of(model)),
             torch.ones(1),
             Conditioning(tokens=torch.zeros(1, TEXT_TOKENS, 8), micro={"scale": torch.ones(1)}),
         )
@@ -34,6 +45,26 @@ def test_activations_are_those_of_real_tensors(levels):
     real = sum(size for address, size in storages.items() if address not in weights)
     # Attention keeps other helpers on a CPU than where there are only shapes.
     assert activation_bytes(model, levels) == pytest.approx(real, rel=0.05)
+
+
+def test_recomputing_keeps_the_features_between_blocks_and_little_else():
+    """By hand for the finer level: what its stem, halving, blocks and joints hand on."""
+    model = tiny_config(dropout=0.0).model
+    none, outer, both = (activation_bytes(model, 2, levels) for levels in ((), (1,), (0, 1)))
+    assert both < outer < none
+    assert both < none / 3
+    side, width = 16, 32
+    features = {
+        "noisy image, for the stem": 3 * side**2,
+        "stem, first block": 2 * width * side**2,
+        "halving, second block": 2 * width * (side // 2) ** 2,
+        "decoder at half the side": width * (side // 2) ** 2,
+        "decoder, twice as large again": width * side**2,
+        "decoder at the full side": 2 * width * side**2,
+    }
+    alone = both - activation_bytes(model, 1, (0,))
+    # Embeddings and the coarser level's features for `outward` are small beside.
+    assert alone / 4 == pytest.approx(sum(features.values()), rel=0.1)
 
 
 def test_a_network_in_training_takes_five_times_its_weights_and_adapters_less():
@@ -46,32 +77,100 @@ def test_a_network_in_training_takes_five_times_its_weights_and_adapters_less():
     assert training_bytes(net) == size + 5 * adapters
 
 
-PAPER = {
-    "imagenet-64": ["300,000 steps of 512"],
-    "imagenet-256": ["300,000 steps of 512", "500,000 steps of 256"],
-    "webvid-16x256": [
-        "500,000 steps of 2,048",
-        "500,000 steps of 512",
-        "300,000 steps of 128",
+# --- recomputing ---------------------------------------------------------------------------------
+
+
+def one_step(recompute, rows=(4, 2), precision="fp32", **changes):
+    """Outcome and gradients of a step with dropout, of a network that does not predict zero."""
+    stages = (StageConfig(levels=2, images=24, batch_size=4, lr=1e-2),)
+    config = tiny_config(stages=stages, precision=precision, recompute=recompute, **changes)
+    trainer = Trainer(diffusion(config), torch.device("cpu"))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in trainer.net.parameters():  # adapters and outputs begin at zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    step = Step(0, 0, rows, 0.1, False)
+    outcome = trainer.step(Feed(config, TinyPictures(), encode)(step))
+    return outcome, {name: p.grad for name, p in trainer.net.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "precision", "changes"),
+    [
+        ((4, 4), "fp32", {}),
+        ((4, 1), "bf16", {}),
+        ((4, 0), "fp32", {}),
+        ((4, 2), "fp32", {"accumulate": 2}),
     ],
-    "cc12m-256": ["500,000 steps of 2,048", "500,000 steps of 1,024"],
-    "cc12m-1024": ["500,000 steps of 2,048", "500,000 steps of 1,024", "100,000 steps of 768"],
+)
+def test_recomputing_leaves_loss_and_gradients_the_same_bits(rows, precision, changes):
+    plain, expected = one_step((), rows, precision, **changes)
+    for levels in ((0,), (1,), (0, 1)):
+        outcome, gradients = one_step(levels, rows, precision, **changes)
+        assert outcome == plain
+        for name, gradient in expected.items():
+            found = gradients[name]
+            assert gradient is not None
+            assert found is not None
+            assert torch.equal(found, gradient), name
+
+
+def test_a_level_that_is_grown_is_recomputed_if_the_config_says_so():
+    trainer = Trainer(diffusion(tiny_config(recompute=(1,))))
+    assert [level.recomputed for level in trainer.net.levels] == [False]
+    trainer.grow(2)
+    assert [level.recomputed for level in trainer.net.levels] == [False, True]
+    with pytest.raises(ConfigError, match=r"train\.recompute.* 2"):
+        override(tiny_config(), ["train.recompute=[1, 2]"])
+
+
+# --- dry runs ------------------------------------------------------------------------------------
+
+PAPER = {
+    "imagenet-256": [(300_000, 512), (500_000, 256)],
+    "webvid-16x256": [(500_000, 2048), (500_000, 512), (300_000, 128)],
+    "cc12m-256": [(500_000, 2048), (500_000, 1024)],
+    "cc12m-1024": [(500_000, 2048), (500_000, 1024), (100_000, 768)],
 }
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_dry_run_prints_the_papers_stages_and_begins_nothing(name, tmp_path, monkeypatch, capsys):
+def test_the_papers_presets_have_its_stages(name):
+    stages = preset(name).train.stages
+    assert [(s.images // s.batch_size, s.batch_size) for s in stages] == PAPER[name]
+
+
+def test_a_dry_run_prints_the_stages_and_begins_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", name, "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    for place, stage in enumerate(PAPER[name], start=1):
-        assert f"stage {place}: {stage}, " in shown
-    assert "batch 512, lr 0.0001" in shown or "batch 2048, lr 0.0001" in shown
+    assert cli.main(["train", "imagenet-64", "--dry-run"]) == 0
+    assert "stage 1: 300,000 steps of 512, " in capsys.readouterr().out
     assert os.listdir() == []
 
 
 def test_a_dry_run_looks_at_the_data(capsys):
     assert cli.main(["train", "openmoji", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "84 times each of 1,904" in shown
-    assert "openmoji: 1,904 pictures of 64 px, captions" in shown
+    printed = capsys.readouterr().out
+    assert "84 times each of 1,904" in printed
+    assert "openmoji: 1,904 pictures of 64 px, captions" in printed
+
+
+def memory(line: str) -> float:
+    """GB on each of several devices, in a line of a plan."""
+    found = re.search(r"([\d.]+) GB on each", line)
+    assert found, line
+    return float(found[1])
+
+
+def test_a_dry_run_counts_for_gpus_precision_and_recomputing():
+    plain = preset("fashion-mnist")
+    before = describe_plan(plain).splitlines()
+    after = describe_plan(override(plain, ["train.recompute=[1]"])).splitlines()
+    changed = [place for place, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert changed == [len(before) - 2]  # the memory of the second stage
+    whole = describe_plan(plain, gpus=4).splitlines()[-2]
+    shares = describe_plan(plain, gpus=4, shards=True).splitlines()[-2]
+    full = describe_plan(override(plain, ["train.precision=fp32"]), gpus=4).splitlines()[-2]
+    assert "on each of 4" in whole
+    assert whole.split(";")[0] == shares.split(";")[0]
+    assert memory(shares) < memory(whole) < memory(full)
+    assert "memory in fp32" in full

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
-    LevelConfig,
-    ModelConfig,
     Prediction,
     ProcessConfig,
     WeightingConfig,
@@ -23,6 +20,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.diffusion import (
     Loss,
     Process,
+    augment_coarse,
     diffuse,
     matryoshka_loss,
     per_level,
@@ -30,8 +28,9 @@ from matryoshka_diffusion.diffusion import (
     to_noise,
     to_x0,
 )
-from matryoshka_diffusion.pyramid import Pyramid, ragged
-from matryoshka_diffusion.schedule import Cosine, Shifted, log_snr_rate
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, ragged, up_sample
+from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, log_snr_rate
+from nests import nest
 
 SIDES = (2, 4, 8)
 SCHEDULES = tuple(Shifted(Cosine(), ratio, 2.0) for ratio in (1.0, 2.0, 4.0))
@@ -40,7 +39,6 @@ NAMES: tuple[WeightingName, ...] = ("eps", "v", "v_clipped", "min_snr", "sigmoid
 
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 every_weighting = pytest.mark.parametrize("name", NAMES)
-some_time = st.floats(0.01, 1.0)
 
 
 def pyramid(seed: int, rows: int = 4) -> Pyramid:
@@ -55,6 +53,7 @@ def column(*values: float) -> Tensor:
 
 
 TIMES = column(0.03, 0.4, 0.75, 0.98)
+X, NOISE, PREDICTED = pyramid(0), pyramid(1), pyramid(2)
 
 
 def process(
@@ -67,56 +66,66 @@ def process(
 
 
 def fixed(answer: Pyramid):
-    """A network that returns the same whatever it sees, cut to the rows that it is shown."""
+    """A network that returns the same for every input, cut to the rows of the input."""
     return lambda z, t, cond: tuple(y[: len(z_r)] for y, z_r in zip(answer, z, strict=True))
 
 
-def loss_of(answer: Pyramid, x: Pyramid, t: Tensor, noise: Pyramid, given: Process) -> Loss:
-    return matryoshka_loss(fixed(answer), x, Conditioning(), t, noise, process=given)
+def loss_of(
+    answer: Pyramid, used: Process, x: Pyramid = X, noise: Pyramid = NOISE, t: Tensor = TIMES
+) -> Loss:
+    return matryoshka_loss(fixed(answer), x, Conditioning(), t, noise, process=used)
 
 
 # --- Eq. 1 and 2 ---------------------------------------------------------------------------------
 
 
 def test_diffuse_mixes_each_level_by_its_own_schedule():
-    x, noise = pyramid(0), pyramid(1)
-    z = diffuse(x, noise, TIMES, SCHEDULES)
+    z = diffuse(X, NOISE, TIMES, SCHEDULES)
     for level, shift in enumerate((1.0, 4.0, 16.0)):
         for row, t in enumerate(TIMES.tolist()):
             start, end = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
             snr = math.tan(start + t * (end - start)) ** -2 / shift
             alpha, sigma = math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
-            torch.testing.assert_close(
-                z[level][row], alpha * x[level][row] + sigma * noise[level][row]
-            )
+            expected = alpha * X[level][row] + sigma * NOISE[level][row]
+            torch.testing.assert_close(z[level][row], expected)
 
 
-def test_diffuse_returns_the_very_picture_at_time_zero():
-    x = pyramid(0)
-    z = diffuse(x, pyramid(1), torch.zeros(4, dtype=torch.float64), SCHEDULES)
+def test_diffuse_is_clean_at_time_zero_and_keeps_the_precision_of_the_images():
+    x, noise = (tuple(level.float() for level in part) for part in (X, NOISE))
+    z = diffuse(x, noise, torch.zeros(4, dtype=torch.float64), SCHEDULES)
     assert all(torch.equal(z_r, x_r) for z_r, x_r in zip(z, x, strict=True))
-
-
-def test_diffuse_keeps_the_precision_of_the_pictures():
-    x, noise = (tuple(level.float() for level in pyramid(seed)) for seed in (0, 1))
     assert {z_r.dtype for z_r in diffuse(x, noise, TIMES, SCHEDULES)} == {torch.float32}
 
 
 def test_diffuse_takes_ragged_pyramids():
-    x, noise = pyramid(0), pyramid(1)
     rows = (4, 3, 0)
-    whole = diffuse(x, noise, TIMES, SCHEDULES)
-    part = diffuse(ragged(x, rows), ragged(noise, rows), TIMES, SCHEDULES)
-    for got, expected in zip(part, ragged(whole, rows), strict=True):
-        assert torch.equal(got, expected)
+    whole = diffuse(X, NOISE, TIMES, SCHEDULES)
+    part = diffuse(ragged(X, rows), ragged(NOISE, rows), TIMES, SCHEDULES)
+    for found, expected in zip(part, ragged(whole, rows), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.7, 1.0])
+def test_a_coarse_image_is_enlarged_and_noised_by_the_schedule_of_its_level(t: float):
+    schedule = Shifted(Cosine(), ratio=4.0, power=2.0)
+    rows = 4000
+    coarse = torch.full((rows, 1, 1, 1), 0.6)
+    noise = torch.randn(rows, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    times = torch.full((rows,), t, dtype=torch.float64)
+    found = augment_coarse(coarse, times, noise, schedule)
+    alpha, sigma = (part.item() for part in alpha_sigma(schedule.log_snr(times[:1])))
+    assert found.mean().item() == pytest.approx(0.6 * alpha, abs=0.03)
+    assert found.std().item() == pytest.approx(sigma, abs=0.03)
+    if t == 0.0:
+        assert torch.equal(found, up_sample(coarse, Resolution(2, 2)))
 
 
 # --- conversions ---------------------------------------------------------------------------------
 
 
 @every_prediction
-@given(t=some_time, seed=st.integers(0, 100))
-def test_a_right_prediction_converts_to_the_picture(prediction: Prediction, t: float, seed: int):
+@given(t=st.floats(0.01, 1.0), seed=st.integers(0, 100))
+def test_a_right_prediction_converts_to_the_image(prediction: Prediction, t: float, seed: int):
     x, noise = pyramid(seed), pyramid(seed + 1)
     rows = column(t).expand(4)
     z = diffuse(x, noise, rows, SCHEDULES)
@@ -127,19 +136,17 @@ def test_a_right_prediction_converts_to_the_picture(prediction: Prediction, t: f
         torch.testing.assert_close(to_noise(x_r, z_r, log_snr), noise_r, rtol=1e-6, atol=1e-9)
 
 
-@given(t=some_time, seed=st.integers(0, 100))
-def test_the_three_names_agree_on_any_prediction(t: float, seed: int):
-    """Whatever a network says as x0, eps or v: to x0 and back to its own name is the identity."""
-    said, z = pyramid(seed)[-1], pyramid(seed + 1)[-1]
-    log_snr = SCHEDULES[-1].log_snr(column(t).expand(4))
-    for prediction in PREDICTIONS:
-        x = to_x0(prediction, said, z, log_snr)
-        again = prediction_target(prediction, x, to_noise(x, z, log_snr), log_snr)
-        torch.testing.assert_close(again, said, rtol=1e-6, atol=1e-6)
+@every_prediction
+def test_a_prediction_converts_to_x0_and_back(prediction: Prediction):
+    said, z = PREDICTED[-1], NOISE[-1]
+    log_snr = SCHEDULES[-1].log_snr(TIMES)
+    x = to_x0(prediction, said, z, log_snr)
+    again = prediction_target(prediction, x, to_noise(x, z, log_snr), log_snr)
+    torch.testing.assert_close(again, said, rtol=1e-6, atol=1e-6)
 
 
 def test_v_is_alpha_eps_minus_sigma_x():
-    x, noise = pyramid(0)[0], pyramid(1)[0]
+    x, noise = X[0], NOISE[0]
     log_snr = torch.full((4,), math.log(0.36 / 0.64), dtype=torch.float64)
     torch.testing.assert_close(prediction_target("v", x, noise, log_snr), 0.6 * noise - 0.8 * x)
 
@@ -150,10 +157,9 @@ def test_v_is_alpha_eps_minus_sigma_x():
 @every_prediction
 @every_weighting
 def test_weights_are_those_of_the_squared_x_error(prediction: Prediction, name: WeightingName):
-    """The error is taken where it is predicted, its weight converted: the same as the x-error's."""
-    x, noise, said = pyramid(0), pyramid(1), pyramid(2)
-    z = diffuse(x, noise, TIMES, SCHEDULES)
-    loss = loss_of(said, x, TIMES, noise, process(prediction, name))
+    """Converting the weight of the prediction's error is the same as weighting the x-error."""
+    z = diffuse(X, NOISE, TIMES, SCHEDULES)
+    loss = loss_of(PREDICTED, process(prediction, name))
     for level, schedule in enumerate(SCHEDULES):
         log_snr = schedule.log_snr(TIMES)
         snr = log_snr.exp()
@@ -164,25 +170,13 @@ def test_weights_are_those_of_the_squared_x_error(prediction: Prediction, name: 
             "min_snr": snr.clamp(max=5.0),
             "sigmoid": math.exp(-0.5) / (1 + math.exp(-0.5) / snr) * -log_snr_rate(schedule, TIMES),
         }[name]
-        x_error = (to_x0(prediction, said[level], z[level], log_snr) - x[level]).square()
-        expected = (weight * x_error.mean((1, 2, 3))).mean()
+        x_hat = to_x0(prediction, PREDICTED[level], z[level], log_snr)
+        expected = (weight * (x_hat - X[level]).square().mean((1, 2, 3))).mean()
         torch.testing.assert_close(loss.per_level[level], expected)
-
-
-@every_prediction
-@pytest.mark.parametrize("name", ["eps", "v"])
-def test_weighting_eps_is_the_squared_eps_error_and_v_the_squared_v_error(
-    prediction: Prediction, name: Any
-):
-    x, noise, said = pyramid(0), pyramid(1), pyramid(2)
-    z = diffuse(x, noise, TIMES, SCHEDULES)
-    loss = loss_of(said, x, TIMES, noise, process(prediction, name))
-    for level, schedule in enumerate(SCHEDULES):
-        log_snr = schedule.log_snr(TIMES)
-        x_hat = to_x0(prediction, said[level], z[level], log_snr)
-        as_name = prediction_target(name, x_hat, to_noise(x_hat, z[level], log_snr), log_snr)
-        target = prediction_target(name, x[level], noise[level], log_snr)
-        torch.testing.assert_close(loss.per_level[level], (as_name - target).square().mean())
+        if name in ("eps", "v"):  # which are named after the plain squared error of that kind
+            found = prediction_target(name, x_hat, to_noise(x_hat, z[level], log_snr), log_snr)
+            target = prediction_target(name, X[level], NOISE[level], log_snr)
+            torch.testing.assert_close(loss.per_level[level], (found - target).square().mean())
 
 
 @every_prediction
@@ -192,103 +186,85 @@ def test_the_loss_and_its_gradient_are_finite_wherever_t_is_drawn(
 ):
     """Also in float32, at pure noise, where alpha all but vanishes."""
     t = torch.tensor([1e-4, 0.001, 0.5, 1.0])
-    x, noise, said = (tuple(level.float() for level in pyramid(seed)) for seed in (0, 1, 2))
-    answer = tuple(level.requires_grad_() for level in said)
-    loss = loss_of(answer, x, t, noise, process(prediction, name))
-    loss.total.backward()
+    x, noise, answer = (tuple(level.float() for level in part) for part in (X, NOISE, PREDICTED))
+    answer = tuple(level.requires_grad_() for level in answer)
+    loss = loss_of(answer, process(prediction, name), x, noise, t)
     assert loss.total.isfinite()
-    for level in answer:
-        assert level.grad is not None
-        assert level.grad.isfinite().all()
+    for gradient in torch.autograd.grad(loss.total, answer):
+        assert gradient.isfinite().all()
 
 
 def test_a_right_prediction_costs_nothing():
-    x, noise = pyramid(0), pyramid(1)
-    loss = loss_of(x, x, TIMES, noise, process("x0"))
-    assert loss.total == 0
+    assert loss_of(X, process("x0")).total == 0
 
 
 # --- Eq. 3: levels and rows ----------------------------------------------------------------------
 
 
 def test_total_is_the_weighted_sum_of_levels_and_the_mean_of_rows():
-    x, noise, said = pyramid(0), pyramid(1), pyramid(2)
     weights = (1.0, 4.0, 0.25)
-    loss = loss_of(said, x, TIMES, noise, process(level_weights=weights))
-    plain = loss_of(said, x, TIMES, noise, process())
+    loss = loss_of(PREDICTED, process(level_weights=weights))
+    plain = loss_of(PREDICTED, process())
     torch.testing.assert_close(loss.per_level, plain.per_level)
     torch.testing.assert_close(loss.total, (column(*weights) * plain.per_level).sum())
     torch.testing.assert_close(loss.total, loss.per_example.mean())
 
 
-def test_ragged_levels_average_over_the_rows_that_have_them():
-    x, noise, said = pyramid(0), pyramid(1), pyramid(2)
-    rows, weights = (4, 3, 1), (1.0, 2.0, 3.0)
-    given = process("v", "min_snr", weights)
-    loss = loss_of(said, ragged(x, rows), TIMES, ragged(noise, rows), given)
+@pytest.mark.parametrize("rows", [(4, 3, 1), (4, 4, 0)])
+def test_ragged_levels_average_over_the_rows_that_have_them(rows: tuple[int, ...]):
+    weights = (1.0, 2.0, 3.0)
+    used = process("v", "min_snr", weights)
+    loss = loss_of(PREDICTED, used, ragged(X, rows), ragged(NOISE, rows))
     # Row by row, level by level, nothing shared:
     alone = torch.zeros(4, 3, dtype=torch.float64)
     for row in range(4):
         own = slice(row, row + 1)
-        one = loss_of(
-            tuple(y[own] for y in said),
-            tuple(x_r[own] for x_r in x),
-            TIMES[own],
-            tuple(n[own] for n in noise),
-            given,
-        )
-        alone[row] = one.per_level
+        answer, x, noise = (tuple(part[own] for part in whole) for whole in (PREDICTED, X, NOISE))
+        alone[row] = loss_of(answer, used, x, noise, TIMES[own]).per_level
     for level, count in enumerate(rows):
-        torch.testing.assert_close(loss.per_level[level], alone[:count, level].mean())
+        expected = alone[:count, level].sum() / max(count, 1)
+        torch.testing.assert_close(loss.per_level[level], expected)
     torch.testing.assert_close(loss.total, (column(*weights) * loss.per_level).sum())
     has = torch.arange(4)[:, None] < torch.tensor(rows)
     torch.testing.assert_close(loss.per_example, (alone * has * column(*weights)).sum(1))
 
 
-def test_a_level_without_rows_adds_nothing():
-    x, noise, said = pyramid(0), pyramid(1), pyramid(2)
-    rows = (4, 4, 0)
-    loss = loss_of(said, ragged(x, rows), TIMES, ragged(noise, rows), process())
-    assert loss.per_level[-1] == 0
-    torch.testing.assert_close(loss.total, loss.per_level[:2].sum())
-
-
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_micro_batches_add_up_to_the_batch(cut: int):
     """With the counts of the whole, losses and gradients of the parts sum to the whole's."""
-    x, noise = pyramid(0), pyramid(1)
     rows = (4, 3, 2)
-    said = tuple(level.requires_grad_() for level in pyramid(2))
+    answer = tuple(level.clone().requires_grad_() for level in PREDICTED)
+    whole = loss_of(answer, process("v"), ragged(X, rows), ragged(NOISE, rows))
+    expected = torch.autograd.grad(whole.total, answer)
 
-    whole = loss_of(said, ragged(x, rows), TIMES, ragged(noise, rows), process("v"))
-    expected = torch.autograd.grad(whole.total, said)
-
-    total = torch.zeros((), dtype=torch.float64)
-    levels = torch.zeros(3, dtype=torch.float64)
+    parts = []
     for own in (slice(0, cut), slice(cut, 4)):
         counts = [max(0, min(count, own.stop) - own.start) for count in rows]
-        part = matryoshka_loss(
-            fixed(tuple(y[own] for y in said)),
-            ragged(tuple(x_r[own] for x_r in x), counts),
-            Conditioning(),
-            TIMES[own],
-            ragged(tuple(n[own] for n in noise), counts),
-            process=process("v"),
-            counts=rows,
+        y, x, noise = (tuple(part[own] for part in all_rows) for all_rows in (answer, X, NOISE))
+        parts.append(
+            matryoshka_loss(
+                fixed(y),
+                ragged(x, counts),
+                Conditioning(),
+                TIMES[own],
+                ragged(noise, counts),
+                process=process("v"),
+                counts=rows,
+            )
         )
-        total, levels = total + part.total, levels + part.per_level
+    total = parts[0].total + parts[1].total
     torch.testing.assert_close(total, whole.total)
-    torch.testing.assert_close(levels, whole.per_level)
-    for got, want in zip(torch.autograd.grad(total, said), expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(parts[0].per_level + parts[1].per_level, whole.per_level)
+    for found, want in zip(torch.autograd.grad(total, answer), expected, strict=True):
+        torch.testing.assert_close(found, want)
 
 
-def test_the_loss_is_taken_in_the_precision_of_the_pictures():
+def test_the_loss_has_the_precision_of_the_images():
     """bf16 predictions are compared in float32: their error is not rounded again."""
-    x, noise = (tuple(level.float() for level in pyramid(seed)) for seed in (0, 1))
-    said = tuple(level.bfloat16() for level in pyramid(2))
-    found = loss_of(said, x, TIMES, noise, process())
-    exact = loss_of(tuple(y.float() for y in said), x, TIMES, noise, process())
+    x, noise = (tuple(level.float() for level in part) for part in (X, NOISE))
+    answer = tuple(level.bfloat16() for level in PREDICTED)
+    found = loss_of(answer, process(), x, noise)
+    exact = loss_of(tuple(y.float() for y in answer), process(), x, noise)
     assert found.total.dtype == torch.float32
     assert torch.equal(found.total, exact.total)
 
@@ -296,31 +272,27 @@ def test_the_loss_is_taken_in_the_precision_of_the_pictures():
 # --- from a config -------------------------------------------------------------------------------
 
 
-def model(levels: int) -> ModelConfig:
-    core = LevelConfig(side=4, widths=(32,), blocks=(1,), attention=(0,))
-    wide: dict[str, Any] = {"widths": (32, 32), "blocks": (1, 0), "attention": (0, 0)}
-    outer = [LevelConfig(side=4 * 2**r, shift_ratio=2.0**r, **wide) for r in range(1, levels)]
-    return ModelConfig(levels=(core, *outer), embedding=32)
-
-
-def test_one_entry_stands_for_every_level():
+def test_one_entry_stands_for_every_level_and_fewer_levels_take_the_first_entries():
     config = ProcessConfig(prediction="v", weighting=(WeightingConfig(name="eps"),))
-    built = Process.from_config(config, model(3))
+    built = Process.from_config(config, nest(3))
     assert built.prediction == "v"
     assert [weighting.name for weighting in built.weightings] == ["eps"] * 3
     assert built.level_weights == (1.0, 1.0, 1.0)
     assert len(built.schedules) == 3
-
-
-def test_fewer_active_levels_take_the_first_entries():
+    names: tuple[WeightingName, ...] = ("eps", "v", "v_clipped")
     config = ProcessConfig(
-        weighting=(WeightingConfig(name="eps"), WeightingConfig(name="v"), WeightingConfig()),
-        level_weights=(1.0, 2.0, 3.0),
+        weighting=tuple(WeightingConfig(name=name) for name in names), level_weights=(1.0, 2.0, 3.0)
     )
-    built = Process.from_config(config, model(2))
+    built = Process.from_config(config, nest(2))
     assert [weighting.name for weighting in built.weightings] == ["eps", "v"]
     assert built.level_weights == (1.0, 2.0)
     assert per_level(("clip", "none", "dynamic"), 1) == ("clip",)
+
+
+def test_the_bias_of_sigmoid_shifts_with_the_schedule():
+    weighting = WeightingConfig(name="sigmoid", bias=-1.0)
+    built = Process.from_config(ProcessConfig(weighting=(weighting,)), nest(2))
+    assert [w.bias for w in built.weightings] == pytest.approx([-1.0, -1.0 - math.log(2.0)])
 
 
 def test_a_ramp_multiplies_level_weights_and_no_ramp_changes_nothing():

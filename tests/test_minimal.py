@@ -1,4 +1,4 @@
-"""The one-file example is the library: same weights, same loss, same pictures, and it learns."""
+"""The one-file example is the library: same weights, same loss, same images, and it learns."""
 
 from __future__ import annotations
 
@@ -39,24 +39,18 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model(example: ModuleType) -> ModelConfig:
-    """The example's nest in the library's words."""
-    return ModelConfig(
-        levels=tuple(
-            LevelConfig(
-                side=doll.side,
-                widths=doll.widths,
-                blocks=doll.blocks,
-                attention=doll.attention,
-                heads=example.HEADS,
-                patch=example.PATCH,
-                shift_ratio=doll.side / example.NEST[0].side,
-                shift_power=2.0,
-            )
-            for doll in example.NEST
-        ),
-        embedding=example.EMBEDDING,
-        classes=example.CLASSES,
+    """The example's nest as a config of the library."""
+    levels = tuple(
+        LevelConfig(
+            **doll._asdict(),
+            heads=example.HEADS,
+            patch=example.PATCH,
+            shift_ratio=doll.side / example.NEST[0].side,
+            shift_power=2.0,
+        )
+        for doll in example.NEST
     )
+    return ModelConfig(levels=levels, embedding=example.EMBEDDING, classes=example.CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +60,8 @@ def process(model: ModelConfig) -> Process:
 
 @pytest.fixture(scope="module")
 def library_net(model: ModelConfig) -> NestedUNet:
-    return randomised(NestedUNet(model))
-
-
-@pytest.fixture(scope="module")
-def example_net(example: ModuleType, library_net: NestedUNet) -> nn.Module:
-    net = nest(example, len(example.NEST))
-    net.load_state_dict(library_net.state_dict(), strict=True)
-    return net.eval()
-
-
-def randomised(net: NestedUNet) -> NestedUNet:
-    """Weights without zeros and labels that matter: a new network predicts zero, as any other."""
+    """A network whose weights are not zero and whose labels matter."""
+    net = NestedUNet(model)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(net.named_parameters()):
             draw = rng.normal(0, "test weights", number, shape=tuple(parameter.shape))
@@ -85,6 +69,13 @@ def randomised(net: NestedUNet) -> NestedUNet:
                 parameter.copy_(draw)
             elif not parameter.any():
                 parameter.copy_(0.02 * draw)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def example_net(example: ModuleType, library_net: NestedUNet) -> Any:
+    net = nest(example, len(example.NEST))
+    net.load_state_dict(library_net.state_dict(), strict=True)
     return net.eval()
 
 
@@ -97,15 +88,14 @@ def nest(example: ModuleType, depth: int) -> Any:
     return net
 
 
-def pictures(side: int) -> torch.Tensor:
-    return rng.normal(0, "test pictures", shape=(ROWS, 3, side, side)).clamp(-1, 1)
+def images(example: ModuleType) -> torch.Tensor:
+    side = example.NEST[-1].side
+    return rng.normal(0, "test images", shape=(ROWS, 3, side, side)).clamp(-1, 1)
 
 
 def batch(example: ModuleType, depth: int):
     """A pyramid, noise for it, labels (one hidden) and times, the same for both sides."""
-    x = build_pyramid(
-        pictures(example.NEST[-1].side), [Resolution(d.side, d.side) for d in example.NEST[:depth]]
-    )
+    x = build_pyramid(images(example), [Resolution(d.side, d.side) for d in example.NEST[:depth]])
     noise = tuple(rng.normal(0, "test", r, shape=tuple(x_r.shape)) for r, x_r in enumerate(x))
     labels = torch.tensor([0, 3, example.HIDDEN, 7, 11])
     return x, noise, labels, torch.tensor([0.001, 0.2, 0.5, 0.8, 1.0])
@@ -131,8 +121,7 @@ def test_the_file_is_short_and_needs_only_torch():
 
 def test_the_pyramid_and_the_forward_process_are_the_library_s(example, process):
     x, noise, _, t = batch(example, 3)
-    whole = pictures(example.NEST[-1].side)
-    for ours, theirs in zip(x, example.build_pyramid(whole, 3), strict=True):
+    for ours, theirs in zip(x, example.build_pyramid(images(example), 3), strict=True):
         assert torch.equal(ours, theirs)
     z = diffuse(x, noise, t, process.schedules)
     for ours, theirs in zip(z, example.diffuse(x, noise, t), strict=True):
@@ -140,42 +129,33 @@ def test_the_pyramid_and_the_forward_process_are_the_library_s(example, process)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_same_weights_and_noise_give_the_library_s_loss(example, model, library_net, depth):
-    shallow = model.model_copy(update={"levels": model.levels[:depth]})
-    ours = NestedUNet(shallow)
+def test_the_same_weights_and_noise_give_the_library_s_loss_and_gradients(
+    example, model, library_net, depth
+):
+    ours = NestedUNet(model.first(depth))
     ours.load_state_dict({key: library_net.state_dict()[key] for key in ours.state_dict()})
     theirs = nest(example, depth)
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
     x, noise, labels, t = batch(example, depth)
-    process = Process.from_config(ProcessConfig(), shallow)
-    with torch.no_grad():
-        loss = matryoshka_loss(ours, x, Conditioning(labels=labels), t, noise, process=process)
-        per_level = example.joint_loss(theirs, x, labels, t, noise)
+    process = Process.from_config(ProcessConfig(), ours.config)
+    loss = matryoshka_loss(ours, x, Conditioning(labels=labels), t, noise, process=process)
+    per_level = example.joint_loss(theirs, x, labels, t, noise)
     assert loss.per_level.min() > 0.1  # there is something to compare
     assert close(loss.per_level, per_level)
     assert close(loss.total, per_level.sum())
 
-
-def test_the_same_weights_and_noise_give_the_library_s_gradients(
-    example, library_net, example_net, process
-):
-    x, noise, labels, t = batch(example, 3)
-    cond = Conditioning(labels=labels)
-    ours = torch.autograd.grad(
-        matryoshka_loss(library_net, x, cond, t, noise, process=process).total,
-        list(library_net.parameters()),
+    names = [name for name, _ in ours.named_parameters()]
+    gradients = (
+        torch.autograd.grad(total, [dict(net.named_parameters())[name] for name in names])
+        for total, net in ((loss.total, ours), (per_level.sum(), theirs))
     )
-    theirs = torch.autograd.grad(
-        example.joint_loss(example_net, x, labels, t, noise).sum(),
-        [dict(example_net.named_parameters())[name] for name, _ in library_net.named_parameters()],
-    )
-    ours, theirs = (torch.cat([g.flatten() for g in side]) for side in (ours, theirs))
-    assert (ours - theirs).norm() <= 1e-6 * ours.norm()
+    a, b = (torch.cat([gradient.flatten() for gradient in side]) for side in gradients)
+    assert (a - b).norm() <= 1e-6 * a.norm()
 
 
 @pytest.mark.parametrize("guidance", [1.5, 3.0])
-def test_the_same_weights_and_noise_give_the_library_s_pictures(
+def test_the_same_weights_and_noise_give_the_library_s_images(
     example, library_net, example_net, process, guidance
 ):
     labels = torch.tensor([0, 4, 11])
@@ -197,25 +177,21 @@ def test_the_same_weights_and_noise_give_the_library_s_pictures(
         assert (a - b).abs().max() <= 1e-6
 
 
-def test_growing_changes_nothing_inside(example):
+def test_growing_changes_nothing_inside_and_fits_the_library(example, model):
     x, _, labels, t = batch(example, 3)
     net = nest(example, 2)
     nn.init.normal_(net.levels[0].head.weight, generator=torch.Generator().manual_seed(0))
+    ours = NestedUNet(model.first(2))
+    ours.load_state_dict(net.state_dict(), strict=True)
     before = net(x[:2], t, labels)
-    known = set(net.state_dict())
     with torch.random.fork_rng(devices=[]):
-        net.grow()
+        new = net.grow()
     for a, b in zip(before, net(x, t, labels), strict=False):
         assert torch.equal(a, b)
-    new = {".".join(key.split(".")[:2]) for key in set(net.state_dict()) - known}
-    assert new == {"adapters.2", "levels.2"}
-
-
-def test_the_example_s_weights_grow_in_the_library_too(example, model):
-    two = model.model_copy(update={"levels": model.levels[:2]})
-    ours = NestedUNet(two)
-    ours.load_state_dict(nest(example, 2).state_dict(), strict=True)
-    nest(example, 3).load_state_dict(grow(ours, model).state_dict(), strict=True)
+    names = net.state_dict().keys() - ours.state_dict().keys()
+    assert {".".join(name.split(".")[:2]) for name in names} == {"adapters.2", "levels.2"}
+    assert len(names) == len(new)
+    net.load_state_dict(grow(ours, model).state_dict(), strict=True)
 
 
 def test_it_learns(example, capsys):
@@ -231,7 +207,7 @@ def test_it_learns(example, capsys):
     assert "step   50" in capsys.readouterr().out
 
 
-def test_it_runs_and_writes_a_strip_of_pictures(example, tmp_path, capsys):
+def test_it_runs_and_writes_a_strip_of_images(example, tmp_path, capsys):
     out = tmp_path / "strip.ppm"
     with torch.random.fork_rng(devices=[]):
         example.main(["--steps", "1", "--out", str(out)])

@@ -1,4 +1,4 @@
-"""Samplers and the loss against truth: Gaussian pictures, exact posterior means, no network."""
+"""Samplers and the loss against truth: Gaussian images, exact posterior means, no network."""
 
 from __future__ import annotations
 
@@ -22,19 +22,9 @@ from matryoshka_diffusion.schedule import (
     squared_cosine_table,
     time_of,
 )
-from oracle import (
-    GaussianPictures,
-    UnitNoise,
-    moments,
-    no_noise,
-    small_clips,
-    small_world,
-    stacked,
-)
+from oracle import GaussianImages, UnitNoise, moments, no_noise, small_clips, small_world, stacked
 
-DOUBLINGS = (50, 100, 200, 400)
-
-
+DOUBLINGS = (50, 100, 200)
 every_world = pytest.mark.parametrize("make", [small_world, small_clips])
 
 
@@ -85,7 +75,7 @@ def test_the_posterior_mean_is_the_regression_of_x_on_all_levels(make: Callable)
         torch.testing.assert_close(stacked(world(z, t))[row], pools @ x)
 
 
-def test_of_a_clip_the_coarsest_level_is_the_average_of_the_first_frame():
+def test_the_coarsest_level_of_a_clip_is_the_average_of_the_first_frame():
     first, second, _ = small_clips(Cosine()).pools
     assert first.tolist() == [[0.5, 0.5, 0.0, 0.0]]
     assert second.tolist() == [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
@@ -94,22 +84,18 @@ def test_of_a_clip_the_coarsest_level_is_the_average_of_the_first_frame():
 # --- samplers -----------------------------------------------------------------------------------
 
 
-def test_ddim_covariance_error_halves_as_steps_double():
-    errors = [covariance_error(ddim, trailing_grid, steps) for steps in DOUBLINGS]
-    assert errors == pytest.approx([0.088, 0.046, 0.024, 0.012], rel=0.03)
+@every_world
+def test_ddim_covariance_error_halves_as_steps_double(make: Callable):
+    errors = [covariance_error(ddim, trailing_grid, steps, make) for steps in DOUBLINGS]
+    assert errors[-1] < 0.04
     for coarse, fine in pairwise(errors):
         assert fine / coarse == pytest.approx(0.5, abs=0.03)
-
-
-def test_ddim_covariance_error_halves_for_clips_too():
-    errors = [covariance_error(ddim, trailing_grid, steps, small_clips) for steps in DOUBLINGS]
-    assert errors[-1] < 0.02
-    for coarse, fine in pairwise(errors):
-        assert fine / coarse == pytest.approx(0.5, abs=0.03)
+    if make is small_world:
+        assert errors == pytest.approx([0.088, 0.046, 0.024], rel=0.03)
 
 
 def test_dpm_solver_error_quarters_as_steps_double():
-    """Second order in log-SNR, the solver's own time, over nearly all that the schedule spans."""
+    """Second order in log-SNR, the solver's own time, over nearly the whole schedule."""
 
     def grid(steps: int, schedule: NoiseSchedule) -> Tensor:
         nodes = time_of(schedule, torch.linspace(-14.0, 14.0, steps, dtype=torch.float64))
@@ -121,7 +107,7 @@ def test_dpm_solver_error_quarters_as_steps_double():
 
 
 @pytest.mark.parametrize("grid", [trailing_grid, log_snr_grid])
-@pytest.mark.parametrize("steps", [25, 50, 100])
+@pytest.mark.parametrize("steps", [25, 50])
 def test_dpm_solver_beats_ddim_at_equal_steps(grid: Callable, steps: int):
     second_order = covariance_error(dpmpp_2m, grid, steps)
     assert second_order < 0.65 * covariance_error(ddim, grid, steps)
@@ -129,37 +115,36 @@ def test_dpm_solver_beats_ddim_at_equal_steps(grid: Callable, steps: int):
 
 @every_world
 def test_ddpm_covariance_error_halves_and_its_mean_is_exact(make: Callable):
-    """Ancestral sampling adds noise at every step: each of its numbers is pushed through too."""
+    """Ancestral sampling adds noise at every step. Unit vectors of that noise count, too."""
     world = make(Cosine())
     errors = []
-    for steps in (50, 100, 200):
+    for steps in (50, 100):
         noise = UnitNoise(world.resolutions, steps)
         times = trailing_grid(steps, world.schedules[0])
         states = ddpm(world, noise.start(), world.schedules, times, noise=noise)
         mean, covariance = moments(last(states).z[-1])
-        # From t = 1 the mean lacks only what alpha_1 = 5.5e-4 of the picture would have told.
+        # The start ignores the share alpha_1 = 5.5e-4 of the image in the latent at t = 1.
         assert relative(mean, world.mean) < 1e-5
         errors.append(relative(covariance, world.covariance))
-    assert errors[-1] < 0.06
-    for coarse, fine in pairwise(errors):
-        assert 0.5 < fine / coarse < 0.63
+    assert errors[-1] < 0.11
+    assert 0.5 < errors[1] / errors[0] < 0.63
 
 
 @every_world
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim-eta-0.5", "ddim-eta-1"])
-def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str, make: Callable):
-    """Were x known, z_s given x would be N(alpha_s x, sigma_s^2) at every step, of any length."""
+def test_a_known_image_has_the_exact_marginals_at_every_step(sampler: str, make: Callable):
+    """If x is known, z_s is N(alpha_s x, sigma_s^2) after every step of any length."""
     world = make(Cosine())
     units = UnitNoise(world.resolutions, steps=6)
     times = torch.tensor([0.9, 0.7, 0.65, 0.4, 0.1, 0.02, 0.0], dtype=torch.float64)
-    pictures = world.pyramid(world.mean.expand(units.rows, 4))
-    start = diffuse(pictures, units.start(), times[:1].expand(units.rows), world.schedules)
+    images = world.pyramid(world.mean.expand(units.rows, 4))
+    start = diffuse(images, units.start(), times[:1].expand(units.rows), world.schedules)
 
     run = ddpm if sampler == "ddpm" else ddim
     options = {} if "-" not in sampler else {"eta": float(sampler.rsplit("-", 1)[1])}
-    states = run(lambda z, t: pictures, start, world.schedules, times, noise=units, **options)
+    states = run(lambda z, t: images, start, world.schedules, times, noise=units, **options)
     for state, s in zip(states, times[1:], strict=True):
-        for z_r, x_r, schedule in zip(state.z, pictures, world.schedules, strict=True):
+        for z_r, x_r, schedule in zip(state.z, images, world.schedules, strict=True):
             alpha, sigma = alpha_sigma(schedule.log_snr(s[None]))
             mean, covariance = moments(z_r)
             torch.testing.assert_close(mean, alpha * x_r[0].flatten())
@@ -169,7 +154,7 @@ def test_a_known_picture_has_the_exact_marginals_at_every_step(sampler: str, mak
 @every_world
 @pytest.mark.parametrize("sampler", [ddpm, ddim, dpmpp_2m])
 def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
-    """Each level takes its own steps, yet the last picture of each is D^r of the finest one."""
+    """Each level takes its own steps, yet in the end each is D^r of the finest one."""
     world = make(Cosine())
     noise = UnitNoise(world.resolutions, steps=0)
     times = trailing_grid(10, world.schedules[0])
@@ -179,12 +164,12 @@ def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
 
 
 # --- the loss -----------------------------------------------------------------------------------
-# The error of an affine network is affine in (x, eps). Its expected square is therefore exact from
-# the values at the mean and one standard deviation along each axis, summed.
+# The error of an affine network is affine in (x, eps). Its expected square is therefore the sum of
+# its squares at the mean and at one standard deviation along each axis, exactly.
 
 PREDICTIONS: tuple[Prediction, ...] = ("x0", "eps", "v")
 WEIGHTS: dict[WeightingName, Callable[[Tensor, Tensor], Tensor]] = {
-    # the weight on the squared x-error, from SNR and -d log-SNR / dt, as SCIENCE states it
+    # the weight on the squared x-error, from SNR and -d log-SNR / dt
     "eps": lambda snr, speed: snr,
     "v": lambda snr, speed: snr + 1,
     "v_clipped": lambda snr, speed: (snr + 1).clamp(max=10.0),
@@ -194,8 +179,8 @@ WEIGHTS: dict[WeightingName, Callable[[Tensor, Tensor], Tensor]] = {
 TIMES = (0.05, 0.4, 0.75, 0.97)
 
 
-def joint_axes(world: GaussianPictures) -> tuple[Pyramid, Pyramid]:
-    """Pictures and noise one standard deviation from the mean along each axis of (x, eps)."""
+def joint_axes(world: GaussianImages) -> tuple[Pyramid, Pyramid]:
+    """Images and noise one standard deviation from the mean along each axis of (x, eps)."""
     pixels = len(world.mean)
     shapes = [resolution.shape(1) for resolution in world.resolutions]
     sizes = [math.prod(shape) for shape in shapes]
@@ -208,8 +193,8 @@ def joint_axes(world: GaussianPictures) -> tuple[Pyramid, Pyramid]:
     return world.pyramid(x), tuple(level.reshape(rows, *shape) for level, shape in levels)
 
 
-def expected_loss(world: GaussianPictures, net: Callable, process: Process, t: float) -> Tensor:
-    """E[loss of each level] at time t, exactly, for an affine net whose error at the mean is 0."""
+def expected_loss(world: GaussianImages, net: Callable, process: Process, t: float) -> Tensor:
+    """The exact expected loss of each level, for an affine net without error at the mean."""
     x, noise = joint_axes(world)
     times = torch.full((len(x[0]),), t, dtype=torch.float64)
     ones = [1] * len(x)  # sum over the rows instead of averaging
@@ -217,7 +202,7 @@ def expected_loss(world: GaussianPictures, net: Callable, process: Process, t: f
     return loss.per_level
 
 
-def process_of(world: GaussianPictures, prediction: Prediction, name: WeightingName) -> Process:
+def process_of(world: GaussianImages, prediction: Prediction, name: WeightingName) -> Process:
     weighting = WeightingConfig(name=name, clip=10.0, gamma=5.0, bias=-1.0)
     return Process(world.schedules, prediction, (weighting,) * 3, (1.0, 1.0, 1.0))
 
@@ -228,7 +213,7 @@ def process_of(world: GaussianPictures, prediction: Prediction, name: WeightingN
 def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
     prediction: Prediction, name: WeightingName, make: Callable
 ):
-    """Weight times the mean posterior variance of the level's pixels: nothing can do better."""
+    """The minimum is the weight times the mean posterior variance of the level's pixels."""
     world = make(Cosine())
     process = process_of(world, prediction, name)
     for t in TIMES:
@@ -249,7 +234,7 @@ def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
 @every_world
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_leaving_the_oracle_raises_the_loss(prediction: Prediction, make: Callable):
-    """In either direction and by the square: the oracle is the minimum."""
+    """The loss rises by the square of the distance in either direction: a minimum."""
     world = make(Cosine())
     process = process_of(world, prediction, "v_clipped")
     oracle = world.as_network(prediction)

@@ -1,7 +1,7 @@
 """The paper's released implementation, recorded: networks, schedules, losses and samplers agree.
 
-The recordings that the tests always need lie in tests/data/reference; two more networks are checked
-where the whole collection lies beside the project, as shared/reference.
+Recordings are in tests/data/reference. Two more networks are checked if the whole collection is in
+shared/reference beside the project.
 """
 
 from __future__ import annotations
@@ -121,17 +121,16 @@ def test_every_key_of_the_released_models_has_its_place(side: str, parameters: i
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_it(key: str):
-    config = network("ragged32").config
     with pytest.raises(ValueError, match=f"^{key}: "):
-        convert_state_dict({key: torch.empty(0)}, config)
+        convert_state_dict({key: torch.empty(0)}, network("ragged32").config)
 
 
 def test_two_keys_for_one_place_are_an_error():
     """A block too many at one resolution would land on the first of the next."""
-    config = network("ragged32").config
     keys = ("up_blocks.1.resnets.0.conv1.weight", "up_blocks.0.resnets.2.conv1.weight")
-    with pytest.raises(ValueError, match="another key has its place"):
-        convert_state_dict({key: torch.empty(0) for key in keys}, config)
+    state = {key: torch.empty(0) for key in keys}
+    with pytest.raises(ValueError, match=keys[1]):
+        convert_state_dict(state, network("ragged32").config)
 
 
 # --- schedules -----------------------------------------------------------------------------------

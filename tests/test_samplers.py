@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import (
-    GridName,
-    LevelConfig,
-    ModelConfig,
-    Prediction,
-    ProcessConfig,
-    SamplerName,
-)
+from matryoshka_diffusion.config import GridName, Prediction, ProcessConfig, SamplerName
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
 from matryoshka_diffusion.samplers import (
     GRIDS,
     SAMPLERS,
@@ -36,11 +29,13 @@ from matryoshka_diffusion.samplers import (
     trailing_grid,
 )
 from matryoshka_diffusion.schedule import SCHEDULES, Cosine, Shifted, squared_cosine_table
+from nests import nest, wake
 
 RESOLUTIONS = (Resolution(2, 2), Resolution(4, 4))
 LEVELS = (Cosine(), Shifted(Cosine(), 2.0, 2.0))
 
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -57,7 +52,7 @@ THEIR_NAME = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}
 
 
 def network(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
-    """Stands in for a trained network: mixes channels and the time, bounded."""
+    """A stand-in for a trained network: it mixes channels and the time, bounded."""
     mixed = torch.einsum("ij,bjhw->bihw", MIXING, z[0])
     return (torch.tanh(mixed + t.to(z[0]).view(-1, 1, 1, 1)),)
 
@@ -67,29 +62,24 @@ def their_trajectory(scheduler: Any, steps: int, **options: Any) -> list[Tensor]
     scheduler.set_timesteps(steps)
     z, trajectory = START, []
     for step in scheduler.timesteps:
-        (said,) = network((z,), ((step + 1) / 1000).expand(2), Conditioning())
-        z = scheduler.step(said, step, z, **options).prev_sample
+        (predicted,) = network((z,), ((step + 1) / 1000).expand(2), Conditioning())
+        z = scheduler.step(predicted, step, z, **options).prev_sample
         trajectory.append(z)
     return trajectory
 
 
-def our_trajectory(
-    sampler: Callable, steps: int, prediction: Prediction, noise: Any
-) -> list[Tensor]:
-    schedules = (squared_cosine_table(),)
-    core = LevelConfig(side=8, widths=(32,), blocks=(1,), attention=(0,))
-    model = ModelConfig(levels=(core,), embedding=32, schedule="squared-cosine")
-    process = Process.from_config(ProcessConfig(prediction=prediction), model)
-    denoise = NetworkDenoiser(network, process, Conditioning())
-    times = trailing_grid(steps, schedules[0])
-    return [state.z[0] for state in sampler(denoise, (START,), schedules, times, noise=noise)]
-
-
-def recorded_noise(steps: int) -> Callable[[str, int, int], Tensor]:
-    """What diffusers draws from a generator of seed 2, a step after the other."""
+def our_trajectory(sampler: Callable, steps: int, prediction: Prediction) -> list[Tensor]:
+    """Step k adds what diffusers draws at step k from a generator of seed 2."""
     generator = torch.Generator().manual_seed(2)
     drawn = [torch.randn(START.shape, generator=generator) for _ in range(steps)]
-    return lambda purpose, step, level: drawn[step - 1]
+    model = nest(1, schedule="squared-cosine")
+    process = Process.from_config(ProcessConfig(prediction=prediction), model)
+    denoise = NetworkDenoiser(network, process, Conditioning())
+    times = trailing_grid(steps, process.schedules[0])
+    states = sampler(
+        denoise, (START,), process.schedules, times, noise=lambda _, step, level: drawn[step - 1]
+    )
+    return [state.z[0] for state in states]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -108,7 +98,6 @@ def test_one_level_follows_diffusers_step_by_step(
         "prediction_type": THEIR_NAME[prediction],
         "timestep_spacing": "trailing",
     }
-    noise = recorded_noise(steps)
     options: dict[str, Any] = {}
     if sampler is ddpm:
         scheduler = DDPMScheduler(**shared, clip_sample=False)
@@ -120,16 +109,15 @@ def test_one_level_follows_diffusers_step_by_step(
             **shared, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
         )
     theirs = their_trajectory(scheduler, steps, **options)
-    ours = our_trajectory(sampler, steps, prediction, noise)
-    for z, expected in zip(ours, theirs, strict=True):
+    for z, expected in zip(our_trajectory(sampler, steps, prediction), theirs, strict=True):
         assert (z - expected).norm() <= 1e-5 * expected.norm()
 
 
 # --- samplers ------------------------------------------------------------------------------------
 
 
-def test_ddim_with_eta_one_is_ancestral_sampling():
-    """The same variance, and the same mean: on the same noise the same trajectory."""
+def test_ddim_with_eta_one_is_ancestral_sampling_and_eta_between_lies_between():
+    """The same variance and the same mean: on the same noise the same trajectory."""
     noise = SeededNoise([1, 2], RESOLUTIONS)
     z = tuple(level.double() for level in noise.start())
     times = trailing_grid(12, LEVELS[0])
@@ -137,62 +125,43 @@ def test_ddim_with_eta_one_is_ancestral_sampling():
     for one, other in zip(renewed, ddpm(shrink, z, LEVELS, times, noise=noise), strict=True):
         for a, b in zip(one.z, other.z, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_eta_between_renews_part_of_the_noise():
-    noise = SeededNoise([1], RESOLUTIONS)
-    times = trailing_grid(12, LEVELS[0])
-    final = [
-        last(ddim(shrink, noise.start(), LEVELS, times, noise=noise, eta=eta)).z[-1]
-        for eta in (0.0, 0.5, 1.0)
-    ]
-    assert not torch.allclose(final[0], final[1])
-    assert not torch.allclose(final[1], final[2])
+    none, half, whole = (
+        last(ddim(shrink, z, LEVELS, times, noise=noise, eta=eta)).z[-1] for eta in (0.0, 0.5, 1.0)
+    )
+    assert not torch.allclose(none, half)
+    assert not torch.allclose(half, whole)
 
 
 @every_sampler
-def test_states_tell_step_time_latents_and_estimate(sampler: Callable):
+def test_states_have_step_time_latents_and_estimate_and_cost_a_call_each(sampler: Callable):
     noise = SeededNoise([3], RESOLUTIONS)
-    times = trailing_grid(5, LEVELS[0])
-    seen: list[float] = []
+    times: list[float] = []
 
     def denoise(z: Pyramid, t: Tensor) -> Pyramid:
         assert t.shape == (1,)
-        seen.append(float(t[0]))
+        times.append(float(t[0]))
         return shrink(z, t)
 
-    states = list(sampler(denoise, noise.start(), LEVELS, times, noise=noise))
-    assert [state.step for state in states] == [1, 2, 3, 4, 5]
-    assert [state.t for state in states] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-    assert seen == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    for state in states:
+    grid = trailing_grid(5, LEVELS[0])
+    states = sampler(denoise, noise.start(), LEVELS, grid, noise=noise)
+    assert times == [], "a sampler works only for the next state"
+    found = [next(states), next(states)]
+    assert times == pytest.approx([1.0, 0.8])
+    found += states
+    assert times == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert [state.step for state in found] == [1, 2, 3, 4, 5]
+    assert [state.t for state in found] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    for state in found:
         assert [level.shape for level in state.z] == [(1, 3, 2, 2), (1, 3, 4, 4)]
         assert [level.shape for level in state.x] == [(1, 3, 2, 2), (1, 3, 4, 4)]
-    for z, x in zip(states[-1].z, states[-1].x, strict=True):
-        torch.testing.assert_close(z, x)  # at t = 0 nothing is left but the estimate
-
-
-@every_sampler
-def test_a_sampler_works_only_when_asked_for_the_next_state(sampler: Callable):
-    calls = 0
-
-    def denoise(z: Pyramid, t: Tensor) -> Pyramid:
-        nonlocal calls
-        calls += 1
-        return shrink(z, t)
-
-    noise = SeededNoise([3], RESOLUTIONS)
-    states = sampler(denoise, noise.start(), LEVELS, trailing_grid(50, LEVELS[0]), noise=noise)
-    assert calls == 0
-    next(states)
-    next(states)
-    assert calls == 2
+    for z, x in zip(found[-1].z, found[-1].x, strict=True):
+        torch.testing.assert_close(z, x)  # at t = 0 the latent is the estimate
 
 
 @every_sampler
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_very_few_steps_are_enough_for_a_finite_picture(
+@every_grid
+def test_very_few_steps_are_enough_for_a_finite_image(
     sampler: Callable, steps: int, grid: Callable
 ):
     noise = SeededNoise([3], RESOLUTIONS)
@@ -206,18 +175,17 @@ def test_no_steps_are_an_error():
         last(iter(()))
 
 
-def test_levels_step_by_their_own_log_snr_at_the_shared_time():
-    """Sampled together or alone, a level whose estimate does not depend on others is the same."""
+@pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
+def test_levels_step_by_their_own_log_snr_at_the_shared_time(sampler: Callable):
+    """A level whose estimate does not depend on others is sampled the same alone."""
     noise = SeededNoise([3], RESOLUTIONS)
     times = trailing_grid(7, LEVELS[0])
     z = noise.start()
-    for sampler in (ddim, dpmpp_2m):
-        together = last(sampler(shrink, z, LEVELS, times, noise=noise)).z
-        for level in range(2):
-            own = sampler(
-                shrink, z[level : level + 1], LEVELS[level : level + 1], times, noise=noise
-            )
-            assert torch.equal(last(own).z[0], together[level])
+    together = last(sampler(shrink, z, LEVELS, times, noise=noise)).z
+    for level in range(2):
+        own = slice(level, level + 1)
+        alone = last(sampler(shrink, z[own], LEVELS[own], times, noise=noise)).z
+        assert torch.equal(alone[0], together[level])
 
 
 # --- noise ---------------------------------------------------------------------------------------
@@ -232,61 +200,44 @@ def test_a_samples_noise_depends_on_its_seed_only():
             assert torch.equal(alone(purpose, step, level), row)
 
 
-def test_noise_differs_by_seed_purpose_step_and_level():
-    noise = SeededNoise([1, 2], (Resolution(8, 8), Resolution(8, 8)))
+def test_noise_differs_by_seed_purpose_step_level_and_family():
     drawn = [
-        noise(purpose, step, level)[row]
+        noise(purpose, step, level)[row].flatten()
+        for family in ("sample", "upsampler")
+        for noise in [SeededNoise([1, 2], (Resolution(8, 8),) * 2, family=family)]
         for purpose, step in (("start", 0), ("step", 0), ("step", 1))
         for level in range(2)
         for row in range(2)
     ]
-    for index, one in enumerate(drawn):
-        for other in drawn[:index]:
-            assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.3
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlation.abs().max() < 0.3
 
 
 def test_noise_is_standard_normal_on_the_grid_of_each_level():
-    noise = SeededNoise(range(8), (Resolution(4, 8), Resolution(32, 64)), channels=1)
+    noise = SeededNoise(range(8), (Resolution(4, 8), Resolution(32, 64, 2)), channels=1)
     coarse, fine = noise.start()
     assert coarse.shape == (8, 1, 4, 8)
-    assert fine.shape == (8, 1, 32, 64)
+    assert fine.shape == (8, 1, 2, 32, 64)
     assert fine.dtype == torch.float32
     assert float(fine.mean()) == pytest.approx(0.0, abs=0.03)
     assert float(fine.std()) == pytest.approx(1.0, abs=0.03)
 
 
-def small_network() -> NestedUNet:
-    levels = (
-        LevelConfig(side=8, widths=(32, 64), blocks=(1, 1), attention=(0, 1), middle=True),
-        LevelConfig(
-            side=16, widths=(32, 32), blocks=(1, 0), attention=(0, 0), shift_ratio=2.0
-        ),
-    )  # fmt: skip
-    net = NestedUNet(ModelConfig(levels=levels, embedding=32)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1, generator=generator)
-    return net
-
-
 @every_sampler
 def test_the_same_picture_alone_and_in_a_batch_of_sixteen(sampler: Callable):
-    """The noise is bit-equal; pictures are within one grey value of 256."""
-    net = small_network()
+    """The noise is bit-equal; images are within one grey value of 256."""
+    net = wake(NestedUNet(nest(2)))
     process = Process.from_config(ProcessConfig(prediction="v"), net.config)
-    sides = [Resolution(level.side, level.side) for level in net.config.levels]
+    denoise = Thresholded(NetworkDenoiser(net, process, Conditioning()), ("clip", "clip"))
+    times = trailing_grid(4, process.schedules[0])
 
-    def pictures(seeds: range) -> State:
-        noise = SeededNoise(seeds, sides)
-        denoise = Thresholded(NetworkDenoiser(net, process, Conditioning()), ("clip", "clip"))
-        times = trailing_grid(8, process.schedules[0])
+    def images(seeds: range) -> State:
+        noise = SeededNoise(seeds, resolutions_of(net.config))
         return last(sampler(denoise, noise.start(), process.schedules, times, noise=noise))
 
-    crowd = pictures(range(16))
+    crowd = images(range(16))
     for seed in (0, 11):
-        alone = pictures(range(seed, seed + 1))
+        alone = images(range(seed, seed + 1))
         for one, among in zip(alone.z, crowd.z, strict=True):
             assert (one[0] - among[seed]).abs().max() <= 2 / 255
             assert not torch.allclose(one[0], among[seed - 1], atol=0.1)
@@ -296,7 +247,7 @@ def test_the_same_picture_alone_and_in_a_batch_of_sixteen(sampler: Callable):
 
 
 @every_schedule
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@every_grid
 @pytest.mark.parametrize("steps", [1, 2, 10, 250])
 def test_grids_fall_from_noise_to_clean(name: str, grid: Callable, steps: int):
     times = grid(steps, SCHEDULES[name]())
@@ -322,22 +273,20 @@ def test_log_snr_times_are_even_in_log_snr(name: str, ratio: float):
     torch.testing.assert_close(gaps, gaps[:1].expand(18), rtol=1e-6, atol=1e-6)
 
 
-def test_log_snr_times_span_what_the_schedule_tells_apart():
-    """From t = 1, or -12, to the first of 1000 steps, or 12: beyond it nothing is resolved."""
-    for schedule, first, end in ((Cosine(), -12.0, 12.0), (SCHEDULES["truncated-cosine"](), -5, 5)):
-        times = log_snr_grid(20, schedule)
-        log_snr = schedule.log_snr(times[1:-1])
-        gap = float(log_snr.diff()[0])
-        assert float(log_snr[0]) == pytest.approx(first + gap, abs=1e-6)
-        assert float(log_snr[-1]) == pytest.approx(end, abs=1e-6)
+@pytest.mark.parametrize(
+    ("schedule", "first", "end"),
+    [(Cosine(), -12.0, 12.0), (SCHEDULES["truncated-cosine"](), -5, 5)],
+)
+def test_log_snr_times_span_what_the_schedule_resolves(schedule, first, end):
+    """From t = 1, or -12, to the first of 1000 steps, or 12."""
+    log_snr = schedule.log_snr(log_snr_grid(20, schedule)[1:-1])
+    assert float(log_snr[0]) == pytest.approx(first + float(log_snr.diff()[0]), abs=1e-6)
+    assert float(log_snr[-1]) == pytest.approx(end, abs=1e-6)
 
 
 def test_released_times_start_below_pure_noise():
     times = released_grid(10, squared_cosine_table())
     assert (1000 * times).round().tolist() == [910, 819, 728, 637, 546, 455, 364, 273, 182, 91, 0]
-
-
-# --- names ---------------------------------------------------------------------------------------
 
 
 def test_every_name_of_the_config_has_its_function():

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import LevelConfig, ModelConfig, TextConfig
+from matryoshka_diffusion.config import LevelConfig, ModelConfig
 from matryoshka_diffusion.nn import temporal
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.presets.paper import s64, t16, t16s256
-from matryoshka_diffusion.pyramid import Pyramid, ragged, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, ragged
 from matryoshka_diffusion.runs.grow import next_frames, next_level
+from nests import TEXT, TIMES, equal, inside, noisy, run, wake, words
 
 ROWS, FRAMES = 3, 4
-TEXT = TextConfig(features=12, width=16, layers=1, heads=2)
-TIMES = torch.tensor([0.1, 0.5, 0.9])
 NOTHING = Context(Conditioning())
 
 PICTURE = LevelConfig(
@@ -29,41 +28,21 @@ PICTURE = LevelConfig(
 )
 MOVING = next_frames(PICTURE, FRAMES)
 FINE = next_level(MOVING, 16)
+MASK = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+WORDS = Conditioning(tokens=words(ROWS), mask=MASK)
+SHUFFLED = torch.tensor([2, 0, 3, 1])
 
 
-def nest(*levels: LevelConfig) -> ModelConfig:
+def model(*levels: LevelConfig) -> ModelConfig:
     return ModelConfig(levels=levels, embedding=32, text=TEXT)
 
 
-def awake(config: ModelConfig) -> NestedUNet:
-    """A network whose zero-initialised weights have values: otherwise it says nothing."""
-    net = NestedUNet(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1, generator=generator)
-    return net.eval()
+def awake(*levels: LevelConfig) -> NestedUNet:
+    return wake(NestedUNet(model(*levels)))
 
 
-def noisy(config: ModelConfig, rows: int = ROWS) -> Pyramid:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(
-        torch.randn(rows, *resolution.shape(3), generator=generator)
-        for resolution in resolutions_of(config)
-    )
-
-
-def words(rows: int = ROWS) -> Conditioning:
-    tokens = torch.randn(ROWS, 5, 12, generator=torch.Generator().manual_seed(2))
-    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
-    return Conditioning(tokens=tokens[:rows], mask=mask[:rows])
-
-
-@torch.no_grad()
-def run(net: NestedUNet, z: Pyramid) -> Pyramid:
-    rows = len(z[0])
-    return net(z, TIMES[:rows], words(rows))
+def clips(net: NestedUNet) -> Pyramid:
+    return noisy(net.config, ROWS)
 
 
 # --- the paper's levels (Appendix A) -------------------------------------------------------------
@@ -115,48 +94,36 @@ def test_frames_are_those_of_the_finest_level_times_a_power_of_two():
 
 
 def test_a_prediction_has_the_shape_of_its_level():
-    config = nest(PICTURE, MOVING, FINE)
-    shapes = [tuple(y.shape) for y in run(awake(config), noisy(config))]
+    net = awake(PICTURE, MOVING, FINE)
+    shapes = [tuple(y.shape) for y in run(net, WORDS, z=clips(net))]
     assert shapes == [(ROWS, 3, 8, 8), (ROWS, 3, 4, 8, 8), (ROWS, 3, 4, 16, 16)]
 
 
-@pytest.mark.parametrize("outer_levels", [(MOVING,), (MOVING, FINE)])
-def test_growing_in_time_keeps_the_picture_bit_for_bit(outer_levels: tuple[LevelConfig, ...]):
-    net = awake(nest(PICTURE))
-    config = nest(PICTURE, *outer_levels)
-    grown = grow(net, config)
-    z = noisy(config)
-    assert torch.equal(run(grown, z)[0], run(net, z[:1])[0])
-    new = {key.split(".")[1] for key in grown.state_dict().keys() - net.state_dict().keys()}
-    assert new == {str(place) for place in range(1, 1 + len(outer_levels))}
-
-
-def test_a_new_level_does_not_hear_its_frames_whatever_their_order():
-    """Noise on new levels, in any order of the frames, cannot move what was trained."""
-    config = nest(PICTURE, MOVING)
-    grown = grow(awake(nest(PICTURE)), config)
-    picture, clip = noisy(config)
-    shuffled = clip[:, :, torch.tensor([2, 0, 3, 1])]
-    assert torch.equal(run(grown, (picture, clip))[0], run(grown, (picture, shuffled))[0])
+@pytest.mark.parametrize("outer", [(MOVING,), (MOVING, FINE)])
+def test_growing_in_time_keeps_the_image_bit_for_bit(outer: tuple[LevelConfig, ...]):
+    net = awake(PICTURE)
+    grown = grow(net, model(PICTURE, *outer))
+    z = clips(grown)
+    expected = run(net, WORDS, z=z[:1])
+    assert equal(run(grown, WORDS, z=z)[:1], expected)
+    shuffled = (z[0], *(level[:, :, SHUFFLED] for level in z[1:]))
+    assert equal(run(grown, WORDS, z=shuffled)[:1], expected)
 
 
 @pytest.mark.parametrize("rows", [(3, 0, 0), (3, 2, 0), (3, 2, 1)])
 def test_image_rows_of_a_mixed_batch_equal_the_image_model(rows: tuple[int, ...]):
-    """Bit for bit, although the adapters are awake: rows without clips see only padding."""
-    config = nest(PICTURE, MOVING, FINE)
-    net = awake(config)
-    mixed = run(net, ragged(noisy(config), rows))
+    """Bit for bit, although the adapters are not zero: rows without clips only meet padding."""
+    net = awake(PICTURE, MOVING, FINE)
+    z = clips(net)
+    mixed = run(net, WORDS, z=ragged(z, rows))
     assert [len(y) for y in mixed] == list(rows)
-    alone = NestedUNet(nest(PICTURE)).eval()
-    alone.load_state_dict({key: net.state_dict()[key] for key in alone.state_dict()})
-    expected = run(alone, noisy(config)[:1])[0]
+    (expected,) = run(inside(net, 1), WORDS, z=z[:1])
     assert torch.equal(mixed[0][rows[1] :], expected[rows[1] :])
 
 
 def test_a_level_of_no_clips_runs_forwards_and_backwards():
-    config = nest(PICTURE, MOVING, FINE)
-    net = awake(config).train()
-    out = net(ragged(noisy(config), (3, 1, 0)), TIMES, words())
+    net = awake(PICTURE, MOVING, FINE).train()
+    out = net(ragged(clips(net), (3, 1, 0)), TIMES[:ROWS], WORDS)
     torch.stack([y.square().sum() for y in out]).sum().backward()
     for name, parameter in net.levels[2].named_parameters():
         assert parameter.grad is not None, name
@@ -166,60 +133,49 @@ def test_a_level_of_no_clips_runs_forwards_and_backwards():
 
 
 def test_one_level_alone_denoises_clips():
-    """Simple DM for video: no picture level inside."""
-    alone = LevelConfig(
-        side=8, frames=4, widths=(32, 32, 64), blocks=(1, 1, 1), attention=(0, 0, 1),
-        halve_frames=(False, True), frame_attention=(1, 1, 0), heads=4, middle=True,
-        input_scaling="std",
+    """Simple DM for video: no image level inside."""
+    net = awake(
+        LevelConfig(
+            side=8, frames=4, widths=(32, 32, 64), blocks=(1, 1, 1), attention=(0, 0, 1),
+            halve_frames=(False, True), frame_attention=(1, 1, 0), heads=4, middle=True,
+            input_scaling="std",
+        )
     )  # fmt: skip
-    config = nest(alone)
-    assert (alone.core_side, alone.core_frames) == (4, 2)
-    clip = noisy(config)[0]
-    net = awake(config)
-    (y,) = run(net, (clip,))
-    assert y.shape == clip.shape
-    scaled = net.levels[0].scale(clip, TIMES)
+    level = net.levels[0]
+    assert (level.config.core_side, level.config.core_frames) == (4, 2)
+    (clip,) = clips(net)
+    assert run(net, WORDS, z=(clip,))[0].shape == clip.shape
+    scaled = level.scale(clip, TIMES[:ROWS])
     torch.testing.assert_close(scaled.flatten(1).std(1), torch.ones(ROWS))
 
 
 # --- equivariance --------------------------------------------------------------------------------
 
 
-def spatial_only(**changes: Any) -> LevelConfig:
-    """A level with frames in which nothing works over time, and text is attended to."""
-    fields = {"side": 8, "widths": (32, 64), "blocks": (1, 1), "attention": (0, 1), "heads": 4}
-    return LevelConfig(**{**fields, "frames": FRAMES, **changes})
-
-
-def test_a_level_without_temporal_layers_treats_each_frame_as_a_picture():
-    """So shuffling the frames of the input shuffles those of the output, and does nothing else."""
-    moving = awake(nest(spatial_only()))
-    still = awake(nest(spatial_only(frames=None)))
+def test_a_level_without_temporal_layers_treats_each_frame_as_an_image():
+    """Shuffling the frames of the input shuffles those of the output, and does nothing else."""
+    fields: dict[str, Any] = {"widths": (32, 64), "blocks": (1, 1), "attention": (0, 1), "heads": 4}
+    moving = awake(LevelConfig(side=8, frames=FRAMES, **fields))
+    still = awake(LevelConfig(side=8, **fields))
     still.load_state_dict(moving.state_dict())
-    (clip,) = noisy(nest(spatial_only()))
-    order = torch.tensor([2, 0, 3, 1])
-    (found,) = run(moving, (clip,))
-    torch.testing.assert_close(run(moving, (clip[:, :, order],))[0], found[:, :, order])
+    (clip,) = clips(moving)
+    (found,) = run(moving, WORDS, z=(clip,))
+    (shuffled,) = run(moving, WORDS, z=(clip[:, :, SHUFFLED],))
+    torch.testing.assert_close(shuffled, found[:, :, SHUFFLED])
     for frame in range(FRAMES):
-        torch.testing.assert_close(found[:, :, frame], run(still, (clip[:, :, frame],))[0])
+        (alone,) = run(still, WORDS, z=(clip[:, :, frame],))
+        torch.testing.assert_close(found[:, :, frame], alone)
 
 
-def test_clips_of_a_batch_do_not_see_each_other():
-    config = nest(PICTURE, MOVING)
-    net = awake(config)
-    z = noisy(config)
-    for whole, alone in zip(run(net, z), run(net, tuple(level[:1] for level in z)), strict=True):
-        torch.testing.assert_close(whole[:1], alone)
-
-
-def test_the_order_of_frames_matters_where_attention_looks_over_time():
-    config = nest(PICTURE, MOVING)
-    net = awake(config)
-    picture, clip = noisy(config)
-    order = torch.tensor([2, 0, 3, 1])
-    found = run(net, (picture, clip))[1]
-    shuffled = run(net, (picture, clip[:, :, order]))[1]
-    assert not torch.allclose(shuffled, found[:, :, order], atol=1e-3)
+def test_frames_see_each_other_in_order_and_clips_do_not():
+    net = awake(PICTURE, MOVING)
+    image, clip = clips(net)
+    found = run(net, WORDS, z=(image, clip))
+    alone = run(net, WORDS.rows(slice(1)), z=(image[:1], clip[:1]))
+    for whole, one in zip(found, alone, strict=True):
+        torch.testing.assert_close(whole[:1], one)
+    shuffled = run(net, WORDS, z=(image, clip[:, :, SHUFFLED]))[1]
+    assert not torch.allclose(shuffled, found[1][:, :, SHUFFLED], atol=1e-3)
 
 
 # --- attention over frames -----------------------------------------------------------------------
@@ -261,24 +217,18 @@ def test_attention_over_frames_is_softmax_over_the_times_of_one_position():
 
 
 @torch.no_grad()
-def test_attention_over_frames_knows_nothing_of_space():
-    layer, h = attention(), features()
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    moved = h.flatten(2)[:, :, order].view_as(h)
-    torch.testing.assert_close(layer(moved), layer(h).flatten(2)[:, :, order].view_as(h))
-
-
-@torch.no_grad()
-def test_many_sequences_attend_in_parts(monkeypatch: pytest.MonkeyPatch):
+def test_attention_over_frames_ignores_space_works_in_parts_and_starts_as_a_no_op(
+    monkeypatch: pytest.MonkeyPatch,
+):
     layer, h = attention(), features()
     whole = layer(h)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    moved = h.flatten(2)[:, :, order].view_as(h)
+    torch.testing.assert_close(layer(moved), whole.flatten(2)[:, :, order].view_as(h))
     monkeypatch.setattr(temporal, "SEQUENCES", 4)
     torch.testing.assert_close(layer(h), whole)
-
-
-def test_attention_over_frames_starts_as_a_no_op():
-    h = features().float()
-    assert torch.equal(FrameAttention(32, heads=4, frames=FRAMES)(h), h)
+    new = FrameAttention(32, heads=4, frames=FRAMES)
+    assert torch.equal(new(h.float()), h.float())
 
 
 # --- resampling of frames ------------------------------------------------------------------------
