@@ -239,6 +239,7 @@ def test_what_cannot_begin_leaves_the_folder_to_what_can(smooth, tmp_path):
     train_codec(small(smooth, "images=8"), tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:step skipped")
 def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
     config = small(smooth, "lr=1.0e+30", "warmup_images=0", "images=240")
     with pytest.raises(RuntimeError, match=r"not finite after .* images: .*--set lr=2\.5e\+29"):
