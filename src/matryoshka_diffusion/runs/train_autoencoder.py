@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +40,7 @@ from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
 from matryoshka_diffusion.train.run_folder import differences
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import NotFinite
+from matryoshka_diffusion.train.step import NotFinite, Recipe
 from matryoshka_diffusion.train.trainer import Trainer
 
 MEASURED_IMAGES = 512
@@ -96,13 +94,13 @@ def train_codec(
     _refuse_others(config, out)
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
-    recipe = Reconstruction(config, seen.channels)
-    trainer = Trainer.open(recipe, out, device)
+    trainer = Trainer.open(reconstruction(config, seen.channels), out, device)
     # Writing the config makes the folder this training's, so it comes after what can fail.
     if not (out / TRAINING).is_file():
         write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
     try:
-        trainer.fit(recipe.inputs_from(Loader.of(seen, config.seed, config.data), device), out)
+        loader = Loader.of(seen, config.seed, config.data)
+        trainer.fit(inputs_from(loader, config, device), out)
     except NotFinite as error:
         raise RuntimeError(
             f"the codec's loss or gradient is not finite after {error.step.end:,} images: try a "
@@ -114,73 +112,51 @@ def train_codec(
 # --- the recipe ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Recipe (`train.step.Recipe`) of an autoencoder of images with `colours` channels."""
+def reconstruction(config: CodecRunConfig, colours: int) -> Recipe[AutoencoderKL]:
+    """Recipe of an autoencoder of images with `colours` channels: one stage of one level."""
+    stage = StageConfig(levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr)
+    train = TrainConfig(
+        stages=(stage,),
+        seed=config.seed,
+        precision="fp32",
+        layout="nchw",
+        warmup_images=config.warmup_images,
+        decay_share=config.decay_share,
+        clip_norm=config.clip_norm,
+        log_every_images=config.log_every_images,
+        checkpoint_every_images=config.checkpoint_every_images,
+    )
 
-    config: CodecRunConfig
-    colours: int
+    def loss(net: AutoencoderKL, inputs: Inputs) -> Loss:
+        total = codec_loss(net, inputs.x[0], inputs.noise[0], config)
+        # The loss of each image is not worth a second pass: a report names the step's images.
+        return Loss(total, total[None], total.detach().expand(len(inputs.ids)))
 
-    level_names = ("codec",)
+    return Recipe(config, train, lambda _: build(config, colours), loss)
 
-    @cached_property
-    def train(self) -> TrainConfig:
-        """One stage of one level."""
-        config = self.config
-        stage = StageConfig(
-            levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr
+
+def inputs_from(
+    loader: Loader, config: CodecRunConfig, device: torch.device | str
+) -> Callable[[Step], Inputs]:
+    """Map a step to its images and the noise of their posteriors."""
+    side = config.side // config.factor
+    shape = (config.channels, side, side)
+
+    def inputs_of(step: Step) -> Inputs:
+        ids = range(step.first, step.end)
+        batch = loader.batch(ids)
+        noise = torch.stack([normal(config.seed, "codec", n, shape=shape) for n in ids])
+        return Inputs(
+            step=step,
+            x=(batch.picture.to(device),),
+            noise=(noise.to(device),),
+            t=torch.zeros(len(ids), device=device),
+            cond=Conditioning(),
+            ids=tuple(ids),
+            keys=batch.keys,
         )
-        return TrainConfig(
-            stages=(stage,),
-            seed=config.seed,
-            precision="fp32",
-            layout="nchw",
-            warmup_images=config.warmup_images,
-            decay_share=config.decay_share,
-            clip_norm=config.clip_norm,
-            log_every_images=config.log_every_images,
-            checkpoint_every_images=config.checkpoint_every_images,
-        )
 
-    def inputs_from(self, loader: Loader, device: torch.device | str) -> Callable[[Step], Inputs]:
-        """Map a step to its images and the noise of their posteriors."""
-        config = self.config
-        shape = (config.channels, *(config.side // config.factor,) * 2)
-
-        def inputs_of(step: Step) -> Inputs:
-            ids = range(step.first, step.end)
-            batch = loader.batch(ids)
-            noise = torch.stack([normal(config.seed, "codec", n, shape=shape) for n in ids])
-            return Inputs(
-                step=step,
-                x=(batch.picture.to(device),),
-                noise=(noise.to(device),),
-                t=torch.zeros(len(ids), device=device),
-                cond=Conditioning(),
-                ids=tuple(ids),
-                keys=batch.keys,
-            )
-
-        return inputs_of
-
-    def build(self, levels: int) -> AutoencoderKL:
-        return build(self.config, self.colours)
-
-    def loss(self, net: AutoencoderKL, inputs: Inputs) -> Loss:
-        total = codec_loss(net, inputs.x[0], inputs.noise[0], self.config)
-        # The loss of one image is not worth a second pass: a report names the step's images.
-        return Loss(total, total.detach()[None], total.detach().expand(len(inputs.ids)))
-
-    def level_of(self, name: str) -> int:
-        return 0
-
-    def in_order(self, net: AutoencoderKL) -> Sequence[torch.nn.Parameter]:
-        return list(net.parameters())
-
-    def finished(self, net: AutoencoderKL, weights: Mapping[str, Tensor]) -> AutoencoderKL:
-        model = self.build(1)
-        model.load_state_dict(weights)
-        return model
+    return inputs_of
 
 
 def build(config: CodecRunConfig, colours: int) -> AutoencoderKL:
