@@ -37,11 +37,10 @@ class Item(NamedTuple):
 
 
 def openmoji_items(side: int, count: int) -> Iterator[Item]:
-    """Images spread evenly over OpenMoji, in its order."""
-    from matryoshka_diffusion.config import DataConfig
-    from matryoshka_diffusion.data.source import open_source
+    """Pictures spread evenly over OpenMoji, in its order."""
+    from matryoshka_diffusion.data.emoji import openmoji
 
-    source = open_source(DataConfig(source="openmoji"), side)
+    source = openmoji(side)
     for place in range(count):
         example = source[place * len(source) // count]
         yield to_item(example.key, example.picture, example.captions)

@@ -351,7 +351,7 @@ def test_the_command_trains_watches_draws_and_shares(tiny_codec, own_cache, tmp_
     assert len(list((out / "previews").glob("*.png"))) == 2
     assert cli.main(["info", str(out)]) == 0
     assert (
-        f"codes of pictures of 64 px, 4 times smaller along each side, by {tmp_path / 'there'}"
+        f"codes of images of 64 px, 4 times smaller along each side, by {tmp_path / 'there'}"
         in (capsys.readouterr().out)
     )
     assert cli.main(["sample", str(out), "-n", "2", "-o", str(tmp_path / "samples")]) == 0
@@ -525,5 +525,5 @@ def test_a_model_and_its_codec_go_to_the_hub_and_back(tiny_codec, tmp_path, monk
 
 def test_info_says_what_is_still_to_be_given():
     text = describe(on_codes(None))
-    assert "levels are codes of pictures of 32 px" in text
+    assert "levels are codes of images of 32 px" in text
     assert "--codec" in text

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.cli import models as cli_models
 from matryoshka_diffusion.config import ConfigError, LevelConfig
 from matryoshka_diffusion.draw import clips, gallery, grid
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -275,4 +276,4 @@ def test_fps_changes_no_sample(videos):
 
 
 def test_the_command_offers_every_form_of_clip():
-    assert tuple(gallery.CLIP_FORMS) == cli.CLIPS
+    assert tuple(gallery.CLIP_FORMS) == cli_models.CLIPS

@@ -517,7 +517,6 @@ def test_a_released_file_is_sampled_from_at_once(tiny_t5, tmp_path, monkeypatch,
     mdm("convert", FILE, "-o", tmp_path / "model", "--text-encoder", tiny_t5)
     mdm("info", tmp_path / "model")
     mdm("sample", FILE, "-p", "a blue jay", *common, "-o", tmp_path / "one")
-    assert f"converting {FILE}, once" in capsys.readouterr().err
     (kept,) = (tmp_path / "cache" / "released").glob("*/model.safetensors")
     written = kept.stat().st_mtime_ns
     mdm("sample", FILE, "-p", "a blue jay", *common, "-o", tmp_path / "two")

@@ -169,8 +169,8 @@ def test_a_config_that_no_upsampler_can_have_is_refused(change: dict, message: s
 
 def test_info_says_what_is_enlarged_and_who_draws_it():
     config = upsampler_config()
-    said = "upsamples pictures of 8 pixels under noise of times up to 1; draws with 0.3, after "
-    assert f"{said}a base yet to be named (--base)" in describe(config)
+    said = "upsamples images of 8 pixels under noise of times up to 1; draws with 0.3, after "
+    assert f"{said}a base to be given (--base)" in describe(config)
     sampling = config.sampling.model_copy(update={"base": BaseConfig(path="runs/base")})
     named = config.model_copy(update={"sampling": sampling})
     assert f"{said}runs/base\n" in describe(named)

@@ -22,7 +22,7 @@ from matryoshka_diffusion.cli.options import (
     refuse_idle,
     sampling,
 )
-from matryoshka_diffusion.cli.terminal import Bars, leads, say
+from matryoshka_diffusion.cli.terminal import Bar, leads, say, show
 
 PROTOCOLS = ("coco30k", "imagenet50k")
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
     world: Any
     device: str
-    bars: Bars
+    bars: Bar
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def _job(options: argparse.Namespace) -> Iterator[Job]:
     from matryoshka_diffusion.train.distributed import joined, rank_device
 
     device = rank_device(find_device(options.device))
-    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world, Bars() as bars:
+    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world, Bar() as bars:
         yield Job(world, device, bars)
 
 
@@ -117,7 +117,7 @@ def sweep(options: argparse.Namespace) -> None:
     out = options.out or result.folder_of(options.model, "sweep")
     sweeping.write(points, out / "sweep.json")
     sweeping.draw(points, out / "sweep.png")
-    print(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
+    show(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
     best = sweeping.best(points)
     idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
     opened = {"precision": options.precision, "base": options.base}
@@ -126,7 +126,7 @@ def sweep(options: argparse.Namespace) -> None:
         for name, value in (fixed | opened).items()
         if value not in (None, PRECISION) and name not in idle
     }
-    print(f"best:\n{sweeping.command(options.model, best, given)}")
+    show(f"best:\n{sweeping.command(options.model, best, given)}")
 
 
 def _say_points(done: int, total: int) -> None:
@@ -181,7 +181,7 @@ def _report(job: Job, results: Sequence[Any], folder: Path) -> None:
 
     if job.world.leads:
         result.append(results, folder / result.FILE)
-        print(f"{result.report(results)}\n  in {folder / result.FILE}")
+        show(f"{result.report(results)}\n  in {folder / result.FILE}")
 
 
 # --- the parsers -------------------------------------------------------------------------------

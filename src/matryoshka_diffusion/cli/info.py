@@ -1,33 +1,67 @@
-"""What a nest looks like, level by level, as a table for people."""
+"""Commands that show: info, a nest as a table with its training, and plot, the curves of runs."""
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
+from matryoshka_diffusion.cli.options import MODEL, add_as, add_command
+from matryoshka_diffusion.cli.terminal import show
 
-from matryoshka_diffusion.config import LevelConfig, ModelConfig, RunConfig, StageConfig
-from matryoshka_diffusion.models.released import read_released
-from matryoshka_diffusion.nn.costs import (
-    activation_bytes,
-    count_parameters,
-    forward_flops,
-    training_bytes,
-)
-from matryoshka_diffusion.nn.lora import attach
-from matryoshka_diffusion.nn.nested import NestedUNet, level_of
-from matryoshka_diffusion.schedule import build_schedules
+if TYPE_CHECKING:
+    from matryoshka_diffusion.config import LevelConfig, RunConfig, StageConfig
+else:
+    LevelConfig = RunConfig = StageConfig = Any
 
-WORDS = ("level", "size", "widths", "blocks", "attention")
-OF_CLIPS = ("frames", "attention over them")
+IMAGE_COLUMNS = ("level", "size", "widths", "blocks", "attention")
+CLIP_COLUMNS = ("frames", "attention over them")
 NUMBERS = ("parameters", "GFLOP", "log-SNR(0.5)")
 
 
+def info(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.models.find import read_config
+    from matryoshka_diffusion.presets import preset
+
+    path = Path(options.name)
+    if options.as_ is not None or not path.exists():
+        show(describe(preset(options.name, options.as_)))
+    else:
+        show(describe_released(path) if path.is_file() else describe(read_config(options.name)))
+
+
+def plot(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.draw import curves
+
+    curves.plot(options.runs, options.out)
+    show(f"{options.out}: the curves of {', '.join(run.name for run in options.runs)}")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to the parser."""
+    command = add_command(commands, "info", info, "show a preset or a model, level by level")
+    add = command.add_argument
+    add("name", metavar="PRESET|RUN|FILE", help=f"preset, {MODEL}")
+    add_as(command)
+    command = add_command(commands, "plot", plot, "draw the curves of runs")
+    add = command.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    add("-o", "--out", type=Path, default=Path("plot.png"), metavar="FILE", help="(plot.png)")
+
+
+# --- a nest as a table -------------------------------------------------------------------------
+
+
 def describe(config: RunConfig) -> str:
-    """The nest as a table, then its process and its stages of training."""
+    """Format the nest as a table, then its process and the stages of its training."""
+    import torch
+
+    from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
+    from matryoshka_diffusion.nn.nested import NestedUNet, level_of
+    from matryoshka_diffusion.schedule import build_schedules
+
     model = config.model
     with torch.device("meta"):
         net = NestedUNet(model)
@@ -35,113 +69,44 @@ def describe(config: RunConfig) -> str:
     parameters = Counter({0: -shared})
     for name, parameter in net.named_parameters():
         parameters[level_of(name)] += parameter.numel()
-    flops = [forward_flops(model, count) for count in range(1, len(model.levels) + 1)]
-    moves = any(level.frames for level in model.levels)
-    words = WORDS + OF_CLIPS * moves
-    rows: list[tuple[str, ...]] = [words + NUMBERS]
-    half = torch.tensor([0.5], dtype=torch.float64)
-    for place, (level, schedule) in enumerate(
-        zip(model.levels, build_schedules(model), strict=True)
-    ):
-        own_flops = flops[place] - (flops[place - 1] if place else 0)
-        rows.append(
-            (
-                str(place + 1),
-                _size(level),
-                _widths(level),
-                *(_list(values) for values in (level.blocks, level.attention)),
-                *(_list(values) for values in _over_time(level) if moves),
-                f"{parameters[place]:,}",
-                f"{own_flops / 1e9:.2f}",
-                f"{schedule.log_snr(half).item():+.2f}",
-            )
+    words = IMAGE_COLUMNS + CLIP_COLUMNS * any(level.frames for level in model.levels)
+    rows: list[Sequence[str]] = [words + NUMBERS]
+    half, before = torch.tensor([0.5], dtype=torch.float64), 0
+    for place, schedule in enumerate(build_schedules(model)):
+        level, flops = model.levels[place], forward_flops(model, place + 1)
+        cells = [str(place + 1), _size(level), _widths(level)]
+        cells += [_list(level.blocks), _list(level.attention)]
+        if level.frames:
+            steps = range(len(level.widths))
+            cells.append(_list([level.frames_at(step) for step in steps]))
+            cells.append(_list(level.frame_attention or [0 for _ in steps]))
+        numbers = (
+            f"{parameters[place]:,}",
+            f"{(flops - before) / 1e9:.2f}",
+            f"{schedule.log_snr(half).item():+.2f}",
         )
+        rows.append(_row(words, *cells, numbers=numbers))
+        before = flops
     if shared:
-        rows.append(_padded(("shared", _condition(model)), words, f"{shared:,}", "", ""))
+        text = f"{model.classes} classes"
+        if model.text:
+            text = f"text {model.text.features}-d, {model.text.layers} layers of {model.text.width}"
+        rows.append(_row(words, "shared", text, numbers=(f"{shared:,}", "", "")))
     total = count_parameters(net)
-    rows.append(_padded(("total",), words, f"{total:,}", f"{flops[-1] / 1e9:.2f}", ""))
-    table = _align(rows, words=len(words))
+    rows.append(_row(words, "total", numbers=(f"{total:,}", f"{before / 1e9:.2f}", "")))
+    lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(length) if place < len(words) else cell.rjust(length)
+            for place, (cell, length) in enumerate(zip(row, lengths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
     return "\n".join([f"{config.name}: {total / 1e6:.1f} M parameters", *table, *_about(config)])
 
 
-def _padded(cells: tuple[str, ...], words: tuple[str, ...], *numbers: str) -> tuple[str, ...]:
-    """A row with little to say in words."""
-    return (*cells, *[""] * (len(words) - len(cells)), *numbers)
-
-
-def describe_released(path: Path) -> str:
-    """A released checkpoint's nest, and the run configuration that lies in the file."""
-    released = read_released(path)
-    others = released.weights.described()
-    if not others:
-        return describe(released.config)
-    text = yaml.dump(others, Dumper=_Plain, sort_keys=False, default_flow_style=None, width=100)
-    return f"{describe(released.config)}\n\nwhat else is in {path.name}:\n{text}".rstrip()
-
-
-class _Plain(yaml.SafeDumper):
-    """Values that occur twice are written twice."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def describe_plan(
-    config: RunConfig, pictures: int | None = None, *, gpus: int = 8, shards: bool = False
-) -> str:
-    """The nest, and what each stage of its training takes: steps, arithmetic, memory and data.
-
-    Memory is estimated: weights, gradients, moments and averages exactly, activations as
-    `costs.activation_bytes` counts them under `train.recompute`, halved unless in fp32.
-
-    Args:
-        pictures: how many there are to train on, if that is known.
-        gpus: to say the memory of, besides one.
-        shards: whether each of them holds a share of the weights (FSDP2).
-    """
-    precision = "fp32" if config.train.precision == "fp32" else "bf16"
-    lines = [describe(config)]
-    for place, stage in enumerate(config.train.stages, start=1):
-        with torch.device("meta"):
-            net = NestedUNet(config.model.first(stage.levels))
-            if config.train.lora is not None:
-                attach(net, config.train.lora)
-        fixed = training_bytes(net, len(config.train.ema_power))
-        each = activation_bytes(config.model, stage.levels, config.train.recompute)
-        each = each if precision == "fp32" else each // 2
-        shown = "a clip" if config.model.levels[stage.levels - 1].frames else "a picture"
-        work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size
-        rows = -(-stage.batch_size // config.train.accumulate)
-        steps = -(-stage.images // stage.batch_size)
-        lines += [
-            f"stage {place}: {steps:,} steps of {stage.batch_size:,}, "
-            f"{_teraflops(work)} a step at most",
-            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} {shown}; "
-            f"{_gigabytes(fixed + rows * each)} on one device, "
-            f"{_gigabytes(fixed // (gpus if shards else 1) + -(-rows // gpus) * each)} "
-            f"on each of {gpus}{' with shards' if shards else ''}",
-        ]
-    return "\n".join([*lines, _data_needed(config, pictures)])
-
-
-def _data_needed(config: RunConfig, pictures: int | None) -> str:
-    model, images = config.model, config.train.images
-    beside = "captions" if model.text else "classes" if model.classes else "nothing"
-    epochs = "" if pictures is None else f", {images / pictures:.3g} times each of {pictures:,}"
-    frames = config.data_frames
-    shown = "pictures" if frames is None else f"clips of {frames} frames"
-    return (
-        f"data: {shown} of {config.data_side} pixels or more, with {beside} beside them; "
-        f"{images:,} are seen{epochs}"
-    )
-
-
-def _teraflops(count: int) -> str:
-    return f"{count / 1e12:,.0f} TFLOP" if count > 1e14 else f"{count / 1e12:.3g} TFLOP"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"
+def _row(words: Sequence[str], *cells: str, numbers: Sequence[str]) -> list[str]:
+    return [*cells, *[""] * (len(words) - len(cells)), *numbers]
 
 
 def _size(level: LevelConfig) -> str:
@@ -151,46 +116,37 @@ def _size(level: LevelConfig) -> str:
 
 
 def _widths(level: LevelConfig) -> str:
-    """The widths, with "=" before one whose side is that of the width before."""
+    """The widths, with "=" before a width at the same side as the one before it."""
     first, *others = level.widths
     steps = (f"{'=' if level.stride(n) == 1 else ''}{wide}" for n, wide in enumerate(others))
     return " ".join([str(first), *steps])
-
-
-def _over_time(level: LevelConfig) -> tuple[Sequence[int], Sequence[int]]:
-    """Of each width, its frames and its layers of attention over them; nothing of pictures."""
-    if level.frames is None:
-        return (), ()
-    steps = range(len(level.widths))
-    return [level.frames_at(step) for step in steps], level.frame_attention or (0,) * len(steps)
 
 
 def _list(values: Sequence[int | float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-def _condition(model: ModelConfig) -> str:
-    if model.text:
-        return f"text {model.text.features}-d, {model.text.layers} layers of {model.text.width}"
-    return f"{model.classes} classes"
-
-
 def _about(config: RunConfig) -> list[str]:
-    process, train = config.process, config.train
+    """Lines about the codec, the process, the base, adapters and the stages of training."""
+    process, train, lines = config.process, config.train, []
+    if config.codec is not None:
+        lines.append(
+            f"levels are codes of images of {config.data_side} px, {config.codec.factor} times "
+            f"smaller along each side, by {config.codec.path or 'a codec to be given (--codec)'}"
+        )
     weighting = ", ".join(weighting.name for weighting in process.weighting)
-    lines = [*_codec(config)]
-    lines += [
+    lines.append(
         f"predicts {process.prediction}, loss weighted by {weighting}; "
         f"schedule {config.model.schedule}"
-    ]
+    )
     if any(weight != 1.0 for weight in process.level_weights):
         lines.append(f"weights of the levels' losses: {_list(process.level_weights)}")
-    if config.model.coarse is not None:
+    if (coarse := config.model.coarse) is not None:
         base = config.sampling.base
         lines.append(
-            f"upsamples pictures of {config.model.coarse.side} pixels under noise of times up to "
-            f"{config.model.coarse.max_noise:g}; draws with {config.sampling.coarse_noise:g}, "
-            f"after {'a base yet to be named (--base)' if base is None else base.path}"
+            f"upsamples images of {coarse.side} pixels under noise of times up to "
+            f"{coarse.max_noise:g}; draws with {config.sampling.coarse_noise:g}, "
+            f"after {'a base to be given (--base)' if base is None else base.path}"
         )
     if train.lora is not None:
         levels = _list([place + 1 for place in train.lora.levels]) or "all"
@@ -198,46 +154,102 @@ def _about(config: RunConfig) -> list[str]:
             f"trains adapters of rank {train.lora.rank} ({train.lora.maps} maps, levels {levels}) "
             f"around {train.init}"
         )
-    for place, stage in enumerate(train.stages, start=1):
-        mix = f", mix {_list_shares(stage.mix)}" if stage.mix else ""
-        lines.append(
-            f"stage {place}: {stage.levels} level{'s' * (stage.levels > 1)}, "
-            f"{stage.images:,} images, batch {stage.batch_size}, lr {stage.lr:g}{mix}"
-            f"{_gentle(stage)}"
-        )
-    return lines
+    return [*lines, *(_stage(n, stage) for n, stage in enumerate(train.stages, start=1))]
 
 
-def _codec(config: RunConfig) -> list[str]:
-    """What the levels are codes of, if they are."""
-    if config.codec is None:
-        return []
-    where = config.codec.path or "a codec yet to be given (--codec)"
-    return [
-        f"levels are codes of pictures of {config.data_side} px, {config.codec.factor} times "
-        f"smaller along each side, by {where}"
+def _stage(number: int, stage: StageConfig) -> str:
+    parts = [
+        f"stage {number}: {stage.levels} level{'s' * (stage.levels > 1)}",
+        f"{stage.images:,} images",
+        f"batch {stage.batch_size}",
+        f"lr {stage.lr:g}",
     ]
+    if stage.mix:
+        parts.append(f"mix {'/'.join(f'{share:.3g}' for share in stage.mix)}")
+    if stage.freeze_coarse_images:
+        parts.append(f"coarse levels frozen for {stage.freeze_coarse_images:,}")
+    if stage.ramp_images:
+        parts.append(f"new ones ramped over {stage.ramp_images:,}")
+    return ", ".join(parts)
 
 
-def _gentle(stage: StageConfig) -> str:
-    """How a stage with new levels begins, if it does so in a special way."""
-    frozen = f", coarse levels frozen for {stage.freeze_coarse_images:,}"
-    ramp = f", new ones ramped over {stage.ramp_images:,}"
-    return frozen * (stage.freeze_coarse_images > 0) + ramp * (stage.ramp_images > 0)
+def describe_released(path: Path) -> str:
+    """Describe a released checkpoint: its nest, and the other settings in the file."""
+    import yaml
+
+    from matryoshka_diffusion.models.released import read_released
+
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    released = read_released(path)
+    others = released.weights.described()
+    if not others:
+        return describe(released.config)
+    text = yaml.dump(others, Dumper=Plain, sort_keys=False, default_flow_style=None, width=100)
+    return f"{describe(released.config)}\n\nwhat else is in {path.name}:\n{text}".rstrip()
 
 
-def _list_shares(mix: tuple[float, ...]) -> str:
-    return "/".join(f"{share:.3g}" for share in mix)
+# --- costs of training (mdm train --dry-run) -----------------------------------------------------
 
 
-def _align(rows: list[tuple[str, ...]], *, words: int) -> list[str]:
-    """Columns of equal width; words, which are the first columns, to the left, numbers right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+def describe_plan(
+    config: RunConfig, images: int | None = None, *, gpus: int = 8, shards: bool = False
+) -> str:
+    """Describe the nest and the costs of each stage: steps, arithmetic, memory and data.
+
+    Memory is estimated: weights, gradients, moments and averages exactly, activations as
+    `costs.activation_bytes` counts them under `train.recompute`, halved unless in fp32.
+
+    Args:
+        images: number of training images, if known.
+        gpus: number of GPUs to state the memory for, besides one.
+        shards: whether each GPU holds a share of the weights (FSDP2).
+    """
+    import torch
+
+    from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops, training_bytes
+    from matryoshka_diffusion.nn.lora import attach
+    from matryoshka_diffusion.nn.nested import NestedUNet
+
+    train, precision = config.train, "fp32" if config.train.precision == "fp32" else "bf16"
+    lines = [describe(config)]
+    for place, stage in enumerate(train.stages, start=1):
+        with torch.device("meta"):
+            net = NestedUNet(config.model.first(stage.levels))
+            if train.lora is not None:
+                attach(net, train.lora)
+        fixed = training_bytes(net, len(train.ema_power))
+        each = activation_bytes(config.model, stage.levels, train.recompute)
+        each = each if precision == "fp32" else each // 2
+        sample = "a clip" if config.model.levels[stage.levels - 1].frames else "a picture"
+        work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size / 1e12
+        rows = -(-stage.batch_size // train.accumulate)
+        share = fixed // (gpus if shards else 1) + -(-rows // gpus) * each
+        lines += [
+            f"stage {place}: {-(-stage.images // stage.batch_size):,} steps of "
+            f"{stage.batch_size:,}, {_rounded(work)} TFLOP a step at most",
+            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} {sample}; "
+            f"{_gigabytes(fixed + rows * each)} on one device, {_gigabytes(share)} "
+            f"on each of {gpus}{' with shards' if shards else ''}",
         ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    frames, seen = config.data_frames, train.images
+    condition = (
+        "captions" if config.model.text else "classes" if config.model.classes else "nothing"
+    )
+    epochs = "" if images is None else f", {seen / images:.3g} times each of {images:,}"
+    kind = "pictures" if frames is None else f"clips of {frames} frames"
+    lines.append(
+        f"data: {kind} of {config.data_side} pixels or more, with {condition} beside them; "
+        f"{seen:,} are seen{epochs}"
+    )
+    return "\n".join(lines)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number > 100 else f"{number:.3g}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"

@@ -1,12 +1,13 @@
-"""The options that several commands of `mdm` have, and what is made of them."""
+"""Options that several commands of `mdm` share, and their values."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka_diffusion.cli.terminal import one_line, say
+from matryoshka_diffusion.cli.terminal import one_line
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.cascade import Model
@@ -16,21 +17,26 @@ else:
 SAMPLERS = ("dpmpp-2m", "ddim", "ddpm")
 GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
+DTYPES = ("fp32", "bf16")
 RANK_TIMEOUT = 60  # seconds
 PRECISION = "fp32"
 MODEL = "run folder, model folder, released .pth or shipped model"
+DATA = "folder, tar shards, parquet or hf:NAME"
 IDLE = {
-    "eta": "--eta is of ddim: add --sampler ddim, or leave it away",
-    "guidance_interval": "--interval is of guidance: give a weight (--cfg), or leave it away",
-    "rescale": "--rescale is of guidance: give a weight (--cfg), or leave it away",
+    "eta": "--eta only applies to ddim: add --sampler ddim or omit --eta",
+    "guidance_interval": "--interval only applies to guidance: add --cfg or omit --interval",
+    "rescale": "--rescale only applies to guidance: add --cfg or omit --rescale",
 }
-"""What is said of settings that change nothing."""
+"""Messages for settings that change no sample."""
+
+
+# --- options -----------------------------------------------------------------------------------
 
 
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    """Add a command, which calls `run` with its options; `text` says what it does."""
+    """Add a command that calls `run` with its options; `text` is its help."""
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -38,72 +44,74 @@ def add_command(
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """The option --device, for `find_device`."""
+    """Add --device, for `find_device`."""
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def add_base(command: Any) -> None:
-    """The option --base."""
-    command.add_argument(
-        "--base", metavar="RUN", help="of an upsampler: the model that draws what it enlarges"
-    )
+    """Add --base."""
+    text = "model that draws the small images for an upsampler"
+    command.add_argument("--base", metavar="RUN", help=text)
+
+
+def add_as(command: argparse.ArgumentParser) -> None:
+    """Add --as."""
+    text = "a baseline of the preset: simple, finest, base, upsampler, latent or codes"
+    command.add_argument("--as", dest="as_", metavar="BASELINE", help=text)
+
+
+def add_data(command: argparse.ArgumentParser, text: str = DATA) -> None:
+    """Add --data."""
+    command.add_argument("--data", metavar="DATA", help=text)
+
+
+def add_set(command: argparse.ArgumentParser) -> None:
+    """Add --set."""
+    text = "change path.to.key=value"
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def add_model_folder(command: argparse.ArgumentParser) -> None:
+    """Add -o for the folder of a new model."""
+    text = "the new model's folder"
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help=text)
+
+
+def add_text_encoder(command: argparse.ArgumentParser) -> None:
+    """Add --text-encoder."""
+    text = "folder or hub id of another text encoder"
+    command.add_argument("--text-encoder", metavar="PATH", help=text)
 
 
 def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> None:
-    """Everything that samples depend on; what is swept has options of its own."""
+    """Add the settings of samples; `swept` leaves out those that `mdm sweep` has as lists."""
     add_device(command)
+    add = command.add_argument
     if not swept:
-        _add_sampler(command)
-    command.add_argument(
-        "--interval",
-        dest="guidance_interval",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="guide only between these log-SNRs",
-    )
-    command.add_argument("--rescale", type=float, metavar="SHARE", help="of guidance, 0 to 1")
-    command.add_argument("--eta", type=float, help="of ddim: 0 deterministic, 1 as noisy as ddpm")
-    command.add_argument("--grid", choices=GRIDS, help="times that the sampler visits")
-    command.add_argument(
-        "--threshold", choices=THRESHOLDS, help="what keeps estimates in the range of pixels"
-    )
-    command.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="samples at a time (64 pictures, or clips of 64 frames in all)",
-    )
-    command.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default=PRECISION,
-        help=f"of the network ({PRECISION})",
-    )
+        add("--sampler", choices=SAMPLERS, help="(the model's own)")
+        add("--steps", type=positive, metavar="N", help="sampler steps (the model's own)")
+        text = "guidance weight for all levels, or one for each level, coarse to fine"
+        add("--cfg", type=_weights, dest="guidance", metavar="W[,W...]", help=text)
+        text = "time, 0 to 1, of the noise on an upsampler's small image"
+        add("--coarse-noise", type=float, metavar="T", help=text)
+    interval: Any = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
+    text = "guide only between these log-SNRs"
+    add("--interval", dest="guidance_interval", **interval, help=text)
+    add("--rescale", type=float, metavar="SHARE", help="guidance rescale, 0 to 1")
+    add("--eta", type=float, help="ddim: 0 deterministic, 1 as noisy as ddpm")
+    add("--grid", choices=GRIDS, help="times that the sampler visits")
+    add("--threshold", choices=THRESHOLDS, help="how estimates stay in the range of pixels")
+    text = "samples at a time (64 images, or clips of 64 frames together)"
+    add("--batch-size", type=positive, metavar="N", help=text)
+    text = f"of the network ({PRECISION})"
+    add("--precision", choices=DTYPES, default=PRECISION, help=text)
 
 
-def _add_sampler(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sampler", choices=SAMPLERS, help="if not that of the model's config")
-    command.add_argument(
-        "--steps", type=positive, metavar="N", help="of the sampler, if not those of the config"
-    )
-    command.add_argument(
-        "--cfg",
-        type=_weights,
-        dest="guidance",
-        metavar="W[,W...]",
-        help="guidance weight: one for all levels, or one each, coarse to fine",
-    )
-    command.add_argument(
-        "--coarse-noise",
-        type=float,
-        metavar="T",
-        help="of an upsampler: time, 0 to 1, of the noise on the picture that it enlarges",
-    )
+# --- values ------------------------------------------------------------------------------------
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings that were given."""
+    """The sampling settings on the command line."""
     names = (
         *("sampler", "steps", "grid", "threshold", "eta"),
         *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
@@ -120,13 +128,23 @@ def refuse_idle(model: Model, *cases: dict[str, Any]) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, or an error that says so."""
+    """Parse a whole number above 0."""
     return _whole(text, 1, "above 0")
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on, or an error that says so."""
+    """Parse a whole number from 0 on."""
     return _whole(text, 0, "from 0 on")
+
+
+def _whole(text: str, least: int, range_name: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {range_name}")
+    return value
 
 
 def _weights(text: str) -> float | tuple[float, ...]:
@@ -134,30 +152,22 @@ def _weights(text: str) -> float | tuple[float, ...]:
         first, *others = map(float, text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number, nor one for each level such as 3,1"
+            f"{text!r} is not a number, nor one number for each level such as 3,1"
         ) from error
     return (first, *others) if others else first
 
 
-def _whole(text: str, least: int, which: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {which}")
-    return value
-
-
 def find_device(name: str) -> str:
-    """The device of that name, if torch can use it; of `auto`, the best that is there."""
+    """Check that torch can use a device, or choose the best one for `auto`."""
     import torch
+
+    from matryoshka_diffusion.config import UsageError
 
     if name != "auto":
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
-            raise SystemExit(say(f"--device {name}: {one_line(error)}", 2)) from error
+            raise UsageError(f"--device {name}: {one_line(error)}") from error
         return name
     if torch.cuda.is_available():
         return "cuda"

@@ -50,7 +50,7 @@ def read_curves(run: Path) -> Curves:
             try:
                 lines.append(json.loads(text))
                 lines[-1]["images_seen"]
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number} is damaged: remove it") from error
     if not lines:
         raise UsageError(f"{path}: nothing has been logged yet")

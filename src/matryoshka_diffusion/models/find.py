@@ -145,7 +145,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         config = from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing beside the weights") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: no valid JSON ({error})") from error
     file = folder / checkpoint.weights_file(config)
     try:

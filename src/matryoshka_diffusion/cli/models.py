@@ -1,0 +1,215 @@
+"""Commands on trained models: sample, grow, convert, export, ema."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matryoshka_diffusion.cli.options import (
+    DTYPES,
+    MODEL,
+    add_base,
+    add_command,
+    add_data,
+    add_model_folder,
+    add_sampling,
+    add_set,
+    add_text_encoder,
+    find_device,
+    natural,
+    positive,
+    refuse_idle,
+    sampling,
+)
+from matryoshka_diffusion.cli.terminal import Bar, show
+
+FORMATS = ("mdm", "diffusers")
+CLIPS = ("webp", "mp4", "gif", "png")
+_MATCHED = 0.05  # error of an average's profile, at most
+
+
+def sample(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.cascade import open_model
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.draw import gallery
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    # With --coarse the user has the small images, so no base has to draw them.
+    load = partial(open_model, base=options.base) if options.coarse is None else Matryoshka.load
+    with Bar(f"converting {options.model}, once", "B", unit_scale=True) as bar:
+        model = load(
+            options.model,
+            device=find_device(options.device),
+            precision=options.precision,
+            text_encoder=options.text_encoder,
+            progress=bar,
+        )
+    settings, finest = sampling(options), model.resolutions[-1]
+    refuse_idle(model, settings)
+    if options.fps is not None and finest.frames is None:
+        raise UsageError(f"--fps {options.fps:g}: {model.config.name} draws images: omit --fps")
+    captioned = model.config.model.text is not None or model.config.model.classes > 0
+    subject = gallery.Subject(
+        model.config.name, finest.frames, finest.width, captioned, model.sampling(settings).fps
+    )
+    # Without a prompt or class, every class is drawn.
+    count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
+    gallery.check(options.out, options.clips, subject, count, options.n)
+    coarse: dict[str, Any] = {}
+    n = options.n
+    if options.coarse is not None:
+        coarse["coarse"], n = _coarse_images(options.coarse, model.config, count, n)
+    with Bar("sampling", " steps") as bar:
+        samples = model.sample(
+            options.prompt,
+            classes=options.classes,
+            negative=options.negative,
+            n=n,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=bar,
+            **coarse,
+            **settings,
+        )
+    drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
+    out = options.out or gallery.default_folder(options.model, samples.captions[0], options.seed)
+    show(gallery.save(drawn, out, options.clips))
+
+
+def _coarse_images(path: Path, config: Any, count: int, n: int) -> tuple[Any, int]:
+    """Read the images of --coarse, one for each sample; returns them and the samples a prompt."""
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.data.folder import for_each, read_coarse
+
+    if config.model.coarse is None:
+        raise UsageError(f"--coarse: {config.name} is no upsampler: omit --coarse")
+    images = read_coarse(path, config.model.coarse.side, config.model.channels)
+    return for_each(images, count, n)
+
+
+def grow(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
+
+    finer = partial(next_level, side=options.to)
+    if options.frames is not None:
+        finer = partial(next_frames, frames=options.frames)
+    config = grow_run(
+        options.model,
+        finer,
+        options.out,
+        options.set,
+        data=options.data,
+        freeze_coarse=options.freeze_coarse,
+        ramp=options.ramp,
+    )
+    sizes = ", ".join(level.size for level in config.model.levels)
+    show(f"{options.out}: levels {sizes}; mdm train {options.out} trains them")
+
+
+def convert(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.models.save import convert_released
+
+    with Bar("converting", "B", unit_scale=True) as bar:
+        config = convert_released(
+            options.file, options.out, text_encoder=options.text_encoder, progress=bar
+        )
+    show(f"{options.out}: {config.name}; mdm sample {options.out} -p TEXT draws with it")
+
+
+def export(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.models.save import export_model
+
+    if options.format == "diffusers":
+        from matryoshka_diffusion.files import refuse_full
+        from matryoshka_diffusion.models.diffusers import write_diffusers
+        from matryoshka_diffusion.pipeline import Matryoshka
+
+        refuse_full(options.out)
+        model = Matryoshka.load(options.model, text_encoder=options.text_encoder)
+        write_diffusers(model, options.out)
+        show(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
+    else:
+        config = export_model(options.model, options.out, options.dtype, options.text_encoder)
+        show(f"{options.out}: {sampling_command(options.out, config)} draws with it")
+
+
+def ema(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.models.save import average_model
+
+    error = average_model(options.run_folder, options.length, options.out)
+    if error > _MATCHED:
+        warnings.warn(
+            f"--length {options.length:g} is not matched, its profile is off by {error:.0%}: 32 "
+            "snapshots of train.ema_power=[0.05, 0.1] match lengths from 0.02 to 0.25",
+            stacklevel=1,
+        )
+    show(
+        f"{options.out}: the average of length {options.length:g}, its profile off by {error:.2%}; "
+        f"mdm sample {options.out} draws with it"
+    )
+
+
+def sampling_command(folder: Path, config: Any) -> str:
+    """The command that draws with a model; an upsampler whose config names no base needs one."""
+    alone = config.model.coarse is None or config.sampling.base is not None
+    return f"mdm sample {folder}" if alone else f"mdm sample {folder} --base RUN"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to the parser."""
+    command = add_command(commands, "sample", sample, "draw images or clips with a trained model")
+    add = command.add_argument
+    add("model", metavar="RUN", help=MODEL)
+    add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
+    add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
+    add("-n", type=positive, default=1, help="samples for each prompt or class")
+    add("--seed", type=int, default=0, help="sample i has seed SEED + i")
+    origin = command.add_mutually_exclusive_group()
+    add_base(origin)
+    text = "small images for an upsampler to enlarge"
+    origin.add_argument("--coarse", type=Path, metavar="PNG|DIR", help=text)
+    text = "a folder for all, or one file: .png, for clips also .mp4, .webp, .gif"
+    add("-o", "--out", type=Path, metavar="PATH", help=text)
+    text = "form of clips in a folder (webp); png, a folder for each clip, is for other programs"
+    add("--clips", choices=CLIPS, help=text)
+    add("--fps", type=float, help="frames per second of clips (the model's own)")
+    add_text_encoder(command)
+    add_sampling(command)
+
+    command = add_command(commands, "grow", grow, "put a finer level around a trained model")
+    add = command.add_argument
+    add("model", metavar="RUN", help=MODEL)
+    finer = command.add_mutually_exclusive_group(required=True)
+    finer.add_argument("--to", type=positive, metavar="SIDE", help="side in pixels, or codes")
+    finer.add_argument("--frames", type=positive, metavar="N", help="frames, at the same side")
+    add_data(command, "data to train on (RUN's own)")
+    add("--out", type=Path, required=True, metavar="RUN", help="the new run")
+    number = {"type": natural, "default": 0, "metavar": "N"}
+    add("--freeze-coarse", **number, help="freeze the old levels for the first N images")
+    add("--ramp", **number, help="raise the new level's loss weight from 0 over the first N images")
+    add_set(command)
+
+    text = "turn a released checkpoint into a model folder"
+    command = add_command(commands, "convert", convert, text)
+    command.add_argument("file", type=Path, metavar="FILE", help="vis_model_64x64.pth, ...")
+    add_model_folder(command)
+    add_text_encoder(command)
+
+    command = add_command(commands, "export", export, "write a model for sharing, or for diffusers")
+    command.add_argument("model", metavar="RUN", help=MODEL)
+    add_model_folder(command)
+    add = command.add_argument
+    add("--format", choices=FORMATS, default="mdm", help="for mdm (the default) or diffusers")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights, for mdm (fp32)")
+    add_text_encoder(command)
+
+    command = add_command(commands, "ema", ema, "average the weights of a run over another length")
+    add = command.add_argument
+    add("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
+    text = "share of the training that the average is over, such as 0.08"
+    add("--length", type=float, required=True, metavar="SHARE", help=text)
+    add_model_folder(command)

@@ -1,0 +1,300 @@
+"""Commands around training: train, embed, data check, demo."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matryoshka_diffusion.cli.models import sampling_command
+from matryoshka_diffusion.cli.options import (
+    DATA,
+    DTYPES,
+    RANK_TIMEOUT,
+    add_as,
+    add_base,
+    add_command,
+    add_data,
+    add_device,
+    add_set,
+    add_text_encoder,
+    find_device,
+    positive,
+)
+from matryoshka_diffusion.cli.terminal import Bar, duration, show, size_text
+
+PARALLEL = ("ddp", "fsdp")
+LOGS = ("tensorboard", "wandb")
+_DIFFUSION_OPTIONS = ("as_", "init", "base", "lora", "codec", "dry_run", "log", "gpus", "parallel")
+
+
+def train(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.runs import prepare
+    from matryoshka_diffusion.runs.train_autoencoder import find_codec_run
+
+    if (codec := find_codec_run(options.preset, options.data, options.set)) is not None:
+        return _train_codec(codec, options)
+    config = prepare.find_config(
+        options.preset,
+        options.data,
+        options.set,
+        options.init,
+        options.lora,
+        as_=options.as_,
+        base=options.base,
+        codec=options.codec,
+    )
+    if options.dry_run:
+        return _plan(config, options.gpus, options.parallel)
+    begun = Path(options.preset)
+    out = options.out or (begun if (begun / "config.yaml").is_file() else None)
+    if out is None:
+        raise UsageError("mdm train: give the run's folder with --out")
+    if (options.gpus or 1) > 1 and "RANK" not in os.environ:
+        from matryoshka_diffusion.train.distributed import launch
+
+        raise SystemExit(launch(options.gpus, options.arguments))
+    timeout = options.rank_timeout or RANK_TIMEOUT
+    _train(config, out, options.device, options.log, options.parallel or "ddp", timeout)
+    return None
+
+
+def _train_codec(config: Any, options: argparse.Namespace) -> None:
+    """Train an autoencoder; print its error and the command that uses it."""
+    from matryoshka_diffusion.codec.autoencoder import TRAINING
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.presets import PRESETS
+    from matryoshka_diffusion.runs.train_autoencoder import train_codec
+
+    for name in (*_DIFFUSION_OPTIONS, "rank_timeout"):
+        if getattr(options, name):
+            option = name.rstrip("_").replace("_", "-")
+            raise UsageError(f"--{option} is not for a codec: omit it")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("WORLD_SIZE: a codec trains in one process, without torchrun")
+    begun = Path(options.preset)
+    out = options.out or (begun if (begun / TRAINING).is_file() else None)
+    if out is None:
+        raise UsageError("mdm train: give the codec's folder with --out")
+    codec = train_codec(config, out, find_device(options.device))
+    preset = config.name.removesuffix("-codec")
+    preset = preset if preset in PRESETS else f"folder-64 --data {config.data.path}"
+    show(f"PSNR {codec.psnr:.2f} dB on {codec.measured_on}: {out / 'reconstructions.png'}")
+    show(f"trained: {codec.folder}; mdm train {preset} --as latent --codec {out} --out RUN")
+
+
+def _plan(config: Any, gpus: int | None, parallel: str | None) -> None:
+    """Print what a run would take, and a summary of its data if the config names any."""
+    from matryoshka_diffusion.cli.info import describe_plan
+    from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.data.source import PACKAGED
+    from matryoshka_diffusion.runs import prepare
+
+    source = None
+    if config.data.path is not None or config.data.source in PACKAGED:
+        source = prepare.open_source(config.data, config.data_side, config.data_frames)
+        config = prepare.complete(config, source)
+    images = None if source is None else len(source)
+    gpus = gpus if gpus and gpus > 1 else 8  # as many as most machines for this have
+    show(describe_plan(config, images, gpus=gpus, shards=parallel == "fsdp"))
+    if source is not None:
+        show(summary(source))
+
+
+def _train(
+    config: Any,
+    out: Path,
+    device: str,
+    logs: Sequence[str] = (),
+    parallel: Any = "ddp",
+    rank_timeout: int = RANK_TIMEOUT,
+) -> Path:
+    """Train with previews, as one of the ranks; returns the finished model's folder."""
+    import torch
+
+    from matryoshka_diffusion.cascade import keep_base
+    from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.runs import prepare
+    from matryoshka_diffusion.runs.grow import warm_start
+    from matryoshka_diffusion.runs.held_out import HeldOutLoss
+    from matryoshka_diffusion.runs.hooks import Preview, preview_of
+    from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
+    from matryoshka_diffusion.train.log import find_sink
+    from matryoshka_diffusion.train.run_folder import refuse_foreign
+    from matryoshka_diffusion.train.trainer import train as run
+
+    sinks = [find_sink(name) for name in dict.fromkeys(logs)]
+    device = rank_device(find_device(device))
+    with joined(torch.device(device), parallel, rank_timeout) as world:
+        world.once(lambda: refuse_foreign(out))
+        # Other ranks find in the cache what rank 0 downloads, decodes and encodes.
+        with (
+            world.first_here("data"),
+            Bar("encoding", " captions") as captions,
+            Bar("encoding") as codes,
+        ):
+            config = keep_base(config, out)
+            ready = prepare.prepare(config, device, progress=captions, coding=codes)
+        compare_data(world, ready.source.keys)
+        world.once(lambda: warm_start(ready.config, out))
+        every = ready.config.train.preview_every_images
+        prompts = preview_of(ready.source, ready.config)
+        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
+        if ready.held_out is not None:
+            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.codec)
+            hooks.append((every, watch))
+        if world.leads:
+            show("\n".join(filter(None, (summary(ready.source), ready.notes))))
+        finished = run(
+            ready.config,
+            ready.loader,
+            out,
+            encode=ready.encode,
+            base=ready.base,
+            quarantine=ready.source.quarantine,
+            hooks=hooks,
+            sinks=sinks,
+            device=device,
+            world=world,
+        )
+        if world.leads:
+            previews = out / "previews"
+            with_previews = f", with previews in {previews}" if previews.is_dir() else ""
+            command = sampling_command(out, ready.config)
+            show(f"trained: {finished}{with_previews}; draw with {command}")
+    return finished
+
+
+def embed(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.runs import prepare
+
+    config = prepare.find_config(options.preset, options.data, options.set)
+    texts, cache = prepare.captions_to_embed(
+        config,
+        find_device(options.device),
+        text_encoder=options.text_encoder,
+        precision=options.precision,
+    )
+    estimate, free = cache.estimate(texts), shutil.disk_usage(cache.folder).free
+    stored = estimate.captions - len(estimate.missing)
+    show(f"{estimate.captions:,} different captions, {stored:,} of them stored already")
+    if estimate.missing:
+        cut = f" ({estimate.cut:.1%} of them are cut)" if estimate.cut else ""
+        size = size_text(estimate.needed)
+        show(f"about {estimate.tokens:.1f} tokens each{cut}: {size} to write")
+        show(f"to {cache.folder} ({size_text(free)} free)")
+        if estimate.needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the features do not fit into {cache.folder}: about {estimate.needed:,} bytes "
+                f"needed, {free:,} bytes free; set MDM_CACHE to a folder on a larger disk",
+            )
+        show(f"about {duration(cache.seconds(estimate.missing))}")
+    with Bar("encoding", " captions") as bar:
+        cache.add(estimate.missing, bar)
+    stored = f"{len(cache.store):,} captions, {size_text(cache.store.bytes)}"
+    show(f"{cache.folder}: features of {stored}; training with this encoder reads them")
+
+
+def data_check(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.data.bad import NoneUsable
+    from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad
+    from matryoshka_diffusion.draw.grid import save_png
+    from matryoshka_diffusion.runs import prepare
+
+    allowed = prepare.find_config(options.preset, options.data, options.set).data.max_bad_fraction
+    everything = [*options.set, "data.max_bad_fraction=1.0"]
+    config = prepare.find_config(options.preset, options.data, everything)
+    try:
+        source = prepare.open_source(config.data, config.data_side, config.data_frames)
+        show(describe(source))
+    except NoneUsable as error:
+        show(describe_bad(error.bad))
+        raise
+    if options.sheet is not None:
+        save_png(contact_sheet(source), options.sheet, None)
+        show(f"contact sheet: {options.sheet}")
+    bad, total = len(source.bad), source.total
+    if bad > allowed * total:
+        raise ValueError(
+            f"training would refuse this: {bad} of {total} files are bad, and "
+            f"data.max_bad_fraction is {allowed:g}"
+        )
+
+
+def demo(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.draw.grid import save_png
+    from matryoshka_diffusion.eval.evaluate import evaluate
+    from matryoshka_diffusion.eval.prompts import demo_sheet
+    from matryoshka_diffusion.pipeline import Matryoshka
+    from matryoshka_diffusion.runs import prepare
+
+    device = find_device(options.device)
+    config = prepare.find_config("openmoji", None, options.set)
+    finished = _train(config, options.out, device)
+    model = Matryoshka.load(finished, device=device)
+    source = prepare.open_source(model.config.data, model.picture_side)
+    with Bar("24 prompts", " steps") as bar:
+        page = demo_sheet(model, source, progress=bar)
+    path = options.out / "sheet.png"
+    save_png(page, path, {"model": model.config.name})
+    with Bar() as bar:
+        folder = options.out / "eval"
+        results = evaluate(model, "retrieval", source=source, folder=folder, progress=bar)
+    show(results[0].sentence())
+    show(f"24 prompts at every level, beside the real images: {path}")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to the parser."""
+    command = add_command(commands, "train", train, "train a preset, or continue a run")
+    add = command.add_argument
+    add("preset", metavar="PRESET", help="preset, YAML file, run folder, or model to tune")
+    add_as(command)
+    add_data(command)
+    add("--out", type=Path, metavar="RUN", help="the run's folder")
+    add("--init", metavar="MODEL", help="start from the weights of this model")
+    add_base(command)
+    text = "train only adapters of this rank around it"
+    add("--lora", type=positive, metavar="RANK", help=text)
+    text = "train on codes of this autoencoder (diffusers' AutoencoderKL)"
+    add("--codec", metavar="PATH", help=text)
+    add("--dry-run", action="store_true", help="print what training would take, and stop")
+    add("--gpus", type=positive, metavar="N", help="train on N GPUs of this machine (1)")
+    text = "copies of the network on several GPUs (ddp), or shares of it, in less memory (fsdp)"
+    add("--parallel", choices=PARALLEL, help=text)
+    text = f"a rank that is silent for so long is dead ({RANK_TIMEOUT})"
+    add("--rank-timeout", type=positive, metavar="SECONDS", help=text)
+    add("--log", choices=LOGS, action="append", default=[], help="log there, too (extras)")
+    add_device(command)
+    add_set(command)
+
+    text = "store the text features of a data set's captions"
+    command = add_command(commands, "embed", embed, text)
+    add = command.add_argument
+    add("preset", metavar="PRESET", help="preset, YAML file or run folder")
+    add_data(command)
+    add_text_encoder(command)
+    add("--precision", choices=("auto", *DTYPES), help="of the encoder (the run's)")
+    add_device(command)
+    add_set(command)
+
+    data = commands.add_parser("data", help="look at data before training")
+    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = add_command(checks, "check", data_check, "describe a data set as training reads it")
+    add = command.add_argument
+    add("data", metavar="DATA", nargs="?", help=DATA)
+    add("--preset", default="folder-64", help="preset whose data and side are meant (folder-64)")
+    add("--sheet", type=Path, metavar="FILE.png", help="draw 64 of the images or clips")
+    add_set(command)
+
+    command = add_command(commands, "demo", demo, "train openmoji and show what it has learnt")
+    folder = {"type": Path, "default": Path("runs/demo"), "metavar": "RUN"}
+    command.add_argument("--out", **folder, help="its folder (runs/demo)")
+    add_device(command)
+    add_set(command)
