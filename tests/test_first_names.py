@@ -1,0 +1,92 @@
+"""Files whose tensors have the names of version 0.1.0 are read as files of today."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matryoshka_diffusion.models.find import find_model, shipped_models
+from matryoshka_diffusion.nn.nested import first_name
+from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.averages import synthesise
+from matryoshka_diffusion.train.checkpoint import fingerprint, newest
+from matryoshka_diffusion.train.trainer import train
+from test_upsampler import upsampler_config
+from tiny_run import TinyPictures, encode
+
+RENAMED = ("adapters.1.inward.weight", "levels.0.micro.coarse_time.0.bias")
+
+
+def with_first_names(path: Path) -> None:
+    """Rewrite a safetensors file with the names that version 0.1.0 gave to its tensors."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {first_name(name): value.clone() for name, value in load_file(path).items()}
+    assert any("levels.1.inward." in name for name in tensors), path
+    assert any("levels.0.image_time." in name for name in tensors), path
+    save_file(tensors, path, metadata)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of an upsampler with two levels, and the same run with first names in every file."""
+    config = upsampler_config(levels=2)
+    recipe = config.train.model_copy(update={"ema_power": (0.05, 0.1)})
+    folder = tmp_path_factory.mktemp("runs")
+    run = folder / "present"
+    train(config.model_copy(update={"train": recipe}), TinyPictures(), run, encode=encode)
+    old = shutil.copytree(run, folder / "first")
+    for path in old.rglob("*.safetensors"):
+        with_first_names(path)
+    return run, old
+
+
+def the_checkpoint(run: Path) -> checkpoint.Snapshot:
+    path = newest(run.parent / "present" / "checkpoints")
+    assert path is not None
+    return checkpoint.read(run / "checkpoints" / path.name)
+
+
+READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "model": lambda run: find_model(run)[0],
+    "average made afterwards": lambda run: dict(synthesise(run / "ema", 0.07).weights),
+    **{
+        part: lambda run, part=part: dict(getattr(the_checkpoint(run), part))
+        for part in ("weights", "ema", "optimizer", "tracks")
+    },
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+def test_first_names_are_read_as_present_ones(runs: tuple[Path, Path], reader: Callable):
+    present, first = (reader(run) for run in runs)
+    assert all(any(name in key for key in present) for name in RENAMED)
+    assert present.keys() == first.keys()
+    assert all(torch.equal(present[name], first[name]) for name in present)
+
+
+def test_a_network_exported_for_diffusers_opens_with_first_names(runs, tmp_path):
+    from matryoshka_diffusion.models.diffusers import MDMNetwork
+
+    weights, config = find_model(runs[0])
+    network = MDMNetwork(config.model_dump(mode="json"), 2)
+    network.net.load_state_dict(weights)
+    network.save_pretrained(tmp_path)
+    with_first_names(tmp_path / "diffusion_pytorch_model.safetensors")
+    found = MDMNetwork.from_pretrained(tmp_path).net.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_the_hash_of_weights_is_that_of_version_0_1_0():
+    """Configs of LoRA runs and upsamplers name their base by it."""
+    weights, _ = find_model("openmoji")
+    stored = load_file(shipped_models()["openmoji"] / "model.safetensors")
+    assert weights.keys() == stored.keys()
+    assert fingerprint(stored).startswith("50f900a57ac5270ac65868fa4f644814")
