@@ -23,7 +23,7 @@ from benchmarks.harness import ROOT, parse, parser, report
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def run_config(name: str) -> RunConfig:
 
 def write(config: RunConfig, folder: Path) -> int:
     """A checkpoint with moments; returns the bytes of its tensors."""
-    trainer = Trainer(Diffusion(config), images_seen=config.train.images)
+    trainer = Trainer(diffusion(config), images_seen=config.train.images)
     for parameter in trainer.net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
@@ -52,7 +52,7 @@ def restore(name: str, folder: Path) -> int:
     path = checkpoint.newest(folder)
     assert path is not None
     snapshot = checkpoint.read(path)
-    trainer = Trainer(Diffusion(run_config(name)), images_seen=snapshot.state["images_seen"])
+    trainer = Trainer(diffusion(run_config(name)), images_seen=snapshot.state["images_seen"])
     trainer.restore(snapshot, where=str(path))
     assert trainer.optimizer.state
     return resident("VmHWM") - before

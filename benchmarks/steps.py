@@ -16,7 +16,7 @@ from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import autocast
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Diffusion, Stepped
+from matryoshka_diffusion.train.step import Stepped, diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 
 WORDS = 8
@@ -72,7 +72,7 @@ def trainer(name: str, batch: int, device: torch.device, **train: Any) -> Repeat
     config = preset(name)
     settings = {"precision": "fp32", "layout": "nchw"} | train
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
-    trainer = Trainer(Diffusion(config), device, images_seen=config.train.images)
+    trainer = Trainer(diffusion(config), device, images_seen=config.train.images)
     step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)
     return Repeated(trainer, Feed(config, Noise(config), _encoder(config), device)(step))
 

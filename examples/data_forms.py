@@ -37,10 +37,11 @@ class Item(NamedTuple):
 
 
 def openmoji_items(side: int, count: int) -> Iterator[Item]:
-    """Pictures spread evenly over OpenMoji, in its order."""
-    from matryoshka_diffusion.data.emoji import openmoji
+    """Images spread evenly over OpenMoji, in its order."""
+    from matryoshka_diffusion.config import DataConfig
+    from matryoshka_diffusion.data.source import open_source
 
-    source = openmoji(side)
+    source = open_source(DataConfig(source="openmoji"), side)
     for place in range(count):
         example = source[place * len(source) // count]
         yield to_item(example.key, example.picture, example.captions)

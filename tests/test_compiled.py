@@ -16,7 +16,7 @@ from matryoshka_diffusion.train import trainer as trainer_module
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.precision import compile_network
 from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def train(config: RunConfig) -> tuple[Trainer, list[float]]:
-    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
+    trainer, feed = Trainer(diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     losses = []
     for step in steps(config.train):
         trainer.grow(len(step.rows))
@@ -82,7 +82,7 @@ def train(config: RunConfig) -> tuple[Trainer, list[float]]:
 def test_without_a_compiler_the_error_comes_at_the_start(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no no-such-compiler: install it.*train\.compile=false"):
-        Trainer(Diffusion(tiny_config(compile=True)), CPU)
+        Trainer(diffusion(tiny_config(compile=True)), CPU)
 
 
 def test_on_a_gpu_triton_is_needed_too(monkeypatch):

@@ -12,7 +12,7 @@ from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.precision import resolve_layout
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import step_at
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 from test_trainer import run, stop_at, there
 from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
@@ -28,7 +28,7 @@ def is_last(x: torch.Tensor) -> bool:
 def test_all_that_is_as_large_as_the_weights_lies_as_the_features_do():
     """Else each step would copy weights, or update averages one element at a time."""
     config = tiny_config(layout="channels_last")
-    trainer = Trainer(Diffusion(config))
+    trainer = Trainer(diffusion(config))
     seen: list[Pyramid] = []
     trainer.grow(2)
     trainer.net.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -47,7 +47,7 @@ def test_layouts_agree_up_to_rounding(make, loader):
     losses = []
     for layout in ("nchw", "channels_last"):
         config = make(layout=layout, dropout=0.0)  # its masks follow memory's order
-        trainer, feed = Trainer(Diffusion(config)), Feed(config, loader(), encode)
+        trainer, feed = Trainer(diffusion(config)), Feed(config, loader(), encode)
         losses += [[trainer.step(feed(step_at(config.train, 4 * n))).loss for n in range(3)]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

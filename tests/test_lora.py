@@ -37,7 +37,7 @@ from matryoshka_diffusion.train.checkpoint import (
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer, train
 from test_trainer import stop_at, there
 from tiny_run import TinyPictures, encode, tiny_config
@@ -162,7 +162,7 @@ def tuned(model, tmp_path_factory) -> Path:
 
 def test_a_run_changes_the_adapters_and_nothing_else(model):
     config, base = tuning(model), find_model(model)[0]
-    trainer = Trainer(Diffusion(config, base), CPU)
+    trainer = Trainer(diffusion(config, base), CPU)
     start = {name: value.clone() for name, value in trainer.net.state_dict().items()}
     feed = Feed(config, TinyPictures(), encode)
     for step in list(steps(config.train))[:2]:

@@ -19,7 +19,7 @@ from matryoshka_diffusion.train.checkpoint import newest, read, save
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import DTYPES, GROWTH_INTERVAL, LossScale, autocast
 from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.step import PATIENCE, Diffusion, NotFinite, Outcome, Skipped
+from matryoshka_diffusion.train.step import PATIENCE, NotFinite, Outcome, Skipped, diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -126,7 +126,7 @@ def config_of(precision: str, **changes):
 def learnt(count: int, precision: str, factor: float | None = None):
     """A trainer after the first steps of a run, and what they came to."""
     config = config_of(precision)
-    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
+    trainer, feed = Trainer(diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     if factor is not None:
         scaled(trainer, factor)
     outcomes = [trainer.step(feed(step)) for step in islice(steps(config.train), count)]
@@ -197,7 +197,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
 
 
 def test_patience_ends_only_where_the_scale_cannot_fall():
-    trainer, inputs = Trainer(Diffusion(config_of("fp16")), CPU), given()
+    trainer, inputs = Trainer(diffusion(config_of("fp16")), CPU), given()
     next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
     for _ in range(16):
         trainer.step(inputs)
@@ -210,7 +210,7 @@ def test_patience_ends_only_where_the_scale_cannot_fall():
 
 
 def restored_from(config, snapshot):
-    trainer = Trainer(Diffusion(config), CPU, snapshot.state["images_seen"])
+    trainer = Trainer(diffusion(config), CPU, snapshot.state["images_seen"])
     trainer.restore(snapshot, where="here")
     return trainer
 

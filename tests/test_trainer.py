@@ -32,7 +32,7 @@ from matryoshka_diffusion.train.log import Display, Entry, Metrics, summary
 from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
 from matryoshka_diffusion.train.stages import Step, step_at, steps
-from matryoshka_diffusion.train.step import Diffusion, NotFinite, Sample, Skipped, Stepped
+from matryoshka_diffusion.train.step import NotFinite, Sample, Skipped, Stepped, diffusion
 from matryoshka_diffusion.train.trainer import Trainer, View, train
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -378,7 +378,7 @@ def test_conditions_that_cannot_be_had_are_an_error_at_the_start():
 def learner_after(images_seen: int, config: RunConfig | None = None) -> Trainer:
     """A trainer that was trained on the first images of a run."""
     config = config or tiny_config()
-    trainer, feed = Trainer(Diffusion(config), CPU), Feed(config, TinyPictures(), encode)
+    trainer, feed = Trainer(diffusion(config), CPU), Feed(config, TinyPictures(), encode)
     for step in steps(config.train):
         if step.first >= images_seen:
             break
@@ -408,7 +408,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
     gradients, outcomes = [], []
     for count in (1, accumulate):
         config = tiny_config(dropout=0.0, stages=stages, accumulate=count, clip_norm=1e9)
-        trainer = Trainer(Diffusion(config), CPU)
+        trainer = Trainer(diffusion(config), CPU)
         outcomes.append(
             trainer.step(Feed(config, TinyPictures(), encode)(step_at(config.train, 0)))
         )
@@ -423,7 +423,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told():
     config = tiny_config(clip_norm=1e-3)
-    trainer = Trainer(Diffusion(config), CPU)
+    trainer = Trainer(diffusion(config), CPU)
     outcome = trainer.step(inputs(step_at(config.train, 0)))
     norms = [there(p.grad).norm() for p in trainer.net.parameters()]
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)

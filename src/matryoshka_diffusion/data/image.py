@@ -60,6 +60,16 @@ PICTURES = Kind(
     frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"}),
     MAX_BYTES,
 )
+ANIMATIONS = frozenset({".webp", ".gif"})
+CONTAINERS = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv"})
+VIDEOS = Kind(
+    "video",
+    "MP4, WEBM, AVI, MOV, MKV, WEBP or GIF",
+    ANIMATIONS | CONTAINERS,
+    frozenset({".3gp", ".apng", ".flv", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv"}),
+    2**29,
+    previews=ANIMATIONS,
+)
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """Longest side that is kept, in units of the shorter one, around the middle.
 

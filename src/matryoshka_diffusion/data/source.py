@@ -241,23 +241,22 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         ValueError, OSError: the data is missing or unusable; the message says what to do.
         MissingExtra: an optional package is not installed.
     """
+    from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
+
     if config.source == "openmoji":
         from matryoshka_diffusion.data.emoji import openmoji
 
         if config.path is not None:
             raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
-        return openmoji(side)
+        return open_catalogue(openmoji(side), picture_decoder(side, "centre"), 0.0)
     if config.source == "fashion-mnist":
         from matryoshka_diffusion.data.fashion_mnist import fashion_mnist
 
         return fashion_mnist(side, None if config.path is None else _expanded(config.path))
-    from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
-
     if config.path is None:
         raise ConfigError(f"data.path is not set: {_remedy(config.source)}")
     if config.source in VIDEO_SOURCES:
         return _open_videos(config, config.path, side, frames)
-    decoder = picture_decoder(side, config.crop)
     path = absolute(config.path)
     if config.source == "folder":
         from matryoshka_diffusion.data.folder import folder
@@ -268,24 +267,33 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
 
         catalogue = shards(path)
     else:
-        from matryoshka_diffusion.data import tables
+        from matryoshka_diffusion.data.tables import hugging_face, parquet
 
-        is_parquet = config.source == "parquet"
-        catalogue = tables.parquet(path) if is_parquet else tables.hugging_face(path)
-    return open_catalogue(catalogue, decoder, config.max_bad_fraction)
+        catalogue = parquet(path) if config.source == "parquet" else hugging_face(path)
+    return open_catalogue(catalogue, picture_decoder(side, config.crop), config.max_bad_fraction)
 
 
 def _open_videos(config: DataConfig, path: str, side: int, frames: int | None) -> Source:
     from matryoshka_diffusion.data.decoded import open_catalogue
     from matryoshka_diffusion.data.emoji import fluent_emoji
-    from matryoshka_diffusion.data.video import clip_decoder, videos
+    from matryoshka_diffusion.data.folder import folder, holds
+    from matryoshka_diffusion.data.image import CONTAINERS, VIDEOS
+    from matryoshka_diffusion.data.shards import shards
+    from matryoshka_diffusion.data.video import clip_decoder, pyav
 
     decoder = clip_decoder(config, side, frames)
     if config.source == "fluent-emoji":
         catalogue = fluent_emoji(_expanded(path), config, frames)
         return open_catalogue(catalogue, decoder, config.max_bad_fraction)
+    pyav()  # now and not after hours, when the first video is decoded
+    path, place = absolute(path), Path(absolute(path))
+    is_folder = "://" not in path and place.is_dir()
     try:
-        return open_catalogue(videos(absolute(path)), decoder, config.max_bad_fraction)
+        if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
+            catalogue = folder(place, VIDEOS, "clips")
+        else:  # which may have animations beside them
+            catalogue = shards(path, VIDEOS)
+        return open_catalogue(catalogue, decoder, config.max_bad_fraction)
     except NoneUsable as error:
         if frames is None:
             raise
@@ -296,8 +304,7 @@ def _open_videos(config: DataConfig, path: str, side: int, frames: int | None) -
 def _remedy(source: SourceName) -> str:
     from matryoshka_diffusion.data.emoji import FLUENT_EMOJI
     from matryoshka_diffusion.data.folder import forms
-    from matryoshka_diffusion.data.image import PICTURES
-    from matryoshka_diffusion.data.video import VIDEOS
+    from matryoshka_diffusion.data.image import PICTURES, VIDEOS
 
     if source == "fluent-emoji":
         return f"give the folder of the unpacked npm package {FLUENT_EMOJI} with --data"
@@ -335,8 +342,7 @@ def kind_of(path: str) -> SourceName:
     count before shards and parquet files.
     """
     from matryoshka_diffusion.data.folder import holds
-    from matryoshka_diffusion.data.image import SUFFIXES
-    from matryoshka_diffusion.data.video import CONTAINERS
+    from matryoshka_diffusion.data.image import CONTAINERS, SUFFIXES
 
     if path.startswith(HUGGING_FACE):
         return "datasets"

@@ -73,20 +73,18 @@ def _rows(table: Any, columns: _Columns) -> list[_Row]:
 
 def _row(caption: Any, label: Any) -> _Row:
     try:
-        text = None if caption is None else caption.as_py()
-        number = None if label is None else label.as_py()
-    except UnicodeDecodeError:
-        return _Row(flaw="its caption or class is not UTF-8")
-    texts: list[Any] = text if isinstance(text, list) else [text]
-    try:
+        text, value = (None if cell is None else cell.as_py() for cell in (caption, label))
+        texts: list[Any] = text if isinstance(text, list) else [text]
         if text is not None and not all(isinstance(one, str) for one in texts):
             return _Row(flaw="its caption is no text")
         captions = () if text is None else clean(texts)
+    except UnicodeDecodeError:
+        return _Row(flaw="its caption or class is not UTF-8")
     except CaptionError as error:
         return _Row(flaw=str(error))
-    if isinstance(number, int):
-        return _Row(captions, int(number))  # yes and no are 1 and 0
-    return _Row(captions, number if isinstance(number, str) else None)
+    if isinstance(value, int):
+        return _Row(captions, int(value))  # yes and no are 1 and 0
+    return _Row(captions, value if isinstance(value, str) else None)
 
 
 def _samples(
@@ -102,14 +100,9 @@ def _samples(
     words = tuple(sorted({row.label for row in rows if isinstance(row.label, str)}))
     if words and any(isinstance(row.label, int) for row in rows):
         raise ValueError("classes are numbers in some of the rows and words in others")
-    numbers = {word: number for number, word in enumerate(words)}
+    numbers: dict[Any, Any] = {word: number for number, word in enumerate(words)}
     samples = [
-        Sample(
-            key,
-            row.captions,
-            numbers[row.label] if isinstance(row.label, str) else row.label,
-            flaw=row.flaw,
-        )
+        Sample(key, row.captions, numbers.get(row.label, row.label), flaw=row.flaw)
         for key, row in zip(keys, rows, strict=True)
     ]
     return samples, words or tuple(names)

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -20,88 +20,19 @@ from PIL import Image, ImageOps
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
-from matryoshka_diffusion.data.decoded import Catalogue, Decoder
-from matryoshka_diffusion.data.folder import folder, holds
-from matryoshka_diffusion.data.image import REACH, Kind, judge, judging, resized
-from matryoshka_diffusion.data.shards import shards
+from matryoshka_diffusion.data.decoded import Decoder
+from matryoshka_diffusion.data.image import REACH, VIDEOS, judge, judging, resized
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import fraction, require
 
-MAX_BYTES = 2**29
-MAX_PIXELS = 10_000_000
-"""Pixels of a frame: 4096 x 2304 and a little more. A decoder holds a dozen frames."""
-MAX_FRAMES = 100_000
-"""Frames of a video: an hour at 25 frames per second."""
-MAX_SECONDS = 60.0
-"""Processor time for one clip; most take some hundredths of a second."""
-CACHED_BYTES = 2**30
-"""Largest set of clips that is decoded into the cache."""
-
-ANIMATIONS = frozenset({".webp", ".gif"})
-CONTAINERS = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv"})
-VIDEOS = Kind(
-    "video",
-    "MP4, WEBM, AVI, MOV, MKV, WEBP or GIF",
-    ANIMATIONS | CONTAINERS,
-    frozenset({".3gp", ".apng", ".flv", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv"}),
-    MAX_BYTES,
-    previews=ANIMATIONS,
-)
+MAX_PIXELS = 10_000_000  # of a frame: 4096 x 2304 and a little more; a decoder holds a dozen
+MAX_FRAMES = 100_000  # of a video: an hour at 25 frames per second
+MAX_SECONDS = 60.0  # of a processor for one clip; most take some hundredths of a second
+CACHED_BYTES = 2**30  # of the largest set of clips that is decoded into the cache
 
 _VERSION = 3  # raise it when the same file would give another clip
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
-_ENDLESS = 2**32 - 1
 _UNKNOWN = f"no {VIDEOS.formats}, or damaged at its start"
-
-
-def videos(path: str) -> Catalogue:
-    """Videos in a folder, as `folder` reads images, or in shards.
-
-    Raises:
-        OSError: nothing is there, or it cannot be read.
-        ValueError: there are no videos.
-        MissingExtra: PyAV is not installed.
-    """
-    pyav()  # now and not after hours, when the first video is decoded
-    place = Path(path)
-    is_folder = "://" not in path and place.is_dir()
-    if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
-        return folder(place, VIDEOS, "clips")
-    return shards(path, VIDEOS)  # which may have animations beside them
-
-
-def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
-    """Decoder of clips of `frames`, or of their first frames as images without `frames`."""
-    length = frames or data.clip_frames
-
-    def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
-        if start is None:  # "random" too has a usual place, for readers without a sample number
-            start = 0.0 if data.clip == "start" else fraction(f"clip {key}")
-        with open_video(file) as video:
-            numbers = choose(video, data, length, start)[: frames or 1]
-            small, original_side = {}, 0
-            wanted = sorted(set(numbers))
-            for number, image in zip(wanted, video.frames(wanted), strict=True):
-                original_side = min(image.size)
-                small[number] = resized(image, side, REACH[data.crop])
-        if len({pixels.shape for pixels in small.values()}) > 1:
-            raise PictureError("its frames change their shape")
-        clip = np.stack([small[number] for number in numbers])
-        return Picture(clip if frames else clip[0], original_side)
-
-    # By `length` for images too, so that bad files are found at the same time in both.
-    size = length * side**2 * REACH[data.crop] * 3
-    options = (side, data.crop, frames, length, data.frame_stride, data.fps, data.clip)
-    return Decoder(
-        decode,
-        side,
-        frames,
-        options=f"{', '.join(map(str, options))}, version {_VERSION}",
-        cached=0 if data.clip == "random" else CACHED_BYTES // size,
-    )
-
-
-# --- which frames make a clip ----------------------------------------------------------------
 
 
 class TooShortError(PictureError):
@@ -109,27 +40,10 @@ class TooShortError(PictureError):
 
 
 class Times(NamedTuple):
-    """Times at which frames are shown, in seconds since the first of them.
-
-    Attributes:
-        starts: of each frame, ascending.
-        end: of the last one.
-    """
+    """Ascending times at which frames begin, in seconds since the first, and the last one's end."""
 
     starts: Float64[np.ndarray, " count"]
     end: float
-
-
-@runtime_checkable
-class Video(Protocol):
-    """A video whose frames are not decoded yet. All of it may raise PictureError."""
-
-    count: int
-
-    def times(self) -> Times: ...
-    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames of these numbers, which ascend, one at a time and upright."""
-        ...
 
 
 class Deadline:
@@ -142,6 +56,309 @@ class Deadline:
         """Raise PictureError if it is over."""
         if time.thread_time() > self._end:
             raise PictureError(f"it takes longer than {MAX_SECONDS:g} s to decode")
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_FRAMES:
+        raise PictureError(f"it has more than {MAX_FRAMES:,} frames: cut it into shorter videos")
+
+
+# --- animated WEBP and GIF -------------------------------------------------------------------
+
+_QUICKEST, _USUAL = 0.010, 0.100  # seconds: browsers show a frame of 0 to 0.010 s for 0.100 s
+
+
+class Animation:
+    """A WEBP or GIF. Its frames are composed from the first one on."""
+
+    def __init__(self, file: BinaryIO | io.BytesIO, form: str, deadline: Deadline) -> None:
+        self._file, self._deadline = file, deadline
+        file.seek(0)
+        if form == "GIF":
+            self._find_trailer()
+            file.seek(0)
+        self._image = Image.open(file, formats=(form,))
+        judge(*self._image.size, MAX_PIXELS)
+        self.count: int = getattr(self._image, "n_frames", 1)
+        _check_count(self.count)
+
+    def times(self) -> Times:
+        durations = []
+        for image in self._all(self.count):
+            seconds = image.info.get("duration", 0) / 1000
+            durations.append(seconds if seconds > _QUICKEST else _USUAL)
+        ends = np.cumsum([0.0, *durations])
+        return Times(ends[:-1], float(ends[-1]))
+
+    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
+        """Frames of these numbers, which ascend, one at a time and upright."""
+        for number, image in enumerate(self._all(max(wanted) + 1)):
+            if number in wanted:
+                judge(*image.size, MAX_PIXELS)
+                yield ImageOps.exif_transpose(image)
+
+    def _all(self, count: int) -> Iterator[Image.Image]:
+        for number in range(count):
+            self._deadline.check()
+            self._image.seek(number)
+            self._image.load()  # which tells the duration of a WEBP's frame, too
+            yield self._image
+
+    def _find_trailer(self) -> None:
+        """Raise PictureError if a GIF (GIF89a, 17 to 27) ends before its last block.
+
+        Pillow counts the frames that it finds, so a truncated GIF would only be shorter.
+        """
+        self._skip(10)
+        self._skip_colours(2)
+        while (mark := self._next()) != b";":
+            if not mark:
+                raise PictureError("truncated: the end marker of a GIF is missing")
+            if mark == b",":  # an image
+                self._skip(8)
+                self._skip_colours()
+            if mark in b",!":  # or an extension: after a byte of their own, parts with their sizes
+                self._skip(1)
+                while (size := self._next()) > b"\0":
+                    self._skip(size[0])
+
+    def _skip_colours(self, more: int = 0) -> None:
+        """Skip a byte, the table of colours that it announces, and `more` bytes."""
+        byte = int.from_bytes(self._next(), "big")
+        self._skip(more + (3 * 2 ** (1 + (byte & 7)) if byte & 0x80 else 0))
+
+    def _skip(self, count: int) -> None:
+        self._file.seek(count, io.SEEK_CUR)
+
+    def _next(self) -> bytes:
+        """Next byte; empty at the end of the file."""
+        self._deadline.check()
+        return self._file.read(1)
+
+
+# --- MP4, MOV, WEBM, MKV and AVI -------------------------------------------------------------
+
+_VP8_SHOWN = 0x10  # in a packet's first byte (RFC 6386, 9.1); VP8 stores other frames, too
+_LATEST = 16  # frames, the most that H.264 keeps back
+_WIDEST = 4.0  # width of a pixel over its height; claims beyond this, or its inverse, are ignored
+
+
+def pyav() -> Any:
+    """The package PyAV. Raises `MissingExtra`."""
+    return require("av", "video", "reading videos")
+
+
+class Container:
+    """A video in a container of FFmpeg.
+
+    A first pass collects the times of its packets and decodes none, so frames are counted and a
+    stated number is not believed. Where time stamps can be trusted, decoding begins at the last
+    key frame before the first wanted frame; in AVI it begins at the first frame.
+
+    Args:
+        demuxer: FFmpeg's name of the format. FFmpeg receives this name and bytes, but no path, so
+            nothing in a file can make it read another one.
+    """
+
+    def __init__(self, file: BinaryIO | io.BytesIO, demuxer: str, deadline: Deadline) -> None:
+        self._file, self._demuxer, self._deadline = file, demuxer, deadline
+        stamps, self._keys = [], {}
+        with self._opened() as (container, stream):
+            self._unit = stream.time_base
+            self._rate = stream.average_rate or stream.guessed_rate
+            hides = stream.codec_context.codec.canonical_name == "vp8"
+            for packet in container.demux(stream):
+                deadline.check()
+                if not packet.size or packet.is_discard:  # the end, or outside of an edit
+                    continue
+                if hides and not memoryview(packet)[0] & _VP8_SHOWN:
+                    continue
+                stamp = packet.dts if packet.pts is None else packet.pts
+                stamps.append(stamp)
+                _check_count(len(stamps))
+                self._last = packet.duration
+                if packet.is_keyframe and packet.dts is not None:
+                    self._keys[stamp] = packet.dts
+        self.count = len(stamps)
+        if not stamps:
+            raise PictureError("it has no frames")
+        distinct = None not in stamps and len(set(stamps)) == len(stamps)
+        self._stamps: list[int] | None = sorted(stamps) if distinct else None
+        self._seeks = distinct and demuxer in ("mov", "matroska")
+
+    def times(self) -> Times:
+        if self._stamps is None:
+            if not self._rate:
+                raise PictureError("it does not say how many frames a second it has")
+            starts = np.arange(self.count) / float(self._rate)
+            return Times(starts, self.count / float(self._rate))
+        unit = float(self._unit)
+        starts = (np.array(self._stamps, np.float64) - self._stamps[0]) * unit
+        last = self._last * unit if self._last else 1 / float(self._rate or 25)
+        return Times(starts, float(starts[-1]) + last)
+
+    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
+        """Frames of these numbers, which ascend, one at a time and upright."""
+        left = list(reversed(wanted))
+        with self._opened() as (container, stream):
+            for number, frame in self._from(container, stream, wanted[0]):
+                if frame.is_corrupt:
+                    raise PictureError(f"corrupt: frame {number} of {self.count} is damaged")
+                if number > left[-1]:
+                    break
+                if number == left[-1]:
+                    yield _image(frame, stream)
+                    left.pop()
+                if not left:
+                    return
+        raise PictureError(f"frame {left[-1]} of {self.count} cannot be decoded")
+
+    def _from(self, container: Any, stream: Any, first: int) -> Iterator[tuple[int, Any]]:
+        """Frames with their numbers, from the first wanted one or an earlier one on."""
+        if (key := self._key_before(first)) is not None:
+            number, decoded = key
+            container.seek(decoded, stream=stream)
+            # A frame that is shown before its key frame refers to frames that were skipped.
+            whole = (pair for pair in self._numbered(container, stream) if pair[0] >= number)
+            if (pair := next(whole, None)) is not None and pair[0] <= first:
+                yield pair
+                yield from whole
+                return
+            container.seek(min(self._keys.values()), stream=stream)  # the first seek led too far
+        yield from self._numbered(container, stream)
+
+    def _key_before(self, first: int) -> tuple[int, int] | None:
+        """Number and decoding time of the key frame to begin at; None for the file's beginning."""
+        if self._stamps is None or not self._seeks:
+            return None
+        keys = sorted(self._keys)
+        place = bisect_right(keys, self._stamps[first]) - 1
+        if place < 1:
+            return None
+        return bisect_left(self._stamps, keys[place]), self._keys[keys[place]]
+
+    def _numbered(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        frames = self._decoded(container, stream)
+        if self._stamps is None or not self._seeks:
+            yield from enumerate(frames)
+            return
+        numbers = {stamp: number for number, stamp in enumerate(self._stamps)}
+        yield from _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        """All frames from here on; packets without a frame take their time, too."""
+        for packet in container.demux(stream):
+            self._deadline.check()
+            yield from packet.decode()
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Open the container and its video stream; report damage inside as a PictureError."""
+        self._file.seek(0)
+        options = {"max_pixels": str(MAX_PIXELS)}
+        about = {"format": self._demuxer, "metadata_errors": "ignore", "options": options}
+        try:
+            with pyav().open(self._file, **about) as container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise PictureError("it has no pictures, only sound or text")
+                if stream.codec_context is None:
+                    raise PictureError("its codec is not known to FFmpeg")
+                if not stream.width:  # FFmpeg, too, keeps to the bound
+                    raise PictureError(f"it has no size, or more than {MAX_PIXELS:,} pixels")
+                judge(stream.width, stream.height, MAX_PIXELS)
+                stream.codec_context.options = options
+                stream.codec_context.thread_count = 1  # clips are decoded side by side
+                yield container, stream
+        except pyav().error.FFmpegError as error:
+            raise PictureError(f"corrupt or truncated ({error.strerror})") from error
+
+
+def _in_turn(numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Frames by their numbers: some decoders give frames early, against the file's promise.
+
+    A due frame is passed on at once; an early one waits, but for no more than `_LATEST` others.
+    """
+    early: dict[int, Any] = {}
+    due = -1
+    for number, frame in numbered:
+        early[number] = frame
+        due = number if due < 0 else due
+        while early and ((first := min(early)) <= due or len(early) > _LATEST):
+            due = max(due, first + 1)
+            yield first, early.pop(first)
+    yield from sorted(early.items(), key=lambda pair: pair[0])
+
+
+def _image(frame: Any, stream: Any) -> Image.Image:
+    """Frame upright, with square pixels and its transparency."""
+    judge(frame.width, frame.height, MAX_PIXELS)
+    wide = float(stream.sample_aspect_ratio or 1.0)
+    width = round(frame.width * wide) if 1 / _WIDEST <= wide <= _WIDEST else frame.width
+    clear = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if clear else "rgb24", width=width)
+    image = Image.fromarray(pixels)
+    turned = frame.rotation and frame.rotation % 90 == 0  # noted by a camera, in degrees
+    return image.rotate(frame.rotation, expand=True) if turned else image
+
+
+# --- from a file to a clip -------------------------------------------------------------------
+
+Video = Animation | Container
+"""A video whose frames are not decoded yet. All of it may raise PictureError."""
+
+
+@contextmanager
+def open_video(file: bytes | Path) -> Iterator[Video]:
+    """Open the video in a file. Faults inside the `with` are separated as by `judging`."""
+    with (
+        judging(file, _UNKNOWN),
+        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
+    ):
+        yield _video(opened)
+
+
+def _video(file: BinaryIO | io.BytesIO) -> Video:
+    size = file.seek(0, io.SEEK_END)
+    if size > VIDEOS.max_bytes:
+        raise PictureError(f"the file is larger than {VIDEOS.max_bytes // 2**20} MiB")
+    file.seek(0)
+    head = file.read(12)
+    if not head:
+        raise PictureError("it is empty")
+    deadline = Deadline()
+    if head[:4] == b"RIFF":
+        _check_whole(8 + int.from_bytes(head[4:8], "little"), size)
+    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        return Animation(file, "WEBP", deadline)
+    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        return Container(file, "avi", deadline)
+    if head[:3] == b"GIF":
+        return Animation(file, "GIF", deadline)
+    if head[4:8] in _BOXES:
+        _check_whole(_end_of_boxes(file, size, deadline), size)
+        return Container(file, "mov", deadline)
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return Container(file, "matroska", deadline)
+    raise PictureError(_UNKNOWN)
+
+
+def _check_whole(stated: int, size: int) -> None:
+    """Raise PictureError if the file states a length that it does not have."""
+    if size < stated != 8 + 2**32 - 1:  # the largest number stands for no length
+        raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
+
+
+def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int, deadline: Deadline) -> int:
+    """End of the last of an MP4's outermost boxes, according to their headers."""
+    end = 0
+    while end < size:
+        deadline.check()
+        file.seek(end)
+        length, long = int.from_bytes(file.read(4), "big"), file.read(12)[4:]
+        length = int.from_bytes(long, "big") if length == 1 else length
+        end += max(length, 8) if length else size - end
+    return end
 
 
 def choose(video: Video, data: DataConfig, length: int, start: float) -> list[int]:
@@ -174,329 +391,32 @@ def resampled(times: Times, fps: float) -> Sequence[int]:
     return np.searchsorted(middles, np.arange(count) / fps, side="left").tolist()
 
 
-def _check_count(count: int) -> None:
-    if count > MAX_FRAMES:
-        raise PictureError(f"it has more than {MAX_FRAMES:,} frames: cut it into shorter videos")
+def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
+    """Decoder of clips of `frames`, or of their first frames as images without `frames`."""
+    length = frames or data.clip_frames
 
+    def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
+        if start is None:  # "random" too has a usual place, for readers without a sample number
+            start = 0.0 if data.clip == "start" else fraction(f"clip {key}")
+        with open_video(file) as video:
+            numbers = choose(video, data, length, start)[: frames or 1]
+            small, original_side = {}, 0
+            wanted = sorted(set(numbers))
+            for number, image in zip(wanted, video.frames(wanted), strict=True):
+                original_side = min(image.size)
+                small[number] = resized(image, side, REACH[data.crop])
+        if len({pixels.shape for pixels in small.values()}) > 1:
+            raise PictureError("its frames change their shape")
+        clip = np.stack([small[number] for number in numbers])
+        return Picture(clip if frames else clip[0], original_side)
 
-# --- formats ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_video(file: bytes | Path) -> Iterator[Video]:
-    """Open the video in a file. Faults inside the `with` are separated as by `judging`."""
-    with (
-        judging(file, _UNKNOWN),
-        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
-    ):
-        yield _video(opened)
-
-
-def _video(file: BinaryIO | io.BytesIO) -> Video:
-    size = file.seek(0, io.SEEK_END)
-    if size > MAX_BYTES:
-        raise PictureError(f"the file is larger than {MAX_BYTES // 2**20} MiB")
-    file.seek(0)
-    head = file.read(12)
-    if not head:
-        raise PictureError("it is empty")
-    deadline = Deadline()
-    if head[:4] == b"RIFF":
-        _check_whole(8 + int.from_bytes(head[4:8], "little"), size)
-    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-        return Animation(file, "WEBP", deadline)
-    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
-        return Container(file, "avi", deadline)
-    if head[:3] == b"GIF":
-        return Animation(file, "GIF", deadline)
-    if head[4:8] in _BOXES:
-        _check_whole(_end_of_boxes(file, size, deadline), size)
-        return Container(file, "mov", deadline)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return Container(file, "matroska", deadline)
-    raise PictureError(_UNKNOWN)
-
-
-def _check_whole(stated: int, size: int) -> None:
-    """Raise PictureError if the file states a length that it does not have."""
-    if size < stated != 8 + _ENDLESS:
-        raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
-
-
-def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int, deadline: Deadline) -> int:
-    """End of the last of an MP4's outermost boxes, according to their headers."""
-    end = 0
-    while end < size:
-        deadline.check()
-        file.seek(end)
-        head = file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:  # a long box
-            length = int.from_bytes(head[8:16], "big")
-        end += max(length, 8) if length else size - end
-    return end
-
-
-# --- animated WEBP and GIF -------------------------------------------------------------------
-
-_QUICKEST, _USUAL = 0.010, 0.100
-"""Seconds. Browsers show a frame of at most the first for the second: 0 means nothing special."""
-
-
-class Animation:
-    """A `Video` in WEBP or GIF. Its frames are composed from the first one on."""
-
-    def __init__(self, file: BinaryIO | io.BytesIO, form: str, deadline: Deadline) -> None:
-        self._file, self._form, self._deadline = file, form, deadline
-        if form == "GIF":
-            self._find_trailer()
-        file.seek(0)
-        self._image = Image.open(file, formats=(form,))
-        judge(*self._image.size, MAX_PIXELS)
-        self.count: int = getattr(self._image, "n_frames", 1)
-        _check_count(self.count)
-
-    def times(self) -> Times:
-        durations = self._webp_durations() if self._form == "WEBP" else self._gif_durations()
-        ends = np.cumsum([0.0, *(x if x > _QUICKEST else _USUAL for x in durations)])
-        return Times(ends[:-1], float(ends[-1]))
-
-    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
-        for number in range(max(wanted) + 1):
-            self._deadline.check()
-            self._image.seek(number)
-            self._image.load()
-            if number in wanted:
-                judge(*self._image.size, MAX_PIXELS)
-                yield ImageOps.exif_transpose(self._image)
-
-    def _webp_durations(self) -> Iterator[float]:
-        """Durations in the headers: Pillow tells that of a frame only when it has decoded it."""
-        self._file.seek(12)
-        found = 0
-        while found < self.count and len(head := self._file.read(8)) == 8:
-            self._deadline.check()
-            size = int.from_bytes(head[4:], "little")
-            begin = self._file.tell()
-            if head[:4] == b"ANMF":
-                self._file.seek(begin + 12)
-                yield int.from_bytes(self._file.read(3), "little") / 1000
-                found += 1
-            self._file.seek(begin + size + size % 2)
-        yield from [0.0] * (self.count - found)
-
-    def _gif_durations(self) -> Iterator[float]:
-        for number in range(self.count):
-            self._deadline.check()
-            self._image.seek(number)
-            yield self._image.info.get("duration", 0) / 1000
-
-    def _find_trailer(self) -> None:
-        """Raise PictureError if a GIF (GIF89a, 17 to 27) ends before its last block.
-
-        Pillow counts the frames that it finds, so a truncated GIF would only be shorter.
-        """
-        self._file.seek(10)
-        colours = _bytes_of_colours(self._next())
-        self._file.seek(2 + colours, io.SEEK_CUR)
-        while (mark := self._next()) != b";":
-            if not mark:
-                raise PictureError("truncated: the end marker of a GIF is missing")
-            if mark == b",":  # an image
-                self._file.seek(8, io.SEEK_CUR)
-                self._file.seek(_bytes_of_colours(self._next()), io.SEEK_CUR)
-            if mark in b",!":  # or an extension: after a byte of their own, parts with their sizes
-                self._file.seek(1, io.SEEK_CUR)
-                while (size := self._next()) > b"\0":
-                    self._file.seek(size[0], io.SEEK_CUR)
-
-    def _next(self) -> bytes:
-        """Next byte; empty at the end of the file."""
-        self._deadline.check()
-        return self._file.read(1)
-
-
-def _bytes_of_colours(packed: bytes) -> int:
-    """Length of the colour table that a byte of a GIF's header announces."""
-    byte = int.from_bytes(packed, "big")
-    return 3 * 2 ** (1 + (byte & 7)) if byte & 0x80 else 0
-
-
-# --- MP4, MOV, WEBM, MKV and AVI -------------------------------------------------------------
-
-_SEEKABLE = frozenset({"mov", "matroska"})
-_VP8_SHOWN = 0x10
-"""Bit of a packet's first byte (RFC 6386, 9.1): VP8 also stores frames that are never shown."""
-_LATEST = 16  # frames, the most that H.264 keeps back
-_WIDEST = 4.0  # width of a pixel over its height; claims beyond this, or its inverse, are ignored
-_UPRIGHT = {
-    90: Image.Transpose.ROTATE_90,
-    -90: Image.Transpose.ROTATE_270,
-    180: Image.Transpose.ROTATE_180,
-    -180: Image.Transpose.ROTATE_180,
-}
-"""Inverse of the rotation that a camera has noted, in degrees anticlockwise."""
-
-
-def pyav() -> Any:
-    """The package PyAV. Raises `MissingExtra`."""
-    return require("av", "video", "reading videos")
-
-
-class Container:
-    """A `Video` in a container of FFmpeg.
-
-    A first pass collects the times of its packets and decodes none, so frames are counted and a
-    stated number is not believed. Where time stamps can be trusted, decoding begins at the last
-    key frame before the first wanted frame; in AVI it begins at the first frame.
-
-    Args:
-        demuxer: FFmpeg's name of the format. FFmpeg receives this name and bytes, but no path, so
-            nothing in a file can make it read another one.
-    """
-
-    def __init__(self, file: BinaryIO | io.BytesIO, demuxer: str, deadline: Deadline) -> None:
-        self._file, self._demuxer, self._deadline = file, demuxer, deadline
-        stamps, self._keys = [], {}
-        with _reported(), self._opened() as (container, stream):
-            self._unit = stream.time_base
-            self._rate = stream.average_rate or stream.guessed_rate
-            hides = stream.codec_context.codec.canonical_name == "vp8"
-            for packet in container.demux(stream):
-                deadline.check()
-                if not packet.size or packet.is_discard:  # the end, or outside of an edit
-                    continue
-                if hides and not memoryview(packet)[0] & _VP8_SHOWN:
-                    continue
-                stamp = packet.dts if packet.pts is None else packet.pts
-                stamps.append(stamp)
-                _check_count(len(stamps))
-                self._last = packet.duration
-                if packet.is_keyframe and packet.dts is not None:
-                    self._keys[stamp] = packet.dts
-        self.count = len(stamps)
-        if not stamps:
-            raise PictureError("it has no frames")
-        distinct = None not in stamps and len(set(stamps)) == len(stamps)
-        self._stamps: list[int] | None = sorted(stamps) if distinct else None
-
-    def times(self) -> Times:
-        if self._stamps is None:
-            if not self._rate:
-                raise PictureError("it does not say how many frames a second it has")
-            starts = np.arange(self.count) / float(self._rate)
-            return Times(starts, self.count / float(self._rate))
-        unit = float(self._unit)
-        starts = (np.array(self._stamps, np.float64) - self._stamps[0]) * unit
-        last = self._last * unit if self._last else 1 / float(self._rate or 25)
-        return Times(starts, float(starts[-1]) + last)
-
-    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
-        left = list(reversed(wanted))
-        with _reported(), self._opened() as (container, stream):
-            for number, frame in self._from(container, stream, wanted[0]):
-                if frame.is_corrupt:
-                    raise PictureError(f"corrupt: frame {number} of {self.count} is damaged")
-                if number > left[-1]:
-                    break
-                if number == left[-1]:
-                    yield _image(frame, stream)
-                    left.pop()
-                if not left:
-                    return
-        raise PictureError(f"frame {left[-1]} of {self.count} cannot be decoded")
-
-    def _from(self, container: Any, stream: Any, first: int) -> Iterator[tuple[int, Any]]:
-        """Frames with their numbers, from the first wanted one or an earlier one on."""
-        if (key := self._key_before(first)) is not None:
-            number, decoded = key
-            container.seek(decoded, stream=stream)
-            # A frame that is shown before its key frame refers to frames that were skipped.
-            whole = (pair for pair in self._numbered(container, stream) if pair[0] >= number)
-            if (pair := next(whole, None)) is not None and pair[0] <= first:
-                yield pair
-                yield from whole
-                return
-            container.seek(min(self._keys.values()), stream=stream)  # the first seek led too far
-        yield from self._numbered(container, stream)
-
-    def _key_before(self, first: int) -> tuple[int, int] | None:
-        """Number and decoding time of the key frame to begin at; None for the file's beginning."""
-        if self._stamps is None or self._demuxer not in _SEEKABLE:
-            return None
-        keys = sorted(self._keys)
-        place = bisect_right(keys, self._stamps[first]) - 1
-        if place < 1:
-            return None
-        return bisect_left(self._stamps, keys[place]), self._keys[keys[place]]
-
-    def _numbered(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-        frames = self._decoded(container, stream)
-        if self._stamps is None or self._demuxer not in _SEEKABLE:
-            yield from enumerate(frames)
-            return
-        numbers = {stamp: number for number, stamp in enumerate(self._stamps)}
-        yield from _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
-
-    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
-        """All frames from here on; packets without a frame take their time, too."""
-        for packet in container.demux(stream):
-            self._deadline.check()
-            yield from packet.decode()
-
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Any]]:
-        """The container and its video stream, at the beginning."""
-        self._file.seek(0)
-        options = {"max_pixels": str(MAX_PIXELS)}
-        with pyav().open(
-            self._file, format=self._demuxer, metadata_errors="ignore", options=options
-        ) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise PictureError("it has no pictures, only sound or text")
-            if stream.codec_context is None:
-                raise PictureError("its codec is not known to FFmpeg")
-            if not stream.width:  # FFmpeg, too, keeps to the bound
-                raise PictureError(f"it has no size, or more than {MAX_PIXELS:,} pixels")
-            judge(stream.width, stream.height, MAX_PIXELS)
-            stream.codec_context.options = options
-            stream.codec_context.thread_count = 1  # clips are decoded side by side
-            yield container, stream
-
-
-def _in_turn(numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Frames by their numbers: some decoders give frames early, against the file's promise.
-
-    A due frame is passed on at once; an early one waits, but for no more than `_LATEST` others.
-    """
-    early: dict[int, Any] = {}
-    due = -1
-    for number, frame in numbered:
-        early[number] = frame
-        due = number if due < 0 else due
-        while early and ((first := min(early)) <= due or len(early) > _LATEST):
-            due = max(due, first + 1)
-            yield first, early.pop(first)
-    yield from sorted(early.items(), key=lambda pair: pair[0])
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Report damage that FFmpeg finds as a PictureError."""
-    try:
-        yield
-    except pyav().error.FFmpegError as error:
-        raise PictureError(f"corrupt or truncated ({error.strerror})") from error
-
-
-def _image(frame: Any, stream: Any) -> Image.Image:
-    """Frame upright, with square pixels and its transparency."""
-    judge(frame.width, frame.height, MAX_PIXELS)
-    wide = float(stream.sample_aspect_ratio or 1.0)
-    width = round(frame.width * wide) if 1 / _WIDEST <= wide <= _WIDEST else frame.width
-    clear = any(component.is_alpha for component in frame.format.components)
-    pixels = frame.to_ndarray(format="rgba" if clear else "rgb24", width=width)
-    image = Image.fromarray(pixels)
-    turn = _UPRIGHT.get(frame.rotation)
-    return image if turn is None else image.transpose(turn)
+    # By `length` for images too, so that bad files are found at the same time in both.
+    size = length * side**2 * REACH[data.crop] * 3
+    options = (side, data.crop, frames, length, data.frame_stride, data.fps, data.clip)
+    return Decoder(
+        decode,
+        side,
+        frames,
+        options=f"{', '.join(map(str, options))}, version {_VERSION}",
+        cached=0 if data.clip == "random" else CACHED_BYTES // size,
+    )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -109,31 +109,27 @@ class World:
         return cast("T", self.each(make if self.leads else lambda: None)[0])
 
     @contextmanager
-    def first(self, event: str) -> Iterator[None]:
-        """Let rank 0 go through the block before all ranks. `event` is a name that is used once."""
-        with self._after(event, leads=self.leads):
-            yield
+    def first(self, event: str, *, each_machine: bool = False) -> Iterator[None]:
+        """Let rank 0 go through the block before the others, however long it takes.
 
-    @contextmanager
-    def first_here(self, event: str) -> Iterator[None]:
-        """Let a rank of each machine go first, since caches are local; all leave together."""
-        with self._after(f"{event}/{self.machine}", leads=self.local_rank == 0):
+        With `each_machine` one rank of each goes first, since caches are local. All ranks leave
+        together. `event` is a name that is used once.
+        """
+        if self.pulse is None:
             yield
-        if self.pulse is not None:
-            self.pulse.tell(f"{event} of rank {self.rank}")
-            for rank in range(self.size):
-                self.pulse.wait_for(f"{event} of rank {rank}")
-
-    @contextmanager
-    def _after(self, event: str, *, leads: bool) -> Iterator[None]:
-        """Wait for the rank that leads outside of collectives, whose time is limited."""
-        if self.pulse is not None and not leads:
-            self.pulse.wait_for(event)
+            return
+        leads = self.local_rank == 0 if each_machine else self.leads
+        begun = f"{event} on {self.machine}" if each_machine else event
+        if not leads:  # outside of collectives, whose time is limited
+            self.pulse.wait_for(begun)
         try:
             yield
         finally:
-            if self.pulse is not None and leads:
-                self.pulse.tell(event)
+            if leads:
+                self.pulse.tell(begun)
+        self.pulse.tell(f"{event} of rank {self.rank}")
+        for rank in range(self.size):
+            self.pulse.wait_for(f"{event} of rank {rank}")
 
 
 def _portable(error: Exception) -> Exception:
@@ -145,8 +141,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-@dataclass(frozen=True)
-class _Failed:
+class _Failed(NamedTuple):
     error: Exception
 
 
@@ -195,12 +190,8 @@ def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """
     if not world.shards:
         return dict(tensors) if world.leads else {}
-    result = {}
-    for name, value in tensors.items():
-        full = whole(value)
-        if world.leads:
-            result[name] = full.cpu()
-    return result
+    copies = ((name, whole(value).cpu()) for name, value in tensors.items())
+    return {name: copy for name, copy in copies if world.leads}
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -246,9 +237,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[World]:
     """Join the world that torchrun, or a cluster's own launcher, started this process in.
 
-    Args:
-        device: where this rank computes.
-        seconds: a rank that is silent for so long counts as dead.
+    A rank that is silent for so many `seconds` counts as dead.
 
     Raises:
         DeadRank: another rank died. It takes the place of the collective's own error.
@@ -263,13 +252,8 @@ def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[W
         torch.cuda.set_device(device)  # collectives without a tensor use the current one
         backend = "cpu:gloo,cuda:nccl"
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    dist.init_process_group(
-        backend,
-        store=open_store(hosts=hosts),
-        rank=rank,
-        world_size=size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    store, limit = open_store(hosts=hosts), COLLECTIVE_TIMEOUT
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     pulse = Pulse(open_store(), rank, size, seconds, hosts=hosts)
     machine = int(os.environ.get("GROUP_RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))

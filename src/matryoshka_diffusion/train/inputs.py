@@ -184,3 +184,16 @@ class Feed:
             number = f"at least {known}" if known else "none"
             raise ValueError(f"model.classes is {classes}, but the data has {number}")
         return batch.labels
+
+
+def single_threaded(inputs_of: Callable[[Step], Inputs]) -> Callable[[Step], Inputs]:
+    """Keep torch's helper threads of the loader from competing for the network's cores.
+
+    Torch counts threads for each thread that calls it, so the network keeps its own.
+    """
+
+    def single(step: Step) -> Inputs:
+        torch.set_num_threads(1)
+        return inputs_of(step)
+
+    return single

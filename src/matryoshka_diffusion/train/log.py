@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from matryoshka_diffusion.train.step import Outcome, Skipped, Stepped
 
 PLAIN_SECONDS = 10.0
 """Least time between two lines where there is no terminal."""
+PLAIN_LINE = "{n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfix}\n"
 
 
 class Entry(NamedTuple):
@@ -185,48 +185,34 @@ def _is_within(line: bytes, images_seen: int) -> bool:
 class Display:
     """Progress for people on stderr: images/s, time left, loss of each level, waiting for data.
 
-    A bar on a terminal; elsewhere (a log file, CI) a plain line now and then.
+    A bar on a terminal; elsewhere (a log file, CI) a line now and then.
     """
 
     def __init__(self, train: TrainConfig, level_names: Sequence[object], images_seen: int) -> None:
         from tqdm import tqdm  # with everything it imports, only where something is trained
 
-        self._train, self._level_names = train, level_names
+        self._stages, self._level_names = len(train.stages), level_names
         self._recent: deque[Entry] = deque(maxlen=50)
-        self._plain, self._last_line = not sys.stderr.isatty(), time.monotonic()
+        plain = not sys.stderr.isatty()
         self._bar = tqdm(
             total=train.images,
             initial=images_seen,
             unit=" images",
             unit_scale=True,
-            dynamic_ncols=True,
             smoothing=0.05,
-            disable=self._plain,
+            dynamic_ncols=not plain,
+            delay=1e-9 if plain else 0.0,  # no line before the first step
+            mininterval=PLAIN_SECONDS if plain else 0.1,
+            bar_format=PLAIN_LINE if plain else None,
         )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Show the last step, and leave the bar as it is."""
         self._bar.close()
 
     def show(self, entry: Entry) -> None:
-        """Take in a step; print a line if it is time."""
+        """Take in a step; show it if it is time."""
         self._recent.append(entry)
-        total, now = self._train.images, time.monotonic()
-        if not self._plain:
-            self._bar.set_postfix_str(self._text(), refresh=False)
-            self._bar.update(entry.step.count)
-        elif now - self._last_line >= PLAIN_SECONDS or entry.step.end == total:
-            self._last_line = now
-            rate = summary(self._recent)["images_per_second"]
-            left = int((total - entry.step.end) / rate)
-            print(
-                f"{entry.step.end:,} of {total:,} images, {rate:.3g} images/s, "
-                f"{left // 60}:{left % 60:02} left, {self._text()}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _text(self) -> str:
         recent = summary(self._recent)
         losses = " ".join(
             f"{name}:{'-' if loss is None else format(loss, '.4f')}"
@@ -234,7 +220,9 @@ class Display:
         )
         wait = recent["data_wait"]
         waiting = f" wait {wait:.0%}" if wait >= 0.05 else ""
-        return f"{recent['stage'] + 1}/{len(self._train.stages)} {losses}{waiting}"
+        text = f"{recent['stage'] + 1}/{self._stages} {losses}{waiting}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(entry.step.count)
 
 
 # --- TensorBoard and Weights & Biases ----------------------------------------------------------

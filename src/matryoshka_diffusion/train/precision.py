@@ -21,9 +21,9 @@ from matryoshka_diffusion.pyramid import Pyramid
 
 Net = TypeVar("Net", bound=nn.Module)
 Precision = Literal["bf16", "fp16", "fp32"]
-PrecisionSetting = Literal["auto", "bf16", "fp16", "fp32"]
+PrecisionSetting = Literal["auto", Precision]
 Layout = Literal["nchw", "channels_last"]
-LayoutSetting = Literal["auto", "nchw", "channels_last"]
+LayoutSetting = Literal["auto", Layout]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,14 +58,12 @@ GROWTH_INTERVAL = 2_000
 
 @dataclass(frozen=True)
 class LossScale:
-    """Factor of the loss in fp16 (Micikevicius et al., 2018), divided out of the gradient again.
+    """Factor of the loss in fp16 (Micikevicius et al., 2018), whose numbers end at 6e-8.
 
-    fp16 has no numbers between 0 and 6e-8, where many gradients lie. An overflow divides the factor
-    by `growth`, `GROWTH_INTERVAL` good steps in a row multiply it. A power of two rounds nothing.
-
-    torch's GradScaler does not fit: each rank of FSDP2 would judge its own shards, the factor falls
-    without a floor, so no step can tell an overflow from a network that is broken, and checkpoints
-    of earlier versions hold these three numbers.
+    An overflow divides it by `growth`, `GROWTH_INTERVAL` good steps in a row multiply it. It is a
+    power of two, which rounds nothing. torch's GradScaler does not fit: each rank of FSDP2 would
+    judge its own shards, and its factor falls without a floor, by which an overflow differs from a
+    broken network.
     """
 
     factor: float = 1.0

@@ -20,9 +20,6 @@ from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.checkpoint import CheckpointError
 from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
 
-DECIDED_AT_START = ("precision", "layout")
-"""The keys of `train` that may be `auto`."""
-
 
 def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
     """Begin a run in `folder`, or find the run that `config` began there.
@@ -76,7 +73,7 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
     old, new = written.codec, config.codec
     if old and new and old.weights and old.weights == new.weights:  # it may have moved
         written = written.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
-    auto = [key for key in DECIDED_AT_START if getattr(config.train, key) == "auto"]
+    auto = [key for key in ("precision", "layout") if getattr(config.train, key) == "auto"]
     config = _with(config, **{key: getattr(written.train, key) for key in auto})
     if changes := differences(written, config):
         raise ConfigError(

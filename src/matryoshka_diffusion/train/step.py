@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
-from matryoshka_diffusion.diffusion import Loss, Process, matryoshka_loss
+from matryoshka_diffusion.diffusion import Loss, Network, Process, matryoshka_loss
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, level_of
 from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train.checkpoint import (
     build_network,
     learnt_parameters,
@@ -27,7 +29,7 @@ from matryoshka_diffusion.train.checkpoint import (
 )
 from matryoshka_diffusion.train.distributed import is_sharded, sharded_like
 from matryoshka_diffusion.train.inputs import Inputs
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import LossScale, autocast
 from matryoshka_diffusion.train.stages import Step
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -35,11 +37,11 @@ Net = TypeVar("Net", bound=nn.Module)
 # --- the recipe --------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Recipe(Protocol[Net]):
+@dataclass(frozen=True)
+class Recipe(Generic[Net]):
     """What one training learns. `Trainer` does the rest: steps, averages, checkpoints, ranks, logs.
 
-    To train something else than a nest, write a class with these members, and then
+    To train something else than a nest, make a recipe of these functions, and then
 
         trainer = Trainer.open(recipe, folder, device)   # at the newest checkpoint, or at the start
         trainer.fit(inputs, folder)                      # raises `Stopped` after a signal
@@ -48,96 +50,62 @@ class Recipe(Protocol[Net]):
     `inputs` maps a `Step` to its `Inputs`, as `Feed` does: images as `x=(picture,)`, noise of the
     recipe's own as `noise=(noise,)`, `t` zeros, `cond=Conditioning()`. The samples of a step are
     `range(step.first, step.end)`. Draw everything random by their numbers, so that a resumed run
-    has the same bits. In `train`, `layout` and `precision` must not be `auto`.
+    has the same bits.
+
+    Attributes:
+        config: what checkpoints and logs hold, and what ranks compare.
+        train: stages, optimizer, averages, intervals; `layout` and `precision` are not `auto`.
+        build: number of levels -> the network with initial weights.
+        loss: (network, `Inputs` of a part of a step) -> its loss, divided by the counts of the
+            whole step (`inputs.step.rows`), so that the losses of all parts add up. The network is
+            what `build` made, maybe wrapped for several ranks.
+        finished: (number of levels, learnt weights) -> a plain network, for hooks.
+        level_names: names of the losses in `Loss.per_level`, for the progress bar.
+        level_of: name of a parameter -> the level that it came with.
+        in_order: network -> its parameters in the order in which gradients are summed to a norm.
     """
 
-    @property
-    def config(self) -> RunConfig | CodecRunConfig:
-        """Config that checkpoints and logs hold, and that ranks compare."""
-        ...
-
-    @property
-    def train(self) -> TrainConfig:
-        """Stages, optimizer, averages, intervals."""
-        ...
-
-    @property
-    def level_names(self) -> Sequence[object]:
-        """Names of the losses in `Loss.per_level`, for the progress bar."""
-        ...
-
-    def build(self, levels: int) -> Net:
-        """Make the network of the first `levels` levels with initial weights."""
-        ...
-
-    def loss(self, net: Callable[..., Any], inputs: Inputs) -> Loss:
-        """Loss of a part of a step, divided by the counts of the whole step, `inputs.step.rows`.
-
-        So the losses of all parts add up to the loss of the step. `net` is what `build` made, maybe
-        wrapped for several ranks.
-        """
-        ...
-
-    def level_of(self, name: str) -> int:
-        """Level that a parameter came with."""
-        ...
-
-    def in_order(self, net: Net) -> Sequence[nn.Parameter]:
-        """Parameters in the order in which their gradients are summed to a norm."""
-        ...
-
-    def finished(self, net: Net, weights: Mapping[str, Tensor]) -> Net:
-        """Make a plain network with these learnt weights, of the same levels as `net`."""
-        ...
+    config: RunConfig | CodecRunConfig
+    train: TrainConfig
+    build: Callable[[int], Net]
+    loss: Callable[[Any, Inputs], Loss]
+    finished: Callable[[int, Mapping[str, Tensor]], Net] | None = None
+    level_names: Sequence[object] = ("loss",)
+    level_of: Callable[[str], int] = lambda name: 0
+    in_order: Callable[[Any], Sequence[nn.Parameter]] = lambda net: [*net.parameters()]
 
 
-@dataclass(frozen=True)
-class Diffusion:
+def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Recipe[NestedUNet]:
     """Recipe of the paper: a nest of UNets and the joint loss (Eq. 3).
 
     `config` is resolved (`run_folder.open_run`); `base` are the weights that adapters are put
     around, if the run trains adapters.
     """
+    model, train = config.model, config.train
 
-    config: RunConfig
-    base: Mapping[str, Tensor] | None = None
-
-    @property
-    def train(self) -> TrainConfig:
-        return self.config.train
-
-    @property
-    def level_names(self) -> Sequence[object]:
-        return [level.size for level in self.config.model.levels]
-
-    def build(self, levels: int) -> NestedUNet:
-        net = build_network(self.config.model.first(levels), self.train, self.base)
-        net.recompute(self.train.recompute)
+    def build(levels: int) -> NestedUNet:
+        net = build_network(model.first(levels), train, base)
+        net.recompute(train.recompute)
         return net
 
-    def loss(self, net: Callable[..., Any], inputs: Inputs) -> Loss:
-        step = inputs.step
-        model = self.config.model.first(len(step.rows))
-        process = Process.from_config(self.config.process, model).ramped(step.ramp)
+    def loss(net: Network, inputs: Inputs) -> Loss:
+        step, x, cond, t, noise = inputs.step, inputs.x, inputs.cond, inputs.t, inputs.noise
+        process = Process.from_config(config.process, model.first(len(step.rows)))
 
         def network(z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
-            with autocast(self.train.precision, t.device):  # the loss around it stays float32
+            with autocast(train.precision, t.device):  # the loss around it stays float32
                 return net(z, t, cond)
 
-        x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
+        process = process.ramped(step.ramp)
         return matryoshka_loss(network, x, cond, t, noise, process=process, counts=step.rows)
 
-    def level_of(self, name: str) -> int:
-        return level_of(name)
+    def finished(levels: int, weights: Mapping[str, Tensor]) -> NestedUNet:
+        if train.lora is not None and base is not None:
+            weights = merge(model.first(levels), train, base, weights, where="the run's adapters")
+        return load_network(model.first(levels), weights, where="the run's weights")
 
-    def in_order(self, net: NestedUNet) -> Sequence[nn.Parameter]:
-        return in_walk_order(net)
-
-    def finished(self, net: NestedUNet, weights: Mapping[str, Tensor]) -> NestedUNet:
-        if self.train.lora is not None and self.base is not None:
-            where = "the run's adapters"
-            weights = merge(net.config, self.train, self.base, weights, where=where)
-        return load_network(net.config, weights, where="the run's weights")
+    names = [level.size for level in model.levels]
+    return Recipe(config, train, build, loss, finished, names, level_of, in_walk_order)
 
 
 # --- how a step ends ---------------------------------------------------------------------------
@@ -223,6 +191,50 @@ class NotFinite(RuntimeError):
 
 def _plain(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
+
+
+@contextmanager
+def torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
+    """Seed torch's own generators for the dropout of one micro-batch, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+        yield
+
+
+# --- the place in a run -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Place in a run. `steps` changed the weights, `skipped` did not.
+
+    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
+    `skipped_in_a_row`: the smaller scale is the remedy.
+    """
+
+    images_seen: int = 0
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    scale: LossScale = field(default_factory=LossScale)
+
+    def after(self, step: Step, finite: bool) -> Progress:
+        """Place after a step."""
+        patient = not finite and not self.scale.can_fall
+        return Progress(
+            images_seen=step.end,
+            steps=self.steps + finite,
+            skipped=self.skipped + (not finite),
+            skipped_in_a_row=0 if finite else self.skipped_in_a_row + patient,
+            scale=self.scale.after(finite),
+        )
+
+    def restored(self, state: Mapping[str, Any]) -> Progress:
+        """Place that a checkpoint was saved at. What an older one does not hold stays as here."""
+        known = {key: state[key] for key in asdict(self) if key in state}
+        if "scale" in known:
+            known["scale"] = LossScale(**known["scale"])
+        return replace(self, **known)
 
 
 # --- the optimizer -----------------------------------------------------------------------------

@@ -1,18 +1,16 @@
 """Training: one class that owns what is learnt, and the loop that ties batches and time together.
 
-It knows no metrics, no sampling and no dataset by name; those come in as hooks and as a loader, and
-the network and its loss as a `Recipe`. The same command continues a stopped run bit for bit, and
-whatever happens between two checkpoints (a signal, a full disk, a failing hook, kill -9) loses no
-checkpoint.
+It knows no metrics, no sampling and no dataset by name: those come in as hooks and as a loader, the
+network and its loss as a `Recipe`. Whatever happens between two checkpoints loses no checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeAlias
@@ -24,7 +22,6 @@ from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.diffusion import Loss
-from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same, learnt_parameters
@@ -37,7 +34,7 @@ from matryoshka_diffusion.train.distributed import (
     shared,
     whole,
 )
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, single_threaded
 from matryoshka_diffusion.train.log import Display, Entry, Log, Metrics, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, refuse_lost_weights
@@ -45,20 +42,22 @@ from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
 from matryoshka_diffusion.train.stages import Step, active_levels, joined_after, steps
 from matryoshka_diffusion.train.step import (
     PATIENCE,
-    Diffusion,
     Net,
     NotFinite,
     Outcome,
+    Progress,
     Recipe,
     Sample,
     Skipped,
     Stepped,
     build_optimizer,
+    diffusion,
     drop_gradients,
     load_moments,
     moment_shapes,
     moments,
     set_learning_rate,
+    torch_seeded,
 )
 
 
@@ -122,44 +121,11 @@ def train(
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    trainer = Trainer.open(Diffusion(config, base), folder, device, world, quarantine)
+    trainer = Trainer.open(diffusion(config, base), folder, device, world, quarantine)
     trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
     weights = trainer.averaged()
     world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
     return folder / "model"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Place in a run. `steps` changed the weights, `skipped` did not.
-
-    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
-    `skipped_in_a_row`: the smaller scale is the remedy.
-    """
-
-    images_seen: int = 0
-    steps: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    scale: LossScale = field(default_factory=LossScale)
-
-    def after(self, step: Step, finite: bool) -> Progress:
-        """Place after a step."""
-        patient = not finite and not self.scale.can_fall
-        return Progress(
-            images_seen=step.end,
-            steps=self.steps + finite,
-            skipped=self.skipped + (not finite),
-            skipped_in_a_row=0 if finite else self.skipped_in_a_row + patient,
-            scale=self.scale.after(finite),
-        )
-
-    def restored(self, state: Mapping[str, Any]) -> Progress:
-        """Place that a checkpoint was saved at. What an older one does not hold stays as here."""
-        known = {key: state[key] for key in asdict(self) if key in state}
-        if "scale" in known:
-            known["scale"] = LossScale(**known["scale"])
-        return replace(self, **known)
 
 
 class Trainer(Generic[Net]):
@@ -234,16 +200,17 @@ class Trainer(Generic[Net]):
         train, interrupts, first = self.train, Interrupts(), True
         todo = steps(train, self.progress.images_seen)
         # One thread makes the inputs of the next steps while the network works on this one.
-        ahead = look_ahead(_single_threaded(inputs_of), todo, workers=1, depth=2)
+        ahead = look_ahead(single_threaded(inputs_of), todo, workers=1, depth=2)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
-            for inputs, wait_seconds in _timed(ahead):
+            waiting = time.perf_counter()
+            for inputs in ahead:
                 step, began = inputs.step, time.perf_counter()
                 if first:
                     compare_ranks(self.world, self.recipe.config, step, inputs.ids, inputs.noise[0])
                     first = False
                 self.grow(len(step.rows))
                 outcome = self.step(inputs)
-                log.add(Entry(step, outcome, wait_seconds, time.perf_counter() - began))
+                log.add(Entry(step, outcome, began - waiting, time.perf_counter() - began))
                 if step.ends_stage or step.passes(train.log_every_images):
                     log.close_line(**self.counts())
                 if step.end == train.images or step.passes(train.ema_snapshot_interval):
@@ -260,6 +227,7 @@ class Trainer(Generic[Net]):
                         f"{path}; the same command continues from there",
                         signal,
                     )
+                waiting = time.perf_counter()
 
     # --- one step --------------------------------------------------------------------------
 
@@ -271,7 +239,7 @@ class Trainer(Generic[Net]):
         """
         step, progress = inputs.step, self.progress
         loss = self._backward(inputs)
-        frozen = drop_gradients(self.net, lambda name: self._level(name) < step.frozen)
+        frozen = drop_gradients(self.net, lambda name: self.recipe.level_of(name) < step.frozen)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.train.clip_norm)
         sums = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
         # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
@@ -288,8 +256,9 @@ class Trainer(Generic[Net]):
             return Stepped(total, tuple(per_level), grad_norm)
         overflow = progress.scale.can_fall and math.isfinite(total)
         scale = self.progress.scale.factor if overflow else None
-        samples = self._samples(inputs, loss)
-        skipped = Skipped(total, tuple(per_level), grad_norm, samples, scale)
+        mine = [*map(Sample, inputs.ids, inputs.keys, loss.per_example.tolist())]
+        samples = sorted(sample for rank in self.world.gather(mine) for sample in rank)
+        skipped = Skipped(total, tuple(per_level), grad_norm, tuple(samples), scale)
         if self.progress.skipped_in_a_row >= PATIENCE:
             raise NotFinite(step, skipped)
         return skipped
@@ -311,7 +280,7 @@ class Trainer(Generic[Net]):
             part = inputs.rows(slice(offset, None, num_parts))
             place = world.rank + offset * world.size  # of its first row in the batch
             with micro_batch(self.shared, last=offset == num_parts - 1):
-                with _torch_seeded(self.device, self.train.seed, "network", step.first, place):
+                with torch_seeded(self.device, self.train.seed, "network", step.first, place):
                     loss = self.recipe.loss(self.shared, part)
                 # Gradients are averaged over the ranks, and are to be summed.
                 (scale * world.size * loss.total).backward()
@@ -323,12 +292,6 @@ class Trainer(Generic[Net]):
                     parameter.grad /= scale
         totals, per_level = (torch.stack([part[n] for part in parts]).sum(0) for n in (0, 1))
         return Loss(totals, per_level, per_example)
-
-    def _samples(self, inputs: Inputs, loss: Loss) -> tuple[Sample, ...]:
-        """All ranks' samples with the loss of each, on every rank."""
-        losses = loss.per_example.tolist()
-        mine = [Sample(*row) for row in zip(inputs.ids, inputs.keys, losses, strict=True)]
-        return tuple(sorted(sample for rank in self.world.gather(mine) for sample in rank))
 
     # --- the network -----------------------------------------------------------------------
 
@@ -368,14 +331,16 @@ class Trainer(Generic[Net]):
     def network(self, weights: Mapping[str, Tensor]) -> Net:
         """Make a plain, frozen network in eval mode with copies of these weights."""
         copies = {name: whole(value).detach().clone() for name, value in weights.items()}
-        return self.recipe.finished(self.net, copies).eval().requires_grad_(False)
-
-    def _level(self, name: str) -> int:
-        return self.recipe.level_of(name)
+        if self.recipe.finished is None:
+            net = self.recipe.build(self.levels)
+            net.load_state_dict(copies)
+        else:
+            net = self.recipe.finished(self.levels, copies)
+        return net.eval().requires_grad_(False)
 
     def _joined(self, name: str) -> int:
         """Steps of the run before a parameter came."""
-        return joined_after(self.train)[self._level(name)]
+        return joined_after(self.train)[self.recipe.level_of(name)]
 
     # --- saving and restoring --------------------------------------------------------------
 
@@ -487,36 +452,3 @@ class Trainer(Generic[Net]):
             if self.world.leads:
                 self.quarantine.write(folder / "bad.jsonl")
             log.close()
-
-
-def _timed(batches: Iterable[Inputs]) -> Iterator[tuple[Inputs, float]]:
-    """Yield inputs with the seconds that they were waited for."""
-    iterator = iter(batches)
-    while True:
-        began = time.perf_counter()
-        try:
-            inputs = next(iterator)
-        except StopIteration:
-            return
-        yield inputs, time.perf_counter() - began
-
-
-def _single_threaded(inputs_of: Callable[[Step], Inputs]) -> Callable[[Step], Inputs]:
-    """Keep torch's helper threads of the loader from competing for the network's cores.
-
-    Torch counts threads for each thread that calls it, so the network keeps its own.
-    """
-
-    def single(step: Step) -> Inputs:
-        torch.set_num_threads(1)
-        return inputs_of(step)
-
-    return single
-
-
-@contextmanager
-def _torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
-    """Seed torch's own generators for the dropout of one micro-batch, and put them back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
-        yield
