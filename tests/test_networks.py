@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluating import Clips, make_inception, make_video_net, save_scripted, seeded
+from evaluating import make_inception, make_video_net, save_scripted
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
 from matryoshka_diffusion.metrics.networks import (
@@ -659,13 +659,3 @@ def test_answers_of_another_kind_are_refused(network, message, tmp_path):
 def test_clips_of_another_length_are_refused(video):
     with pytest.raises(ValueError, match="3 frames, not 4"):
         video(clips(frames=4))
-
-
-def test_the_mixed_features_of_clips_give_a_distance(tmp_path):
-    save_scripted(seeded(lambda: Clips(8)), tmp_path / "net.pt")
-    net = VideoNet(tmp_path / "net.pt", FRAMES)
-    real, made = clips(40), (clips(30, seed=1) // 2).astype(np.uint8)
-    whole = frechet_distance(*(Moments.of(net(side)) for side in (real, made)))
-    parts = (Moments.stream(map(net, np.array_split(side, 4))) for side in (real, made))
-    assert whole > 1e-3
-    assert frechet_distance(*parts) == pytest.approx(whole, rel=1e-6)

@@ -75,10 +75,7 @@ def evaluate(
     progress: Report | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Measure a model; a collective.
-
-    Example:
-        >>> evaluate(model, "fd,retrieval", source=source, n=2000, guidance=3.0)  # doctest: +SKIP
+    """Measure a model; a collective. The numbers are in the order of `metrics`.
 
     Args:
         metrics: names of `METRICS`, also with a number of samples as in "fid50k".
@@ -89,12 +86,8 @@ def evaluate(
         own: `source` as a reference, opened once by callers that measure several models.
         networks: by default what `find_networks` finds without files.
         folder: where features are kept: for a run `RUN/eval`, by default the cache.
-        seed: seed of sample 0.
         batch_size: samples at a time; by default 64 images, or clips of 64 frames in all.
-        settings: sampling settings that replace the model's own.
-
-    Returns:
-        The numbers in the order of `metrics`, the same on all ranks.
+        settings: sampling settings that replace the model's own, such as `guidance=3.0`.
 
     Raises:
         UsageError: a metric is unknown, or lacks what it needs.
@@ -223,9 +216,6 @@ def _result(about: Result, key: str, number: Number, part: Comparison, flag: str
     )
 
 
-# --- what a command names ----------------------------------------------------------------------
-
-
 def plan(
     config: RunConfig,
     side: int,
@@ -241,12 +231,10 @@ def plan(
     """Arguments of `evaluate` for the words of a command.
 
     Args:
-        side: of the model's samples.
-        frames: of each clip; None if it draws images.
+        side, frames: of the model's samples.
         metrics: by default those of the protocol; without one prompt retrieval and, with `n`, the
             Fréchet distance on the packaged network and, of clips, their motion.
         n: replaces the number of a protocol or of the metrics' names.
-        protocol: one of `PROTOCOLS`.
         captions: a file to draw captions from.
         reference: "held-out", an .npz or any data; by default the training images.
         networks: loads the networks of the metrics, before any data is opened.
@@ -259,13 +247,12 @@ def plan(
     names, named = parse_metrics(words)
     others = [name for name in names if not _retrieves(name)]
     if not others:
-        options = {"-n": n, "--protocol": protocol, "--captions": captions}
-        given = [f"{name} {value}" for name, value in options.items() if value is not None]
-        if given:
-            raise UsageError(
-                f"{', '.join(given)}: retrieval has {RETRIEVED} fixed captions; omit it, or add a "
-                "metric of other samples (--metrics retrieval,fd -n 2000)"
-            )
+        for option, value in {"-n": n, "--protocol": protocol, "--captions": captions}.items():
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value}: retrieval has {RETRIEVED} fixed captions; omit it, or add "
+                    "a metric of other samples (--metrics retrieval,fd -n 2000)"
+                )
     n = n or named or (PROTOCOLS[protocol][1] if protocol else None)
     conditions = _conditions(config, protocol, captions)
     comparing = any("reference" in METRICS[name].needs for name in others)
@@ -337,9 +324,6 @@ def _conditions(
     return None if captions is None else captions_of_file(captions)
 
 
-# --- two sets of images ------------------------------------------------------------------------
-
-
 def compare(
     first: str,
     second: str,
@@ -356,10 +340,7 @@ def compare(
 
     By default `side` is that of the first image. With `frames`, both are sets of videos: samples
     begin at their start and have each frame; real ones are cut as training clips are, by
-    `frame_stride`.
-
-    Raises:
-        UsageError: a set cannot be compared; see `measure`.
+    `frame_stride`. Raises `UsageError` if a set cannot be compared.
     """
     if side is not None and first.endswith(".npz"):
         raise UsageError(f"{first} has pictures of one side, which is compared: omit --side")

@@ -80,31 +80,22 @@ def moments_of(batches: Iterable[np.ndarray]) -> Moments:
 class PictureSet:
     """The first `count` images or clips of a sequence, and the columns that are known of them.
 
-    Attributes:
-        name: for people.
-        side: of the images, in pixels.
-        frames: of each clip; None for images.
-        root: folder that the sequence has its own folder in.
-        describe: everything that the images depend on, as JSON. It is called when images are first
-            needed: for a source some are read, for samples a text encoder may be loaded.
-        make: draws or reads consecutive images; it is called with their numbers and a progress.
-        batch_size: images in memory at a time, and rows in a file.
-        levels: number of levels of each image.
-        captions: caption of each image; empty if there are none.
-        belong_to: index of the training image whose caption each image was drawn for, if known.
+    `describe` gives everything that the images depend on, as JSON. It is called when images are
+    first needed: it reads some images of a source, or loads a text encoder. `make` draws or reads
+    the images of some numbers.
     """
 
     name: str
     count: int
     side: int
-    frames: int | None
-    root: Path
+    frames: int | None  # of each clip; None for images
+    root: Path  # folder that the sequence has its own folder in
     describe: Callable[[], dict[str, Any]]
     make: Callable[[range, Progress], PictureBatch]
-    batch_size: int
+    batch_size: int  # images in memory at a time, and rows in a file
     levels: int = 1
     captions: Sequence[str] = ()
-    belong_to: Sequence[int] = ()
+    belong_to: Sequence[int] = ()  # training images whose captions the samples have, if known
 
     @property
     def kind(self) -> str:
@@ -126,19 +117,20 @@ class PictureSet:
     ) -> None:
         """Make what is missing of the columns; a collective.
 
-        `progress` is called with (images done, images that were missing).
-
-        Raises:
-            OSError: a file cannot be written, or ranks do not share the folder.
+        `progress` is called with (images done, images that were missing). Raises `OSError` if a
+        file cannot be written, or if ranks do not share the folder.
         """
         missing = world.once(lambda: self._missing(columns))
         if missing:
             text = json.dumps(self.about, indent=1).encode()
-            about = self.folder / "about.json"
-            world.once(lambda: write_atomically(about, lambda file: file.write(text)))
+            world.once(lambda: _write(self.folder / "about.json", text))
             mine = [missing[place] for place in world.mine(range(len(missing)))]
             world.each(lambda: self._make(columns, mine, world, progress))
-            world.once(lambda: self._refuse_elsewhere(columns))
+        if missing and world.once(lambda: self._missing(columns)):
+            raise OSError(
+                f"{self.folder} lacks files that other ranks have written: put the run's folder "
+                "and MDM_CACHE into folders that all ranks share"
+            )
 
     def stream(self, column: Column) -> Iterator[np.ndarray]:
         """Rows of a column, a batch at a time. Raises `ValueError` if a file is damaged."""
@@ -149,17 +141,11 @@ class PictureSet:
         return np.concatenate(list(self.stream(column)))
 
     def moments(self, column: Column) -> Moments:
-        """Moments of a column. They are kept: a set that is often compared with is large.
-
-        Raises:
-            OSError: they cannot be written.
-            ValueError: a file is damaged.
-        """
+        """Moments of a column, which are kept: a set that is often compared with is large."""
         path = self.folder / column.name / f"moments-{self.count:08d}.safetensors"
         if not path.is_file():
             moments = moments_of(self.stream(column))
-            data = save({**vars(moments), "count": np.array(moments.count)})
-            write_atomically(path, lambda file: file.write(data))
+            _write(path, save({**vars(moments), "count": np.array(moments.count)}))
         arrays = _load(path)
         return Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
 
@@ -173,11 +159,10 @@ class PictureSet:
         return self.folder / column.name / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
     def _missing(self, columns: Sequence[Column]) -> list[range]:
-        return [
-            rows
-            for rows in self._batches()
-            if not all(self._path(column, rows).is_file() for column in columns)
-        ]
+        def known(rows: range) -> bool:
+            return all(self._path(column, rows).is_file() for column in columns)
+
+        return [rows for rows in self._batches() if not known(rows)]
 
     def _make(
         self,
@@ -201,17 +186,13 @@ class PictureSet:
                 if not path.is_file():
                     values = column.of(batch)
                     assert len(values) == size, f"{column.name} has a row for each image"
-                    data = save({_VALUES: np.ascontiguousarray(values)})
-                    write_atomically(path, lambda file, data=data: file.write(data))
+                    _write(path, save({_VALUES: np.ascontiguousarray(values)}))
             report(1, 1)
             done += size
 
-    def _refuse_elsewhere(self, columns: Sequence[Column]) -> None:
-        if self._missing(columns):
-            raise OSError(
-                f"{self.folder} lacks files that other ranks have written: put the run's folder "
-                "and MDM_CACHE into folders that all ranks share"
-            )
+
+def _write(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -245,19 +226,9 @@ def samples_of(
         asked = {**conditions.of(rows), "seed": seed + rows.start, **settings}
         return PictureBatch(model.sample(batch_size=batch_size, progress=progress, **asked).levels)
 
-    return PictureSet(
-        name=model.config.name,
-        count=count,
-        side=model.picture_side,
-        frames=model.resolutions[-1].frames,
-        root=root,
-        describe=describe,
-        make=make,
-        batch_size=batch_size,
-        levels=len(model.resolutions),
-        captions=conditions.captions(count),
-        belong_to=conditions.pictures[:count],
-    )
+    shape = (count, model.picture_side, model.resolutions[-1].frames)
+    about = (len(model.resolutions), conditions.captions(count), conditions.pictures[:count])
+    return PictureSet(model.config.name, *shape, root, describe, make, batch_size, *about)
 
 
 def pictures_of(source: Source, root: Path) -> PictureSet:
@@ -281,14 +252,6 @@ def pictures_of(source: Source, root: Path) -> PictureSet:
         pictures = np.stack([example.picture for example in examples])
         return PictureBatch([pictures], [example.original_side for example in examples])
 
-    return PictureSet(
-        name=source.name,
-        count=len(source),
-        side=source.side,
-        frames=source.frames,
-        root=root,
-        describe=describe,
-        make=make,
-        batch_size=batch_size,
-        captions=[captions[0] for captions in source.captions or ()],
-    )
+    shape = (len(source), source.side, source.frames)
+    captions = [captions[0] for captions in source.captions or ()]
+    return PictureSet(source.name, *shape, root, describe, make, batch_size, captions=captions)

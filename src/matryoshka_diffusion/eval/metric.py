@@ -73,27 +73,16 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and what it needs.
-
-    Attributes:
-        compute: the numbers.
-        looks_at: name of the network whose features it takes, or the column of pixels.
-        needs: among others, samples of the captions of training images.
-        least: number of samples that it needs on each side.
-        one_frame: takes one frame of each clip, because it assumes independent samples.
-        published: can do with published moments of Inception's features.
-        least_frames: number of frames that it needs of each clip.
-        check: raises `ValueError` if the reference, whose column is filled, is of no use.
-    """
+    """A metric and what it needs."""
 
     compute: Callable[[Comparison], list[Number]]
-    looks_at: str | Column
+    looks_at: str | Column  # name of the network whose features it takes, or a column of pixels
     needs: tuple[Need, ...] = ("reference",)
-    least: int = 2
-    one_frame: bool = False
-    published: bool = False
-    least_frames: int = 1
-    check: Callable[[PictureSet], None] = lambda real: None
+    least: int = 2  # samples on each side
+    one_frame: bool = False  # takes one frame of each clip: it assumes independent samples
+    published: bool = False  # can do with published moments of Inception's features
+    least_frames: int = 1  # frames of each clip
+    check: Callable[[PictureSet], None] = lambda real: None  # raises if a filled reference is bad
 
     @property
     def network(self) -> str:
@@ -359,8 +348,7 @@ METRICS: dict[str, Metric] = {
 def parse_metrics(names: str | Sequence[str]) -> tuple[tuple[str, ...], int | None]:
     """Split `fd,fid50k,...` into metrics, each once, and the number of samples in the names.
 
-    Raises:
-        UsageError: an unknown name, two numbers of samples, or one of a metric that has its own.
+    Raises `UsageError` for an unknown name, or for numbers of samples that cannot be.
 
     Example:
         >>> parse_metrics("fid50k,retrieval")
@@ -398,9 +386,7 @@ def find_networks(
 ) -> Networks:
     """Load the networks that the metrics look through, from files; FVD's for clips of `frames`.
 
-    Raises:
-        UsageError: a file is missing, or none of the metrics looks through it.
-        OSError, ValueError: a file cannot be used.
+    Raises `UsageError` if a file is missing, or if none of the metrics looks through it.
     """
     files = {
         INCEPTION: ("inception", inception, lambda path: Inception(path, device)),

@@ -27,32 +27,24 @@ if TYPE_CHECKING:
 else:
     Image = Any
 
-RETRIEVED = 128
-"""Captions of a prompt retrieval."""
+RETRIEVED = 128  # captions of a prompt retrieval
 
-MAX_HASHED = 4096
-"""Images of a source that are read to recognise it; reading all takes as long as measuring."""
+MAX_HASHED = 4096  # images of a source: reading all takes as long as measuring
 
 
 @dataclass(frozen=True)
 class Conditions:
     """Captions or classes of samples 0, 1, 2, ...; neither for an unconditional model.
 
-    Attributes:
-        name: the rule, for people.
-        identity: hash of everything that the rule depends on.
-        kind: the argument of `Matryoshka.sample` that takes them.
-        at: caption or class of sample i.
-        limit: number of samples that the rule has conditions for; None if it never ends.
-        pictures: index of the image that each of `limit` captions belongs to, if any.
+    `kind` is the argument of `Matryoshka.sample` that takes them, `at` gives that of sample i.
     """
 
     name: str
-    identity: str = ""
+    identity: str = ""  # hash of everything that the rule depends on
     kind: Literal["prompts", "classes", "n"] = "n"
     at: Callable[[int], Any] = lambda i: None
-    limit: int | None = None
-    pictures: Sequence[int] = ()
+    limit: int | None = None  # number of samples that the rule is for, if it ends
+    pictures: Sequence[int] = ()  # images that the captions belong to, if they are of single ones
 
     def of(self, rows: range) -> dict[str, Any]:
         """Arguments of `Matryoshka.sample` for these samples."""
@@ -78,10 +70,7 @@ def in_turn(config: RunConfig, source: Source | None) -> Conditions:
     """The captions or classes of the training images, shuffled, over and over.
 
     Sources are often sorted by class: their first 1,000 images would be of one class, and so would
-    each split of an Inception score.
-
-    Raises:
-        UsageError: the model takes captions or classes, and the source has none or is missing.
+    each split of an Inception score. Raises `UsageError` if the source is missing or has none.
     """
     if config.model.text is None and not config.model.classes:
         return Conditions("without conditions")
@@ -130,8 +119,7 @@ def random_labels(classes: int) -> Conditions:
 def retrieval_captions(config: RunConfig, source: Source | None) -> Conditions:
     """The first captions of 128 images (all, of a smaller source), the same for every model.
 
-    Raises:
-        UsageError: the model takes no captions, or the source has none or is missing.
+    Raises `UsageError` if the model takes no captions, or the source is missing or has none.
     """
     if config.model.text is None:
         raise UsageError(f"{config.name} has no prompts to retrieve: omit the metric retrieval")
@@ -154,11 +142,7 @@ def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:
 
 
 def captions_of_file(path: Path) -> Conditions:
-    """All captions of a file in a fixed random order; n samples take the first n of it.
-
-    Raises:
-        UsageError: see `read_captions`.
-    """
+    """All captions of a file in a fixed random order; n samples take the first n of it."""
     texts = read_captions(path)
     order = stream(0, "evaluation captions").permutation(len(texts))
     name, count = f"captions of {path.name}", len(texts)
@@ -174,9 +158,7 @@ def read_captions(path: Path) -> list[str]:
 
     The file is COCO's annotations as .json (`annotations` with `id` and `caption`, taken in the
     order of their ids), a .jsonl or .csv with `text` or `caption`, or text with a caption a line.
-
-    Raises:
-        UsageError: there is no such file, it is none of these, or it holds no caption.
+    Raises `UsageError` if it is something else, or holds no caption.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file of captions")
@@ -219,8 +201,7 @@ UNSEEN_PROMPTS = ("purple apple", "blue banana", "green elephant", "pink airplan
 def demo_sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
     """Draw 20 prompts at every level beside their real images, and 4 unseen combinations.
 
-    Raises:
-        ValueError: the source does not have the captions (it is made for OpenMoji).
+    Raises `ValueError` if the source does not have the captions (it is made for OpenMoji).
     """
     by_caption = {text: i for i in range(len(source)) for text in source[i].captions}
     missing = [prompt for prompt in SHEET_PROMPTS if prompt not in by_caption]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from matryoshka_diffusion.config import DataConfig, SourceName, UsageError
+from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.image import SUFFIXES
 from matryoshka_diffusion.data.source import (
@@ -57,27 +57,19 @@ _ALONE = World()
 
 @dataclass(frozen=True)
 class Reference:
-    """A set of real images.
-
-    Attributes:
-        name: for people.
-        pictures: None if only moments are known.
-        published: moments of Inception's features; None if they are computed from the pictures.
-        foreign: True for files that may be resized; False for the model's own data.
-    """
+    """A set of real images, or published moments of Inception's features, or both."""
 
     name: str
     pictures: PictureSet | None
     published: PublishedMoments | None = None
-    foreign: bool = False
+    foreign: bool = False  # images that may have been resized, not the model's own data
 
     def flag(
         self, side: int, what: str, *, world: World = _ALONE, progress: Progress | None = None
     ) -> str | None:
         """The remark on how these images, called `what`, came to `side` pixels; a collective.
 
-        Raises:
-            UsageError: they have another resolution, or too many were enlarged.
+        Raises `UsageError` if they have another resolution, or if too many were enlarged.
         """
         if self.pictures is None:
             return f"{what} of unstated resolution"
@@ -130,10 +122,8 @@ def open_reference(name: str, side: int, frames: int | None = None, **fields: An
     """Open an .npz, or any data as squares of `side` pixels; with `frames`, clips of videos.
 
     `fields` are those of `DataConfig`: how clips are cut from videos, and the source if it is
-    known. The sheets in a folder of samples (`grid.png`, ...) are left out.
-
-    Raises:
-        UsageError, OSError, ValueError: the data cannot be compared with.
+    known. The sheets in a folder of samples (`grid.png`, ...) are left out. Raises `UsageError`,
+    `OSError` or `ValueError` if the data cannot be compared with.
     """
     if name.endswith(".npz"):
         return open_npz(Path(name).expanduser())
@@ -144,7 +134,11 @@ def open_reference(name: str, side: int, frames: int | None = None, **fields: An
             f"{name} is a run or a model (it holds {files[0]}), not pictures: mdm eval {name} "
             "--ref DATA measures its samples"
         )
-    data = DataConfig(path=absolute(name), **{"source": _kind(name, frames), **fields})
+    kind = kind_of(name)
+    if frames is not None and kind in ("datasets", "parquet"):
+        raise UsageError(f"{name} has pictures, no clips: name a folder or tar shards of videos")
+    kind = kind if frames is None else "clips"
+    data = DataConfig(path=absolute(name), **{"source": kind, **fields})
     source = open_source(data, side, frames)
     rows = [row for row, key in enumerate(source.keys) if key not in SHEETS]
     source = source if len(rows) == len(source) else source.part(rows)
@@ -184,8 +178,7 @@ def holds_videos(name: str) -> bool:
 def side_of(name: str) -> int:
     """Shorter side of the first image; 0 for an .npz, whose header says it.
 
-    Raises:
-        UsageError: it is no folder of images.
+    Raises `UsageError` if it is no folder of images.
     """
     if name.endswith(".npz"):
         return 0
@@ -202,26 +195,14 @@ def _first_picture(name: str) -> Path | None:
     return min((path for path in pictures if path.name not in SHEETS), default=None)
 
 
-def _kind(name: str, frames: int | None) -> SourceName:
-    kind = kind_of(name)
-    if frames is not None and kind in ("datasets", "parquet"):
-        raise UsageError(
-            f"{name} has pictures, which clips are not compared with: name a folder of videos, or "
-            "tar shards of them"
-        )
-    return kind if frames is None else "clips"
-
-
 # --- ADM's files -------------------------------------------------------------------------------
 
 
 def open_npz(path: Path) -> Reference:
     """A reference batch as ADM publishes them: `mu` and `sigma`, images as `arr_0`, or both.
 
-    Nothing in the file is unpickled, and its images are read a batch at a time.
-
-    Raises:
-        UsageError: there is no such file, or it is something else.
+    Nothing in the file is unpickled, and its images are read a batch at a time. Raises `UsageError`
+    if it is something else.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")

@@ -22,53 +22,29 @@ FILE = "results.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """One number.
+    """One number."""
 
-    Attributes:
-        of: whose samples: the model's name, or that of a set of images.
-        key: name of the metric in METRICS, such as "fid".
-        metric: name of the number with its protocol and remarks, such as "FID-50K" or
-            "FID-2K [n = 2,000 <= 2,048 features: rank-deficient]".
-        others: companions of the value, such as the standard deviation of a KID.
-        n: number of samples.
-        frames: frames of each sample; None for images.
-        words: the whole number for people, if it has a sentence of its own.
-        flags: remarks on all numbers of this model; they are in `metric`, too.
-        weights: hash of the model's weights, of a cascade "<upsampler's> after <base's>"; empty
-            for images.
-        conditions: the rule of captions or classes.
-        reference: name of the reference; empty if there is none.
-        reference_count: number of its images; None if it is unknown.
-        extractor: network that looked at the images; empty if none did.
-        extractor_weights: first digits of the SHA-256 of its file.
-        resize: how it resizes images.
-        sampling: resolved settings, of a cascade the upsampler's with the base's under `base`;
-            empty for images.
-        seed: seed of the first sample.
-        device: type of the device that drew the samples, such as "cuda".
-    """
-
-    of: str
-    key: str = ""
-    metric: str = ""
+    of: str  # name of the model, or of a set of images
+    key: str = ""  # name of the metric in METRICS, such as "fid"
+    metric: str = ""  # its name with protocol and remarks, such as "FID-2K [n = 2,000 <= ...]"
     value: float = math.nan
-    n: int = 0
-    frames: int | None = None
-    words: str = ""
-    flags: tuple[str, ...] = ()
+    n: int = 0  # number of samples
+    frames: int | None = None  # frames of each sample; None for images
+    words: str = ""  # the number for people, if it has a sentence of its own
+    flags: tuple[str, ...] = ()  # remarks on all numbers of this model; they are in `metric`, too
     higher_is_better: bool = False
-    others: Mapping[str, float] = field(default_factory=dict)
-    weights: str = ""
-    conditions: str = ""
+    others: Mapping[str, float] = field(default_factory=dict)  # such as the deviation of a KID
+    weights: str = ""  # hash of the model's weights, of a cascade "<upsampler's> after <base's>"
+    conditions: str = ""  # the rule of captions or classes
     reference: str = ""
-    reference_count: int | None = None
-    extractor: str = ""
-    extractor_weights: str = ""
-    resize: str = ""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
+    reference_count: int | None = None  # number of its images, if it is known
+    extractor: str = ""  # network that looked at the images, if one did
+    extractor_weights: str = ""  # first digits of the SHA-256 of its file
+    resize: str = ""  # how it resizes images
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of a cascade the base's in `base`
+    seed: int | None = None  # of the first sample
     precision: str = ""
-    device: str = ""
+    device: str = ""  # type of the device that drew the samples, such as "cuda"
     batch_size: int | None = None
 
     def sentence(self) -> str:
@@ -109,12 +85,7 @@ class Result:
 
 
 def flagged(name: str, flags: Iterable[str | None]) -> str:
-    """A name with its remarks, if there are any.
-
-    Example:
-        >>> flagged("FID", ["no EMA", None])
-        'FID [no EMA]'
-    """
+    """A name with its remarks, if there are any, such as "FID [no EMA]"."""
     raised = [flag for flag in flags if flag]
     return f"{name} [{'; '.join(raised)}]" if raised else name
 

@@ -31,12 +31,8 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
 
-EMA = "ema"
-"""The axis whose values are other weights, not sampling settings."""
-
-MAX_PROFILE_ERROR = 0.05
-"""Error of an average's profile that needs a warning, as in `mdm ema`."""
-
+EMA = "ema"  # the axis whose values are other weights, not sampling settings
+MAX_PROFILE_ERROR = 0.05  # of an average without a warning, as in `mdm ema`
 MAX_VALUES = 1000
 OPTIONS = {
     "guidance": "--cfg",
@@ -56,17 +52,11 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One combination.
+    """One combination."""
 
-    Attributes:
-        values: value on each axis of the sweep.
-        cost: evaluations of the network a sample.
-        results: the numbers, in the order of the metrics.
-    """
-
-    values: Mapping[str, Any]
-    cost: int
-    results: tuple[Result, ...]
+    values: Mapping[str, Any]  # on each axis of the sweep
+    cost: int  # evaluations of the network a sample
+    results: tuple[Result, ...]  # in the order of the metrics
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,14 +77,11 @@ def sweep(
     fixed: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Point]:
-    """Measure every combination of the axes' values.
+    """Measure every combination of the axes' values, by names of `SamplingConfig` fields or `EMA`.
 
-    Args:
-        open_model: opens the model with the average of a length as its weights, or its usual ones.
-        axes: values by names of `SamplingConfig` fields, or `EMA`.
-        measure: the numbers of a model with some settings.
-        fixed: settings that all combinations share; they are not among a point's values.
-        progress: called with (points done, points in all).
+    `open_model` opens the model with the average of a length as its weights, or its usual ones.
+    Settings that all combinations share (`fixed`) are not among a point's values. `progress` is
+    called with (points done, points in all).
     """
     lengths, all_settings = axes.get(EMA, [None]), combinations(axes)
     points = []
@@ -126,10 +113,8 @@ def averaged(
 ) -> Model:
     """A run's model with the average of this length as its weights, as `mdm ema` writes it.
 
-    If the run is an upsampler, the base of its `usual` model draws with it.
-
-    Raises:
-        FileNotFoundError, ValueError: the run has no snapshots, or there is no such average.
+    If the run is an upsampler, the base of its `usual` model draws with it. Raises
+    `FileNotFoundError` or `ValueError` if the run has no snapshots, or there is no such average.
     """
     where = f"{run / 'ema'} at length {length:g}"
     average = synthesise(run / "ema", length)
@@ -146,10 +131,8 @@ def averaged(
 def parse_numbers(text: str) -> tuple[float, ...]:
     """Numbers of a list such as `10,25,50` or `1:3:0.25`, a range with both ends, or both mixed.
 
-    Computed in decimals, so that 0.1:0.3:0.1 ends at 0.3.
-
-    Raises:
-        UsageError: no such list, or more than 1,000 numbers.
+    Computed in decimals, so that 0.1:0.3:0.1 ends at 0.3. Raises `UsageError` for anything else,
+    or for more than 1,000 numbers.
 
     Example:
         >>> parse_numbers("1:2:0.25,5")
@@ -175,9 +158,6 @@ def parse_numbers(text: str) -> tuple[float, ...]:
             raise UsageError(f"{text!r}: this is more than {MAX_VALUES:,} values")
         numbers += [first + place * step for place in range(int((last - first) // step) + 1)]
     return tuple(dict.fromkeys(map(float, numbers)))
-
-
-# --- which are best ----------------------------------------------------------------------------
 
 
 def badness(result: Result) -> float:
@@ -209,16 +189,14 @@ def front(points: Sequence[Point]) -> list[int]:
     return pareto([(float(point.cost), badness(point.quality)) for point in points])
 
 
-# --- table, file, command and picture ----------------------------------------------------------
-
-
 def table(points: Sequence[Point]) -> str:
     """A line for each point, the best and the front marked; notes on the columns below."""
-    marks, names = _marks(points), list(points[0].values)
+    chosen, ahead, names = best(points), front(points), list(points[0].values)
     heads = [result.metric.split(" [")[0] for result in points[0].results]
     rows = [[*names, "evaluations", *heads, ""]]
-    for point, mark in zip(points, marks, strict=True):
+    for place, point in enumerate(points):
         values = [_plain(point.values[name]) for name in names]
+        mark = "best" if point is chosen else "front" if place in ahead else ""
         rows.append([*values, str(point.cost), *(f"{r.value:.4g}" for r in point.results), mark])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
@@ -226,14 +204,6 @@ def table(points: Sequence[Point]) -> str:
         way = "higher" if result.higher_is_better else "lower"
         lines.append(f"{result.sentence().rsplit(':', 1)[0]}; {way} is better")
     return "\n".join(lines)
-
-
-def _marks(points: Sequence[Point]) -> list[str]:
-    chosen, ahead = best(points), front(points)
-    return [
-        "best" if point is chosen else "front" if place in ahead else ""
-        for place, point in enumerate(points)
-    ]
 
 
 def write(points: Sequence[Point], path: Path) -> None:
@@ -273,11 +243,7 @@ def _plain(value: Any) -> str:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Write a PNG: quality along an axis, against cost, and distance against alignment.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """Write a PNG: quality along an axis, against cost, and distance against alignment."""
     require("matplotlib", "plots", "the picture of mdm sweep")
     from matplotlib.figure import Figure
 
@@ -296,34 +262,31 @@ def draw(points: Sequence[Point], path: Path) -> None:
             panel.legend(fontsize="small")
     panel, chosen = next(panels), best(points)
     costs = [(float(point.cost), point.quality.value) for point in points]
-    _with_front(panel, costs, front(points))
-    panel.plot([chosen.cost], [chosen.quality.value], "*", markersize=14, label="best")
-    panel.set(xlabel="evaluations of the network", ylabel=title)
-    panel.legend(fontsize="small")
+    panel.plot([chosen.cost], [chosen.quality.value], "*", markersize=14, label="best", zorder=3)
+    _with_front(panel, costs, front(points), "evaluations of the network", title)
     if pairs:
         panel = next(panels)
         ahead = pareto([(badness(y), badness(x)) for x, y in pairs])
-        _with_front(panel, [(y.value, x.value) for x, y in pairs], ahead)
         distance, alignment = (one.metric.replace(" [", "\n[") for one in pairs[0])
-        panel.set(xlabel=alignment, ylabel=distance)
-        panel.legend(fontsize="small")
+        both = [(y.value, x.value) for x, y in pairs]
+        _with_front(panel, both, ahead, alignment, distance)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _with_front(panel: Any, pairs: Sequence[tuple[float, float]], ahead: Sequence[int]) -> None:
+def _with_front(
+    panel: Any, pairs: Sequence[tuple[float, float]], ahead: Sequence[int], x: str, y: str
+) -> None:
     """Draw all pairs grey and those `ahead` as a line."""
     panel.plot(*zip(*pairs, strict=True), "o", color="0.6")
     panel.plot(*zip(*sorted(pairs[place] for place in ahead), strict=True), "o-", label="front")
+    panel.set(xlabel=x, ylabel=y)
+    panel.legend(fontsize="small")
 
 
 def numeric_axis(points: Sequence[Point]) -> str | None:
     """The axis that quality is drawn along: guidance if it was swept, else the first of numbers."""
-    values = {
-        name: {point.values[name] for point in points}
-        for name in points[0].values
-        if not isinstance(points[0].values[name], str)
-    }
-    swept = [name for name, found in values.items() if len(found) > 1]
+    numbers = [name for name, value in points[0].values.items() if not isinstance(value, str)]
+    swept = [name for name in numbers if len({point.values[name] for point in points}) > 1]
     return "guidance" if "guidance" in swept else next(iter(swept), None)
 
 
