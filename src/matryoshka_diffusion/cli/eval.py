@@ -70,13 +70,9 @@ def compare(options: argparse.Namespace) -> None:
         )
     with _job(options) as job:
         results = evaluation.compare(
-            options.first,
-            options.second,
-            metrics,
+            *(options.first, options.second, metrics),
             _networks(options, job, options.frames)(metrics),
-            side=options.side,
-            frames=options.frames,
-            frame_stride=options.frame_stride,
+            **{name: getattr(options, name) for name in ("side", "frames", "frame_stride")},
             world=job.world,
             progress=job.bars,
         )
@@ -120,12 +116,9 @@ def sweep(options: argparse.Namespace) -> None:
     show(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
     best = sweeping.best(points)
     idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
-    opened = {"precision": options.precision, "base": options.base}
-    given = {
-        name: value
-        for name, value in (fixed | opened).items()
-        if value not in (None, PRECISION) and name not in idle
-    }
+    given = fixed | {"precision": options.precision, "base": options.base}
+    unusual = [name for name in given if given[name] not in (None, PRECISION) and name not in idle]
+    given = {name: given[name] for name in unusual}
     show(f"best:\n{sweeping.command(options.model, best, given)}")
 
 
@@ -151,25 +144,17 @@ def _plan(options: argparse.Namespace, model: Any, job: Job) -> dict[str, Any]:
     # One rank of a machine decodes, the others read its cache.
     with job.world.first("data", each_machine=True):
         plan = evaluation.plan(
-            model.config,
-            model.picture_side,
-            frames,
-            metrics=options.metrics,
-            n=options.n,
-            protocol=options.protocol,
-            captions=options.captions,
+            *(model.config, model.picture_side, frames),
+            **{name: getattr(options, name) for name in ("metrics", "n", "protocol", "captions")},
             reference=options.ref,
             networks=_networks(options, job, frames),
         )
-    if options.seed is not None:
-        plan["seed"] = options.seed
+    plan |= {} if options.seed is None else {"seed": options.seed}
     how = {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
     return {**plan, **how, "folder": result.folder_of(options.model, "eval")}
 
 
-def _networks(
-    options: argparse.Namespace, job: Job, frames: int | None
-) -> Callable[[Sequence[str]], Any]:
+def _networks(options: argparse.Namespace, job: Job, frames: int | None) -> Any:
     from matryoshka_diffusion.eval.evaluate import find_networks
 
     files = {name: getattr(options, name) for name in ("inception", "clip", "fvd")}
@@ -196,16 +181,10 @@ def add_eval(commands: Any) -> None:
     command = add_command(commands, "compare", compare, "measure one set of images by another")
     command.add_argument("first", metavar="DATA", help="images or clips to measure")
     command.add_argument("second", metavar="DATA", help="images or clips to compare them with")
+    stride = "take every K-th frame of the real clips (4); of samples every one"
     command.add_argument("--side", type=positive, metavar="N", help="side of the images in pixels")
-    command.add_argument(
-        "--frames", type=positive, metavar="N", help="compare videos by clips of N frames"
-    )
-    command.add_argument(
-        "--frame-stride",
-        type=positive,
-        metavar="K",
-        help="take every K-th frame of the real clips (4); of samples every one",
-    )
+    command.add_argument("--frames", type=positive, metavar="N", help="compare clips of N frames")
+    command.add_argument("--frame-stride", type=positive, metavar="K", help=stride)
     _add_metrics(command, "fd")
     add_device(command)
 
@@ -216,9 +195,8 @@ def add_sweep(commands: Any) -> None:
     command.add_argument("model", metavar="RUN", help=MODEL)
     for name, (option, kind, text) in SWEPT.items():
         command.add_argument(option, dest=f"swept_{name}", type=kind, metavar="LIST", help=text)
-    command.add_argument(
-        *("-o", "--out"), type=Path, metavar="DIR", help="for sweep.json and sweep.png (RUN/sweep)"
-    )
+    out = "folder for sweep.json and sweep.png (RUN/sweep)"
+    command.add_argument("-o", "--out", type=Path, metavar="DIR", help=out)
     _add_evaluation(command)
     add_sampling(command, swept=True)
 
@@ -226,11 +204,8 @@ def add_sweep(commands: Any) -> None:
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
     _add_metrics(command, None)
     command.add_argument("-n", type=positive, help="number of samples")
-    command.add_argument(
-        "--ref",
-        metavar="DATA",
-        help="images to compare with, an .npz of ADM, or held-out (the training images)",
-    )
+    ref = "images to compare with, an .npz of ADM, or held-out (the training images)"
+    command.add_argument("--ref", metavar="DATA", help=ref)
     command.add_argument("--protocol", choices=PROTOCOLS, help="a published way of measuring")
     command.add_argument("--captions", type=Path, metavar="FILE", help=".json of COCO, or a list")
     add_base(command)
@@ -238,13 +213,9 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
 
 
 def _add_metrics(command: argparse.ArgumentParser, default: str | None) -> None:
-    command.add_argument(
-        "--metrics",
-        metavar="LIST",
-        default=default,
-        help="fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd; of "
-        "clips also fvd, motion, fd-frames, fid-frames",
-    )
+    metrics = "fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, agreement, kd, prdc-fd; of "
+    metrics += "clips also fvd, motion, fd-frames, fid-frames"
+    command.add_argument("--metrics", metavar="LIST", default=default, help=metrics)
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
     command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")
     command.add_argument("--fvd", type=Path, metavar="FILE", help="TorchScript network of clips")

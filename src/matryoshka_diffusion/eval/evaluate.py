@@ -12,7 +12,7 @@ from typing import Any
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.source import Source, open_source, split
+from matryoshka_diffusion.data.source import Source, kind_of, open_source, split
 from matryoshka_diffusion.eval.feature_store import Column, PictureSet, samples_of
 from matryoshka_diffusion.eval.metric import (
     METRICS,
@@ -33,12 +33,11 @@ from matryoshka_diffusion.eval.prompts import (
 from matryoshka_diffusion.eval.reference import (
     Reference,
     fields_like,
+    first_picture,
     fixed_clips,
-    holds_videos,
     open_reference,
     reference_of,
     shrunk,
-    side_of,
 )
 from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import cache_folder
@@ -125,7 +124,8 @@ def _retrieves(name: str) -> bool:
 
 def _refuse_unmet(names: Iterable[str], made: PictureSet, reference: Reference | None) -> None:
     for name in names:
-        METRICS[name].refuse_unmet(name, made, reference)
+        for words in METRICS[name].unmet(made, reference):
+            raise UsageError(f"{name} {words}; or omit {name}")
 
 
 def _about(model: Model, settings: dict[str, Any], **how: Any) -> Result:
@@ -342,15 +342,19 @@ def compare(
     begin at their start and have each frame; real ones are cut as training clips are, by
     `frame_stride`. Raises `UsageError` if a set cannot be compared.
     """
-    if side is not None and first.endswith(".npz"):
+    npz = first.endswith(".npz")
+    if side is not None and npz:
         raise UsageError(f"{first} has pictures of one side, which is compared: omit --side")
-    if frames is None:
-        if frame_stride is not None:
-            raise UsageError("--frame-stride is for videos: add --frames")
-        for name in (first, second):
-            if holds_videos(name):
-                raise UsageError(f"{name} holds videos: give --frames, how many are compared")
-    side = side or side_of(first)
+    if frames is None and frame_stride is not None:
+        raise UsageError("--frame-stride is for videos: add --frames")
+    pictures = {name: first_picture(name) for name in (first, second)}
+    for name, found in pictures.items():
+        if frames is None and (kind_of(name) == "clips" or (found and found[1])):
+            raise UsageError(f"{name} holds videos: give --frames, how many are compared")
+    found = pictures[first]
+    if found is None and side is None and not npz:
+        raise UsageError(f"{first} is no folder of pictures: give their side, --side N")
+    side = side or (found[0] if found else 0)  # the header of an .npz says it
     samples = open_reference(first, side, frames, frame_stride=1, clip="start")
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")

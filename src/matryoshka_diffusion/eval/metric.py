@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,48 +99,32 @@ class Metric:
         frames = self.by_frame and not self.one_frame and "clips" not in self.needs
         return pictures.count * (pictures.frames or 1) if frames else pictures.count
 
-    def refuse_unmet(self, name: str, made: PictureSet, reference: Reference | None) -> None:
-        """Raise `UsageError` with the first need that is not met."""
-        real = None if reference is None else reference.pictures
-        who, whom = made.name, "" if reference is None else reference.name
-        compares, least = "reference" in self.needs, f"at least {self.least:,}"
-        kind = "moments of pictures" if real is None else real.kind
-        for need, missing, message in (
-            ("clips", made.frames is None, f"needs clips, and {who} has pictures: omit it"),
-            (
-                "clips",
-                (made.frames or 0) < self.least_frames,
-                f"needs clips of at least {self.least_frames} frames, {who} has {made.kind}",
-            ),
-            ("", self.count(made) < self.least, f"needs {least} samples, not {self.count(made):,}"),
-            (
-                "training captions",
-                not made.belong_to,
-                f"needs samples of the captions of training pictures, which {who} does not have: "
-                "omit it, or measure the model (mdm eval RUN)",
-            ),
-            ("captions", not made.captions, f"needs captions, which {who} does not have: omit it"),
-            ("levels", made.levels < 2, f"needs several levels, {who} has one: omit it"),
-            ("reference", reference is None, "compares with pictures: name them with --ref"),
-            (
-                "reference",
-                (None if real is None else real.frames) != made.frames,
-                f"compares like with like: {whom} has {kind}, {who} {made.kind}; name a reference "
-                "with clips of as many frames",
-            ),
-            (
-                "reference",
-                real is None and not self.published,
-                f"needs the pictures of its reference, but {whom} holds only mu and sigma",
-            ),
-            (
-                "reference",
-                compares and real is not None and self.count(real) < self.least,
-                f"needs {least} pictures of reference, {whom} has too few",
-            ),
-        ):
-            if missing and (not need or need in self.needs):
-                raise UsageError(f"{name} {message}")
+    def unmet(self, made: PictureSet, reference: Reference | None) -> Iterator[str]:
+        """The needs that are not met, in words that follow the metric's name."""
+        needs, least = self.needs, f"at least {self.least:,}"
+        if "clips" in needs and made.frames is None:
+            yield f"needs clips, and {made.name} has pictures"
+        if "clips" in needs and (made.frames or 0) < self.least_frames:
+            yield f"needs clips of at least {self.least_frames} frames, not {made.kind}"
+        if self.count(made) < self.least:
+            yield f"needs {least} samples, not {self.count(made):,}"
+        if "training captions" in needs and not made.belong_to:
+            yield "needs samples of the captions of training pictures (mdm eval RUN draws them)"
+        if "captions" in needs and not made.captions:
+            yield f"needs captions, which {made.name} was not drawn for"
+        if "levels" in needs and made.levels < 2:
+            yield f"needs several levels, and {made.name} has one"
+        if "reference" in needs and reference is None:
+            yield "compares with pictures: name them with --ref"
+        if "reference" in needs and reference is not None:
+            real = reference.pictures
+            kind = "moments of pictures" if real is None else real.kind
+            if (None if real is None else real.frames) != made.frames:
+                yield f"compares equals: {reference.name} has {kind}, {made.name} {made.kind}"
+            if real is None and not self.published:
+                yield f"needs the pictures of {reference.name}, which holds only mu and sigma"
+            if real is not None and self.count(real) < self.least:
+                yield f"needs {least} pictures of reference, {reference.name} has too few"
 
 
 @dataclass(frozen=True)

@@ -163,36 +163,17 @@ def fields_like(data: DataConfig, name: str) -> dict[str, Any]:
     return fields
 
 
-def holds_videos(name: str) -> bool:
-    """True for a set of videos, and for a folder whose first image moves."""
-    path = _first_picture(name)
-    if kind_of(name) == "clips" or path is None:
-        return kind_of(name) == "clips"
-    try:
-        with Image.open(path) as picture:
-            return getattr(picture, "n_frames", 1) > 1
-    except OSError:  # a bad file, which is counted when all of them are read
-        return False
-
-
-def side_of(name: str) -> int:
-    """Shorter side of the first image; 0 for an .npz, whose header says it.
-
-    Raises `UsageError` if it is no folder of images.
-    """
-    if name.endswith(".npz"):
-        return 0
-    path = _first_picture(name)
-    if path is None:
-        raise UsageError(f"{name}: of which side? --side N says it, except for folders of pictures")
-    with Image.open(path) as picture:
-        return min(picture.size)
-
-
-def _first_picture(name: str) -> Path | None:
+def first_picture(name: str) -> tuple[int, bool] | None:
+    """Shorter side of the first image in a folder, and whether it moves; None without images."""
     files = Path(name).expanduser().rglob("*")
-    pictures = (path for path in files if path.suffix.lower() in SUFFIXES)
-    return min((path for path in pictures if path.name not in SHEETS), default=None)
+    pictures = [one for one in files if one.suffix.lower() in SUFFIXES and one.name not in SHEETS]
+    if not pictures:
+        return None
+    try:
+        with Image.open(min(pictures)) as picture:
+            return min(picture.size), getattr(picture, "n_frames", 1) > 1
+    except OSError:  # a bad file, which is counted when all of them are read
+        return None
 
 
 # --- ADM's files -------------------------------------------------------------------------------

@@ -284,24 +284,20 @@ def _ported(path: Path, device: torch.device) -> FIDInception:
     # Built on `meta`: its usual initialisation would draw from torch's global generator.
     with torch.device("meta"):
         net = FIDInception()
-    wanted = {key: tuple(weight.shape) for key, weight in net.state_dict().items()}
-    shapes = {key: tuple(weight.shape) for key, weight in state.items()}
-    problems = {
-        "missing": [key for key in wanted if key not in shapes],
-        "unexpected": [key for key in shapes if key not in wanted],
-        "of another shape": [
-            f"{key} {shapes[key]} instead of {shape}"
-            for key, shape in wanted.items()
-            if shapes.get(key, shape) != shape
-        ],
-    }
-    texts = [
-        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-        for kind, keys in problems.items()
-        if keys
-    ]
-    if texts:
-        raise ValueError(f"{path} is no FID Inception: {'; '.join(texts)}; {_EXPECTED}")
+    wanted, found = (
+        {key: tuple(weight.shape) for key, weight in weights.items()}
+        for weights in (net.state_dict(), state)
+    )
+    for kind, keys in (
+        ("missing", [key for key in wanted if key not in found]),
+        ("unexpected", [key for key in found if key not in wanted]),
+        ("of another shape", [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]),
+    ):
+        if keys:
+            first = f"{keys[0]} {found.get(keys[0], '')}"
+            raise ValueError(
+                f"{path} is no FID Inception: {len(keys)} keys {kind}, first {first}; {_EXPECTED}"
+            )
     net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
