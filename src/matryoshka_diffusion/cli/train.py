@@ -134,7 +134,7 @@ def _train(
         world.once(lambda: refuse_foreign(out))
         # Other ranks find in the cache what rank 0 downloads, decodes and encodes.
         with (
-            world.first_here("data"),
+            world.first("data", each_machine=True),
             Bar("encoding", " captions") as captions,
             Bar("encoding") as codes,
         ):
