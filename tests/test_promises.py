@@ -35,7 +35,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import Trainer, train
-from test_data import chunk, png_bytes
+from picturing import chunk, png_bytes
 from test_pipeline import text_model
 from test_released import Evil, tensors
 from test_trainer import digests, stop_at

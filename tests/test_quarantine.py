@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import shutil
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from matryoshka_diffusion.config import DataConfig, RunConfig
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.loader import Batch, Loader
-from matryoshka_diffusion.data.source import Source, open_source, split
+from matryoshka_diffusion.data.source import Source, split
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import train
+from picturing import encode as encode_image
+from picturing import opened as opened_kind
+from picturing import save, write_tar
 from tiny_run import encode, tiny_config
 
 COUNT, BAD = 40, (3, 4, 17, 30)
 
 
-@pytest.fixture(autouse=True)
-def _on_demand(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+@pytest.fixture(scope="module", autouse=True)
+def _on_demand():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoded, "CACHED_PICTURES", 0)
+        yield
 
 
-@pytest.fixture
-def shard(tmp_path) -> Path:
-    return make_shard(tmp_path, BAD)
-
-
-def make_shard(tmp_path: Path, bad: Collection[int]) -> Path:
+def make_shard(path: Path, bad: Collection[int]) -> Path:
     """Captioned pictures, some of them broken, and one without a caption."""
-    pictures = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
-    path = tmp_path / "s.tar"
-    with tarfile.open(path, "w") as archive:
+    parts = []
+    for n in range(COUNT):
+        colour = (6 * n, 255 - 6 * n, n)
+        parts.append((f"{n:02}.png", b"broken" if n in bad else encode_image(colour, (16, 16))))
+        parts += [] if n == 9 else [(f"{n:02}.txt", b"red")]
+    return write_tar(path / "s.tar", parts)
 
-        def add(name: str, data: bytes) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
-        for n, pixels in enumerate(pictures):
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            add(f"{n:02}.png", b"broken" if n in bad else file.getvalue())
-            add(f"{n:02}.txt", b"red") if n != 9 else None
-    return path
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    return make_shard(tmp_path_factory.mktemp("shard"), BAD)
 
 
 def opened(path: Path, share: float = 0.5) -> Source:
-    return open_source(DataConfig(source="shards", path=str(path), max_bad_fraction=share), 16)
-
-
-def pictures(path: Path) -> Source:
-    return open_source(DataConfig(source="folder", path=str(path), max_bad_fraction=0.2), 16)
+    return opened_kind(path, share, kind="shards")
 
 
 class Recorded(Loader):
@@ -77,116 +65,109 @@ class Recorded(Loader):
         return batch
 
 
-def run(config: RunConfig, source: Source, folder: Path, hooks=()) -> dict[int, str]:
+class Run(NamedTuple):
+    """What a run was given and warned of."""
+
+    given: dict[int, str]
+    warned: list[str]
+
+
+def run(source: Source, folder: Path, hooks=()) -> Run:
     loader = Recorded(source)
-    train(config, loader, folder, encode=encode, quarantine=source.quarantine, hooks=hooks)
-    return loader.given
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        train(
+            tiny_config(),
+            loader,
+            folder,
+            encode=encode,
+            quarantine=source.quarantine,
+            hooks=hooks,
+        )
+    messages = [str(one.message) for one in seen]
+    return Run(loader.given, [x.split(": ")[0] for x in messages if "stands in" in x])
 
 
-def told(seen) -> list[str]:
-    """The keys of the samples that warnings were about."""
-    return [str(one.message).split(": ")[0] for one in seen if "stands in" in str(one.message)]
+def listed(folder: Path) -> list[str]:
+    lines = (folder / "bad.jsonl").read_text().splitlines()
+    return [json.loads(line)["path"] for line in lines]
 
 
-def listed(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
-
-
-def begun(shard: Path, folder: Path) -> list[str]:
-    """A run that ended half-way; returns the samples that it was warned of."""
+@pytest.fixture(scope="module")
+def begun(shard, tmp_path_factory) -> Path:
+    """A run that ended half-way."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
 
     def stop(view) -> None:
         if view.images_seen == 24:
-            assert (folder / "bad.jsonl").is_file()  # since the last save
             raise RuntimeError("here")
 
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        with pytest.raises(RuntimeError, match="here"):
-            run(tiny_config(), opened(shard), folder, hooks=[(24, stop)])
-    return told(seen)
+    with pytest.raises(RuntimeError, match="here"):
+        run(opened(shard), folder, [(24, stop)])
+    return folder
+
+
+@pytest.fixture
+def parts(begun, tmp_path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+def newest(folder: Path) -> Path:
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    return path
 
 
 # --- with a run --------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_knows_what_was_bad_and_is_shown_the_same(tmp_path, shard):
-    config = tiny_config()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        whole = run(config, opened(shard), tmp_path / "whole")
-    assert sorted(told(seen)) == [f"s.tar:{n:02}" for n in BAD]
-    first = begun(shard, tmp_path / "parts")
-    newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
-    assert newest is not None
-    saved = checkpoint.read(newest).state["bad"]
-    assert [key for key, *_ in saved] == sorted(first)
+def test_a_resumed_run_knows_what_was_bad_and_is_shown_the_same(tmp_path, shard, parts):
+    whole = run(opened(shard), tmp_path / "whole")
+    assert sorted(whole.warned) == [f"s.tar:{n:02}" for n in BAD]
+    saved = [key for key, *_ in checkpoint.read(newest(parts)).state["bad"]]
     assert 0 < len(saved) < len(BAD)
-    source = opened(shard)
-    with warnings.catch_warnings(record=True) as second:
-        warnings.simplefilter("always")
-        rest = run(config, source, tmp_path / "parts")
-    assert sorted([*first, *told(second)]) == sorted(told(seen))  # each once
-    assert rest == {n: key for n, key in whole.items() if n >= 24}
-    for name in ("whole", "parts"):
-        assert [file["path"] for file in listed(tmp_path / name)] == [
-            f"s.tar:{n:02}" for n in sorted((*BAD, 9))
-        ]
-    weights = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts")]
+    rest = run(opened(shard), parts)
+    assert sorted([*saved, *rest.warned]) == sorted(whole.warned)  # each once
+    assert rest.given == {n: key for n, key in whole.given.items() if n >= 24}
+    for folder in (tmp_path / "whole", parts):
+        assert listed(folder) == [f"s.tar:{n:02}" for n in sorted((*BAD, 9))]
+    weights = [path / "model" / "model.safetensors" for path in (tmp_path / "whole", parts)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_what_was_bad_before_a_resume_counts_towards_too_many(tmp_path, shard):
-    begun(shard, tmp_path / "run")
-    before = len(listed(tmp_path / "run"))
+def test_what_was_bad_before_a_resume_counts_towards_too_many(shard, parts):
+    before = len(listed(parts))
     assert before < len(BAD) + 1
-    source = opened(shard, share=before / COUNT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=f"{before + 1} of 40 files cannot be used"):
-            run(tiny_config(), source, tmp_path / "run")
-    assert len(listed(tmp_path / "run")) == before + 1  # the one that was too many is listed
+    with pytest.raises(ValueError, match=f"{before + 1} of 40 files cannot be used"):
+        run(opened(shard, share=before / COUNT), parts)
+    assert len(listed(parts)) == before + 1  # the one that was too many is listed
 
 
-def test_a_checkpoint_from_before_has_no_quarantine(tmp_path, shard):
-    begun(shard, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints"
-    newest = checkpoint.newest(folder)
-    assert newest is not None
-    snapshot = checkpoint.read(newest)
+def test_a_checkpoint_from_before_has_no_quarantine(shard, parts):
+    snapshot = checkpoint.read(newest(parts))
     older = {key: value for key, value in snapshot.state.items() if key != "bad"}
     tensors = [dict(part) for part in (snapshot.weights, snapshot.ema, snapshot.optimizer)]
-    for path in newest.iterdir():
+    for path in newest(parts).iterdir():
         path.unlink()
-    checkpoint.save(folder, checkpoint.Snapshot(older, *tensors), keep=2)
-    with pytest.warns(UserWarning, match="stands in"):
-        run(tiny_config(), opened(shard), tmp_path / "run")
-    newest = checkpoint.newest(folder)
-    assert newest is not None
-    assert checkpoint.read(newest).state["bad"]
+    checkpoint.save(parts / "checkpoints", checkpoint.Snapshot(older, *tensors), keep=2)
+    assert run(opened(shard), parts).warned
+    assert checkpoint.read(newest(parts)).state["bad"]
 
 
 def test_bad_files_of_a_folder_are_listed_too_and_a_good_set_has_no_list(tmp_path):
-    config = tiny_config()
     for n in range(8):
-        path = tmp_path / "set" / f"{n}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16), (9 * n, 0, 0)).save(path)
-        path.with_suffix(".txt").write_text("red")
-    run(config, pictures(tmp_path / "set"), tmp_path / "good")
+        save(tmp_path / "set" / f"{n}.png").with_suffix(".txt").write_text("red")
+    run(opened_kind(tmp_path / "set"), tmp_path / "good")
     assert not (tmp_path / "good" / "bad.jsonl").exists()
     (tmp_path / "set" / "3.png").write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="stands in"):
-        run(config, pictures(tmp_path / "set"), tmp_path / "bad")
-    (file,) = listed(tmp_path / "bad")
-    assert file["path"] == "3.png"
-    assert "not a PNG" in file["reason"]
+    run(opened_kind(tmp_path / "set", 0.2), tmp_path / "bad")
+    assert listed(tmp_path / "bad") == ["3.png"]
 
 
 # --- alone -------------------------------------------------------------------------------------
 
 
-def test_what_is_restored_is_neither_read_nor_told_again(shard, monkeypatch):
+def test_what_is_restored_is_neither_read_nor_told_again(shard):
     first, again = opened(shard), opened(shard)
     with pytest.warns(UserWarning, match=r"s\.tar:0[34]: not a PNG"):
         stand_in = first[3].key
@@ -210,7 +191,7 @@ def test_what_stands_in_for_a_held_out_picture_is_held_out_too(tmp_path):
             warnings.simplefilter("ignore")
             assert [x.key for x in part.many(range(len(part)))] == expected
             assert [part[n].key for n in range(len(part))] == expected
-        assert expected != list(part.keys), "nothing was replaced"
+        assert expected != part.keys, "nothing was replaced"
 
 
 def test_several_processes_of_a_run_can_put_their_findings_together():
@@ -226,5 +207,4 @@ def test_several_processes_of_a_run_can_put_their_findings_together():
 
 def test_names_that_are_no_unicode_can_be_listed(tmp_path):
     Quarantine("set", [BadFile("caf\udce9.png", "broken")]).write(tmp_path / "bad.jsonl")
-    (file,) = listed(tmp_path)
-    assert file["path"].startswith("caf")
+    assert listed(tmp_path)[0].startswith("caf")

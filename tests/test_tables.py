@@ -6,40 +6,27 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.config import DataConfig
-from matryoshka_diffusion.data import decoded
-from matryoshka_diffusion.data import tables as parquet_module
+from matryoshka_diffusion.data import decoded, tables
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, open_source
-from matryoshka_diffusion.data.tables import split_of
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.runs import prepare as job
+from picturing import COLOURS, noise, opened, reasons
+from picturing import encode as encode_colour
 
-COLOURS = [(200, 30, 40), (10, 180, 60), (20, 40, 220), (240, 240, 20)]
-
-
-def parquet(path: str, side: int, share: float) -> Source:
-    return open_source(DataConfig(source="parquet", path=path, max_bad_fraction=share), side)
-
-
-def hugging_face(name: str, side: int, share: float) -> Source:
-    data = DataConfig(source="datasets", path=f"hf:{name}", max_bad_fraction=share)
-    return open_source(data, side)
+pa = pytest.importorskip("pyarrow")
 
 
 def encode(n: int, size=(20, 24)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, COLOURS[n % 4]).save(file, "PNG")
-    return file.getvalue()
+    return encode_colour(COLOURS[n % 4], size)
 
 
-def keys(source: Source) -> list[str]:
-    return [source[n].key for n in range(len(source))]
+def parquet(path: Path | str, share: float = 0.0) -> Source:
+    return opened(path, share, kind="parquet")
 
 
 def colours(source: Source) -> list[int]:
@@ -48,36 +35,24 @@ def colours(source: Source) -> list[int]:
     return [COLOURS.index(tuple(middle)) for middle in middles]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-
-
-# --- parquet ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pa():
-    return pytest.importorskip("pyarrow")
-
-
-def write(path: Path, columns: dict, *, group: int = 4, metadata=None) -> str:
-    import pyarrow
+def write(path: Path, columns: dict, *, group: int = 4, metadata=None) -> Path:
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.table(columns).replace_schema_metadata(metadata)
     pyarrow.parquet.write_table(table, path, row_group_size=group)
-    return str(path)
+    return path
 
 
 def structs(pictures) -> list[dict]:
     return [{"bytes": picture, "path": None} for picture in pictures]
 
 
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("form", ["bytes", "structs"])
-def test_rows_come_in_order_with_captions(tmp_path, monkeypatch, pa, form, large):
+# --- parquet -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "large"), [("bytes", False), ("structs", True)])
+def test_rows_come_in_order_with_captions(tmp_path, monkeypatch, form, large):
     if large:
         monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     pictures = [encode(n) for n in range(10)]
@@ -86,28 +61,27 @@ def test_rows_come_in_order_with_captions(tmp_path, monkeypatch, pa, form, large
         "caption": [[f"picture {n}", f"number  {n}"] if n % 2 else [f"no {n}"] for n in range(10)],
         "other": list(range(10)),
     }
-    source = parquet(write(tmp_path / "p.parquet", columns, group=3), 16, 0.0)
-    assert (source.threads > 1) == large
-    assert keys(source) == [f"p.parquet:{n}" for n in range(10)]
+    source = parquet(write(tmp_path / "p.parquet", columns, group=3))
+    assert source.keys == [f"p.parquet:{n}" for n in range(10)]
     assert colours(source) == [n % 4 for n in range(10)]
     assert source.captions is not None
     assert source.captions[:2] == [("no 0",), ("picture 1", "number 1")]
     assert (source[3].original_side, source.classes, source.bad) == (20, (), ())
 
 
-def test_several_files_are_one_set(tmp_path, pa):
+def test_several_files_are_one_set(tmp_path):
     for n in range(3):
         write(tmp_path / "d" / f"{n}.parquet", {"jpg": [encode(n)] * 2, "text": [f"of {n}"] * 2})
     for pattern in (f"{tmp_path}/d/{{0..2}}.parquet", f"{tmp_path}/d", f"{tmp_path}/d/*.parquet"):
-        source = parquet(pattern, 16, 0.0)
-        assert keys(source) == [f"{n}.parquet:{row}" for n in range(3) for row in range(2)]
+        source = parquet(pattern)
+        assert source.keys == [f"{n}.parquet:{row}" for n in range(3) for row in range(2)]
         assert colours(source) == [0, 0, 1, 1, 2, 2]
     config = job.find_config("folder-64", str(tmp_path / "d"), [])
     assert config.data.source == "parquet"
-    assert job.all_captions(open_source(config.data, 16)) == ["of 0", "of 1", "of 2"]
+    assert open_source(config.data, 16).captions == [(f"of {n // 2}",) for n in range(6)]
 
 
-def test_classes_are_numbers_words_or_named_by_datasets(tmp_path, pa):
+def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
     pictures = [encode(n) for n in range(3)]
     numbers = {"image": pictures, "label": [2, 0, 2]}
     about = {"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_type": "x"}}}}
@@ -116,34 +90,27 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path, pa):
         (numbers, {"huggingface": json.dumps(about)}, ("cat", "dog", "owl"), [2, 0, 2]),
         (numbers, {"huggingface": "{"}, ("0", "1", "2"), [2, 0, 2]),
         ({"image": pictures, "cls": ["owl", "cat", "owl"]}, None, ("cat", "owl"), [1, 0, 1]),
+        ({"image": pictures, "cls": [True, False, True]}, None, ("0", "1"), [1, 0, 1]),
     ):
-        path = write(tmp_path / f"{len(classes)}{classes[0]}.parquet", columns, metadata=metadata)
-        source = parquet(path, 16, 0.0)
+        source = parquet(write(tmp_path / "p.parquet", columns, metadata=metadata))
         assert source.classes == classes
         assert [source[n].label for n in range(3)] == labels
-
-
-def test_classes_may_be_yes_and_no_but_not_numbers_and_words(tmp_path, pa):
-    write(tmp_path / "0.parquet", {"image": [encode(0), encode(1)], "label": [True, False]})
-    source = parquet(str(tmp_path / "0.parquet"), 16, 0.0)
-    labels = Loader(source, 0).batch(range(2)).labels
-    assert labels is not None
-    assert labels.dtype == torch.int64
-    assert source.classes == ("0", "1")
-    write(tmp_path / "1.parquet", {"image": [encode(0)], "label": ["cat"]})
+        found = Loader(source, 0).batch(range(2)).labels
+        assert found is not None
+        assert found.dtype == torch.int64
+    write(tmp_path / "q.parquet", {"image": pictures[:1], "label": ["cat"]})
     with pytest.raises(ValueError, match="numbers in some of the rows and words in others"):
-        parquet(str(tmp_path), 16, 0.0)
+        parquet(tmp_path)
 
 
-def test_bad_rows_are_attributed(tmp_path, pa):
+def test_bad_rows_are_attributed(tmp_path):
     latin = pa.array([b"caf\xe9"]).view(pa.string())
     texts = pa.concat_arrays([pa.array(["a", "b", None, " ", "e", "f"]), latin, pa.array(["h"])])
     pictures = [encode(0), b"broken", encode(2), encode(3), None, b"", encode(0), encode(0, (1, 1))]
-    labels = [0, 0, 0, 0, 0, 0, 0, 0]
-    path = write(tmp_path / "p.parquet", {"image": pictures, "text": texts, "label": labels})
-    source = parquet(path, 16, 0.9)
-    assert keys(source) == ["p.parquet:0"]
-    found = {file.path.split(":")[1]: file.reason for file in source.bad}
+    path = write(tmp_path / "p.parquet", {"image": pictures, "text": texts, "label": [0] * 8})
+    source = parquet(path, 0.9)
+    assert source.keys == ["p.parquet:0"]
+    found = {path.split(":")[1]: reason for path, reason in reasons(source).items()}
     for row, reason in {
         "1": "not a PNG, JPEG or WEBP",
         "2": "it has no caption, although others have one",
@@ -155,56 +122,45 @@ def test_bad_rows_are_attributed(tmp_path, pa):
     }.items():
         assert reason in found[row]
     with pytest.raises(ValueError, match=r"7 of 8 files cannot be used \(p\.parquet:1"):
-        parquet(path, 16, 0.5)
+        parquet(path, 0.5)
 
 
-def test_a_damaged_row_group_costs_its_rows_only(tmp_path, pa):
-    noise = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), dtype=np.uint8)
+def test_a_damaged_row_group_costs_its_rows_only(tmp_path):
     pictures = []
-    for pixels in noise:
+    for seed in range(9):
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
+        Image.fromarray(noise(40, seed=seed)).save(file, "PNG")
         pictures.append(file.getvalue())
     path = write(tmp_path / "p.parquet", {"image": pictures}, group=3)
-    footer = pa.parquet.read_metadata(path)
-    start = footer.row_group(1).column(0).data_page_offset
-    data = bytearray(Path(path).read_bytes())
+    start = pa.parquet.read_metadata(path).row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
     data[start : start + 8] = bytes(8)  # the page's header
-    Path(path).write_bytes(data)
-    source = parquet(path, 16, 0.5)
-    assert keys(source) == [f"p.parquet:{n}" for n in (0, 1, 2, 6, 7, 8)]
+    path.write_bytes(data)
+    source = parquet(path, 0.5)
+    assert source.keys == [f"p.parquet:{n}" for n in (0, 1, 2, 6, 7, 8)]
     assert [file.path for file in source.bad] == [f"p.parquet:{n}" for n in (3, 4, 5)]
     assert "row group 1 is damaged" in source.bad[0].reason
 
 
-def test_a_file_without_its_footer_is_an_error_that_names_it(tmp_path, pa):
-    path = Path(write(tmp_path / "p.parquet", {"image": [encode(0)]}))
+def test_tables_that_are_damaged_or_without_pictures_are_errors(tmp_path):
+    path = write(tmp_path / "p.parquet", {"image": [encode(0)]})
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"p\.parquet is damaged"):
-        parquet(str(path), 16, 1.0)
-
-
-def test_tables_without_pictures_are_errors(tmp_path, pa):
-    words = write(tmp_path / "a.parquet", {"caption": ["x"], "url": ["y"]})
+        parquet(path, 1.0)
     with pytest.raises(ValueError, match="no column with pictures among caption, url"):
-        parquet(words, 16, 1.0)
+        parquet(write(tmp_path / "a.parquet", {"caption": ["x"], "url": ["y"]}), 1.0)
     with pytest.raises(ValueError, match="column image holds string, not bytes"):
-        parquet(write(tmp_path / "b.parquet", {"image": ["a.png"]}), 16, 1.0)
+        parquet(write(tmp_path / "b.parquet", {"image": ["a.png"]}), 1.0)
 
 
-def test_only_the_last_row_groups_are_held(tmp_path, monkeypatch, pa):
+def test_only_the_last_row_groups_are_held(tmp_path, monkeypatch):
     monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
-    source = parquet(
-        write(tmp_path / "p.parquet", {"image": [encode(n) for n in range(12)]}, group=3), 16, 0.0
+    columns = {"image": [encode(n) for n in range(12)]}
+    source = parquet(write(tmp_path / "p.parquet", columns, group=3))
+    read, whole = [], tables._File.pictures
+    monkeypatch.setattr(
+        tables._File, "pictures", lambda self, group: read.append(group) or whole(self, group)
     )
-    read = []
-    whole = parquet_module._File.pictures
-
-    def counted(self, group):
-        read.append(group)
-        return whole(self, group)
-
-    monkeypatch.setattr(parquet_module._File, "pictures", counted)
     assert colours(source) == [n % 4 for n in range(12)]
     assert read == [0, 1, 2, 3]
     assert source[0].key == "p.parquet:0"
@@ -212,15 +168,17 @@ def test_only_the_last_row_groups_are_held(tmp_path, monkeypatch, pa):
     assert read == [0, 1, 2, 3, 0]
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "parquet"), ("datasets", "datasets")])
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, package, extra):
     (tmp_path / "p.parquet").touch()
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(MissingExtra, match=r"pyarrow.*: pip install .*\[parquet\]"):
-        parquet(str(tmp_path), 16, 0.0)
+    for module in (package, "pyarrow.parquet"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    path = str(tmp_path) if package == "pyarrow" else "hf:somebody/something"
+    with pytest.raises(MissingExtra, match=rf"{package}.*: pip install .*\[{extra}\]"):
+        opened(path, kind=extra)
 
 
-# --- Hugging Face datasets -------------------------------------------------------------------
+# --- Hugging Face datasets ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +186,7 @@ def datasets():
     return pytest.importorskip("datasets")
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_a_saved_data_set_is_read(tmp_path, monkeypatch, datasets, large):
-    if large:
-        monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+def test_a_saved_data_set_is_read(tmp_path, datasets):
     features = datasets.Features(
         image=datasets.Image(),
         caption=datasets.Value("string"),
@@ -247,12 +202,11 @@ def test_a_saved_data_set_is_read(tmp_path, monkeypatch, datasets, large):
     config = job.find_config("folder-64", f"hf:{tmp_path / 'saved'}", [])
     assert config.data.source == "datasets"
     source = open_source(config.data, 16)
-    assert (source.threads > 1) == large
     assert colours(source) == [0, 3, 1, 0]
     assert source.captions == [(f"picture {n}",) for n in (4, 3, 1, 0)]
     assert [source[n].label for n in range(4)] == [0, 1, 1, 0]
     assert source.classes == ("cat", "dog")
-    assert keys(source)[1] == f"{tmp_path / 'saved'}:1"
+    assert source.keys[1] == f"{tmp_path / 'saved'}:1"
 
 
 def test_splits_are_chosen_by_name(tmp_path, datasets):
@@ -260,12 +214,11 @@ def test_splits_are_chosen_by_name(tmp_path, datasets):
         name: datasets.Dataset.from_dict({"png": [encode(n)]})
         for n, name in enumerate(("train", "test"))
     }
-    folder = str(tmp_path / "saved")
-    datasets.DatasetDict(splits).save_to_disk(folder)
-    assert colours(hugging_face(folder, 16, 0.0)) == [0]
-    assert colours(hugging_face(f"{folder}@test", 16, 0.0)) == [1]
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    for split, expected in (("", [0]), ("@test", [1])):
+        assert colours(opened(f"hf:{tmp_path}/saved{split}", kind="datasets")) == expected
     with pytest.raises(ValueError, match="its splits are train, test"):
-        hugging_face(f"{folder}@validation", 16, 0.0)
+        opened(f"hf:{tmp_path}/saved@validation", kind="datasets")
 
 
 def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(
@@ -280,23 +233,17 @@ def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(
     ]
     features = datasets.Features(image=datasets.Image())
     table = datasets.Dataset.from_dict({"image": cells}, features=features)
-    monkeypatch.setattr(parquet_module, "_opened", lambda *_: table)  # as one from the hub may be
-    source = hugging_face("somebody/something", 16, 0.9)
+    monkeypatch.setattr(tables, "_opened", lambda *_: table)  # as one from the hub may be
+    source = opened("hf:somebody/something", 0.9, kind="datasets")
     assert colours(source) == [2]
     assert [file.path for file in source.bad] == [f"somebody/something:{n}" for n in (1, 2, 3)]
-    assert source.bad[0].reason == f"its picture is a file that does not exist, {paths[1]}"
+    assert str(paths[1]) in source.bad[0].reason
 
 
 def test_places_and_splits_are_told_apart(tmp_path):
-    assert split_of("somebody/something") == ("somebody/something", "")
-    assert split_of("somebody/something@test") == ("somebody/something", "test")
-    assert split_of("/a@b/c") == ("/a@b/c", "")
+    assert tables.split_of("somebody/something") == ("somebody/something", "")
+    assert tables.split_of("somebody/something@test") == ("somebody/something", "test")
+    assert tables.split_of("/a@b/c") == ("/a@b/c", "")
     (tmp_path / "x@y").mkdir()
-    assert split_of(f"{tmp_path}/x@y") == (f"{tmp_path}/x@y", "")
-    assert split_of(f"{tmp_path}/x@y@test") == (f"{tmp_path}/x@y", "test")
-
-
-def test_data_sets_without_the_package_name_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(MissingExtra, match=r"datasets: pip install .*\[datasets\]"):
-        hugging_face("somebody/something", 16, 0.0)
+    assert tables.split_of(f"{tmp_path}/x@y") == (f"{tmp_path}/x@y", "")
+    assert tables.split_of(f"{tmp_path}/x@y@test") == (f"{tmp_path}/x@y", "test")

@@ -1,0 +1,241 @@
+"""One image file: decoded as it should look, within bounds, or a reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, PngImagePlugin
+
+from matryoshka_diffusion.data.augment import cut_square
+from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.files import UnreadableError
+from picturing import COLOURS, SIDE, chunk, noise, png_bytes, save
+
+RED, WHITE = COLOURS[0], (255, 255, 255)
+
+
+def middle(path: Path) -> tuple[int, ...]:
+    return tuple(read_picture(path, SIDE).pixels[8, 8].tolist())
+
+
+# --- as it should look -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "wrong-suffix.png"])
+def test_the_accepted_formats_decode(tmp_path, name):
+    save(tmp_path / name, format="JPEG" if "wrong" in name else None)
+    picture = read_picture(tmp_path / name, SIDE)
+    assert picture.pixels.shape == (SIDE, SIDE, 3)
+    assert picture.original_side == 20
+    assert np.abs(picture.pixels.astype(int) - RED).max() < 8
+
+
+@pytest.mark.parametrize("shape", [(61, 37), (37, 62), (50, 50), (16, 200), (16, 16)])
+def test_a_centre_crop_resizes_the_middle_square_alone(tmp_path, shape):
+    pixels = noise(*shape)
+    edge, (top, left) = min(shape), ((length - min(shape)) // 2 for length in shape)
+    box = (left, top, left + edge, top + edge)
+    expected = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
+    path = save(tmp_path / "a.png", pixels)
+    assert (read_picture(path, SIDE).pixels == np.asarray(expected)).all()
+    assert (read_picture(path.read_bytes(), SIDE).pixels == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((61, 37), (26, 16)), ((37, 61), (16, 26)), ((50, 50), (16, 16)), ((32, 960), (16, 64))],
+)
+def test_for_a_random_crop_the_longer_side_stays_up_to_a_bound(tmp_path, shape, kept):
+    read = read_picture(save(tmp_path / "a.png", noise(*shape)), SIDE, "random")
+    assert read.pixels.shape == (*kept, 3)
+    assert read.original_side == min(shape)
+
+
+def test_of_a_panorama_the_middle_stays(tmp_path):
+    pixels = noise(SIDE, 10 * SIDE)
+    read = read_picture(save(tmp_path / "a.png", pixels), SIDE, "random")
+    assert (read.pixels == pixels[:, 3 * SIDE : 7 * SIDE]).all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=2), st.floats(0, 1, exclude_max=True))
+def test_a_square_is_cut_at_its_place_and_inside_the_same_of_all_frames(shape, place):
+    clip = np.stack([noise(*shape, seed) for seed in range(2)])
+    side, spare = min(shape), abs(shape[0] - shape[1])
+    spot = min(int(place * (spare + 1)), spare)
+    along = clip[:, spot:] if shape[0] > shape[1] else clip[:, :, spot:]
+    assert (cut_square(clip, place) == along[:, :side, :side]).all()
+    assert (cut_square(clip[1], place) == along[1, :side, :side]).all()
+
+
+def test_a_large_jpeg_is_shrunk_as_well_as_a_png(tmp_path):
+    y, x = np.mgrid[0:1024, 0:1024] / 1024
+    pixels = (np.stack([np.sin(9 * x), np.cos(7 * y), x * y], -1) * 100 + 128).astype(np.uint8)
+    png = read_picture(save(tmp_path / "a.png", pixels), 32)
+    jpeg = read_picture(save(tmp_path / "a.jpg", pixels, quality=95), 32)
+    assert png.original_side == jpeg.original_side == 1024
+    assert np.abs(png.pixels.astype(int) - jpeg.pixels).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, orientation):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:4, :8] = RED
+    stored = {  # how a camera stores what `orientation` turns upright
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "a.png", np.ascontiguousarray(stored), exif=exif)
+    assert (read_picture(tmp_path / "a.png", 16).pixels == upright).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    save(tmp_path / "grey.png", np.full((16, 16), 100 * 257, np.uint16))
+    assert middle(tmp_path / "grey.png") == (100, 100, 100)
+    row = b"\0" + struct.pack(">3H", *(value * 257 for value in RED)) * 16
+    (tmp_path / "rgb.png").write_bytes(png_bytes(16, 16, row * 16, depth=16, colour=2))
+    assert middle(tmp_path / "rgb.png") == RED
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red, green, blue = middle(tmp_path / "a.jpg")
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "half"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    clear = Image.new("RGBA", (16, 16), (10, 10, 10, 128 if mode == "half" else 0))
+    if mode == "P":
+        clear = Image.new("P", (16, 16), 3)
+        clear.putpalette(bytes(range(256)) * 3)
+    options = {"P": {"transparency": 3}, "RGB": {"transparency": (10, 10, 10)}}.get(mode, {})
+    (clear if mode == "half" else clear.convert(mode)).save(tmp_path / "a.png", **options)
+    expected = 132 if mode == "half" else 255
+    assert max(abs(value - expected) for value in middle(tmp_path / "a.png")) <= (mode == "half")
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, form):
+    later = [Image.new("RGB", (20, 24), WHITE)]
+    options = {"save_all": True, "append_images": later, "lossless": True}
+    assert middle(save(tmp_path / "a.png", format=form, **options)) == RED
+
+
+# --- bounds and damage -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [(50_000, 50_000), (20_001, 20), (9_000, 8_000), (12_000, 12_000), (2**31 - 1, 16)]
+)
+def test_huge_pictures_are_refused_from_the_header(tmp_path, monkeypatch, size):
+    (tmp_path / "a.png").write_bytes(png_bytes(size[0], size[1], b"", depth=1, colour=0))
+    later = Image.new("RGB", (16, 16), WHITE)
+    webp = save(tmp_path / "a.webp", noise(16), save_all=True, append_images=[later])
+    data = bytearray(webp.read_bytes())
+    canvas = data.index(b"VP8X") + 12
+    for position, length in ((canvas, size[0]), (canvas + 3, size[1])):
+        data[position : position + 3] = (min(length, 2**24) - 1).to_bytes(3, "little")
+    webp.write_bytes(data)
+    jpeg = save(tmp_path / "a.jpg")
+    data = bytearray(jpeg.read_bytes())
+    frame = data.index(b"\xff\xc0") + 5
+    data[frame : frame + 4] = struct.pack(">HH", *(min(length, 2**16 - 1) for length in size))
+    jpeg.write_bytes(data)
+
+    def allocate(*_):
+        raise AssertionError("pixels were allocated")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", allocate)
+    for path in (tmp_path / "a.png", webp, jpeg):
+        with pytest.raises(PictureError, match="too large"):
+            read_picture(path, 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 100), (100, 7)])
+def test_tiny_pictures_are_refused(tmp_path, shape):
+    with pytest.raises(PictureError, match="too small"):
+        read_picture(save(tmp_path / "a.png", noise(*shape)), 16)
+
+
+BOMB = zlib.compress(bytes(50 * 2**20))
+CHUNKS = {
+    "compressed text": chunk(b"zTXt", b"k\0\0" + BOMB),
+    "international text": chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB),
+    "many texts": chunk(b"tEXt", b"k\0" + bytes(2**20 - 2)) * 70,
+    "colour profile": chunk(b"iCCP", b"k\0\0" + BOMB),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_a_chunk_does_not_unpack_beyond_bounds(tmp_path, kind):
+    data = png_bytes(16, 16, bytes(16 * 49), extra=CHUNKS[kind])
+    (tmp_path / "a.png").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PictureError, match=r"too large|Too much memory"):
+            read_picture(tmp_path / "a.png", 16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_a_file_beyond_all_reason_is_not_opened(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(300 * 10**6)  # sparse
+    with pytest.raises(PictureError, match="larger than 256 MB"):
+        read_picture(tmp_path / "a.png", 16)
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", ""])
+def test_other_formats_are_refused_whatever_their_name(tmp_path, form):
+    if form:
+        save(tmp_path / "a.png", format=form)
+    else:
+        (tmp_path / "a.png").touch()
+    with pytest.raises(PictureError, match="not a PNG, JPEG or WEBP" if form else "empty"):
+        read_picture(tmp_path / "a.png", 16)
+
+
+def test_a_file_that_is_gone_cannot_be_read(tmp_path):
+    with pytest.raises(UnreadableError, match=rf"{tmp_path}/a\.png"):
+        read_picture(tmp_path / "a.png", 16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # its remarks on damaged EXIF data
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_damaged_files_give_a_reason_or_a_picture_and_never_anything_else(tmp_path, form):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("key", "value", zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"pnginfo": info} if form == "PNG" else {}
+    whole = save(tmp_path / "a.png", noise(24), format=form, exif=exif, **options).read_bytes()
+    for length in range(0, len(whole) - 30, max(1, len(whole) // 60)):
+        with pytest.raises(PictureError):
+            read_picture(whole[:length], 16)
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for position in random.integers(0, min(len(whole), 400), random.integers(1, 4)):
+            damaged[position] = random.integers(256)
+        with contextlib.suppress(PictureError):
+            assert read_picture(bytes(damaged), 16).pixels.shape == (16, 16, 3)

@@ -1,0 +1,203 @@
+"""The loader: which sample comes when, and how it is cut, turned, augmented and described."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead, to_float, to_uint8
+from matryoshka_diffusion.runs import prepare as job
+from picturing import SIDE, noise, opened, save, toy, write_tar
+
+WIDE, HIGH, SQUARE = SHAPES = ((SIDE, 40), (35, SIDE), (SIDE, SIDE))
+
+
+def joined(batches: list[Batch]) -> dict[str, list]:
+    """All columns of several batches, one after the other."""
+    return {
+        field.name: [row for batch in batches for row in getattr(batch, field.name) or ()]
+        if field.name in ("captions", "keys")
+        else torch.cat([getattr(batch, field.name) for batch in batches]).tolist()
+        for field in fields(Batch)
+    }
+
+
+# --- bytes and numbers -------------------------------------------------------------------------
+
+
+def test_bytes_survive_the_way_to_numbers_and_back():
+    pixels = np.arange(256, dtype=np.uint8)
+    x = to_float(pixels)
+    assert (x[0], x[-1]) == (-1.0, 1.0)
+    for convention in ("symmetric", "released"):
+        back = to_uint8(to_float(pixels, convention), convention)
+        assert torch.equal(back, torch.from_numpy(pixels))
+    assert to_uint8(torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1])).tolist() == [
+        *(0, 255),
+        *(1, 0),
+    ]
+
+
+# --- which sample comes when -------------------------------------------------------------------
+
+
+@given(
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    first=st.integers(0, 10**9),
+    spans=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+)
+def test_any_split_of_a_span_gives_the_same_samples(count, seed, first, spans):
+    options = {"flip": True, "augment": 0.3, "crop": "random"}
+    whole = Loader(toy(count), seed, **options).batch(range(first, first + sum(spans)))
+    starts = [first + sum(spans[:index]) for index in range(len(spans))]
+    other = Loader(toy(count), seed, **options)  # a second loader, asked in another order
+    ranges = [range(start, start + count) for start, count in zip(starts, spans, strict=True)]
+    parts = [other.batch(ids) for ids in reversed(ranges)][::-1]
+    assert joined([whole]) == joined(parts)
+    assert whole.ids.tolist() == list(range(first, first + sum(spans)))
+
+
+def test_every_epoch_is_another_permutation():
+    source = toy(50)
+    epochs = [
+        Loader(source, 3).batch(range(50 * epoch, 50 * epoch + 50)).keys for epoch in range(3)
+    ]
+    assert all(sorted(keys) == sorted(source.keys) for keys in epochs)
+    assert len(set(epochs)) == 3
+    assert epochs[0] != Loader(source, 4).batch(range(50)).keys
+
+
+def test_a_batch_holds_what_the_source_says():
+    source = toy(10)
+    batch = Loader(source, 0).batch(range(7, 13))
+    rows = [source.keys.index(key) for key in batch.keys]
+    pixels = torch.tensor(np.stack([source[row].picture for row in rows])).permute(0, 3, 1, 2)
+    assert torch.equal(to_uint8(batch.picture), pixels)
+    assert batch.picture.is_contiguous()
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [row % 2 for row in rows]
+    assert batch.original_side.tolist() == [10.0 + row for row in rows]
+    assert all(text in source[row].captions for text, row in zip(batch.captions, rows, strict=True))
+    bare = Loader(toy(2, captions=None, labels=None, classes=()), 0).batch(range(3))
+    assert (bare.captions, bare.labels) == (("", "", ""), None)
+
+
+def test_captions_and_flips_are_used_alike_and_none_is_flipped_without_flip():
+    source = toy(1)
+    plain = Loader(source, 0).batch(range(400))
+    turned = Loader(source, 0, flip=True).batch(range(400)).picture
+    assert 160 < plain.captions.count("one of 0") < 240
+    assert (plain.picture == plain.picture[:1]).all()
+    mirrored = (turned == plain.picture.flip(-1)).flatten(1).all(1)
+    assert ((turned == plain.picture).flatten(1).all(1) ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240
+
+
+def test_a_loader_shows_pictures_as_the_config_of_the_data_says(tmp_path):
+    save(tmp_path / "a.png")
+    options = {"crop": "random", "flip": True, "augment": 0.5, "pixels": "released"}
+    data = DataConfig(source="folder", path=str(tmp_path), **options, clip="fixed")
+    loader = Loader.of(opened(tmp_path), 3, data)
+    assert {name: getattr(loader, name) for name in options} == options
+    assert (loader.clip, loader.seed) == ("fixed", 3)
+
+
+# --- crops -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A wide, a high and a square picture, already of the side that they are wanted at."""
+    path = tmp_path_factory.mktemp("three") / "set"
+    for number, shape in enumerate(SHAPES):
+        save(path / f"{number}.png", noise(*shape, number))
+    return path
+
+
+def squares_of(pixels: np.ndarray) -> list[bytes]:
+    """All squares along the longer side."""
+    height, width = pixels.shape[:2]
+    spots = range(max(height, width) - SIDE + 1)
+    if height > width:
+        return [pixels[spot : spot + SIDE].tobytes() for spot in spots]
+    return [pixels[:, spot : spot + SIDE].tobytes() for spot in spots]
+
+
+@pytest.mark.parametrize("form", ["folder", "shards on demand", "a part of a folder"])
+def test_every_square_along_the_longer_side_is_shown(three, tmp_path, monkeypatch, form):
+    if form == "shards on demand":
+        monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+        parts = [(path.name, path.read_bytes()) for path in sorted(three.iterdir())]
+        source = opened(write_tar(tmp_path / "s.tar", parts), kind="shards", crop="random")
+    else:
+        source = opened(three, crop="random")
+        source = source.part([0, 1, 2]) if form.startswith("a part") else source
+    batch = Loader(source, 0, crop="random").batch(range(900))
+    shown = to_uint8(batch.picture).permute(0, 2, 3, 1).contiguous().numpy()
+    for seed, (key, shape) in enumerate(zip(source.keys, SHAPES, strict=True)):
+        counts = dict.fromkeys(squares_of(noise(*shape, seed)), 0)
+        for row in (row for row, name in enumerate(batch.keys) if name == key):
+            counts[shown[row].tobytes()] += 1
+        fair = 300 / len(counts)
+        assert all(fair / 4 < count < 4 * fair for count in counts.values())
+
+
+def test_a_random_crop_belongs_to_its_sample(three):
+    loader = Loader(opened(three, crop="random"), 3, crop="random")
+    whole = loader.batch(range(100, 120)).picture
+    parts = [loader.batch(range(*span)).picture for span in ((113, 120), (100, 113))]
+    assert torch.equal(whole, torch.cat(parts[::-1]))
+    assert len({picture.numpy().tobytes() for picture in whole}) > 3
+
+
+def test_a_config_asks_for_the_crop_and_centre_is_the_default(three):
+    ready = job.prepare(job.find_config("folder-64", str(three), ["data.crop=random"]))
+    assert ready.loader.loader.crop == "random"
+    assert job.find_config("folder-64", str(three), []).data.crop == "centre"
+    batch = Loader(opened(three), 0).batch(range(3))
+    for key, picture in zip(batch.keys, to_uint8(batch.picture).permute(0, 2, 3, 1), strict=True):
+        assert (picture.numpy() == read_picture(three / key, SIDE).pixels).all()
+
+
+# --- looking ahead -----------------------------------------------------------------------------
+
+
+def test_looking_ahead_keeps_the_order_and_its_bound():
+    taken = []
+
+    def items():
+        for n in range(20):
+            taken.append(n)
+            yield n
+
+    results = look_ahead(lambda n: n * n, items(), workers=3, depth=4)
+    for n, result in enumerate(results):
+        assert result == n * n
+        assert len(taken) <= n + 5
+
+
+def test_an_exception_arrives_in_its_place_and_the_threads_end():
+    results = look_ahead(lambda n: 1 // (n - 2), range(9), workers=2, depth=3)
+    assert [next(results), next(results)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if "look-ahead" in thread.name]
+
+
+def test_leaving_early_drops_the_rest():
+    begun = []
+    results = look_ahead(begun.append, range(1000), workers=1, depth=5)
+    next(results)
+    results.close()
+    assert len(begun) <= 6
+    assert not [thread for thread in threading.enumerate() if "look-ahead" in thread.name]
