@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
-import tarfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec.latent_loader import can_store
-from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig
+from matryoshka_diffusion.config import ClipStart, ConfigError, DataConfig, RunConfig
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.data import video as clips_module
-from matryoshka_diffusion.data.augment import Cut, cut_square
+from matryoshka_diffusion.data import video
+from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.loader import Loader, to_uint8
@@ -33,14 +28,10 @@ from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import prepare as job
+from picturing import reasons, write_tar
 
 SIDE, FRAMES = 16, 4
 CHOICES = ("start", "fixed", "random")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +52,6 @@ def data(path: Path | str, **options) -> DataConfig:
 
 def opened(path: Path | str, frames: int | None = FRAMES, **options) -> Source:
     return open_source(data(path, **options), SIDE, frames)
-
-
-def loader(source: Source, seed: int = 0, **options) -> Loader:
-    return Loader(source, seed, **options)
-
-
-def packed(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -100,9 +78,8 @@ def test_sub_folders_are_classes_and_a_table_gives_captions(tmp_path):
     rows = [{"file_name": f"{name}.gif", "text": name} for name in ("cat/0", "dog/1", "x")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = opened(tmp_path, clip="start", max_bad_fraction=0.5)
-    assert source.classes == ()
-    assert source.captions == [("cat/0",), ("dog/1",)]
-    assert [file.path for file in source.bad] == ["dog/2.gif", "metadata.jsonl:3"]
+    assert (source.classes, source.captions) == ((), [("cat/0",), ("dog/1",)])
+    assert list(reasons(source)) == ["dog/2.gif", "metadata.jsonl:3"]
     assert source.total == 4
 
 
@@ -112,7 +89,7 @@ def test_videos_of_every_container_lie_in_one_folder(tmp_path):
         shoot(tmp_path / name, steps(8))
     (tmp_path / "thumbnail.png").write_bytes(b"passed over")
     source = opened(tmp_path, clip="start")
-    assert list(source.keys) == sorted(names)
+    assert source.keys == names
     assert [numbers(source[n].picture) for n in range(6)] == [[0, 2, 4, 6]] * 6
 
 
@@ -123,13 +100,13 @@ def test_what_lies_beside_videos_is_passed_over(tmp_path):
     for name in ("a.WEBP", "b.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / "in" / name)
     files = sorted((tmp_path / "in").iterdir())
-    shard = packed(tmp_path / "old.tar", {file.name: file.read_bytes() for file in files})
+    shard = write_tar(tmp_path / "old.tar", [(file.name, file.read_bytes()) for file in files])
     for path, keys in ((tmp_path, ["in/a.mp4", "in/b.gif"]), (shard, ["old.tar:a", "old.tar:b"])):
         source = opened(path, clip="start")
-        assert (list(source.keys), source.bad) == (keys, ())
+        assert (source.keys, source.bad) == (keys, ())
         assert [numbers(source[n].picture) for n in range(2)] == [[0, 2, 4, 6]] * 2
     (tmp_path / "in" / "a.mp4").unlink()  # what is left beside the shard may be a preview of it
-    assert list(opened(tmp_path, clip="start").keys) == ["old.tar:a", "old.tar:b"]
+    assert opened(tmp_path, clip="start").keys == ["old.tar:a", "old.tar:b"]
 
 
 def test_a_folder_without_videos_says_what_to_put_there(tmp_path):
@@ -146,17 +123,17 @@ def test_bad_videos_are_counted_and_too_many_are_an_error(tmp_path):
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-30])
     (tmp_path / "old.wmv").touch()
     source = opened(tmp_path, clip="start", max_bad_fraction=0.5)
-    assert list(source.keys) == ["a.mp4", "b.mp4", "c.mp4"]
-    short, cut, old = (file for file in sorted(source.bad, key=lambda file: -len(file.path)))
-    assert str(short) == "short.mp4: it has 3 frames, a clip needs 7"
-    assert cut.path == "cut.mp4"
-    assert cut.reason.startswith("truncated: it has")
-    assert old.reason.startswith(".wmv is not read: make it MP4")
+    assert source.keys == ["a.mp4", "b.mp4", "c.mp4"]
+    found = reasons(source)
+    assert found["short.mp4"] == "it has 3 frames, a clip needs 7"
+    assert found["cut.mp4"].startswith("truncated: it has")
+    assert found["old.wmv"].startswith(".wmv is not read: make it MP4")
     with pytest.raises(ValueError, match="files cannot be used"):
         opened(tmp_path, clip="start")
 
 
 def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
+    """But none for one that cannot be read now: no checkpoint remembers that."""
     for number in range(6):
         animate(tmp_path / f"{number}.webp", steps(3 if number in (2, 3) else 9))
     source = opened(tmp_path, max_bad_fraction=0.5)
@@ -164,56 +141,50 @@ def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
         stood_in = source.many([2, 1, 3])
     assert [example.key for example in stood_in] == ["4.webp", "1.webp", "4.webp"]
     assert [file.path for file in source.bad] == ["2.webp", "3.webp"]
-    assert len(source.quarantine.state()) == 2
-    with pytest.warns(match="3 frames"), pytest.raises(ValueError, match="cannot be used"):
-        opened(tmp_path, max_bad_fraction=0.2).many(range(6))
-
-
-def test_a_video_that_cannot_be_read_now_is_not_bad(tmp_path):
-    """Nobody stands in for it, and no checkpoint remembers it."""
-    for number in range(3):
-        animate(tmp_path / f"{number}.webp", steps(9))
-    source = opened(tmp_path, max_bad_fraction=0.5)
     (tmp_path / "1.webp").rename(tmp_path / "away")
     with pytest.raises(UnreadableError, match=r"1\.webp: No such file"):
         source.many([0, 1])
+    assert len(source.quarantine.state()) == 2
     (tmp_path / "away").rename(tmp_path / "1.webp")
     assert source[1].key == "1.webp"
-    assert not source.bad
 
 
-def test_data_check_lists_bad_clips(tmp_path, capsys):
+def test_reports_speak_of_clips(folder, tmp_path, capsys):
+    source = opened(folder, clip="start")
+    assert "6 clips of 4 frames" in describe(source)
+    assert "6 clips of 4 frames of 16 px, captions" in summary(source)
+    stills, moving = contact_sheet(opened(folder, None), 6), contact_sheet(source, 6)
+    assert moving.height > stills.height  # four frames of each in as many columns
     for number in range(3):
         animate(tmp_path / "set" / f"{number}.webp", noise(2 if number == 1 else 61, (9, 9)))
-    sheet = tmp_path / "sheet.png"
-    words = ["data", "check", str(tmp_path / "set"), "--sheet", str(sheet)]
+    words = ["data", "check", str(tmp_path / "set"), "--sheet", str(tmp_path / "sheet.png")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert cli.main([*words, "--set", "data.source=clips"]) == 1
     said = capsys.readouterr()
     assert "1.webp: it has 2 frames, a clip needs 61" in said.out
     assert "1 of 3 files are bad" in said.err
-    assert sheet.is_file()
-
-
-def test_reports_speak_of_clips(folder):
-    source = opened(folder, clip="start")
-    assert "6 clips of 4 frames" in describe(source)
-    assert "6 clips of 4 frames of 16 px, captions" in summary(source)
-    stills, moving = contact_sheet(opened(folder, None), 6), contact_sheet(source, 6)
-    assert moving.height > stills.height  # four frames of each in as many columns
+    assert (tmp_path / "sheet.png").is_file()
 
 
 # --- decoded once, or on demand ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("crop", ["centre", "random"])
-@pytest.mark.parametrize("frames", [FRAMES, None])
-def test_clips_that_do_not_vary_are_decoded_once(folder, monkeypatch, frames, crop):
+@pytest.mark.parametrize(
+    ("frames", "crop"), [(FRAMES, "centre"), (FRAMES, "random"), (None, "random")]
+)
+def test_clips_that_do_not_vary_are_decoded_once(folder, tmp_path, monkeypatch, frames, crop):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path))
     cuts = [Cut(n / 6) for n in range(6)]
     options = {"clip": "fixed", "crop": crop}
     once = opened(folder, frames, **options)
-    monkeypatch.setattr(clips_module, "CACHED_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "open_video", None)
+        assert opened(folder, frames, **options).keys == once.keys  # from the cache
+        for change in ({"frame_stride": 1}, {"clip": "start"}, {"fps": 10.0}):
+            with pytest.raises(TypeError):
+                opened(folder, frames, **{**options, **change})
+    monkeypatch.setattr(video, "CACHED_BYTES", 0)
     demand = opened(folder, frames, **options)
     assert once.threads == 1 < demand.threads
     for a, b in zip(once.many(range(6), cuts), demand.many(range(6), cuts), strict=True):
@@ -222,23 +193,9 @@ def test_clips_that_do_not_vary_are_decoded_once(folder, monkeypatch, frames, cr
 
 
 def test_pictures_and_clips_of_a_set_are_decoded_alike():
-    moving, still = (clip_decoder(data("x", clip="fixed"), SIDE, n) for n in (FRAMES, None))
-    most = 2**30 // (FRAMES * SIDE**2 * 3)
-    for one in (moving, still):
-        assert one.cached == most
-
-
-def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
-    made = opened(folder, clip="start")
-    with monkeypatch.context() as patch:
-        patch.setattr(clips_module, "open_video", None)
-        again = opened(folder, clip="start")
-        assert (again[3].picture == made[3].picture).all()
-        for change in ({"frame_stride": 1}, {"clip": "fixed"}, {"fps": 10.0}, {"crop": "random"}):
-            with pytest.raises(TypeError):
-                opened(folder, **{"clip": "start", **change})
-        with pytest.raises(TypeError):
-            opened(folder, 3, clip="start")
+    for frames in (FRAMES, None):
+        decoder = clip_decoder(data("x", clip="fixed"), SIDE, frames)
+        assert decoder.cached == 2**30 // (FRAMES * SIDE**2 * 3)
 
 
 # --- where a clip begins -----------------------------------------------------------------------
@@ -246,20 +203,22 @@ def test_the_cache_is_used_again_unless_something_changes(folder, monkeypatch):
 
 @pytest.mark.parametrize("clip", CHOICES)
 def test_pictures_are_the_first_frames_of_what_a_run_on_clips_is_shown(folder, clip):
-    options = {"crop": "random", "flip": True}
-    moving = loader(opened(folder, clip=clip, crop="random"), clip=clip, **options)
-    still = loader(opened(folder, None, clip=clip, crop="random"), clip=clip, **options)
+    moving, still = (
+        Loader(
+            opened(folder, frames, clip=clip, crop="random"), 0, clip=clip, crop="random", flip=True
+        )
+        for frames in (FRAMES, None)
+    )
     for first in (0, 7):
         videos, pictures = (one.batch(range(first, first + 9)) for one in (moving, still))
         assert videos.picture.shape == (9, 3, FRAMES, SIDE, SIDE)
         assert (videos.picture[:, :, 0] == pictures.picture).all()
-        assert videos.keys == pictures.keys
-        assert videos.captions == pictures.captions
+        assert (videos.keys, videos.captions) == (pictures.keys, pictures.captions)
 
 
-def beginnings(path: Path, clip: str, count: int, seed: int = 0) -> list[int]:
+def beginnings(path: Path, clip: ClipStart, count: int, seed: int = 0) -> list[int]:
     """Where the clips of samples 0 .. count - 1 begin, of videos of 23 `steps`."""
-    batch = loader(opened(path, clip=clip), seed, clip=clip).batch(range(count))
+    batch = Loader(opened(path, clip=clip), seed, clip=clip).batch(range(count))
     shown = to_uint8(batch.picture).movedim(1, -1).numpy()
     assert all(set(np.diff(numbers(one))) == {2} for one in shown)
     return [numbers(one)[0] for one in shown]
@@ -272,51 +231,27 @@ def test_a_clip_begins_where_the_config_says(tmp_path):
     fixed = {n: opened(tmp_path, clip="fixed")[n].picture.tobytes() for n in range(4)}
     assert len(set(fixed.values())) > 1
     assert fixed == {n: opened(tmp_path)[n].picture.tobytes() for n in range(4)}
-    assert beginnings(tmp_path, "fixed", 8, 0) != beginnings(tmp_path, "start", 8)
     drawn = beginnings(tmp_path, "random", 170)
     assert set(drawn) == set(range(17))  # of 23 frames, 17 have 6 after them
     assert beginnings(tmp_path, "random", 170, seed=1) != drawn
 
 
 def test_a_random_clip_belongs_to_its_sample(folder):
-    shown = loader(opened(folder), 3, clip="random")
+    shown = Loader(opened(folder), 3, clip="random")
     whole = shown.batch(range(20)).picture
     parts = [shown.batch(range(*ends)).picture for ends in ((13, 20), (0, 5), (5, 13))]
     assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
 
 
-def test_codes_of_a_frame_are_stored_only_if_it_recurs(folder):
-    shown = {clip: can_store(data(folder, clip=clip)) for clip in CHOICES}
-    assert shown == {"start": True, "fixed": True, "random": False}
-    assert can_store(DataConfig(source="openmoji"))
-
-
-# --- what is done to a clip --------------------------------------------------------------------
-
-
 def test_all_frames_are_mirrored_and_cut_alike(folder):
     source = opened(folder, clip="start", crop="random")
-    plain = loader(source, crop="random").batch(range(30)).picture
-    turned = loader(source, crop="random", flip=True).batch(range(30)).picture
+    plain = Loader(source, 0, crop="random").batch(range(30)).picture
+    turned = Loader(source, 0, crop="random", flip=True).batch(range(30)).picture
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(turned, plain, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(turned, plain, strict=True)]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))
     assert 5 < sum(mirrored) < 25
-
-
-@given(st.floats(0, 1, exclude_max=True), st.integers(4, 9), st.integers(4, 9))
-def test_a_square_is_the_same_of_all_frames(place, height, width):
-    clip = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
-    cut = cut_square(clip, place)
-    assert all((a == cut_square(b, place)).all() for a, b in zip(cut, clip, strict=True))
-
-
-def test_first_frames_may_be_augmented(folder):
-    assert loader(opened(folder, None), augment=0.5).batch(range(3)).augment is not None
-
-
-def test_sources_around_clips_have_clips(folder):
-    source = opened(folder, clip="start")
+    assert Loader(opened(folder, None), 0, augment=0.5).batch(range(3)).augment is not None
     seen, held_out = split(source, 0.5)
     assert held_out is not None
     assert seen.frames == held_out.frames == FRAMES
@@ -326,25 +261,28 @@ def test_sources_around_clips_have_clips(folder):
     assert (small[0].picture == expected).all()
 
 
+def test_codes_of_a_frame_are_stored_only_if_it_recurs(folder):
+    stored = {clip: can_store(data(folder, clip=clip)) for clip in CHOICES}
+    assert stored == {"start": True, "fixed": True, "random": False}
+    assert can_store(DataConfig(source="openmoji"))
+
+
 # --- shards ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", ["start", "random"])
 def test_shards_hold_clips(folder, tmp_path, clip):
-    members = {}
+    members = []
     for number in range(4):
-        members[f"{number}.webp"] = (folder / f"{number}.webp").read_bytes()
-        members[f"{number}.jpg"] = b"a thumbnail, which is passed over"
-        members[f"{number}.json"] = json.dumps({"caption": f"clip {number}"}).encode()
-    members |= {"4.jpg": b"no clip", "4.txt": b"words", "5.mp4": b"", "5.txt": b"words"}
-    path = packed(tmp_path / "a.tar", members)
-    source = opened(path, clip=clip, max_bad_fraction=0.5)
-    assert list(source.keys) == [f"a.tar:{number}" for number in range(4)]
+        members.append((f"{number}.webp", (folder / f"{number}.webp").read_bytes()))
+        members.append((f"{number}.jpg", b"a thumbnail, which is passed over"))
+        members.append((f"{number}.json", json.dumps({"caption": f"clip {number}"}).encode()))
+    members += [("4.jpg", b"no clip"), ("4.txt", b"words"), ("5.mp4", b""), ("5.txt", b"words")]
+    source = opened(write_tar(tmp_path / "a.tar", members), clip=clip, max_bad_fraction=0.5)
+    assert source.keys == [f"a.tar:{number}" for number in range(4)]
     assert source.captions == [(f"clip {number}",) for number in range(4)]
-    assert [file.reason[:19] for file in source.bad] == [
-        "it has no MP4, WEBM",
-        "its video is empty",
-    ]
+    found = [file.reason for file in source.bad]
+    assert [reason[:18] for reason in found] == ["it has no MP4, WEB", "its video is empty"]
     same = opened(folder, clip=clip)
     cuts = [Cut(start=0.4 if clip == "random" else None)] * 4
     for a, b in zip(source.many(range(4), cuts), same.many(range(4), cuts), strict=True):
@@ -352,28 +290,25 @@ def test_shards_hold_clips(folder, tmp_path, clip):
 
 
 def test_shards_of_pictures_are_told_that_a_model_of_clips_wants_videos(tmp_path):
-    captioned = packed(tmp_path / "a.tar", {"0.png": b"a picture", "0.txt": b"its caption"})
-    with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames, as .* of videos"):
+    parts = [("0.png", b"a picture"), ("0.txt", b"its caption")]
+    captioned = write_tar(tmp_path / "a.tar", parts)
+    with pytest.raises(NoneUsable, match=r"it has no MP4.*; clips of 4 frames"):
         opened(captioned)
     with pytest.raises(NoneUsable, match=r"none is left to learn from$"):
         opened(captioned, None)
-    bare = packed(tmp_path / "b.tar", {"0.png": b"a picture"})
-    with pytest.raises(NoneUsable, match=r"holds no sample.*; clips of 4 frames, as .* of videos"):
-        opened(bare)
+    with pytest.raises(NoneUsable, match=r"holds no sample.*; clips of 4 frames"):
+        opened(write_tar(tmp_path / "b.tar", parts[:1]))
 
 
 def test_a_shard_may_be_read_for_its_pictures_or_for_its_clips(folder, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    members = {
-        "0.gif": animate(tmp_path / "a.gif", steps(9)).read_bytes(),
-        "0.png": (tmp_path / "a.png").read_bytes(),
-    }
-    path = packed(tmp_path / "a.tar", members)
-    assert opened(path, clip="start").frames == FRAMES
+    clip = animate(tmp_path / "a.gif", steps(9)).read_bytes()
+    members = [("0.gif", clip), ("0.png", (tmp_path / "a.png").read_bytes())]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert opened(path, clip="start")[0].picture.max() > 0
     pictures = open_source(DataConfig(source="shards", path=str(path)), SIDE)
     assert pictures.frames is None
     assert (pictures[0].picture == 0).all()
-    assert opened(path, clip="start")[0].picture.max() > 0
 
 
 # --- Fluent emoji ------------------------------------------------------------------------------
@@ -399,7 +334,7 @@ def emoji(tmp_path_factory) -> Path:
 def test_fluent_emoji_are_captioned_clips_on_white(emoji, inside):
     pytest.importorskip("emoji")
     source = opened(emoji / inside, source="fluent-emoji", clip="start")
-    assert list(source.keys) == ["1f34e", "1f3f3-fe0f-200d-1f308", "1f400"]
+    assert source.keys == ["1f34e", "1f3f3-fe0f-200d-1f308", "1f400"]
     assert source.captions == [("red apple",), ("rainbow flag",), ("rat",)]
     assert (source.frames, source.bad) == (FRAMES, ())
     apple = source[0].picture.astype(int)
@@ -449,11 +384,9 @@ def of_frames(config: RunConfig, frames: int) -> RunConfig:
 def test_a_model_of_clips_needs_clips_and_one_of_pictures_pictures(folder):
     config = job.find_config("folder-64", None, [f"data={data(folder).model_dump_json()}"])
     assert job.complete(config, opened(folder, None)).model.text is not None
-    with pytest.raises(ConfigError, match=r"draws pictures, but clips .* has clips of 4 frames$"):
+    with pytest.raises(ConfigError, match=r"clips .* has clips of 4 frames"):
         job.complete(config, opened(folder))
-    with pytest.raises(
-        ConfigError, match=r"draws clips of 16 frames.*has pictures: .*--set data\.source=clips"
-    ):
+    with pytest.raises(ConfigError, match=r"clips of 16 frames.*--set data\.source=clips"):
         job.complete(of_frames(config, 16), opened(folder, None))
 
 
@@ -490,7 +423,7 @@ def test_clips_without_pyav_name_the_extra_before_anything_is_read(folder, monke
 
 def test_frames_are_counted_by_what_is_shown(tmp_path):
     animate(tmp_path / "a.webp", steps(5), [1000] * 5)
-    for frames, rate in itertools.product((2, 5), (None, 1.0, 2.0)):
+    for frames, rate in ((2, None), (5, 1.0), (5, 2.0)):
         source = opened(tmp_path, frames, clip="start", fps=rate, frame_stride=1)
         expected = [n // 2 if rate == 2.0 else n for n in range(frames)]
         assert numbers(source[0].picture) == expected

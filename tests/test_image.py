@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import struct
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def test_of_a_panorama_the_middle_stays(tmp_path):
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=2), st.floats(0, 1, exclude_max=True))
 def test_a_square_is_cut_at_its_place_and_inside_the_same_of_all_frames(shape, place):
-    clip = np.stack([noise(*shape, seed) for seed in range(2)])
+    clip = np.stack([noise(*shape, seed=seed) for seed in range(2)])
     side, spare = min(shape), abs(shape[0] - shape[1])
     spot = min(int(place * (spare + 1)), spare)
     along = clip[:, spot:] if shape[0] > shape[1] else clip[:, :, spot:]
@@ -175,19 +174,9 @@ def test_tiny_pictures_are_refused(tmp_path, shape):
         read_picture(save(tmp_path / "a.png", noise(*shape)), 16)
 
 
-BOMB = zlib.compress(bytes(50 * 2**20))
-CHUNKS = {
-    "compressed text": chunk(b"zTXt", b"k\0\0" + BOMB),
-    "international text": chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB),
-    "many texts": chunk(b"tEXt", b"k\0" + bytes(2**20 - 2)) * 70,
-    "colour profile": chunk(b"iCCP", b"k\0\0" + BOMB),
-}
-
-
-@pytest.mark.parametrize("kind", CHUNKS)
-def test_a_chunk_does_not_unpack_beyond_bounds(tmp_path, kind):
-    data = png_bytes(16, 16, bytes(16 * 49), extra=CHUNKS[kind])
-    (tmp_path / "a.png").write_bytes(data)
+def test_many_texts_do_not_fill_the_memory(tmp_path):
+    texts = chunk(b"tEXt", b"k\0" + bytes(2**20 - 2)) * 70
+    (tmp_path / "a.png").write_bytes(png_bytes(16, 16, bytes(16 * 49), extra=texts))
     tracemalloc.start()
     try:
         with pytest.raises(PictureError, match=r"too large|Too much memory"):

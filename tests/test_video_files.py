@@ -214,12 +214,8 @@ def test_animations_last_as_long_as_their_frames_say(tmp_path, suffix):
     assert times.starts.tolist() == pytest.approx([0.0, 0.1, 0.4, 0.5])
     assert times.end == pytest.approx(1.0)  # the last frame stays, too
     assert shown(path, stride=2, fps=10.0) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("suffix", ["webp", "gif"])
-def test_a_frame_for_no_time_is_shown_as_browsers_do(tmp_path, suffix):
-    with open_video(animate(tmp_path / f"a.{suffix}", steps(3), 0)) as video:
-        assert video.times().end == pytest.approx(0.3)
+    with open_video(animate(tmp_path / f"b.{suffix}", steps(3), 0)) as video:
+        assert video.times().end == pytest.approx(0.3)  # as browsers show frames of no time
 
 
 def test_without_time_stamps_frames_are_counted_at_the_stated_rate(videos):
@@ -300,7 +296,7 @@ def test_what_is_transparent_is_white(tmp_path, form):
 def test_everything_is_bounded(videos, suffix, monkeypatch):
     path = videos[suffix]
     for where, name, value, reason in (
-        (module, "MAX_BYTES", 100, "the file is larger than"),
+        (module, "VIDEOS", module.VIDEOS._replace(max_bytes=100), "the file is larger than"),
         (module, "MAX_PIXELS", 1000, "too large: 32x32|more than 1,000 pixels"),
         (module, "MAX_FRAMES", 20, "more than 20 frames"),
         (module, "MAX_SECONDS", -1.0, "takes longer than"),
@@ -313,6 +309,9 @@ def test_everything_is_bounded(videos, suffix, monkeypatch):
 
 
 def test_time_in_which_nothing_is_decoded_does_not_count(monkeypatch):
+    monkeypatch.setattr(module, "MAX_SECONDS", -1.0)
+    with pytest.raises(PictureError, match="takes longer than"):
+        shown(b"\0\0\0\x08free" * 9)  # boxes without an end
     monkeypatch.setattr(module, "MAX_SECONDS", 0.02)
     deadline = Deadline()
     time.sleep(0.04)
@@ -339,26 +338,16 @@ def test_packets_without_a_frame_take_their_time_too(videos):
         list(video.frames([2]))
 
 
-def test_boxes_without_an_end_take_their_time_too(monkeypatch):
-    monkeypatch.setattr(module, "MAX_SECONDS", -1.0)
-    with pytest.raises(PictureError, match="takes longer than"):
-        shown(b"\0\0\0\x08free" * 9)
-
-
 def test_a_rate_beyond_reason_is_refused(videos):
     with pytest.raises(PictureError, match="more than 100,000 frames"):
         shown(videos["mp4"], fps=1e9)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_is_too_short_says_by_how_much(tmp_path, suffix):
-    path = shoot(tmp_path / f"a.{suffix}", steps(12))
-    with pytest.raises(PictureError, match=r"^it has 12 frames, a clip needs 61$"):
-        shown(path, count=16, stride=4)
-
-
-def test_a_still_is_no_clip(tmp_path):
-    for suffix in ("webp", "gif"):
+def test_what_is_too_short_says_by_how_much(videos, tmp_path, suffix):
+    with pytest.raises(PictureError, match=r"^it has 24 frames, a clip needs 61$"):
+        shown(videos[suffix], count=16, stride=4)
+    if suffix in ("webp", "gif"):
         Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
         with pytest.raises(PictureError, match=r"^it has 1 frame, a clip needs 7$"):
             shown(tmp_path / f"a.{suffix}")
@@ -383,17 +372,12 @@ def test_a_file_is_what_it_holds_and_not_what_it_is_called(videos, tmp_path):
         b"RIFF\x10\0\0\0WAVE" + bytes(40),
         b"FLV\x01\x05\0\0\0\t" + bytes(40),
         b"moov",
+        b"",
     ],
 )
 def test_other_formats_are_refused_whatever_their_name(tmp_path, data):
     (tmp_path / "a.mp4").write_bytes(data)
-    with pytest.raises(PictureError, match="no MP4, WEBM, AVI"):
-        shown(tmp_path / "a.mp4")
-
-
-def test_nothing_is_no_video(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    with pytest.raises(PictureError, match="it is empty"):
+    with pytest.raises(PictureError, match="no MP4, WEBM, AVI" if data else "it is empty"):
         shown(tmp_path / "a.mp4")
 
 
