@@ -1,4 +1,4 @@
-"""Files that are whole or absent, the cache folder, and packages that are optional."""
+"""Atomic writes, the cache folder, and optional packages."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from typing import BinaryIO
 from matryoshka_diffusion.config import ConfigError
 
 _STALE_SECONDS = 3600.0
-_DIGITS = 13  # hexadecimal ones that a float holds exactly
+_DIGITS = 13  # a float holds 13 hexadecimal digits exactly
 
 
 class MissingExtra(ImportError):
-    """An optional package is not there; the message says which extra to install."""
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 class UnreadableError(OSError):
-    """A file cannot be read because of the system: its disk, its permissions, its network."""
+    """The system cannot read a file: the disk, permissions or the network fail."""
 
 
 def unreadable(path: Path | str, error: OSError) -> UnreadableError:
-    """The error that names the file, whatever was to be done with what is in it."""
+    """Make the error that names an unreadable file, whatever its content is for."""
     return UnreadableError(error.errno, f"cannot read {path}: {error.strerror}")
+
+
+# --- writing -----------------------------------------------------------------------------------
 
 
 def write_atomically(
@@ -40,73 +43,60 @@ def write_atomically(
 ) -> None:
     """Let `write` fill a file that appears at `path` complete or not at all.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and only then take the
-    name; the folder reaches the disk last. Whatever interrupts this, an older file at `path`
-    stays as it was and nothing is left beside it (except after kill -9: a hidden `.tmp` file).
+    The bytes go to a temporary file in the same folder and reach the disk before the file takes
+    its name; the folder reaches the disk last. After any interruption an older file at `path` is
+    unchanged, and nothing is left beside it (except a hidden `.tmp` file after kill -9).
 
     Args:
-        needed: the size of the file in bytes where the caller knows it, for the error.
+        needed: size of the file in bytes if known, for the error.
 
     Raises:
         OSError: with the path, the reason and, on a full disk, the bytes needed and free.
-        UnreadableError: of `write`, which reads something else.
+        UnreadableError: `write` cannot read its own source.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, needed) as temporary:
         with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except UnreadableError:
-        raise
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {_reason(error, path, needed)}"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # mostly: it has its name by now
-            temporary.unlink()
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to be filled, which takes the name `path` when it is complete; else it is removed.
+    """Yield a folder to fill, which takes the name `path` when it is complete.
 
     Raises:
-        OSError: with the path, if there is something already (an empty folder is replaced), or if
-            it cannot be written.
+        OSError: with the path, if a file or a filled folder has that name, or writing fails.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, None) as temporary:
         temporary.mkdir()
         yield temporary
         if path.is_dir():
             path.rmdir()  # only if it is empty; not every system renames onto a folder
         temporary.rename(path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, needed: int | None) -> Iterator[Path]:
+    """Yield a hidden path beside `path` and remove what is left of it; errors name `path`."""
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         sync_folder(path.parent)
+    except UnreadableError:
+        raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {_reason(error, path, None)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # mostly: it has its name by now
-
-
-def remove_stale(path: Path) -> None:
-    """Remove a file unless a process wrote it within the last hour, which may still want it."""
-    with contextlib.suppress(OSError):  # another process may be faster
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            path.unlink()
-
-
-def _reason(error: OSError, path: Path, needed: int | None) -> str:
-    reason = error.strerror or str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return reason
-    size = "" if needed is None else f"{needed:,} bytes needed, "
-    return f"{reason} ({size}{shutil.disk_usage(path.parent).free:,} bytes free)"
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = "" if needed is None else f"{needed:,} bytes needed, "
+            reason = f"{reason} ({size}{shutil.disk_usage(path.parent).free:,} bytes free)"
+        raise OSError(error.errno, f"cannot write {path}: {reason}") from error
+    finally:  # mostly, it has taken its name
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -120,8 +110,26 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_stale(path: Path) -> None:
+    """Remove a file unless a process wrote it within the last hour and may still need it."""
+    with contextlib.suppress(OSError):  # another process may have removed it
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            path.unlink()
+
+
+def refuse_full(out: Path) -> None:
+    """Raise ConfigError unless `out` is absent or empty, so that nothing is overwritten."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give another --out")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give another --out")
+
+
+# --- cache, packages, hashes -------------------------------------------------------------------
+
+
 def cache_folder(*parts: str) -> Path:
-    """The folder `parts` inside $MDM_CACHE (default ~/.cache/matryoshka-diffusion), created.
+    """Create the folder `parts` inside $MDM_CACHE (default ~/.cache/matryoshka-diffusion).
 
     Raises:
         OSError: it cannot be created.
@@ -153,7 +161,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def package_folder(module: str, extra: str, purpose: str) -> Path:
-    """Where an optional package lies, without running its code. Raises `MissingExtra`."""
+    """Find the folder of an optional package without running its code. Raises `MissingExtra`."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(module, extra, purpose, "")
@@ -167,18 +175,10 @@ def _missing(module: str, extra: str, purpose: str, reason: str) -> MissingExtra
 
 
 def digest(text: str) -> str:
-    """32 hexadecimal digits that stand for `text` in the names of cached files."""
+    """Hash text to 32 hexadecimal digits, for names of cached files."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that belongs to `text`."""
+    """Hash text to a number in [0, 1)."""
     return int(digest(text)[:_DIGITS], 16) / 16**_DIGITS
-
-
-def refuse_full(out: Path) -> None:
-    """Raise ConfigError unless `out` is absent or empty: nothing of the user's is overwritten."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: give another --out")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: give another --out")
