@@ -12,14 +12,11 @@ from pathlib import Path
 import torch
 
 from matryoshka_diffusion.files import write_atomically
-from studies.asked import SAMPLES
-from studies.drawings import Drawing, all_drawings
 from studies.figures import draw_all
-from studies.queue import is_done, missing, of_today, work
+from studies.queue import is_done, missing, work
+from studies.results import Results, filled, of_today, read_results, tables
 from studies.run import run
-from studies.spread import Results, read_results
-from studies.table import filled, tables
-from studies.trials import Trial, all_trials
+from studies.trials import SAMPLES, Drawing, Trial, all_drawings, all_trials
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -30,35 +27,11 @@ PAGE = ROOT / "docs" / "results.md"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and call."""
     options = parse(arguments)
-    if options.command == "run" and options.workers > 1:
-        return _several(options)
     return COMMANDS[options.command](options)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command line, in any order; leaves with status 2 if they make no sense."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
-    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results.resolve() == RESULTS:
-        parser.error(
-            "--scale and --samples make another study: give it its own --work and --results"
-        )
-    tasks = [task.name for task in _tasks()] if options.names else []
-    for name in options.names:
-        if not any(chosen(task, [name]) for task in tasks):
-            parser.error(
-                f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
-            )
-    if options.command == "run":
-        asked = {task.name: task for task in _chosen(options)}
-        for task in asked.values():
-            for name in missing(options.results, task):
-                if name not in asked:
-                    parser.error(f"{task.name} draws with what {name} trains: name that, too")
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
     parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument(
@@ -70,15 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a distance ({SAMPLES})")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON files go here")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="plots go here")
-    return parser
-
-
-def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
-    return [task for task in _asked_today(options) if chosen(task.name, options.names)]
-
-
-def _asked_today(options: argparse.Namespace) -> Sequence[Trial | Drawing]:
-    return _tasks(options.scale, options.samples)
+    options = parser.parse_intermixed_args(arguments)
+    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results.resolve() == RESULTS:
+        parser.error("--scale and --samples make another study: set its own --work and --results")
+    for name in options.names:
+        if not any(chosen(task.name, [name]) for task in _tasks()):
+            parser.error(
+                f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
+            )
+    if options.command == "run":
+        tasks = _chosen(options)
+        for task in tasks:
+            for name in missing(options.results, task):
+                if name not in [each.name for each in tasks]:
+                    parser.error(f"{task.name} draws with what {name} trains: name that, too")
+    return options
 
 
 @cache
@@ -86,8 +65,13 @@ def _tasks(scale: float = 1.0, samples: int = SAMPLES) -> tuple[Trial | Drawing,
     return (*all_trials(scale, samples), *all_drawings(scale, samples))
 
 
+def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
+    tasks = _tasks(options.scale, options.samples)
+    return [task for task in tasks if chosen(task.name, options.names)]
+
+
 def chosen(name: str, wanted: Sequence[str]) -> bool:
-    """Whether a task is wanted: by its name, by a folder (`emoji/`) that it is in, or as all are.
+    """True if a task is wanted: by its name, by a folder (`emoji/`) above it, or as all are.
 
     >>> chosen("emoji/mdm/0/ddim-10", ["emoji/mdm/0"]), chosen("emoji/mdm/0/ddim-10", ["emoji/"])
     (False, True)
@@ -99,12 +83,20 @@ def chosen(name: str, wanted: Sequence[str]) -> bool:
 
 def _list(options: argparse.Namespace) -> int:
     for task in _chosen(options):
-        done = "done" if is_done(options.results, task) else "    "
-        print(f"{done}  {task.name}")
+        print(f"{'done' if is_done(options.results, task) else '    '}  {task.name}")
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Work through the queue, in this process or in several of one worker that share it."""
+    if options.workers > 1:
+        alone = {**vars(options), "workers": 1}
+        words = [alone.pop("command"), *alone.pop("names")]
+        given = [f"--{name}={value}" for name, value in alone.items()]
+        command = [sys.executable, "-m", "studies", *words, *given]
+        workers = [subprocess.Popen(command) for _ in range(options.workers)]
+        codes = [worker.wait() for worker in workers]
+        return int(any(codes))
     torch.set_num_threads(1)
     do, failed = partial(run, work=options.work), 0
     for name, error in work(_chosen(options), do, options.results, options.work / "locks"):
@@ -114,9 +106,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _results(options: argparse.Namespace) -> Results:
-    """The results that answer what is asked today; of the others it is said that they do not."""
+    """The results that answer what is asked today; the names of the others are printed."""
     found = read_results(options.results)
-    current = of_today(found, _asked_today(options))
+    current = of_today(found, _tasks(options.scale, options.samples))
     for name in found.keys() - current.keys():
         print(f"left out: {name} is of another form of the study", file=sys.stderr)
     return current
@@ -134,7 +126,7 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _page(options: argparse.Namespace) -> int:
-    """Put today's tables into the page of the study."""
+    """Put the tables of today into the page of the study."""
     page = filled(PAGE.read_text("utf-8"), _results(options))
     write_atomically(PAGE, lambda file: file.write(page.encode()))
     print(PAGE)
@@ -142,17 +134,6 @@ def _page(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {"list": _list, "run": _run, "plot": _plot, "table": _table, "page": _page}
-
-
-def _several(options: argparse.Namespace) -> int:
-    """The same run in several processes of one worker, which share the queue."""
-    alone = {**vars(options), "workers": 1}
-    words = [alone.pop("command"), *alone.pop("names")]
-    given = [f"--{name}={value}" for name, value in alone.items()]
-    command = [sys.executable, "-m", "studies", *words, *given]
-    running = [subprocess.Popen(command) for _ in range(options.workers)]
-    codes = [process.wait() for process in running]
-    return int(any(codes))
 
 
 if __name__ == "__main__":

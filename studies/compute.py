@@ -1,7 +1,7 @@
 """Equal compute: a budget in FLOPs, and how many images a stage gets for its share of it.
 
-FLOPs are counted on shapes, so they do not depend on the machine or on what else it does. A
-training image costs three forward passes (one forward, two for its gradients).
+FLOPs are counted on shapes, so they do not depend on the machine. A training image costs three
+forward passes: one forward, two for its gradients.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.runs.train_autoencoder import build
 
 PASSES = 3
-
-TOKENS = 8
-"""Of text: the longest of a batch of 32 of OpenMoji's names has 8.3 on average."""
-
-
-def image_flops(model: ModelConfig, levels: int, mix: tuple[float, ...] = ()) -> float:
-    """FLOPs of training on one image, on average over the `mix` of finest levels."""
-    shares = mix or (*[0.0] * (levels - 1), 1.0)
-    forward = [share * _forward(model, r) for r, share in enumerate(shares, 1) if share]
-    return PASSES * sum(forward)
-
+TOKENS = 8  # of text: the longest of a batch of 32 of OpenMoji's names has 8.3 on average
 
 _counted: dict[tuple[str, int], int] = {}
 
 
-def _forward(model: ModelConfig, levels: int) -> int:
-    """FLOPs of a forward pass, counted once for each model."""
-    key = (model.model_dump_json(), levels)
-    if key not in _counted:
-        _counted[key] = forward_flops(model, levels, TOKENS)
-    return _counted[key]
+def image_flops(model: ModelConfig, stage: StageConfig) -> float:
+    """FLOPs of training on one image of a stage, on average over its mix of finest levels."""
+    shares = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
+    total = 0.0
+    for levels, share in enumerate(shares, 1):
+        key = (model.model_dump_json(), levels)
+        if share and key not in _counted:
+            _counted[key] = forward_flops(model, levels, TOKENS)
+        total += share * _counted[key] if share else 0.0
+    return PASSES * total
 
 
 def codec_flops(codec: CodecRunConfig) -> float:
@@ -55,8 +49,7 @@ def with_budget(
     """The stages, each as long as its share of `flops` lasts, in whole batches; empty ones go."""
     sized = []
     for stage, share in zip(stages, shares, strict=True):
-        cost = image_flops(model, stage.levels, stage.mix)
-        batches = round(share * flops / cost / stage.batch_size)
+        batches = round(share * flops / image_flops(model, stage) / stage.batch_size)
         if batches:
             sized.append(stage.model_copy(update={"images": batches * stage.batch_size}))
     return tuple(sized)
@@ -66,8 +59,7 @@ def spent(model: ModelConfig, stages: Sequence[StageConfig], images_seen: int) -
     """FLOPs of training up to `images_seen`."""
     total, before = 0.0, 0
     for stage in stages:
-        here = min(max(images_seen - before, 0), stage.images)
-        total += here * image_flops(model, stage.levels, stage.mix)
+        total += min(max(images_seen - before, 0), stage.images) * image_flops(model, stage)
         before += stage.images
     return total
 
@@ -77,7 +69,7 @@ def images_at(model: ModelConfig, stages: Sequence[StageConfig], share: float) -
     left = share * spent(model, stages, sum(stage.images for stage in stages))
     images = 0
     for stage in stages:
-        cost = image_flops(model, stage.levels, stage.mix)
+        cost = image_flops(model, stage)
         here = min(stage.images, round(left / cost))
         images += here
         left -= here * cost

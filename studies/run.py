@@ -1,4 +1,4 @@
-"""Do a task of the queue: train a trial and measure it, or draw with one that was trained."""
+"""Do a task of the queue: train a trial and measure it, or sample one that was trained."""
 
 from __future__ import annotations
 
@@ -11,34 +11,30 @@ from typing import Any
 import torch
 from benchmarks.harness import commit, machine
 
-from matryoshka_diffusion.cascade import open_model
+from matryoshka_diffusion.cascade import Model, open_model
 from matryoshka_diffusion.codec.autoencoder import codec_folder
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import ProcessConfig, RunConfig
 from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.eval.evaluate import evaluate
+from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs.held_out import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.step import NotFinite
-from matryoshka_diffusion.train.trainer import Hook, View, train
-from studies import measures
-from studies.asked import NEW, PRECISION, agrees
+from matryoshka_diffusion.train.trainer import View, train
 from studies.compute import codec_flops, images_at, spent
-from studies.drawings import Drawing
 from studies.queue import claimed
-from studies.trials import Trial, changed
-
-DONE = "config.json"  # what a folder of weights gets last
+from studies.trials import COMMON_WEIGHT, NEW, PRECISION, Drawing, Trial, agrees, changed
 
 
 def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
-    """The result of a task; `work` is where its runs are.
-
-    That a training does not stay finite is a result, too.
-    """
+    """The result of a task, with runs in `work`; a training that is not finite is a result, too."""
     try:
         found = run_trial(task, work) if isinstance(task, Trial) else draw(task, work)
     except NotFinite as error:
@@ -48,46 +44,47 @@ def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(torch.device("cpu")),
-        **_within(work, found),
+        # Paths are relative to `work`: its place is private.
+        **json.loads(json.dumps(found).replace(f"{work.resolve()}/", "")),
     }
-
-
-def _within(work: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, with paths as `work` has them: where that lies is nobody's business."""
-    return json.loads(json.dumps(found).replace(f"{work.resolve()}/", ""))
 
 
 # --- a trial -------------------------------------------------------------------------------------
 
 
 def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
-    """Train, or go on with the training, and return what was measured.
+    """Train, or continue the training, and return the measurements.
 
     Raises:
-        ValueError: what has been trained so far is of another form of the trial.
+        ValueError: the training in `work` is of another form of the trial.
     """
-    folder, before = work / "runs" / trial.name, 0.0
-    _own(work, trial)
+    folder, features, before = work / "runs" / trial.name, work / "eval", 0.0
+    _refuse_other(trial, work)
+    note = json.dumps(trial.trained, indent=1)
+    write_atomically(_note(work, trial), lambda file: file.write(note.encode()))
     base = None if trial.base is None else work / "bases" / trial.name
-    config = _with_codec(trial, work)
+    config = trial.config
+    if trial.codec is not None:
+        codec = work / "codecs" / trial.set.name
+        with claimed(work / "locks" / f"{trial.set.name}-codec.lock", wait=True):
+            train_codec(trial.codec, codec)
+        config = changed(config, {"codec.path": str(codec_folder(str(codec)))})
     if trial.base is not None and base is not None:
-        before = _train(prepare(trial.base), base)
+        before = _train(prepare(trial.base), base, {})
         config = changed(config, {"sampling.base": {"path": str(base.resolve())}})
-    job = prepare(config)
-    points = measured_at(trial)
+    job, points = prepare(config), measured_at(trial)
     seconds = before + _train(job, folder, points)
-    final = open_model(folder / "model", precision=PRECISION, base=base)
-    features = work / "eval"
     distances = {
-        share: measures.distance(
+        share: _distance(
             open_model(_point(folder, share), precision=PRECISION, base=base),
-            _pictures(job),
+            job,
             trial.samples,
             features,
             guidance=[1.0],
         )
         for share in points
     }
+    final = open_model(folder / "model", precision=PRECISION, base=base)
     return {
         "config": job.config.model_dump(mode="json"),
         "parameters": [_parameters(part) for part in trial.parts],
@@ -105,28 +102,25 @@ def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
             }
             for share, images in points.items()
         ],
-        "prompts_found": measures.prompts_found(final, job.source, features),
-        **measures.losses(folder / "model", job),
+        "prompts_found": _prompts_found(final, job.source, features),
+        **_losses(folder / "model", job),
     }
 
 
-def _own(work: Path, trial: Trial) -> None:
-    """Write down of what the trial's run is, unless one of something else is there."""
-    folder = work / "runs" / trial.name
-    if folder.is_dir() and not agrees(_trained(work, trial.name), trial.trained):
-        raise ValueError(f"{folder} is of an earlier form of {trial.name}: remove it, and repeat")
-    text = json.dumps(trial.trained, indent=1)
-    write_atomically(_note(work, trial.name), lambda file: file.write(text.encode()))
+def _note(work: Path, trial: Trial) -> Path:
+    """The file that says of which form the trial's training is."""
+    return work / "asked" / f"{trial.name}.json"
 
 
-def _trained(work: Path, trial: str) -> Any:
-    """What was asked when the trial's run began; None if nothing was written."""
-    path = _note(work, trial)
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
-def _note(work: Path, trial: str) -> Path:
-    return work / "asked" / f"{trial}.json"
+def _refuse_other(trial: Trial, work: Path, *, needed: bool = False) -> None:
+    """Raise `ValueError` if the training in `work` is of another form, or needed and missing."""
+    folder, note = work / "runs" / trial.name, _note(work, trial)
+    trained = json.loads(note.read_text("utf-8")) if note.is_file() else None
+    if (needed or folder.is_dir()) and not agrees(trained, trial.trained):
+        raise ValueError(
+            f"{folder} is not the network that {trial.name} asks for: remove it and the trial's "
+            "result, and run the trial again"
+        )
 
 
 def measured_at(trial: Trial) -> dict[float, int]:
@@ -146,40 +140,27 @@ def measured_at(trial: Trial) -> dict[float, int]:
     }
 
 
-def _train(job: Job, folder: Path, points: dict[float, int] | None = None) -> float:
-    """Train in a run folder; returns the wall time of the training over all its starts."""
-    keep: Hook = (1, Keep(folder, points or {}))
-    train(job.config, job.loader, folder, encode=job.encode, hooks=[keep])
-    return _seconds(folder, job.config.train.images)
+def _train(job: Job, folder: Path, points: dict[float, int]) -> float:
+    """Train in a run folder; returns the seconds of the training over all its starts.
 
+    The averaged weights at the first step past each point become models.
+    """
 
-class Keep:
-    """A hook that writes the averaged weights as models, at the first step past each point."""
-
-    def __init__(self, folder: Path, points: dict[float, int]) -> None:
-        self.folder, self.points = folder, points
-
-    def __call__(self, view: View) -> None:
-        for share, images in self.points.items():
-            path = _point(self.folder, share)
-            if view.images_seen >= images and not (path / DONE).exists():
+    def keep(view: View) -> None:
+        for share, images in points.items():
+            path = _point(folder, share)
+            # The config is written last, so a folder without it is not whole.
+            if view.images_seen >= images and not (path / "config.json").exists():
                 net = view.averaged()
                 assert len(net.levels) == len(view.config.model.levels)
                 checkpoint.export_weights(path, net.state_dict(), view.config)
 
+    train(job.config, job.loader, folder, encode=job.encode, hooks=[(1, keep)])
+    return _seconds(folder, job.config.train.images)
+
 
 def _point(folder: Path, share: float) -> Path:
     return folder / "points" / f"{share:g}"
-
-
-def _with_codec(trial: Trial, work: Path) -> RunConfig:
-    """The trial's config with the path of its set's codec, which is trained first if it is not."""
-    if trial.codec is None:
-        return trial.config
-    folder = work / "codecs" / trial.set.name
-    with claimed(work / "locks" / f"{trial.set.name}-codec.lock", wait=True):
-        train_codec(trial.codec, folder)
-    return changed(trial.config, {"codec.path": str(codec_folder(str(folder)))})
 
 
 def _compute(config: RunConfig) -> float:
@@ -191,15 +172,10 @@ def _parameters(config: RunConfig) -> int:
         return count_parameters(NestedUNet(config.model))
 
 
-def _pictures(job: Job) -> Source:
-    """The whole set, with what is held out."""
-    return open_source(job.config.data, job.config.data_side)
-
-
 def _seconds(folder: Path, images: int) -> float:
-    """Wall time of the training until so many images were seen, as if it had never paused.
+    """Seconds of the training until so many images were seen, as if it had never paused.
 
-    Each stage's images at the median of the rates that it was logged with.
+    Each stage's images count at the median of the rates that were logged in it.
     """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
     rates: dict[int, list[float]] = {}
@@ -222,25 +198,64 @@ def draw(drawing: Drawing, work: Path) -> dict[str, Any]:
     """Measure a trained network under other sampling settings.
 
     Raises:
-        ValueError: the network is not here, or of another form of its trial.
+        ValueError: the network is missing, or of another form of its trial.
     """
-    folder, base = work / "runs" / drawing.trial, work / "bases" / drawing.trial
-    if not agrees(_trained(work, drawing.trial), drawing.network["trained"]):
-        raise ValueError(
-            f"{folder} is not the network that {drawing.trial} asks for: remove it and the trial's "
-            "result, and run the trial again"
-        )
+    _refuse_other(drawing.trial, work, needed=True)
+    base = work / "bases" / drawing.trial.name
     model = open_model(
-        folder / "model",
+        work / "runs" / drawing.trial.name / "model",
         precision=PRECISION,
         base=base if base.is_dir() else None,
     )
     job, features = prepare(model.config), work / "eval"
-    fd = measures.distance(model, _pictures(job), drawing.samples, features, **drawing.settings)
+    distance = _distance(model, job, drawing.samples, features, **drawing.settings)
     return {
         "settings": model.sampling(drawing.settings).model_dump(mode="json"),
-        "metric": fd.metric,
-        NAME: fd.value,
+        "metric": distance.metric,
+        NAME: distance.value,
         "evaluations": model.evaluations(drawing.settings),
-        "prompts_found": measures.prompts_found(model, job.source, features, **drawing.settings),
+        "prompts_found": _prompts_found(model, job.source, features, **drawing.settings),
+    }
+
+
+# --- measurements, the same for every trial, by the product itself -------------------------------
+
+
+def _distance(model: Model, job: Job, samples: int, folder: Path, **settings: Any) -> Result:
+    """Fréchet distance of so many samples, with conditions out of the whole set, to that set.
+
+    It falls with the number of samples, so all trials have the same.
+    """
+    whole = open_source(job.config.data, job.config.data_side)  # with the held-out images
+    (found,) = evaluate(model, "fd", source=whole, n=samples, folder=folder, **settings)
+    return found
+
+
+def _prompts_found(model: Model, source: Source, folder: Path, **settings: Any) -> float | None:
+    """Prompt retrieval over captions that were trained on; None where there are none."""
+    if model.config.model.text is None:
+        return None
+    (found,) = evaluate(model, "retrieval", source=source, folder=folder, **settings)
+    return found.value
+
+
+def _losses(model: Path, job: Job) -> dict[str, dict[str, float] | None]:
+    """Loss at each side on trained and on held-out images, under one weighting, time and noise.
+
+    None for upsamplers and models of latents, which denoise something else.
+    """
+    assert job.held_out is not None, "every trial holds images out"
+    config = job.config
+    if config.model.coarse is not None or config.codec is not None:
+        return {"seen_loss": None, "held_out_loss": None}
+    common = ProcessConfig(prediction=config.process.prediction, weighting=COMMON_WEIGHT)
+    seeded = config.train.model_copy(update={"seed": 0})
+    config = config.model_copy(update={"process": common, "train": seeded})
+    net = Matryoshka.load(model).net
+    watch = HeldOutLoss(job.source, job.held_out, job.encode, "cpu")
+    found = watch(View(config, Path(), config.train.images, lambda: net))
+    sides = [str(level.side) for level in config.model.levels]
+    return {
+        name.removesuffix("_per_level"): dict(zip(sides, values, strict=True))
+        for name, values in found.items()
     }

@@ -14,14 +14,25 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import PAGE, RESULTS, main, parse
 from studies.compute import images_at, spent, with_budget
-from studies.drawings import Drawing, all_drawings
 from studies.figures import FIGURES, draw_all
-from studies.groups import GROUPS
-from studies.queue import claimed, is_done, of_today, result_path, work
+from studies.queue import claimed, is_done, result_path, work
+from studies.results import (
+    GROUPS,
+    PLACE,
+    Spread,
+    against,
+    curve,
+    distance,
+    filled,
+    of_today,
+    read_results,
+    seeds_of,
+    shared,
+    table,
+    tables,
+)
 from studies.run import _seconds, measured_at, run
-from studies.spread import Spread, against, curve, distance, read_results, seeds_of, shared
-from studies.table import PLACE, filled, table, tables
-from studies.trials import DECAY, SETS, Trial, all_trials, changed
+from studies.trials import DECAY, SETS, Drawing, Trial, all_drawings, all_trials, changed
 
 from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig
 from matryoshka_diffusion.configfile import override
@@ -117,7 +128,7 @@ def test_a_task_is_done_once_and_after_what_it_needs(tmp_path):
             return {"task": task.name}
 
         results, locks = tmp_path / "results", tmp_path / "locks"
-        return [outcome.name for outcome in work([late, first], do, results, locks)]
+        return [name for name, _ in work([late, first], do, results, locks)]
 
     assert go_through() == ["set/first/0", "set/late/0"]
     assert go_through() == []
@@ -193,11 +204,10 @@ def test_a_result_stays_when_a_field_is_new(tmp_path):
 
 
 def test_a_drawing_is_of_the_trial_whose_network_draws():
-    trials = {trial.name: trial for trial in all_trials()}
     for drawing in all_drawings():
-        trial = trials[drawing.trial]
-        assert drawing.needs == {trial.name: trial.asked}
-        assert drawing.asked["trial"] == trial.asked
+        assert drawing.name.startswith(f"{drawing.trial.name}/")
+        assert drawing.needs == {drawing.trial.name: drawing.trial.asked}
+        assert drawing.asked["trial"] == drawing.trial.asked
 
 
 def test_results_of_another_form_are_left_out_of_what_is_told():
@@ -280,8 +290,8 @@ def small_trial(tmp_path: Path) -> Trial:
 
 
 def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
-    drawing = Drawing("emoji/mdm/0/ddim-10", {"sampler": "ddim", "steps": 2, "guidance": [1.0]})
-    drawing = replace(drawing, network=small_trial.asked, samples=4)
+    how = {"sampler": "ddim", "steps": 2, "guidance": [1.0]}
+    drawing = Drawing("emoji/mdm/0/ddim-10", how, small_trial, samples=4)
     results, locks = tmp_path / "results", tmp_path / "locks"
     tasks = [small_trial, drawing]
     outcomes = dict(work(tasks, lambda task: run(task, tmp_path / "work"), results, locks))
@@ -309,14 +319,14 @@ def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
 def test_a_folder_of_another_form_of_the_trial_is_refused(small_trial, tmp_path):
     run(small_trial, tmp_path)
     other = replace(small_trial, points=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"runs/emoji/mdm/0 is of an earlier form .*remove it"):
+    with pytest.raises(ValueError, match=r"runs/emoji/mdm/0 .*: remove it"):
         run(other, tmp_path)
     run(replace(small_trial, samples=3), tmp_path)  # which trains nothing
-    drawing = Drawing("emoji/mdm/0/ddim-10", {"steps": 2}, other.asked, samples=4)
-    with pytest.raises(ValueError, match="is not the network that emoji/mdm/0 asks for"):
+    drawing = Drawing("emoji/mdm/0/ddim-10", {"steps": 2}, other, samples=4)
+    with pytest.raises(ValueError, match="not the network"):
         run(drawing, tmp_path)
-    with pytest.raises(ValueError, match="is not the network"):
-        run(replace(drawing, network=small_trial.asked), tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="not the network"):
+        run(replace(drawing, trial=small_trial), tmp_path / "elsewhere")
 
 
 def test_seconds_are_those_of_a_training_that_never_paused(tmp_path):
@@ -546,7 +556,7 @@ def test_a_cascade_is_trained_and_drawn_with_both_networks(small_trial, tmp_path
     assert found["held_out_loss"] is None
     assert found["codec_flops"] == 0.0
     how = {"coarse_noise": 1.0, "guidance": [1.0]}
-    noised = Drawing("emoji/cascade/0/noise-1", how, trial.asked, samples=4)
+    noised = Drawing("emoji/cascade/0/noise-1", how, trial, samples=4)
     assert run(noised, tmp_path / "work")[NAME] != found["points"][0][NAME]
 
 
