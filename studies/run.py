@@ -22,7 +22,7 @@ from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.runs.held_out import HeldOutLoss
+from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint

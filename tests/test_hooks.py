@@ -1,19 +1,153 @@
-"""Previews: the same prompts and seeds every time, drawn with the averaged weights."""
+"""Hooks of a training: previews, and the loss on held-out images, which training never sees."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from matryoshka_diffusion.data.source import array_source
-from matryoshka_diffusion.draw.grid import SETTINGS_KEY
+from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.data.source import Source, array_source, split
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.runs.hooks import Preview, preview_of
+from matryoshka_diffusion.runs import hooks as watch
+from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
 from matryoshka_diffusion.train.trainer import View
 from test_pipeline import Words, text_model
+from tiny_run import encode, tiny_config
+
+
+def pictures(count: int, first: int = 0) -> Source:
+    array = np.random.default_rng(first).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return array_source(
+        name="toy",
+        array=array,
+        keys=[f"picture {n}" for n in range(first, first + count)],
+        captions=[(f"red {n}",) for n in range(first, first + count)],
+    )
+
+
+def test_a_share_is_held_out_by_key_alone():
+    seen, unseen = split(pictures(2_000), 0.1)
+    assert unseen is not None
+    assert 150 < len(unseen) < 250
+    assert sorted([*seen.keys, *unseen.keys]) == sorted(pictures(2_000).keys)
+    later, _ = split(pictures(3_000, first=1_000), 0.1)
+    both = {f"picture {n}" for n in range(1_000, 2_000)}
+    assert both & set(seen.keys) == both & set(later.keys)
+
+
+def test_a_part_is_a_source_like_the_whole():
+    whole = pictures(50)
+    _, part = split(whole, 0.5)
+    assert part is not None
+    rows = [whole.keys.index(key) for key in part.keys]
+    assert rows == sorted(rows)
+    for place, index in enumerate(rows):
+        assert part[place].key == whole[index].key
+        assert (part[place].picture == whole[index].picture).all()
+    assert [x.key for x in part.many([1, 0])] == [part[1].key, part[0].key]
+    assert part.captions == [whole[index].captions for index in rows]
+    assert (part.side, part.channels, part.classes, part.total) == (16, 3, (), 50)
+
+
+def test_nothing_is_held_out_unless_asked():
+    whole = pictures(5)
+    assert split(whole, 0.0) == (whole, None)
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.999999])
+def test_an_empty_side_is_refused(share):
+    with pytest.raises(ConfigError, match="there must be some on either side"):
+        split(pictures(5), share)
+
+
+def view(net: NestedUNet, tmp_path) -> View:
+    return View(tiny_config(), tmp_path, 0, lambda: net)
+
+
+def test_the_loss_is_the_same_at_every_call_and_follows_the_weights(tmp_path):
+    config = tiny_config(dropout=0.0)
+    seen, unseen = pictures(40), pictures(40, first=100)
+    loss = HeldOutLoss(seen, unseen, encode, "cpu")
+    net = NestedUNet(config.model).eval()
+    before = loss(view(net, tmp_path))
+    torch.rand(3)
+    assert loss(view(net, tmp_path)) == before
+    assert [len(losses) for losses in before.values()] == [2, 2]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+    after = loss(view(net, tmp_path))
+    assert after["seen_loss_per_level"] != before["seen_loss_per_level"]
+    assert after["held_out_loss_per_level"] != before["held_out_loss_per_level"]
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(None, [8, 2]), (4, [2] * 5), (16, [1] * 10)])
+def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch, frames, expected):
+    config = tiny_config(dropout=0.0)
+    coarse, fine = config.model.levels
+    levels = (coarse, fine.model_copy(update={"frames": frames}))
+    model = config.model.model_copy(update={"levels": levels})
+    shape = (10, 16, 16, 3) if frames is None else (10, frames, 16, 16, 3)
+    captions = [("red",)] * 10
+    keys = [str(n) for n in range(10)]
+    source = array_source("toy", np.zeros(shape, np.uint8), keys, captions=captions)
+    asked = []
+
+    def no_loss(net, x, *_, **__) -> SimpleNamespace:
+        asked.append(len(x[-1]))
+        return SimpleNamespace(per_level=torch.zeros(2))
+
+    monkeypatch.setattr(watch, "FRAMES_PER_BATCH", 8)
+    monkeypatch.setattr(watch, "matryoshka_loss", no_loss)
+    HeldOutLoss(source, source, encode, "cpu")(view(NestedUNet(model).eval(), tmp_path))
+    assert asked == 2 * expected
+
+
+def test_training_never_sees_what_is_held_out(tmp_path):
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3))):
+        save_png(picture.astype(np.uint8), tmp_path / f"{number}.png", None)
+    config = job.find_config("folder-64", str(tmp_path), ["data.held_out=0.25"])
+    ready = job.prepare(config)
+    assert ready.held_out is not None
+    shown = set(ready.loader.batch(range(4 * len(ready.source))).keys)
+    assert shown == set(ready.source.keys)
+    assert not shown & set(ready.held_out.keys)
+    assert len(ready.source) + len(ready.held_out) == 40
+
+
+def test_a_run_logs_both_losses(tmp_path):
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3))):
+        save_png(picture.astype(np.uint8), tmp_path / "d" / f"{number}.png", None)
+    settings = [
+        "model.embedding=32",
+        "model.levels[0].widths=[32, 32]",
+        "train.stages=[{levels: 1, images: 16, batch_size: 8, lr: 0.001}]",
+        "train.preview_every_images=8",
+        "sampling.steps=1",
+        "data.held_out=0.25",
+    ]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    out = tmp_path / "run"
+    assert (
+        cli.main(
+            ["train", "folder-64", "--data", str(tmp_path / "d"), "--out", str(out), *arguments]
+        )
+        == 0
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    watched = [line for line in lines if "held_out_loss_per_level" in line]
+    assert [line["images_seen"] for line in watched] == [8, 16]
+    assert all(len(line["seen_loss_per_level"]) == 1 for line in watched)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses
 
 
 def drawn(folder, averaged):
@@ -45,7 +179,7 @@ def test_the_prompts_of_previews_are_the_same_every_time(count):
         captions=[(f"caption {n}", "another") for n in range(count)],
     )
     config = text_model().config
-    prompts = preview_of(source, config)["prompts"]
-    assert prompts == preview_of(source, config)["prompts"]
+    prompts = preview_arguments(source, config)["prompts"]
+    assert prompts == preview_arguments(source, config)["prompts"]
     assert len(set(prompts)) == min(count, 8)
     assert all(prompt.startswith("caption") for prompt in prompts)

@@ -19,8 +19,7 @@ from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
-from matryoshka_diffusion.runs.held_out import HeldOutLoss
-from matryoshka_diffusion.runs.hooks import Preview, preview_of
+from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
 from matryoshka_diffusion.schedule import alpha_sigma, build_schedules
 from matryoshka_diffusion.train.distributed import World
 from matryoshka_diffusion.train.inputs import Feed, Inputs
@@ -120,7 +119,7 @@ def photos(count: int, **columns) -> Source:
 def test_previews_enlarge_real_images_with_their_own_captions(tmp_path):
     source = photos(20, captions=[(f"red {n}",) for n in range(20)])
     config = upsampler_config()
-    preview = preview_of(source, config)
+    preview = preview_arguments(source, config)
     assert preview["coarse"].shape == (8, 8, 8, 3)
     for prompt, small in zip(preview["prompts"], preview["coarse"], strict=True):
         picture = source[int(prompt.split()[1])].picture.astype(float)
@@ -133,7 +132,7 @@ def test_previews_enlarge_real_images_with_their_own_captions(tmp_path):
         update={"model": config.model.model_copy(update={"text": None, "classes": 3})}
     )
     labelled = photos(5, labels=[0, 1, 2, 2, 1], classes=("a", "b", "c"))
-    assert preview_of(labelled, classes)["classes"] == [0, 1, 2, 2, 1]
+    assert preview_arguments(labelled, classes)["classes"] == [0, 1, 2, 2, 1]
 
 
 def test_the_held_out_loss_of_an_upsampler_is_the_same_at_every_call(tmp_path):

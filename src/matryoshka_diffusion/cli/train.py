@@ -121,8 +121,7 @@ def _train(
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.runs import prepare
     from matryoshka_diffusion.runs.grow import warm_start
-    from matryoshka_diffusion.runs.held_out import HeldOutLoss
-    from matryoshka_diffusion.runs.hooks import Preview, preview_of
+    from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
     from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
     from matryoshka_diffusion.train.log import find_sink
     from matryoshka_diffusion.train.run_folder import refuse_foreign
@@ -143,7 +142,7 @@ def _train(
         compare_data(world, ready.source.keys)
         world.once(lambda: warm_start(ready.config, out))
         every = ready.config.train.preview_every_images
-        prompts = preview_of(ready.source, ready.config)
+        prompts = preview_arguments(ready.source, ready.config)
         hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
         if ready.held_out is not None:
             watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.codec)
