@@ -148,16 +148,14 @@ def dynamic_threshold(
 
     Saturated pixels move inwards instead of being cut off (Saharia et al., 2022).
     """
-    extent = expand(_quantile(x.abs().flatten(1).float(), quantile).clamp(1.0, ceiling), x)
-    return x.clamp(-extent, extent) / extent
-
-
-def _quantile(rows: Float[Tensor, "b n"], q: float) -> Float[Tensor, " b"]:
-    """The quantile of each row. Longer rows than torch takes have the nearest number instead."""
-    count = rows.shape[1]
+    sizes = x.abs().flatten(1).float()
+    count = sizes.shape[1]
     if count <= QUANTILE_LIMIT:
-        return torch.quantile(rows, q, dim=1)
-    return rows.kthvalue(1 + round(q * (count - 1)), dim=1).values
+        extent = torch.quantile(sizes, quantile, dim=1)
+    else:  # the nearest number instead
+        extent = sizes.kthvalue(1 + round(quantile * (count - 1)), dim=1).values
+    extent = expand(extent.clamp(1.0, ceiling), x)
+    return x.clamp(-extent, extent) / extent
 
 
 THRESHOLDS: dict[Threshold, Callable[[Tensor], Tensor]] = {

@@ -91,7 +91,7 @@ class Level(nn.Module):
         x: Float[Tensor, "b i *grid"],
         t: Float[Tensor, " a"],
         context: Context,
-        finer: Float[Tensor, "f k y x"] | None = None,
+        incoming: Float[Tensor, "f k y x"] | None = None,
     ) -> tuple[Float[Tensor, "n k2 y2 x2"], Trail]:
         """The features at the core, and the trail that `decode` needs.
 
@@ -99,14 +99,14 @@ class Level(nn.Module):
             x: noisy images at unit scale (`scale`).
             t: times of these rows, and perhaps of more.
             context: conditions of the same rows as `t`.
-            finer: features to add after the stem. They may have fewer rows.
+            incoming: features that join after the stem. They may have fewer rows.
         """
         rows = len(x)
         context = context.rows(rows)
         embedding = self.embed(t[:rows], context)
         h = self.stem(self.unshuffle(frames_as_rows(x)))
-        if finer is not None:
-            h = h + pad_rows(finer, len(h))
+        if incoming is not None:
+            h = h + pad_rows(incoming, len(h))
         skips = [h]
         for layer in self.encoder:
             h = self._run(layer, h, embedding, context)
@@ -121,7 +121,7 @@ class Level(nn.Module):
         for block in self.middle:
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            h = self._run(_join, block, h, skip, embedding, context)
+            h = self._run(block, h, embedding, context, skip)
         predicted = self.shuffle(self._run(self._predict, h))
         return h, rows_as_frames(predicted, self.config.frames)
 
@@ -201,25 +201,20 @@ class Block(nn.Module):
         self.up = build_up(config, outputs, index - 1) if up else None
 
     def forward(
-        self, h: Float[Tensor, "n c y x"], embedding: Float[Tensor, "b e"], context: Context
-    ) -> Float[Tensor, "m c2 y2 x2"]:
+        self,
+        h: Float[Tensor, "n c y x"],
+        embedding: Float[Tensor, "b e"],
+        context: Context,
+        skip: Float[Tensor, "n c2 y x"] | None = None,
+    ) -> Float[Tensor, "m c3 y2 x2"]:
+        """The block's features; in a decoder it sees the encoder's `skip` beside `h`."""
+        h = h if skip is None else torch.cat([h, skip], dim=1)
         h = self.residual(h, per_frame(embedding, self.frames))
         for layer in self.attention:
             h = layer(h, *(per_frame(x, self.frames) for x in (context.tokens, context.mask)))
         for layer in self.frame_attention:
             h = layer(h)
         return h if self.up is None else self.up(h)
-
-
-def _join(
-    block: Block,
-    h: Float[Tensor, "n c y x"],
-    skip: Float[Tensor, "n c2 y x"],
-    embedding: Float[Tensor, "b e"],
-    context: Context,
-) -> Float[Tensor, "m c3 y2 x2"]:
-    """A block of the decoder, applied to the features and the encoder's skip together."""
-    return block(torch.cat([h, skip], dim=1), embedding, context)
 
 
 class Down(nn.Conv2d):

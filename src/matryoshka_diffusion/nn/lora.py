@@ -87,12 +87,6 @@ def _chosen(net: NestedUNet, lora: LoraConfig) -> Iterator[tuple[str, nn.Module,
     for place, owner in net.named_modules():
         if place.startswith("levels.") and level_of(place) in levels and isinstance(owner, kind):
             for child, part in owner.named_children():
-                if _is_map(part):
+                # What multiplies the channels of each position by one matrix.
+                if isinstance(part, nn.Linear) or getattr(part, "kernel_size", 0) == (1, 1):
                     yield f"{place}.{child}", owner, child
-
-
-def _is_map(module: nn.Module) -> bool:
-    """True for a layer that multiplies the channels of each position by one matrix."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-    )

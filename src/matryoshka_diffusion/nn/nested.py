@@ -85,7 +85,7 @@ class NestedUNet(nn.Module):
         h, trail = finest.encode(x[-1], t, context)
         trails = [trail]
         for level, adapter, x_r in reversed([*zip(coarser, adapters, x[:-1], strict=True)]):
-            h, trail = level.encode(x_r, t, context, finer=adapter.inward(h))
+            h, trail = level.encode(x_r, t, context, adapter.inward(h))
             trails.append(trail)
         coarsest, *finer = self.levels  # outwards: every level decodes, the coarsest one first
         h, prediction = coarsest.decode(h, trails.pop())
