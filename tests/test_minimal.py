@@ -18,7 +18,7 @@ from matryoshka_diffusion import rng
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, ProcessConfig
 from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
-from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
+from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, build_pyramid
 from matryoshka_diffusion.samplers import SeededNoise, ddim, last, trailing_grid
@@ -117,15 +117,6 @@ def test_the_file_is_short_and_needs_only_torch():
             assert node.module is not None
             imported.add(node.module.split(".")[0])
     assert imported - sys.stdlib_module_names == {"torch"}
-
-
-def test_the_pyramid_and_the_forward_process_are_the_library_s(example, process):
-    x, noise, _, t = batch(example, 3)
-    for ours, theirs in zip(x, example.build_pyramid(images(example), 3), strict=True):
-        assert torch.equal(ours, theirs)
-    z = diffuse(x, noise, t, process.schedules)
-    for ours, theirs in zip(z, example.diffuse(x, noise, t), strict=True):
-        assert close(ours, theirs)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -267,14 +267,6 @@ def test_the_null_caption_does_not_depend_on_how_long_the_caption_was(masked: bo
     torch.testing.assert_close(run(net, long), run(net, short))
 
 
-def test_the_order_of_words_reaches_attention_only_through_the_features():
-    """Attention over text is a set operation: the encoder, not the network, knows about order."""
-    net = wake(NestedUNet(nest(1, text=TEXT)))
-    shuffled = words()[:, torch.tensor([3, 1, 4, 0, 2])]
-    found = run(net, Conditioning(tokens=shuffled))
-    torch.testing.assert_close(found, run(net, Conditioning(tokens=words())))
-
-
 MICRO = (MicroConfig(name="scale", ceiling=64.0), MicroConfig(name="aspect"))
 
 
@@ -375,30 +367,6 @@ def test_dropout_acts_in_training_only():
     net = wake(NestedUNet(nest(1, core={"dropout": 0.5})))
     assert equal(run(net), run(net))
     assert not equal(run(net.train()), run(net))
-
-
-@pytest.mark.parametrize("heads", [1, 4])
-def test_heads_split_the_same_weights(heads: int):
-    """Their number changes what is computed, not what is learnt."""
-    nets = [wake(NestedUNet(nest(1, core={"heads": h}))) for h in (heads, 8)]
-    assert equal(*(tuple(net.parameters()) for net in nets))
-    assert not torch.allclose(run(nets[0])[0], run(nets[1])[0])
-
-
-@pytest.mark.parametrize(
-    ("core", "added"),
-    [
-        ({"attention_mlp": True}, "feed_forward"),
-        ({"middle": True}, "middle"),
-        ({"attention": (1, 1)}, "attention"),
-    ],
-)
-def test_optional_parts_add_their_weights_and_nothing_else(core: dict, added: str):
-    plain, rich = (
-        NestedUNet(nest(1, core={"middle": False, **more})).state_dict() for more in ({}, core)
-    )
-    assert plain.keys() < rich.keys()
-    assert all(added in key for key in rich.keys() - plain.keys())
 
 
 # --- names of parameters -------------------------------------------------------------------------

@@ -48,46 +48,37 @@ def clips(net: NestedUNet) -> Pyramid:
 # --- the paper's levels (Appendix A) -------------------------------------------------------------
 
 
-def test_16_frames_around_s64_are_the_papers_s64t16():
-    level = t16()
-    assert next_frames(s64(text=True), 16) == level
-    assert level.frames == 16
-    assert [level.frames_at(index) for index in range(5)] == [16, 8, 4, 2, 1]
-    assert level.widths == (256,) * 5
-    assert level.blocks == (2, 2, 2, 2, 1)
-    assert level.attention == (0, 0, 0, 0, 0)
-    assert level.frame_attention == (1, 1, 1, 1, 0)
-    assert (level.side, level.core_side, level.core_frames) == (64, 64, 1)
-    assert (level.shift_ratio, level.shift_power) == (4.0, 1.0)
+def test_16_frames_and_256_pixels_around_s64_are_the_papers_s64t16s256():
+    moving, fine = t16(), t16s256()
+    assert next_frames(s64(text=True), 16) == moving
+    assert next_level(moving, 256) == fine
+    assert [moving.frames_at(index) for index in range(5)] == [16, 8, 4, 2, 1]
+    assert (moving.widths, moving.blocks) == ((256,) * 5, (2, 2, 2, 2, 1))
+    assert (moving.attention, moving.frame_attention) == ((0,) * 5, (1, 1, 1, 1, 0))
+    assert (moving.side, moving.core_side, moving.core_frames) == (64, 64, 1)
+    assert (moving.shift_ratio, moving.shift_power) == (4.0, 1.0)
+    assert (fine.widths, fine.blocks) == ((64, 128, 256), (2, 2, 1))
+    assert (fine.core_side, fine.core_frames) == (64, 16)
+    assert (fine.shift_ratio, fine.shift_power) == (16.0, 1.0)
 
 
-def test_more_frames_shift_the_schedule_alike_whatever_its_power():
-    """16 frames quarter the signal to noise; a power of 0 shifts nothing."""
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_16_frames_quarter_the_signal_to_noise_whatever_the_power_of_the_shift(power: float):
+    level = next_frames(PICTURE.model_copy(update={"shift_power": power}), 16)
+    assert (level.shift_ratio / PICTURE.shift_ratio) ** power == pytest.approx(4.0)
+    unshifted = PICTURE.model_copy(update={"shift_power": 0.0})
+    assert next_frames(unshifted, 16).shift_ratio == PICTURE.shift_ratio
     still, clip = preset("emoji-video").model.levels
     grown = next_frames(still, 16)
     assert (grown.shift_ratio, grown.shift_power) == (clip.shift_ratio, clip.shift_power)
-    for power in (0.5, 1.0, 2.0):
-        level = next_frames(PICTURE.model_copy(update={"shift_power": power}), 16)
-        assert (level.shift_ratio / PICTURE.shift_ratio) ** power == pytest.approx(4.0)
-    unshifted = PICTURE.model_copy(update={"shift_power": 0.0})
-    assert next_frames(unshifted, 16).shift_ratio == PICTURE.shift_ratio
 
 
-def test_256_pixels_around_s64t16_are_the_papers_s64t16s256():
-    level = next_level(t16(), 256)
-    assert level == t16s256()
-    assert level.widths == (64, 128, 256)
-    assert level.blocks == (2, 2, 1)
-    assert (level.shift_ratio, level.shift_power) == (16.0, 1.0)
-    assert (level.core_side, level.core_frames) == (64, 16)
-
-
-def test_frames_are_those_of_the_finest_level_times_a_power_of_two():
-    with pytest.raises(ValueError, match=r"--frames 6: give 1 times a power of two \(2, 4, 8"):
-        next_frames(PICTURE, 6)
-    with pytest.raises(ValueError, match=r"--frames 4: give 4 times a power of two \(8, 16, 32"):
-        next_frames(MOVING, 4)
-    assert next_frames(MOVING, 8).core_frames == FRAMES
+@pytest.mark.parametrize(
+    ("level", "frames", "allowed"), [(PICTURE, 6, "2, 4, 8"), (MOVING, 4, "8")]
+)
+def test_frames_are_those_of_the_finest_level_times_a_power_of_two(level, frames, allowed):
+    with pytest.raises(ValueError, match=rf"--frames {frames}: .*\({allowed}"):
+        next_frames(level, frames)
 
 
 # --- the nest ------------------------------------------------------------------------------------
