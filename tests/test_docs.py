@@ -8,6 +8,7 @@ A command that is not known here fails its test: teach `smaller` to shrink it, d
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from filming import animate, film
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.draw.grid import save_png
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from test_presets import shrunk
 
@@ -481,6 +484,11 @@ def test_the_slurm_script_queues_again_what_was_stopped_in_time(status, requeued
 
 def test_the_readme_shows_how_to_train_and_how_to_sample():
     assert {"train", "sample"} <= {words[1] for words in commands(README)}
+
+
+def test_the_readme_shows_the_forward_pass_of_the_network():
+    body = inspect.getsource(NestedUNet.forward).split('"""\n')[-1]
+    assert f"```py\n{textwrap.dedent(body)}```" in README
 
 
 def test_make_goals_in_the_documents_exist():
