@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +33,7 @@ from studies.results import (
 from studies.run import _seconds, measured_at, run
 from studies.trials import DECAY, SETS, Drawing, Trial, all_drawings, all_trials, changed
 
-from matryoshka_diffusion.config import CodecRunConfig, DataConfig, RunConfig
-from matryoshka_diffusion.configfile import override
+from matryoshka_diffusion.config import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
@@ -226,9 +224,7 @@ def test_results_of_another_form_are_left_out_of_what_is_told():
     "arguments",
     [
         "run emoji/mdm/0 fashion/ --workers 2 --work w",
-        "run --workers 2 emoji/mdm/0 --work w fashion/",
         "--work w run --workers=2 emoji/mdm/0 fashion/",
-        "--workers 2 --work w run emoji/mdm/0 fashion/",
         "run --workers 2 --work w -- emoji/mdm/0 fashion/",
     ],
 )
@@ -236,18 +232,22 @@ def test_workers_are_given_what_was_asked_for_in_any_order(arguments, monkeypatc
     started = []
 
     class Worker:
+        status = 0
+
         def __init__(self, command: list[str]) -> None:
             assert command[1:3] == ["-m", "studies"]
             started.append(parse(command[3:]))
 
         def wait(self) -> int:
-            return 0
+            return self.status
 
     monkeypatch.setattr("subprocess.Popen", Worker)
     assert main(arguments.split()) == 0
+    workers, Worker.status = list(started), -9  # killed
+    assert main(arguments.split()) == 1
     alone = parse(["run", "emoji/mdm/0", "fashion/", "--work", "w"])
     assert alone.workers == 1
-    assert started == [alone, alone]
+    assert workers == [alone, alone]
 
 
 def test_a_drawing_wants_its_network_trained_before_or_with_it(tmp_path, capsys):
@@ -269,37 +269,43 @@ def test_a_name_that_nothing_has_is_refused(name, capsys):
 # --- one trial, whole ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_trial(tmp_path: Path) -> Trial:
+@pytest.fixture(scope="module")
+def small_trial(tmp_path_factory) -> Trial:
     """Two classes of noise, a nest of two levels, 8 steps."""
+    folder = tmp_path_factory.mktemp("pictures")
     for number in range(40):
         picture = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
-        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture).save(path)
     config = tiny_config()
-    model = config.model.model_copy(update={"text": None, "classes": 2})
-    model = model.model_copy(
-        update={"levels": tuple(x.model_copy(update={"micro": ()}) for x in model.levels)}
-    )
-    data = DataConfig(source="folder", path=str(tmp_path / "pictures"), held_out=0.2)
-    bare = config.model_dump() | {"model": model.model_dump(), "data": data.model_dump()}
-    bare |= {"encoder": None}
-    made = override(RunConfig.model_validate(bare), ["train.checkpoint_every_images=16"])
-    return Trial("emoji/mdm/0", made, points=(0.1, 1.0), samples=4)
+    levels = [x.model_copy(update={"micro": ()}).model_dump() for x in config.model.levels]
+    update = {
+        "model.text": None,
+        "model.classes": 2,
+        "model.levels": levels,
+        "encoder": None,
+        "data": {"source": "folder", "path": str(folder), "held_out": 0.2},
+        "train.checkpoint_every_images": 16,
+    }
+    return Trial("emoji/mdm/0", changed(config, update), points=(0.1, 1.0), samples=4)
 
 
-def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
+@pytest.fixture(scope="module")
+def whole(small_trial, tmp_path_factory):
+    """A folder with the trial and a drawing of it done, and their results."""
+    folder = tmp_path_factory.mktemp("study")
     how = {"sampler": "ddim", "steps": 2, "guidance": [1.0]}
     drawing = Drawing("emoji/mdm/0/ddim-10", how, small_trial, samples=4)
-    results, locks = tmp_path / "results", tmp_path / "locks"
-    tasks = [small_trial, drawing]
-    outcomes = dict(work(tasks, lambda task: run(task, tmp_path / "work"), results, locks))
-    done = ["emoji/mdm/0", "emoji/mdm/0/ddim-10"]
-    assert outcomes == dict.fromkeys(done)
+    tasks, results = [drawing, small_trial], folder / "results"
+    outcomes = dict(work(tasks, lambda task: run(task, folder / "work"), results, folder / "locks"))
+    assert outcomes == {small_trial.name: None, drawing.name: None}
+    return folder / "work", read_results(results)
 
-    told = read_results(results)
-    trial, drawn = (told[name] for name in done)
+
+def test_a_trial_is_trained_measured_and_drawn_from(whole, tmp_path):
+    results = whole[1]
+    trial, drawn = (results[name] for name in ("emoji/mdm/0", "emoji/mdm/0/ddim-10"))
     assert [point["share"] for point in trial["points"]] == [1.0], "at 0.1 it has one level"
     assert trial["points"][0]["images"] == sum(trial["images"]) == 48
     assert 0 < trial["points"][0]["seconds"] <= trial["seconds"]
@@ -310,23 +316,37 @@ def test_a_trial_is_trained_measured_and_drawn_from(small_trial, tmp_path):
     assert drawn["evaluations"] == 2
     assert trial["metric"].startswith(f"{NAME} [n = 4 <="), "the product's own name and its flag"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
-
-    (path,) = draw_all(told, tmp_path / "plots")
+    (path,) = draw_all(results, tmp_path / "plots")
     assert path.name == "e-solvers.png"
-    assert [line.split(" | ")[0] for line in tables(told).splitlines()[-1:]] == ["| ddim-10"]
+    assert [line.split(" | ")[0] for line in tables(results).splitlines()[-1:]] == ["| ddim-10"]
 
 
-def test_a_folder_of_another_form_of_the_trial_is_refused(small_trial, tmp_path):
-    run(small_trial, tmp_path)
+def test_a_folder_of_another_form_of_the_trial_is_refused(small_trial, whole, tmp_path):
     other = replace(small_trial, points=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"runs/emoji/mdm/0 .*: remove it"):
-        run(other, tmp_path)
-    run(replace(small_trial, samples=3), tmp_path)  # which trains nothing
     drawing = Drawing("emoji/mdm/0/ddim-10", {"steps": 2}, other, samples=4)
-    with pytest.raises(ValueError, match="not the network"):
-        run(drawing, tmp_path)
-    with pytest.raises(ValueError, match="not the network"):
-        run(replace(drawing, trial=small_trial), tmp_path / "elsewhere")
+    elsewhere = replace(drawing, trial=small_trial)
+    for task, folder in ((other, whole[0]), (drawing, whole[0]), (elsewhere, tmp_path / "none")):
+        with pytest.raises(ValueError, match=r"runs/emoji/mdm/0 .*: remove it"):
+            run(task, folder)
+
+
+def test_a_point_whose_writing_was_cut_off_is_written_again(small_trial, whole, tmp_path):
+    """A kill while a hook writes leaves weights without a config, before the step's checkpoint.
+
+    The repeated step finds the same numbers; another seed finds others.
+    """
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "runs" / small_trial.name
+    (folder / "points" / "1" / "config.json").unlink()
+    (folder / "points" / "1" / "model.safetensors").write_bytes(b"half")
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None
+    shutil.rmtree(newest)
+    once, again = whole[1][small_trial.name], run(small_trial, tmp_path)
+    assert again["points"][0][NAME] == once["points"][0][NAME]
+    assert again["held_out_loss"] == once["held_out_loss"]
+    other = replace(small_trial, config=changed(small_trial.config, {"train.seed": 1}))
+    assert run(other, tmp_path / "other")["points"][0][NAME] != once["points"][0][NAME]
 
 
 def test_seconds_are_those_of_a_training_that_never_paused(tmp_path):
@@ -336,25 +356,6 @@ def test_seconds_are_those_of_a_training_that_never_paused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "{}"]))
     assert _seconds(tmp_path, 300) == pytest.approx(30)
     assert _seconds(tmp_path, 500) == pytest.approx(30 + 200 / 4.5)
-
-
-def test_a_killed_worker_is_no_success(monkeypatch):
-    class Worker:
-        def __init__(self, command: list[str]) -> None: ...
-
-        def wait(self) -> int:
-            return -9
-
-    monkeypatch.setattr("subprocess.Popen", Worker)
-    assert main(["run", "emoji/mdm/0", "--workers", "2"]) == 1
-
-
-def test_a_repeated_trial_finds_the_same_numbers(small_trial, tmp_path):
-    once, again = (run(small_trial, tmp_path / name) for name in ("once", "again"))
-    assert once["points"][0][NAME] == again["points"][0][NAME]
-    assert once["held_out_loss"] == again["held_out_loss"]
-    other = replace(small_trial, config=override(small_trial.config, ["train.seed=1"]))
-    assert run(other, tmp_path / "other")["points"][0][NAME] != once["points"][0][NAME]
 
 
 # --- what came out -------------------------------------------------------------------------------
@@ -504,6 +505,7 @@ def test_every_figure_has_a_panel_for_each_set_with_results_and_its_legend_below
     assert titles[len(FIGURES) :] == [["Fashion-MNIST 32", "OpenMoji 64"]] * len(FIGURES)
     for figure in drawn:
         figure.draw_without_rendering()  # lays it out
+        assert figure.bbox.width >= 560, "wide enough to read"
         panels = [axis.get_window_extent() for axis in figure.axes]
         assert all(axis.get_xlabel() or axis.get_ylabel() for axis in figure.axes)
         assert not any(axis.get_legend() for axis in figure.axes)
@@ -530,12 +532,6 @@ def test_a_small_difference_does_not_fill_a_panel(tmp_path, monkeypatch):
     (axis,) = next(figure for figure in drawn if "Length" in figure.get_suptitle()).axes
     low, high = axis.get_ylim()
     assert high - low == pytest.approx(0.2 * 100.5)
-
-
-def test_figures_are_wide_enough_to_read(tmp_path):
-    for path in draw_all(everything("emoji"), tmp_path):
-        with Image.open(path) as picture:
-            assert picture.width >= 850
 
 
 # --- other families ------------------------------------------------------------------------------
@@ -577,15 +573,3 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path):
     assert found["config"]["codec"]["path"] == "codecs/emoji/codec"
     assert found["points"][0][NAME] > 0
     assert found["codec_flops"] > 0
-
-
-def test_a_point_whose_writing_was_cut_off_is_written_again(small_trial, tmp_path):
-    """A kill while a hook writes leaves weights without a config, before the step's checkpoint."""
-    once = run(small_trial, tmp_path)
-    folder = tmp_path / "runs" / small_trial.name
-    (folder / "points" / "1" / "config.json").unlink()
-    (folder / "points" / "1" / "model.safetensors").write_bytes(b"half")
-    newest = checkpoint.newest(folder / "checkpoints")
-    assert newest is not None
-    shutil.rmtree(newest)
-    assert run(small_trial, tmp_path)["points"][0][NAME] == once["points"][0][NAME]
