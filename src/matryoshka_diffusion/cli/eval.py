@@ -116,10 +116,11 @@ def sweep(options: argparse.Namespace) -> None:
     show(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
     best = sweeping.best(points)
     idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
-    given = fixed | {"precision": options.precision, "base": options.base}
-    unusual = [name for name in given if given[name] not in (None, PRECISION) and name not in idle]
-    given = {name: given[name] for name in unusual}
-    show(f"best:\n{sweeping.command(options.model, best, given)}")
+    settings = fixed | {"precision": options.precision, "base": options.base}
+    for name in [*settings]:
+        if settings[name] in (None, PRECISION) or name in idle:
+            del settings[name]
+    show(f"best:\n{sweeping.command(options.model, best, settings)}")
 
 
 def _say_points(done: int, total: int) -> None:

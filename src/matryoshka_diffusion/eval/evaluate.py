@@ -111,8 +111,8 @@ def evaluate(
         fixed = retrieval_captions(model.config, source)
         parts.append(samples(retrieving, fixed, fixed.limit or 0, own))
     if others := [name for name in names if not _retrieves(name)]:
-        shown = conditions or in_turn(model.config, source)
-        parts.append(samples(others, shown, shown.check(n or count), reference or own))
+        rule = conditions or in_turn(model.config, source)
+        parts.append(samples(others, rule, rule.check(n or count), reference or own))
     results = [one for part in parts for one in measure(*part, world=world, progress=progress)]
     return sorted(results, key=lambda result: names.index(result.key))
 
@@ -246,26 +246,22 @@ def plan(
     words = metrics or (PROTOCOLS[protocol][0] if protocol else _usual(config, frames, n))
     names, named = parse_metrics(words)
     others = [name for name in names if not _retrieves(name)]
-    if not others:
-        for option, value in {"-n": n, "--protocol": protocol, "--captions": captions}.items():
-            if value is not None:
-                raise UsageError(
-                    f"{option} {value}: retrieval has {RETRIEVED} fixed captions; omit it, or add "
-                    "a metric of other samples (--metrics retrieval,fd -n 2000)"
-                )
-    n = n or named or (PROTOCOLS[protocol][1] if protocol else None)
-    conditions = _conditions(config, protocol, captions)
     comparing = any("reference" in METRICS[name].needs for name in others)
-    if protocol == "coco30k" and comparing and reference is None:
-        raise UsageError(
-            f"--protocol coco30k compares with pictures of COCO, not with those that {config.name} "
-            "was trained on: name them, --ref val2014"
-        )
+    sampling = {"-n": n, "--protocol": protocol, "--captions": captions}
+    for option, value in ({} if others else sampling).items():
+        if value is not None:
+            raise UsageError(
+                f"{option} {value}: retrieval has {RETRIEVED} fixed captions; omit it, or add a "
+                "metric of other samples (--metrics retrieval,fd -n 2000)"
+            )
     if reference is not None and not comparing:
         raise UsageError(
             f"--ref {reference}: none of {', '.join(names)} compares with it; omit it, or add a "
             "metric that does (--metrics fd)"
         )
+    conditions = _conditions(config, protocol, captions)
+    if protocol == "coco30k" and comparing and reference is None:
+        raise UsageError("--protocol coco30k compares with pictures of COCO: add --ref val2014")
     loaded = networks(names)
     conditional = config.model.text is not None or bool(config.model.classes)
     source = held_out = None
@@ -281,16 +277,16 @@ def plan(
             whole = shrunk(whole, side, frames)
         source, held_out = split(whole, config.data.held_out)
     real = None
-    if reference == HELD_OUT:
+    if reference not in (None, HELD_OUT):
+        real = open_reference(reference, side, frames, **fields_like(config.data, reference))
+    elif reference == HELD_OUT:
         if held_out is None:
             raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): omit --ref")
         prefix = f"the held-out {config.data.held_out:.3g} of "
         real = reference_of(held_out, config.data, name=prefix)
-    elif reference is not None:
-        real = open_reference(reference, side, frames, **fields_like(config.data, reference))
     return {
         "metrics": names,
-        "n": n,
+        "n": n or named or (PROTOCOLS[protocol][1] if protocol else None),
         "source": source,
         "own": None if source is None else reference_of(source, config.data),
         "reference": real,
@@ -347,14 +343,13 @@ def compare(
         raise UsageError(f"{first} has pictures of one side, which is compared: omit --side")
     if frames is None and frame_stride is not None:
         raise UsageError("--frame-stride is for videos: add --frames")
-    pictures = {name: first_picture(name) for name in (first, second)}
-    for name, found in pictures.items():
-        if frames is None and (kind_of(name) == "clips" or (found and found[1])):
+    for name in (second, first):
+        shorter_side, moves = first_picture(name)
+        if frames is None and (kind_of(name) == "clips" or moves):
             raise UsageError(f"{name} holds videos: give --frames, how many are compared")
-    found = pictures[first]
-    if found is None and side is None and not npz:
+    side = side or shorter_side
+    if not (side or npz):  # the header of an .npz says it
         raise UsageError(f"{first} is no folder of pictures: give their side, --side N")
-    side = side or (found[0] if found else 0)  # the header of an .npz says it
     samples = open_reference(first, side, frames, frame_stride=1, clip="start")
     if samples.pictures is None:
         raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")

@@ -223,8 +223,8 @@ def samples_of(
         return about | {"conditions": conditions.name, "of": conditions.identity}
 
     def make(rows: range, progress: Progress) -> PictureBatch:
-        asked = {**conditions.of(rows), "seed": seed + rows.start, **settings}
-        return PictureBatch(model.sample(batch_size=batch_size, progress=progress, **asked).levels)
+        how = {**conditions.of(rows), "seed": seed + rows.start, **settings}
+        return PictureBatch(model.sample(batch_size=batch_size, progress=progress, **how).levels)
 
     shape = (count, model.picture_side, model.resolutions[-1].frames)
     about = (len(model.resolutions), conditions.captions(count), conditions.pictures[:count])

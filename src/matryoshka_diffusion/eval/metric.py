@@ -202,70 +202,70 @@ class Comparison:
         return text if count <= width else None
 
 
-def _by_frame(network: Extractor, shown: np.ndarray) -> np.ndarray:
+def _by_frame(network: Extractor, clips: np.ndarray) -> np.ndarray:
     """Features (b, d) of images, (b, f, d) of clips: one frame of every clip at a time."""
-    if shown.ndim == 4:
-        return network(shown)
-    return np.stack([network(frames) for frames in shown.swapaxes(0, 1)], axis=1)
+    if clips.ndim == 4:
+        return network(clips)
+    return np.stack([network(frames) for frames in clips.swapaxes(0, 1)], axis=1)
 
 
-def _frechet(given: Comparison) -> list[Number]:
-    count = given.metric.count(given.made)
-    name = given.named(f"FID-{thousands(count)}", "FD")
-    return [Number(name, given.frechet(), flags=(given.few(count),))]
+def _frechet(pair: Comparison) -> list[Number]:
+    count = pair.metric.count(pair.made)
+    name = pair.named(f"FID-{thousands(count)}", "FD")
+    return [Number(name, pair.frechet(), flags=(pair.few(count),))]
 
 
-def _frechet_by_frame(given: Comparison) -> list[Number]:
+def _frechet_by_frame(pair: Comparison) -> list[Number]:
     """One distance for each frame: where they rise, samples drift away from real clips."""
 
     def moments(pictures: PictureSet, frame: int) -> Moments:
-        return Moments.stream(rows[:, frame] for rows in pictures.stream(given.column))
+        return Moments.stream(rows[:, frame] for rows in pictures.stream(pair.column))
 
-    found = [
-        frechet_distance(moments(given.real, frame), moments(given.made, frame))
-        for frame in range(given.made.frames or 0)
+    distances = [
+        frechet_distance(moments(pair.real, frame), moments(pair.made, frame))
+        for frame in range(pair.made.frames or 0)
     ]
-    others = {f"frame {frame}": distance for frame, distance in enumerate(found)}
-    name, flags = f"{given.named('FID', 'FD')}-by-frame", (given.few(given.made.count),)
-    return [Number(name, float(np.mean(found)), others, flags)]
+    others = {f"frame {frame}": distance for frame, distance in enumerate(distances)}
+    name, flags = f"{pair.named('FID', 'FD')}-by-frame", (pair.few(pair.made.count),)
+    return [Number(name, float(np.mean(distances)), others, flags)]
 
 
-def _video_frechet(given: Comparison) -> list[Number]:
-    network, made, weights = given.network, given.made, given.network.weights[:8]
+def _video_frechet(pair: Comparison) -> list[Number]:
+    network, made, weights = pair.network, pair.made, pair.network.weights[:8]
     i3d = network.name == "I3D"  # by its shape; only the owner of the file knows its weights
     name = "FVD" if i3d else f"FD-{network.name}-{weights}"
     taken = ", taken for the I3D of Kinetics-400" if i3d else ""
-    flags = (f"weights {weights}{taken}; resize {network.resize}", given.few(made.count))
+    flags = (f"weights {weights}{taken}; resize {network.resize}", pair.few(made.count))
     name = f"{name}-{thousands(made.count)}-{made.frames}f"
-    return [Number(name, given.frechet(), flags=flags)]
+    return [Number(name, pair.frechet(), flags=flags)]
 
 
-def _kernel(given: Comparison) -> list[Number]:
-    found = kernel_distance(*given.both())
-    return [Number(given.named("KID", "KD"), found.mean, {"std": found.std})]
+def _kernel(pair: Comparison) -> list[Number]:
+    distance = kernel_distance(*pair.both())
+    return [Number(pair.named("KID", "KD"), distance.mean, {"std": distance.std})]
 
 
-def _inception_score(given: Comparison) -> list[Number]:
-    features = given.rows(given.made)
+def _inception_score(pair: Comparison) -> list[Number]:
+    features = pair.rows(pair.made)
     # A folder of classes is sorted by them: each split would hold a few classes.
     shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
-    found = inception_score(given.network.probabilities(shuffled))
+    score = inception_score(pair.network.probabilities(shuffled))
     size = len(features) // SPLITS
     flag = f"{size:,} samples a split < {CLASSES:,} classes: biased low" if size < CLASSES else None
-    return [Number("IS", found.mean, {"std": found.std}, (flag,), higher_is_better=True)]
+    return [Number("IS", score.mean, {"std": score.std}, (flag,), higher_is_better=True)]
 
 
-def _overlap(given: Comparison) -> list[Number]:
-    real, made = given.both()
-    found = {**precision_recall(real, made)._asdict(), **density_coverage(real, made)._asdict()}
-    name = given.network.name
-    return [Number(f"{kind}-{name}", value, higher_is_better=True) for kind, value in found.items()]
+def _overlap(pair: Comparison) -> list[Number]:
+    real, made = pair.both()
+    shares = {**precision_recall(real, made)._asdict(), **density_coverage(real, made)._asdict()}
+    names = {kind: f"{kind}-{pair.network.name}" for kind in shares}
+    return [Number(names[kind], shares[kind], higher_is_better=True) for kind in shares]
 
 
-def _clip_score(given: Comparison) -> list[Number]:
-    clip, captions = given.network, given.made.captions
+def _clip_score(pair: Comparison) -> list[Number]:
+    clip, captions = pair.network, pair.made.captions
     scores, first = [], 0
-    for images in given.made.stream(given.column):
+    for images in pair.made.stream(pair.column):
         texts, rows = clip.texts(captions[first : first + len(images)]), flat(images)
         # Each frame of a clip is scored by the clip's caption.
         scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
@@ -274,32 +274,32 @@ def _clip_score(given: Comparison) -> list[Number]:
     return [Number(f"CLIP-{clip.variant}", value, higher_is_better=True)]
 
 
-def _cmmd(given: Comparison) -> list[Number]:
-    clip = given.network
+def _cmmd(pair: Comparison) -> list[Number]:
+    clip = pair.network
     # The CLIP of the publication. Others may have its shape: only the owner knows its weights.
     published = clip.variant == "ViT-L/14-336"
     flag = f"CLIP weights {clip.weights[:8]}, taken for those of OpenAI" if published else None
     name = "CMMD" if published else f"CMMD-{clip.variant}"
-    return [Number(name, cmmd(*given.both()), flags=(flag,))]
+    return [Number(name, cmmd(*pair.both()), flags=(flag,))]
 
 
-def _retrieval(given: Comparison) -> list[Number]:
-    real, made = given.both()
-    found = prompt_retrieval(made, np.array(given.made.belong_to), real)
-    others = {"among five": found.among_five}
-    return [Number("prompt retrieval", found.first, others, (), True, words=str(found))]
+def _retrieval(pair: Comparison) -> list[Number]:
+    real, made = pair.both()
+    retrieval = prompt_retrieval(made, np.array(pair.made.belong_to), real)
+    others = {"among five": retrieval.among_five}
+    return [Number("prompt retrieval", retrieval.first, others, (), True, words=str(retrieval))]
 
 
-def _agreement(given: Comparison) -> list[Number]:
-    per_level = given.rows(given.made).mean(axis=0)
+def _agreement(pair: Comparison) -> list[Number]:
+    per_level = pair.rows(pair.made).mean(axis=0)
     others = {f"level {level}": float(gap) for level, gap in enumerate(per_level)}
     return [Number("level disagreement", float(per_level.mean()), others)]
 
 
-def _motion(given: Comparison) -> list[Number]:
-    found = compare_motion(*given.both())
-    others = {"ratio": found.ratio, "slight": found.slight, "slight real": found.slight_real}
-    return [Number(f"motion distance-{given.made.frames}f", found.distance, others)]
+def _motion(pair: Comparison) -> list[Number]:
+    motions = compare_motion(*pair.both())
+    others = {"ratio": motions.ratio, "slight": motions.slight, "slight real": motions.slight_real}
+    return [Number(f"motion distance-{pair.made.frames}f", motions.distance, others)]
 
 
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
@@ -378,20 +378,20 @@ def find_networks(
         VIDEO: ("fvd", fvd, lambda path: VideoNet(path, frames or FRAMES, device)),
     }
     metrics = list(metrics)
-    wanted = {METRICS[name].network for name in metrics}
-    found: dict[str, Extractor] = {EFFNET: EffNetLite0(device)} if EFFNET in wanted else {}
+    needed = {METRICS[name].network for name in metrics}
+    networks: dict[str, Extractor] = {EFFNET: EffNetLite0(device)} if EFFNET in needed else {}
     for network, (option, path, load) in files.items():
         users = ",".join(name for name, one in METRICS.items() if one.network == network)
-        if network in wanted and path is None:
+        if network in needed and path is None:
             raise UsageError(
                 f"{users} need a network that is not shipped: give its file, --{option} PATH; fd, "
                 "kd, prdc-fd and motion need none"
             )
-        if network not in wanted and path is not None:
+        if network not in needed and path is not None:
             raise UsageError(
                 f"--{option}: none of {','.join(metrics)} looks through it; omit it, or add one "
                 f"of {users} to --metrics"
             )
         if path is not None:
-            found[network] = load(str(path))
-    return found
+            networks[network] = load(str(path))
+    return networks

@@ -90,16 +90,16 @@ def in_turn(config: RunConfig, source: Source | None) -> Conditions:
             "ask for random ones (--protocol imagenet50k)"
         )
 
-    def label(index: int) -> int:
-        found = source[index].label
-        assert found is not None, "every image of a source with classes has one"
-        return found
+    def label_of(index: int) -> int:
+        label = source[index].label
+        assert label is not None, "every image of a source with classes has one"
+        return label
 
     # A class is known by decoding its image, so the hash has a part of the classes only.
-    some = [str(label(index)) for index in evenly_spread(len(source))]
+    some = [str(label_of(index)) for index in evenly_spread(len(source))]
     identity = _hash([source.name, *source.classes, *some, *source.keys])
     name = f"the classes of {source.name}, shuffled"
-    return Conditions(name, identity, "classes", lambda i: label(order[i % len(order)]))
+    return Conditions(name, identity, "classes", lambda i: label_of(order[i % len(order)]))
 
 
 def evenly_spread(count: int, most: int = MAX_HASHED) -> range:

@@ -163,17 +163,17 @@ def fields_like(data: DataConfig, name: str) -> dict[str, Any]:
     return fields
 
 
-def first_picture(name: str) -> tuple[int, bool] | None:
-    """Shorter side of the first image in a folder, and whether it moves; None without images."""
+def first_picture(name: str) -> tuple[int, bool]:
+    """Shorter side of the first image in a folder, and whether it moves; 0 without images."""
     files = Path(name).expanduser().rglob("*")
     pictures = [one for one in files if one.suffix.lower() in SUFFIXES and one.name not in SHEETS]
     if not pictures:
-        return None
+        return 0, False
     try:
         with Image.open(min(pictures)) as picture:
             return min(picture.size), getattr(picture, "n_frames", 1) > 1
     except OSError:  # a bad file, which is counted when all of them are read
-        return None
+        return 0, False
 
 
 # --- ADM's files -------------------------------------------------------------------------------

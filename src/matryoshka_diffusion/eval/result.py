@@ -74,7 +74,7 @@ class Result:
             "" if self.seed is None else f"seed {self.seed}",
             f"{self.precision} on {self.device}" if self.device else self.precision,
             f"matryoshka-diffusion {package_version()}",
-            f"commit {found[:12]}" if (found := commit()) else "",
+            f"commit {revision[:12]}" if (revision := commit()) else "",
         ]
         return "; ".join(part for part in parts if part)
 
@@ -91,8 +91,8 @@ def flagged(name: str, flags: Iterable[str | None]) -> str:
 
 
 def _settings(sampling: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in given.items())
+    settings = {name: value for name, value in sampling.items() if value is not None}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items())
 
 
 def _plain(value: Any) -> str:
@@ -157,9 +157,9 @@ def commit() -> str | None:
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return process.stdout.strip()

@@ -89,9 +89,9 @@ def sweep(
         model = open_model(length)
         for settings in all_settings:
             values = settings if length is None else {EMA: length, **settings}
-            given = {**(fixed or {}), **settings}
-            cost = model.evaluations(given)
-            points.append(Point(values, cost, tuple(measure(model, given))))
+            everything = {**(fixed or {}), **settings}
+            cost = model.evaluations(everything)
+            points.append(Point(values, cost, tuple(measure(model, everything))))
             if progress is not None:
                 progress(len(points), len(lengths) * len(all_settings))
     return points

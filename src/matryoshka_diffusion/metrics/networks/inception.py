@@ -284,17 +284,17 @@ def _ported(path: Path, device: torch.device) -> FIDInception:
     # Built on `meta`: its usual initialisation would draw from torch's global generator.
     with torch.device("meta"):
         net = FIDInception()
-    wanted, found = (
+    expected, actual = (
         {key: tuple(weight.shape) for key, weight in weights.items()}
         for weights in (net.state_dict(), state)
     )
     for kind, keys in (
-        ("missing", [key for key in wanted if key not in found]),
-        ("unexpected", [key for key in found if key not in wanted]),
-        ("of another shape", [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]),
+        ("missing", [key for key in expected if key not in actual]),
+        ("unexpected", [key for key in actual if key not in expected]),
+        ("of another shape", [k for k, shape in expected.items() if actual.get(k, shape) != shape]),
     ):
         if keys:
-            first = f"{keys[0]} {found.get(keys[0], '')}"
+            first = f"{keys[0]} {actual.get(keys[0], '')}"
             raise ValueError(
                 f"{path} is no FID Inception: {len(keys)} keys {kind}, first {first}; {_EXPECTED}"
             )
