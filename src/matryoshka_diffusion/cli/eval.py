@@ -13,10 +13,9 @@ from matryoshka_diffusion.cli.options import (
     PRECISION,
     RANK_TIMEOUT,
     SAMPLERS,
-    add_base,
     add_command,
-    add_device,
     add_sampling,
+    add_shared,
     find_device,
     positive,
     refuse_idle,
@@ -187,7 +186,7 @@ def add_eval(commands: Any) -> None:
     command.add_argument("--frames", type=positive, metavar="N", help="compare clips of N frames")
     command.add_argument("--frame-stride", type=positive, metavar="K", help=stride)
     _add_metrics(command, "fd")
-    add_device(command)
+    add_shared(command, "--device")
 
 
 def add_sweep(commands: Any) -> None:
@@ -209,7 +208,7 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ref", metavar="DATA", help=ref)
     command.add_argument("--protocol", choices=PROTOCOLS, help="a published way of measuring")
     command.add_argument("--captions", type=Path, metavar="FILE", help=".json of COCO, or a list")
-    add_base(command)
+    add_shared(command, "--base")
     command.add_argument("--seed", type=int, help="seed of sample 0 (1000000)")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka_diffusion.cli.options import MODEL, add_as, add_command
+from matryoshka_diffusion.cli.options import MODEL, add_command, add_shared
 from matryoshka_diffusion.cli.terminal import show
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     command = add_command(commands, "info", info, "show a preset or a model, level by level")
     add = command.add_argument
     add("name", metavar="PRESET|RUN|FILE", help=f"preset, {MODEL}")
-    add_as(command)
+    add_shared(command, "--as")
     command = add_command(commands, "plot", plot, "draw the curves of runs")
     add = command.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folders")

@@ -11,13 +11,10 @@ from typing import Any
 from matryoshka_diffusion.cli.options import (
     DTYPES,
     MODEL,
-    add_base,
+    MODEL_FOLDER,
     add_command,
-    add_data,
-    add_model_folder,
     add_sampling,
-    add_set,
-    add_text_encoder,
+    add_shared,
     find_device,
     natural,
     positive,
@@ -169,7 +166,7 @@ def add_commands(commands: Any) -> None:
     add("-n", type=positive, default=1, help="samples for each prompt or class")
     add("--seed", type=int, default=0, help="sample i has seed SEED + i")
     origin = command.add_mutually_exclusive_group()
-    add_base(origin)
+    add_shared(origin, "--base")
     text = "small images for an upsampler to enlarge"
     origin.add_argument("--coarse", type=Path, metavar="PNG|DIR", help=text)
     text = "a folder for all, or one file: .png, for clips also .mp4, .webp, .gif"
@@ -177,7 +174,7 @@ def add_commands(commands: Any) -> None:
     text = "form of clips in a folder (webp); png, a folder for each clip, is for other programs"
     add("--clips", choices=CLIPS, help=text)
     add("--fps", type=float, help="frames per second of clips (the model's own)")
-    add_text_encoder(command)
+    add_shared(command, "--text-encoder")
     add_sampling(command)
 
     command = add_command(commands, "grow", grow, "put a finer level around a trained model")
@@ -186,30 +183,30 @@ def add_commands(commands: Any) -> None:
     finer = command.add_mutually_exclusive_group(required=True)
     finer.add_argument("--to", type=positive, metavar="SIDE", help="side in pixels, or codes")
     finer.add_argument("--frames", type=positive, metavar="N", help="frames, at the same side")
-    add_data(command, "data to train on (RUN's own)")
+    add("--data", metavar="DATA", help="data to train on (RUN's own)")
     add("--out", type=Path, required=True, metavar="RUN", help="the new run")
     number = {"type": natural, "default": 0, "metavar": "N"}
     add("--freeze-coarse", **number, help="freeze the old levels for the first N images")
     add("--ramp", **number, help="raise the new level's loss weight from 0 over the first N images")
-    add_set(command)
+    add_shared(command, "--set")
 
     text = "turn a released checkpoint into a model folder"
     command = add_command(commands, "convert", convert, text)
     command.add_argument("file", type=Path, metavar="FILE", help="vis_model_64x64.pth, ...")
-    add_model_folder(command)
-    add_text_encoder(command)
+    command.add_argument("-o", "--out", **MODEL_FOLDER)
+    add_shared(command, "--text-encoder")
 
     command = add_command(commands, "export", export, "write a model for sharing, or for diffusers")
     command.add_argument("model", metavar="RUN", help=MODEL)
-    add_model_folder(command)
+    command.add_argument("-o", "--out", **MODEL_FOLDER)
     add = command.add_argument
     add("--format", choices=FORMATS, default="mdm", help="for mdm (the default) or diffusers")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights, for mdm (fp32)")
-    add_text_encoder(command)
+    add_shared(command, "--text-encoder")
 
     command = add_command(commands, "ema", ema, "average the weights of a run over another length")
     add = command.add_argument
     add("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
     text = "share of the training that the average is over, such as 0.08"
     add("--length", type=float, required=True, metavar="SHARE", help=text)
-    add_model_folder(command)
+    command.add_argument("-o", "--out", **MODEL_FOLDER)

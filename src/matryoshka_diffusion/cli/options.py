@@ -22,6 +22,12 @@ RANK_TIMEOUT = 60  # seconds
 PRECISION = "fp32"
 MODEL = "run folder, model folder, released .pth or shipped model"
 DATA = "folder, tar shards, parquet or hf:NAME"
+MODEL_FOLDER: dict[str, Any] = {
+    "type": Path,
+    "required": True,
+    "metavar": "DIR",
+    "help": "the new model's folder",
+}
 IDLE = {
     "eta": "--eta only applies to ddim: add --sampler ddim or omit --eta",
     "guidance_interval": "--interval only applies to guidance: add --cfg or omit --interval",
@@ -43,49 +49,34 @@ def add_command(
     return command
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
-    """Add --device, for `find_device`."""
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+SHARED: dict[str, dict[str, Any]] = {
+    "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, mps"},
+    "--base": {"metavar": "RUN", "help": "model that draws the small images for an upsampler"},
+    "--as": {
+        "dest": "as_",
+        "metavar": "BASELINE",
+        "help": "a baseline of the preset: simple, finest, base, upsampler, latent or codes",
+    },
+    "--data": {"metavar": "DATA", "help": DATA},
+    "--set": {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "help": "change path.to.key=value",
+    },
+    "--text-encoder": {"metavar": "PATH", "help": "folder or hub id of another text encoder"},
+}
 
 
-def add_base(command: Any) -> None:
-    """Add --base."""
-    text = "model that draws the small images for an upsampler"
-    command.add_argument("--base", metavar="RUN", help=text)
-
-
-def add_as(command: argparse.ArgumentParser) -> None:
-    """Add --as."""
-    text = "a baseline of the preset: simple, finest, base, upsampler, latent or codes"
-    command.add_argument("--as", dest="as_", metavar="BASELINE", help=text)
-
-
-def add_data(command: argparse.ArgumentParser, text: str = DATA) -> None:
-    """Add --data."""
-    command.add_argument("--data", metavar="DATA", help=text)
-
-
-def add_set(command: argparse.ArgumentParser) -> None:
-    """Add --set."""
-    text = "change path.to.key=value"
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
-
-
-def add_model_folder(command: argparse.ArgumentParser) -> None:
-    """Add -o for the folder of a new model."""
-    text = "the new model's folder"
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help=text)
-
-
-def add_text_encoder(command: argparse.ArgumentParser) -> None:
-    """Add --text-encoder."""
-    text = "folder or hub id of another text encoder"
-    command.add_argument("--text-encoder", metavar="PATH", help=text)
+def add_shared(command: Any, *names: str) -> None:
+    """Add options of `SHARED` to a command or to a group of options."""
+    for name in names:
+        command.add_argument(name, **SHARED[name])
 
 
 def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> None:
     """Add the settings of samples; `swept` leaves out those that `mdm sweep` has as lists."""
-    add_device(command)
+    add_shared(command, "--device")
     add = command.add_argument
     if not swept:
         add("--sampler", choices=SAMPLERS, help="(the model's own)")

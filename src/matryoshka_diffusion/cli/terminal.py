@@ -52,24 +52,6 @@ def _printable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def size_text(count: int) -> str:
-    """Bytes in words: 3.46 kB."""
-    amount = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if amount < 999.5:  # three digits round larger amounts to 1,000
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:,.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 4 s, 10 min, 2.0 hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:,.1f} hours"
-
-
 class Bar:
     """A progress bar as a callable for (done, total) or (title, done, total).
 

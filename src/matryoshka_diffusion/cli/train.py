@@ -15,17 +15,12 @@ from matryoshka_diffusion.cli.options import (
     DATA,
     DTYPES,
     RANK_TIMEOUT,
-    add_as,
-    add_base,
     add_command,
-    add_data,
-    add_device,
-    add_set,
-    add_text_encoder,
+    add_shared,
     find_device,
     positive,
 )
-from matryoshka_diffusion.cli.terminal import Bar, duration, show, size_text
+from matryoshka_diffusion.cli.terminal import Bar, show
 
 PARALLEL = ("ddp", "fsdp")
 LOGS = ("tensorboard", "wandb")
@@ -184,20 +179,23 @@ def embed(options: argparse.Namespace) -> None:
     show(f"{estimate.captions:,} different captions, {stored:,} of them stored already")
     if estimate.missing:
         cut = f" ({estimate.cut:.1%} of them are cut)" if estimate.cut else ""
-        size = size_text(estimate.needed)
-        show(f"about {estimate.tokens:.1f} tokens each{cut}: {size} to write")
-        show(f"to {cache.folder} ({size_text(free)} free)")
+        size, room = f"{estimate.needed / 1e6:,.1f} MB", f"{free / 1e6:,.0f} MB"
+        show(f"about {estimate.tokens:.1f} tokens each{cut}: {size} to write to")
+        show(f"{cache.folder} ({room} free)")
         if estimate.needed > free:
             raise OSError(
                 errno.ENOSPC,
                 f"the features do not fit into {cache.folder}: about {estimate.needed:,} bytes "
                 f"needed, {free:,} bytes free; set MDM_CACHE to a folder on a larger disk",
             )
-        show(f"about {duration(cache.seconds(estimate.missing))}")
+        show(f"about {cache.seconds(estimate.missing) / 60:,.1f} minutes")
     with Bar("encoding", " captions") as bar:
         cache.add(estimate.missing, bar)
-    stored = f"{len(cache.store):,} captions, {size_text(cache.store.bytes)}"
-    show(f"{cache.folder}: features of {stored}; training with this encoder reads them")
+    count, size = len(cache.store), cache.store.bytes / 1e6
+    show(
+        f"{cache.folder}: features of {count:,} captions, {size:,.1f} MB; training with this "
+        "encoder reads them"
+    )
 
 
 def data_check(options: argparse.Namespace) -> None:
@@ -254,11 +252,10 @@ def add_commands(commands: Any) -> None:
     command = add_command(commands, "train", train, "train a preset, or continue a run")
     add = command.add_argument
     add("preset", metavar="PRESET", help="preset, YAML file, run folder, or model to tune")
-    add_as(command)
-    add_data(command)
+    add_shared(command, "--as", "--data")
     add("--out", type=Path, metavar="RUN", help="the run's folder")
     add("--init", metavar="MODEL", help="start from the weights of this model")
-    add_base(command)
+    add_shared(command, "--base")
     text = "train only adapters of this rank around it"
     add("--lora", type=positive, metavar="RANK", help=text)
     text = "train on codes of this autoencoder (diffusers' AutoencoderKL)"
@@ -270,18 +267,15 @@ def add_commands(commands: Any) -> None:
     text = f"a rank that is silent for so long is dead ({RANK_TIMEOUT})"
     add("--rank-timeout", type=positive, metavar="SECONDS", help=text)
     add("--log", choices=LOGS, action="append", default=[], help="log there, too (extras)")
-    add_device(command)
-    add_set(command)
+    add_shared(command, "--device", "--set")
 
     text = "store the text features of a data set's captions"
     command = add_command(commands, "embed", embed, text)
     add = command.add_argument
     add("preset", metavar="PRESET", help="preset, YAML file or run folder")
-    add_data(command)
-    add_text_encoder(command)
+    add_shared(command, "--data", "--text-encoder")
     add("--precision", choices=("auto", *DTYPES), help="of the encoder (the run's)")
-    add_device(command)
-    add_set(command)
+    add_shared(command, "--device", "--set")
 
     data = commands.add_parser("data", help="look at data before training")
     checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -290,10 +284,9 @@ def add_commands(commands: Any) -> None:
     add("data", metavar="DATA", nargs="?", help=DATA)
     add("--preset", default="folder-64", help="preset whose data and side are meant (folder-64)")
     add("--sheet", type=Path, metavar="FILE.png", help="draw 64 of the images or clips")
-    add_set(command)
+    add_shared(command, "--set")
 
     command = add_command(commands, "demo", demo, "train openmoji and show what it has learnt")
     folder = {"type": Path, "default": Path("runs/demo"), "metavar": "RUN"}
     command.add_argument("--out", **folder, help="its folder (runs/demo)")
-    add_device(command)
-    add_set(command)
+    add_shared(command, "--device", "--set")

@@ -51,17 +51,15 @@ def save_clip(
 
     - `.mp4` is h264 and loses a little. Even sizes halve the resolution of colours, as every
       player expects (yuv420p); odd sizes do not (yuv444p, which some browsers do not play).
-    - `.webp` is lossless. `.gif` is lossless up to 256 colours: its frames share one palette and
-      no dither, so static parts do not flicker. Both repeat forever.
+    - `.webp` is lossless, `.gif` up to 256 colours for all its frames. Both repeat forever.
     - No suffix makes a folder of `0000.png`, `0001.png`, ..., which must be new or empty.
 
-    Each frame begins at a whole millisecond (WebP) or hundredth of a second (GIF), so durations of
-    frames vary by that much and the length of the clip does not. `settings` travel as JSON: in the
-    comment of an MP4 or GIF, in the EXIF description of a WebP, and in each PNG as `save_png` does.
+    Frames begin at whole milliseconds (WebP) or hundredths of a second (GIF). `settings` travel as
+    JSON: in the comment of an MP4 or GIF, the EXIF description of a WebP, and as in `save_png`.
 
     Args:
-        frames: at least one uint8 image (h, w, 3), (h, w, 1) or (h, w), all of one size; an array
-            (f, h, w, c) will do. A GIF needs all frames at once, the others encode one by one.
+        frames: at least one uint8 image (h, w, 3), (h, w, 1) or (h, w), all of one size. All but a
+            GIF encode them one by one.
         fps: frames per second.
         settings: how the clip was made, or None.
 
