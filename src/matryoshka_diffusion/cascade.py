@@ -93,17 +93,14 @@ class Cascade:
         """
         for_base, for_upsampler = self._split(settings)
         counts = [self.base.sampling(for_base).steps, self.upsampler.sampling(for_upsampler).steps]
-        wanted: dict[str, Any] = {
-            "classes": classes,
-            "negative": negative,
-            "n": n,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        small = self.base.sample(prompts, **wanted, progress=_half(progress, counts, 0), **for_base)
+        options: dict[str, Any] = {"classes": classes, "negative": negative, "n": n, "seed": seed}
+        options["batch_size"] = batch_size
+        small = self.base.sample(
+            prompts, **options, progress=_half(progress, counts, 0), **for_base
+        )
         large = self.upsampler.sample(
             prompts,
-            **wanted,
+            **options,
             coarse=small.pictures,
             progress=_half(progress, counts, 1),
             **for_upsampler,

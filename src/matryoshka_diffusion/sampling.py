@@ -233,10 +233,10 @@ class Sampler:
         if self.model.text is not None:
             if prompts is None:
                 raise UsageError(f"{name} needs a prompt: add one (-p on the command line)")
-            wanted = [prompts] if isinstance(prompts, str) else list(prompts)
-            if any("\ud800" <= letter <= "\udfff" for prompt in wanted for letter in prompt):
+            prompts = [prompts] if isinstance(prompts, str) else prompts
+            if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
                 raise UsageError("a prompt is not UTF-8")
-            captions = tuple(prompt for prompt in wanted for _ in range(n))
+            captions = tuple(prompt for prompt in prompts for _ in range(n))
             tokens, mask = self._features(captions)
             return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
         if self.model.classes:
@@ -270,10 +270,10 @@ class Sampler:
                 f"{name} enlarges images of {config.side} pixels: add some (--coarse, coarse=), or "
                 "the model that draws them (--base)"
             )
-        wanted = (len(seeds), config.side, config.side, self.model.channels)
-        if coarse.shape != wanted:
+        shape = (len(seeds), config.side, config.side, self.model.channels)
+        if coarse.shape != shape:
             raise UsageError(
-                f"{name} takes coarse images of shape {wanted}, one for each sample (images, "
+                f"{name} takes coarse images of shape {shape}, one for each sample (images, "
                 f"height, width, channels); these are {coarse.shape}"
             )
         assert sampling.coarse_noise is not None, "a config of an upsampler has it"
@@ -322,20 +322,20 @@ class Sampler:
 
         A string is a name before it is a number, an `int` never: classes may be called "1" to "10".
         """
-        if classes is None:
-            return list(range(self.model.classes))
-        wanted = [classes] if isinstance(classes, str | int) else list(classes)
-        return [self._label(one) for one in wanted]
-
-    def _label(self, one: str | int) -> int:
-        names = self.config.data.classes
+        names, count = self.config.data.classes, self.model.classes
         folded = [name.casefold() for name in names]
-        if isinstance(one, str) and one.casefold() in folded:
-            return folded.index(one.casefold())
-        if str(one).isdigit() and int(one) < self.model.classes:
-            return int(one)
-        known = ", ".join(names) if names else f"0 to {self.model.classes - 1}"
-        raise UsageError(f"unknown class {one!r}; there are: {known}")
+
+        def label(one: str | int) -> int:
+            if isinstance(one, str) and one.casefold() in folded:
+                return folded.index(one.casefold())
+            if str(one).isdigit() and int(one) < count:
+                return int(one)
+            known = ", ".join(names) if names else f"0 to {count - 1}"
+            raise UsageError(f"unknown class {one!r}; there are: {known}")
+
+        if classes is None:
+            return list(range(count))
+        return [label(one) for one in ([classes] if isinstance(classes, str | int) else classes)]
 
     def _takes(self) -> str:
         if self.model.text is not None:

@@ -25,7 +25,7 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import require, write_atomically
-from matryoshka_diffusion.models.find import count_levels, merged
+from matryoshka_diffusion.models.find import count_levels, merge_adapters
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import average_of, synthesise
@@ -121,7 +121,7 @@ def averaged(
     if average.error > MAX_PROFILE_ERROR:
         warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
     config = average_of(with_own_codec(load_config(run / "config.yaml"), run), length)
-    weights, config = merged(average.weights, config, where=where)
+    weights, config = merge_adapters(average.weights, config, where=where)
     model = config.model.first(count_levels(weights))
     net = checkpoint.load_network(model, weights, where=where)
     model = Matryoshka(net, config, device=device, precision=precision)

@@ -290,8 +290,8 @@ class MDMPipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": state.z, "estimates": state.x}
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changes = callback_on_step_end(self, state.step - 1, state.t, wanted) or {}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changes = callback_on_step_end(self, state.step - 1, state.t, chosen) or {}
                     replace_latents(state, changes.get("latents", state.z))
                 if self._interrupt:  # set by the callback
                     break

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from matryoshka_diffusion.codec.autoencoder import moved_codec, refuse_codec, with_own_codec
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
-from matryoshka_diffusion.models.released import converted, read_released
+from matryoshka_diffusion.models.released import convert_once, read_released
 from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.checkpoint import merge
@@ -41,7 +40,7 @@ def find_model(
     """
     path = _model_folder(Path(run))
     if path.is_file():
-        return _read_model(converted(path, progress=progress))
+        return _read_model(convert_once(path, progress=progress))
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
             weights, config = _read_model(folder)
@@ -56,7 +55,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return merged(snapshot.ema, moved_codec(config, path), where=str(newest))
+        return merge_adapters(snapshot.ema, moved_codec(config, path), where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -77,9 +76,8 @@ def read_config(run: str | Path) -> RunConfig:
 
 def shipped_models() -> dict[str, Path]:
     """Folders of the models inside the package, by name."""
-    root = Path(str(resources.files("matryoshka_diffusion"))) / "models" / "shipped"
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    return {folder.name: folder for folder in folders if (folder / checkpoint.MODEL).is_file()}
+    root = Path(__file__).with_name("shipped")
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{checkpoint.MODEL}"))}
 
 
 def with_encoder(config: RunConfig, path: str) -> RunConfig:
@@ -109,14 +107,13 @@ def count_levels(weights: Mapping[str, Tensor]) -> int:
     return 1 + max(numbers)
 
 
-def merged(
+def merge_adapters(
     weights: Mapping[str, Tensor], config: RunConfig, *, where: str
 ) -> tuple[dict[str, Tensor], RunConfig]:
     """Weights and config of a whole model: adapters are merged, whole weights stay as they are.
 
     Raises:
-        FileNotFoundError: the model that the adapters belong to is missing.
-        CheckpointError: the adapters belong to another model.
+        FileNotFoundError, CheckpointError: the model of the adapters is missing, or another one.
     """
     if config.train.lora is None or config.train.init is None:
         return dict(weights), config
@@ -153,7 +150,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         _check_adapters(file, config)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
-    return merged(weights, with_own_codec(config, folder), where=str(file))
+    return merge_adapters(weights, with_own_codec(config, folder), where=str(file))
 
 
 def _check_adapters(file: Path, config: RunConfig) -> None:

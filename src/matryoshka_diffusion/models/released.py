@@ -384,7 +384,7 @@ def convert(
         raise
 
 
-def converted(path: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
+def convert_once(path: Path, *, progress: Callable[[int, int], None] | None = None) -> Path:
     """Convert a released file into the cache, once; return the folder of the model.
 
     Raises:
