@@ -242,7 +242,11 @@ def test_what_cannot_begin_leaves_the_folder_to_what_can(smooth, tmp_path):
 @pytest.mark.filterwarnings("ignore:step skipped")
 def test_a_loss_that_is_not_finite_ends_the_training(smooth, tmp_path):
     config = small(smooth, "lr=1.0e+30", "warmup_images=0", "images=240")
-    with pytest.raises(RuntimeError, match=r"not finite after .* images: .*--set lr=2\.5e\+29"):
+    message = r"not finite after .* images: .*--set lr=2\.5e\+29"
+    with (
+        pytest.warns(UserWarning, match="step skipped"),
+        pytest.raises(RuntimeError, match=message),
+    ):
         train_codec(config, tmp_path)
 
 

@@ -122,25 +122,6 @@ def test_a_process_that_hangs_is_killed_and_its_end_is_told(tmp_path):
         process.wait_to_say("nothing")
 
 
-@pytest.mark.parametrize(("rank", "files"), [("0", []), ("1", ["1"])])
-def test_a_fault_may_belong_to_one_rank(tmp_path, monkeypatch, rank, files):
-    monkeypatch.setenv("RANK", rank)
-    child.bring({"ranks": {"1": {"pids": str(tmp_path)}}})
-    assert [path.name for path in tmp_path.iterdir()] == files
-    assert all(int((tmp_path / name).read_text("utf-8")) == os.getpid() for name in files)
-
-
-def test_ranks_go_on_in_the_folder_of_one_process(tmp_path):
-    one = Run(tmp_path / "run", "data", ("train.accumulate=1",))
-    words = ranks.Ranks(one, "fsdp", restarts=3).command({"poison": [7]})
-    agent, command = words[: words.index("faults.child")], words[words.index("faults.child") :]
-    assert agent[1:3] == ["-m", "torch.distributed.run"]
-    assert {"--nproc-per-node=2", "--max-restarts=3"} <= set(agent)
-    assert json.loads(command[1]) == {"poison": [7], "pids": str(tmp_path / "run.pids")}
-    assert command[2:-4] == one.command({})[3:]
-    assert command[-4:] == ["--parallel", "fsdp", "--rank-timeout", "6"]
-
-
 @pytest.mark.parametrize(
     ("losses", "differing", "failures"),
     [
@@ -159,17 +140,6 @@ def test_losses_that_differ_are_noticed(tmp_path, losses, differing, failures):
         (run.folder / "metrics.jsonl").write_text(text)
     ranks._compare(result, *runs)
     assert (result.counts["differing losses"], len(result.failures)) == (differing, failures)
-
-
-def test_what_ranks_and_starts_learnt_from_is_put_together(tmp_path):
-    for name, numbers in (("0-0", (0, 2)), ("0-1", (1, 3)), ("1-0", (3, 4))):
-        text = "".join(f'[{number}, "k"]\n' for number in numbers)
-        (tmp_path / f"run.learnt-{name}").write_text(text)
-    learnt = ranks._learnt(tmp_path / "run.learnt")
-    assert [number for number, _ in learnt] == [0, 1, 2, 3, 3, 4], "what was repeated shows"
-    (tmp_path / "run.learnt-2-0").write_text('[6, "k"]\n[5, "k"]\n')
-    with pytest.raises(AssertionError):
-        ranks._learnt(tmp_path / "run.learnt")
 
 
 def test_a_scenario_that_raises_is_a_failure_and_the_table_says_so(tmp_path, monkeypatch):

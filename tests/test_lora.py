@@ -39,8 +39,7 @@ from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import steps
 from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer, train
-from test_trainer import stop_at, there
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, encode, stop_at, there, tiny_config
 
 CPU = torch.device("cpu")
 EVERYWHERE = LoraConfig(rank=2, maps="all")

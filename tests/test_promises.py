@@ -38,8 +38,7 @@ from matryoshka_diffusion.train.trainer import Trainer, train
 from picturing import chunk, png_bytes
 from test_pipeline import text_model
 from test_released import Evil, tensors
-from test_trainer import digests, stop_at
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, digests, encode, stop_at, there, tiny_config
 
 SHORT = "train.stages=[{levels: 1, images: 16, batch_size: 8, lr: 0.001}]"
 
@@ -61,24 +60,23 @@ def ten_pictures() -> Source:
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What training uses, for each sample: number, key, t and a hash of its noise."""
-    found = []
+    samples = []
     real = Trainer.step
 
-    def learn(self: Trainer, inputs: Any) -> Any:
+    def step(self: Any, inputs: Any) -> Any:
         noise = [level.numpy().tobytes() for level in inputs.noise]
         whole = hashlib.sha256(b"".join(noise)).hexdigest()
         rows = zip(inputs.ids, inputs.keys, inputs.t.tolist(), strict=True)
-        found.extend((*row, whole) for row in rows)
+        samples.extend((*row, whole) for row in rows)
         return real(self, inputs)
 
-    monkeypatch.setattr(Trainer, "learn", learn)
-    return found
+    monkeypatch.setattr(Trainer, "step", step)
+    return samples
 
 
 def cursor(folder: Path) -> dict[str, Any]:
     """Where a run is, without the clock."""
-    path = checkpoint.newest(folder / "checkpoints")
-    assert path is not None
+    path = there(checkpoint.newest(folder / "checkpoints"))
     return {**json.loads((path / "state.json").read_text("utf-8")), "seconds": 0}
 
 
@@ -201,7 +199,6 @@ def test_damaged_model_folders_give_clean_errors_and_take_little(tmp_path):
 import random, resource, signal, sys
 from pathlib import Path
 from matryoshka_diffusion.models.find import find_model
-from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.pipeline import Matryoshka
 folder = Path(sys.argv[1])
 find_model(folder)

@@ -14,16 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from matryoshka_diffusion.config import LoraConfig
-from matryoshka_diffusion.nn.lora import attach
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.config import ConfigError, UsageError
+from matryoshka_diffusion.train import distributed
 from matryoshka_diffusion.train.checkpoint import load_network, newest, read
-from matryoshka_diffusion.train.distributed import RanksDiffer, World, compare_data, compare_ranks
+from matryoshka_diffusion.train.distributed import (
+    RanksDiffer,
+    World,
+    compare_data,
+    compare_ranks,
+    rank_device,
+)
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import step_at
 from ranks import SETTINGS, run_ranks, seen, start_ranks, train_tiny
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, encode, there, tiny_config
 
 TRAIN = tiny_config(**SETTINGS).train
 
@@ -41,26 +46,28 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FORMS = ("ddp", "fsdp")
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two ranks, in several forms, beside each other in one folder."""
-    folder = tmp_path_factory.mktemp("together")
-    for parallel in ("ddp", "fsdp"):
+    folder, jobs = tmp_path_factory.mktemp("together"), []
+    for form in FORMS:
         with pytest.raises(Stopped):
-            train_tiny(World(), f"{folder}/{parallel}-stopped", stop_at=8)
-    jobs: list[dict[str, Any]] = [
-        {"folder": f"{folder}/{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")
-    ]
-    for parallel in ("ddp", "fsdp"):
-        parts = {"folder": f"{folder}/{parallel}-parts", "parallel": parallel, "accumulate": 2}
-        parts |= {"recompute": [0, 1], "layout": "channels_last"}
-        broken = {"folder": f"{folder}/{parallel}-broken", "parallel": parallel, "break_at": 13}
-        stopped = {"folder": f"{folder}/{parallel}-stopped", "parallel": parallel}
-        jobs.append({"folder": f"{folder}/{parallel}-lora", "parallel": parallel, "adapters": True})
-        overflow = {"folder": f"{folder}/{parallel}-overflow", "parallel": parallel}
-        jobs += [parts, broken, {**overflow, "overflow_at": 8}]
-        jobs.append({**stopped, "stop_at": 28, "stop_rank": 1})
-    run_ranks(2, jobs)
+            train_tiny(World(), f"{folder}/{form}-stopped", stop_at=8)
+        parts = {"accumulate": 2, "recompute": [0, 1], "layout": "channels_last"}
+        for name, options in {
+            "": {},
+            "-parts": parts,
+            "-broken": {"break_at": 13},
+            "-overflow": {"overflow_at": 8},
+            "-lora": {"adapters": True},
+            "-clips": {"clips": True},  # in most steps one rank has no clip
+            "-stopped": {"stop_at": 28, "stop_rank": 1},
+        }.items():
+            jobs.append({"folder": f"{folder}/{form}{name}", "parallel": form, **options})
+    assert not any("views as outputs" in said for said in run_ranks(2, jobs))
     return folder
 
 
@@ -73,41 +80,16 @@ def test_two_ranks_have_the_losses_of_one(alone, together, form):
     assert seen(together / form) == seen(alone)
 
 
-def test_two_ranks_have_the_losses_of_one_on_clips(tmp_path):
-    """In most steps one of them has no clip."""
-    train_tiny(World(), f"{tmp_path}/alone", clips=True)
-    jobs = [
-        {"folder": f"{tmp_path}/{parallel}", "parallel": parallel, "clips": True}
-        for parallel in ("ddp", "fsdp")
-    ]
-    said = run_ranks(2, jobs)
-    for parallel in ("ddp", "fsdp"):
-        expected = pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-        assert losses(tmp_path / parallel) == expected
-    assert not any("UserWarning" in each for each in said)
+@pytest.mark.parametrize("kind", ["clips", "adapters"])
+def test_two_ranks_have_the_losses_of_one_on_clips_and_with_adapters(together, kind, tmp_path):
+    train_tiny(World(), str(tmp_path), **{kind: True})
+    name = "lora" if kind == "adapters" else kind
+    for parallel in FORMS:
+        expected = pytest.approx(losses(tmp_path), rel=1e-5)
+        assert losses(together / f"{parallel}-{name}") == expected
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_adapters_as_one_does(together, parallel, tmp_path):
-    train_tiny(World(), str(tmp_path), adapters=True)
-    assert losses(together / f"{parallel}-lora") == pytest.approx(losses(tmp_path), rel=1e-5)
-    saved = [
-        load_file(run / "model" / "lora.safetensors")
-        for run in (tmp_path, together / f"{parallel}-lora")
-    ]
-    config = tiny_config(dropout=0.0)
-    predictions = []
-    given = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 40))
-    for adapters in saved:
-        net = attach(NestedUNet(config.model, seed=1), LoraConfig(rank=4))
-        net.load_state_dict(adapters, strict=False)
-        with torch.no_grad():
-            predictions.append(net(given.x, given.t, given.cond))
-    for one, two in zip(*predictions, strict=True):
-        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", FORMS)
 def test_two_ranks_end_with_the_network_of_one(alone, together, parallel):
     """Weights themselves may differ where they do not matter: biases before a norm."""
     given = Feed(tiny_config(**SETTINGS), TinyPictures(), encode)(step_at(TRAIN, 40))
@@ -122,11 +104,8 @@ def test_two_ranks_end_with_the_network_of_one(alone, together, parallel):
 
 
 def test_each_rank_writes_its_shards_and_any_reader_puts_them_together(alone, together):
-    last = {name: newest(together / name / "checkpoints") for name in ("ddp", "fsdp")}
-    one, ddp, fsdp = (newest(alone / "checkpoints"), last["ddp"], last["fsdp"])
-    assert one
-    assert ddp
-    assert fsdp
+    runs = (alone, together / "ddp", together / "fsdp")
+    one, ddp, fsdp = (there(newest(run / "checkpoints")) for run in runs)
     names = [sorted(path.name for path in place.glob("*.safetensors")) for place in (ddp, fsdp)]
     parts = ("ema", "optimizer", "tracks", "weights")
     assert names[0] == [f"{part}.safetensors" for part in parts]
@@ -147,7 +126,7 @@ def test_each_rank_writes_its_shards_and_any_reader_puts_them_together(alone, to
         torch.testing.assert_close(snapshots[1][name], value, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", FORMS)
 def test_a_sample_that_breaks_one_rank_makes_all_skip_the_step(alone, together, parallel, tmp_path):
     with pytest.warns(UserWarning, match="samples 13 "):
         train_tiny(World(), str(tmp_path), break_at=13)
@@ -163,7 +142,7 @@ def test_a_sample_that_breaks_one_rank_makes_all_skip_the_step(alone, together, 
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", FORMS)
 def test_a_gradient_that_is_infinite_on_one_rank_only_makes_all_skip_the_step(together, parallel):
     path = together / f"{parallel}-overflow" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -173,7 +152,7 @@ def test_a_gradient_that_is_infinite_on_one_rank_only_makes_all_skip_the_step(to
     assert lines[2]["grad_norm"] is None
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", FORMS)
 def test_a_run_goes_on_from_one_rank_to_two_and_back(alone, together, parallel):
     """Stopped alone at 8, on two ranks at 28 (by a signal to one of them), and ended alone."""
     folder = together / f"{parallel}-stopped"
@@ -264,3 +243,24 @@ def test_ranks_of_different_runs_or_data_are_refused():
     compare_data(found(), ["a", "b"])
     with pytest.raises(RanksDiffer, match=r"rank 1 was given other data.*3 images and 2"):
         compare_data(found((3, "-")), ["a", "b"])
+
+
+def test_errors_that_cannot_be_sent_are_sent_in_words():
+    error = ConfigError("train.lr: no such key")
+    assert distributed._portable(error) is error
+    sent = distributed._portable(Stopped("saved", 15))  # takes two arguments to make anew
+    assert isinstance(sent, RuntimeError)
+    assert str(sent) == "Stopped: saved"
+
+
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    assert rank_device("cuda:1") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert rank_device("cpu") == "cpu"
+    assert rank_device("cuda") == "cuda:2"  # without a launcher that says which
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert rank_device("cuda") == "cuda:3"
+    with pytest.raises(UsageError, match="cuda:1 is one GPU for 8 ranks: give --device cuda"):
+        rank_device("cuda:1")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +27,17 @@ from matryoshka_diffusion.config import (
     TrainConfig,
 )
 from matryoshka_diffusion.data.loader import Batch
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
+from matryoshka_diffusion.train.checkpoint import newest
+from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.train.stages import steps
+from matryoshka_diffusion.train.step import diffusion
+from matryoshka_diffusion.train.trainer import Hook, Trainer, View, train
 
+T = TypeVar("T")
 FRAMES = 4
 CAPTIONS = ("red", "a green square", "blue thing", "")
 
@@ -127,10 +139,76 @@ def encode(captions: Sequence[str]) -> list[Tensor]:
     ]
 
 
+# --- runs and what they leave ------------------------------------------------------------------
+
+OF_THE_MACHINE = {"images_per_second", "data_wait", "seconds", "peak_memory_bytes"}
+
+
+def there(value: T | None) -> T:
+    """A value that a test knows to be there."""
+    assert value is not None
+    return value
+
+
+def run(folder: Path, config: RunConfig | None = None, **options: Any) -> Path:
+    """Train the tiny run in a folder, or continue it."""
+    options = {"loader": TinyPictures(), "encode": encode} | options
+    return train(config or tiny_config(), folder=folder, **options)
+
+
+def stop_at(images_seen: int, number: int = signal.SIGTERM) -> Hook:
+    """A hook that sends this process a signal, as a cluster would."""
+
+    def hook(view: View) -> None:
+        if view.images_seen == images_seen:
+            os.kill(os.getpid(), number)
+
+    return (1, hook)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What a run has learnt: hashes of weights, average and optimizer, and of what is exported."""
+    last = there(newest(folder / "checkpoints"))
+    paths = [*last.glob("*.safetensors"), *folder.glob("model/*"), *folder.glob("ema/*")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics, without what depends on the machine."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [{key: line[key] for key in line.keys() - OF_THE_MACHINE} for line in lines]
+
+
+def trainer_after(images_seen: int, config: RunConfig | None = None) -> Trainer[NestedUNet]:
+    """A trainer that has taken the first steps of a run."""
+    config = config or tiny_config()
+    trainer, feed = Trainer(diffusion(config)), Feed(config, TinyPictures(), encode)
+    for step in steps(config.train):
+        if step.first >= images_seen:
+            break
+        trainer.grow(len(step.rows))
+        trainer.step(feed(step))
+    return trainer
+
+
+def state(trainer: Trainer[NestedUNet]) -> dict[str, Tensor]:
+    """Copies of everything that a step may change."""
+    snapshot = trainer.snapshot()
+    return {
+        f"{part}.{name}": value.clone()
+        for part in ("weights", "ema", "optimizer", "tracks")
+        for name, value in getattr(snapshot, part).items()
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Fail unless two states are equal, bit for bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 def main(folder: str) -> None:
     """Train in `folder` as a process of its own, which waits for a line on stdin at every step."""
-    from matryoshka_diffusion.train.signals import Stopped
-    from matryoshka_diffusion.train.trainer import train
 
     def wait(view: object) -> None:
         print("waiting", flush=True)

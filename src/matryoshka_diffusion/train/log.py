@@ -22,7 +22,7 @@ from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.draw.clips import FASTEST, gif
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Outcome, Skipped, Stepped
+from matryoshka_diffusion.train.step import Outcome, Recipe, Skipped, Stepped
 
 PLAIN_SECONDS = 10.0
 """Least time between two lines where there is no terminal."""
@@ -86,6 +86,17 @@ class Log:
         self.metrics, self.display = metrics, display
         self.sinks, self._working = tuple(sinks), list(sinks)
         self._entries: list[Entry] = []
+
+    @classmethod
+    def open(
+        cls, folder: Path, recipe: Recipe[Any], images_seen: int, sinks: Sequence[OpenSink] = ()
+    ) -> Log:
+        """Open everything that a run reports to, at its place."""
+        return cls(
+            Metrics(folder / "metrics.jsonl", images_seen),
+            [open_sink(folder, recipe.config, images_seen) for open_sink in sinks],
+            Display(recipe.train, recipe.level_names, images_seen),
+        )
 
     def add(self, entry: Entry) -> None:
         """Take in a step, show it, and warn of one that was skipped."""

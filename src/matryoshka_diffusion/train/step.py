@@ -59,8 +59,8 @@ class Recipe(Generic[Net]):
         loss: (network, `Inputs` of a part of a step) -> its loss, divided by the counts of the
             whole step (`inputs.step.rows`), so that the losses of all parts add up. The network is
             what `build` made, maybe wrapped for several ranks.
-        finished: (number of levels, learnt weights) -> a plain network, for hooks.
         level_names: names of the losses in `Loss.per_level`, for the progress bar.
+        finished: (number of levels, learnt weights) -> a plain network, for hooks.
         level_of: name of a parameter -> the level that it came with.
         in_order: network -> its parameters in the order in which gradients are summed to a norm.
     """
@@ -69,8 +69,8 @@ class Recipe(Generic[Net]):
     train: TrainConfig
     build: Callable[[int], Net]
     loss: Callable[[Any, Inputs], Loss]
-    finished: Callable[[int, Mapping[str, Tensor]], Net] | None = None
     level_names: Sequence[object] = ("loss",)
+    finished: Callable[[int, Mapping[str, Tensor]], Net] | None = None
     level_of: Callable[[str], int] = lambda name: 0
     in_order: Callable[[Any], Sequence[nn.Parameter]] = lambda net: [*net.parameters()]
 
@@ -105,7 +105,7 @@ def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Re
         return load_network(model.first(levels), weights, where="the run's weights")
 
     names = [level.size for level in model.levels]
-    return Recipe(config, train, build, loss, finished, names, level_of, in_walk_order)
+    return Recipe(config, train, build, loss, names, finished, level_of, in_walk_order)
 
 
 # --- how a step ends ---------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from matryoshka_diffusion.train.distributed import (
     whole,
 )
 from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, single_threaded
-from matryoshka_diffusion.train.log import Display, Entry, Log, Metrics, OpenSink, peak_memory_bytes
+from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, refuse_lost_weights
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
@@ -63,14 +63,7 @@ from matryoshka_diffusion.train.step import (
 
 @dataclass(frozen=True)
 class View:
-    """What a hook may look at.
-
-    Attributes:
-        config: the resolved config.
-        folder: the run's folder, to put files into.
-        images_seen: the place in the run.
-        averaged: makes a frozen network in eval mode with copies of the averaged weights.
-    """
+    """What a hook may look at. `averaged` makes a frozen network with the averaged weights."""
 
     config: Any
     folder: Path
@@ -82,9 +75,8 @@ Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Interval in images (0: never), and a function to call then and at the end of the run.
 
 A dict that it returns becomes a line of metrics; the path of a picture goes to the sinks under the
-name of its folder. A hook may draw from torch's global generator, since training does not. If it
-raises, the run is saved first and then stops with that error; the same command continues after the
-hook's place. Hooks are called on rank 0 while the other ranks wait.
+name of its folder. If it raises, the run is saved first and then stops with that error. Rank 0
+calls hooks while the other ranks wait.
 """
 
 
@@ -101,15 +93,10 @@ def train(
     device: torch.device | str = "cpu",
     world: World | None = None,
 ) -> Path:
-    """Train in the run folder `folder`, or continue the run that is there; all ranks call it.
+    """Train in a run folder, or continue the run that is there; all ranks of `world` call it.
 
-    Args:
-        loader: source of batches; see `data.loader.Loader`.
-        encode: captions to token features, for models with text.
-        base: the weights of the model that adapters are put around (`train.lora`).
-        quarantine: the source's list of bad samples, which is saved with the run and restored.
-        sinks: where metrics and pictures go besides the run's folder.
-        world: the ranks that train together, from `distributed.joined`.
+    `encode` is for models with text, `base` for adapters (`train.lora`), `quarantine` the source's
+    list of bad samples, which is saved with the run.
 
     Returns:
         The folder with the finished weights (the averaged ones) and their config.
@@ -129,13 +116,9 @@ def train(
 
 
 class Trainer(Generic[Net]):
-    """The network, its averages, the optimizer's memory and the place in the run: what is saved.
+    """The network `net`, its averages `ema` and `tracks`, the optimizer, and the place in the run.
 
     Every rank of `world` has one; they take each step together and come to the same outcome.
-
-    Attributes:
-        net: the network of the levels that are active after `images_seen` images.
-        ema, tracks: its averages.
     """
 
     def __init__(
@@ -214,7 +197,8 @@ class Trainer(Generic[Net]):
                 if step.ends_stage or step.passes(train.log_every_images):
                     log.close_line(**self.counts())
                 if step.end == train.images or step.passes(train.ema_snapshot_interval):
-                    self._save_averages(folder)
+                    tracks = gathered(self.tracks.state(), self.world)
+                    self.world.once(partial(write_snapshot, folder / "ema", tracks, step.end))
                 self._call(hooks, step, folder, log)
                 # Asked once, since it may change at any time, and of all ranks: they stop together.
                 signal = self.world.highest(interrupts.received)
@@ -266,9 +250,8 @@ class Trainer(Generic[Net]):
     def _backward(self, inputs: Inputs) -> Loss:
         """Leave the gradient of the step's loss in the parameters; return this rank's part of it.
 
-        A rank's share of the batch goes through in `accumulate` parts, each divided by the row
-        counts of the whole batch, so that all parts of all ranks add up to what the undivided
-        batch gives.
+        A rank's share of the batch goes through in `accumulate` parts. Each is divided by the
+        counts of the whole batch, so that the parts of all ranks add up to it.
         """
         step, world = inputs.step, self.world
         self.net.train()
@@ -297,7 +280,7 @@ class Trainer(Generic[Net]):
 
     def _prepare(self, net: Net, levels: int) -> None:
         """Take a network, and build what depends on its levels and holds no state yet."""
-        # FSDP2 takes contiguous weights only, and beside them kernels choose layouts themselves.
+        # FSDP2 takes contiguous weights only.
         layout = "nchw" if self.world.shards else self.train.layout
         self.net, self.levels = placed(net, self.device, layout), levels
         if self.train.compile:
@@ -331,12 +314,8 @@ class Trainer(Generic[Net]):
     def network(self, weights: Mapping[str, Tensor]) -> Net:
         """Make a plain, frozen network in eval mode with copies of these weights."""
         copies = {name: whole(value).detach().clone() for name, value in weights.items()}
-        if self.recipe.finished is None:
-            net = self.recipe.build(self.levels)
-            net.load_state_dict(copies)
-        else:
-            net = self.recipe.finished(self.levels, copies)
-        return net.eval().requires_grad_(False)
+        assert self.recipe.finished is not None, "hooks need a recipe that makes finished networks"
+        return self.recipe.finished(self.levels, copies).eval().requires_grad_(False)
 
     def _joined(self, name: str) -> int:
         """Steps of the run before a parameter came."""
@@ -372,10 +351,9 @@ class Trainer(Generic[Net]):
         )
 
     def restore(self, snapshot: Snapshot, *, where: str) -> None:
-        """Go on from a snapshot of the same levels; `where` names it in errors.
+        """Go on from a snapshot, which `where` names in errors.
 
-        Raises:
-            CheckpointError: it does not fit. It is checked whole before any of it is used.
+        Raises CheckpointError if it does not fit; it is checked whole before any of it is used.
         """
         live, memory = learnt_parameters(self.net), snapshot.optimizer
         ema = snapshot.ema or snapshot.weights  # codecs had no average in earlier versions
@@ -402,13 +380,6 @@ class Trainer(Generic[Net]):
         self.quarantine.check()  # what all ranks have found together may be too much
         return path
 
-    def _save_averages(self, folder: Path) -> None:
-        """Write a snapshot of the power-function averages, if there are any."""
-        state, images_seen = gathered(self.tracks.state(), self.world), self.progress.images_seen
-        self.world.once(lambda: write_snapshot(folder / "ema", state, images_seen))
-
-    # --- what surrounds the loop -----------------------------------------------------------
-
     def _call(self, hooks: Sequence[Hook], step: Step, folder: Path, log: Log) -> None:
         """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
         ends, error = step.end == self.train.images, None
@@ -434,13 +405,8 @@ class Trainer(Generic[Net]):
     @contextmanager
     def _reporting(self, folder: Path, sinks: Sequence[OpenSink]) -> Iterator[Log]:
         """Open the log of a run on rank 0; in the end list bad samples and dump the last skip."""
-        log, images_seen, config = Log(), self.progress.images_seen, self.recipe.config
-        if self.world.leads:
-            log = Log(
-                Metrics(folder / "metrics.jsonl", images_seen),
-                [open_sink(folder, config, images_seen) for open_sink in sinks],
-                Display(self.train, self.recipe.level_names, images_seen),
-            )
+        images_seen = self.progress.images_seen
+        log = Log.open(folder, self.recipe, images_seen, sinks) if self.world.leads else Log()
         try:
             yield log
         except NotFinite as error:  # on all ranks

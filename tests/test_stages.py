@@ -1,19 +1,16 @@
+"""Progressive training as data: the steps of a run."""
+
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import StageConfig, TrainConfig
-from matryoshka_diffusion.train.stages import (
-    active_model,
-    joined_after,
-    stage_at,
-    step_at,
-    steps,
-)
+from matryoshka_diffusion.train.stages import active_model, joined_after, stage_at, step_at, steps
 from tiny_run import tiny_config
 
 
@@ -33,51 +30,34 @@ def trainings(draw: st.DrawFn) -> TrainConfig:
     return TrainConfig(stages=tuple(stages), warmup_images=draw(st.integers(0, 40)))
 
 
-@given(trainings())
-def test_levels_join_after_the_steps_before_them(train):
-    joined = joined_after(train)
-    assert len(joined) == train.stages[-1].levels
-    for level, count in enumerate(joined):
-        plan = enumerate(steps(train))
-        assert next(number for number, step in plan if len(step.rows) > level) == count
-
-
-@given(trainings())
-def test_steps_tile_the_run_and_stages_end_exactly(train):
+@given(trainings(), st.data())
+def test_steps_tile_the_run_from_any_place_and_stages_end_exactly(train, data):
     plan = list(steps(train))
-    assert plan[0].first == 0
-    assert plan[-1].end == train.images
+    assert (plan[0].first, plan[-1].end) == (0, train.images)
     assert all(a.end == b.first for a, b in itertools.pairwise(plan))
     for index, config in enumerate(train.stages):
         inside = [step for step in plan if step.stage == index]
         assert sum(step.count for step in inside) == config.images
         assert [step.ends_stage for step in inside] == [False] * (len(inside) - 1) + [True]
         assert all(step.count == config.batch_size for step in inside[:-1])
-
-
-@given(trainings(), st.data())
-def test_a_resumed_run_goes_through_the_same_steps(train, data):
-    plan = list(steps(train))
-    done = data.draw(st.integers(0, len(plan)))
-    assert list(steps(train, plan[done].first if done < len(plan) else train.images)) == plan[done:]
-
-
-@given(trainings())
-def test_finer_levels_hold_a_prefix(train):
-    for step in steps(train):
+    for step in plan:  # finer levels hold a prefix
         assert len(step.rows) == train.stages[step.stage].levels
         assert all(a >= b >= 0 for a, b in itertools.pairwise(step.rows))
+    joined = joined_after(train)
+    assert len(joined) == train.stages[-1].levels
+    for level, count in enumerate(joined):
+        assert next(n for n, step in enumerate(plan) if len(step.rows) > level) == count
+    done = data.draw(st.integers(0, len(plan)))
+    place = plan[done].first if done < len(plan) else train.images
+    assert list(steps(train, place)) == plan[done:]
 
 
 def test_mixed_resolution_shares_are_exact_over_a_stage():
     train = TrainConfig(stages=(stage(3, 4800, batch_size=48, mix=(0.5, 0.3, 0.2)),))
     rows = [step.rows for step in steps(train)]
     assert [sum(level) for level in zip(*rows, strict=True)] == [4800, 2400, 960]
-
-
-def test_without_a_mix_every_row_has_every_level():
-    train = TrainConfig(stages=(stage(3, 10, batch_size=4),))
-    assert [step.rows for step in steps(train)] == [(4, 4, 4), (4, 4, 4), (2, 2, 2)]
+    plain = TrainConfig(stages=(stage(3, 10, batch_size=4),))
+    assert [step.rows for step in steps(plain)] == [(4, 4, 4), (4, 4, 4), (2, 2, 2)]
 
 
 def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
@@ -91,14 +71,10 @@ def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
     assert [rates[n] for n in (100, 110, 130, 190)] == [0.125, 0.25, 0.5, 0.5]
     assert rates[200] == rates[290] == 0.25, "a stage without new levels has no warm-up"
     # 400 images in all, so the last 100 decay; the last step still moves.
-    assert [rates[n] for n in (300, 310, 350, 390)] == pytest.approx(
-        [0.25, 0.225, 0.125, 0.025], rel=1e-12
-    )
-
-
-def test_without_warm_up_and_decay_the_rate_is_the_stages():
-    train = TrainConfig(stages=(stage(1, 12, lr=0.3), stage(2, 12, lr=0.1)))
-    assert [step.lr for step in steps(train)] == [0.3] * 3 + [0.1] * 3
+    late = [rates[n] for n in (300, 310, 350, 390)]
+    assert late == pytest.approx([0.25, 0.225, 0.125, 0.025], rel=1e-12)
+    plain = TrainConfig(stages=(stage(1, 12, lr=0.3), stage(2, 12, lr=0.1)))
+    assert [step.lr for step in steps(plain)] == [0.3] * 3 + [0.1] * 3
 
 
 def test_a_step_passes_the_multiples_that_it_reaches():
@@ -106,8 +82,6 @@ def test_a_step_passes_the_multiples_that_it_reaches():
     assert (step.first, step.end) == (16, 24)
     passed = [every for every in range(1, 30) if step.passes(every)]
     assert passed == [n for n in range(1, 30) if any(m % n == 0 for m in range(17, 25))]
-    assert 16 not in passed
-    assert 24 in passed
 
 
 def test_a_stage_holds_its_last_image_and_not_the_next():
@@ -116,16 +90,17 @@ def test_a_stage_holds_its_last_image_and_not_the_next():
     assert step_at(train, 8) == (0, 8, (2,), 1.0, True, 0, ())
 
 
-def gentle(**changes) -> TrainConfig:
+def gentle(**changes: Any) -> TrainConfig:
     """Four images of one level, then twelve of three, in steps of four."""
     return TrainConfig(stages=(stage(1, 4), stage(3, 12).model_copy(update=changes)))
 
 
-def test_coarse_levels_rest_in_the_steps_that_begin_within_the_first_images():
-    for images, expected in ((0, [0, 0, 0, 0]), (1, [0, 1, 0, 0]), (4, [0, 1, 0, 0])):
-        train = gentle(freeze_coarse_images=images)
-        assert [step.frozen for step in steps(train)] == expected
-    assert [step.frozen for step in steps(gentle(freeze_coarse_images=5))] == [0, 1, 1, 0]
+@pytest.mark.parametrize(
+    ("images", "frozen"),
+    [(0, [0, 0, 0, 0]), (1, [0, 1, 0, 0]), (4, [0, 1, 0, 0]), (5, [0, 1, 1, 0])],
+)
+def test_coarse_levels_rest_in_the_steps_that_begin_within_the_first_images(images, frozen):
+    assert [step.frozen for step in steps(gentle(freeze_coarse_images=images))] == frozen
 
 
 def test_weights_of_new_levels_rise_evenly_to_one():

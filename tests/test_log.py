@@ -1,7 +1,8 @@
-"""Other places that a run's curves and pictures go to say what the run's own folder says."""
+"""What a run reports: lines, the bar, and other places for its curves and pictures."""
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import io
 import json
@@ -14,16 +15,111 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageSequence
 
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.cli import train as cli_train
 from matryoshka_diffusion.draw.clips import save_clip
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.log import SINKS, _as_gif, find_sink, scalars
-from matryoshka_diffusion.train.trainer import train
-from tiny_run import TinyPictures, encode, tiny_config
+from matryoshka_diffusion.train.log import (
+    SINKS,
+    Display,
+    Entry,
+    Metrics,
+    _as_gif,
+    find_sink,
+    peak_memory_bytes,
+    scalars,
+    summary,
+)
+from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import Sample, Skipped, Stepped
+from tiny_run import run, there, tiny_config
+
+# --- lines and the bar -------------------------------------------------------------------------
+
+
+def test_metrics_beyond_the_checkpoint_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = Metrics(path, 0)
+    for images_seen in (4, 8, 12):
+        log.write({"images_seen": images_seen})
+    with open(path, "a") as file:
+        file.write('{"images_se')  # killed while writing
+    Metrics(path, 8).write({"images_seen": 9})
+    assert path.read_text() == '{"images_seen": 4}\n{"images_seen": 8}\n{"images_seen": 9}\n'
+
+
+def test_metrics_on_a_full_disk_name_their_file(tmp_path):
+    log = Metrics(tmp_path / "metrics.jsonl", 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
+        log.write({"images_seen": 4})
+
+
+def entry(rows: tuple[int, ...], losses: tuple[float, ...], *, skipped: bool = False) -> Entry:
+    values = (sum(losses), losses, 2.0)
+    outcome = Skipped(*values, (Sample(7, "key", losses[0]),)) if skipped else Stepped(*values)
+    return Entry(Step(len(rows) - 1, 0, rows, 0.1, False), outcome, 0.1, 0.3)
+
+
+def test_a_summary_weighs_levels_by_their_rows():
+    entries = [
+        entry((4, 3), (1.0, 2.0)),
+        entry((4, 1), (3.0, 6.0)),
+        entry((4, 4), (float("nan"), float("nan")), skipped=True),
+    ]
+    told = summary(entries)
+    assert told["loss_per_level"] == [2.0, 3.0]
+    assert told["loss"] == 6.0
+    assert told["skipped_ids"] == [7]
+    assert told["images_per_second"] == pytest.approx(10.0)
+    assert told["data_wait"] == pytest.approx(0.25)
+    assert summary([entry((4, 0), (1.0, 0.0))])["loss_per_level"] == [1.0, None]
+    assert summary([entry((4,), (1.0,)), entry((4, 4), (3.0, 5.0))])["loss_per_level"] == [2, 5]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "of"), [(Terminal, "28.0/48"), (io.StringIO, "28.0 of 48")])
+def test_a_terminal_gets_a_bar_and_a_log_file_gets_lines(monkeypatch, kind, of):
+    stderr = kind()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("matryoshka_diffusion.train.log.PLAIN_SECONDS", 0.0)
+    display = Display(tiny_config().train, (8, 16), 24)
+    display.show(entry((4, 3), (0.25, 0.5)))
+    display.close()
+    for part in (of, "images/s", "2/2 8:0.2500 16:0.5000", "wait 25%"):
+        assert part in stderr.getvalue()
+    assert ("left" in stderr.getvalue()) == (kind is io.StringIO)
+
+
+def test_the_peak_of_memory_is_that_of_this_process_in_bytes(monkeypatch):
+    cpu = torch.device("cpu")
+    before = there(peak_memory_bytes(cpu))
+    held = np.ones(int(before) + 200_000_000, np.uint8)  # larger than the process ever was
+    after = there(peak_memory_bytes(cpu))
+    assert held.nbytes < after < 3 * held.nbytes
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert peak_memory_bytes(torch.device("cuda")) == 7
+    real = builtins.__import__
+
+    def without_resource(name, *rest):
+        if name == "resource":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_resource)  # as on Windows
+    assert peak_memory_bytes(cpu) is None
+
+
+# --- what sinks are told -----------------------------------------------------------------------
 
 
 def draw(view):
@@ -53,13 +149,11 @@ def train_twice(folder, *names, at=36):
 
     def start(*hooks):
         hooks = [*hooks, (16, draw), (16, report)]
-        return train(config, TinyPictures(), folder, encode=encode, hooks=hooks, sinks=sinks)
+        return run(folder, config, hooks=hooks, sinks=sinks)
 
     with pytest.raises(Pulled):
         start((1, pull))
-    last = newest(folder / "checkpoints")
-    assert last is not None
-    shutil.rmtree(last)  # as if there had been no time to save
+    shutil.rmtree(there(newest(folder / "checkpoints")))  # as if there had been no time to save
     start()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -131,15 +225,9 @@ def test_tensorboard_shows_previews_that_move(tmp_path):
         for frame, expected in zip(ImageSequence.Iterator(image), clip, strict=True):
             np.testing.assert_array_equal(np.asarray(frame.convert("RGB")), expected)
             assert frame.info["duration"] == 250
-
-
-def test_a_gif_for_tensorboard_is_no_faster_than_a_gif_can_be(tmp_path):
-    clip = np.arange(4, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
-    save_clip(clip, tmp_path / "a.webp", 90.0, None)
-    with Image.open(tmp_path / "a.webp") as image:
-        shown = _as_gif(image)
-    with Image.open(io.BytesIO(shown)) as image:
-        assert [frame.info["duration"] for frame in ImageSequence.Iterator(image)] == [20] * 4
+    save_clip(clip, tmp_path / "fast.webp", 90.0, None)
+    with Image.open(tmp_path / "fast.webp") as image, Image.open(io.BytesIO(_as_gif(image))) as gif:
+        assert gif.info["duration"] == 20, "no faster than a GIF can be"
 
 
 # --- Weights & Biases --------------------------------------------------------------------------
@@ -225,22 +313,18 @@ def test_wandb_sends_only_where_the_environment_asks_for_it(
     assert told.starts[0]["mode"] == mode
 
 
-def test_wandb_s_own_errors_are_one_line_with_a_remedy(tmp_path, told, monkeypatch):
+def test_what_is_wrong_with_wandb_is_one_line_with_a_remedy(tmp_path, told, monkeypatch):
     def refuse(**_):
         raise told.Error("no such host")
 
-    monkeypatch.setattr(told, "init", refuse)
-    with pytest.raises(OSError, match=r"--log wandb: no such host; with WANDB_MODE=offline .*kept"):
-        SINKS["wandb"](tmp_path, tiny_config(), 0)
-
-
-@pytest.mark.parametrize("text", ["", '{"id": "a", "images', "[]", '{"id": "a"}'])
-def test_a_damaged_note_of_wandb_is_one_line_with_a_remedy(tmp_path, told, text):
-    path = tmp_path / "wandb" / "run.json"
-    path.parent.mkdir()
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"wandb/run\.json is damaged .*: remove it"):
-        SINKS["wandb"](tmp_path, tiny_config(), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(told, "init", refuse)
+        with pytest.raises(OSError, match=r"--log wandb: no such host.*WANDB_MODE=offline"):
+            SINKS["wandb"](tmp_path, tiny_config(), 0)
+    for text in ("", '{"id": "a", "images', "[]", '{"id": "a"}'):
+        (tmp_path / "wandb" / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"wandb/run\.json is damaged .*: remove it"):
+            SINKS["wandb"](tmp_path, tiny_config(), 0)
 
 
 def records(path):
@@ -327,24 +411,14 @@ def test_a_run_goes_on_without_a_sink_that_fails(tmp_path, cannot):
     failing, sound = Failing(cannot), Failing("")
     sinks = [lambda *_: failing, lambda *_: sound]
     with pytest.warns(UserWarning, match=r"Failing failed .*connection lost") as seen:
-        train(
-            tiny_config(),
-            TinyPictures(),
-            tmp_path,
-            encode=encode,
-            hooks=[(16, draw)],
-            sinks=sinks,
-        )
+        run(tmp_path, hooks=[(16, draw)], sinks=sinks)
     assert len(seen) == 1
     assert (tmp_path / "model" / "model.safetensors").is_file()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert sound.asked.count("write") == len(lines)
     assert sound.asked.count("picture") == 3
-    assert (failing.asked.count(cannot), failing.asked[-1], sound.asked[-1]) == (
-        1,
-        "close",
-        "close",
-    )
+    assert failing.asked.count(cannot) == 1
+    assert failing.asked[-1] == sound.asked[-1] == "close"
 
 
 # --- choosing them -----------------------------------------------------------------------------
@@ -365,7 +439,7 @@ def test_a_missing_package_is_said_before_anything_begins(name, tmp_path, monkey
 def test_neither_is_imported_unless_asked_for(tmp_path, monkeypatch):
     for name in SINKS:
         monkeypatch.setitem(sys.modules, name, None)  # importing it now is an error
-    train(tiny_config(), TinyPictures(), tmp_path, encode=encode, hooks=[(16, draw)])
+    run(tmp_path, hooks=[(16, draw)])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         "checkpoints",
         "model",
@@ -374,4 +448,4 @@ def test_neither_is_imported_unless_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_command_line_offers_every_sink():
-    assert set(cli.LOGS) == set(SINKS)
+    assert set(cli_train.LOGS) == set(SINKS)

@@ -1,0 +1,599 @@
+"""One optimizer step: its gradient, its outcome, the optimizer, numbers, layout and compiling."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ConfigError, RunConfig, StageConfig, TrainConfig
+from matryoshka_diffusion.nn.layers import attend, norm
+from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.train import trainer as trainer_module
+from matryoshka_diffusion.train.checkpoint import read, save
+from matryoshka_diffusion.train.inputs import Feed, Inputs
+from matryoshka_diffusion.train.precision import (
+    DTYPES,
+    GROWTH_INTERVAL,
+    LossScale,
+    autocast,
+    compile_network,
+    resolve_layout,
+    resolve_precision,
+)
+from matryoshka_diffusion.train.stages import Step, step_at, steps
+from matryoshka_diffusion.train.step import (
+    PATIENCE,
+    NotFinite,
+    Outcome,
+    Skipped,
+    Stepped,
+    build_optimizer,
+    diffusion,
+    load_moments,
+    moment_shapes,
+    moments,
+    set_learning_rate,
+)
+from matryoshka_diffusion.train.trainer import Trainer
+from tiny_run import (
+    TinyClips,
+    TinyPictures,
+    assert_same,
+    encode,
+    state,
+    there,
+    tiny_config,
+    tiny_video,
+    trainer_after,
+)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+HALVES = ("bf16", "fp16")
+ROOT = Path(__file__).parent.parent
+
+
+def inputs(first: int = 0, config: RunConfig | None = None) -> Inputs:
+    """Inputs of the step of a run that begins after so many images."""
+    config = config or tiny_config()
+    return Feed(config, TinyPictures(), encode)(step_at(config.train, first))
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
+    stages = (StageConfig(levels=2, images=20, batch_size=5, lr=0.1, mix=(0.4, 0.6)),)
+    gradients, outcomes = [], []
+    for count in (1, accumulate):
+        config = tiny_config(dropout=0.0, stages=stages, accumulate=count, clip_norm=1e9)
+        trainer = Trainer(diffusion(config))
+        outcomes.append(trainer.step(inputs(0, config)))
+        gradients.append({n: there(p.grad).clone() for n, p in trainer.net.named_parameters()})
+    for name, whole in gradients[0].items():
+        scale = whole.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], whole, rtol=1e-5, atol=2e-6 * scale + 1e-9)
+    torch.testing.assert_close(outcomes[1].per_level, outcomes[0].per_level, rtol=1e-6, atol=0)
+    assert outcomes[1].loss == pytest.approx(outcomes[0].loss, rel=1e-6)
+    assert outcomes[1].grad_norm == pytest.approx(outcomes[0].grad_norm, rel=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told():
+    config = tiny_config(clip_norm=1e-3)
+    trainer = Trainer(diffusion(config))
+    outcome = trainer.step(inputs(0, config))
+    norms = [there(p.grad).norm() for p in trainer.net.parameters()]
+    assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert outcome.grad_norm > 0.1
+
+
+def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_generator():
+    first, second = trainer_after(8), trainer_after(8)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = first.step(inputs(8))
+    assert torch.equal(torch.get_rng_state(), before), "nor does training touch it"
+    torch.manual_seed(2)
+    assert second.step(inputs(8)) == one
+    assert_same(state(first), state(second))
+    assert trainer_after(8, tiny_config(dropout=0.0)).step(inputs(8)).loss != one.loss
+
+
+# --- growing -----------------------------------------------------------------------------------
+
+
+def test_growing_in_training_keeps_coarse_outputs_bit_equal():
+    trainer = trainer_after(24)
+    given = Feed(tiny_config(), TinyPictures(), encode)(Step(1, 24, (4, 4), 0.1, False))
+
+    def coarse(net: NestedUNet) -> Tensor:
+        with torch.no_grad():
+            return net(given.x[: len(net.levels)], given.t, given.cond)[0]
+
+    def outputs() -> list[Tensor]:
+        return [*map(coarse, (trainer.net.eval(), trainer.network(trainer.averaged())))]
+
+    before, expected = state(trainer), outputs()
+    trainer.grow(2)
+    for mine, theirs in zip(outputs(), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    after = state(trainer)
+    assert_same({name: after[name] for name in before}, before)
+    new = {name.split(".", 1)[1] for name in after.keys() - before.keys()}
+    assert new
+    assert all(name.split(".")[1] == "1" for name in new)
+    for name in new:
+        assert torch.equal(after[f"ema.{name}"], after[f"weights.{name}"])
+    fresh = dict(NestedUNet(tiny_config().model, tiny_config().train.seed).named_parameters())
+    assert all(torch.equal(after[f"weights.{name}"], fresh[name]) for name in new)
+
+
+def test_the_averaged_network_is_a_frozen_copy_in_eval_mode():
+    trainer = trainer_after(8)
+    before = state(trainer)
+    averaged = trainer.network(trainer.averaged())
+    assert not any(module.training for module in averaged.modules())
+    assert not any(value.requires_grad for value in averaged.parameters())
+    for name, value in averaged.named_parameters():
+        assert torch.equal(value, before[f"ema.{name}"])
+        value.zero_()
+    assert_same(state(trainer), before)
+
+
+def test_averages_of_a_new_level_begin_with_it():
+    config = tiny_config(ema_decay=0.9999, ema_power=(0.05, 0.1))
+    trainer = trainer_after(28, config)
+    initial = dict(NestedUNet(config.model, config.train.seed).named_parameters())
+    fine = {n: p for n, p in trainer.net.named_parameters() if n.startswith("levels.1.")}
+    for name, value in fine.items():  # (1 + 0) / (10 + 0) of what it was, and one step of tracks
+        expected = 0.1 * initial[name] + 0.9 * value
+        torch.testing.assert_close(trainer.ema.weights[name], expected)
+        for average in trainer.tracks.averages.values():
+            assert torch.equal(average[name], value)
+    ages = {name.split(".")[1]: age for name, age in trainer.tracks.ages.items() if "stem" in name}
+    assert ages == {"0": 28, "1": 4}
+
+
+def gentle_config(**changes: Any) -> RunConfig:
+    """The tiny run with a track, its second stage with a gentle start."""
+    first, second = tiny_config().train.stages
+    return tiny_config(stages=(first, second.model_copy(update=changes)), ema_power=(0.1,))
+
+
+def test_a_frozen_nest_keeps_every_bit_while_the_new_level_learns():
+    config = gentle_config(freeze_coarse_images=10)  # the steps from 24, 28 and 32
+    trainer = trainer_after(24, config)
+    before = state(trainer)
+    trainer.grow(2)
+    grown = state(trainer)
+    for first in (24, 28, 32):
+        outcome = trainer.step(inputs(first, config))
+        gradients = [p.grad.norm() for p in trainer.net.parameters() if p.grad is not None]
+        clipped = min(outcome.grad_norm, config.train.clip_norm)
+        assert torch.stack(gradients).norm().item() == pytest.approx(clipped, rel=1e-3)
+    after = state(trainer)
+    assert_same({name: after[name] for name in before}, before)
+    new = [name for name in grown if name not in before]
+    assert [name for name in new if torch.equal(after[name], grown[name])] == []
+    trainer.step(inputs(36, config))
+    thawed = state(trainer)
+    assert [name for name in before if torch.equal(thawed[name], before[name])] == []
+
+
+def test_a_ramp_lessens_what_the_new_level_adds_to_the_loss():
+    config = gentle_config(ramp_images=16)
+    trainer = trainer_after(24, config)
+    trainer.grow(2)
+    loss, (coarse, fine), *_ = trainer.step(inputs(24, config))
+    assert fine > 0
+    assert loss == pytest.approx(coarse + 0.25 * fine, rel=1e-6)
+
+
+# --- steps that are not finite -----------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_sample_named():
+    trainer = trainer_after(8, tiny_config(ema_power=(0.1,)))
+    before, given = state(trainer), inputs(8)
+    broken = [level.clone() for level in given.x]
+    broken[0][2] = float("nan")
+    outcome = trainer.step(replace(given, x=tuple(broken)))
+    assert_same(state(trainer), before)
+    assert isinstance(outcome, Skipped)
+    assert [sample[:2] for sample in outcome.culprits] == [(10, "picture-10")]
+    progress = trainer.progress
+    assert (progress.images_seen, progress.steps, progress.skipped) == (12, 2, 1)
+    assert isinstance(trainer.step(given), Stepped)
+    assert trainer.progress.skipped_in_a_row == 0
+
+
+def test_an_infinite_gradient_is_skipped_although_the_loss_is_finite():
+    trainer = trainer_after(8)
+    before = state(trainer)
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    outcome = trainer.step(inputs(8))
+    assert isinstance(outcome, Skipped)
+    assert np.isfinite(outcome.loss)
+    assert [sample.number for sample in outcome.culprits] == [8, 9, 10, 11]
+    assert_same(state(trainer), before)
+
+
+# --- the optimizer -----------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return tiny_config(**changes).train
+
+
+def linear(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_is_the_optimizer_it_is_called(kind):
+    train = settings(optimizer=kind, weight_decay=0.0)
+    model = linear(3, 4)
+    plain = copy.deepcopy(model)
+    optimizer = build_optimizer(model, train)
+    reference = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](
+        plain.parameters(), lr=0.01, betas=train.betas, eps=train.eps, weight_decay=0.0
+    )
+    assert type(optimizer) is type(reference)
+    for seed in range(5):
+        one_step(model, optimizer, seed)
+        one_step(plain, reference, seed)
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_decays_matrices_and_spares_vectors():
+    model = linear(3, 4)
+    optimizer = build_optimizer(model, settings(weight_decay=0.1))
+    for value in model.parameters():
+        value.grad = torch.zeros_like(value)
+    before = copy.deepcopy(model.state_dict())
+    set_learning_rate(optimizer, 0.5)
+    optimizer.step()
+    after = model.state_dict()
+    torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.5 * 0.1))
+    assert torch.equal(after["0.bias"], before["0.bias"])
+
+
+def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step():
+    small = linear(3, 3)
+    optimizer = build_optimizer(small, settings(weight_decay=0.0))
+    assert moment_shapes(small, moments(optimizer, small)) == {}
+    for seed in range(10):
+        one_step(small, optimizer, seed)
+    memory = moments(optimizer, small)
+    shapes = {name: value.shape for name, value in memory.items()}
+    assert {k: v.shape for k, v in moment_shapes(small, memory).items()} == shapes
+    large = linear(3, 3, 3)
+    large.load_state_dict(small.state_dict(), strict=False)
+    grown = build_optimizer(large, settings(weight_decay=0.0))
+    load_moments(grown, large, memory)
+    before = large.get_parameter("1.weight").detach().clone()
+    one_step(large, grown, seed=10)
+    # Adam's first step of a parameter is its learning rate; without memory of its own step count
+    # the bias correction would make it sqrt(1 - beta2) / (1 - beta1) times that.
+    change = (large.get_parameter("1.weight") - before).abs()
+    torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=1e-3, atol=0)
+    assert moments(grown, large)["0.weight.step"] == 11
+    assert moments(grown, large)["1.weight.step"] == 1
+    assert memory["0.weight.step"] == 10, "loading copies: what was saved does not move on"
+    del memory["0.bias.exp_avg"]
+    assert "0.bias.exp_avg" in moment_shapes(small, memory), "all of a parameter or nothing"
+
+
+# --- precision ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")],
+)
+def test_auto_precision_is_bf16_where_the_cpu_multiplies_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("fp32", CPU) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("auto", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_norms_compute_in_float32(precision):
+    """In half precision the mean of values around 300 would be off by about their spread of 2."""
+    x = (300 + 2 * torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))).to(
+        DTYPES[precision]
+    )
+    for module, shape in ((norm(32), (2, 32, 8, 8)), (nn.LayerNorm(64), (2, 32, 64))):
+        with autocast(precision, CPU):
+            found = module(x.view(shape))
+        exact = module.double()(x.view(shape).double())
+        torch.testing.assert_close(found.double(), exact, rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_logits_are_float32(precision, masked):
+    """Logits of 4096 and 4097, which half precision cannot tell apart, weigh 1 to e."""
+    q = torch.ones(1, 1, 1, 4)
+    k = torch.tensor([[8192.0, 0, 0, 0], [8192, 2, 0, 0]]).view(1, 1, 2, 4)
+    v = torch.tensor([[0.0] * 4, [1.0] * 4]).view(1, 1, 2, 4)
+    assert (torch.tensor([4097.0]).to(DTYPES[precision]) == 4096).all()
+    mask = torch.ones(1, 2, dtype=torch.bool) if masked else None
+    with autocast(precision, CPU):
+        half = [part.to(DTYPES[precision]) for part in (q, k, v)]
+        found = attend(half[0], half[1], half[2], mask)
+    assert found[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)), rel=8e-3)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_the_output_layer_is_float32(precision):
+    net = NestedUNet(tiny_config(dropout=0.0).model)
+    seen = []
+    for level in net.levels:
+        level.head.register_forward_hook(lambda _, x, y: seen.append((x[0].dtype, y.dtype)))
+    with torch.no_grad(), autocast(precision, CPU):
+        outputs = net(
+            tuple(torch.zeros(2, 3, side, side) for side in (8, 16)),
+            torch.ones(2),
+            Conditioning(tokens=torch.zeros(2, 3, 8), micro={"scale": torch.ones(2)}),
+        )
+    assert seen == [(torch.float32, torch.float32)] * 2
+    assert [y.dtype for y in outputs] == [torch.float32] * 2
+
+
+# --- the loss scale of fp16 --------------------------------------------------------------------
+
+
+def test_a_scale_halves_on_overflow_doubles_after_many_good_steps_and_ends_at_one():
+    scale = LossScale.initial("fp16")
+    assert scale.factor == 2.0**16
+    fallen = scale.after(False).after(False)
+    for _ in range(GROWTH_INTERVAL - 1):
+        fallen = fallen.after(True)
+    assert fallen.factor == 2.0**14
+    assert fallen.after(True) == LossScale(2.0**15, 2.0)
+    assert fallen.after(False) == LossScale(2.0**13, 2.0)
+    for _ in range(16):
+        assert scale.can_fall
+        scale = scale.after(False)
+    assert not scale.can_fall
+    assert scale.after(False).factor == 1.0
+    other = LossScale.initial("bf16")
+    for finite in (False, *[True] * (2 * GROWTH_INTERVAL)):
+        other = other.after(finite)
+    assert other.factor == 1.0
+
+
+def half_config(precision: str) -> RunConfig:
+    return tiny_config(precision=precision, dropout=0.0)
+
+
+def stepped(
+    count: int, precision: str, factor: float | None = None
+) -> tuple[Trainer[NestedUNet], list[Outcome]]:
+    """A trainer after the first steps of a run, and their outcomes."""
+    config = half_config(precision)
+    trainer = Trainer(diffusion(config))
+    if factor is not None:
+        scaled(trainer, factor)
+    return trainer, [trainer.step(inputs(4 * n, config)) for n in range(count)]
+
+
+def scaled(trainer: Trainer[NestedUNet], factor: float) -> None:
+    trainer.progress = replace(trainer.progress, scale=LossScale(factor, growth=2.0))
+
+
+def test_a_scale_changes_no_bit_of_float32_gradients():
+    """It is a power of two, divided out before the norm is taken."""
+    plain, outcomes = stepped(3, "fp32")
+    scaled_up, same = stepped(3, "fp32", factor=2.0**16)
+    assert same == outcomes
+    assert_same(state(scaled_up), state(plain))
+
+
+def test_fp16_learns_what_fp32_learns_with_weights_of_float32():
+    trainer, half = stepped(3, "fp16")
+    _, whole = stepped(3, "fp32")
+    for mine, theirs in zip(half, whole, strict=True):
+        assert isinstance(mine, Stepped)
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-2)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+    assert {value.dtype for value in state(trainer).values()} == {torch.float32}
+    assert {there(p.grad).dtype for p in trainer.net.parameters()} == {torch.float32}
+
+
+def test_without_a_scale_small_gradients_would_vanish():
+    """The gradient of a loss of 1e-8 in fp16: zero as it is, right when scaled."""
+    weight = torch.ones(4, 4, requires_grad=True)
+    norms = []
+    for factor in (1.0, 2.0**16):
+        weight.grad = None
+        with autocast("fp16", CPU):
+            y = F.linear(torch.ones(1, 4), weight)
+        (factor * 1e-8 * y.float().sum()).backward()
+        norms.append((there(weight.grad) / factor).norm().item())
+    assert norms[0] == 0.0
+    assert norms[1] == pytest.approx(4e-8, rel=1e-3)
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else():
+    trainer, _ = stepped(1, "fp16")
+    before = state(trainer)
+    scaled(trainer, 2.0**120)
+    outcome = trainer.step(inputs(4, half_config("fp16")))
+    assert isinstance(outcome, Skipped)
+    assert math.isfinite(outcome.loss)
+    assert outcome.scale == 2.0**119
+    progress = trainer.progress
+    assert progress.scale == LossScale(2.0**119, 2.0)
+    assert (progress.steps, progress.skipped, progress.skipped_in_a_row) == (1, 1, 0)
+    assert_same(state(trainer), before)
+
+
+def test_patience_ends_only_where_the_scale_cannot_fall():
+    trainer = Trainer(diffusion(half_config("fp16")))
+    scaled(trainer, 2.0**3)
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    given = inputs(0, half_config("fp16"))
+    for _ in range(3):
+        trainer.step(given)
+    assert trainer.progress.skipped_in_a_row == 0
+    for _ in range(PATIENCE - 1):
+        trainer.step(given)
+    with pytest.raises(NotFinite, match=r"train\.precision=fp32"):
+        trainer.step(given)
+    assert trainer.progress.skipped == 3 + PATIENCE
+
+
+def test_the_scale_is_in_the_checkpoint_and_an_older_one_loads_without(tmp_path):
+    trainer, _ = stepped(2, "fp16", factor=2.0**12)
+    snapshot = read(save(tmp_path, trainer.snapshot(), keep=1))
+    assert snapshot.state["scale"] == asdict(LossScale(2.0**12, 2.0, good_steps=2))
+    older = {key: value for key, value in snapshot.state.items() if key != "scale"}
+    for values, scale in (
+        (snapshot.state, trainer.progress.scale),
+        (older, LossScale.initial("fp16")),
+    ):
+        restored = Trainer(diffusion(half_config("fp16")), images_seen=8)
+        restored.restore(replace(snapshot, state=values), where="here")
+        assert restored.progress == replace(trainer.progress, scale=scale)
+
+
+# --- layout ------------------------------------------------------------------------------------
+
+
+def test_auto_layout_is_a_constant_of_the_device_and_anything_else_is_taken():
+    assert resolve_layout("auto", CPU) == "nchw"
+    assert resolve_layout("auto", GPU) == "channels_last"
+    assert resolve_layout("channels_last", CPU) == "channels_last"
+    assert resolve_layout("nchw", GPU) == "nchw"
+
+
+def is_last(x: Tensor) -> bool:
+    kind = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=kind) and not x.is_contiguous()
+
+
+def test_all_that_is_as_large_as_the_weights_lies_as_the_features_do():
+    """Else each step would copy weights, or update averages one element at a time."""
+    config = tiny_config(layout="channels_last")
+    trainer = Trainer(diffusion(config))
+    seen: list[Pyramid] = []
+    trainer.grow(2)
+    trainer.net.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    trainer.step(inputs(24, config))
+    assert all(map(is_last, seen[0]))
+    name = "levels.1.stem.weight"
+    weight = trainer.net.get_parameter(name)
+    memory = trainer.optimizer.state[weight]
+    for value in (weight, trainer.ema.weights[name], there(weight.grad), memory["exp_avg"]):
+        assert is_last(value)
+
+
+@pytest.mark.parametrize(("make", "loader"), [(tiny_config, TinyPictures), (tiny_video, TinyClips)])
+def test_layouts_agree_up_to_rounding_and_are_saved_alike(make, loader, tmp_path):
+    losses, saved = [], []
+    for layout in ("nchw", "channels_last"):
+        config = make(layout=layout, dropout=0.0)  # its masks follow memory's order
+        trainer, feed = Trainer(diffusion(config)), Feed(config, loader(), encode)
+        losses += [[trainer.step(feed(step_at(config.train, 4 * n))).loss for n in range(2)]]
+        saved.append(read(save(tmp_path / layout, trainer.snapshot(), keep=1)).weights)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, value in saved[0].items():
+        torch.testing.assert_close(saved[1][name], value, rtol=1e-2, atol=1e-3)
+
+
+# --- torch.compile: traced, without generating code, which takes minutes ------------------------
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one():
+    """In a process of its own: the tests' checks of shapes cannot be traced."""
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for result in map(json.loads, done.stdout.splitlines()):
+        assert max(result["traced"]) > 100, "nodes of the network"
+        assert result["compiled"] == pytest.approx(result["plain"], rel=1e-6)
+        assert result["same_keys"]
+
+
+def main() -> None:
+    """Train with and without, recomputing nothing and a level; print a JSON line for each."""
+    stages = (
+        StageConfig(levels=1, images=8, batch_size=4, lr=1e-2),
+        StageConfig(levels=2, images=8, batch_size=4, lr=1e-2, mix=(0.5, 0.5)),  # ragged
+    )
+    for recompute in ((), (1,)):
+        traced: list[int] = []
+
+        def backend(graph: Any, example: object, traced: list[int] = traced) -> Callable[..., Any]:
+            traced.append(len(graph.graph.nodes))
+            return graph.forward
+
+        trainer_module.compile_network = lambda net, device, backend=backend: compile_network(
+            net, device, backend
+        )
+        common = {"dropout": 0.0, "stages": stages, "recompute": recompute}
+        trainer, compiled = trained(tiny_config(**common, compile=True))
+        other, plain = trained(tiny_config(**common))
+        same = trainer.net.state_dict().keys() == other.net.state_dict().keys()
+        result = {"traced": traced, "compiled": compiled, "plain": plain, "same_keys": same}
+        print(json.dumps(result))
+
+
+def trained(config: RunConfig) -> tuple[Trainer[NestedUNet], list[float]]:
+    trainer, losses = Trainer(diffusion(config)), []
+    for step in steps(config.train):
+        trainer.grow(len(step.rows))
+        losses.append(trainer.step(inputs(step.first, config)).loss)
+    return trainer, losses
+
+
+def test_without_a_compiler_the_error_comes_at_the_start(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no-such-compiler: install it.*train\.compile=false"):
+        Trainer(diffusion(tiny_config(compile=True)))
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr("matryoshka_diffusion.train.precision.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"triton.*train\.compile=false"):
+        compile_network(nn.Linear(1, 1), GPU)
+
+
+if __name__ == "__main__":
+    main()
