@@ -18,7 +18,6 @@ from evaluating import (
     looks,
     make_inception,
     make_run,
-    make_video_net,
     make_videos,
     model,
     source,
@@ -580,20 +579,6 @@ def test_eval_prints_numbers_and_their_origin_and_keeps_them(run, capsys):
     assert kept(run)[0]["batch_size"] == 4
     assert cli.main([*arguments, "--seed", "3"]) == 0
     assert [record["seed"] for record in kept(run)] == [1_000_000, 1_000_000, 3]
-
-
-def test_eval_measures_a_run_of_clips(tmp_path, capsys):
-    make_videos(tmp_path / "data", clips(frames=5))
-    make_run(tmp_path / "run", "nothing", tmp_path / "data", frames=2)
-    make_video_net(tmp_path / "i3d.pt")
-    arguments = ["eval", str(tmp_path / "run"), "-n", "6", "--steps", "1", "--batch-size", "4"]
-    asked = ["--metrics", "fvd,motion,agreement", "--fvd", str(tmp_path / "i3d.pt")]
-    assert cli.main([*arguments, *asked]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("FVD-6-2f [weights ")
-    assert "] of 6 clips to 10 clips: " in lines[0]
-    assert lines[2].startswith("motion distance-2f of 6 clips to 10 clips: ")
-    assert [record["frames"] for record in kept(tmp_path / "run")] == [2, 2, 2]
 
 
 @pytest.mark.usefixtures("_stand_ins")

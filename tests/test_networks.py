@@ -185,19 +185,6 @@ def test_the_input_is_scaled_as_in_training_and_antialiased(effnet):
     assert (inner - (0.5 - 0.498) / 0.502).abs().max() < 0.02
 
 
-def test_the_distance_grows_with_the_damage(effnet):
-    ramp = np.linspace(0, 255, 32, dtype=np.uint8)
-    plain = ramp[None, None, :, None] + np.arange(32, dtype=np.uint8)[:, None, None, None]
-    plain = np.broadcast_to(plain, (32, 32, 32, 3))
-
-    def moments(share):
-        damaged = np.where(noise(32) < 256 * share, noise(32, seed=1), plain)
-        return Moments.stream(map(effnet, np.split(damaged, 4)))
-
-    distances = [frechet_distance(moments(0.0), moments(share)) for share in (0.0, 0.1, 0.4)]
-    assert distances[0] < 1e-6 < distances[1] < distances[2]
-
-
 # --- Inception ---------------------------------------------------------------------------------
 
 
@@ -214,13 +201,8 @@ def test_inception_has_the_weights_of_the_published_port():
     assert len(state) == 94 * 5 + 2
     for key, shape in {
         "Conv2d_4a_3x3.conv.weight": (192, 80, 3, 3),
-        "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
-        "Mixed_5d.branch_pool.conv.weight": (64, 288, 1, 1),
         "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,),
         "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
-        "Mixed_6e.branch7x7_2.conv.weight": (192, 192, 1, 7),
-        "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
-        "Mixed_7b.branch1x1.conv.weight": (320, 1280, 1, 1),
         "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
         "fc.weight": (1008, 2048),
     }.items():

@@ -169,9 +169,6 @@ def _report(job: Job, results: Sequence[Any], folder: Path) -> None:
         show(f"{result.report(results)}\n  in {folder / result.FILE}")
 
 
-# --- the parsers -------------------------------------------------------------------------------
-
-
 def add_eval(commands: Any) -> None:
     """Add `eval` and `compare` to the commands."""
     command = add_command(commands, "eval", evaluate, "measure the samples of a model")
