@@ -150,18 +150,19 @@ class Level(nn.Module):
         self.norm, self.head = nn.GroupNorm(32, width), zero(conv3(width, 3 * PATCH**2))
 
     def encode(self, z: Tensor, finer: Tensor | float, t: Tensor, label: Tensor) -> tuple:
-        """The features in the middle, and what `decode` needs. `finer` is the finer level's."""
+        """The features after each layer, and the embedding. `finer` is from the finer level."""
         waves = torch.exp(-math.log(10_000) * torch.arange(EMBEDDING // 8) / (EMBEDDING // 8))
         angles = (1000 * t - 1).float()[:, None] * waves
         embedding = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + label)
         skips = [self.stem(F.pixel_unshuffle(z, PATCH)) + finer]
         for layer in self.encoder:
             skips += [layer(skips[-1], embedding) if isinstance(layer, Block) else layer(skips[-1])]
-        return skips[-1], (skips, embedding)
+        return skips, embedding
 
-    def decode(self, h: Tensor, trail: tuple) -> tuple[Tensor, Tensor]:
-        """The features before the head, and the prediction, from features in the middle."""
+    def decode(self, trail: tuple, coarser: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The features before the head, and the prediction, from what `encode` returned."""
         skips, embedding = trail
+        h = skips[-1] + coarser
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), embedding)
         return h, F.pixel_shuffle(self.head(F.silu(self.norm(h))), PATCH)
@@ -189,16 +190,14 @@ class NestedUNet(nn.Module):
         label, adapters = self.conditioner["label"](labels), list(self.adapters.values())
         *coarser, finest = self.levels
         coarsest, *finer = self.levels
-        h, trail = finest.encode(z[-1], 0.0, t, label)
-        trails = [trail]
+        trails = [finest.encode(z[-1], 0.0, t, label)]
         for level, adapter, z_r in reversed([*zip(coarser, adapters, z[:-1], strict=True)]):
-            h, trail = level.encode(z_r, adapter["inward"](h), t, label)
-            trails.append(trail)
-        h, x_r = coarsest.decode(h, trails.pop())
+            skips, _ = trails[-1]
+            trails.append(level.encode(z_r, adapter["inward"](skips[-1]), t, label))
+        h, x_r = coarsest.decode(trails.pop(), 0.0)  # and back out
         predictions = [x_r]
-        for level, adapter in zip(finer, adapters, strict=True):  # and back out
-            skips, embedding = trails.pop()
-            h, x_r = level.decode(skips[-1] + adapter["outward"](h), (skips, embedding))
+        for level, adapter in zip(finer, adapters, strict=True):
+            h, x_r = level.decode(trails.pop(), adapter["outward"](h))
             predictions.append(x_r)
         return tuple(predictions)
 

@@ -90,15 +90,15 @@ def down_sample(
 
 
 def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
-    found = resolution_of(x).frames
-    if found == frames:
+    source = resolution_of(x).frames
+    if source == frames:
         return x
-    if found is None or found % (frames or 1):
+    if source is None or source % (frames or 1):
         raise ValueError(
-            f"a level of {frames} frames cannot be made of {found or 'no'} frames: their number "
+            f"a level of {frames} frames cannot be made of {source or 'no'} frames: their number "
             "must be a multiple of the level's"
         )
-    return x[:, :, 0] if frames is None else x[:, :, :: found // frames]
+    return x[:, :, 0] if frames is None else x[:, :, :: source // frames]
 
 
 def shrink(

@@ -32,7 +32,7 @@ from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
 
 
 class Trail(NamedTuple):
-    """Features and conditions that `encode` keeps for `decode`; each frame of a clip is a row."""
+    """Features and conditions that `encode` hands on; each frame of a clip is a row."""
 
     skips: tuple[Float[Tensor, "n _ _ _"], ...]
     embedding: Float[Tensor, "b e"]
@@ -47,8 +47,8 @@ class Trail(NamedTuple):
 class Level(nn.Module):
     """A UNet in two halves: `encode` down to the core, `decode` from there to the prediction.
 
-    Between the blocks each frame of a clip is a row of its own; only the layers of `temporal` put
-    the frames of a clip together.
+    Other features may join after the stem and at the core. Between blocks each frame of a clip is
+    a row of its own; only the layers of `temporal` put the frames of a clip together.
 
     `inputs` is the number of channels of what `encode` takes, `model.channels` that of what
     `decode` predicts.
@@ -92,8 +92,8 @@ class Level(nn.Module):
         t: Float[Tensor, " a"],
         context: Context,
         incoming: Float[Tensor, "f k y x"] | None = None,
-    ) -> tuple[Float[Tensor, "n k2 y2 x2"], Trail]:
-        """The features at the core, and the trail that `decode` needs.
+    ) -> Trail:
+        """The features of the first half, which `decode` needs.
 
         Args:
             x: noisy images at unit scale (`scale`).
@@ -111,13 +111,19 @@ class Level(nn.Module):
         for layer in self.encoder:
             h = self._run(layer, h, embedding, context)
             skips.append(h)
-        return h, Trail(tuple(skips), embedding, context)
+        return Trail(tuple(skips), embedding, context)
 
     def decode(
-        self, h: Float[Tensor, "m k y x"], trail: Trail
+        self, trail: Trail, incoming: Float[Tensor, "m k y x"] | None = None
     ) -> tuple[Float[Tensor, "n k2 y2 x2"], Float[Tensor, "b c *grid"]]:
-        """The features before the head, and this level's prediction, from those at the core."""
+        """The features before the head, and this level's prediction.
+
+        Args:
+            trail: from `encode`.
+            incoming: features that join at the core.
+        """
         skips, embedding, context = trail
+        h = trail.core if incoming is None else trail.core + incoming
         for block in self.middle:
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):

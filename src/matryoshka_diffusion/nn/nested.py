@@ -81,19 +81,18 @@ class NestedUNet(nn.Module):
         """
         x, context = self._inputs(z, t, cond)
         adapters = [*self.adapters.values()]
-        *coarser, finest = self.levels  # inwards: every level encodes, the finest one first
-        h, trail = finest.encode(x[-1], t, context)
-        trails = [trail]
+        # Inwards: every level encodes, the finest one first.
+        *coarser, finest = self.levels
+        trails = [finest.encode(x[-1], t, context)]
         for level, adapter, x_r in reversed([*zip(coarser, adapters, x[:-1], strict=True)]):
-            h, trail = level.encode(x_r, t, context, adapter.inward(h))
-            trails.append(trail)
-        coarsest, *finer = self.levels  # outwards: every level decodes, the coarsest one first
-        h, prediction = coarsest.decode(h, trails.pop())
+            trails.append(level.encode(x_r, t, context, adapter.inward(trails[-1].core)))
+        # And back out: every level decodes, the coarsest one first.
+        coarsest, *finer = self.levels
+        h, prediction = coarsest.decode(trails.pop())
         predictions = [prediction]
         for level, adapter in zip(finer, adapters, strict=True):
             trail = trails.pop()
-            h = trail.core + adapter.outward(h[: len(trail.core)])
-            h, prediction = level.decode(h, trail)
+            h, prediction = level.decode(trail, adapter.outward(h[: len(trail.core)]))
             predictions.append(prediction)
         return tuple(predictions)
 
