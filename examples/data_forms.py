@@ -151,7 +151,7 @@ FORMS = {
 
 
 def data_argument(form: str, written: Path) -> str:
-    """What to give to `--data`."""
+    """Argument of `--data` for a form."""
     return f"hf:{written}" if form == "saved" else str(written)
 
 

@@ -28,7 +28,7 @@ def steps(count: int, size: tuple[int, int] = (32, 32)) -> list[np.ndarray]:
 
 
 def numbers(clip: np.ndarray) -> list[int]:
-    """Which frames of `steps` a clip shows."""
+    """Numbers of the frames of `steps` that a clip shows."""
     return [round(float(frame.mean()) / STEP) for frame in clip]
 
 

@@ -67,7 +67,7 @@ def toy(count: int, side: int = 4, **columns) -> Source:
 
 
 def reasons(source: Source) -> dict[str, str]:
-    """What people are told of each bad sample."""
+    """Message for each bad sample."""
     return {file.path: str(file).removeprefix(f"{file.path}: ") for file in source.bad}
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: what is done to a picture, what the network is told, that samples show none."""
+"""Augmentation: transformations of images, the network's input, and samples that show none."""
 
 from __future__ import annotations
 
@@ -133,18 +133,6 @@ def test_beyond_the_edge_the_picture_is_reflected():
 # --- the loader --------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 2**31), first=st.integers(0, 10**9), cut=st.integers(1, 7))
-def test_an_augmentation_belongs_to_its_sample(seed, first, cut):
-    whole = Loader(toy(), seed, augment=0.5).batch(range(first, first + 8))
-    spans = (first, first + cut), (first + cut, first + 8)
-    parts = [Loader(toy(), seed, augment=0.5).batch(range(*span)) for span in spans]
-    assert torch.equal(whole.picture, torch.cat([part.picture for part in parts]))
-    assert whole.augment is not None
-    assert torch.equal(
-        whole.augment, torch.cat([part.augment for part in parts if part.augment is not None])
-    )
-
-
 def test_a_batch_tells_what_was_done_to_each_of_its_pictures():
     source = toy()
     plain = Loader(source, 0, flip=True).batch(range(300))
@@ -179,7 +167,7 @@ def inputs(model: ModelConfig, augment: torch.Tensor | None):
 
 
 def opened(net: NestedUNet) -> NestedUNet:
-    """With no layer that is zero, as after some training; equal names have equal weights."""
+    """Network without zero layers, as after training; equal names have equal weights."""
     with torch.no_grad():
         for name, weight in net.named_parameters():
             weight.add_(normal(0, name, shape=tuple(weight.shape)), alpha=0.05)
@@ -187,7 +175,7 @@ def opened(net: NestedUNet) -> NestedUNet:
 
 
 def weight(net: NestedUNet) -> torch.Tensor:
-    """Of the layer that is told."""
+    """Weight of the layer that receives the augmentation."""
     return dict(net.named_parameters())["conditioner.augment.weight"]
 
 

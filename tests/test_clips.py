@@ -133,7 +133,7 @@ def test_bad_videos_are_counted_and_too_many_are_an_error(tmp_path):
 
 
 def test_the_next_good_video_stands_in_for_a_bad_one(tmp_path):
-    """But none for one that cannot be read now: no checkpoint remembers that."""
+    """A video that cannot be read now is an error, and no checkpoint remembers it."""
     for number in range(6):
         animate(tmp_path / f"{number}.webp", steps(3 if number in (2, 3) else 9))
     source = opened(tmp_path, max_bad_fraction=0.5)
@@ -217,7 +217,7 @@ def test_pictures_are_the_first_frames_of_what_a_run_on_clips_is_shown(folder, c
 
 
 def beginnings(path: Path, clip: ClipStart, count: int, seed: int = 0) -> list[int]:
-    """Where the clips of samples 0 .. count - 1 begin, of videos of 23 `steps`."""
+    """First frames of the clips of samples 0 .. count - 1, of videos of 23 `steps`."""
     batch = Loader(opened(path, clip=clip), seed, clip=clip).batch(range(count))
     shown = to_uint8(batch.picture).movedim(1, -1).numpy()
     assert all(set(np.diff(numbers(one))) == {2} for one in shown)

@@ -227,7 +227,7 @@ def test_once_and_on_demand_are_the_same(tmp_path, monkeypatch, crop: Crop):
 
 
 def test_what_the_system_cannot_read_is_asked_for_again(tmp_path, monkeypatch):
-    """It is an error that names the file, not one of the cache that was being written."""
+    """The error names the file, and not the cache that was being written."""
     path = save(tmp_path / "a.png")
 
     def fails(*_):
@@ -254,7 +254,7 @@ def test_two_states_may_be_decoded_at_a_time(tmp_path, cache, monkeypatch):
     stored = decoded._stored
 
     def stored_late(path, count):
-        """What another process does between this one's writing and opening."""
+        """Another process decodes between this one's writing and opening."""
         monkeypatch.setattr(decoded, "_stored", stored)
         save(tmp_path / "set" / "b.png")
         assert len(opened(tmp_path / "set")) == 2

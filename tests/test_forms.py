@@ -43,7 +43,7 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def forms(example, tmp_path_factory) -> dict[str, str]:
-    """What to give to `--data` for each form of 40 OpenMoji, evenly spread over the set."""
+    """Argument of `--data` for each form of 40 OpenMoji, evenly spread over the set."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("forms")

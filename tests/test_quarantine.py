@@ -66,7 +66,7 @@ class Recorded(Loader):
 
 
 class Run(NamedTuple):
-    """What a run was given and warned of."""
+    """Samples that a run received, and those that it was warned of."""
 
     given: dict[int, str]
     warned: list[str]

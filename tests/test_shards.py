@@ -163,7 +163,7 @@ def test_missing_and_compressed_shards_are_errors(tmp_path):
     write_tar(tmp_path / "0.tar", captioned(1))
     write_tar(tmp_path / "none.tar", [])
     for name, error, reason in (
-        ("{0..1}.tar", FileNotFoundError, r"1\.tar: not found"),
+        ("{0..1}.tar", UnreadableError, r"1\.tar: not found"),
         ("x*.tar", FileNotFoundError, r"no \.tar file is there"),
         ("0.tar.gz", ValueError, r"0\.tar\.gz: decompress it"),
         ("none.tar", ValueError, r"holds no sample: .*--data"),

@@ -92,7 +92,7 @@ class Quarantine:
         self._lock = threading.RLock()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the sample of that key turned out bad on reading."""
+        """True if the sample of that key turned out bad on reading."""
         return key in self._found
 
     @property

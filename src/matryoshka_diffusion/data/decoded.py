@@ -61,7 +61,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a file becomes an image or a clip.
+    """Way from a file to an image or a clip.
 
     Attributes:
         decode: (file, key, start) -> image or clip, uncut; a clip begins at `start` (see `Cut`).

@@ -3,6 +3,8 @@
 Files are named after code points, such as 1F34E.svg. Left out are skin-tone variants (the same
 drawing again under a longer name) and the 14 emoji that begin with a Latin-1 character: keycaps,
 copyright and registered, which are text.
+
+All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0.
 """
 
 from __future__ import annotations
@@ -24,10 +26,6 @@ from matryoshka_diffusion.files import (
     require,
 )
 
-ATTRIBUTION = (
-    "All emojis designed by OpenMoji - the open-source emoji and icon project. "
-    "License: CC BY-SA 4.0"
-)
 FLUENT_EMOJI = "@lobehub/fluent-emoji-anim-1"
 """npm package (MIT) of 256-pixel WEBP animations, which the user unpacks."""
 
@@ -104,7 +102,7 @@ def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
 
 
 def _lasts(path: Path, data: DataConfig, length: int) -> bool:
-    """Whether a clip fits, by the headers; damage is for later, when it is attributed."""
+    """Test by the headers if a clip fits. Damage is found later, when it is attributed."""
     try:
         with open_video(path) as video:
             choose(video, data, length, 0.0)

@@ -72,7 +72,7 @@ def folder(path: Path, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue
 
 
 def holds(path: Path, suffixes: frozenset[str]) -> bool:
-    """Whether a file with one of these suffixes lies in the folder or deeper."""
+    """Test if a file with one of these suffixes lies in the folder or deeper."""
     return any(file.suffix.lower() in suffixes for file in _files_in(path))
 
 

@@ -92,7 +92,7 @@ _UNKNOWN = "not a PNG, JPEG or WEBP picture, or damaged at its start"
 
 
 def _is_of_system(error: Exception) -> TypeGuard[OSError]:
-    """Whether a disk or a permission is at fault, and not the file.
+    """Test if a disk or a permission is at fault, and not the file.
 
     "Invalid argument" is a fault of a file that leads to a place which no file has.
     """

@@ -172,7 +172,7 @@ def _system(path: str) -> Iterator[tuple[Any, str]]:
     except ValueError:
         raise  # an address of an unknown service, or damage that the caller judges
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: not found") from error
+        raise UnreadableError(f"{path}: not found") from error
     except Exception as error:  # each service has errors of its own
         if isinstance(error, OSError) and error.strerror:
             raise unreadable(path, error) from error

@@ -61,15 +61,7 @@ class Picture(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One image or clip with its facts.
-
-    Attributes:
-        picture: bytes of a square image, or of as many squares as a clip has frames.
-        captions: alternatives; empty without captions.
-        label: index into the source's classes.
-        key: the sample's name.
-        original_side: shorter side in pixels before resizing.
-    """
+    """One square image, or as many squares as a clip has frames, with the facts of its `Sample`."""
 
     picture: UInt8[np.ndarray, "*frames side side c"]
     captions: tuple[str, ...]
