@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,6 +24,9 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
 from matryoshka_diffusion.files import fraction
+
+if TYPE_CHECKING:
+    from matryoshka_diffusion.data.decoded import Catalogue
 
 HUGGING_FACE = "hf:"
 PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")
@@ -233,64 +236,52 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         ValueError, OSError: the data is missing or unusable; the message says what to do.
         MissingExtra: an optional package is not installed.
     """
+    from matryoshka_diffusion.data import emoji, fashion_mnist, folder, shards, tables, video
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
-    if config.source == "openmoji":
-        from matryoshka_diffusion.data.emoji import openmoji
-
-        if config.path is not None:
+    path, source = config.path, config.source
+    if source == "openmoji":
+        if path is not None:
             raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
-        return open_catalogue(openmoji(side), picture_decoder(side, "centre"), 0.0)
-    if config.source == "fashion-mnist":
-        from matryoshka_diffusion.data.fashion_mnist import fashion_mnist
-
-        return fashion_mnist(side, None if config.path is None else _expanded(config.path))
-    if config.path is None:
-        raise ConfigError(f"data.path is not set: {_remedy(config.source)}")
-    if config.source in VIDEO_SOURCES:
-        return _open_videos(config, config.path, side, frames)
-    path = absolute(config.path)
-    if config.source == "folder":
-        from matryoshka_diffusion.data.folder import folder
-
-        catalogue = folder(_expanded(config.path))
-    elif config.source == "shards":
-        from matryoshka_diffusion.data.shards import shards
-
-        catalogue = shards(path)
+        return open_catalogue(emoji.openmoji(side), picture_decoder(side, "centre"), 0.0)
+    if source == "fashion-mnist":
+        return fashion_mnist.fashion_mnist(side, None if path is None else _expanded(path))
+    if path is None:
+        raise ConfigError(f"data.path is not set: {_remedy(source)}")
+    catalogues: dict[str, Callable[[], Catalogue]] = {
+        "folder": lambda: folder.folder(_expanded(path)),
+        "shards": lambda: shards.shards(absolute(path)),
+        "parquet": lambda: tables.parquet(absolute(path)),
+        "datasets": lambda: tables.hugging_face(absolute(path)),
+        "clips": lambda: _videos(absolute(path)),
+        "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
+    }
+    if source in VIDEO_SOURCES:
+        decoder = video.clip_decoder(config, side, frames)
     else:
-        from matryoshka_diffusion.data.tables import hugging_face, parquet
-
-        catalogue = parquet(path) if config.source == "parquet" else hugging_face(path)
-    return open_catalogue(catalogue, picture_decoder(side, config.crop), config.max_bad_fraction)
-
-
-def _open_videos(config: DataConfig, path: str, side: int, frames: int | None) -> Source:
-    from matryoshka_diffusion.data.decoded import open_catalogue
-    from matryoshka_diffusion.data.emoji import fluent_emoji
-    from matryoshka_diffusion.data.folder import folder, holds
-    from matryoshka_diffusion.data.image import CONTAINERS, VIDEOS
-    from matryoshka_diffusion.data.shards import shards
-    from matryoshka_diffusion.data.video import clip_decoder, pyav
-
-    decoder = clip_decoder(config, side, frames)
-    if config.source == "fluent-emoji":
-        catalogue = fluent_emoji(_expanded(path), config, frames)
-        return open_catalogue(catalogue, decoder, config.max_bad_fraction)
-    pyav()  # now and not after hours, when the first video is decoded
-    path, place = absolute(path), Path(absolute(path))
-    is_folder = "://" not in path and place.is_dir()
+        decoder = picture_decoder(side, config.crop)
     try:
-        if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
-            catalogue = folder(place, VIDEOS, "clips")
-        else:  # which may have animations beside them
-            catalogue = shards(path, VIDEOS)
-        return open_catalogue(catalogue, decoder, config.max_bad_fraction)
+        return open_catalogue(catalogues[source](), decoder, config.max_bad_fraction)
     except NoneUsable as error:
-        if frames is None:
+        if source != "clips" or frames is None:
             raise
         why = f"clips of {frames} frames, as the model's finest level has them, are made of videos"
         raise NoneUsable(f"{error}; {why}", error.bad) from error
+
+
+def _videos(path: str) -> Catalogue:
+    """Videos in a folder, or in shards, which may have animations beside them."""
+    from matryoshka_diffusion.data.folder import folder, holds
+    from matryoshka_diffusion.data.image import CONTAINERS, VIDEOS
+    from matryoshka_diffusion.data.shards import shards
+    from matryoshka_diffusion.data.video import pyav
+
+    pyav()  # now and not after hours, when the first video is decoded
+    place = Path(path)
+    is_folder = "://" not in path and place.is_dir()
+    if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
+        return folder(place, VIDEOS, "clips")
+    return shards(path, VIDEOS)
 
 
 def _remedy(source: SourceName) -> str:
