@@ -165,7 +165,7 @@ def make_videos(folder: Path, shown: Any) -> str:
 
 
 class _Scripted(torch.nn.Module):
-    """What the TorchScript file of Inception is asked."""
+    """A network with the signature of Inception's TorchScript file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Clips(torch.nn.Module):
 
 
 class _I3D(torch.nn.Module):
-    """What the TorchScript file of StyleGAN-V is asked."""
+    """A network with the signature of StyleGAN-V's TorchScript file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def make_video_net(path: Path) -> None:
 
 
 def seeded(network: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """What `network` makes with weights that are always the same."""
+    """Make a network with weights that are always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return network()
@@ -249,7 +249,7 @@ def narrow(patch: pytest.MonkeyPatch) -> None:
 
 
 def measured(folder: Path, **options: Any) -> Any:
-    """The distances of a few samples."""
+    """Measure a few samples of a model."""
     given = {"source": source(), "n": SAMPLES, "networks": looks(), "batch_size": BATCHED}
     return evaluate(model(), ("fd", "agreement"), folder=folder, **(given | options))
 
@@ -258,7 +258,7 @@ CLIPS = ("fd", "fd-frames", "motion", "agreement", "retrieval")
 
 
 def measured_clips(folder: Path, **options: Any) -> Any:
-    """What there is to say of a few clips."""
+    """Measure a few clips of a model."""
     given = {"source": clips(), "n": 10, "networks": looks(), "batch_size": BATCHED}
     return evaluate(model("text", FRAMES), CLIPS, folder=folder, **(given | options))
 

@@ -304,7 +304,7 @@ class Certain(Look):
 
 
 def set_of(shown: Any, root: Path, name: str, **options: Any) -> PictureSet:
-    """What is in memory as a set that is read a batch at a time."""
+    """Images in memory as a set that is read a batch at a time."""
 
     def make(rows: range, progress: Any) -> PictureBatch:
         return PictureBatch([shown[rows.start : rows.stop]], [SIDE] * len(rows))

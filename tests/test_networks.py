@@ -274,7 +274,7 @@ class ByHand(nn.Module):
 
 
 class Scripted(nn.Module):
-    """What the TorchScript file can be asked, as far as it is asked; without a resize."""
+    """A TorchScript network with the signature of the published file, without a resize."""
 
     def __init__(self, layers, output):
         super().__init__()

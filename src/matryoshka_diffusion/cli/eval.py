@@ -150,8 +150,8 @@ def _plan(options: argparse.Namespace, model: Any, job: Job) -> dict[str, Any]:
             networks=_networks(options, job, frames),
         )
     plan |= {} if options.seed is None else {"seed": options.seed}
-    how = {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
-    return {**plan, **how, "folder": result.folder_of(options.model, "eval")}
+    plan |= {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
+    return {**plan, "folder": result.folder_of(options.model, "eval")}
 
 
 def _networks(options: argparse.Namespace, job: Job, frames: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""What samples are compared with: images, or the moments that ADM's .npz files hold.
+"""References of samples: real images, or the moments that ADM's .npz files hold.
 
 FID is defined between sets of one resolution. Images of a source are cropped to squares and resized
 to the side of the samples as training images are, and the name of the number says so unless they

@@ -60,7 +60,7 @@ class Point:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of the values that are sampling settings."""
+        """The values that are sampling settings."""
         return {name: value for name, value in self.values.items() if name != EMA}
 
     @property
