@@ -31,10 +31,12 @@ def to_yaml(config: RunConfig | CodecRunConfig) -> str:
     return dump(config.model_dump(mode="json"))
 
 
-def dump(data: Any) -> str:
-    """Plain data as YAML text."""
-    text = io.StringIO()
-    _yaml().dump(data, text)
+def dump(data: Any, *, compact: bool = False) -> str:
+    """Plain data as YAML text; `compact` writes the innermost lists and mappings on one line."""
+    text, yaml = io.StringIO(), _yaml()
+    yaml.default_flow_style = None if compact else False
+    yaml.representer.ignore_aliases = lambda _: True  # a value that occurs twice is written twice
+    yaml.dump(data, text)
     return text.getvalue()
 
 
@@ -108,7 +110,7 @@ _Constructor.add_constructor("tag:yaml.org,2002:int", _read_integer)
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)  # the C parser reads YAML 1.1
     yaml.Constructor = _Constructor
-    yaml.default_flow_style = False
+    yaml.width = 100
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     return yaml
 

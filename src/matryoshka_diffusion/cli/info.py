@@ -175,19 +175,14 @@ def _stage(number: int, stage: StageConfig) -> str:
 
 def describe_released(path: Path) -> str:
     """Describe a released checkpoint: its nest, and the other settings in the file."""
-    import yaml
-
+    from matryoshka_diffusion.configfile import dump
     from matryoshka_diffusion.models.released import read_released
-
-    class Plain(yaml.SafeDumper):
-        def ignore_aliases(self, data: object) -> bool:
-            return True
 
     released = read_released(path)
     others = released.weights.described()
     if not others:
         return describe(released.config)
-    text = yaml.dump(others, Dumper=Plain, sort_keys=False, default_flow_style=None, width=100)
+    text = dump(others, compact=True)
     return f"{describe(released.config)}\n\nwhat else is in {path.name}:\n{text}".rstrip()
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from matryoshka_diffusion.codec import autoencoder as codecs
 from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.train.checkpoint import MODEL, export_weights
 
@@ -133,7 +133,7 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
         **({"license": license} if license else {}),
     }
     return CARD.format(
-        header=yaml.safe_dump(header, sort_keys=False).strip(),
+        header=dump(header).strip(),
         name=config.name,
         paper=PAPER,
         one=one,
