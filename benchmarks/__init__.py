@@ -1,1 +1,1 @@
-"""What the project costs in time and memory, measured. Each script says what it prints and how."""
+"""Measurements of time and memory. The docstring of each script has its command and its output."""

@@ -1,6 +1,6 @@
-"""What all benchmarks share: taking turns, medians, a table and a file of results.
+"""Shared parts of all benchmarks: taking turns, medians, a table and a file of results.
 
-Variants run in one process and take turns, so that what else the machine does falls on all of them
+Variants run in one process and take turns, so that other work of the machine slows all of them
 alike: ratios survive a noise that seconds do not. A ratio is the median over rounds of (baseline's
 seconds / variant's seconds) within the round.
 """
@@ -43,12 +43,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, of which `--threads` is obeyed at once."""
+    """Parse the options and set the number of threads."""
     words = sys.argv[1:] if arguments is None else arguments
-    given = options.parse_args(words, argparse.Namespace(words=tuple(words)))
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    return given
+    values = options.parse_args(words, argparse.Namespace(words=tuple(words)))
+    if values.threads is not None:
+        torch.set_num_threads(values.threads)
+    return values
 
 
 def take_turns(
@@ -68,27 +68,27 @@ def take_turns(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def speed(seconds: Seconds, variant: str, baseline: str) -> float:
-    """How many times faster than the baseline a variant is."""
+    """Speed of a variant relative to the baseline, as a median over rounds."""
     rounds = zip(seconds[baseline], seconds[variant], strict=True)
     return statistics.median(slow / fast for slow, fast in rounds)
 
 
 def report(
-    name: str, rows: Sequence[Mapping[str, Any]], given: argparse.Namespace, **about: Any
+    name: str, rows: Sequence[Mapping[str, Any]], values: argparse.Namespace, **about: Any
 ) -> Path:
     """Print the rows as a table; write them with machine and command to `<name>-<kind>.json`."""
-    device = torch.device(given.device)
+    device = torch.device(values.device)
     here = machine(device)
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *given.words])
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *values.words])
     print(f"{command}\n{here['processor']}, {here['threads']} threads\n")
     print(table(rows))
-    told = {
+    content = {
         "benchmark": name,
         "command": command,
         "commit": commit(),
@@ -97,9 +97,9 @@ def report(
         **about,
         "rows": list(rows),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{name}-{kind_of(here['processor'])}.json"
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    values.out.mkdir(parents=True, exist_ok=True)
+    path = values.out / f"{name}-{kind_of(here['processor'])}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -121,7 +121,7 @@ def _text(value: object) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Describe the hardware and the versions that the numbers depend on."""
     gpu = device.type == "cuda"
     return {
         "processor": torch.cuda.get_device_name(device) if gpu else cpu_model(),

@@ -64,24 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.add_argument("--batch", type=int, default=48)
     options.add_argument("--pictures", type=int, default=2_000)
     options.add_argument("--sides", type=int, nargs="+", default=[64, 256], help="of the pictures")
-    given = parse(options, arguments)
-    device, batch = torch.device(given.device), given.batch
-    side = preset(given.model).model.levels[-1].side
+    values = parse(options, arguments)
+    device, batch = torch.device(values.device), values.batch
+    side = preset(values.model).model.levels[-1].side
     steps = {
-        precision: trainer(given.model, batch, device, precision=precision).step
+        precision: trainer(values.model, batch, device, precision=precision).step
         for precision in ("fp32", "bf16")
     }
     variants, rows = dict(steps), []
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MDM_CACHE=folder):
-        for original in given.sides:
+        for original in values.sides:
             where = Path(folder, str(original))
             where.mkdir()
-            data = DataConfig(source="shards", path=write_shards(where, given.pictures, original))
-            for kind, once in (("on demand", 0), ("decoded once", given.pictures)):
+            data = DataConfig(source="shards", path=write_shards(where, values.pictures, original))
+            for kind, once in (("on demand", 0), ("decoded once", values.pictures)):
                 with mock.patch.multiple(decoded, CACHED_PICTURES=once, THREADS=1):
                     loader = Loader(open_source(data, side), seed=0)
                 variants[f"loader, {original} px, {kind}"] = _Batches(loader, batch)
-        seconds = take_turns(variants, given.repeats, device)
+        seconds = take_turns(variants, values.repeats, device)
     needed = min(statistics.median(seconds[name]) for name in steps)
     rows = [
         {
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         }
         for name in variants
     ]
-    return report("loading", rows, given, side=side)
+    return report("loading", rows, values, side=side)
 
 
 class _Batches:

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser(__doc__)
     options.add_argument("--model", nargs="+", default=["openmoji", "fashion-mnist"])
     options.add_argument("--batch", type=int, default=48)
-    given = parse(options, arguments)
-    device = torch.device(given.device)
+    values = parse(options, arguments)
+    device = torch.device(values.device)
     rows = []
-    for name in given.model:
+    for name in values.model:
         outer = outer_levels(name)
         named: dict[str, dict[str, Any]] = {
             BASELINE: {},
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             "bf16 outer levels recomputed": {"precision": "bf16", "recompute": outer},
             "bf16 all levels recomputed": {"precision": "bf16", "recompute": (0, *outer)},
         }
-        trainers = {key: trainer(name, given.batch, device, **each) for key, each in named.items()}
+        trainers = {key: trainer(name, values.batch, device, **each) for key, each in named.items()}
         seconds = take_turns(
-            {key: each.step for key, each in trainers.items()}, given.repeats, device
+            {key: each.step for key, each in trainers.items()}, values.repeats, device
         )
         kept = {key: each.activation_bytes() for key, each in trainers.items()}
         rows += [
             {
                 "model": name,
                 "variant": key,
-                "batch": given.batch,
+                "batch": values.batch,
                 "activation MB": kept[key] / 1e6,
                 "less memory": kept[BASELINE] / kept[key],
                 "seconds": statistics.median(seconds[key]),
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             }
             for key, each in trainers.items()
         ]
-    return report("memory", rows, given)
+    return report("memory", rows, values)
 
 
 def _peak(each: Repeated, device: torch.device) -> dict[str, float]:
-    """What a step takes on a GPU beyond what lies there anyway; nothing on a CPU."""
+    """Peak memory of a step on a GPU, without the memory that is always in use."""
     if device.type != "cuda":
         return {}
     torch.cuda.reset_peak_memory_stats(device)

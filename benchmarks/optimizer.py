@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Run the benchmark; returns the file of results."""
     options = parser(__doc__)
     options.add_argument("--model", default="cc12m-64")
-    given = parse(options, arguments)
-    device = torch.device(given.device)
-    config = preset(given.model)
+    values = parse(options, arguments)
+    device = torch.device(values.device)
+    config = preset(values.model)
     net = NestedUNet(config.model).to(device)
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             ema.weights[name].mul_(DECAY).add_(parameter, alpha=1 - DECAY)
 
     variants = {"loop over tensors": loop_step, "fused": fused_step}
-    seconds = take_turns(variants, given.repeats, device)
+    seconds = take_turns(variants, values.repeats, device)
     rows = [
         {
-            "model": given.model,
+            "model": values.model,
             "variant": name,
             "seconds": statistics.median(seconds[name]),
             "speed": speed(seconds, name, "loop over tensors"),
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for name in variants
     ]
     return report(
-        "optimizer", rows, given, parameters=count_parameters(net), bytes=training_bytes(net)
+        "optimizer", rows, values, parameters=count_parameters(net), bytes=training_bytes(net)
     )
 
 

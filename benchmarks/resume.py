@@ -74,19 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     options = parser(__doc__)
     options.add_argument("--model", default="cc12m-64")
     options.add_argument("--child", type=Path, help="restore from this folder and tell (internal)")
-    given = parse(options, arguments)
-    if given.child is not None:
-        print(json.dumps(restore(given.model, given.child)))
+    values = parse(options, arguments)
+    if values.child is not None:
+        print(json.dumps(restore(values.model, values.child)))
         return None
     with tempfile.TemporaryDirectory() as folder:
-        size = write(run_config(given.model), Path(folder))
-        command = [sys.executable, "-m", "benchmarks.resume", "--model", given.model]
-        told = subprocess.run(
+        size = write(run_config(values.model), Path(folder))
+        command = [sys.executable, "-m", "benchmarks.resume", "--model", values.model]
+        child = subprocess.run(
             [*command, "--child", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE
         )
-    rose = int(told.stdout)
-    row = {"model": given.model, "state MB": size / 1e6, "rise MB": rose / 1e6}
-    return report("resume", [row | {"rise / state": rose / size}], given)
+    rose = int(child.stdout)
+    row = {"model": values.model, "state MB": size / 1e6, "rise MB": rose / 1e6}
+    return report("resume", [row | {"rise / state": rose / size}], values)
 
 
 if __name__ == "__main__":

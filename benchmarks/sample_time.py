@@ -26,25 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.add_argument("--model", default="openmoji")
     options.add_argument("--steps", type=int, default=25)
     options.add_argument("--counts", type=int, nargs="+", default=[1, 16], help="pictures at once")
-    given = parse(options, arguments)
-    device = torch.device(given.device)
+    values = parse(options, arguments)
+    device = torch.device(values.device)
     models = {
-        precision: Matryoshka.load(given.model, device=device, precision=precision)
+        precision: Matryoshka.load(values.model, device=device, precision=precision)
         for precision in ("fp32", "bf16")
     }
     rows = []
-    for count in given.counts:
+    for count in values.counts:
         variants = {
-            precision: partial(model.sample, ["red apple"], n=count, steps=given.steps)
+            precision: partial(model.sample, ["red apple"], n=count, steps=values.steps)
             for precision, model in models.items()
         }
-        seconds = take_turns(variants, given.repeats, device)
+        seconds = take_turns(variants, values.repeats, device)
         for precision, run in variants.items():
             median = statistics.median(seconds[precision])
             row = {
                 "variant": precision,
                 "pictures": count,
-                "steps": given.steps,
+                "steps": values.steps,
                 "seconds": median,
                 "pictures/s": count / median,
                 "speed": speed(seconds, precision, "fp32"),
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             if device.type == "cuda":
                 row["launch-bound share"] = 1 - busy_seconds(run) / median
             rows.append(row)
-    return report("sample_time", rows, given)
+    return report("sample_time", rows, values)
 
 
 def busy_seconds(run: Callable[[], object]) -> float:

@@ -26,7 +26,7 @@ BASELINE = "fp32"
 
 
 def variants(name: str, *, fp16: bool, compiled: bool) -> dict[str, dict[str, Any]]:
-    """What is compared, as changes of `train`."""
+    """Variants to compare, as changes of `train`."""
     found: dict[str, dict[str, Any]] = {
         BASELINE: {},
         "fp32 channels last": {"layout": "channels_last"},
@@ -51,7 +51,7 @@ def largest_batch(fits: Callable[[int], bool], start: int = 1) -> int:
 
 
 def step_fits(name: str, device: torch.device, batch: int) -> bool:
-    """Whether a step of that batch in fp32, the largest variant, finds room on a GPU."""
+    """Try a step of that batch in fp32, the largest variant, in a GPU's memory."""
     try:
         trainer(name, batch, device).step()
     except torch.OutOfMemoryError:
@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.add_argument("--batch", type=int, default=48, help="0: the largest that a GPU holds")
     options.add_argument("--fp16", action="store_true", help="fp16 too, which CPUs emulate slowly")
     options.add_argument("--compile", action="store_true", help="compiled too: minutes more")
-    given = parse(options, arguments)
-    device = torch.device(given.device)
+    values = parse(options, arguments)
+    device = torch.device(values.device)
     peak = product_flops(device, torch.bfloat16) if device.type == "cuda" else None
     rows = []
-    for name in given.model:
-        batch = given.batch or largest_batch(partial(step_fits, name, device))
-        named = variants(name, fp16=given.fp16, compiled=given.compile)
+    for name in values.model:
+        batch = values.batch or largest_batch(partial(step_fits, name, device))
+        named = variants(name, fp16=values.fp16, compiled=values.compile)
         trainers = {key: trainer(name, batch, device, **train) for key, train in named.items()}
-        rows += _rows(name, trainers, given.repeats, device, peak)
-    return report("step_time", rows, given, product_flops=peak)
+        rows += _rows(name, trainers, values.repeats, device, peak)
+    return report("step_time", rows, values, product_flops=peak)
 
 
 def _rows(

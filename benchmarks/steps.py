@@ -54,7 +54,7 @@ class Repeated(NamedTuple):
         assert isinstance(outcome, Stepped), "a skipped step is no measure"
 
     def activation_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass, each storage counted once."""
+        """Bytes that the forward pass keeps for the backward pass, each storage once."""
         trainer, inputs = self.trainer, self.inputs
 
         def forward() -> object:

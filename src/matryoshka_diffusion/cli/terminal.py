@@ -41,7 +41,7 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def leads() -> bool:
-    """Whether this process speaks for all ranks."""
+    """True in the process that speaks for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 

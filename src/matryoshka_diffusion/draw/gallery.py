@@ -123,7 +123,7 @@ def check(out: Path | None, form: ClipForm | None, model: Subject, count: int, n
 
 
 def _is_file(out: Path) -> bool:
-    """Whether `-o` names a file. The name of a folder may have a dot, too."""
+    """Decide if `-o` names a file; the name of a folder may have a dot, too."""
     suffix = out.suffix.lower()
     if out.is_dir() or suffix in (".png", *clips.SUFFIXES):
         return not out.is_dir()
