@@ -185,34 +185,23 @@ def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, nega
 # --- generators --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [0, 7, -5, 2**63, 2**64 - 1, -(2**63)])
-def test_a_fresh_generator_stands_for_its_seed(number):
-    first = seed(number).initial_seed()
-    assert first == number % 2**64
-    assert seeds_of(seed(number), 3) == (first, first + 1, first + 2)
-    assert seeds_of([seed(number), seed(3)], 2) == (first, 3)
-
-
-def test_a_used_generator_gives_other_pictures_in_a_reproducible_way(model, pipe):
+def test_a_fresh_generator_stands_for_its_seed_and_a_used_one_for_a_draw(model, pipe):
+    for number in (0, 7, -5, 2**63, 2**64 - 1, -(2**63)):
+        first = seed(number).initial_seed()
+        assert first == number % 2**64
+        assert seeds_of(seed(number), 3) == (first, first + 1, first + 2)
+        assert seeds_of([seed(number), seed(3)], 2) == (first, 3)
     generator, again = seed(7), seed(7)
     calls = [seeds_of(generator, 2) for _ in range(3)]
     assert calls == [seeds_of(again, 2) for _ in range(3)]
     assert len(set(calls)) == 3
-    used = seed(7)
-    torch.rand(1, generator=used)
-    assert seeds_of(used, 2) != seeds_of(seed(7), 2)
-    assert seeds_of([again] * 3, 3)[0] != seeds_of([again] * 3, 3)[1]
+    assert len(set(seeds_of([again] * 3, 3))) == 3
     assert not same(pipe("red", generator=generator), model.sample("red", seed=7))
-
-
-def test_without_a_generator_the_global_one_counts():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first, second = seeds_of(None, 2), seeds_of(None, 2)
         torch.manual_seed(0)
-        assert seeds_of(None, 2) == first
-    assert first != second
-    assert first[1] == first[0] + 1
+        assert seeds_of(None, 2) == first != second
 
 
 # --- calls as users of diffusers expect them ---------------------------------------------------
@@ -237,15 +226,6 @@ def test_all_forms_of_a_picture_hold_the_same_bytes(model, pipe):
         )
     images, levels = pipe("red", generator=seed(7), return_dict=False)
     assert images is levels[-1]
-
-
-def test_grey_pictures_are_grey():
-    base = class_model().config
-    config = base.model_copy(update={"model": base.model.model_copy(update={"channels": 1})})
-    model = Matryoshka(randomised(config), config)
-    output = quiet(MDMPipeline.from_sampler(model))(class_labels=1, generator=seed(7))
-    assert output.images[0].mode == "L"
-    assert same(output, model.sample(classes=1, seed=7))
 
 
 def test_a_callback_sees_every_step_and_may_return_nothing(pipe):
