@@ -87,15 +87,6 @@ def test_samples_come_in_order_with_captions_and_sides(tmp_path):
     assert (source.side, source.channels, source.classes, source.bad) == (16, 3, (), ())
 
 
-def test_classes_are_numbers(tmp_path):
-    labels = {"a": b"2\n", "b": b"0", "c": b"2"}
-    parts = [p for k, v in labels.items() for p in ((f"{k}.png", encode()), (f"{k}.cls", v))]
-    source = opened(write_tar(tmp_path / "s.tar", parts))
-    assert source.classes == ("0", "1", "2")
-    assert [source[n].label for n in range(3)] == [2, 0, 2]
-    assert source.captions is None
-
-
 @pytest.mark.parametrize("large", [False, True])
 def test_pictures_are_those_of_a_folder(tmp_path, monkeypatch, large):
     path = save(tmp_path / "a.jpg", noise(31, 50), quality=90)
@@ -113,6 +104,9 @@ def test_several_shards_are_one_set_and_the_order_is_the_loader_s(tmp_path, on_d
         write_tar(tmp_path / "d" / f"{n:03}.tar", captioned(4, 4 * n))
     source = opened(f"{tmp_path}/d/{{000..002}}.tar")
     assert source.keys == [f"{n // 4:03}.tar:{n:05}" for n in range(12)]
+    assert source[-1].key == "002.tar:00011"
+    with pytest.raises(IndexError):
+        source[12]
     whole = Loader(source, seed=1).batch(range(24))
     part = Loader(source, seed=1).batch(range(6, 12))
     assert part.keys == whole.keys[6:12]
@@ -328,15 +322,16 @@ def test_bad_text_beside_pictures_is_attributed(tmp_path):
         assert re.search(r"\(at byte [\d,]+\)$", reason)
 
 
-def test_bad_classes_are_attributed(tmp_path):
-    labels = {"a": b"1", "b": b"-1", "c": b"cat", "d": b"9999999", "e": b"1" * 99, "f": None}
+def test_classes_are_numbers_and_bad_ones_are_attributed(tmp_path):
+    labels = {"a": b"2\n", "b": b"-1", "c": b"cat", "d": b"9999999", "e": b"1" * 99, "f": None}
     parts = [
         part
         for name, label in labels.items()
         for part in [(f"{name}.png", encode()), *([(f"{name}.cls", label)] if label else [])]
     ]
     source = opened(write_tar(tmp_path / "s.tar", parts), 0.9)
-    assert (source.keys, source.classes) == (["s.tar:a"], ("0", "1"))
+    assert (source.keys, source.classes) == (["s.tar:a"], ("0", "1", "2"))
+    assert (source[0].label, source.captions) == (2, None)
     found = reasons(source)
     assert found.keys() == {f"s.tar:{name}" for name in "bcdef"}
     assert "no whole number" in found["s.tar:b"]
@@ -409,13 +404,6 @@ def test_too_many_bad_pictures_end_the_run(tmp_path, on_demand):
     warned = pytest.warns(UserWarning, match="stands in for it")
     with warned, pytest.raises(ValueError, match="4 of 4 files cannot be used"):
         source[0]
-
-
-def test_a_set_on_demand_is_indexed_like_a_sequence(s, on_demand):
-    source = opened(s)
-    assert source[-1].key == "s.tar:00005"
-    with pytest.raises(IndexError):
-        source[6]
 
 
 def test_a_shard_that_cannot_be_read_is_named_and_one_that_shrinks_is_bad(s, monkeypatch):
