@@ -312,7 +312,7 @@ def test_only_codecs_are_trained_as_such(tmp_path):
 def test_several_processes_do_not_train_one_codec(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["train", "codec", "--data", "photos", "--out", str(tmp_path / "x")]) == 2
-    assert "WORLD_SIZE: a codec is trained by one process" in capsys.readouterr().err
+    assert "WORLD_SIZE: a codec trains in one process" in capsys.readouterr().err
 
 
 def test_what_lies_in_a_folder_goes_before_a_preset_of_its_name(smooth, tmp_path, monkeypatch):
@@ -353,12 +353,12 @@ def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path
     ("arguments", "message"),
     [
         ([], "give the codec's folder with --out"),
-        (["--out", "x", "--lora", "4"], "--lora is not for training a codec"),
-        (["--out", "x", "--gpus", "2"], "--gpus is not for training a codec"),
-        (["--out", "x", "--dry-run"], "--dry-run is not for training a codec"),
-        (["--out", "x", "--base", "y"], "--base is not for training a codec"),
-        (["--out", "x", "--parallel", "fsdp"], "--parallel is not for training a codec"),
-        (["--out", "x", "--rank-timeout", "9"], "--rank-timeout is not for training a codec"),
+        (["--out", "x", "--lora", "4"], "--lora is not for a codec"),
+        (["--out", "x", "--gpus", "2"], "--gpus is not for a codec"),
+        (["--out", "x", "--dry-run"], "--dry-run is not for a codec"),
+        (["--out", "x", "--base", "y"], "--base is not for a codec"),
+        (["--out", "x", "--parallel", "fsdp"], "--parallel is not for a codec"),
+        (["--out", "x", "--rank-timeout", "9"], "--rank-timeout is not for a codec"),
         (["--out", "x"], "data.path is not set: give a folder with --data"),
     ],
 )
