@@ -1,11 +1,17 @@
-"""Encoders give real tokens' features, whatever the batch."""
+"""Text: encoders give real tokens' features whatever the batch, and the cache stores them once."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,20 +19,19 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
+from matryoshka_diffusion.cli.main import main as cli
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
+from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.text.encoder import T5States, load_encoder
-from matryoshka_diffusion.text.feature_cache import pad
+from matryoshka_diffusion.text import feature_cache
+from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder
+from matryoshka_diffusion.text.feature_cache import FeatureCache, pad
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return load_encoder(EncoderConfig(name="minilm"))
 
 
 def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
@@ -37,21 +42,14 @@ def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
         core.post_processor = processors.TemplateProcessing(
             single="$A </s>", special_tokens=[("</s>", 1)]
         )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>" if end else None,
-        unk_token="<unk>",
-    )
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>" if end else None}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
     """A two-layer T5 with random weights, saved as any T5 is."""
-    return save_t5(tmp_path_factory.mktemp("t5"))
-
-
-def save_t5(folder):
+    folder = tmp_path_factory.mktemp("t5")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.T5Config(
@@ -67,20 +65,26 @@ def t5_copy(t5_folder, tmp_path):
     return shutil.copytree(t5_folder, tmp_path / "copy")
 
 
-def t5(folder, **options):
-    return load_encoder(EncoderConfig(name="t5", path=str(folder), **options))
+def t5(folder, *, half=False, stay=False, **options):
+    config = EncoderConfig(name="t5", path=str(folder), **options)
+    return load_encoder(config, half=half, stay=stay)
 
 
-# --- encoders --------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["minilm", "t5"])
+def encoder(request, t5_folder):
+    minilm = request.param == "minilm"
+    return load_encoder(EncoderConfig(name="minilm")) if minilm else t5(t5_folder)
 
 
-@pytest.mark.parametrize("name", ["minilm", "t5"])
-def test_features_do_not_depend_on_the_batch(name, minilm, t5_folder):
-    encoder = minilm if name == "minilm" else t5(t5_folder)
+# --- encoders ------------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_real_tokens_whatever_the_batch(encoder):
     together = encoder(CAPTIONS)
+    special = 2 if encoder.key.startswith("minilm") else 1  # [CLS] words [SEP], or words </s>
+    assert [len(x) for x in together] == [2 + special, special, 6 + special]
     for features, caption in zip(together, CAPTIONS, strict=True):
         (alone,) = encoder([caption])
-        assert features.shape == alone.shape
         assert features.dtype == torch.float32
         assert not features.requires_grad
         torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
@@ -88,31 +92,18 @@ def test_features_do_not_depend_on_the_batch(name, minilm, t5_folder):
     assert encoder([]) == []
 
 
-def test_only_real_tokens_are_kept(minilm, t5_folder):
-    assert [len(x) for x in minilm(CAPTIONS)] == [4, 2, 8]  # [CLS] words [SEP]
-    assert [len(x) for x in t5(t5_folder)(CAPTIONS)] == [3, 1, 7]  # words </s>
-
-
-@pytest.mark.parametrize("name", ["minilm", "t5"])
-def test_long_captions_are_cut_to_max_tokens(name, minilm, t5_folder):
-    encoder = minilm if name == "minilm" else t5(t5_folder)
-    with pytest.warns(
-        UserWarning, match=r"1 of 2 captions have more than 32 tokens .*'apple apple"
-    ):
+def test_long_captions_are_cut_to_max_tokens(encoder):
+    with pytest.warns(UserWarning, match=r"1 of 2 captions have more than 32 tokens"):
         short, features = encoder(["apple", "apple " * 10_000])
     assert len(short) < len(features) == 32
-    with pytest.warns(UserWarning, match="1 of 1 captions"):
-        assert torch.allclose(features, encoder(["apple " * 500])[0], atol=1e-5)
+    assert encoder.token_counts(["apple " * 500]) == [33]
 
 
-def test_minilm_understands_words(minilm):
-    mean = {x: minilm([x])[0].mean(0) for x in ("red apple", "green apple", "tractor")}
-
-    def likeness(one, other):
-        return F.cosine_similarity(mean[one], mean[other], dim=0)
-
-    assert likeness("red apple", "green apple") > likeness("red apple", "tractor") + 0.2
-    assert minilm.width == 384
+def test_minilm_understands_words():
+    minilm = load_encoder(EncoderConfig(name="minilm"))
+    red, green, other = (minilm([x])[0].mean(0) for x in ("red apple", "green apple", "tractor"))
+    likeness = F.cosine_similarity
+    assert likeness(red, green, dim=0) > likeness(red, other, dim=0) + 0.2
 
 
 def test_t5_is_transformers_own(t5_folder):
@@ -125,7 +116,7 @@ def test_t5_is_transformers_own(t5_folder):
 def best_cut(caption: str, scores: dict[str, float]) -> list[str]:
     """The released code's tokens: the best cut of a caption after a space, by dynamic programming.
 
-    It cannot be cut where a character is unknown; the released code leaves such characters out.
+    It leaves out unknown characters.
     """
     text = "".join(c for c in f" {caption}".replace(" ", "▁") if c in scores)
     best: list[tuple[float, list[str]]] = [(0.0, [])]
@@ -155,79 +146,63 @@ def test_t5_cuts_captions_as_the_released_models_were_trained(caption, t5_copy):
         transformers.T5Config(vocab_size=len(scores), d_model=8, d_kv=4, d_ff=8, num_layers=1)
     ).save_pretrained(t5_copy)
     encoder = t5(t5_copy, max_tokens=16)
-    assert isinstance(encoder, T5States)
     (ids,) = encoder._tokens([caption])["input_ids"].tolist()
     assert encoder.tokenizer.convert_ids_to_tokens(ids) == best_cut(caption, scores)[:16]
 
 
-def test_the_key_goes_with_the_model_not_with_its_place(t5_folder, t5_copy):
-    assert t5(t5_folder).key == t5(t5_copy).key
-    assert t5(t5_folder).key != t5(t5_folder, max_tokens=31).key
+def test_the_key_goes_with_model_and_tokenizer_not_with_their_place(t5_folder, t5_copy):
+    key = t5(t5_folder).key
+    assert key == t5(t5_copy).key
+    assert key != t5(t5_folder, max_tokens=31).key
+    changed = tokenizer()
+    changed.add_tokens(["Matryoshka"])
+    changed.save_pretrained(t5_copy)
+    assert key != t5(t5_copy).key
+    tokenizer().save_pretrained(t5_copy)
     model = transformers.T5EncoderModel.from_pretrained(t5_copy)
     with torch.no_grad():
         dict(model.named_parameters())["encoder.final_layer_norm.weight"][0] += 1e-3
     model.save_pretrained(t5_copy)
-    assert t5(t5_folder).key != t5(t5_copy).key
-
-
-def test_the_key_changes_with_the_tokenizer(t5_folder, t5_copy):
-    changed = tokenizer()
-    changed.add_tokens(["Matryoshka"])
-    changed.save_pretrained(t5_copy)
-    assert t5(t5_folder).key != t5(t5_copy).key
+    assert key != t5(t5_copy).key
 
 
 class Watched(torch.nn.Module):
-    """A model that notes where it was asked and how many threads were inside."""
+    """A model that notes where it is sent, and how many threads are inside at once."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.config = model, model.config
-        self.inside = self.most = 0
-
-    def forward(self, **tokens):
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        time.sleep(0.01)
-        try:
-            return self.model(**tokens)
-        finally:
-            self.inside -= 1
-
-
-def test_threads_take_turns(t5_folder):
-    """Previews encode while the feed does, and a tokenizer is no thing to share."""
-    inner = t5(t5_folder)
-    assert isinstance(inner, T5States)
-    watched = Watched(inner.model)
-    encoder = T5States("t5", watched, inner.tokenizer, 32, stay=True)
-    expected = inner(CAPTIONS)
-    with ThreadPoolExecutor(4) as threads:
-        for found in threads.map(encoder, [CAPTIONS] * 8):
-            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert watched.most == 1
-
-
-class Travelling(torch.nn.Module):
-    """A model that notes where it is sent."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config, self.places = model, model.config, []
+        self.places, self.inside, self.most = [], 0, 0
 
     def to(self, place):
         self.places.append(str(place))
         return self
 
     def forward(self, **tokens):
-        return self.model(**{name: value.cpu() for name, value in tokens.items()})
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        try:
+            return self.model(**{name: value.cpu() for name, value in tokens.items()})
+        finally:
+            self.inside -= 1
+
+
+def test_threads_take_turns(t5_folder):
+    inner = t5(t5_folder)
+    watched = Watched(inner.model)
+    encoder = T5States("t5", watched, inner.tokenizer, 32, stay=True)
+    expected = inner(CAPTIONS)
+    with ThreadPoolExecutor(4) as threads:
+        for features in threads.map(encoder, [CAPTIONS] * 8):
+            assert all(torch.equal(x, y) for x, y in zip(features, expected, strict=True))
+    assert watched.most == 1
 
 
 @pytest.mark.parametrize("stay", [False, True])
 def test_an_encoder_that_stays_leaves_the_device_only_to_rest(t5_folder, stay):
     inner = t5(t5_folder)
-    assert isinstance(inner, T5States)
-    model = Travelling(inner.model)
+    model = Watched(inner.model)
     encoder = T5States("t5", model, inner.tokenizer, 32, device="cpu:0", stay=stay)
     encoder(CAPTIONS)
     encoder(CAPTIONS)
@@ -236,46 +211,41 @@ def test_an_encoder_that_stays_leaves_the_device_only_to_rest(t5_folder, stay):
     assert model.places[-1] == "cpu"
 
 
-def test_an_encoder_that_stays_says_once_that_it_cuts(t5_folder):
-    encoder = load_encoder(EncoderConfig(name="t5", path=str(t5_folder), max_tokens=2), stay=True)
+def test_an_encoder_that_stays_warns_once_of_cuts(t5_folder):
+    encoder = t5(t5_folder, max_tokens=2, stay=True)
     assert encoder.token_counts(["red", "red apple", "red apple on the table"]) == [2, 3, 3]
-    with pytest.warns(UserWarning, match="1 of 2 captions have more than 2 tokens"):
+    with pytest.warns(UserWarning, match="1 of 2 captions"):
         encoder(["red", "red apple"])
     assert len(encoder(["red apple"])[0]) == 2  # a warning would be an error
 
 
 def test_half_a_t5_is_the_whole_one_rounded(t5_folder):
-    config = EncoderConfig(name="t5", path=str(t5_folder))
-    whole, half = load_encoder(config), load_encoder(config, half=True)
+    whole, half = t5(t5_folder), t5(t5_folder, half=True)
     assert (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     assert half.key == f"{whole.key}-bf16"
     for x, y in zip(whole(CAPTIONS), half(CAPTIONS), strict=True):
-        assert y.dtype == torch.float32
         assert torch.equal(y, y.bfloat16().float()), "so bf16 stores it exactly"
         torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
 
 
-# --- encoders that cannot be loaded ----------------------------------------------------------
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (None, ConfigError, r"encoder\.path is not set"),
+        ("/no/such/folder", FileNotFoundError, r"no such folder.*encoder\.path"),
+        ("a/b/c", FileNotFoundError, r"no such folder.*encoder\.path"),
+        ("nobody/nothing", OSError, r"nobody/nothing: .*encoder\.path"),
+    ],
+)
+def test_a_t5_that_is_not_there_is_named(path, error, message):
+    with pytest.raises(error, match=message) as info:
+        load_encoder(EncoderConfig(name="t5", path=path))
+    assert "\n" not in str(info.value)
 
 
-def test_t5_needs_a_path():
-    with pytest.raises(ConfigError, match=r"encoder\.path is not set.*google/flan-t5-xl"):
-        load_encoder(EncoderConfig(name="t5"))
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/none", "a/b/c"])
-def test_a_folder_that_is_not_there_is_named(path):
-    with pytest.raises(FileNotFoundError, match=r"no such folder; encoder\.path takes a folder"):
-        t5(path)
-
-
-def test_a_hub_id_without_network_is_one_line():
-    with pytest.raises(OSError, match=r"cannot load T5 from nobody/nothing: .*encoder\.path") as e:
-        t5("nobody/nothing")
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("damage", ["no weights", "truncated", "config", "pickle", "tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["no weights", "truncated", "config", "pickle", "tokenizer", "missing key"]
+)
 def test_a_damaged_folder_is_named_in_one_line(t5_copy, damage):
     weights = t5_copy / "model.safetensors"
     if damage == "truncated":
@@ -284,32 +254,23 @@ def test_a_damaged_folder_is_named_in_one_line(t5_copy, damage):
         (t5_copy / "config.json").write_text("{")
     elif damage == "tokenizer":
         (t5_copy / "tokenizer.json").write_text('{"version": "1.0", "added')
+    elif damage == "missing key":
+        tensors = load_file(weights)
+        del tensors["encoder.final_layer_norm.weight"]
+        save_file(tensors, weights, {"format": "pt"})
     else:
         if damage == "pickle":
             torch.save({}, t5_copy / "pytorch_model.bin")
         weights.unlink()
-    with pytest.raises(OSError, match=r"cannot load T5 from .*copy: .*encoder\.path") as error:
+    with pytest.raises(OSError, match=r"copy.*: .*encoder\.path") as error:
         t5(t5_copy)
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_model_are_refused(t5_copy):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(t5_copy / "model.safetensors")
-    del weights["encoder.final_layer_norm.weight"]
-    save_file(weights, t5_copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(OSError, match=r"is no T5 encoder: 1 weights are missing, first .*final"):
-        t5(t5_copy)
-
-
-def test_a_tokenizer_without_an_end_is_refused(t5_copy):
+def test_what_an_encoder_cannot_do_is_refused(t5_copy):
     tokenizer(end=False).save_pretrained(t5_copy)
     with pytest.raises(ValueError, match="'' has no token at all"):
         t5(t5_copy)
-
-
-def test_more_tokens_than_the_model_takes_are_refused():
     with pytest.raises(ConfigError, match=r"encoder\.max_tokens is 513, but minilm takes 512"):
         load_encoder(EncoderConfig(name="minilm", max_tokens=513))
 
@@ -323,9 +284,6 @@ def test_missing_packages_name_their_extra(monkeypatch):
         load_encoder(EncoderConfig(name="minilm"))
 
 
-# --- padding ---------------------------------------------------------------------------------
-
-
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
 def test_padding_keeps_every_token_and_marks_it(lengths):
     rng = np.random.default_rng(sum(lengths))
@@ -336,3 +294,302 @@ def test_padding_keeps_every_token_and_marks_it(lengths):
     for row, real, feature in zip(stacked, mask, features, strict=True):
         assert torch.equal(row[real], feature)
         assert (row[~real] == 0).all()
+
+
+# --- the cache of features -----------------------------------------------------------------------
+
+
+class Counting(HiddenStates):
+    """An encoder that notes its captions: one row of 3 small whole numbers a letter, and one."""
+
+    key, width, max_tokens = "counting", 3, 20
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+        self.encoded, self.rests = [], 0
+
+    def __call__(self, captions):
+        self.encoded += captions
+        return [self.features(caption) for caption in captions]
+
+    def token_counts(self, captions):
+        return [min(len(caption) + 1, self.max_tokens + 1) for caption in captions]
+
+    def rest(self):
+        self.rests += 1
+
+    @staticmethod
+    def features(caption):
+        codes = [float(ord(character) % 128) for character in f"{caption}."[:20]]
+        return torch.tensor(codes)[:, None] * torch.tensor([1.0, 0.5, -1.0])
+
+
+def right(captions, features):
+    expected = [Counting.features(caption) for caption in captions]
+    return all(
+        x.dtype == torch.float32 and torch.equal(x, y)
+        for x, y in zip(features, expected, strict=True)
+    )
+
+
+def filled(folder, captions, dtype=torch.float32):
+    """A cache that an earlier process has filled, and its own encoder, which is unused so far."""
+    FeatureCache(Counting(dtype), folder).add(captions)
+    encoder = Counting(dtype)
+    return FeatureCache(encoder, folder), encoder
+
+
+def chunks(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_features_are_read_and_others_are_encoded_once(tmp_path, dtype):
+    cache, encoder = filled(tmp_path, ["a", "bb", "", "a"], dtype)
+    assert right(["", "bb", "a", "bb"], cache(["", "bb", "a", "bb"]))
+    assert encoder.encoded == []
+    assert len(cache.store) == 3
+    mixed = ["new", "a", "new", "", "newer"]
+    assert right(mixed, cache(mixed))
+    assert encoder.encoded == ["new", "newer"]
+    assert len(chunks(tmp_path)) == 1
+    assert cache([]) == []
+
+
+def test_a_caption_is_stored_once_and_the_encoder_then_rests(tmp_path):
+    encoder = Counting()
+    cache = FeatureCache(encoder, tmp_path)
+    cache.add(["b", "a", "", "b", "ccc"])
+    cache.add(["ccc", "new", "a"])
+    assert sorted(encoder.encoded) == ["", "a", "b", "ccc", "new"]
+    assert encoder.rests == 2
+    cache.add(["new"])
+    assert len(chunks(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "expected"),
+    [("_CHUNK", 10, 3), ("_BYTES", 8 * 10 * 3 * 4, 4), ("_SECONDS", 0.0, 7)],
+)
+def test_captions_are_split_into_batches_and_chunks(tmp_path, monkeypatch, limit, value, expected):
+    monkeypatch.setattr(feature_cache, "_BATCH", 4)
+    monkeypatch.setattr(feature_cache, limit, value)
+    captions = [f"picture {n:02}"[-9:] for n in range(25)]
+    progress = []
+    cache = FeatureCache(Counting(), tmp_path)
+    cache.add(captions, lambda *counts: progress.append(counts))
+    assert len(chunks(tmp_path)) == expected
+    assert progress == sorted(progress)
+    assert progress[-1] == (25, 25)
+    assert right(captions[::-1], cache(captions[::-1]))
+    assert right(captions, FeatureCache(Counting(), tmp_path)(captions))
+
+
+def test_captions_of_similar_length_are_encoded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    encoder = Counting()
+    FeatureCache(encoder, tmp_path).add(["long one", "a", "long two", "b"])
+    assert encoder.encoded == ["a", "b", "long one", "long two"]
+
+
+def test_two_caches_may_fill_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path))
+    one, other = FeatureCache(Counting()), FeatureCache(Counting())
+    for cache in (one, other):
+        cache.add(["a", "b"])
+    one.add(["c"])
+    other.add(["b", "c", "d"])  # it has not seen the other's new chunk
+    again = FeatureCache(Counting(), tmp_path / "text" / "counting")
+    assert right(["d", "c", "b", "a"], again(["d", "c", "b", "a"]))
+    assert len(again.store) == 4
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "garbage", "no captions", "other width", "too few", "type"]
+)
+def test_a_corrupt_chunk_is_made_again_with_a_warning(tmp_path, damage):
+    filled(tmp_path, ["keep"])
+    (keep,) = chunks(tmp_path)
+    filled(tmp_path, ["a", "b"])
+    (broken,) = set(chunks(tmp_path)) - {keep}
+    whole = broken.read_bytes()
+    offsets = torch.tensor([0, 2, 4])
+    other = {"values": torch.zeros(4, 2), "offsets": offsets}
+    fitting = {"values": torch.zeros(4, 3), "offsets": offsets}
+    names = {"captions": f'["{"0" * 32}", "{"1" * 32}"]'}
+    content = {
+        "truncated": whole[:-1],
+        "empty": b"",
+        "garbage": b"\xff" * 64,
+        "no captions": save(other),
+        "other width": save(other, names),
+        "too few": save(fitting, {"captions": f'["{"0" * 32}"]'}),
+        "type": save({**fitting, "values": torch.zeros(4, 3).half()}, names),
+    }
+    broken.write_bytes(content[damage])
+    encoder = Counting()
+    with pytest.warns(UserWarning, match=r"safetensors is corrupt and is made again"):
+        cache = FeatureCache(encoder, tmp_path)
+    cache.add(["a", "keep", "b"])
+    assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
+    assert sorted(encoder.encoded) == ["a", "b"]
+    assert broken.read_bytes() == whole
+
+
+def test_a_chunk_that_another_process_removes_is_passed_over(tmp_path, monkeypatch):
+    filled(tmp_path, ["a"])
+    gone = tmp_path / "0.safetensors"
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *arguments: [*glob(*arguments), gone])
+    assert len(FeatureCache(Counting(), tmp_path).store) == 1
+
+
+# --- interruptions of the cache ------------------------------------------------------------------
+
+CAPTIONS_TO_KILL = [f"caption {n:02}" for n in range(40)]
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from matryoshka_diffusion import files
+from matryoshka_diffusion.text import feature_cache
+from test_text import CAPTIONS_TO_KILL, Counting
+
+feature_cache._BATCH, feature_cache._CHUNK = 5, 10
+count = 0
+
+def killing(real):
+    def call(*arguments):
+        global count
+        count += 1
+        if count == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+    return call
+
+if sys.argv[2] == "encoding":
+    Counting.__call__ = killing(Counting.__call__)
+else:
+    setattr(files.os, sys.argv[2], killing(getattr(os, sys.argv[2])))
+feature_cache.FeatureCache(Counting(), Path(sys.argv[1])).add(CAPTIONS_TO_KILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "whole"),
+    [("encoding", 6, 2), ("replace", 3, 2), ("fsync", 3, 1)],  # two fsyncs a chunk
+)
+def test_kill_9_costs_one_chunk_at_most(tmp_path, at, count, whole):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), at, str(count)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    encoder = Counting()
+    cache = FeatureCache(encoder, tmp_path)
+    assert len(cache.store) == whole * 10
+    cache.add(CAPTIONS_TO_KILL)
+    assert len(encoder.encoded) == 40 - whole * 10
+    assert right(CAPTIONS_TO_KILL, FeatureCache(Counting(), tmp_path)(CAPTIONS_TO_KILL))
+
+
+def test_an_error_keeps_the_chunks_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_CHUNK", 2)
+
+    class Failing(Counting):
+        def __call__(self, captions):
+            if "c" in captions:
+                raise RuntimeError("out of memory")
+            return super().__call__(captions)
+
+    encoder = Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        FeatureCache(encoder, tmp_path).add(["a", "b", "c", "d"])
+    assert encoder.rests == 1
+    assert right(["a", "b"], filled(tmp_path, [])[0](["a", "b"]))
+
+
+def test_a_disk_that_fills_up_is_loud_and_keeps_the_chunks_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_CHUNK", 2)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_after_the_first(done, _):
+        if done == 4:
+            monkeypatch.setattr(os, "fsync", full)
+
+    cache = FeatureCache(Counting(), tmp_path)
+    with pytest.raises(OSError, match=rf"{tmp_path}/.*No space left.* bytes needed, .* free"):
+        cache.add(["a", "b", "c", "d"], fill_after_the_first)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert right(["a", "b"], filled(tmp_path, [])[0](["a", "b"]))
+
+
+def test_remains_of_a_killed_process_are_removed_when_they_are_old(tmp_path):
+    old, new = tmp_path / ".x.safetensors.1.tmp", tmp_path / ".y.safetensors.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    FeatureCache(Counting(), tmp_path).add(["a"])
+    assert new.exists()
+    assert not old.exists()
+
+
+# --- estimates -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_is_known_before_it_starts(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(feature_cache, "_SAMPLE", 500)
+    lengths = np.random.default_rng(0).integers(0, 30, 3_000)
+    captions = [f"{n:04}" + "x" * length for n, length in enumerate(lengths)]
+    cache = FeatureCache(Counting(dtype), tmp_path)
+    cache.add(captions[:1_000])
+    before = cache.store.bytes
+    estimate = cache.estimate([*captions, *captions])
+    assert estimate.captions == 3_000
+    assert estimate.missing == captions[1_000:]
+    assert estimate.cut == pytest.approx((lengths[1_000:] > 15).mean(), abs=0.05)
+    cache.add(estimate.missing)
+    assert estimate.needed == pytest.approx(cache.store.bytes - before, rel=0.05)
+    assert cache.estimate(captions)[1:] == ([], 0, 0.0, 0)
+
+
+def test_the_time_is_that_of_a_sample_of_similar_captions(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    class Slow(Counting):
+        def __call__(self, captions):
+            clock[0] += sum(map(len, captions))
+            return super().__call__(captions)
+
+    monkeypatch.setattr(feature_cache.time, "perf_counter", lambda: clock[0])
+    captions = [f"{n:03}" + "x" * (n % 11) for n in range(990)]  # 8 letters each on average
+    encoder = Slow()
+    cache = FeatureCache(encoder, tmp_path)
+    assert cache.seconds(captions) == pytest.approx(8 * 990, rel=0.05)
+    assert len(encoder.encoded) == 65
+
+
+def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch, capsys):
+    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "a.png", None)
+    (tmp_path / "a.txt").write_text("nothing at all")
+    usage = type(shutil.disk_usage(tmp_path))(1000, 990, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert cli(["embed", "folder-64", "--data", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"do not fit into .*needed, 10 bytes free; .*MDM_CACHE", error)
+
+
+@pytest.mark.parametrize("name", ["minilm", "t5"])
+@pytest.mark.parametrize("half", [False, True])
+def test_cached_features_are_those_on_the_fly(name, half, tiny_t5, tmp_path):
+    """Bit for bit in the stored type, where the batch is the same."""
+    path = str(tiny_t5) if name == "t5" else None
+    encoder = load_encoder(EncoderConfig(name=name, path=path), half=half, stay=True)
+    captions = sorted(CAPTIONS, key=len)
+    direct = FeatureCache(encoder, tmp_path)(captions)
+    cache = FeatureCache(encoder, tmp_path)
+    cache.add(CAPTIONS)
+    for cached, fresh in zip(cache(captions), direct, strict=True):
+        assert torch.equal(cached, fresh)
