@@ -255,8 +255,8 @@ class Stored(Mapping[str, Tensor]):
 
 def _newest_first(folder: Path, up_to: Path | None = None) -> list[Path]:
     """Checkpoint folders by falling number, complete or not."""
-    names = sorted((p.name for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
-    return [folder / name for name in names if up_to is None or name <= up_to.name]
+    paths = sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
+    return [path for path in paths if up_to is None or path.name <= up_to.name]
 
 
 def _flaw(path: Path) -> str | None:

@@ -331,14 +331,15 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: RunConfig | CodecRunConfig, images_seen: int) -> None:
         self._wandb: Any = require("wandb", "wandb", "--log wandb")
         self._path = folder / "wandb" / "run.json"
-        self._note = self._resumed = _read_note(self._path)
-        self._remember(self._note)
+        self._id, self._last, self._names = self._read()
+        self._resumed = self._last, tuple(self._names)
+        self._remember(self._last, self._names)
         online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "matryoshka-diffusion"),
                 name=folder.resolve().name,
-                id=self._note.id,
+                id=self._id,
                 resume="allow",
                 dir=str(folder),
                 mode=os.environ.get("WANDB_MODE", online),
@@ -362,40 +363,31 @@ class WeightsAndBiases:
         self._run.finish()
 
     def _send(self, values: dict[str, Any], images_seen: int) -> None:
-        _, last, names = self._resumed
+        last, names = self._resumed
         if images_seen == last:  # a kill may have kept some of them from being sent
             values = {name: value for name, value in values.items() if name not in names}
         if values and images_seen >= last:
             self._run.log(values, step=images_seen)
-            before = self._note.names if images_seen == self._note.images_seen else []
-            self._remember(_Note(self._note.id, images_seen, [*before, *values]))
+            before = self._names if images_seen == self._last else []
+            self._remember(images_seen, [*before, *values])
 
-    def _remember(self, note: _Note) -> None:
-        self._note = note
-        text = json.dumps(note._asdict()).encode()
-        write_atomically(self._path, lambda file: file.write(text))
+    def _remember(self, images_seen: int, names: list[str]) -> None:
+        self._last, self._names = images_seen, names
+        note = {"id": self._id, "images_seen": images_seen, "names": names}
+        write_atomically(self._path, lambda file: file.write(json.dumps(note).encode()))
 
-
-class _Note(NamedTuple):
-    """A run's id at Weights & Biases, the last step that was sent, and the names sent with it."""
-
-    id: str
-    images_seen: int
-    names: list[str]
-
-
-def _read_note(path: Path) -> _Note:
-    """Read the note; a new run if there is none. Raises ValueError if it is damaged."""
-    if not path.exists():
-        return _Note(secrets.token_hex(8), 0, [])
-    try:
-        note = json.loads(path.read_bytes())
-        return _Note(str(note["id"]), int(note["images_seen"]), list(note["names"]))
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): remove it, and a new run of "
-            "Weights & Biases is begun for what is still to come"
-        ) from error
+    def _read(self) -> tuple[str, int, list[str]]:
+        """Read the note; a new run if there is none. Raises ValueError if it is damaged."""
+        if not self._path.exists():
+            return secrets.token_hex(8), 0, []
+        try:
+            note = json.loads(self._path.read_bytes())
+            return str(note["id"]), int(note["images_seen"]), list(note["names"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{self._path} is damaged ({type(error).__name__}: {error}): remove it, and a new "
+                "run of Weights & Biases is begun for what is still to come"
+            ) from error
 
 
 SINKS: dict[str, OpenSink] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
