@@ -69,7 +69,7 @@ def start_ranks(size: int, *arguments: str, script: str = __file__) -> list[subp
 def run_ranks(size: int, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Do `jobs` on `size` ranks, which must succeed; returns what each said on stderr."""
     processes = start_ranks(size, json.dumps(list(jobs)))
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
     return said
 
