@@ -1,7 +1,7 @@
 """Videos: one clip of a file, decoded safely, through PyAV (FFmpeg) or Pillow (WEBP, GIF).
 
-The first bytes of a file decide its format. Only what a clip needs is decoded, and only the small
-version of a frame is kept, so memory does not depend on the length of a video.
+The first bytes of a file decide its format. Only what a clip needs is decoded, and only
+the small version of a frame is kept, so memory does not depend on the length of a video.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ class Animation:
         self._file.seek(count, io.SEEK_CUR)
 
     def _next(self) -> bytes:
-        """Next byte; empty at the end of the file."""
         self._deadline.check()
-        return self._file.read(1)
+        return self._file.read(1)  # empty at the end of the file
 
 
 # --- MP4, MOV, WEBM, MKV and AVI -------------------------------------------------------------
@@ -246,9 +245,8 @@ class Container:
         yield from _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
-        """All frames from here on; packets without a frame take their time, too."""
         for packet in container.demux(stream):
-            self._deadline.check()
+            self._deadline.check()  # packets without a frame take their time, too
             yield from packet.decode()
 
     @contextmanager
