@@ -48,6 +48,11 @@ class Gallery(NamedTuple):
     def moves(self) -> bool:
         return self.levels[-1].ndim == 5
 
+    @property
+    def texts(self) -> tuple[str, ...] | None:
+        """The captions, or None if all of them are empty."""
+        return self.captions if any(self.captions) else None
+
     def part(self, places: slice) -> Gallery:
         """Some of the samples, with their own captions and seeds in the settings."""
         levels = tuple(level[places] for level in self.levels)
@@ -167,12 +172,11 @@ def save(samples: Gallery, out: Path, form: ClipForm | None = None) -> str:
     suffix = CLIP_FORMS[form or "webp"] if samples.moves else ".png"
     for i, caption in enumerate(samples.captions):
         name = "-".join(filter(None, (f"{i:03d}", _slug(caption))))
-        one = samples.part(slice(i, i + 1))
-        _save_one(one.levels[-1][0], out / f"{name}{suffix}", one.settings)
+        _save_file(samples.part(slice(i, i + 1)), out / f"{name}{suffix}")
     sheets = samples.part(slice(ON_SHEETS)) if samples.moves else samples
     settings, fps = sheets.settings, sheets.settings["fps"]
     if samples.moves:
-        grid.save_png(_strip(sheets), out / f"{grid.STRIP}.png", settings)
+        _save_file(sheets, out / f"{grid.STRIP}.png")
     clips.save_pages(levels(sheets), out / grid.LEVELS, fps, settings)
     together = clips.save_pages(grid_of(sheets), out / grid.GRID, fps, settings)
     first = "" if len(sheets.captions) == count else f"the first {ON_SHEETS} "
@@ -181,55 +185,33 @@ def save(samples: Gallery, out: Path, form: ClipForm | None = None) -> str:
 
 def _save_file(samples: Gallery, out: Path) -> None:
     finest, only = samples.levels[-1], len(samples.captions) == 1
-    if out.suffix.lower() in clips.SUFFIXES:
+    if out.suffix.lower() in clips.FASTEST:
         cell = max(CELL, finest.shape[-2])  # no pixel is averaged away
         frames = finest[0] if only else map(np.asarray, grid_of(samples, cell))
         clips.save_clip(frames, out, samples.settings["fps"], samples.settings)
     elif samples.moves:
-        grid.save_png(_strip(samples), out, samples.settings)
+        grid.save_png(grid.strip(finest, samples.texts), out, samples.settings)
     else:
         grid.save_png(finest[0] if only else grid_of(samples)[0], out, samples.settings)
 
 
-def _save_one(
-    sample: UInt8[np.ndarray, "... h w c"], path: Path, settings: Mapping[str, Any]
-) -> None:
-    if sample.ndim == 4:
-        clips.save_clip(sample, path, settings["fps"], settings)
-    else:
-        grid.save_png(sample, path, settings)
-
-
 def grid_of(samples: Gallery, cell: int = CELL) -> list[Image.Image]:
     """The finest level of all samples, a row for each caption; one page for each frame."""
-    rows = [
-        (caption, [number for number, _ in group][start : start + ROW])
-        for caption, members in itertools.groupby(enumerate(samples.captions), lambda x: x[1])
-        for group in [list(members)]
-        for start in range(0, len(group), ROW)
-    ]
-    captions = [caption for caption, _ in rows]
+    rows: list[list[int]] = []
+    for number, caption in enumerate(samples.captions):
+        if not rows or caption != samples.captions[rows[-1][0]] or len(rows[-1]) == ROW:
+            rows.append([])
+        rows[-1].append(number)
+    captions = [samples.captions[row[0]] for row in rows] if samples.texts else None
     return [
-        grid.grid(
-            [[pictures[number] for number in numbers] for _, numbers in rows],
-            captions=captions if any(captions) else None,
-            cell=cell,
-        )
-        for (pictures,) in grid.moments([samples.levels[-1]])
+        grid.grid([list(images[row]) for row in rows], captions=captions, cell=cell)
+        for (images,) in grid.moments([samples.levels[-1]])
     ]
 
 
 def levels(samples: Gallery) -> list[Image.Image]:
     """Every level of every sample, coarse to fine; one page for each frame."""
-    return grid.pages(samples.levels, captions=_captions(samples), blocks=2)
-
-
-def _strip(samples: Gallery) -> Image.Image:
-    return grid.strip(samples.levels[-1], _captions(samples))
-
-
-def _captions(samples: Gallery) -> tuple[str, ...] | None:
-    return samples.captions if any(samples.captions) else None
+    return grid.pages(samples.levels, captions=samples.texts, blocks=2)
 
 
 def _slug(text: str, longest: int = 40) -> str:
