@@ -57,10 +57,13 @@ def grow_run(
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
     level = finer(config.model.levels[-1])
     lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
+    new_data = [] if data is None else [("data.path", absolute(data))]
+    if data is not None and config.data.source != "fluent-emoji":  # else a copy of the same set
+        new_data.insert(0, ("data.source", "folder"))  # `with_source` finds what it is
     changes = [
         *_added_level(config, level),
         *((f"train.stages[0].{name}", images) for name, images in lengths),
-        *_new_data(config, data),
+        *new_data,
         *map(assignment, assignments),
     ]
     grown = changed(config, changes, where=f"{run} with a level of {level.size}")
@@ -98,13 +101,6 @@ def _added_level(config: RunConfig, level: LevelConfig) -> list[tuple[str, Any]]
         if len(values) > 1:  # one for each level: the new one takes the finest one's
             changes.append((f"{part}.{name}", (*values, values[-1])))
     return changes
-
-
-def _new_data(config: RunConfig, data: str | None) -> list[tuple[str, Any]]:
-    """The changes for other data: a copy of the same set, or what `with_source` finds there."""
-    path = [] if data is None else [("data.path", absolute(data))]
-    same = data is None or config.data.source == "fluent-emoji"
-    return path if same else [("data.source", "folder"), *path]
 
 
 def warm_start(config: RunConfig, out: Path) -> None:

@@ -197,19 +197,13 @@ class Job(NamedTuple):
     """A run that can start, as `train.trainer.train` takes it."""
 
     config: RunConfig
-    source: Source
-    """The data to train on."""
-    held_out: Source | None
-    """The data without training, if any."""
-    loader: LatentLoader
-    """Batches of `source`, as latents where there is a codec."""
-    encode: FeatureCache | None
-    """Text features of captions, if any."""
-    base: dict[str, Tensor] | None
-    """The weights that adapters are put around, if any."""
+    source: Source  # to train on
+    held_out: Source | None  # without training, if any
+    loader: LatentLoader  # batches of `source`, as latents where there is a codec
+    encode: FeatureCache | None  # text features of captions, if any
+    base: dict[str, Tensor] | None  # weights that adapters are put around, if any
     codec: Codec
-    notes: str
-    """The origin of text features and latents, in words."""
+    notes: str  # origin of text features and latents, in words
 
 
 def prepare(
