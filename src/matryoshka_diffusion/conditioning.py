@@ -70,11 +70,9 @@ class Conditioning:
         if self.tokens is None or self.tokens.shape[1] == tokens:
             return self
         missing = tokens - self.tokens.shape[1]
-        mask = self.mask
-        if mask is None:
-            mask = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
-        longer = F.pad(self.tokens, (0, 0, 0, missing))
-        return replace(self, tokens=longer, mask=F.pad(mask, (0, missing)))
+        real = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+        mask = F.pad(real if self.mask is None else self.mask, (0, missing))
+        return replace(self, tokens=F.pad(self.tokens, (0, 0, 0, missing)), mask=mask)
 
     def drop(self, rows: Bool[Tensor, " b"]) -> Conditioning:
         """Hide label and text in these rows. Classifier-free guidance needs such rows."""

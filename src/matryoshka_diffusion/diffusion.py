@@ -60,17 +60,9 @@ class Process:
     def from_config(cls, process: ProcessConfig, model: ModelConfig) -> Process:
         """The process of a model's levels."""
         levels = len(model.levels)
-        return cls(
-            schedules=build_schedules(model),
-            prediction=process.prediction,
-            weightings=tuple(
-                _follow_shift(weighting, level)
-                for weighting, level in zip(
-                    per_level(process.weighting, levels), model.levels, strict=True
-                )
-            ),
-            level_weights=per_level(process.level_weights, levels),
-        )
+        weightings = map(_follow_shift, per_level(process.weighting, levels), model.levels)
+        level_weights = per_level(process.level_weights, levels)
+        return cls(build_schedules(model), process.prediction, tuple(weightings), level_weights)
 
     def ramped(self, factors: Sequence[float]) -> Process:
         """The process with each level weight multiplied by its factor, if there are factors."""

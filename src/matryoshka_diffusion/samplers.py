@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,8 @@ from matryoshka_diffusion.schedule import STEPS, NoiseSchedule, alpha_sigma, tim
 
 Schedules = Sequence[NoiseSchedule]
 Times = Float[Tensor, " n"]
+NoiseSource = Callable[[str, int, int], Tensor]
+"""Noise for (purpose, step, level): "start" for the first latents, "step" for what a step adds."""
 
 
 class State(NamedTuple):
@@ -34,16 +36,6 @@ class State(NamedTuple):
     t: float
     z: Pyramid
     x: Pyramid
-
-
-@runtime_checkable
-class NoiseSource(Protocol):
-    """A source of noise for samplers.
-
-    `purpose` is "start" for the initial latents and "step" for the noise that `step` adds.
-    """
-
-    def __call__(self, purpose: str, step: int, level: int) -> Tensor: ...
 
 
 class SeededNoise:

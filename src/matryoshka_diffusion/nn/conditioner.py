@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -48,38 +49,27 @@ class Conditioner(nn.Module):
             nn.init.normal_(self.label.weight, std=0.02)
         # Linear and without a bias, so that an image without augmentation (zeros) adds nothing. It
         # is built last, because building draws numbers that the weights above must not depend on.
-        wide = config.embedding
-        self.augment = (
-            zero(nn.Linear(AUGMENT_NUMBERS, wide, bias=False)) if config.augment else None
-        )
+        augment = nn.Linear(AUGMENT_NUMBERS, config.embedding, bias=False)
+        self.augment = zero(augment) if config.augment else None
 
     def forward(self, cond: Conditioning) -> Context:
         """Raises ValueError if a condition that the network was built for is missing."""
         if missing := self.micro - cond.micro.keys():
             raise ValueError(f"this network is conditioned on {min(missing)}: add it to micro")
-        tokens = mask = embedding = None
+        tokens = mask = None
+        embeddings: list[Tensor] = []
         if self.text is not None:
-            tokens, mask, embedding = self.text(cond)
-        for part in (self._label(cond), self._augment(cond)):
-            if part is not None:
-                embedding = part if embedding is None else embedding + part
-        return Context(cond, tokens, mask, embedding)
-
-    def _label(self, cond: Conditioning) -> Float[Tensor, "b e"] | None:
-        if self.label is None:
-            return None
-        if cond.labels is None:
-            raise ValueError("this network is conditioned on classes, but labels is None")
-        hidden = self.label.num_embeddings - 1
-        dropped = cond.dropped
-        return self.label(
-            cond.labels if dropped is None else torch.where(dropped, hidden, cond.labels)
-        )
-
-    def _augment(self, cond: Conditioning) -> Float[Tensor, "b e"] | None:
-        if self.augment is None or cond.augment is None:
-            return None
-        return self.augment(cond.augment)
+            tokens, mask, pooled = self.text(cond)
+            embeddings.append(pooled)
+        if self.label is not None:
+            if (labels := cond.labels) is None:
+                raise ValueError("this network is conditioned on classes, but labels is None")
+            if cond.dropped is not None:
+                labels = torch.where(cond.dropped, self.label.num_embeddings - 1, labels)
+            embeddings.append(self.label(labels))
+        if self.augment is not None and cond.augment is not None:
+            embeddings.append(self.augment(cond.augment))
+        return Context(cond, tokens, mask, reduce(torch.add, embeddings) if embeddings else None)
 
 
 class TextTower(nn.Module):
@@ -119,16 +109,13 @@ class TextTower(nn.Module):
     def _with_null(self, cond: Conditioning) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
         """Replace the text of dropped rows by the learned null token."""
         assert cond.tokens is not None
-        tokens = cond.tokens
-        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-        mask = mask if cond.mask is None else cond.mask
+        tokens, mask = cond.tokens, cond.mask
+        if mask is None:
+            mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         if cond.dropped is None:
             return tokens, mask
         if self.null is None:
-            raise ValueError(
-                "this network has no learned null caption: encode the empty caption instead of "
-                "dropping rows"
-            )
+            raise ValueError("no learned null caption: encode '' instead of dropping rows")
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         dropped = cond.dropped[:, None]
         tokens = torch.where(dropped[:, :, None], self.null.to(tokens.dtype), tokens)

@@ -15,7 +15,7 @@ GROUPS = 32
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Set all parameters to zero. A branch that ends in such a layer starts as a no-op."""
+    """Set all parameters to zero, so that a branch that ends here starts as a no-op."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -36,26 +36,17 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
-class Unshuffle(nn.PixelUnshuffle):
-    """Fold squares of pixels into channels. Torch would leave an empty batch as it is."""
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        if len(x):
-            return super().forward(x)
-        _, channels, height, width = x.shape
-        patch = self.downscale_factor
-        return x.reshape(0, channels * patch**2, height // patch, width // patch)
+def unshuffle(x: Float[Tensor, "n c h w"], patch: int) -> Float[Tensor, "n c2 h2 w2"]:
+    """Fold squares of pixels into channels. `F.pixel_unshuffle` leaves an empty batch as it is."""
+    height, width = x.shape[2] // patch, x.shape[3] // patch
+    squares = x.unflatten(3, (width, patch)).unflatten(2, (height, patch))
+    return squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
-class Shuffle(nn.PixelShuffle):
-    """The reverse of `Unshuffle`."""
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        if len(x):
-            return super().forward(x)
-        _, channels, height, width = x.shape
-        patch = self.upscale_factor
-        return x.reshape(0, channels // patch**2, height * patch, width * patch)
+def shuffle(x: Float[Tensor, "n c h w"], patch: int) -> Float[Tensor, "n c2 h2 w2"]:
+    """The reverse of `unshuffle`."""
+    squares = x.unflatten(1, (x.shape[1] // patch**2, patch, patch)).permute(0, 1, 4, 2, 5, 3)
+    return squares.flatten(4, 5).flatten(2, 3)
 
 
 def sinusoid(x: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:

@@ -17,12 +17,12 @@ from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.layers import (
     Attention,
     ResidualBlock,
-    Shuffle,
-    Unshuffle,
     conv3,
     mlp,
     norm,
+    shuffle,
     sinusoid,
+    unshuffle,
     without_autocast,
     zero,
 )
@@ -68,23 +68,19 @@ class Level(nn.Module):
         self.micro = nn.ModuleDict(
             {micro.name: mlp(self.frequencies, model.embedding) for micro in config.micro}
         )
-        self.unshuffle = Unshuffle(config.patch)
         self.stem = conv3(inputs * config.patch**2, config.widths[0])
         self.encoder, self.skip_widths = build_encoder(model, config)
+        self.core_width = self.skip_widths[-1]  # channels between `encode` and `decode`
 
     def add_decoder(self, model: ModelConfig) -> None:
         """Build the second half. The nest draws other weights between the two."""
         config = self.config
-        self.middle = build_middle(model, config, self.core_width)
+        core, deepest = self.core_width, len(config.widths) - 1
+        layers = (1, 0) if config.middle else ()  # of attention, in two blocks
+        self.middle = nn.ModuleList(Block(model, config, core, core, deepest, n) for n in layers)
         self.decoder = build_decoder(model, config, self.skip_widths)
         self.norm = norm(config.widths[0])
         self.head = zero(conv3(config.widths[0], model.channels * config.patch**2))
-        self.shuffle = Shuffle(config.patch)
-
-    @property
-    def core_width(self) -> int:
-        """Channels of the features between `encode` and `decode`."""
-        return self.skip_widths[-1]
 
     def encode(
         self,
@@ -104,7 +100,7 @@ class Level(nn.Module):
         rows = len(x)
         context = context.rows(rows)
         embedding = self.embed(t[:rows], context)
-        h = self.stem(self.unshuffle(frames_as_rows(x)))
+        h = self.stem(unshuffle(frames_as_rows(x), self.config.patch))
         if incoming is not None:
             h = h + pad_rows(incoming, len(h))
         skips = [h]
@@ -128,7 +124,7 @@ class Level(nn.Module):
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             h = self._run(block, h, embedding, context, skip)
-        predicted = self.shuffle(self._run(self._predict, h))
+        predicted = shuffle(self._run(self._predict, h), self.config.patch)
         return h, rows_as_frames(predicted, self.config.frames)
 
     def _predict(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n p y x"]:
@@ -204,7 +200,11 @@ class Block(nn.Module):
         self.frame_attention = nn.ModuleList(
             FrameAttention(outputs, config.heads, self.frames) for _ in range(over_frames)
         )
-        self.up = build_up(config, outputs, index - 1) if up else None
+        self.up = None
+        if up and config.frame_stride(index - 1) > 1:
+            self.up = UpFrames(outputs, self.frames)
+        elif up:
+            self.up = Up(outputs, config.stride(index - 1))
 
     def forward(
         self,
@@ -248,20 +248,6 @@ class Up(nn.Conv2d):
         return super().forward(F.interpolate(h, scale_factor=self.scale))
 
 
-def build_down(config: LevelConfig, width: int, step: int) -> nn.Module:
-    """The layer from the width of this index to the next one; it halves the frames or the side."""
-    if config.frame_stride(step) > 1:
-        return DownFrames(width, config.frames_at(step))
-    return Down(width, config.stride(step))
-
-
-def build_up(config: LevelConfig, width: int, step: int) -> nn.Module:
-    """The way back from `build_down`."""
-    if config.frame_stride(step) > 1:
-        return UpFrames(width, config.frames_at(step + 1))
-    return Up(width, config.stride(step))
-
-
 def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:
     """The way down, and the width of every skip: the stem's, each block's, each `Down`'s."""
     layers: list[nn.Module] = []
@@ -269,21 +255,16 @@ def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleLis
     skips = [width]
     for index, wide in enumerate(config.widths):
         if index > 0:
-            layers.append(build_down(config, width, index - 1))
+            if config.frame_stride(index - 1) > 1:
+                layers.append(DownFrames(width, config.frames_at(index - 1)))
+            else:
+                layers.append(Down(width, config.stride(index - 1)))
             skips.append(width)
         for _ in range(config.blocks[index]):
             layers.append(Block(model, config, width, wide, index))
             width = wide
             skips.append(width)
     return nn.ModuleList(layers), skips
-
-
-def build_middle(model: ModelConfig, config: LevelConfig, core: int) -> nn.ModuleList:
-    """A block with one attention layer and one without, if the config asks for a middle."""
-    if not config.middle:
-        return nn.ModuleList()
-    deepest = len(config.widths) - 1
-    return nn.ModuleList(Block(model, config, core, core, deepest, n) for n in (1, 0))
 
 
 def build_decoder(model: ModelConfig, config: LevelConfig, skips: list[int]) -> nn.ModuleList:

@@ -150,14 +150,9 @@ def check_extends(small: ModelConfig, large: ModelConfig) -> None:
                 f"cannot grow: model.{name} is {getattr(small, name)} in the network and "
                 f"{getattr(large, name)} in the new config"
             )
-    if len(large.levels) < len(small.levels):
-        raise ValueError(
-            f"cannot grow: the network has {len(small.levels)} levels, the new config only "
-            f"{len(large.levels)}"
-        )
-    for place, (old, new) in enumerate(zip(small.levels, large.levels, strict=False)):
-        if old != new:
-            raise ValueError(f"cannot grow: model.levels[{place}] differs from the network's")
+    for place, old in enumerate(small.levels):
+        if large.levels[place : place + 1] != (old,):
+            raise ValueError(f"cannot grow: model.levels[{place}] is not as in the network")
 
 
 def _encoding_level(model: ModelConfig, place: int, schedule: NoiseSchedule) -> Level:
