@@ -28,8 +28,8 @@ from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.text import feature_cache
-from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder
-from matryoshka_diffusion.text.feature_cache import FeatureCache, pad
+from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder, pad
+from matryoshka_diffusion.text.feature_cache import FeatureCache
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 

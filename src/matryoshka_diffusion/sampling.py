@@ -19,8 +19,7 @@ from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Poo
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
-from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
-from matryoshka_diffusion.text.feature_cache import pad
+from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, pad
 from matryoshka_diffusion.train.precision import Precision, autocast
 
 PER_LEVEL = ("guidance", "threshold")

@@ -169,8 +169,8 @@ def _report(job: Job, results: Sequence[Any], folder: Path) -> None:
         show(f"{result.report(results)}\n  in {folder / result.FILE}")
 
 
-def add_eval(commands: Any) -> None:
-    """Add `eval` and `compare` to the commands."""
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to the parser."""
     command = add_command(commands, "eval", evaluate, "measure the samples of a model")
     command.add_argument("model", metavar="RUN", help=MODEL)
     _add_evaluation(command)
@@ -184,10 +184,6 @@ def add_eval(commands: Any) -> None:
     command.add_argument("--frame-stride", type=positive, metavar="K", help=stride)
     _add_metrics(command, "fd")
     add_shared(command, "--device")
-
-
-def add_sweep(commands: Any) -> None:
-    """Add `sweep` to the commands."""
     command = add_command(commands, "sweep", sweep, "try sampling settings and say which are best")
     command.add_argument("model", metavar="RUN", help=MODEL)
     for name, (option, kind, text) in SWEPT.items():

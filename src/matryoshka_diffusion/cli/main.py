@@ -11,16 +11,25 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
-from matryoshka_diffusion.cli import eval, info, models, train
 from matryoshka_diffusion.cli.terminal import leads, one_line, say, show_warning
+
+GROUPS = {
+    "train": ("train", "embed", "data", "demo"),
+    "models": ("sample", "grow", "convert", "export", "ema"),
+    "info": ("info", "plot"),
+    "eval": ("eval", "compare", "sweep"),
+}
+"""Commands by the module that adds and runs them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = build_parser().parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser(arguments[:1]).parse_args(arguments)
+    options.arguments = arguments
     warnings.showwarning = show_warning
     try:
         options.run(options)
@@ -57,13 +66,11 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(say(f"{self.prog}: {message} (see {self.prog} --help)", 2))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands and their options."""
+def build_parser(first: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Build the parser of all commands, or only of the group that the word `first` is in."""
     parser = _Parser(prog="mdm", description="Matryoshka Diffusion Models: train, sample, grow.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    train.add_commands(commands)
-    models.add_commands(commands)
-    info.add_commands(commands)
-    eval.add_eval(commands)
-    eval.add_sweep(commands)
+    groups = [group for group, names in GROUPS.items() if set(first) & set(names)]
+    for group in groups or GROUPS:
+        import_module(f"matryoshka_diffusion.cli.{group}").add_commands(commands)
     return parser

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
 from matryoshka_diffusion.text.encoder import HiddenStates
@@ -253,12 +252,3 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
     """At most `count` items, evenly spread over all."""
     count = min(count, len(items))
     return [items[n * len(items) // count] for n in range(count)]
-
-
-def pad(
-    features: Sequence[Float[Tensor, "_ d"]],
-) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
-    """Stack features, with zeros after the shorter ones, and mark the tokens that are real."""
-    lengths = torch.tensor([len(feature) for feature in features])
-    stacked = pad_sequence(list(features), batch_first=True)
-    return stacked, torch.arange(stacked.shape[1]) < lengths[:, None]

@@ -24,7 +24,7 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.text.feature_cache import pad
+from matryoshka_diffusion.text.encoder import pad
 from matryoshka_diffusion.train.distributed import World
 from matryoshka_diffusion.train.stages import Step
 
