@@ -50,11 +50,6 @@ def test_down_sampling_in_two_steps_is_down_sampling_in_one(coarse, first, secon
     torch.testing.assert_close(down_sample(between, here), down_sample(x, here))
 
 
-def test_pooled_noise_is_smaller_by_the_side_ratio():
-    pooled = down_sample(image(64, 3, 32, 32), Resolution(8, 8))
-    assert pooled.std().item() == pytest.approx(1 / 4, rel=0.02)
-
-
 @given(small, small, small, st.integers(1, 3), st.integers(1, 3))
 def test_down_sampling_a_clip_keeps_first_frames_and_averages_each(frames, fewer, side, up, rows):
     x = image(rows, 2, frames * fewer, side * up, side * up)
@@ -75,17 +70,17 @@ def test_a_pyramid_is_coarse_to_fine_in_space_and_time_and_ends_in_the_clip():
 
 
 @pytest.mark.parametrize(
-    ("fine", "coarse", "message"),
+    ("fine", "coarse", "sizes"),
     [
-        ((8, 8), Resolution(3, 4), "8x8 .* 3x4: .* multiples"),
-        ((8, 8), Resolution(16, 16), "8x8 .* 16x16: .* multiples"),
-        ((4, 4), Resolution(4, 4, 2), "2 frames cannot be made of no frames"),
-        ((3, 4, 4), Resolution(4, 4, 2), "2 frames cannot be made of 3 frames"),
-        ((2, 4, 4), Resolution(4, 4, 4), "4 frames cannot be made of 2 frames"),
+        ((8, 8), Resolution(3, 4), "8x8 .* 3x4"),
+        ((8, 8), Resolution(16, 16), "8x8 .* 16x16"),
+        ((4, 4), Resolution(4, 4, 2), "2 frames .* no frames"),
+        ((3, 4, 4), Resolution(4, 4, 2), "2 frames .* 3 frames"),
+        ((2, 4, 4), Resolution(4, 4, 4), "4 frames .* 2 frames"),
     ],
 )
-def test_a_resolution_that_does_not_divide_is_refused(fine, coarse, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_resolution_that_does_not_divide_is_refused(fine, coarse, sizes):
+    with pytest.raises(ValueError, match=sizes):
         down_sample(image(1, 1, *fine), coarse)
 
 
@@ -93,8 +88,7 @@ def test_up_sampling_keeps_planes_and_is_nothing_at_the_same_side():
     ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8)
     fine = up_sample(ramp, Resolution(32, 32))
     expected = (torch.arange(32.0) + 0.5) / 4 - 0.5  # the centres of the finer pixels
-    torch.testing.assert_close(fine[0, 0, 5, 2:-2], expected[2:-2])
-    assert fine.aminmax() == (0.0, 7.0), "the border is repeated"
+    torch.testing.assert_close(fine[0, 0, 5], expected.clamp(0.0, 7.0))  # the border is repeated
     assert up_sample(ramp, Resolution(8, 8)) is ramp
 
 
@@ -111,22 +105,15 @@ def test_frames_become_rows_clip_by_clip_and_clips_again(rows, frames):
 # --- ragged pyramids -----------------------------------------------------------------------------
 
 
-def test_ragged_levels_are_prefixes():
-    pyramid = build_pyramid(image(5, 1, 4, 4), [Resolution(2, 2), Resolution(4, 4)])
-    coarse, fine = ragged(pyramid, (5, 3))
-    assert torch.equal(coarse, pyramid[0])
-    assert torch.equal(fine, pyramid[1][:3])
-    with pytest.raises(AssertionError, match="prefix"):
-        ragged(pyramid, (3, 5))
-
-
 @given(st.integers(0, 4), st.integers(0, 4))
-def test_padding_appends_zero_rows(rows, missing):
-    x = image(rows, 2, 3, 3)
-    padded = pad_rows(x, rows + missing)
-    assert torch.equal(padded[:rows], x)
-    assert padded[rows:].shape == (missing, 2, 3, 3)
-    assert (padded[rows:] == 0).all()
+def test_ragged_levels_are_prefixes_and_padding_appends_zero_rows(rows, missing):
+    x = image(rows + missing, 2, 3, 3)
+    _, prefix = ragged((x, x), (rows + missing, rows))
+    assert torch.equal(prefix, x[:rows])
+    padded = pad_rows(prefix, rows + missing)
+    assert torch.equal(padded[:rows], prefix)
+    assert padded.shape == x.shape
+    assert not padded[rows:].any()
 
 
 def mixes():
@@ -149,8 +136,5 @@ def test_any_batches_of_a_span_hold_the_same_rows(mix, first, counts):
 def test_the_shares_of_a_run_are_exact_to_a_row_a_level(mix, images):
     for level, rows in enumerate(rows_of_mix(mix, 0, images)):
         assert abs(rows - images * sum(mix[level:])) < len(mix)
-
-
-def test_the_extreme_mixes_are_all_or_nothing():
-    assert rows_of_mix((0.0, 0.0, 1.0), 37, 8) == (8, 8, 8)
-    assert rows_of_mix((1.0, 0.0, 0.0), 37, 8) == (8, 0, 0)
+    assert rows_of_mix((0.0, 1.0), images, 8) == (8, 8)
+    assert rows_of_mix((1.0, 0.0), images, 8) == (8, 0)

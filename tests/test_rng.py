@@ -30,23 +30,12 @@ def test_equal_keys_give_equal_streams_and_other_keys_others(one, other):
 
 def test_neighbouring_counters_do_not_overlap():
     """A stream that ran into the next one's would repeat its words somewhere in a long draw."""
-    long = set(first(0, "x", (5,), 20_000))
-    assert not long & set(first(0, "x", (6,), 20_000))
-    with pytest.raises(AssertionError, match="four words"):
-        rng.stream(0, "x", 1, 2, 3, 4)
+    assert not set(first(0, "x", (5,), 20_000)) & set(first(0, "x", (6,), 20_000))
 
 
-def test_nothing_touches_the_global_generators():
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
-    rng.normal(0, "x", 1, shape=(3,))
-    rng.uniform(0, "x", range(3))
-    rng.stratified(0, "x", torch.arange(3))
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert all(map(np.array_equal, np.random.get_state(), numpy_state))  # noqa: NPY002
-
-
-def test_these_numbers_never_change():
+def test_these_numbers_never_change_and_touch_no_global_generator():
     """Old runs must resume and old seeds must draw the same images in later versions."""
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     assert rng.stream(7, "purpose", 1, 2, 3).integers(0, 1000, 4).tolist() == [8, 177, 350, 359]
     drawn = {
         (-0.126223, 0.090302): rng.normal(7, "purpose", 1, shape=(2,)),
@@ -56,25 +45,20 @@ def test_these_numbers_never_change():
     for expected, numbers in drawn.items():
         assert numbers.tolist() == pytest.approx(expected, abs=1e-6)
     assert rng.choose(1904, 5, "sheet").tolist() == [165, 284, 1043, 1222, 1712]
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(map(np.array_equal, np.random.get_state(), numpy_state))  # noqa: NPY002
 
 
-def test_normal_numbers_are_normal_float32_and_contiguous():
+def test_normal_numbers_are_normal_and_uniform_ones_belong_to_their_id():
     x = rng.normal(0, "x", 1, shape=(3, 100, 100))
-    assert (x.dtype, x.is_contiguous(), x.device.type) == (torch.float32, True, "cpu")
-    assert abs(x.mean().item()) < 0.02
-    assert x.std().item() == pytest.approx(1.0, rel=0.02)
-
-
-def test_a_number_belongs_to_its_id_not_to_its_place():
+    assert (float(x.mean()), float(x.std())) == pytest.approx((0.0, 1.0), abs=0.02)
     one = rng.uniform(3, "x", [5, 9, 7])
-    assert one.dtype == torch.float64
     assert rng.uniform(3, "x", [7, 5]).tolist() == [one[2], one[0]]
     assert ((one >= 0) & (one < 1)).all()
 
 
 def test_choices_are_different_indices_in_order():
     chosen = rng.choose(1904, 128, "retrieval")
-    assert len(set(chosen.tolist())) == 128
     assert 0 <= chosen[0] <= chosen[-1] < 1904
     assert (np.diff(chosen) > 0).all()
     assert rng.choose(5, 5, "all").tolist() == [0, 1, 2, 3, 4]
@@ -82,23 +66,14 @@ def test_choices_are_different_indices_in_order():
         rng.choose(5, 6, "all")
 
 
-# --- stratified numbers --------------------------------------------------------------------------
-
-
 @given(st.integers(0, 2**31), st.integers(0, 10**9), st.integers(1, 300), st.integers(0, 300))
 def test_any_run_of_ids_covers_the_interval_evenly(seed, start, count, cut):
     ids = torch.arange(start, start + count)
     t = rng.stratified(seed, "t", ids)
-    assert t.dtype == torch.float64
     assert ((t > 0) & (t <= 1)).all()
     ends = torch.cat([t.sort().values, t.min()[None] + 1.0])  # gaps around the circle
     assert ends.diff().max() * count < 2.2  # 1 if perfectly even; random numbers reach ln(count)
     parts = [rng.stratified(seed, "t", part) for part in (ids[:cut], ids[cut:])]
     assert torch.equal(torch.cat(parts), t), "the batches do not matter"
-
-
-def test_seeds_and_purposes_shift_the_sequence():
-    ids = torch.arange(4)
-    t = rng.stratified(0, "t", ids)
-    assert not torch.equal(t, rng.stratified(1, "t", ids))
-    assert not torch.equal(t, rng.stratified(0, "u", ids))
+    assert not torch.equal(t, rng.stratified(seed + 1, "t", ids))
+    assert not torch.equal(t, rng.stratified(seed, "u", ids))
