@@ -39,7 +39,7 @@ from matryoshka_diffusion.eval.prompts import (
     retrieval_captions,
 )
 from matryoshka_diffusion.eval.reference import open_npz
-from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
+from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
 from matryoshka_diffusion.metrics.networks import weights_hash
 from matryoshka_diffusion.metrics.pixels import compare_motion, motion
 
@@ -108,12 +108,12 @@ def test_captions_of_a_file_are_read_in_its_order(name, text, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("none.txt", None, "no such file"),
+        ("none.txt", None, "FileNotFoundError"),
         ("a.json", b"{}", "KeyError"),
         ("a.json", b"[1", "COCO annotations"),
         ("a.jsonl", b'{"text": ', "jsonl"),
-        ("a.csv", b"id,name\n1,x\n", "no captions"),
-        ("a.txt", b"\n \n", "no captions"),
+        ("a.csv", b"id,name\n1,x\n", "none"),
+        ("a.txt", b"\n \n", "none"),
         ("a.txt", b"caf\xe9\n", "not UTF-8"),
     ],
 )
@@ -228,17 +228,17 @@ def test_moments_win_over_the_pictures_beside_them(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (None, "no such file"),
+        (None, "No such file"),
         (b"PK no zip", "zip"),
         (pictures(), "zip"),  # an .npy by another name
         ({}, "holds nothing"),
         ({"mean": np.zeros(3)}, "holds mean"),
         ({"mu": np.zeros(WIDTH)}, "sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, "24 features"),
-        ({"mu": np.full(WIDTH, np.nan), "sigma": np.eye(WIDTH)}, "not finite"),
+        ({"mu": np.full(WIDTH, np.nan), "sigma": np.eye(WIDTH)}, "finite"),
         ({"mu": np.zeros(WIDTH), "sigma": np.triu(np.ones((WIDTH, WIDTH)))}, "not symmetric"),
         ({"arr_0": pictures().astype(np.float32)}, "arr_0 is float32"),
-        ({"arr_0": pictures()[:, :8]}, "no squares"),
+        ({"arr_0": pictures()[:, :8]}, "square images"),
         ({"arr_0": np.array([{}], dtype=object)}, "arr_0 is object"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(2)}, "allow_pickle"),
     ],

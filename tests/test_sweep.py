@@ -52,10 +52,10 @@ def test_lists_and_ranges_are_parsed_with_both_ends(text, numbers):
         ("1:2", "FIRST:LAST:STEP"),
         ("1:2:3:4", "FIRST:LAST:STEP"),
         ("3:1:1", "FIRST:LAST:STEP"),
-        ("1:3:0", "STEP above 0"),
-        ("0:1:0.0001", "more than 1,000"),
-        ("1:1001:1", "more than 1,000"),
-        ("0:1e30:0.1", "more than 1,000"),
+        ("1:3:0", "FIRST:LAST:STEP"),
+        ("0:1:0.0001", "at most 1,000"),
+        ("1:1001:1", "at most 1,000"),
+        ("0:1e30:0.1", "at most 1,000"),
     ],
 )
 def test_lists_that_are_none_are_refused(text, message):
@@ -148,7 +148,6 @@ def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
         "precision": "bf16",
         "base": "b",
     }
-    assert {*fixed, "guidance", "steps", "sampler", "coarse_noise"} == {*sweeping.OPTIONS}
     parser = cli.build_parser()
     assert all(hasattr(parser.parse_args(["sweep", "m", "--steps", "2"]), name) for name in fixed)
     line = sweeping.command("m", point(1, 1.0, steps=9), fixed)

@@ -49,19 +49,17 @@ def evaluate(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.eval import evaluate as evaluation
 
     with _job(options) as job:
-        model, settings = _open_model(options, job), sampling(options)
-        refuse_idle(model, settings)
-        plan = _plan(options, model, job)
+        settings = sampling(options)
+        model, plan = _plan(options, job, settings)
         _report(job, evaluation.evaluate(model, **plan, **settings), plan["folder"])
 
 
 def compare(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.eval import evaluate as evaluation
-    from matryoshka_diffusion.eval.metric import parse_metrics
     from matryoshka_diffusion.files import cache_folder
 
-    metrics, n = parse_metrics(options.metrics)
+    metrics, n = evaluation.parse_metrics(options.metrics)
     if n is not None:
         raise UsageError(
             f"--metrics {options.metrics}: two sets are compared whole, so omit the number of "
@@ -85,15 +83,14 @@ def sweep(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.eval import sweep as sweeping
     from matryoshka_diffusion.files import require
 
-    values = {name: getattr(options, f"swept_{name}") for name in SWEPT}
-    axes = {name: swept for name, swept in values.items() if swept}
+    axes = {name: swept for name in SWEPT if (swept := getattr(options, f"swept_{name}"))}
     if not axes:
         raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
     with _job(options) as job:
-        usual, fixed = _open_model(options, job), sampling(options)
-        refuse_idle(usual, *(fixed | one for one in sweeping.combinations(axes)))
-        plan = _plan(options, usual, job)
+        fixed = sampling(options)
+        cases = [fixed | one for one in sweeping.combinations(axes)]
+        usual, plan = _plan(options, job, *cases)
 
         def open_model(length: float | None) -> Any:
             how: dict[str, Any] = {"device": job.device, "precision": options.precision}
@@ -105,7 +102,7 @@ def sweep(options: argparse.Namespace) -> None:
             axes,
             lambda model, settings: evaluation.evaluate(model, **plan, **settings),
             fixed=fixed,
-            progress=_say_points,
+            progress=lambda done, total: leads() and say(f"{done} of {total} combinations", 0),
         )
         if not job.world.leads:
             return
@@ -116,30 +113,23 @@ def sweep(options: argparse.Namespace) -> None:
     best = sweeping.best(points)
     idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
     settings = fixed | {"precision": options.precision, "base": options.base}
-    for name in [*settings]:
-        if settings[name] in (None, PRECISION) or name in idle:
-            del settings[name]
+    settings = {
+        name: value
+        for name, value in settings.items()
+        if value not in (None, PRECISION) and name not in idle
+    }
     show(f"best:\n{sweeping.command(options.model, best, settings)}")
 
 
-def _say_points(done: int, total: int) -> None:
-    if leads():
-        say(f"{done} of {total} combinations", 0)
-
-
-def _open_model(options: argparse.Namespace, job: Job) -> Any:
+def _plan(options: argparse.Namespace, job: Job, *cases: dict[str, Any]) -> tuple[Any, Any]:
+    """The model, and the arguments of `evaluate` except the sampler's settings (`cases`)."""
     from matryoshka_diffusion.cascade import open_model
-
-    return open_model(
-        options.model, device=job.device, precision=options.precision, base=options.base
-    )
-
-
-def _plan(options: argparse.Namespace, model: Any, job: Job) -> dict[str, Any]:
-    """The arguments of `evaluate`, except the sampler's settings."""
     from matryoshka_diffusion.eval import evaluate as evaluation
     from matryoshka_diffusion.eval import result
 
+    how = {"precision": options.precision, "base": options.base}
+    model = open_model(options.model, device=job.device, **how)
+    refuse_idle(model, *cases)
     frames = model.resolutions[-1].frames
     # One rank of a machine decodes, the others read its cache.
     with job.world.first("data", each_machine=True):
@@ -151,7 +141,7 @@ def _plan(options: argparse.Namespace, model: Any, job: Job) -> dict[str, Any]:
         )
     plan |= {} if options.seed is None else {"seed": options.seed}
     plan |= {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
-    return {**plan, "folder": result.folder_of(options.model, "eval")}
+    return model, {**plan, "folder": result.folder_of(options.model, "eval")}
 
 
 def _networks(options: argparse.Namespace, job: Job, frames: int | None) -> Any:

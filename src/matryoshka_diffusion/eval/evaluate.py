@@ -6,19 +6,17 @@ Everything that is impossible is refused before the first image is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, split
-from matryoshka_diffusion.eval.feature_store import Column, PictureSet, samples_of
+from matryoshka_diffusion.eval.feature_store import PictureSet, samples_of
 from matryoshka_diffusion.eval.metric import (
     METRICS,
     Comparison,
     Networks,
-    Number,
     find_networks,
     parse_metrics,
 )
@@ -39,7 +37,7 @@ from matryoshka_diffusion.eval.reference import (
     reference_of,
     shrunk,
 )
-from matryoshka_diffusion.eval.result import Result, flagged
+from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
@@ -94,26 +92,24 @@ def evaluate(
     """
     names, count = parse_metrics(metrics)
     networks = find_networks(names) if networks is None else networks
-    batch_size = batch_size or batch_of(model.resolutions[-1].frames)
+    how: dict[str, Any] = {"seed": seed}
+    how["batch_size"] = batch_size or batch_of(model.resolutions[-1].frames)
     if own is None and source is not None:
         own = reference_of(source, model.config.data)
-
-    def samples(some: Sequence[str], of: Conditions, number: int, to: Reference | None) -> Any:
-        """Samples that some of the metrics take, with what all of their numbers say."""
-        root = folder or cache_folder("eval")
-        how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-        made = samples_of(model, of, number, root, **how, settings=settings)
-        _refuse_unmet(some, made, to)
-        return made, to, some, networks, _about(model, settings, conditions=of.name, **how)
-
     parts = []
     if retrieving := [name for name in names if _retrieves(name)]:
         fixed = retrieval_captions(model.config, source)
-        parts.append(samples(retrieving, fixed, fixed.limit or 0, own))
+        parts.append((retrieving, own, fixed, fixed.limit or 0))
     if others := [name for name in names if not _retrieves(name)]:
         rule = conditions or in_turn(model.config, source)
-        parts.append(samples(others, rule, rule.check(n or count), reference or own))
-    results = [one for part in parts for one in measure(*part, world=world, progress=progress)]
+        parts.append((others, reference or own, rule, rule.check(n or count)))
+    sets = []
+    for some, real, rule, number in parts:
+        root = folder or cache_folder("eval")
+        made = samples_of(model, rule, number, root, settings=settings, **how)
+        _refuse_unmet(some, made, real)
+        sets.append((made, real, some, networks, _about(model, settings, rule, how)))
+    results = [one for each in sets for one in measure(*each, world=world, progress=progress)]
     return sorted(results, key=lambda result: names.index(result.key))
 
 
@@ -128,18 +124,17 @@ def _refuse_unmet(names: Iterable[str], made: PictureSet, reference: Reference |
             raise UsageError(f"{name} {words}; or omit {name}")
 
 
-def _about(model: Model, settings: dict[str, Any], **how: Any) -> Result:
+def _about(model: Model, settings: dict[str, Any], rule: Conditions, how: dict[str, Any]) -> Result:
     """The part of a result that all numbers of a model share."""
     described = model.describe(settings)
     # Of a cascade, the base's settings are among the upsampler's.
     base = {"base": described["base"]["sampling"]} if "base" in described else {}
     return Result(
         of=model.config.name,
-        weights=described["weights"],
+        conditions=rule.name,
         sampling={**described["sampling"], **base},
-        precision=described["precision"],
-        device=described["device"],
         flags=() if described["averaged"] else ("no EMA",),
+        **{name: described[name] for name in ("weights", "precision", "device")},
         **how,
     )
 
@@ -156,64 +151,30 @@ def measure(
 ) -> list[Result]:
     """Measure a set of images; a collective. `about` says whose they are."""
     _refuse_unmet(metrics, made, reference)
-    parts = {
-        name: Comparison(metric, made, reference if "reference" in metric.needs else None, networks)
-        for name, metric in ((name, METRICS[name]) for name in metrics)
-    }
+
+    def fill(pictures: PictureSet, parts: Iterable[Comparison]) -> None:
+        columns = {one.column.name: one.column for one in parts}
+        pictures.fill(list(columns.values()), world=world, progress=bar(pictures.name))
+
+    def bar(what: str) -> Progress | None:
+        return progress and (lambda done, total: progress(what, done, total))
+
+    comparing = [name for name in metrics if "reference" in METRICS[name].needs]
     flag = None
-    if reference is not None and (compared := [one for one in parts.values() if one.reference]):
-        bar = _bar(progress, reference.name)
-        flag = reference.flag(made.side, "reference", world=world, progress=bar)
-        unpublished = [one for one in compared if one.published is None]
-        if reference.pictures is not None and unpublished:
-            real = reference.pictures
-            real.fill(_columns(unpublished), world=world, progress=bar)
-            world.once(lambda: [one.metric.check(real) for one in unpublished])
-    made.fill(_columns(parts.values()), world=world, progress=_bar(progress, made.name))
-    return world.once(
-        lambda: [
-            _result(about, name, number, part, flag)
-            for name, part in parts.items()
-            for number in part.metric.compute(part)
-        ]
-    )
-
-
-def _bar(progress: Report | None, what: str) -> Progress | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-def _columns(comparisons: Iterable[Comparison]) -> list[Column]:
-    """The columns that metrics take, each once."""
-    return list({one.column.name: one.column for one in comparisons}.values())
-
-
-def _result(about: Result, key: str, number: Number, part: Comparison, flag: str | None) -> Result:
-    made, metric, reference, update = part.made, part.metric, part.reference, {}
-    frames = None
-    if metric.by_frame and made.frames is not None:
-        counts = f"frames of clips, {made.count:,} x {made.frames}"
-        frames = "one frame of each clip" if metric.one_frame else counts
-    if metric.network:
-        update["extractor"], update["resize"] = part.network.name, part.network.resize
-        update["extractor_weights"] = part.network.weights
-    if reference is not None:
-        update["reference"] = reference.name
-        if reference.pictures is not None and part.published is None:
-            update["reference_count"] = reference.pictures.count
-    flags = (*about.flags, frames, *number.flags, flag if reference else None)
-    return replace(
-        about,
-        key=key,
-        metric=flagged(number.name, flags),
-        value=number.value,
-        others=number.others,
-        words=number.words,
-        higher_is_better=number.higher_is_better,
-        n=made.count,
-        frames=made.frames,
-        **update,
-    )
+    if reference is not None and comparing:
+        flag = reference.flag(made.side, "reference", world=world, progress=bar(reference.name))
+    parts = [
+        Comparison(name, METRICS[name], made, reference, networks, about, flag)
+        if name in comparing
+        else Comparison(name, METRICS[name], made, None, networks, about)
+        for name in metrics
+    ]
+    unpublished = [one for one in parts if one.reference and one.published is None]
+    if unpublished:
+        fill(unpublished[0].real, unpublished)
+        world.once(lambda: [one.metric.check(one.real) for one in unpublished])
+    fill(made, parts)
+    return world.once(lambda: [number for one in parts for number in one.metric.compute(one)])
 
 
 def plan(
@@ -243,31 +204,46 @@ def plan(
         UsageError: something is missing, or does not fit the model.
         OSError, ValueError: the data cannot be used.
     """
-    words = metrics or (PROTOCOLS[protocol][0] if protocol else _usual(config, frames, n))
-    names, named = parse_metrics(words)
+    text, classes = config.model.text is not None, config.model.classes
+    distances = ["fd"] if frames is None else ["fd", "motion"]
+    usual = (["retrieval"] if text else []) + (distances if n else [])
+    names, named = parse_metrics(metrics or (PROTOCOLS[protocol][0] if protocol else usual))
     others = [name for name in names if not _retrieves(name)]
     comparing = any("reference" in METRICS[name].needs for name in others)
     sampling = {"-n": n, "--protocol": protocol, "--captions": captions}
-    for option, value in ({} if others else sampling).items():
-        if value is not None:
-            raise UsageError(
-                f"{option} {value}: retrieval has {RETRIEVED} fixed captions; omit it, or add a "
-                "metric of other samples (--metrics retrieval,fd -n 2000)"
-            )
-    if reference is not None and not comparing:
-        raise UsageError(
+    fixed = [f"{option} {value}" for option, value in sampling.items() if value is not None]
+    coco, imagenet = protocol == "coco30k", protocol == "imagenet50k"
+    for wrong, words in (
+        (not names, f"{config.name} has no prompts to retrieve: give -n for the distance"),
+        (
+            names and fixed and not others,
+            f"{', '.join(fixed)}: retrieval has {RETRIEVED} fixed captions; omit it, or add a "
+            "metric of other samples (--metrics retrieval,fd -n 2000)",
+        ),
+        (
+            reference is not None and not comparing,
             f"--ref {reference}: none of {', '.join(names)} compares with it; omit it, or add a "
-            "metric that does (--metrics fd)"
-        )
-    conditions = _conditions(config, protocol, captions)
-    if protocol == "coco30k" and comparing and reference is None:
-        raise UsageError("--protocol coco30k compares with pictures of COCO: add --ref val2014")
+            "metric that does (--metrics fd)",
+        ),
+        (captions is not None and not text, f"{config.name} takes no captions: omit --captions"),
+        (coco and captions is None, "--protocol coco30k: add --captions captions_val2014.json"),
+        (
+            coco and comparing and reference is None,
+            "--protocol coco30k compares with pictures of COCO: add --ref val2014",
+        ),
+        (
+            imagenet and not classes,
+            f"--protocol imagenet50k draws classes; {config.name} takes none",
+        ),
+    ):
+        if wrong:
+            raise UsageError(words)
+    conditions = random_labels(classes) if imagenet else captions and captions_of_file(captions)
     loaded = networks(names)
-    conditional = config.model.text is not None or bool(config.model.classes)
-    source = held_out = None
+    source = held_out = real = None
     if (
         len(others) < len(names)
-        or (conditional and conditions is None)
+        or ((text or classes) and conditions is None)
         or (comparing and reference in (None, HELD_OUT))
     ):
         # Training may take another clip of a video each time; evaluation always takes one.
@@ -276,14 +252,13 @@ def plan(
         if (whole.side, whole.frames) != (side, frames):
             whole = shrunk(whole, side, frames)
         source, held_out = split(whole, config.data.held_out)
-    real = None
     if reference not in (None, HELD_OUT):
         real = open_reference(reference, side, frames, **fields_like(config.data, reference))
     elif reference == HELD_OUT:
         if held_out is None:
             raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): omit --ref")
         prefix = f"the held-out {config.data.held_out:.3g} of "
-        real = reference_of(held_out, config.data, name=prefix)
+        real = reference_of(held_out, config.data, prefix=prefix)
     return {
         "metrics": names,
         "n": n or named or (PROTOCOLS[protocol][1] if protocol else None),
@@ -293,31 +268,6 @@ def plan(
         "conditions": conditions,
         "networks": loaded,
     }
-
-
-def _usual(config: RunConfig, frames: int | None, n: int | None) -> list[str]:
-    usual = [] if config.model.text is None else ["retrieval"]
-    if n is not None:
-        usual += ["fd"] if frames is None else ["fd", "motion"]
-    if not usual:
-        raise UsageError(f"{config.name} has no prompts to retrieve: give -n for the distance")
-    return usual
-
-
-def _conditions(
-    config: RunConfig, protocol: str | None, captions: Path | None
-) -> Conditions | None:
-    if captions is not None and config.model.text is None:
-        raise UsageError(f"{config.name} takes no captions: omit --captions")
-    if protocol == "coco30k" and captions is None:
-        raise UsageError(
-            "--protocol coco30k draws captions from a file: give --captions captions_val2014.json"
-        )
-    if protocol == "imagenet50k":
-        if not config.model.classes:
-            raise UsageError(f"--protocol imagenet50k asks for classes; {config.name} takes none")
-        return random_labels(config.model.classes)
-    return None if captions is None else captions_of_file(captions)
 
 
 def compare(
@@ -357,6 +307,5 @@ def compare(
     about = Result(of=samples.name, flags=() if flag is None else (flag,))
     stride = {} if frame_stride is None else {"frame_stride": frame_stride}
     reference = open_reference(second, samples.pictures.side, frames, clip="fixed", **stride)
-    return measure(
-        samples.pictures, reference, metrics, networks, about, world=world, progress=progress
-    )
+    sets = (samples.pictures, reference)
+    return measure(*sets, metrics, networks, about, world=world, progress=progress)

@@ -26,7 +26,7 @@ from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.eval.prompts import Conditions, evenly_spread
 from matryoshka_diffusion.files import digest, write_atomically
-from matryoshka_diffusion.metrics.frechet import Moments
+from matryoshka_diffusion.metrics.distances import Moments
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.distributed import World
@@ -37,7 +37,6 @@ FORMAT = 1
 SAMPLES = 2
 """Version of the samples: raise it when the same settings give other samples."""
 
-_VALUES = "values"
 _ALONE = World()
 
 
@@ -134,7 +133,7 @@ class PictureSet:
 
     def stream(self, column: Column) -> Iterator[np.ndarray]:
         """Rows of a column, a batch at a time. Raises `ValueError` if a file is damaged."""
-        return (_load(self._path(column, rows))[_VALUES] for rows in self._batches())
+        return (_load(self._path(column, rows))["values"] for rows in self._batches())
 
     def all(self, column: Column) -> np.ndarray:
         """All rows of a column."""
@@ -174,21 +173,18 @@ class PictureSet:
         total, done = sum(map(len, batches)), 0
 
         def report(part: int, whole: int) -> None:
-            """Progress of all ranks, which are about as far as this one."""
+            """Report the progress of all ranks, which are about as far as this one."""
             if progress is not None:
-                progress((done + size * part // whole) * world.size, total * world.size)
+                progress((done + len(rows) * part // whole) * world.size, total * world.size)
 
         for rows in batches:
-            size = len(rows)
             batch = self.make(rows, report)
             for column in columns:
                 path = self._path(column, rows)
                 if not path.is_file():
-                    values = column.of(batch)
-                    assert len(values) == size, f"{column.name} has a row for each image"
-                    _write(path, save({_VALUES: np.ascontiguousarray(values)}))
+                    _write(path, save({"values": np.ascontiguousarray(column.of(batch))}))
             report(1, 1)
-            done += size
+            done += len(rows)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -200,9 +196,6 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         return load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); remove it and repeat the command") from error
-
-
-# --- samples of a model, images of a source ----------------------------------------------------
 
 
 def samples_of(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,9 +21,18 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat, moments_of
 from matryoshka_diffusion.eval.prompts import RETRIEVED
 from matryoshka_diffusion.eval.reference import Reference
+from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.metrics.frechet import Moments, frechet_distance
-from matryoshka_diffusion.metrics.mmd import SUBSET_SIZE, cmmd, kernel_distance
+from matryoshka_diffusion.metrics.distances import (
+    CLOSED_K,
+    OPEN_K,
+    SUBSET_SIZE,
+    Moments,
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    overlap,
+)
 from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
 from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
 from matryoshka_diffusion.metrics.networks.inception import (
@@ -41,12 +50,6 @@ from matryoshka_diffusion.metrics.pixels import (
     prompt_retrieval,
     refuse_still,
 )
-from matryoshka_diffusion.metrics.prdc import (
-    DENSITY_COVERAGE_K,
-    PRECISION_RECALL_K,
-    density_coverage,
-    precision_recall,
-)
 from matryoshka_diffusion.rng import stream
 
 EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"
@@ -60,22 +63,11 @@ AGREEMENT = Column("agreement", lambda batch: level_agreement(batch.levels))
 Need = Literal["reference", "captions", "training captions", "levels", "clips"]
 
 
-class Number(NamedTuple):
-    """A value with its name, remarks and companions; `words` if it has a sentence of its own."""
-
-    name: str
-    value: float
-    others: Mapping[str, float] = {}
-    flags: tuple[str | None, ...] = ()
-    higher_is_better: bool = False
-    words: str = ""
-
-
 @dataclass(frozen=True)
 class Metric:
     """A metric and what it needs."""
 
-    compute: Callable[[Comparison], list[Number]]
+    compute: Callable[[Comparison], list[Result]]
     looks_at: str | Column  # name of the network whose features it takes, or a column of pixels
     needs: tuple[Need, ...] = ("reference",)
     least: int = 2  # samples on each side
@@ -101,40 +93,40 @@ class Metric:
 
     def unmet(self, made: PictureSet, reference: Reference | None) -> Iterator[str]:
         """The needs that are not met, in words that follow the metric's name."""
-        needs, least = self.needs, f"at least {self.least:,}"
-        if "clips" in needs and made.frames is None:
-            yield f"needs clips, and {made.name} has pictures"
-        if "clips" in needs and (made.frames or 0) < self.least_frames:
-            yield f"needs clips of at least {self.least_frames} frames, not {made.kind}"
-        if self.count(made) < self.least:
-            yield f"needs {least} samples, not {self.count(made):,}"
-        if "training captions" in needs and not made.belong_to:
+        real = reference.pictures if reference and "reference" in self.needs else None
+        if "clips" in self.needs and (made.frames or 0) < self.least_frames:
+            least = f"clips of {self.least_frames} frames or more"
+            yield f"needs {least}, and {made.name} has {made.kind}"
+        if "training captions" in self.needs and not made.belong_to:
             yield "needs samples of the captions of training pictures (mdm eval RUN draws them)"
-        if "captions" in needs and not made.captions:
+        if "captions" in self.needs and not made.captions:
             yield f"needs captions, which {made.name} was not drawn for"
-        if "levels" in needs and made.levels < 2:
+        if "levels" in self.needs and made.levels < 2:
             yield f"needs several levels, and {made.name} has one"
-        if "reference" in needs and reference is None:
+        if "reference" in self.needs and reference is None:
             yield "compares with pictures: name them with --ref"
-        if "reference" in needs and reference is not None:
-            real = reference.pictures
-            kind = "moments of pictures" if real is None else real.kind
-            if (None if real is None else real.frames) != made.frames:
-                yield f"compares equals: {reference.name} has {kind}, {made.name} {made.kind}"
-            if real is None and not self.published:
-                yield f"needs the pictures of {reference.name}, which holds only mu and sigma"
-            if real is not None and self.count(real) < self.least:
-                yield f"needs {least} pictures of reference, {reference.name} has too few"
+        elif "reference" in self.needs and reference is not None:
+            if real is None and not (self.published and made.frames is None):
+                yield f"needs {made.kind}, and {reference.name} holds only mu and sigma"
+            if real is not None and real.frames != made.frames:
+                yield f"compares equals: {reference.name} has {real.kind}, {made.name} {made.kind}"
+        for one in (made, real):
+            if one and self.count(one) < self.least:
+                count = f"not the {self.count(one):,} of {one.name}"
+                yield f"needs at least {self.least:,} samples, {count}"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Samples and, for most metrics, a reference, whose columns are filled."""
 
+    key: str
     metric: Metric
     made: PictureSet
     reference: Reference | None
     networks: Networks
+    about: Result  # what all numbers of these samples share
+    flag: str | None = None  # remark on the reference
 
     @property
     def network(self) -> Any:
@@ -156,10 +148,9 @@ class Comparison:
     @property
     def column(self) -> Column:
         """The column that the metric takes of each image."""
-        looks_at, network = self.metric.looks_at, self.networks.get(self.metric.network)
-        if isinstance(looks_at, Column) or network is None:
-            assert isinstance(looks_at, Column), f"the network {looks_at} is loaded"
-            return looks_at
+        if isinstance(self.metric.looks_at, Column):
+            return self.metric.looks_at
+        network = self.network
         name = f"{network.name}-{network.weights}-{digest(network.resize)[:8]}"
         see = partial(_by_frame, network) if self.metric.by_frame else network
         return Column(name, lambda batch: see(batch.pictures))
@@ -201,6 +192,23 @@ class Comparison:
         text = f"n = {count:,} <= {width:,} features: rank-deficient"
         return text if count <= width else None
 
+    def number(self, name: str, value: float, *flags: str | None, **fields: Any) -> Result:
+        """The result of a value with its name and remarks."""
+        made, reference, frames = self.made, self.reference, None
+        if self.metric.by_frame and made.frames is not None:
+            counts = f"frames of clips, {made.count:,} x {made.frames}"
+            frames = "one frame of each clip" if self.metric.one_frame else counts
+        if self.metric.network:
+            fields |= {"extractor": self.network.name, "resize": self.network.resize}
+            fields["extractor_weights"] = self.network.weights
+        if reference is not None:
+            fields["reference"] = reference.name
+            if reference.pictures is not None and self.published is None:
+                fields["reference_count"] = reference.pictures.count
+        metric = flagged(name, (*self.about.flags, frames, *flags, self.flag))
+        known = {"key": self.key, "n": made.count, "frames": made.frames}
+        return replace(self.about, **known, metric=metric, value=value, **fields)
+
 
 def _by_frame(network: Extractor, clips: np.ndarray) -> np.ndarray:
     """Features (b, d) of images, (b, f, d) of clips: one frame of every clip at a time."""
@@ -209,13 +217,13 @@ def _by_frame(network: Extractor, clips: np.ndarray) -> np.ndarray:
     return np.stack([network(frames) for frames in clips.swapaxes(0, 1)], axis=1)
 
 
-def _frechet(pair: Comparison) -> list[Number]:
+def _frechet(pair: Comparison) -> list[Result]:
     count = pair.metric.count(pair.made)
     name = pair.named(f"FID-{thousands(count)}", "FD")
-    return [Number(name, pair.frechet(), flags=(pair.few(count),))]
+    return [pair.number(name, pair.frechet(), pair.few(count))]
 
 
-def _frechet_by_frame(pair: Comparison) -> list[Number]:
+def _frechet_by_frame(pair: Comparison) -> list[Result]:
     """One distance for each frame: where they rise, samples drift away from real clips."""
 
     def moments(pictures: PictureSet, frame: int) -> Moments:
@@ -226,43 +234,42 @@ def _frechet_by_frame(pair: Comparison) -> list[Number]:
         for frame in range(pair.made.frames or 0)
     ]
     others = {f"frame {frame}": distance for frame, distance in enumerate(distances)}
-    name, flags = f"{pair.named('FID', 'FD')}-by-frame", (pair.few(pair.made.count),)
-    return [Number(name, float(np.mean(distances)), others, flags)]
+    name, flag = f"{pair.named('FID', 'FD')}-by-frame", pair.few(pair.made.count)
+    return [pair.number(name, float(np.mean(distances)), flag, others=others)]
 
 
-def _video_frechet(pair: Comparison) -> list[Number]:
+def _video_frechet(pair: Comparison) -> list[Result]:
     network, made, weights = pair.network, pair.made, pair.network.weights[:8]
     i3d = network.name == "I3D"  # by its shape; only the owner of the file knows its weights
     name = "FVD" if i3d else f"FD-{network.name}-{weights}"
     taken = ", taken for the I3D of Kinetics-400" if i3d else ""
     flags = (f"weights {weights}{taken}; resize {network.resize}", pair.few(made.count))
-    name = f"{name}-{thousands(made.count)}-{made.frames}f"
-    return [Number(name, pair.frechet(), flags=flags)]
+    return [pair.number(f"{name}-{thousands(made.count)}-{made.frames}f", pair.frechet(), *flags)]
 
 
-def _kernel(pair: Comparison) -> list[Number]:
+def _kernel(pair: Comparison) -> list[Result]:
     distance = kernel_distance(*pair.both())
-    return [Number(pair.named("KID", "KD"), distance.mean, {"std": distance.std})]
+    return [pair.number(pair.named("KID", "KD"), distance.mean, others={"std": distance.std})]
 
 
-def _inception_score(pair: Comparison) -> list[Number]:
+def _inception_score(pair: Comparison) -> list[Result]:
     features = pair.rows(pair.made)
     # A folder of classes is sorted by them: each split would hold a few classes.
     shuffled = features[stream(0, "evaluation splits").permutation(len(features))]
     score = inception_score(pair.network.probabilities(shuffled))
     size = len(features) // SPLITS
     flag = f"{size:,} samples a split < {CLASSES:,} classes: biased low" if size < CLASSES else None
-    return [Number("IS", score.mean, {"std": score.std}, (flag,), higher_is_better=True)]
+    fields = {"others": {"std": score.std}, "higher_is_better": True}
+    return [pair.number("IS", score.mean, flag, **fields)]
 
 
-def _overlap(pair: Comparison) -> list[Number]:
-    real, made = pair.both()
-    shares = {**precision_recall(real, made)._asdict(), **density_coverage(real, made)._asdict()}
-    names = {kind: f"{kind}-{pair.network.name}" for kind in shares}
-    return [Number(names[kind], shares[kind], higher_is_better=True) for kind in shares]
+def _overlap(pair: Comparison) -> list[Result]:
+    shares = overlap(*pair.both())._asdict()
+    name = pair.network.name
+    return [pair.number(f"{k}-{name}", v, higher_is_better=True) for k, v in shares.items()]
 
 
-def _clip_score(pair: Comparison) -> list[Number]:
+def _clip_score(pair: Comparison) -> list[Result]:
     clip, captions = pair.network, pair.made.captions
     scores, first = [], 0
     for images in pair.made.stream(pair.column):
@@ -271,40 +278,41 @@ def _clip_score(pair: Comparison) -> list[Number]:
         scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
         first += len(images)
     value = float(np.concatenate(scores).mean())
-    return [Number(f"CLIP-{clip.variant}", value, higher_is_better=True)]
+    return [pair.number(f"CLIP-{clip.variant}", value, higher_is_better=True)]
 
 
-def _cmmd(pair: Comparison) -> list[Number]:
+def _cmmd(pair: Comparison) -> list[Result]:
     clip = pair.network
     # The CLIP of the publication. Others may have its shape: only the owner knows its weights.
     published = clip.variant == "ViT-L/14-336"
     flag = f"CLIP weights {clip.weights[:8]}, taken for those of OpenAI" if published else None
     name = "CMMD" if published else f"CMMD-{clip.variant}"
-    return [Number(name, cmmd(*pair.both()), flags=(flag,))]
+    return [pair.number(name, cmmd(*pair.both()), flag)]
 
 
-def _retrieval(pair: Comparison) -> list[Number]:
+def _retrieval(pair: Comparison) -> list[Result]:
     real, made = pair.both()
     retrieval = prompt_retrieval(made, np.array(pair.made.belong_to), real)
-    others = {"among five": retrieval.among_five}
-    return [Number("prompt retrieval", retrieval.first, others, (), True, words=str(retrieval))]
+    fields = {"others": {"among five": retrieval.among_five}, "words": str(retrieval)}
+    return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, **fields)]
 
 
-def _agreement(pair: Comparison) -> list[Number]:
+def _agreement(pair: Comparison) -> list[Result]:
     per_level = pair.rows(pair.made).mean(axis=0)
     others = {f"level {level}": float(gap) for level, gap in enumerate(per_level)}
-    return [Number("level disagreement", float(per_level.mean()), others)]
+    return [pair.number("level disagreement", float(per_level.mean()), others=others)]
 
 
-def _motion(pair: Comparison) -> list[Number]:
+def _motion(pair: Comparison) -> list[Result]:
     motions = compare_motion(*pair.both())
     others = {"ratio": motions.ratio, "slight": motions.slight, "slight real": motions.slight_real}
-    return [Number(f"motion distance-{pair.made.frames}f", motions.distance, others)]
+    name = f"motion distance-{pair.made.frames}f"
+    return [pair.number(name, motions.distance, others=others)]
 
 
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
 _TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
-_NEIGHBOURS = max(PRECISION_RECALL_K, DENSITY_COVERAGE_K) + 1
+_NEIGHBOURS = max(CLOSED_K, OPEN_K) + 1
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, EFFNET),
     "fid": Metric(_frechet, INCEPTION, published=True),

@@ -89,22 +89,16 @@ def in_turn(config: RunConfig, source: Source | None) -> Conditions:
             f"{source.name} has no classes to ask for: put its pictures into a folder for each, or "
             "ask for random ones (--protocol imagenet50k)"
         )
-
-    def label_of(index: int) -> int:
-        label = source[index].label
-        assert label is not None, "every image of a source with classes has one"
-        return label
-
     # A class is known by decoding its image, so the hash has a part of the classes only.
-    some = [str(label_of(index)) for index in evenly_spread(len(source))]
+    some = [str(source[index].label) for index in evenly_spread(len(source))]
     identity = _hash([source.name, *source.classes, *some, *source.keys])
     name = f"the classes of {source.name}, shuffled"
-    return Conditions(name, identity, "classes", lambda i: label_of(order[i % len(order)]))
+    return Conditions(name, identity, "classes", lambda i: source[order[i % len(order)]].label)
 
 
-def evenly_spread(count: int, most: int = MAX_HASHED) -> range:
-    """At most `most` of the numbers 0 .. count - 1, evenly apart."""
-    return range(0, count, -(-count // most))
+def evenly_spread(count: int) -> range:
+    """At most `MAX_HASHED` of the numbers 0 .. count - 1, evenly apart."""
+    return range(0, count, -(-count // MAX_HASHED))
 
 
 def random_labels(classes: int) -> Conditions:
@@ -160,10 +154,8 @@ def read_captions(path: Path) -> list[str]:
     order of their ids), a .jsonl or .csv with `text` or `caption`, or text with a caption a line.
     Raises `UsageError` if it is something else, or holds no caption.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file of captions")
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         if path.suffix == ".json":
             annotations = sorted(json.loads(data)["annotations"], key=lambda one: int(one["id"]))
             texts = [str(annotation["caption"]) for annotation in annotations]
@@ -175,14 +167,14 @@ def read_captions(path: Path) -> list[str]:
         else:
             texts = lines(data)
         captions = [clean([text])[0] for text in texts if text.strip()]
-    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
+        if not captions:
+            raise ValueError("there are none")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
         raise UsageError(
             f"{path}: its captions cannot be read ({type(error).__name__}: {error}); give a .json "
             "of COCO annotations such as captions_val2014.json, a .jsonl or .csv with text or "
             "caption, or a text file with a caption in each line"
         ) from error
-    if not captions:
-        raise UsageError(f"{path} holds no captions")
     return captions
 
 
@@ -199,14 +191,8 @@ UNSEEN_PROMPTS = ("purple apple", "blue banana", "green elephant", "pink airplan
 
 
 def demo_sheet(model: Model, source: Source, *, progress: Progress | None = None) -> Image:
-    """Draw 20 prompts at every level beside their real images, and 4 unseen combinations.
-
-    Raises `ValueError` if the source does not have the captions (it is made for OpenMoji).
-    """
+    """Draw 20 prompts at every level beside their real images of OpenMoji, and 4 unseen ones."""
     by_caption = {text: i for i in range(len(source)) for text in source[i].captions}
-    missing = [prompt for prompt in SHEET_PROMPTS if prompt not in by_caption]
-    if missing:
-        raise ValueError(f"{source.name} has no caption {missing[0]!r}")
     prompts = [*SHEET_PROMPTS, *UNSEEN_PROMPTS]
     levels = model.sample(prompts, progress=progress).levels
     real = [source[by_caption[prompt]].picture for prompt in SHEET_PROMPTS]

@@ -37,7 +37,7 @@ from matryoshka_diffusion.eval.feature_store import (
     pictures_of,
 )
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.metrics.frechet import PublishedMoments
+from matryoshka_diffusion.metrics.distances import PublishedMoments
 from matryoshka_diffusion.metrics.networks.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
@@ -47,12 +47,10 @@ from matryoshka_diffusion.train.distributed import World
 MAX_ENLARGED = 0.05
 """Largest share of images below the compared side in a reference."""
 
-_PICTURES = "arr_0.npy"
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Reference:
     foreign: bool = False  # images that may have been resized, not the model's own data
 
     def flag(
-        self, side: int, what: str, *, world: World = _ALONE, progress: Progress | None = None
+        self, side: int, what: str, *, world: World | None = None, progress: Progress | None = None
     ) -> str | None:
         """The remark on how these images, called `what`, came to `side` pixels; a collective.
 
@@ -80,7 +78,7 @@ class Reference:
             )
         if not self.foreign:
             return None
-        self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
+        self.pictures.fill([ORIGINAL_SIDES], world=world or World(), progress=progress)
         sides = self.pictures.all(ORIGINAL_SIDES)
         small = sides[sides < side]
         if len(small) > MAX_ENLARGED * len(sides):
@@ -94,12 +92,12 @@ class Reference:
         return f"{what} {', '.join(changes)}" if changes else None
 
 
-def reference_of(source: Source, data: DataConfig, *, name: str = "") -> Reference:
+def reference_of(source: Source, data: DataConfig, *, prefix: str = "") -> Reference:
     """All images of a model's own source as a reference.
 
-    Of videos the name says how clips are cut from them. `name` precedes it.
+    Of videos the name says how clips are cut from them. `prefix` precedes it.
     """
-    name += source.name
+    name = prefix + source.name
     if source.frames is not None:
         rate = "" if data.fps is None else f" at {data.fps:g} fps"
         begin = "the start" if data.clip == "start" else "a fixed place"
@@ -125,9 +123,9 @@ def open_reference(name: str, side: int, frames: int | None = None, **fields: An
     known. The sheets in a folder of samples (`grid.png`, ...) are left out. Raises `UsageError`,
     `OSError` or `ValueError` if the data cannot be compared with.
     """
-    if name.endswith(".npz"):
-        return open_npz(Path(name).expanduser())
     folder = Path(name).expanduser()
+    if name.endswith(".npz"):
+        return open_npz(folder)
     files = [file for file in ("config.yaml", *WEIGHTS) if (folder / file).is_file()]
     if files:  # the images in there are previews
         raise UsageError(
@@ -142,8 +140,7 @@ def open_reference(name: str, side: int, frames: int | None = None, **fields: An
     source = open_source(data, side, frames)
     rows = [row for row, key in enumerate(source.keys) if key not in SHEETS]
     source = source if len(rows) == len(source) else source.part(rows)
-    own = reference_of(source, data)
-    return Reference(own.name, own.pictures, foreign=True)
+    return replace(reference_of(source, data), foreign=True)
 
 
 def fixed_clips(data: DataConfig) -> DataConfig:
@@ -167,16 +164,11 @@ def first_picture(name: str) -> tuple[int, bool]:
     """Shorter side of the first image in a folder, and whether it moves; 0 without images."""
     files = Path(name).expanduser().rglob("*")
     pictures = [one for one in files if one.suffix.lower() in SUFFIXES and one.name not in SHEETS]
-    if not pictures:
-        return 0, False
     try:
         with Image.open(min(pictures)) as picture:
             return min(picture.size), getattr(picture, "n_frames", 1) > 1
-    except OSError:  # a bad file, which is counted when all of them are read
+    except (ValueError, OSError):  # no image, or a bad one, which is counted when all are read
         return 0, False
-
-
-# --- ADM's files -------------------------------------------------------------------------------
 
 
 def open_npz(path: Path) -> Reference:
@@ -185,22 +177,19 @@ def open_npz(path: Path) -> Reference:
     Nothing in the file is unpickled, and its images are read a batch at a time. Raises `UsageError`
     if it is something else.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):  # an .npy by another name, which numpy would open
-        raise UsageError(f"{path} is no reference batch that can be read: no .npz, which is a zip")
     try:
+        archive = zipfile.ZipFile(path)  # open as long as its images are read
         with np.load(path, allow_pickle=False) as arrays:
-            names = set(arrays.files)
+            names = sorted(arrays.files)
             published = _published(arrays["mu"], arrays["sigma"]) if "mu" in names else None
-        pictures = _pictures(path) if "arr_0" in names else None
+        pictures = _pictures(path, archive) if "arr_0" in names else None
+        if published is None and pictures is None:
+            raise ValueError(
+                f"it holds {', '.join(names) or 'nothing'}: a reference batch has mu and sigma, "
+                "pictures as arr_0, or both"
+            )
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no reference batch that can be read: {error}") from error
-    if published is None and pictures is None:
-        raise UsageError(
-            f"{path} holds {', '.join(sorted(names)) or 'nothing'}: a reference batch has mu and "
-            "sigma, pictures as arr_0, or both"
-        )
     return Reference(path.name, pictures, published)
 
 
@@ -209,32 +198,26 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> PublishedMoments:
         raise ValueError(
             f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {WIDTH:,} features"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("mu or sigma has values that are not finite")
     tolerance = 1e-6 * float(np.abs(covariance).max())
-    if not np.allclose(covariance, covariance.T, rtol=0.0, atol=tolerance):
-        raise ValueError("sigma is not symmetric")
+    symmetric = np.allclose(covariance, covariance.T, rtol=0.0, atol=tolerance)
+    if not (symmetric and np.isfinite([*mean, tolerance]).all()):  # NaN is not close
+        raise ValueError("mu or sigma is not finite, or sigma is not symmetric")
     return PublishedMoments(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def _pictures(path: Path) -> PictureSet:
-    archive = zipfile.ZipFile(path)  # open as long as the set lives: reading goes on forwards
-    file = archive.open(_PICTURES)
-    version = np.lib.format.read_magic(file)
-    if version not in _HEADERS:
-        raise ValueError(f"arr_0 has the unknown version {version}")
-    shape, in_columns, dtype = _HEADERS[version](file)
+def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
+    file = archive.open("arr_0.npy")
+    shape, in_columns, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
     begin = file.tell()
-    if dtype != np.uint8 or len(shape) != 4 or in_columns or shape[3] not in (1, 3):
-        raise ValueError(f"arr_0 is {dtype} of {shape}, not bytes of pictures (n, h, w, c)")
-    count, side, width, channels = shape
-    if side != width:
-        raise ValueError(f"the pictures of arr_0 are {side}x{width}: no squares")
+    squares = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
+    if dtype != np.uint8 or in_columns or not squares:
+        raise ValueError(f"arr_0 is {dtype} of {shape}, not bytes of square images (n, s, s, c)")
+    count, side, _, channels = shape
     about = {
         "format": FORMAT,
         "file": path.name,
         "shape": list(shape),
-        "crc32": archive.getinfo(_PICTURES).CRC,
+        "crc32": archive.getinfo("arr_0.npy").CRC,
         "batch_size": BATCH,
     }
 

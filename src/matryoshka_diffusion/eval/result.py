@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from matryoshka_diffusion import __version__
 from matryoshka_diffusion.files import cache_folder, digest
 
 FILE = "results.jsonl"
@@ -63,54 +63,51 @@ class Result:
     def provenance(self) -> str:
         """One line that says where the number is from."""
         weights = " ".join(word[:16] for word in self.weights.split())
+        network = f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"
         parts = [
             self.of + (f" (weights {weights})" if weights else ""),
             self.conditions,
-            f"reference {self.reference}" if self.reference else "",
-            f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"
-            if self.extractor
-            else "",
+            self.reference and f"reference {self.reference}",
+            self.extractor and network,
             _settings(self.sampling),
             "" if self.seed is None else f"seed {self.seed}",
             f"{self.precision} on {self.device}" if self.device else self.precision,
-            f"matryoshka-diffusion {package_version()}",
+            f"matryoshka-diffusion {__version__}",
             f"commit {revision[:12]}" if (revision := commit()) else "",
         ]
-        return "; ".join(part for part in parts if part)
+        return "; ".join(filter(None, parts))
 
     def record(self) -> dict[str, Any]:
         """The number as JSON."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return {**asdict(self), "version": package_version(), "commit": commit(), "date": date}
+        return {**asdict(self), "version": __version__, "commit": commit(), "date": date}
 
 
 def flagged(name: str, flags: Iterable[str | None]) -> str:
     """A name with its remarks, if there are any, such as "FID [no EMA]"."""
-    raised = [flag for flag in flags if flag]
-    return f"{name} [{'; '.join(raised)}]" if raised else name
+    raised = "; ".join(filter(None, flags))
+    return f"{name} [{raised}]" if raised else name
 
 
-def _settings(sampling: Mapping[str, Any]) -> str:
-    settings = {name: value for name, value in sampling.items() if value is not None}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items())
-
-
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A setting for people."""
     if isinstance(value, Mapping):
         return f"({_settings(value)})"
     if isinstance(value, list | tuple):
-        return "/".join(_plain(one) for one in value)
+        return "/".join(map(plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _settings(sampling: Mapping[str, Any]) -> str:
+    settings = ((name, value) for name, value in sampling.items() if value is not None)
+    return ", ".join(f"{name} {plain(value)}" for name, value in settings)
 
 
 def report(results: Sequence[Result]) -> str:
     """Every number, and below the numbers that share it, their provenance."""
-    lines = []
-    for result, following in itertools.zip_longest(results, results[1:]):
-        lines.append(result.sentence())
-        if following is None or following.provenance() != result.provenance():
-            lines.append(f"  {result.provenance()}")
-    return "\n".join(lines)
+    groups = itertools.groupby(results, Result.provenance)
+    lines = [[*(one.sentence() for one in group), f"  {origin}"] for origin, group in groups]
+    return "\n".join(itertools.chain(*lines))
 
 
 def append(results: Iterable[Result], path: Path) -> None:
@@ -137,14 +134,6 @@ def folder_of(run: str, kind: Literal["eval", "sweep"]) -> Path:
     return cache_folder("sweep") / name
 
 
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("matryoshka-diffusion")
-    except PackageNotFoundError:  # run from its source
-        return "unknown"
-
-
 @cache
 def commit() -> str | None:
     """Commit of the running code, with "+" if it was changed; None if it is unknown."""
@@ -155,11 +144,8 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).parent
+    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        process = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        )
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, **how).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return process.stdout.strip()

@@ -23,7 +23,7 @@ from matryoshka_diffusion.cascade import Cascade, Model
 from matryoshka_diffusion.codec.autoencoder import with_own_codec
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import load_config
-from matryoshka_diffusion.eval.result import Result
+from matryoshka_diffusion.eval.result import Result, plain
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.models.find import count_levels, merge_adapters
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -34,20 +34,8 @@ from matryoshka_diffusion.train.precision import Precision
 EMA = "ema"  # the axis whose values are other weights, not sampling settings
 MAX_PROFILE_ERROR = 0.05  # of an average without a warning, as in `mdm ema`
 MAX_VALUES = 1000
-OPTIONS = {
-    "guidance": "--cfg",
-    "guidance_interval": "--interval",
-    "rescale": "--rescale",
-    "steps": "--steps",
-    "sampler": "--sampler",
-    "grid": "--grid",
-    "threshold": "--threshold",
-    "eta": "--eta",
-    "coarse_noise": "--coarse-noise",
-    "precision": "--precision",
-    "base": "--base",
-}
-"""Options of `mdm sample` by setting."""
+RENAMED = {"guidance": "cfg", "guidance_interval": "interval"}
+"""Sampling settings whose options of `mdm sample` have other names."""
 
 
 @dataclass(frozen=True)
@@ -141,21 +129,18 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     numbers: list[Decimal] = []
     for part in text.split(","):
         try:
-            ends = [Decimal(end.strip()) for end in part.split(":")]
-        except InvalidOperation:
-            ends = [Decimal("nan")]
-        if not all(end.is_finite() and math.isfinite(end) for end in ends):  # also as floats
-            raise UsageError(f"{text!r}: {part!r} is no number; give 1,2,5 or FIRST:LAST:STEP")
-        if len(ends) == 1:
-            numbers += ends
-            continue
-        if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
+            first, *range_ = (Decimal(end.strip()) for end in part.split(":"))
+            last, step = range_ or (first, Decimal(1))
+            # A division may have too many digits, and a float ends at 1e308.
+            valid = all(map(math.isfinite, (first, last, step))) and step > 0
+            valid = valid and 0 <= last - first < MAX_VALUES * step
+        except (InvalidOperation, ValueError):
+            valid = False
+        if not valid:
             raise UsageError(
-                f"{text!r}: a range is FIRST:LAST:STEP with a STEP above 0, such as 1:3:0.25"
+                f"{text!r}: {part!r} is no number, nor a range FIRST:LAST:STEP of at most "
+                f"{MAX_VALUES:,} numbers; give a list such as 1,2,5 or 1:3:0.25"
             )
-        first, last, step = ends
-        if last - first >= MAX_VALUES * step:  # a division may have too many digits
-            raise UsageError(f"{text!r}: this is more than {MAX_VALUES:,} values")
         numbers += [first + place * step for place in range(int((last - first) // step) + 1)]
     return tuple(dict.fromkeys(map(float, numbers)))
 
@@ -195,7 +180,7 @@ def table(points: Sequence[Point]) -> str:
     heads = [result.metric.split(" [")[0] for result in points[0].results]
     rows = [[*names, "evaluations", *heads, ""]]
     for place, point in enumerate(points):
-        values = [_plain(point.values[name]) for name in names]
+        values = [plain(point.values[name]) for name in names]
         mark = "best" if point is chosen else "front" if place in ahead else ""
         rows.append([*values, str(point.cost), *(f"{r.value:.4g}" for r in point.results), mark])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -231,15 +216,10 @@ def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
         model = f"{run}-ema{length}"
         lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
     words = ["mdm", "sample", model]
-    for name, value in {**point.values, **fixed}.items():
-        if name != EMA:
-            values = value if isinstance(value, list | tuple) else [value]
-            words += [OPTIONS[name], *map(_plain, values)]
+    for name, value in {**point.settings, **fixed}.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{RENAMED.get(name, name).replace('_', '-')}", *map(plain, values)]
     return "\n".join([*lines, shlex.join(words)])
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -252,6 +232,14 @@ def draw(points: Sequence[Point], path: Path) -> None:
     figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
     panels = iter(figure.subplots(1, count, squeeze=False)[0])
     title = points[0].quality.metric.replace(" [", "\n[")
+
+    def with_front(panel: Any, pairs: Any, ahead: Sequence[int], x: str, y: str) -> None:
+        """Draw all pairs grey and those `ahead` as a line."""
+        panel.plot(*zip(*pairs, strict=True), "o", color="0.6")
+        panel.plot(*zip(*sorted(pairs[place] for place in ahead), strict=True), "o-", label="front")
+        panel.set(xlabel=x, ylabel=y)
+        panel.legend(fontsize="small")
+
     if axis:
         panel = next(panels)
         for name, group in lines_of(points, axis).items():
@@ -263,24 +251,13 @@ def draw(points: Sequence[Point], path: Path) -> None:
     panel, chosen = next(panels), best(points)
     costs = [(float(point.cost), point.quality.value) for point in points]
     panel.plot([chosen.cost], [chosen.quality.value], "*", markersize=14, label="best", zorder=3)
-    _with_front(panel, costs, front(points), "evaluations of the network", title)
+    with_front(panel, costs, front(points), "evaluations of the network", title)
     if pairs:
-        panel = next(panels)
         ahead = pareto([(badness(y), badness(x)) for x, y in pairs])
         distance, alignment = (one.metric.replace(" [", "\n[") for one in pairs[0])
         both = [(y.value, x.value) for x, y in pairs]
-        _with_front(panel, both, ahead, alignment, distance)
+        with_front(next(panels), both, ahead, alignment, distance)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def _with_front(
-    panel: Any, pairs: Sequence[tuple[float, float]], ahead: Sequence[int], x: str, y: str
-) -> None:
-    """Draw all pairs grey and those `ahead` as a line."""
-    panel.plot(*zip(*pairs, strict=True), "o", color="0.6")
-    panel.plot(*zip(*sorted(pairs[place] for place in ahead), strict=True), "o-", label="front")
-    panel.set(xlabel=x, ylabel=y)
-    panel.legend(fontsize="small")
 
 
 def numeric_axis(points: Sequence[Point]) -> str | None:
@@ -294,7 +271,7 @@ def lines_of(points: Iterable[Point], axis: str) -> dict[str, list[Point]]:
     """Points by all their values but that on `axis`, each group sorted along it."""
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.values[axis]):
-        rest = [f"{name} {_plain(value)}" for name, value in point.values.items() if name != axis]
+        rest = [f"{name} {plain(value)}" for name, value in point.values.items() if name != axis]
         groups.setdefault(", ".join(rest), []).append(point)
     return groups
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
-from matryoshka_diffusion.metrics.rows import comparable, squared_distances
+from matryoshka_diffusion.metrics.distances import comparable, squared_distances
 from matryoshka_diffusion.pyramid import down_sample, resolution_of
 
 SLIGHT = 1.0 / 255.0
@@ -24,29 +24,30 @@ NEAREST = 5
 def level_agreement(
     levels: Sequence[UInt8[np.ndarray, "b ... c"]],
 ) -> Float[np.ndarray, "b coarser"]:
-    """mean |D^r(x_R) - x_r| of every image or clip, for the levels r = 1 .. R - 1.
+    """mean |D^r(x_R) - x_r| of every image or clip, for the levels r = 1 .. R - 1, coarse to fine.
 
     D^r is the area average that training images are reduced by (`pyramid.down_sample`). Levels
-    that show one image differ by rounding alone, at most 1/510.
-
-    Args:
-        levels: one batch a level, coarse to fine, as `sample` returns them.
-
-    Returns:
-        Differences in units of the full range (255), in [0, 1]; one row an image.
-
-    Raises:
-        ValueError: no levels, batches of different sizes, or a level that does not divide the
-            finest.
+    that show one image differ by rounding alone, at most 1/510. Differences are in units of the
+    full range (255). Raises `ValueError` for a level that does not divide the finest.
     """
-    if not levels:
-        raise ValueError("there are no levels to compare")
-    if len({len(level) for level in levels}) > 1:
-        raise ValueError(f"levels of {', '.join(str(len(level)) for level in levels)} pictures")
     *coarse, finest = [torch.from_numpy(np.moveaxis(x, -1, 1) / 255.0) for x in levels]
     gaps = [(down_sample(finest, resolution_of(x)) - x).abs() for x in coarse]
     means = [gap.mean(dim=tuple(range(1, gap.ndim))).numpy() for gap in gaps]
     return np.stack(means, axis=1) if means else np.zeros((len(finest), 0))
+
+
+def motion(clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, " b"]:
+    """mean |x_{t+1} - x_t| of every clip of two frames or more, over its pixels and frames.
+
+    The differences are on the scale of [-1, 1], so in [0, 2].
+    """
+    count, frames = clips.shape[:2]
+    total = np.zeros(count)
+    for earlier, later in itertools.pairwise(clips.swapaxes(0, 1)):
+        # The larger byte less the smaller: bytes cannot be negative.
+        gaps = np.maximum(earlier, later) - np.minimum(earlier, later)
+        total += gaps.reshape(count, -1).mean(axis=1)
+    return total / (frames - 1) * (2.0 / 255.0)
 
 
 class Motion(NamedTuple):
@@ -64,27 +65,10 @@ class Motion(NamedTuple):
     slight_real: float
 
 
-def motion(clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, " b"]:
-    """mean |x_{t+1} - x_t| of every clip, over its pixels and pairs of neighbouring frames.
-
-    The differences are on the scale of [-1, 1], so in [0, 2]. Raises `ValueError` for clips of
-    fewer than two frames.
-    """
-    count, frames = clips.shape[:2]
-    if frames < 2:
-        raise ValueError("nothing moves in clips of one frame")
-    total = np.zeros(count)
-    for earlier, later in itertools.pairwise(clips.swapaxes(0, 1)):
-        # The larger byte less the smaller: bytes cannot be negative.
-        gaps = np.maximum(earlier, later) - np.minimum(earlier, later)
-        total += gaps.reshape(count, -1).mean(axis=1)
-    return total / (frames - 1) * (2.0 / 255.0)
-
-
 def compare_motion(real: Float[np.ndarray, " n"], made: Float[np.ndarray, " m"]) -> Motion:
     """Compare the motions of samples with those of real clips.
 
-    Raises `ValueError` as `rows.comparable` and `refuse_still` do.
+    Raises `ValueError` as `distances.comparable` and `refuse_still` do.
     """
     columns = comparable(real[:, None], made[:, None], metric="motion", least=1)
     real, made = (column[:, 0] for column in columns)
@@ -100,20 +84,14 @@ def refuse_still(real: Float[np.ndarray, " n"]) -> None:
 
 
 def wasserstein(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> float:
-    """1-Wasserstein distance of two sets of numbers: the integral of |F_a(x) - F_b(x)|.
-
-    Between neighbouring values the distribution functions are constant.
-    """
-    values = np.sort(np.concatenate([a, b]))
+    """1-Wasserstein distance of two sets of numbers: the integral of |F_a(x) - F_b(x)|."""
+    values = np.sort(np.concatenate([a, b]))  # between neighbours, F is constant
     below = [np.searchsorted(np.sort(x), values[:-1], side="right") / len(x) for x in (a, b)]
     return float((np.abs(below[0] - below[1]) * np.diff(values)).sum())
 
 
 class Retrieval(NamedTuple):
-    """Shares of `count` samples whose nearest training image is the prompted one, or one of five.
-
-    Both are in [0, 1].
-    """
+    """Shares of `count` samples whose nearest training image, or one of five, is prompted."""
 
     first: float
     among_five: float
@@ -136,13 +114,7 @@ def prompt_retrieval(
     `samples` and `training` are `averages`; `prompted` is the index in `training` of the image that
     each sample's prompt belongs to. Among equal distances the lower index is nearer. Some images
     are identical (flags that two territories share): a twin of the prompted image is a hit.
-
-    Raises `ValueError` without samples, or for an index outside `training`.
     """
-    if not len(samples):
-        raise ValueError("prompt retrieval needs at least one sample")
-    if prompted.min() < 0 or prompted.max() >= len(training):
-        raise ValueError(f"prompted has indices outside 0 .. {len(training) - 1}")
     order = np.argsort(squared_distances(samples, training), axis=1, kind="stable")
     twins = np.unique(training, axis=0, return_inverse=True)[1].reshape(-1)
     hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]

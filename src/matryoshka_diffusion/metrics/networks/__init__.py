@@ -6,6 +6,7 @@ import hashlib
 import warnings
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from matryoshka_diffusion.files import require
-
-_CHUNK = 1 << 20
 
 
 @runtime_checkable
@@ -38,7 +37,7 @@ def weights_hash(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
 
@@ -60,16 +59,14 @@ def tf1_bilinear(x: Float[Tensor, "b c H W"], side: int) -> Float[Tensor, "b c s
     Output pixel i of n mixes the two input pixels around i * (old / new): half a pixel off centre,
     and without antialiasing. Every other rule gives another FID (Parmar et al. 2022).
     """
-    return _along(_along(x, 3, side), 2, side)
-
-
-def _along(x: Tensor, dim: int, side: int) -> Tensor:
-    old = x.shape[dim]
-    position = torch.arange(side, device=x.device, dtype=x.dtype) * (old / side)
-    lower = position.long().clamp(max=old - 1)
-    upper = (lower + 1).clamp(max=old - 1)
-    share = (position - lower).view([-1 if d == dim else 1 for d in range(4)])
-    return torch.lerp(x.index_select(dim, lower), x.index_select(dim, upper), share)
+    for dim in (3, 2):
+        old = x.shape[dim]
+        position = torch.arange(side, device=x.device, dtype=x.dtype) * (old / side)
+        lower = position.long().clamp(max=old - 1)
+        upper = (lower + 1).clamp(max=old - 1)
+        share = (position - lower).view([-1 if d == dim else 1 for d in range(4)])
+        x = torch.lerp(x.index_select(dim, lower), x.index_select(dim, upper), share)
+    return x
 
 
 def is_torchscript(path: Path) -> bool:
@@ -87,16 +84,19 @@ def load_torchscript(path: Path, device: torch.device) -> Any:
         return torch.jit.load(str(path), map_location=device).eval()
 
 
-def torchscript_reason(error: RuntimeError) -> str:
-    """The line that says what went wrong: the last one for a failure inside the program."""
+def reason_of(error: Exception) -> str:
+    """The message of an error on one line; of a failure inside a TorchScript program its end."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if lines[0].startswith("The following operation failed") else lines[0]
+    line = lines[-1] if lines[0].startswith("The following operation failed") else " ".join(lines)
+    if isinstance(error, UnpicklingError):  # whose message advises to run what is in the file
+        return "it is no file of tensors"
+    return line if len(line) < 300 else f"{line[:300]} ..."
 
 
 NAME = "FD-EffNetLite0"
 """Name of the Fréchet distance on the packaged network. It is not FID: compare it with itself."""
 
-_WIDTH, _SIDE = 1280, 128
+_SIDE = 128
 _CENTRE, _SCALE = 0.498, 0.502  # the network's own input scaling, of pixels in [0, 1]
 
 
@@ -108,7 +108,7 @@ class EffNetLite0:
 
     name = "EffNetLite0"
     resize = f"bilinear with antialiasing to {_SIDE}x{_SIDE}"
-    width = _WIDTH
+    width = 1280
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         """Raises `MissingExtra` if the package of the network or of its weights is missing."""

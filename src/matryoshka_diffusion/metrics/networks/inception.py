@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -27,15 +27,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from matryoshka_diffusion.metrics.distances import Estimate, finite
 from matryoshka_diffusion.metrics.networks import (
     as_rgb,
     is_torchscript,
     load_torchscript,
+    reason_of,
     tf1_bilinear,
-    torchscript_reason,
     weights_hash,
 )
-from matryoshka_diffusion.metrics.rows import finite
 
 WIDTH = 2048
 CLASSES = 1008
@@ -49,39 +49,26 @@ _EXPECTED = (
 )
 
 
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the splits, between 1 and the number of classes."""
-
-    mean: float
-    std: float
-
-
 def inception_score(
     probabilities: Float[np.ndarray, "n classes"], *, splits: int = SPLITS
-) -> InceptionScore:
+) -> Estimate:
     """IS (Salimans et al. 2016, Section 4): exp E KL(p(y | x) || p(y)), p(y) the mean in a split.
 
     The samples are cut into `splits` parts in their order, as in the published code, so they must
-    not be sorted by class. Parts with fewer samples than classes bias the score.
-    Raises `ValueError` for fewer samples than splits, or a row that is no distribution.
+    not be sorted by class. Parts with fewer samples than classes bias the score. The score is
+    between 1 and the number of classes. Raises `ValueError` for fewer samples than splits.
     """
-    count = len(probabilities)
-    if count < splits:
-        raise ValueError(f"the Inception score takes at least {splits} samples, not {count}")
-    rows = finite(probabilities)
-    wrong = (rows < 0.0).any(axis=1) | (np.abs(rows.sum(axis=1) - 1.0) > 1e-3)
-    if wrong.any():
-        raise ValueError(f"row {int(wrong.argmax())} of the probabilities is no distribution")
+    rows, scores = finite(probabilities), []
+    if len(rows) < splits:
+        raise ValueError(f"the Inception score takes at least {splits} samples, not {len(rows)}")
     bounds = [len(rows) * index // splits for index in range(splits + 1)]
-    scores = [_score(rows[first:last]) for first, last in itertools.pairwise(bounds)]
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
-
-
-def _score(rows: Float[np.ndarray, "n c"]) -> float:
-    marginal = np.broadcast_to(rows.mean(axis=0), rows.shape)
-    present = rows > 0.0  # p log p is 0 where p is 0
-    divergence = (rows[present] * np.log(rows[present] / marginal[present])).sum() / len(rows)
-    return float(np.exp(divergence))
+    for first, last in itertools.pairwise(bounds):
+        part = rows[first:last]
+        marginal = np.broadcast_to(part.mean(axis=0), part.shape)
+        present = part > 0.0  # p log p is 0 where p is 0
+        gains = part[present] * np.log(part[present] / marginal[present])
+        scores.append(float(np.exp(gains.sum() / len(part))))
+    return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 _POOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -157,7 +144,7 @@ class Branches(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, frozen batch normalisation, ReLU."""
+    """Convolution, batch normalisation, ReLU."""
 
     def __init__(self, channels: int, outputs: int, kernel: str = "1x1") -> None:
         super().__init__()
@@ -167,27 +154,10 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(
             channels, outputs, (height, width), int(stride or 1), padding=padding, bias=False
         )
-        self.bn = Frozen(outputs)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
         return F.relu(self.bn(self.conv(x)))
-
-
-class Frozen(nn.Module):
-    """Batch normalisation by stored moments."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = (nn.Parameter(make(width)) for make in (torch.ones, torch.zeros))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        moments = self.running_mean, self.running_var
-        return F.batch_norm(x, *moments, self.weight, self.bias, eps=1e-3)
 
 
 class FIDInception(Branches):
@@ -226,18 +196,27 @@ class Inception:
         self.weights = weights_hash(path)
         self._path, self._device = path, torch.device(device)
         self._features: Callable[[Tensor], Tensor]
-        if is_torchscript(path):
-            net = _scripted(path, self._device)
-            self._features = partial(net, return_features=True)
-            self.resize = f"inside the TorchScript file to {SIDE}x{SIDE}"
-            shape = (CLASSES, WIDTH)
-            weight = next((w for w in net.state_dict().values() if w.shape == shape), None)
-        else:
-            net = _ported(path, self._device)
-            # As the TensorFlow graph scales bytes. pytorch-fid has 2x / 255 - 1, half a byte off.
-            self._features = lambda x: net((tf1_bilinear(x.float(), SIDE) - 128.0) / 128.0)
-            self.resize = f"TensorFlow 1 bilinear without antialiasing to {SIDE}x{SIDE}"
-            weight = net.fc.weight
+        try:
+            if is_torchscript(path):
+                net = load_torchscript(path, self._device)
+                self._features = partial(net, return_features=True)
+                self.resize = f"inside the TorchScript file to {SIDE}x{SIDE}"
+                probe = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self._device)
+                with torch.inference_mode():
+                    shape = tuple(self._features(probe).shape)
+                if shape != (1, WIDTH):
+                    raise ValueError(f"an image has features of shape {shape}, not (1, {WIDTH})")
+            else:
+                net = _ported(path, self._device)
+                # As the TensorFlow graph scales. pytorch-fid has 2x / 255 - 1, half a byte off.
+                self._features = lambda x: net((tf1_bilinear(x.float(), SIDE) - 128.0) / 128.0)
+                self.resize = f"TensorFlow 1 bilinear without antialiasing to {SIDE}x{SIDE}"
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{path} is no FID Inception: {reason_of(error)}; {_EXPECTED}"
+            ) from error
+        shape = (CLASSES, WIDTH)
+        weight = next((w for w in net.state_dict().values() if w.shape == shape), None)
         self._classifier = None if weight is None else weight.detach().cpu().double().numpy()
 
     @torch.inference_mode()
@@ -264,54 +243,16 @@ class Inception:
         return odds / odds.sum(axis=1, keepdims=True)
 
 
-def _scripted(path: Path, device: torch.device) -> Any:
-    probe = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
-    try:
-        with torch.inference_mode():
-            net = load_torchscript(path, device)
-            shape = tuple(net(probe, return_features=True).shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is a TorchScript file, but no Inception: {torchscript_reason(error)}"
-        ) from error
-    if shape != (1, WIDTH):
-        raise ValueError(f"{path}: a picture has features of shape {shape}, not (1, {WIDTH})")
-    return net
-
-
 def _ported(path: Path, device: torch.device) -> FIDInception:
-    state = _state_dict(path, device)
+    if path.suffix == ".safetensors":
+        state: Any = safetensors.torch.load_file(path, device=str(device))
+    else:
+        state = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError("it holds no state dict (tensors by name)")
     # Built on `meta`: its usual initialisation would draw from torch's global generator.
     with torch.device("meta"):
         net = FIDInception()
-    expected, actual = (
-        {key: tuple(weight.shape) for key, weight in weights.items()}
-        for weights in (net.state_dict(), state)
-    )
-    for kind, keys in (
-        ("missing", [key for key in expected if key not in actual]),
-        ("unexpected", [key for key in actual if key not in expected]),
-        ("of another shape", [k for k, shape in expected.items() if actual.get(k, shape) != shape]),
-    ):
-        if keys:
-            first = f"{keys[0]} {actual.get(keys[0], '')}"
-            raise ValueError(
-                f"{path} is no FID Inception: {len(keys)} keys {kind}, first {first}; {_EXPECTED}"
-            )
-    net.load_state_dict(state, assign=True)
+    # A plain dict has no version, so the counters that training leaves may be there or not.
+    net.load_state_dict(dict(state), assign=True)
     return net.eval().requires_grad_(False)
-
-
-def _state_dict(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Tensors of a file by name, without the counters that training leaves."""
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path, device=str(device))
-        else:
-            state = torch.load(path, map_location=device, weights_only=True)
-    except _UNREADABLE as error:
-        reason = "".join(str(error).strip().splitlines()[:1])
-        raise ValueError(f"cannot read {path}: {reason}; {_EXPECTED}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict (tensors by name); {_EXPECTED}")
-    return {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}

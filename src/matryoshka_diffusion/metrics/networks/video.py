@@ -23,14 +23,13 @@ from matryoshka_diffusion.metrics.networks import (
     as_rgb,
     is_torchscript,
     load_torchscript,
+    reason_of,
     tf1_bilinear,
-    torchscript_reason,
     weights_hash,
 )
 
 SIDE = 224
-FRAMES = 16
-"""Frames of the clips behind most published numbers."""
+FRAMES = 16  # of the clips behind most published numbers
 
 _I3D_WIDTH = 400
 _I3D_OPTIONS = {"rescale": True, "resize": True, "return_features": True}
@@ -63,7 +62,7 @@ class VideoNet:
         try:
             self._net = load_torchscript(path, self._device)
         except RuntimeError as error:
-            raise ValueError(f"cannot load {path}: {torchscript_reason(error)}") from error
+            raise ValueError(f"cannot load {path}: {reason_of(error)}") from error
         arguments = {argument.name for argument in self._net.forward.schema.arguments}
         self._options = _I3D_OPTIONS if set(_I3D_OPTIONS) <= arguments else {}
         inside = "inside the TorchScript file"
@@ -76,40 +75,28 @@ class VideoNet:
     def __call__(self, clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, "b width"]:
         """Features of one batch of clips with 1 or 3 channels.
 
-        Raises `ValueError` for clips of another length, or if the answer is no row of finite
-        features a clip.
+        Raises `ValueError` if the answer is no row of finite features a clip.
         """
-        if clips.shape[1] != self.frames:
-            raise ValueError(
-                f"{self._path} was opened for {self.frames} frames, not {clips.shape[1]}"
-            )
-        parts = [self._few(clips[at : at + _CLIPS]) for at in range(0, len(clips), _CLIPS)]
-        features = np.concatenate(parts)
-        if not np.isfinite(features).all():
-            raise ValueError(f"{self._path}: the features of a clip are not finite")
-        return features
+        return np.concatenate(
+            [self._few(clips[at : at + _CLIPS]) for at in range(0, len(clips), _CLIPS)]
+        )
 
     def _few(self, clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, "b width"]:
-        x = self._prepare(clips)
+        x = as_rgb(clips.reshape(-1, *clips.shape[2:]), "FVD", self._device).float()
+        if not self._options:
+            x = tf1_bilinear(x, SIDE) / 127.5 - 1.0
+        x = x.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
         try:
             features = self._net(x, **self._options)
         except RuntimeError as error:
             raise ValueError(
                 f"{self._path} takes no clips of {tuple(x.shape[1:])} (channels, frames, height, "
-                f"width): {torchscript_reason(error)}; {_EXPECTED}"
+                f"width): {reason_of(error)}; {_EXPECTED}"
             ) from error
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
+        if len(shape) != 2 or shape[0] != len(clips) or not features.isfinite().all():
             raise ValueError(
-                f"{self._path}: {len(clips)} clips of {self.frames} frames have features of shape "
-                f"{shape}, not ({len(clips)}, d)"
+                f"{self._path}: clips have features of shape {shape} or not finite ones; the shape "
+                f"of {len(clips)} clips is ({len(clips)}, d)"
             )
         return features.float().cpu().numpy()
-
-    def _prepare(self, clips: UInt8[np.ndarray, "b f h w c"]) -> Float[Tensor, "b 3 f H W"]:
-        """Bytes as numbers for a file that scales inside; else resized and scaled to [-1, 1]."""
-        count, frames = clips.shape[:2]
-        x = as_rgb(clips.reshape(-1, *clips.shape[2:]), "FVD", self._device).float()
-        if not self._options:
-            x = tf1_bilinear(x, SIDE) / 127.5 - 1.0
-        return x.unflatten(0, (count, frames)).transpose(1, 2).contiguous()

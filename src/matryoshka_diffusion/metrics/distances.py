@@ -1,0 +1,292 @@
+"""Distances between two sets of features: Fréchet, kernel, and how much the sets overlap.
+
+Features are rows, computed with in float64. Where a metric looks at pairs of rows, it does so a
+block at a time, so that n x m numbers never lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from matryoshka_diffusion.rng import stream
+
+BLOCK_PAIRS = 1 << 24  # pairs of rows at a time: 128 MiB
+GATHERED = 2048  # rows whose moments are taken together; with 2,048 features, 32 MB
+SUBSETS, SUBSET_SIZE = 100, 1000  # of a kernel distance
+CLOSED_K, OPEN_K = 3, 5  # neighbours in the balls of precision and recall, density and coverage
+
+_Rows = Float[np.ndarray, "_ d"]
+
+
+class Estimate(NamedTuple):
+    """Mean and standard deviation over subsets or splits of the samples."""
+
+    mean: float
+    std: float
+
+
+def finite(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Convert to float64. Raises `ValueError` with the first row that is not finite."""
+    rows = features.astype(np.float64)
+    if not np.isfinite(rows).all():
+        bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])
+        raise ValueError(f"row {bad} of the features is not finite")
+    return rows
+
+
+def comparable(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], *, metric: str, least: int
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
+    """Convert two sets to float64.
+
+    Raises `ValueError` for fewer than `least` rows, different widths or values that are not finite.
+    """
+    if min(len(a), len(b)) < least:
+        counts = f"not {len(a):,} and {len(b):,}"
+        raise ValueError(f"{metric} takes at least {least:,} samples on each side, {counts}")
+    _refuse_widths(a.shape[1], b.shape[1])
+    return finite(a), finite(b)
+
+
+def _refuse_widths(a: int, b: int) -> None:
+    if a != b:
+        raise ValueError(f"features of width {a} cannot be compared with features of width {b}")
+
+
+def unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Divide each row by its length. Raises `ValueError` if one is zero or not finite."""
+    rows = finite(features)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(f"row {int(lengths.argmin())} of the features is zero")
+    return rows / lengths
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Cut `rows` into slices, each with at most `BLOCK_PAIRS` pairs with `columns`."""
+    size = max(1, BLOCK_PAIRS // max(columns, 1))
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def squared_distances(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> Float[np.ndarray, "n m"]:
+    """|a_i - b_j|^2 by one matrix product; in float64 its rounding does not matter."""
+    squares = a @ b.T
+    squares *= -2.0  # in place from here on: a block is large
+    squares += np.square(a).sum(axis=1)[:, None]
+    squares += np.square(b).sum(axis=1)
+    return np.maximum(squares, 0.0, out=squares)
+
+
+# --- Fréchet distance --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PublishedMoments:
+    """Moments of an unknown number of rows, which can be compared but not merged."""
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean of `count` rows and their scatter, the sum of (x - mean)(x - mean)^T."""
+
+    count: int
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @staticmethod
+    def of(features: Float[np.ndarray, "n d"]) -> Moments:
+        """Take the moments of one batch. Raises `ValueError` without rows or if not finite."""
+        rows = finite(features)
+        if not len(rows):
+            raise ValueError("there are no features to take the moments of")
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        return Moments(len(rows), mean, centred.T @ centred)
+
+    @staticmethod
+    def stream(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
+        """Take the moments of many batches, a few of them in memory. Raises as `of` does."""
+        moments = map(Moments.of, _gathered(batches))
+        first = next(moments, None) or Moments.of(np.empty((0, 1)))
+        return reduce(Moments.merge, moments, first)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together (Chan, Golub and LeVeque, 1979)."""
+        _refuse_widths(len(self.mean), len(other.mean))
+        count = self.count + other.count
+        step = other.mean - self.mean
+        scatter = np.outer(step, step) * (self.count * other.count / count)
+        mean = self.mean + step * (other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + scatter)
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """Unbiased estimate of the covariance. Raises `ValueError` below two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def _gathered(batches: Iterable[_Rows]) -> Iterator[_Rows]:
+    """Join batches to at least `GATHERED` rows: one merge costs as much as many rows do."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= GATHERED:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def frechet_distance(a: Moments | PublishedMoments, b: Moments | PublishedMoments) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the squared 2-Wasserstein distance.
+
+    On Inception's features this is FID (Heusel et al. 2017, Eq. 6). The last trace is the sum of
+    the singular values of S_a^(1/2) S_b^(1/2). Both symmetric roots are real and stable even where
+    S is singular, with fewer samples than features.
+
+    Raises `ValueError` for fewer than two samples on a side, or features of different widths.
+    """
+    _refuse_widths(len(a.mean), len(b.mean))
+    covariances = [side.covariance.astype(np.float64) for side in (a, b)]
+    roots = [_symmetric_root(covariance) for covariance in covariances]
+    overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    spread = sum(np.trace(covariance) for covariance in covariances) - 2.0 * overlap
+    # Between equal sets, rounding may leave a negative number.
+    return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
+
+
+def _symmetric_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+
+
+# --- kernel distances --------------------------------------------------------------------------
+# MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) (Gretton et al. 2012, "A kernel two-sample test")
+# assumes no Gaussians, and few samples do not bias it.
+
+
+def kernel_distance(
+    real: Float[np.ndarray, "n d"],
+    made: Float[np.ndarray, "m e"],
+    *,
+    subsets: int = SUBSETS,
+    size: int = SUBSET_SIZE,
+) -> Estimate:
+    """KID (Bińkowski et al. 2018, "Demystifying MMD GANs") on any features.
+
+    The unbiased MMD^2 with the kernel (x . y / d + 1)^3, averaged over random subsets. The rows of
+    subset i depend on i and on the number of rows alone. Between similar sets it may be negative.
+
+    Raises `ValueError` as `comparable` does.
+    """
+    real, made = comparable(real, made, metric="the kernel distance", least=max(size, 2))
+    values = []
+    for index in range(subsets):
+        x, y = (
+            rows[stream(0, f"kernel distance {side}", index).choice(len(rows), size, replace=False)]
+            for rows, side in ((real, "real"), (made, "made"))
+        )
+        # MMD_u^2 (Gretton et al. 2012, Eq. 3): a row is not paired with itself.
+        within = sum(k.sum() - k.trace() for k in (_cubic(x, x), _cubic(y, y)))
+        values.append(float(within / (size * (size - 1)) - 2.0 * _cubic(x, y).mean()))
+    return Estimate(float(np.mean(values)), float(np.std(values)))
+
+
+def _cubic(x: _Rows, y: _Rows) -> Float[np.ndarray, "n m"]:
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def cmmd(real: Float[np.ndarray, "n d"], made: Float[np.ndarray, "m e"]) -> float:
+    """CMMD (Jayasumana et al. 2024, "Rethinking FID") on the image embeddings of a CLIP.
+
+    1000 MMD^2 between embeddings of length 1, with the kernel exp(-|x - y|^2 / (2 10^2)). As in
+    the published code the estimate is the biased one (Gretton et al. 2012, Eq. 5), which also pairs
+    rows with themselves: never negative, and 0 between equal sets. It needs float64, because it is
+    a difference of numbers close to 1.
+
+    Raises `ValueError` as `comparable` and `unit` do.
+    """
+    x, y = map(unit, comparable(real, made, metric="CMMD", least=1))
+
+    def mean(a: _Rows, b: _Rows) -> float:
+        """Mean of the kernel over all pairs."""
+        blocks = (squared_distances(a[block], b) for block in row_blocks(len(a), len(b)))
+        total = sum(np.exp(-squares / (2.0 * 10.0**2)).sum() for squares in blocks)
+        return float(total) / (len(a) * len(b))
+
+    return max(1000.0 * (mean(x, x) + mean(y, y) - 2.0 * mean(x, y)), 0.0)
+
+
+# --- overlap -----------------------------------------------------------------------------------
+
+
+class Overlap(NamedTuple):
+    """Shares of points of one set in balls around points of the other.
+
+    Attributes:
+        precision: share of the samples in a closed ball around a real image.
+        recall: share of the real images in a closed ball around a sample.
+        density: number of open balls around real images that hold a sample, over k; may exceed 1.
+        coverage: share of the real images that have a sample in their open ball.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def overlap(
+    real: Float[np.ndarray, "n d"],
+    made: Float[np.ndarray, "m e"],
+    *,
+    closed_k: int = CLOSED_K,
+    open_k: int = OPEN_K,
+) -> Overlap:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 and 2), density and coverage.
+
+    The radius of a ball is the distance of its centre to its k-th nearest neighbour in its own set.
+    Precision and recall grow with the number of points, so compare results of equal counts only.
+    For density and coverage (Naeem et al. 2020) only balls around real images count, so outliers
+    among the samples do no harm. As in their code the balls are open, which makes the density of a
+    set in itself exactly 1: a ball holds its centre and k - 1 neighbours.
+
+    Raises `ValueError` as `comparable` does, for at most k rows on a side.
+    """
+    real, made = comparable(real, made, metric="overlap", least=max(closed_k, open_k) + 1)
+    closed, opened = _radii(real, (closed_k, open_k))
+    (made_radii,) = _radii(made, (closed_k,))
+    precise, recalled = np.zeros(len(made), dtype=bool), np.zeros(len(real), dtype=bool)
+    inside = covered = 0
+    for block in row_blocks(len(real), len(made)):
+        distances = squared_distances(real[block], made)
+        precise |= (distances <= closed[block, None]).any(axis=0)
+        recalled[block] = (distances <= made_radii).any(axis=1)
+        within = distances < opened[block, None]
+        inside += int(within.sum())
+        covered += int(within.any(axis=1).sum())
+    shares = float(precise.mean()), float(recalled.mean())
+    return Overlap(*shares, inside / (open_k * len(made)), covered / len(real))
+
+
+def _radii(points: _Rows, ks: tuple[int, ...]) -> Float[np.ndarray, "k n"]:
+    """Squared distances of each point to its k-th nearest neighbours, itself not counted."""
+    radii = np.empty((len(ks), len(points)))
+    for block in row_blocks(len(points), len(points)):
+        distances = squared_distances(points[block], points)
+        distances.partition(ks, axis=1)
+        radii[:, block] = distances[:, ks].T
+    return radii
