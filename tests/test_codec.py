@@ -19,11 +19,9 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.codec.autoencoder import (
     WEIGHTS,
-    Identity,
     codec_folder,
     fingerprint,
     load_autoencoder,
-    load_codec,
 )
 from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, store_codes
 from matryoshka_diffusion.config import (
@@ -147,15 +145,6 @@ def test_the_codec_is_float32_where_the_network_is_not(tiny_codec):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.encode(pictures()), expected)
         assert codec.decode(expected.bfloat16()).dtype == torch.float32
-
-
-def test_without_a_codec_pictures_are_their_own_codes():
-    config = on_codes(None).model_copy(update={"codec": None})
-    codec = load_codec(config)
-    x = pictures()
-    assert isinstance(codec, Identity)
-    assert codec.encode(x) is x
-    assert codec.decode(x) is x
 
 
 # --- what is no codec, or not the right one ------------------------------------------------------

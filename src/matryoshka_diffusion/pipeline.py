@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import Codec, load_codec
+from matryoshka_diffusion.codec.autoencoder import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.denoiser import active_weights
@@ -177,10 +177,10 @@ class Matryoshka(Sampler):
         )
 
     @property
-    def codec(self) -> Codec:
-        """The codec that decodes levels, loaded at the first use. Raises `ConfigError`."""
-        if self._codec is None:
-            self._codec = load_codec(self.config, self.device)
+    def codec(self) -> Codec | None:
+        """The codec that decodes levels, if any; loaded at the first use. Raises `ConfigError`."""
+        if self._codec is None and self.config.codec is not None:
+            self._codec = load_autoencoder(self.config, self.device)
         return self._codec
 
     def sample(
@@ -243,8 +243,8 @@ class Matryoshka(Sampler):
 
     def _bytes(self, level: Float[Tensor, "b ..."]) -> UInt8[Tensor, "b ... c"]:
         """Decode a batch of one level to bytes, so that no floats of earlier batches are kept."""
-        decoded = self.codec.decode(level).cpu()
-        return to_uint8(decoded, self.config.data.pixels).movedim(1, -1)
+        decoded = level if self.codec is None else self.codec.decode(level)
+        return to_uint8(decoded.cpu(), self.config.data.pixels).movedim(1, -1)
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.

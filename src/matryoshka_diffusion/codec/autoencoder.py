@@ -1,4 +1,4 @@
-"""Codecs: pixels themselves, or the codes of a frozen `AutoencoderKL` in a folder of diffusers.
+"""Codecs of runs on codes: a frozen `AutoencoderKL` in a folder of diffusers.
 
 Whoever finds, checks or copies such a folder needs no diffusers; only loading its weights does.
 """
@@ -40,16 +40,6 @@ class Codec(Protocol):
 
     def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b k *codes"]: ...
     def decode(self, codes: Float[Tensor, "b k *codes"]) -> Float[Tensor, "b c *grid"]: ...
-
-
-class Identity:
-    """Codec of a model of pixels, of images or clips."""
-
-    def encode(self, pictures: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
-        return pictures
-
-    def decode(self, codes: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
-        return codes
 
 
 class Autoencoder:
@@ -106,11 +96,6 @@ class Autoencoder:
         with torch.autocast(self.device.type, enabled=False):
             plain = codes.to(self.device).float() / self._scale + self._shift
             return self._model.decode(plain).sample
-
-
-def load_codec(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
-    """The codec of a run: `Identity`, or as `load_autoencoder`."""
-    return Identity() if config.codec is None else load_autoencoder(config, device)
 
 
 def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> Autoencoder:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matryoshka_diffusion.codec.autoencoder import Codec, Identity
+from matryoshka_diffusion.codec.autoencoder import Codec
 from matryoshka_diffusion.codec.latent_loader import LatentLoader
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Loader
@@ -114,8 +114,9 @@ class HeldOutLoss:
         train = config.train.model_copy(update={"condition_dropout": 0.0})
         plain = config.model_copy(update={"train": train, "model": net.config})
         loader = Loader(source, config.train.seed, pixels=config.data.pixels)
+        loader = loader if self.codec is None else LatentLoader(loader, self.codec)
         device = torch.device(self.device)
-        feed = Feed(plain, LatentLoader(loader, self.codec or Identity()), self.encode, device)
+        feed = Feed(plain, loader, self.encode, device)
         process = Process.from_config(config.process, net.config)
         count = min(HELD_OUT_IMAGES, len(source))
         batch = max(FRAMES_PER_BATCH // (plain.data_frames or 1), 1)

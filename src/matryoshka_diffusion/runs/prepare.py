@@ -12,7 +12,6 @@ from torch import Tensor
 from matryoshka_diffusion.cascade import note_base
 from matryoshka_diffusion.codec.autoencoder import (
     Codec,
-    Identity,
     codec_folder,
     load_autoencoder,
     read_code_shape,
@@ -199,10 +198,10 @@ class Job(NamedTuple):
     config: RunConfig
     source: Source  # to train on
     held_out: Source | None  # without training, if any
-    loader: LatentLoader  # batches of `source`, as latents where there is a codec
+    loader: Loader | LatentLoader  # batches of `source`, as latents where there is a codec
     encode: FeatureCache | None  # text features of captions, if any
     base: dict[str, Tensor] | None  # weights that adapters are put around, if any
-    codec: Codec
+    codec: Codec | None
     notes: str  # origin of text features and latents, in words
 
 
@@ -225,7 +224,7 @@ def prepare(
     """
     source = open_source(config.data, config.data_side, config.data_frames)
     config = note_base(complete(config, source))
-    encode, codec, notes = None, Identity(), []
+    encode, codec, notes = None, None, []
     if config.encoder is not None:
         encode = _open_features(config, device)
         notes.append(_store_features(encode, [*all_captions(source), ""], progress))
@@ -235,7 +234,8 @@ def prepare(
         named = config.codec.model_copy(update={"weights": codec.codec.key})
         config = config.model_copy(update={"codec": named})
     seen, held_out = split(source, config.data.held_out)
-    loader = LatentLoader(Loader.of(seen, config.train.seed, config.data), codec)
+    loader = Loader.of(seen, config.train.seed, config.data)
+    loader = loader if codec is None else LatentLoader(loader, codec)
     config, base = _with_adapted(config)
     return Job(config, seen, held_out, loader, encode, base, codec, "\n".join(notes))
 
