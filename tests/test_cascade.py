@@ -393,7 +393,7 @@ def test_own_pictures_are_enlarged(runs, capsys):
         ("wide.png", 2, "wide.png: the upsampler takes pictures of exactly 8x8 pixels"),
         ("none", 1, "no picture here to enlarge"),
         ("nowhere", 1, "no picture here to enlarge"),
-        ("text.png", 2, "text.png: not a PNG"),
+        ("text.png", 2, "text.png: not PNG"),
     ):
         assert cli.main([*command, "--coarse", str(runs / wrong)]) == status
         assert message in capsys.readouterr().err

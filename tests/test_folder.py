@@ -163,7 +163,7 @@ def test_bad_files_are_left_out_up_to_a_share(tmp_path):
     assert source.keys == [f"{index}.png" for index in (0, 1, 2, 4, 5, 7)]
     assert (list(reasons(source)), source.total) == (["3.png", "6.png"], 8)
     assert (source[5].picture == COLOURS[0]).all()
-    with pytest.raises(ValueError, match=r"2 of 8 .*3\.png: not a PNG.*max_bad_fraction.*0\.2"):
+    with pytest.raises(ValueError, match=r"2 of 8 .*3\.png: not PNG.*max_bad_fraction.*0\.2"):
         opened(tmp_path, 0.2)
     for path in tmp_path.iterdir():
         path.unlink()

@@ -169,7 +169,7 @@ def test_bad_files_of_a_folder_are_listed_too_and_a_good_set_has_no_list(tmp_pat
 
 def test_what_is_restored_is_neither_read_nor_told_again(shard):
     first, again = opened(shard), opened(shard)
-    with pytest.warns(UserWarning, match=r"s\.tar:0[34]: not a PNG"):
+    with pytest.warns(UserWarning, match=r"s\.tar:0[34]: not PNG"):
         stand_in = first[3].key
     again.quarantine.restore(json.loads(json.dumps(first.quarantine.state())))
     assert again.bad == first.bad

@@ -209,7 +209,7 @@ def test_describe_says_what_there_is(tmp_path):
         "2: cat (2), dog (2)",
         "captions  none",
         "bad files 1",
-        "dog/e.png: not a PNG, JPEG or WEBP picture",
+        "dog/e.png: not PNG, JPEG or WEBP",
     ):
         assert part in text
 

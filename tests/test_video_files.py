@@ -19,6 +19,7 @@ from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data import image
 from matryoshka_diffusion.data import video as module
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
@@ -107,7 +108,7 @@ def test_clips_are_evenly_spaced_and_all_that_fit_are_chosen(count, length, stri
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi"])
 def test_seeking_gives_the_same_frames_as_decoding_everything(moving, suffix, monkeypatch):
     path, counted = moving[suffix], []
-    whole = Container._numbered
+    whole = Container._from
 
     def counting(self, *opened):
         for pair in whole(self, *opened):
@@ -118,9 +119,9 @@ def test_seeking_gives_the_same_frames_as_decoding_everything(moving, suffix, mo
         counted.clear()
         return decoder(3, 2)(path, "key", start).pixels.tobytes(), len(counted)
 
-    monkeypatch.setattr(Container, "_numbered", counting)
+    monkeypatch.setattr(Container, "_from", counting)
     sought = [read(place / 36 + 0.001) for place in range(36)]
-    monkeypatch.setattr(Container, "_key_before", lambda self, first: None)
+    monkeypatch.setattr(Container, "_key_before", lambda self, stamp: None)
     assert [clip for clip, _ in sought] == [read(place / 36 + 0.001)[0] for place in range(36)]
     assert len({clip for clip, _ in sought}) == 36
     assert (max(walked for _, walked in sought) < 20) == (suffix != "avi")
@@ -128,8 +129,7 @@ def test_seeking_gives_the_same_frames_as_decoding_everything(moving, suffix, mo
 
 def test_a_seek_that_leads_beyond_is_made_good(moving, monkeypatch):
     expected = decoder(3, 2)(moving["mp4"], "key", 0.4).pixels
-    last = (0, 10**6)
-    monkeypatch.setattr(Container, "_key_before", lambda self, first: last)
+    monkeypatch.setattr(Container, "_key_before", lambda self, stamp: max(self._keys))
     assert (decoder(3, 2)(moving["mp4"], "key", 0.4).pixels == expected).all()
 
 
@@ -366,7 +366,7 @@ def test_a_file_is_what_it_holds_and_not_what_it_is_called(videos, tmp_path):
 )
 def test_other_formats_are_refused_whatever_their_name(tmp_path, data):
     (tmp_path / "a.mp4").write_bytes(data)
-    with pytest.raises(PictureError, match="no MP4, WEBM, AVI" if data else "it is empty"):
+    with pytest.raises(PictureError, match="not MP4, WEBM, AVI" if data else "it is empty"):
         shown(tmp_path / "a.mp4")
 
 
@@ -380,7 +380,7 @@ def test_trouble_of_the_system_is_no_verdict_on_a_file(videos, suffix, monkeypat
                 raise OSError(code, os.strerror(code))
             return super().read(min(size, 16) if size > 0 else size)
 
-    monkeypatch.setattr(module, "open", lambda path, _: Failing(path), raising=False)
+    monkeypatch.setattr(image, "open", lambda path, _: Failing(path), raising=False)
     code = errno.EIO
     with pytest.raises(UnreadableError, match=f"cannot read {videos[suffix]}: Input/output error"):
         shown(videos[suffix])

@@ -19,11 +19,8 @@ from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS
 from matryoshka_diffusion.rng import stream
 
 CENTRE = 0.5
-ZOOM = STRETCH = 0.2
-"""Standard deviations in octaves."""
-MOVE = 1 / 8
-"""Standard deviation as a share of the side, in each direction."""
-
+ZOOM = STRETCH = 0.2  # standard deviations in octaves
+MOVE = 1 / 8  # standard deviation as a share of the side, in each direction
 _COSINES, _SINES = (1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, -1.0)
 
 
@@ -50,37 +47,22 @@ def cut_square(
 
 
 class Augmentation(NamedTuple):
-    """Transformations of an image, in the order in which they are applied.
+    """Transformations of an image, in the order in which they are applied."""
 
-    Attributes:
-        mirrored: left to right.
-        quarter_turns: 0 to 3, anticlockwise.
-        zoom: log2 of the magnification.
-        stretch: log2 of how much wider, and how much less high.
-        right: movement as a share of the side.
-        down: movement as a share of the side.
-    """
-
-    mirrored: bool = False
-    quarter_turns: int = 0
-    zoom: float = 0.0
-    stretch: float = 0.0
-    right: float = 0.0
+    mirrored: bool = False  # left to right
+    quarter_turns: int = 0  # 0 to 3, anticlockwise
+    zoom: float = 0.0  # log2 of the magnification
+    stretch: float = 0.0  # log2 of how much wider, and how much less high
+    right: float = 0.0  # movement as a share of the side
     down: float = 0.0
 
     def numbers(self) -> Float[np.ndarray, "7"]:
         """Condition for the network: numbers of order 1, all 0 without a transformation."""
-        numbers = (
-            float(self.mirrored),
-            _COSINES[self.quarter_turns] - 1.0,
-            _SINES[self.quarter_turns],
-            self.zoom / ZOOM,
-            self.stretch / STRETCH,
-            self.right / MOVE,
-            self.down / MOVE,
-        )
+        turned = _COSINES[self.quarter_turns] - 1.0, _SINES[self.quarter_turns]
+        scaled = self.zoom / ZOOM, self.stretch / STRETCH, self.right / MOVE, self.down / MOVE
+        numbers = np.array((float(self.mirrored), *turned, *scaled), np.float32)
         assert len(numbers) == AUGMENT_NUMBERS
-        return np.array(numbers, np.float32)
+        return numbers
 
 
 def draw_augmentation(seed: int, n: int, share: float) -> Augmentation:
@@ -102,14 +84,13 @@ def draw_augmentation(seed: int, n: int, share: float) -> Augmentation:
 def augmented(
     picture: UInt8[np.ndarray, "side side c"], done: Augmentation
 ) -> UInt8[np.ndarray, "side side c"]:
-    """Transform an image. Mirrors and turns move pixels; the rest samples between them."""
-    picture = picture[:, ::-1] if done.mirrored else picture
-    picture = np.rot90(picture, done.quarter_turns)
-    return _resampled(picture, done) if any(done[2:]) else picture
+    """Transform an image. Mirrors and turns move pixels; the rest is bicubic interpolation.
 
-
-def _resampled(picture: UInt8[np.ndarray, "side side c"], done: Augmentation) -> np.ndarray:
-    """Zoom, stretch and move by bicubic interpolation; reflect the image beyond its edge."""
+    Beyond its edge the image is reflected.
+    """
+    picture = np.rot90(picture[:, ::-1] if done.mirrored else picture, done.quarter_turns)
+    if not any(done[2:]):
+        return picture
     wider, higher = 2.0 ** (done.zoom + done.stretch), 2.0 ** (done.zoom - done.stretch)
     # Each row maps a new pixel to its origin; the image reaches from -1 to 1.
     back = [[1 / wider, 0.0, -2 * done.right / wider], [0.0, 1 / higher, -2 * done.down / higher]]

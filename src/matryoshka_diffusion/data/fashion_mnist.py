@@ -15,19 +15,10 @@ from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.source import Source, array_source
 
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Folder of Debian's package dataset-fashion-mnist."""
+FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 _SIDE = 28
 _UNSIGNED_BYTES = 0x08

@@ -47,28 +47,19 @@ def folder(path: Path, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue
     if not names:
         bad = some([BadFile(*item) for item in sorted(flaws.items())])
         raise ValueError(f"{path} holds no {kind.noun}{bad}: {forms(kind)}")
-    captions = find_captions(path, names, flaws)
-    folders = {_class_of(name) for name in names if "/" in name}
-    classes = tuple(sorted(folders)) if captions is None else ()
+    captions = _find_captions(path, names, flaws)
+    tops = {name: name.split("/")[0] for name in names if "/" in name and captions is None}
+    classes = tuple(sorted(set(tops.values())))
     if classes:
-        flaws |= {name: "it is not in a class sub-folder" for name in names if "/" not in name}
-    numbers = {name: number for number, name in enumerate(classes)}
+        flaws |= {name: "it is not in a class sub-folder" for name in names if name not in tops}
+    numbers = {top: number for number, top in enumerate(classes)}
     keys = sorted({*names, *flaws})  # among them lines of a metadata file
-    return Catalogue(
-        name=f"{noun} {path}",
-        state=state_of(path, names),
-        samples=[
-            Sample(
-                key,
-                (captions or {}).get(key, ()),
-                numbers.get(_class_of(key)),
-                flaw=flaws.get(key, ""),
-            )
-            for key in keys
-        ],
-        load=lambda n: path / keys[n],
-        classes=classes,
-    )
+    samples = [
+        Sample(n, (captions or {}).get(n, ()), numbers.get(tops.get(n, "")), flaw=flaws.get(n, ""))
+        for n in keys
+    ]
+    state = state_of(path, names)
+    return Catalogue(f"{noun} {path}", state, samples, lambda n: path / keys[n], classes)
 
 
 def holds(path: Path, suffixes: frozenset[str]) -> bool:
@@ -90,10 +81,6 @@ def state_of(path: Path, names: Sequence[str]) -> str:
     """Text that changes with any file's name, size or time."""
     stats = ((name, (path / name).stat()) for name in names)
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-
-
-def _class_of(name: str) -> str:
-    return name.split("/")[0]
 
 
 def _find(path: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
@@ -123,21 +110,17 @@ def _files_in(path: Path) -> Iterator[Path]:
 # --- captions --------------------------------------------------------------------------------
 
 
-class CaptionError(ValueError):
-    """A caption that cannot be used; the message is the reason."""
-
-
 def clean(texts: Sequence[str]) -> tuple[str, ...]:
     """Captions in `texts` with single blanks between their words.
 
     Raises:
-        CaptionError: there are none, or they were no UTF-8 and hold surrogates.
+        PictureError: there are none, or they were no UTF-8 and hold surrogates.
     """
     captions = tuple(" ".join(text.split()) for text in texts if text.strip())
     if not captions:
-        raise CaptionError("its caption is empty")
+        raise PictureError("its caption is empty")
     if any("\ud800" <= character <= "\udfff" for text in captions for character in text):
-        raise CaptionError("its caption is not UTF-8")
+        raise PictureError("its caption is not UTF-8")
     return captions
 
 
@@ -153,7 +136,7 @@ def texts_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str))
 
 
-def find_captions(
+def _find_captions(
     path: Path, names: Sequence[str], flaws: dict[str, str]
 ) -> dict[str, tuple[str, ...]] | None:
     """Captions of the files `names`; None if the folder holds no captions at all.
@@ -170,10 +153,11 @@ def find_captions(
         raise ValueError(f"{path} has both {' and '.join(METADATA)}: keep one of them")
     captions: dict[str, tuple[str, ...]] = {}
 
-    def add(name: str, texts: Sequence[str]) -> None:
+    def add(name: str, row: Mapping[str, Any] | None) -> None:
         try:
+            texts = _sidecar((path / name).with_suffix(".txt")) if row is None else texts_of(row)
             captions[name] = captions.get(name, ()) + clean(texts)
-        except CaptionError as error:
+        except PictureError as error:
             flaws[name] = str(error)
 
     known = frozenset(names)
@@ -181,28 +165,25 @@ def find_captions(
         file = row.get("file_name") if isinstance(row, Mapping) else None
         name = PurePosixPath(file).as_posix() if isinstance(file, str) else ""  # of "./a.png" too
         if name in known:
-            add(name, texts_of(row))
+            add(name, row)
         else:
             flaws[f"{metadata[0].name}:{line}"] = "it does not name a file of the folder"
     sidecars = [n for n in names if (path / n).with_suffix(".txt").is_file()]
     for name in sidecars:
         if name not in captions and name not in flaws:
-            try:
-                add(name, lines(_sidecar((path / name).with_suffix(".txt"))))
-            except CaptionError as error:
-                flaws[name] = str(error)
+            add(name, None)
     return captions if metadata or sidecars else None
 
 
-def _sidecar(path: Path) -> bytes:
+def _sidecar(path: Path) -> list[str]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_SIDECAR_BYTES + 1)
     except OSError as error:
-        raise CaptionError(f"{path.name} cannot be read ({error.strerror})") from error
+        raise PictureError(f"{path.name} cannot be read ({error.strerror})") from error
     if len(data) > MAX_SIDECAR_BYTES:
-        raise CaptionError(f"{path.name} is longer than {MAX_SIDECAR_BYTES:,} bytes")
-    return data
+        raise PictureError(f"{path.name} is longer than {MAX_SIDECAR_BYTES:,} bytes")
+    return lines(data)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -247,17 +228,18 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
         files = sorted(file for file in pictures if file.name not in SHEETS)
     if not files or not path.exists():
         raise FileNotFoundError(f"{path}: no picture here to enlarge (PNG, JPEG or WEBP)")
-    return np.stack([_read_coarse(file, side, channels) for file in files])
-
-
-def _read_coarse(file: Path, side: int, channels: int) -> UInt8[np.ndarray, "side side channels"]:
-    try:
-        pixels, original_side = read_picture(file, side, "random")  # which cuts nothing off
-    except PictureError as error:
-        raise UsageError(f"{file}: {error}") from error
-    if pixels.shape[:2] != (side, side) or original_side != side:
-        raise UsageError(f"{file}: the upsampler takes pictures of exactly {side}x{side} pixels")
-    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    images = []
+    for file in files:
+        try:
+            pixels, original_side = read_picture(file, side, "random")  # which cuts nothing off
+        except PictureError as error:
+            raise UsageError(f"{file}: {error}") from error
+        if pixels.shape[:2] != (side, side) or original_side != side:
+            wanted = f"{side}x{side} pixels"
+            raise UsageError(f"{file}: the upsampler takes pictures of exactly {wanted}")
+        grey = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+        images.append(pixels if channels == 3 else grey)
+    return np.stack(images)
 
 
 def for_each(
@@ -266,10 +248,8 @@ def for_each(
     """Coarse image for each sample, and the number of samples of each prompt or class.
 
     One image goes with every prompt, and one prompt with every image; several of both are pairs.
-    Each is enlarged `n` times, with consecutive seeds.
-
-    Args:
-        conditions: number of prompts or classes; 1 without any.
+    Each is enlarged `n` times, with consecutive seeds. `conditions` is the number of prompts or
+    classes, 1 without any.
 
     Raises:
         UsageError: there are several of both, in different numbers.

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,28 +29,18 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
 MIN_SIDE = 8
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 4 * MAX_PIXELS
-"""Size of a file: no honest one is larger than an uncompressed image of `MAX_PIXELS`."""
+MAX_BYTES = 4 * MAX_PIXELS  # no honest file is larger than an uncompressed image
 
 
 class Kind(NamedTuple):
-    """Files that a data set is made of.
+    """Files that a data set is made of."""
 
-    Attributes:
-        noun: name for one of them.
-        formats: names of the accepted formats.
-        suffixes: of accepted files.
-        others: suffixes of files that are refused with a report; all other files are ignored.
-        max_bytes: of one file.
-        previews: suffixes that are ignored beside a file of another accepted suffix.
-    """
-
-    noun: str
-    formats: str
-    suffixes: frozenset[str]
-    others: frozenset[str]
-    max_bytes: int
-    previews: frozenset[str] = frozenset()
+    noun: str  # name for one of them
+    formats: str  # names of the accepted formats
+    suffixes: frozenset[str]  # of accepted files
+    others: frozenset[str]  # suffixes that are refused with a report; all others are ignored
+    max_bytes: int  # of one file
+    previews: frozenset[str] = frozenset()  # suffixes ignored beside a file of another suffix
 
 
 PICTURES = Kind(
@@ -77,83 +67,60 @@ A random crop needs more than the square; the bound keeps panoramas from filling
 """
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DAMAGED = (  # exceptions of Pillow on damaged files, which it parses with struct, zlib and slices
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-_UNKNOWN = "not a PNG, JPEG or WEBP picture, or damaged at its start"
-
-
-def _is_of_system(error: Exception) -> TypeGuard[OSError]:
-    """Test if a disk or a permission is at fault, and not the file.
-
-    "Invalid argument" is a fault of a file that leads to a place which no file has.
-    """
-    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError)
+_DAMAGED += (struct.error, zlib.error)  # Pillow parses files with these, and with slices
 
 
 @contextmanager
-def judging(file: Path | bytes, unknown: str) -> Iterator[None]:
-    """Separate faults of the file, which may be remembered, from faults of the system.
-
-    Args:
-        unknown: the reason for a file of no known format.
+def opened(file: Path | bytes, kind: Kind) -> Iterator[Any]:
+    """Open a file or its bytes; separate its faults, which are remembered, from the system's.
 
     Raises:
-        PictureError: in place of whatever a damaged file raises inside.
+        PictureError: in place of whatever a damaged, empty or too large file raises inside.
         UnreadableError: the system cannot read the file.
     """
     try:
-        yield
+        with open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as stream:
+            size = stream.seek(0, io.SEEK_END)
+            if not size:
+                raise PictureError("it is empty")
+            if size > kind.max_bytes:
+                raise PictureError(f"the file is larger than {kind.max_bytes // 10**6} MB")
+            stream.seek(0)
+            yield stream
     except PictureError:
         raise
     except _TOO_LARGE as error:
         raise PictureError(f"too large: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise PictureError(unknown) from error
+        raise unknown(kind) from error
     except _DAMAGED as error:
-        if isinstance(file, Path) and _is_of_system(error):
-            raise unreadable(file, error) from error
+        # "Invalid argument" is a fault of a file that leads to a place which no file has.
+        code = error.errno if isinstance(file, Path) and isinstance(error, OSError) else None
+        if isinstance(error, OSError) and code not in (None, errno.EINVAL):
+            raise unreadable(str(file), error) from error
         raise PictureError(f"corrupt or truncated ({error})") from error
+
+
+def unknown(kind: Kind) -> PictureError:
+    """Make the error for a file of another format."""
+    return PictureError(f"not {kind.formats}, or damaged at its start")
 
 
 def read_picture(file: Path | bytes, side: int, crop: Crop = "centre") -> Picture:
     """Decode a file or its bytes, turn it upright, and resize its shorter side to `side`.
 
     The crop "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
-
-    Raises:
-        PictureError: corrupt, truncated, too large, too small or of another format.
-        UnreadableError: the system cannot read the file.
+    Raises as `opened` does.
     """
-    with (
-        judging(file, _UNKNOWN),
-        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
-    ):
-        size = opened.seek(0, io.SEEK_END)
-        if not size:
-            raise PictureError("it is empty")
-        if size > MAX_BYTES:
-            raise PictureError(f"the file is larger than {MAX_BYTES // 10**6} MB")
-        opened.seek(0)
-        return _decode(opened, side, crop)
-
-
-def _decode(file: BinaryIO | io.BytesIO, side: int, crop: Crop) -> Picture:
-    image = Image.open(file, formats=FORMATS)
-    judge(*image.size)
-    original_side = min(image.size)
-    image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    return Picture(resized(upright, side, REACH[crop]), original_side)
+    with opened(file, PICTURES) as stream:
+        image = Image.open(stream, formats=FORMATS)
+        judge(*image.size)
+        original_side = min(image.size)
+        image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return Picture(resized(upright, side, REACH[crop]), original_side)
 
 
 def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -171,23 +138,19 @@ def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w
     """Middle of an image as RGB: the shorter side is `side`, the longer one at most `reach` sides.
 
     Resized with Lanczos, which averages over the whole area of a new pixel at any ratio; a box
-    filter weighs source pixels unevenly unless the ratio is whole.
+    filter weighs source pixels unevenly unless the ratio is whole. 16 bits are scaled to 8 (not
+    clipped), transparency becomes white.
     """
     edge = min(image.size)
     width, height = (min(length, reach * edge) for length in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     box = (left, top, left + width, top + height)
-    size = (round(side * width / edge), round(side * height / edge))
-    flat = _on_white(image)
-    return np.asarray(flat.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16 bits are scaled to 8 (not clipped), transparency becomes white."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         grey = np.asarray(image).astype(np.float32) / 257.0
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    size = (round(side * width / edge), round(side * height / edge))
+    lanczos = Image.Resampling.LANCZOS
+    return np.asarray(image.convert("RGB").resize(size, lanczos, box, reducing_gap=3.0))

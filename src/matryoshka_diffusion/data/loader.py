@@ -29,69 +29,33 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples of a run.
+    """Some samples of a run."""
 
-    Attributes:
-        picture: numbers in [-1, 1]; clips have their frames before height and width.
-        captions: one a row, "" where the source has none.
-        labels: None where the source has no classes.
-        original_side: shorter side of the original images in pixels.
-        ids: global counter n of each sample; everything random depends on it.
-        keys: names of the samples.
-        augment: transformations of each image; None without augmentation.
-    """
-
-    picture: Float[Tensor, "b c *frames h w"]
-    captions: tuple[str, ...]
-    labels: Int[Tensor, " b"] | None
-    original_side: Float[Tensor, " b"]
-    ids: Int[Tensor, " b"]
-    keys: tuple[str, ...]
-    augment: Float[Tensor, "b 7"] | None = None
+    picture: Float[Tensor, "b c *frames h w"]  # numbers in [-1, 1]
+    captions: tuple[str, ...]  # one a row, "" where the source has none
+    labels: Int[Tensor, " b"] | None  # None where the source has no classes
+    original_side: Float[Tensor, " b"]  # shorter side of the original images in pixels
+    ids: Int[Tensor, " b"]  # global counter n of each sample; everything random depends on it
+    keys: tuple[str, ...]  # names of the samples
+    augment: Float[Tensor, "b 7"] | None = None  # transformations; None without augmentation
 
 
+@dataclass(eq=False)
 class Loader:
-    """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation.
+    """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation."""
 
-    Args:
-        crop: "random" cuts an image that is longer than the square at another place each time.
-        clip: "random" begins a clip at another place of its video each time.
-        flip: mirrors an image or clip left to right with probability 1/2.
-        augment: probability of each geometric transformation.
-        pixels: convention by which bytes become numbers.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        seed: int,
-        *,
-        crop: Crop = "centre",
-        clip: ClipStart = "start",
-        flip: bool = False,
-        augment: float = 0.0,
-        pixels: Pixels = "symmetric",
-    ) -> None:
-        assert len(source) > 0, "sources refuse to be empty"
-        assert not augment or source.frames is None, "the config refuses to augment clips"
-        self.source, self.seed = source, seed
-        self.crop: Crop = crop
-        self.clip: ClipStart = clip
-        self.flip, self.augment = flip, augment
-        self.pixels: Pixels = pixels
+    source: Source
+    seed: int
+    crop: Crop = "centre"  # random: an image longer than the square is cut elsewhere each time
+    clip: ClipStart = "start"  # random: a clip begins at another place of its video each time
+    flip: bool = False  # mirror left to right with probability 1/2
+    augment: float = 0.0  # probability of each geometric transformation
+    pixels: Pixels = "symmetric"  # convention by which bytes become numbers
 
     @classmethod
     def of(cls, source: Source, seed: int, data: DataConfig) -> Loader:
         """Loader of a training run on this data."""
-        return cls(
-            source,
-            seed,
-            crop=data.crop,
-            clip=data.clip,
-            flip=data.flip,
-            augment=data.augment,
-            pixels=data.pixels,
-        )
+        return cls(source, seed, data.crop, data.clip, data.flip, data.augment, data.pixels)
 
     def batch(self, ids: range) -> Batch:
         """Samples with these global numbers n."""

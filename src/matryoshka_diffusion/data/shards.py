@@ -19,14 +19,9 @@ from typing import Any
 
 import fsspec
 
+from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import THREADS, Catalogue
-from matryoshka_diffusion.data.folder import (
-    MAX_SIDECAR_BYTES,
-    CaptionError,
-    clean,
-    lines,
-    texts_of,
-)
+from matryoshka_diffusion.data.folder import MAX_SIDECAR_BYTES, clean, lines, texts_of
 from matryoshka_diffusion.data.image import PICTURES, Kind
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.source import Sample
@@ -40,15 +35,12 @@ from matryoshka_diffusion.files import (
     write_atomically,
 )
 
-MAX_NAMES = 1_000_000
-"""Names from one pattern: more is a slip such as {0..99999999}."""
+MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _READ_AHEAD = 4 * 2**20
 _VERSION = 4  # of the index; raise it when the same shard would be indexed in another way
-_TEXT, _RECORD, _CLASS = frozenset({".txt"}), frozenset({".json"}), frozenset({".cls"})
-_MAX_RECORD_BYTES = 2**20
-_MAX_CLASS_BYTES = 64
+_MAX_BYTES = {".txt": MAX_SIDECAR_BYTES, ".json": 2**20, ".cls": 64}  # of what describes an image
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
 
@@ -79,7 +71,7 @@ def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
         samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in found]
         places += [(path, sample.offset, size) for sample, size in found]
     return Catalogue(
-        f"shards {pattern}", "\n".join(states), samples, lambda n: read_range(*places[n])
+        f"shards {pattern}", "\n".join(states), samples, lambda n: _read_range(*places[n])
     )
 
 
@@ -151,12 +143,8 @@ def opened(path: str) -> Iterator[Any]:
         yield file
 
 
-def read_range(path: str, start: int, size: int) -> bytes:
-    """Read `size` bytes from `start` on; fewer where the file ends. Any thread may call it.
-
-    Raises:
-        UnreadableError: the file cannot be read.
-    """
+def _read_range(path: str, start: int, size: int) -> bytes:
+    """Read `size` bytes from `start` on; fewer where the file ends. Any thread may call it."""
     with _system(path) as (system, inside):
         return system.cat_file(inside, start=start, end=start + size)
 
@@ -180,10 +168,6 @@ def _system(path: str) -> Iterator[tuple[Any, str]]:
 
 
 # --- the index -------------------------------------------------------------------------------
-
-
-class _FlawError(ValueError):
-    """A sample that cannot be used; the message says why."""
 
 
 def _index(path: str, state: str, kind: Kind) -> list[tuple[Sample, int]]:
@@ -210,22 +194,24 @@ def _index(path: str, state: str, kind: Kind) -> list[tuple[Sample, int]]:
 
 def _samples(file: Any, size: int, kind: Kind) -> Iterator[tuple[Sample, int]]:
     keys: set[str] = set()
-    used = kind.suffixes | kind.others | _TEXT | _RECORD | _CLASS
-    wanted = (member for member in members(file, size) if member.flaw or _is_used(member, used))
-    for key, group in groupby(wanted, lambda member: _split(member.name)[0] or _nameless(member)):
+    used = kind.suffixes | kind.others | _MAX_BYTES.keys()
+
+    def is_used(member: Member) -> bool:
+        hidden = member.name.rpartition("/")[2].startswith(".")
+        return bool(member.flaw) or (_split(member.name)[1] in used and not hidden)
+
+    def key_of(member: Member) -> str:  # a member that has lost its name is a sample of its own
+        return _split(member.name)[0] or f"byte {member.start}"
+
+    for key, group in groupby(filter(is_used, members(file, size)), key_of):
         parts = list(group)
         try:
             if key in keys:
-                raise _FlawError("its key was used before: members of a sample lie side by side")
+                raise PictureError("its key was used before: members of a sample lie side by side")
             yield _sample(file, key, parts, kind)
-        except (_FlawError, CaptionError) as error:
+        except PictureError as error:
             yield Sample(key, flaw=str(error), offset=parts[0].start), 0
         keys.add(key)
-
-
-def _nameless(member: Member) -> str:
-    """Key of a member that has lost its name: a sample of its own."""
-    return f"byte {member.start}"
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -235,28 +221,23 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
 
 
-def _is_used(member: Member, suffixes: frozenset[str]) -> bool:
-    hidden = member.name.rpartition("/")[2].startswith(".")
-    return _split(member.name)[1] in suffixes and not hidden
-
-
 def _sample(file: Any, key: str, parts: Sequence[Member], kind: Kind) -> tuple[Sample, int]:
-    """Sample from its members, and the size of its file. Raises _FlawError or CaptionError."""
+    """Sample from its members, and the size of its file. Raises PictureError."""
     for part in parts:
         if part.flaw:
-            raise _FlawError(part.flaw)
+            raise PictureError(part.flaw)
     whole = _only(parts, kind.suffixes - kind.previews, kind.noun)
     picture = whole or _only(parts, kind.previews, kind.noun)
     if picture is None:
-        raise _FlawError(f"it has no {kind.formats} {kind.noun}")
+        raise PictureError(f"it has no {kind.formats} {kind.noun}")
     if not 0 < picture.size <= kind.max_bytes:
-        raise _FlawError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
-    record = _record(_small(file, _only(parts, _RECORD, ".json"), _MAX_RECORD_BYTES))
-    text = _small(file, _only(parts, _TEXT, ".txt"), MAX_SIDECAR_BYTES)
+        raise PictureError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
+    record = _record(_small(file, parts, ".json"))
+    text = _small(file, parts, ".txt")
     texts = texts_of(record) if text is None else lines(text)
-    label = _small(file, _only(parts, _CLASS, ".cls"), _MAX_CLASS_BYTES)
+    label = _small(file, parts, ".cls")
     if label is not None and not label.strip().isdigit():
-        raise _FlawError("its .cls is no whole number")
+        raise PictureError("its .cls is no whole number")
     sides: list[Any] = [record.get(name) for name in ("original_width", "original_height")]
     known = all(isinstance(side, int) and 0 < side <= _MAX_ORIGINAL for side in sides)
     sample = Sample(
@@ -269,26 +250,25 @@ def _sample(file: Any, key: str, parts: Sequence[Member], kind: Kind) -> tuple[S
     return sample, picture.size
 
 
-def _only(parts: Sequence[Member], suffixes: frozenset[str], what: str) -> Member | None:
+def _only(parts: Sequence[Member], suffixes: frozenset[str], noun: str) -> Member | None:
     found = [part for part in parts if _split(part.name)[1] in suffixes]
     if len(found) > 1:
-        raise _FlawError(f"it has more than one {what}: its key may be there twice")
+        raise PictureError(f"it has more than one {noun}: its key may be there twice")
     return found[0] if found else None
 
 
-def _small(file: Any, member: Member | None, most: int) -> bytes | None:
-    if member is None:
-        return None
-    if member.size > most:
-        raise _FlawError(f"{_split(member.name)[1]} is longer than {most:,} bytes")
-    return read_at(file, member.start, member.size)
+def _small(file: Any, parts: Sequence[Member], suffix: str) -> bytes | None:
+    member, most = _only(parts, frozenset({suffix}), suffix), _MAX_BYTES[suffix]
+    if member is not None and member.size > most:
+        raise PictureError(f"{suffix} is longer than {most:,} bytes")
+    return None if member is None else read_at(file, member.start, member.size)
 
 
 def _record(data: bytes | None) -> Mapping[str, Any]:
     try:
         record = {} if data is None else json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _FlawError("its .json is damaged or not UTF-8") from error
+        raise PictureError("its .json is damaged or not UTF-8") from error
     if not isinstance(record, dict):
-        raise _FlawError("its .json is no object with names")
+        raise PictureError("its .json is no object with names")
     return record

@@ -29,31 +29,21 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.data.decoded import Catalogue
 
 HUGGING_FACE = "hf:"
-PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")
-"""Sources that need no path."""
+PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no path
 
 _FRAMES_IN_MEMORY = 64
 _SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$")  # compressed ones too: shards.py says what to do
 
 
 class Sample(NamedTuple):
-    """Facts about an image or a video that are known without decoding it.
+    """Facts about an image or a video that are known without decoding it."""
 
-    Attributes:
-        key: its name, stable between runs: a path in a folder, SHARD:KEY or FILE:ROW elsewhere.
-        captions: alternatives; empty without captions.
-        label: index into the classes.
-        original_side: shorter side in pixels before the set was made, if the set records it.
-        flaw: the reason why it cannot be used; empty for a usable one.
-        offset: its place in the shard, in bytes.
-    """
-
-    key: str
-    captions: tuple[str, ...] = ()
-    label: int | None = None
-    original_side: int | None = None
-    flaw: str = ""
-    offset: int | None = None
+    key: str  # stable between runs: a path in a folder, SHARD:KEY or FILE:ROW elsewhere
+    captions: tuple[str, ...] = ()  # alternatives
+    label: int | None = None  # index into the classes
+    original_side: int | None = None  # shorter side in pixels before the set was made, if recorded
+    flaw: str = ""  # the reason why it cannot be used
+    offset: int | None = None  # its place in the shard, in bytes
 
 
 class Picture(NamedTuple):
@@ -79,28 +69,17 @@ class Source:
 
     A sample that turns out bad on reading is replaced by the next good one. So the example at an
     index depends on the data alone: not on earlier reads, nor on the number of threads.
-
-    Attributes:
-        name: for messages, such as "openmoji".
-        samples: the usable samples.
-        read: (index, cut) -> the square; raises PictureError for a bad file. Any thread may call.
-        quarantine: the samples that are left out.
-        side: height and width in pixels.
-        frames: frames of each clip; None for images.
-        channels: 1 for grey, 3 for colour.
-        classes: names of the classes; empty without labels.
-        threads: number of samples that are read at the same time.
     """
 
-    name: str
-    samples: Sequence[Sample]
-    read: Callable[[int, Cut], Picture]
-    quarantine: Quarantine
-    side: int
-    frames: int | None = None
-    channels: int = 3
-    classes: tuple[str, ...] = ()
-    threads: int = 1
+    name: str  # for messages, such as "openmoji"
+    samples: Sequence[Sample]  # the usable ones
+    read: Callable[[int, Cut], Picture]  # the square; raises PictureError; any thread may call
+    quarantine: Quarantine  # samples that are left out, also those found bad on reading
+    side: int  # height and width in pixels
+    frames: int | None = None  # of each clip; None for images
+    channels: int = 3  # 1 for grey, 3 for colour
+    classes: tuple[str, ...] = ()  # names; empty without labels
+    threads: int = 1  # samples that are read at the same time
 
     @cached_property
     def keys(self) -> list[str]:
@@ -115,7 +94,7 @@ class Source:
 
     @property
     def bad(self) -> tuple[BadFile, ...]:
-        """Samples that are left out, among them those that turned out bad on reading."""
+        """Samples that are left out."""
         return self.quarantine.bad
 
     @property
@@ -139,11 +118,8 @@ class Source:
 
     def part(self, rows: Sequence[int]) -> Source:
         """Source of the samples `rows`. A bad one is replaced by another one of this part."""
-        return replace(
-            self,
-            samples=[self.samples[row] for row in rows],
-            read=lambda index, cut: self.read(rows[index], cut),
-        )
+        samples = [self.samples[row] for row in rows]
+        return replace(self, samples=samples, read=lambda n, cut: self.read(rows[n], cut))
 
     def _example(self, index: int, cut: Cut) -> Example:
         for step in range(len(self)):
@@ -173,20 +149,13 @@ def array_source(
 ) -> Source:
     """Source of the images or clips in an array, which may be memory-mapped, and columns for it."""
     *frames, side, _, channels = array.shape[1:]
-    samples = [
-        Sample(
-            key,
-            () if captions is None else captions[n],
-            None if labels is None else labels[n],
-            side if original_sides is None else original_sides[n],
-        )
-        for n, key in enumerate(keys)
-    ]
+    count = len(keys)
+    columns = captions or [()] * count, labels or [None] * count, original_sides or [side] * count
     return Source(
         name,
-        samples,
+        [Sample(*row) for row in zip(keys, *columns, strict=True)],
         lambda index, _: Picture(np.array(array[index]), side),
-        Quarantine(name, total=len(samples)),
+        Quarantine(name, total=count),
         side,
         frames=frames[0] if frames else None,
         channels=channels,
@@ -236,7 +205,7 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         ValueError, OSError: the data is missing or unusable; the message says what to do.
         MissingExtra: an optional package is not installed.
     """
-    from matryoshka_diffusion.data import emoji, fashion_mnist, folder, shards, tables, video
+    from matryoshka_diffusion.data import emoji, fashion_mnist, folder, image, shards, tables, video
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
     path, source = config.path, config.source
@@ -247,7 +216,12 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
     if source == "fashion-mnist":
         return fashion_mnist.fashion_mnist(side, None if path is None else _expanded(path))
     if path is None:
-        raise ConfigError(f"data.path is not set: {_remedy(source)}")
+        remedy = {
+            "fluent-emoji": f"give the folder of the unpacked npm package {emoji.FLUENT_EMOJI}",
+            "clips": f"give a folder ({folder.forms(image.VIDEOS)}), or tar shards,",
+        }
+        own = f"give a folder ({folder.forms(image.PICTURES)}), or tar shards, parquet or hf:NAME"
+        raise ConfigError(f"data.path is not set: {remedy.get(source, own)} with --data")
     catalogues: dict[str, Callable[[], Catalogue]] = {
         "folder": lambda: folder.folder(_expanded(path)),
         "shards": lambda: shards.shards(absolute(path)),
@@ -256,10 +230,9 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         "clips": lambda: _videos(absolute(path)),
         "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
     }
-    if source in VIDEO_SOURCES:
-        decoder = video.clip_decoder(config, side, frames)
-    else:
-        decoder = picture_decoder(side, config.crop)
+    moves = source in VIDEO_SOURCES
+    decoder = video.clip_decoder(config, side, frames) if moves else None
+    decoder = decoder or picture_decoder(side, config.crop)
     try:
         return open_catalogue(catalogues[source](), decoder, config.max_bad_fraction)
     except NoneUsable as error:
@@ -284,18 +257,6 @@ def _videos(path: str) -> Catalogue:
     return shards(path, VIDEOS)
 
 
-def _remedy(source: SourceName) -> str:
-    from matryoshka_diffusion.data.emoji import FLUENT_EMOJI
-    from matryoshka_diffusion.data.folder import forms
-    from matryoshka_diffusion.data.image import PICTURES, VIDEOS
-
-    if source == "fluent-emoji":
-        return f"give the folder of the unpacked npm package {FLUENT_EMOJI} with --data"
-    if source == "clips":
-        return f"give a folder with --data ({forms(VIDEOS)}), or tar shards"
-    return f"give a folder with --data ({forms(PICTURES)}), or tar shards, parquet files or hf:NAME"
-
-
 # --- from a path to a kind of source ---------------------------------------------------------
 
 
@@ -306,10 +267,9 @@ def with_source(config: RunConfig) -> RunConfig:
 
 
 def sourced(data: DataConfig, *, clips: bool = False) -> DataConfig:
-    """Data config with the source that is at its path, where it names a folder.
+    """Data config with the source at its path if it names a folder.
 
-    Args:
-        clips: whether the model draws clips; then folders and shards are read as videos.
+    For a model of `clips`, folders and shards are read as videos.
     """
     if data.source != "folder" or data.path is None:
         return data
@@ -329,21 +289,16 @@ def kind_of(path: str) -> SourceName:
 
     if path.startswith(HUGGING_FACE):
         return "datasets"
-    folder = _expanded(path)
-    if not folder.is_dir():
-        return _kind_of_file(path)
-    if holds(folder, SUFFIXES):
-        return "folder"
-    if holds(folder, CONTAINERS):
-        return "clips"
-    kinds = {_kind_of_file(name) for name in os.listdir(folder)}
-    return "shards" if "shards" in kinds else "parquet" if "parquet" in kinds else "folder"
-
-
-def _kind_of_file(name: str) -> SourceName:
-    if name.endswith(".parquet"):
-        return "parquet"
-    return "shards" if _SHARD.search(name) else "folder"
+    folder, names = _expanded(path), [path]
+    if folder.is_dir():
+        if holds(folder, SUFFIXES):
+            return "folder"
+        if holds(folder, CONTAINERS):
+            return "clips"
+        names = os.listdir(folder)
+    if any(_SHARD.search(name) and not name.endswith(".parquet") for name in names):
+        return "shards"
+    return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"
 
 
 def absolute(path: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
-from matryoshka_diffusion.data.folder import CaptionError, clean
+from matryoshka_diffusion.data.folder import clean
 from matryoshka_diffusion.data.shards import expand, opened, short_names, state_of
 from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
 from matryoshka_diffusion.files import UnreadableError, require
@@ -76,27 +76,25 @@ def _row(caption: Any, label: Any) -> _Row:
         text, value = (None if cell is None else cell.as_py() for cell in (caption, label))
         texts: list[Any] = text if isinstance(text, list) else [text]
         if text is not None and not all(isinstance(one, str) for one in texts):
-            return _Row(flaw="its caption is no text")
+            raise PictureError("its caption is no text")
         captions = () if text is None else clean(texts)
     except UnicodeDecodeError:
         return _Row(flaw="its caption or class is not UTF-8")
-    except CaptionError as error:
+    except PictureError as error:
         return _Row(flaw=str(error))
-    if isinstance(value, int):
-        return _Row(captions, int(value))  # yes and no are 1 and 0
-    return _Row(captions, value if isinstance(value, str) else None)
+    value = int(value) if isinstance(value, int) else value  # yes and no are 1 and 0
+    return _Row(captions, value if isinstance(value, int | str) else None)
 
 
-def _samples(
-    keys: Iterable[str], rows: Sequence[_Row], names: Sequence[str]
-) -> tuple[list[Sample], tuple[str, ...]]:
-    """Samples whose classes are numbers, and the names of the classes.
-
-    `names` are those that the table itself states. Classes that are words are sorted.
-
-    Raises:
-        ValueError: some rows have words and others numbers.
-    """
+def _catalogue(
+    name: str,
+    state: str,
+    keys: Iterable[str],
+    rows: Sequence[_Row],
+    names: Sequence[str],
+    load: Callable[[int], bytes | Path],
+) -> Catalogue:
+    """Catalogue of rows, with `names` of classes from the table or, sorted, from its words."""
     words = tuple(sorted({row.label for row in rows if isinstance(row.label, str)}))
     if words and any(isinstance(row.label, int) for row in rows):
         raise ValueError("classes are numbers in some of the rows and words in others")
@@ -105,7 +103,7 @@ def _samples(
         Sample(key, row.captions, numbers.get(row.label, row.label), flaw=row.flaw)
         for key, row in zip(keys, rows, strict=True)
     ]
-    return samples, words or tuple(names)
+    return Catalogue(name, state, samples, load, words or tuple(names))
 
 
 def _bytes(value: Any) -> bytes:
@@ -133,10 +131,8 @@ def parquet(pattern: str) -> Catalogue:
     for name, file in zip(short_names(paths), files, strict=True):
         rows += file.rows()
         keys += [f"{name}:{row}" for row in range(len(rows) - len(keys))]
-        groups = range(file.metadata.num_row_groups)
-        sizes = [file.metadata.row_group(group).num_rows for group in groups]
-        places += [(file, group, row) for group in groups for row in range(sizes[group])]
-    samples, classes = _samples(keys, rows, files[0].class_names())
+        for group in range(file.metadata.num_row_groups):
+            places += [(file, group, n) for n in range(file.metadata.row_group(group).num_rows)]
     lock = threading.Lock()
     kept = lru_cache(_GROUPS_KEPT)(lambda file, group: file.pictures(group))
 
@@ -146,7 +142,7 @@ def parquet(pattern: str) -> Catalogue:
             return _bytes(kept(file, group)[row].as_py())
 
     state = "\n".join(f"{path} {state_of(path)}" for path in paths)
-    return Catalogue(f"parquet {pattern}", state, samples, load, classes)
+    return _catalogue(f"parquet {pattern}", state, keys, rows, files[0].class_names(), load)
 
 
 class _File:
@@ -177,12 +173,7 @@ class _File:
             raise ValueError(f"{self.path} is damaged: {error}") from error
 
     def pictures(self, group: int) -> Any:
-        """Images of a row group, a pyarrow array.
-
-        Raises:
-            PictureError: the group is damaged.
-            OSError: the file cannot be read.
-        """
+        """Images of a row group, a pyarrow array. Raises PictureError if the group is damaged."""
         columns = [self._columns.picture]
         try:
             return self._read(lambda whole: whole.read_row_group(group, columns=columns).column(0))
@@ -232,7 +223,6 @@ def hugging_face(address: str) -> Catalogue:
         rows = _rows(table.select_columns(columns.words).with_format("arrow")[:], columns)
     names = getattr(table.features.get(columns.label), "names", None) or ()
     keys = [f"{name}:{row}" for row in range(table.num_rows)]
-    samples, classes = _samples(keys, rows, names)
     pictures = table.select_columns([columns.picture])
 
     def load(n: int) -> bytes | Path:
@@ -243,19 +233,20 @@ def hugging_face(address: str) -> Catalogue:
             return path
         return _bytes(value)
 
-    return Catalogue(f"datasets {name}", str(table._fingerprint), samples, load, classes)
+    return _catalogue(f"datasets {name}", str(table._fingerprint), keys, rows, names, load)
 
 
 def _opened(datasets: Any, name: str) -> Any:
     place, split = split_of(name)
+    split = split or DEFAULT_SPLIT
     if not os.path.isdir(place):
-        return datasets.load_dataset(place, split=split or DEFAULT_SPLIT)
+        return datasets.load_dataset(place, split=split)
     saved = datasets.load_from_disk(place)
     if not isinstance(saved, datasets.DatasetDict):
         return saved
-    if (split or DEFAULT_SPLIT) not in saved:
+    if split not in saved:
         raise ValueError(f"{name}: its splits are {', '.join(saved)}: add @ and one of them")
-    return saved[split or DEFAULT_SPLIT]
+    return saved[split]
 
 
 def split_of(name: str) -> tuple[str, str]:

@@ -12,22 +12,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 BLOCK = 512
-MAX_EXTENSION = 65_536
-"""Bytes of a GNU long name or a PAX header; honest ones hold a path and some numbers."""
+MAX_EXTENSION = 65_536  # bytes of a GNU long name or a PAX header, which hold a path and numbers
 
 _SCANNED = 2**20  # bytes at a time, a whole number of blocks
 _MAGIC, _MAGIC_AT = b"ustar", 257
-_GNU_NAME, _PAX = b"L", b"x"
+_GNU_NAME, _PAX, _FOLDER = b"L", b"x", b"5"
 _EXTENSIONS = frozenset({_GNU_NAME, _PAX, b"K", b"g"})  # K: target of a link; g: for the whole file
-_WITHOUT_BYTES = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
-_REFUSED = {
-    b"1": "a link",
-    b"2": "a link",
-    b"3": "a device",
-    b"4": "a device",
-    b"6": "a pipe",
-    b"S": "a sparse file",
-}
+_REFUSED = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
 class Member(NamedTuple):
@@ -56,21 +47,17 @@ def members(file: Any, size: int) -> Iterator[Member]:
         block = read_at(file, offset, BLOCK)
         if not any(block):
             return
-        header, start, at = _parse(block), offset + BLOCK, offset
-        if header is None:
-            flaw, extension = "damaged: no tar header where one should be", {}
-            yield Member("", at, 0, flaw)
-            offset = _next_header(file, start, size)
-            continue
-        name, length, kind = header
-        if kind not in _EXTENSIONS:
+        start, at = offset + BLOCK, offset
+        name, length, kind = _parse(block) or ("", 0, b"")
+        if kind and kind not in _EXTENSIONS:
             name, length = extension.get("name", name), extension.get("size", length)
-        if kind in _WITHOUT_BYTES:  # such as a hard link, which may state its target's size
+        if kind in _REFUSED or kind == _FOLDER:  # a hard link may state its target's size
             length = 0
         end = start + -(-length // BLOCK) * BLOCK
         flaw = _flaw(name, kind, length, size - start, extension.get("sparse", False))
         if flaw:
-            offset, extension = end if end <= size else _next_header(file, start, size), {}
+            offset = end if kind and end <= size else _next_header(file, start, size)
+            extension = {}
             yield Member(name, at, length, flaw)
             continue
         offset = end
@@ -80,7 +67,7 @@ def members(file: Any, size: int) -> Iterator[Member]:
             extension |= _pax(read_at(file, start, length))
         elif kind not in _EXTENSIONS:
             extension = {}
-            if kind != b"5" and not name.endswith("/"):  # the latter in the oldest tar files
+            if kind != _FOLDER and not name.endswith("/"):  # the latter in the oldest tar files
                 yield Member(name.removeprefix("./"), start, length)
     if not flaw:  # else that flaw has led to the end
         yield Member("", min(offset, size), 0, "cut off: the end marker of a tar file is missing")
@@ -88,14 +75,16 @@ def members(file: Any, size: int) -> Iterator[Member]:
 
 def _flaw(name: str, kind: bytes, length: int, left: int, sparse: bool) -> str:
     """Reason why a member cannot be used, with `left` bytes of the file after its header."""
+    if not kind:
+        return "damaged: no tar header where one should be"
     if kind in _EXTENSIONS and length > MAX_EXTENSION:
         return f"its name or PAX header claims {length:,} bytes"
     if length > left:
         return f"cut off: it claims {length:,} bytes and {max(left, 0):,} are left"
-    if kind in _EXTENSIONS or kind == b"5":
+    if kind in _EXTENSIONS or kind == _FOLDER:
         return ""
-    if kind in _REFUSED or sparse:
-        return f"it is {_REFUSED.get(kind, _REFUSED[b'S'])}, not a plain file"
+    if kind in _REFUSED or kind == b"S" or sparse:
+        return f"it is {_REFUSED.get(kind, 'a sparse file')}, not a plain file"
     if kind not in (b"0", b"\0", b"7"):
         return f"it is of the unknown tar type {kind!r}"
     parts = name.replace("\\", "/").split("/")
@@ -104,6 +93,7 @@ def _flaw(name: str, kind: bytes, length: int, left: int, sparse: bool) -> str:
 
 
 def read_at(file: Any, start: int, length: int) -> bytes:
+    """Read `length` bytes from `start` on; fewer where the file ends."""
     file.seek(start)
     return file.read(length)
 

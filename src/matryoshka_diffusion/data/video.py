@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Decoder
-from matryoshka_diffusion.data.image import REACH, VIDEOS, judge, judging, resized
+from matryoshka_diffusion.data.image import REACH, VIDEOS, judge, opened, resized, unknown
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import fraction, require
 
@@ -32,7 +32,6 @@ CACHED_BYTES = 2**30  # of the largest set of clips that is decoded into the cac
 
 _VERSION = 3  # raise it when the same file would give another clip
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
-_UNKNOWN = f"no {VIDEOS.formats}, or damaged at its start"
 
 
 class TooShortError(PictureError):
@@ -71,23 +70,19 @@ _QUICKEST, _USUAL = 0.010, 0.100  # seconds: browsers show a frame of 0 to 0.010
 class Animation:
     """A WEBP or GIF. Its frames are composed from the first one on."""
 
-    def __init__(self, file: BinaryIO | io.BytesIO, form: str, deadline: Deadline) -> None:
-        self._file, self._deadline = file, deadline
-        file.seek(0)
+    def __init__(self, file: Any, form: str, deadline: Deadline) -> None:
+        self._deadline = deadline
         if form == "GIF":
-            self._find_trailer()
-            file.seek(0)
+            _check_trailer(file, deadline)
+        file.seek(0)
         self._image = Image.open(file, formats=(form,))
         judge(*self._image.size, MAX_PIXELS)
         self.count: int = getattr(self._image, "n_frames", 1)
         _check_count(self.count)
 
     def times(self) -> Times:
-        durations = []
-        for image in self._all(self.count):
-            seconds = image.info.get("duration", 0) / 1000
-            durations.append(seconds if seconds > _QUICKEST else _USUAL)
-        ends = np.cumsum([0.0, *durations])
+        shown = [image.info.get("duration", 0) / 1000 for image in self._all(self.count)]
+        ends = np.cumsum([0.0, *(x if x > _QUICKEST else _USUAL for x in shown)])
         return Times(ends[:-1], float(ends[-1]))
 
     def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
@@ -104,35 +99,32 @@ class Animation:
             self._image.load()  # which tells the duration of a WEBP's frame, too
             yield self._image
 
-    def _find_trailer(self) -> None:
-        """Raise PictureError if a GIF (GIF89a, 17 to 27) ends before its last block.
 
-        Pillow counts the frames that it finds, so a truncated GIF would only be shorter.
-        """
-        self._skip(10)
-        self._skip_colours(2)
-        while (mark := self._next()) != b";":
-            if not mark:
-                raise PictureError("truncated: the end marker of a GIF is missing")
-            if mark == b",":  # an image
-                self._skip(8)
-                self._skip_colours()
-            if mark in b",!":  # or an extension: after a byte of their own, parts with their sizes
-                self._skip(1)
-                while (size := self._next()) > b"\0":
-                    self._skip(size[0])
+def _check_trailer(file: Any, deadline: Deadline) -> None:
+    """Raise PictureError if a GIF (GIF89a, 17 to 27) ends before its last block.
 
-    def _skip_colours(self, more: int = 0) -> None:
+    Pillow counts the frames that it finds, so a truncated GIF would only be shorter.
+    """
+
+    def skip_colours(more: int = 0) -> None:
         """Skip a byte, the table of colours that it announces, and `more` bytes."""
-        byte = int.from_bytes(self._next(), "big")
-        self._skip(more + (3 * 2 ** (1 + (byte & 7)) if byte & 0x80 else 0))
+        byte = int.from_bytes(file.read(1), "big")
+        file.seek(more + (3 * 2 ** (1 + (byte & 7)) if byte & 0x80 else 0), io.SEEK_CUR)
 
-    def _skip(self, count: int) -> None:
-        self._file.seek(count, io.SEEK_CUR)
-
-    def _next(self) -> bytes:
-        self._deadline.check()
-        return self._file.read(1)  # empty at the end of the file
+    file.seek(10)
+    skip_colours(2)
+    while (mark := file.read(1)) != b";":
+        if not mark:
+            raise PictureError("truncated: the end marker of a GIF is missing")
+        if mark == b",":  # an image
+            file.seek(8, io.SEEK_CUR)
+            skip_colours()
+        if mark in b",!":  # or an extension: after a byte of their own, parts with their sizes
+            file.seek(1, io.SEEK_CUR)
+            while (size := file.read(1)) > b"\0":
+                deadline.check()
+                file.seek(size[0], io.SEEK_CUR)
+        deadline.check()
 
 
 # --- MP4, MOV, WEBM, MKV and AVI -------------------------------------------------------------
@@ -148,20 +140,17 @@ def pyav() -> Any:
 
 
 class Container:
-    """A video in a container of FFmpeg.
+    """A video in a container of FFmpeg, which receives bytes and the name of the format.
 
-    A first pass collects the times of its packets and decodes none, so frames are counted and a
-    stated number is not believed. Where time stamps can be trusted, decoding begins at the last
-    key frame before the first wanted frame; in AVI it begins at the first frame.
-
-    Args:
-        demuxer: FFmpeg's name of the format. FFmpeg receives this name and bytes, but no path, so
-            nothing in a file can make it read another one.
+    It receives no path, so nothing in a file can make it read another one. A first pass collects
+    the times of the packets and decodes none, so frames are counted and a stated number is not
+    believed. Where time stamps can be trusted, decoding begins at the last key frame before the
+    first wanted frame; in AVI it begins at the first frame.
     """
 
-    def __init__(self, file: BinaryIO | io.BytesIO, demuxer: str, deadline: Deadline) -> None:
+    def __init__(self, file: Any, demuxer: str, deadline: Deadline) -> None:
         self._file, self._demuxer, self._deadline = file, demuxer, deadline
-        stamps, self._keys = [], {}
+        stamps, self._keys = [], {}  # of key frames: when they are shown, and decoded
         with self._opened() as (container, stream):
             self._unit = stream.time_base
             self._rate = stream.average_rate or stream.guessed_rate
@@ -183,7 +172,6 @@ class Container:
             raise PictureError("it has no frames")
         distinct = None not in stamps and len(set(stamps)) == len(stamps)
         self._stamps: list[int] | None = sorted(stamps) if distinct else None
-        self._seeks = distinct and demuxer in ("mov", "matroska")
 
     def times(self) -> Times:
         if self._stamps is None:
@@ -214,35 +202,33 @@ class Container:
 
     def _from(self, container: Any, stream: Any, first: int) -> Iterator[tuple[int, Any]]:
         """Frames with their numbers, from the first wanted one or an earlier one on."""
-        if (key := self._key_before(first)) is not None:
-            number, decoded = key
-            container.seek(decoded, stream=stream)
+        if self._stamps is None or self._demuxer == "avi":
+            yield from enumerate(self._decoded(container, stream))
+            return
+        numbers = {stamp: number for number, stamp in enumerate(self._stamps)}
+        if (key := self._key_before(self._stamps[first])) is not None:
+            container.seek(self._keys[key], stream=stream)
             # A frame that is shown before its key frame refers to frames that were skipped.
-            whole = (pair for pair in self._numbered(container, stream) if pair[0] >= number)
+            frames = self._numbered(container, stream, numbers)
+            whole = (pair for pair in frames if pair[0] >= numbers[key])
             if (pair := next(whole, None)) is not None and pair[0] <= first:
                 yield pair
                 yield from whole
                 return
             container.seek(min(self._keys.values()), stream=stream)  # the first seek led too far
-        yield from self._numbered(container, stream)
+        yield from self._numbered(container, stream, numbers)
 
-    def _key_before(self, first: int) -> tuple[int, int] | None:
-        """Number and decoding time of the key frame to begin at; None for the file's beginning."""
-        if self._stamps is None or not self._seeks:
-            return None
+    def _key_before(self, stamp: int) -> int | None:
+        """Time of the key frame to begin at; None for the file's beginning."""
         keys = sorted(self._keys)
-        place = bisect_right(keys, self._stamps[first]) - 1
-        if place < 1:
-            return None
-        return bisect_left(self._stamps, keys[place]), self._keys[keys[place]]
+        place = bisect_right(keys, stamp) - 1
+        return None if place < 1 else keys[place]
 
-    def _numbered(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+    def _numbered(
+        self, container: Any, stream: Any, numbers: dict[int, int]
+    ) -> Iterator[tuple[int, Any]]:
         frames = self._decoded(container, stream)
-        if self._stamps is None or not self._seeks:
-            yield from enumerate(frames)
-            return
-        numbers = {stamp: number for number, stamp in enumerate(self._stamps)}
-        yield from _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
+        return _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
         for packet in container.demux(stream):
@@ -294,8 +280,7 @@ def _image(frame: Any, stream: Any) -> Image.Image:
     wide = float(stream.sample_aspect_ratio or 1.0)
     width = round(frame.width * wide) if 1 / _WIDEST <= wide <= _WIDEST else frame.width
     clear = any(component.is_alpha for component in frame.format.components)
-    pixels = frame.to_ndarray(format="rgba" if clear else "rgb24", width=width)
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24", width=width))
     turned = frame.rotation and frame.rotation % 90 == 0  # noted by a camera, in degrees
     return image.rotate(frame.rotation, expand=True) if turned else image
 
@@ -308,29 +293,22 @@ Video = Animation | Container
 
 @contextmanager
 def open_video(file: bytes | Path) -> Iterator[Video]:
-    """Open the video in a file. Faults inside the `with` are separated as by `judging`."""
-    with (
-        judging(file, _UNKNOWN),
-        open(file, "rb") if isinstance(file, Path) else io.BytesIO(file) as opened,
-    ):
-        yield _video(opened)
+    """Open the video in a file. Faults inside the `with` are separated as by `image.opened`."""
+    with opened(file, VIDEOS) as stream:
+        yield _video(stream)
 
 
-def _video(file: BinaryIO | io.BytesIO) -> Video:
+def _video(file: Any) -> Video:
     size = file.seek(0, io.SEEK_END)
-    if size > VIDEOS.max_bytes:
-        raise PictureError(f"the file is larger than {VIDEOS.max_bytes // 2**20} MiB")
     file.seek(0)
     head = file.read(12)
-    if not head:
-        raise PictureError("it is empty")
     deadline = Deadline()
     if head[:4] == b"RIFF":
         _check_whole(8 + int.from_bytes(head[4:8], "little"), size)
-    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-        return Animation(file, "WEBP", deadline)
-    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
-        return Container(file, "avi", deadline)
+        if head[8:] == b"WEBP":
+            return Animation(file, "WEBP", deadline)
+        if head[8:11] == b"AVI":
+            return Container(file, "avi", deadline)
     if head[:3] == b"GIF":
         return Animation(file, "GIF", deadline)
     if head[4:8] in _BOXES:
@@ -338,7 +316,7 @@ def _video(file: BinaryIO | io.BytesIO) -> Video:
         return Container(file, "mov", deadline)
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return Container(file, "matroska", deadline)
-    raise PictureError(_UNKNOWN)
+    raise unknown(VIDEOS)
 
 
 def _check_whole(stated: int, size: int) -> None:
@@ -347,7 +325,7 @@ def _check_whole(stated: int, size: int) -> None:
         raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
 
 
-def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int, deadline: Deadline) -> int:
+def _end_of_boxes(file: Any, size: int, deadline: Deadline) -> int:
     """End of the last of an MP4's outermost boxes, according to their headers."""
     end = 0
     while end < size:
@@ -360,14 +338,10 @@ def _end_of_boxes(file: BinaryIO | io.BytesIO, size: int, deadline: Deadline) ->
 
 
 def choose(video: Video, data: DataConfig, length: int, start: float) -> list[int]:
-    """Numbers of the frames of a clip, ascending: every `data.frame_stride`-th one at `data.fps`.
+    """Numbers of the `length` frames of a clip, ascending: each `data.frame_stride`-th at `fps`.
 
-    Args:
-        length: frames of the clip.
-        start: the clip's place among all that fit, from 0 to below 1.
-
-    Raises:
-        TooShortError: no clip fits.
+    `start` is the clip's place among all that fit, from 0 to below 1. Raises TooShortError if
+    none fits.
     """
     fps, stride = data.fps, data.frame_stride
     frames = range(video.count) if fps is None else resampled(video.times(), fps)
@@ -409,12 +383,7 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
         return Picture(clip if frames else clip[0], original_side)
 
     # By `length` for images too, so that bad files are found at the same time in both.
-    size = length * side**2 * REACH[data.crop] * 3
+    cached = CACHED_BYTES // (length * side**2 * REACH[data.crop] * 3)
     options = (side, data.crop, frames, length, data.frame_stride, data.fps, data.clip)
-    return Decoder(
-        decode,
-        side,
-        frames,
-        options=f"{', '.join(map(str, options))}, version {_VERSION}",
-        cached=0 if data.clip == "random" else CACHED_BYTES // size,
-    )
+    name = f"{', '.join(map(str, options))}, version {_VERSION}"
+    return Decoder(decode, side, frames, name, cached if data.clip != "random" else 0)
