@@ -58,27 +58,16 @@ def test_the_posterior_mean_is_the_regression_of_x_on_all_levels(make: Callable)
         for resolution in world.resolutions
     )
     pools = torch.cat(world.pools)
+    sizes = [len(pool) for pool in world.pools]
     for row in range(3):
         # One entry for each of the 1 + 2 + 4 pixels.
-        log_snr = torch.cat(
-            [
-                schedule.log_snr(t[row].expand(len(pool)))
-                for schedule, pool in zip(world.schedules, world.pools, strict=True)
-            ]
-        )
-        alpha, sigma = alpha_sigma(log_snr)
+        each = [s.log_snr(t[row].expand(n)) for s, n in zip(world.schedules, sizes, strict=True)]
+        alpha, sigma = alpha_sigma(torch.cat(each))
         a = alpha[:, None] * pools
-        gain = (
-            world.covariance @ a.T @ (a @ world.covariance @ a.T + sigma.square().diag()).inverse()
-        )
+        total = a @ world.covariance @ a.T + sigma.square().diag()
+        gain = world.covariance @ a.T @ total.inverse()
         x = world.mean + gain @ (stacked(z)[row] - a @ world.mean)
         torch.testing.assert_close(stacked(world(z, t))[row], pools @ x)
-
-
-def test_the_coarsest_level_of_a_clip_is_the_average_of_the_first_frame():
-    first, second, _ = small_clips(Cosine()).pools
-    assert first.tolist() == [[0.5, 0.5, 0.0, 0.0]]
-    assert second.tolist() == [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
 
 
 # --- samplers -----------------------------------------------------------------------------------
@@ -90,8 +79,6 @@ def test_ddim_covariance_error_halves_as_steps_double(make: Callable):
     assert errors[-1] < 0.04
     for coarse, fine in pairwise(errors):
         assert fine / coarse == pytest.approx(0.5, abs=0.03)
-    if make is small_world:
-        assert errors == pytest.approx([0.088, 0.046, 0.024], rel=0.03)
 
 
 def test_dpm_solver_error_quarters_as_steps_double():
@@ -167,7 +154,7 @@ def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
 # The error of an affine network is affine in (x, eps). Its expected square is therefore the sum of
 # its squares at the mean and at one standard deviation along each axis, exactly.
 
-PREDICTIONS: tuple[Prediction, ...] = ("x0", "eps", "v")
+every_prediction = pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 WEIGHTS: dict[WeightingName, Callable[[Tensor, Tensor], Tensor]] = {
     # the weight on the squared x-error, from SNR and -d log-SNR / dt
     "eps": lambda snr, speed: snr,
@@ -208,7 +195,7 @@ def process_of(world: GaussianImages, prediction: Prediction, name: WeightingNam
 
 
 @every_world
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_prediction
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
     prediction: Prediction, name: WeightingName, make: Callable
@@ -232,7 +219,7 @@ def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
 
 
 @every_world
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_prediction
 def test_leaving_the_oracle_raises_the_loss(prediction: Prediction, make: Callable):
     """The loss rises by the square of the distance in either direction: a minimum."""
     world = make(Cosine())

@@ -7,6 +7,7 @@ shared/reference beside the project.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from matryoshka_diffusion.config import (
     WeightingConfig,
     WeightingName,
 )
-from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Thresholded
+from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.models.released import load_released
 from matryoshka_diffusion.models.released_keys import convert_state_dict
@@ -65,9 +66,10 @@ def network(name: str) -> NestedUNet:
     return load_released(weights, described)[0]
 
 
-def relative(found: Tensor, recorded: Tensor) -> float:
-    """Relative L2 error."""
-    return float((found - recorded).norm() / recorded.norm())
+def check(found: Sequence[Tensor], recorded: Sequence[Tensor]) -> None:
+    """Relative L2 errors."""
+    for a, b in zip(found, recorded, strict=True):
+        assert float((a - b).norm() / b.norm()) <= TOLERANCE
 
 
 def coarse_first(part: dict[str, Tensor], prefix: str, levels: int) -> Pyramid:
@@ -90,8 +92,7 @@ def test_networks(name: str):
     t = (io["times"].float() + 1) / 1000  # a network given step k was given table entry k + 1
     with torch.no_grad():
         found = net(coarse_first(io, "x_", levels), t, conditions(io, io["scale"]))
-    for y, recorded in zip(found, coarse_first(io, "y_", levels), strict=True):
-        assert relative(y, recorded) <= TOLERANCE
+    check(found, coarse_first(io, "y_", levels))
 
 
 RELEASED = [("64", 461_359_107), ("256", 476_613_958), ("1024", 480_970_057)]
@@ -137,13 +138,13 @@ def test_two_keys_for_one_place_are_an_error():
 
 
 @pytest.mark.parametrize("name", SCHEDULE_NAMES)
-@pytest.mark.parametrize("ratio", [1, 2, 4, 16])
+@pytest.mark.parametrize("ratio", [1, 4, 16])
 @pytest.mark.parametrize("power", [1, 2])
 def test_schedules(name: str, ratio: int, power: int):
     recorded = tensors("schedules")[f"{name}.power{power}.ratio{ratio}"]
     schedule = Shifted(SCHEDULES[SCHEDULE_NAMES[name]](), float(ratio), float(power))
     found = torch.sigmoid(schedule.log_snr(torch.arange(1001) / 1000))
-    assert relative(found, recorded) <= TOLERANCE
+    check([found], [recorded])
     torch.testing.assert_close(found, recorded, rtol=0, atol=TOLERANCE)
 
 
@@ -177,58 +178,49 @@ def test_losses(name: str, weights: tuple[float, ...], target: str, weighting: W
     process = process_of(
         net.config, "v", weighting=(WeightingConfig(name=weighting),), level_weights=weights
     )
-    recorded_z = coarse_first(part, f"target_{target}.x_t_", levels)
-    for z, recorded in zip(diffuse(x, noise, t, process.schedules), recorded_z, strict=True):
-        assert relative(z, recorded) <= TOLERANCE
+    z = diffuse(x, noise, t, process.schedules)
+    check(z, coarse_first(part, f"target_{target}.x_t_", levels))
     cond = conditions(part, torch.full((len(t),), side))
     with torch.no_grad():
         loss = matryoshka_loss(net, x, cond, t, noise, process=process)
-    assert relative(loss.per_example, part[f"target_{target}.loss_per_example"]) <= TOLERANCE
+    check([loss.per_example], [part[f"target_{target}.loss_per_example"]])
 
 
 # --- samplers ------------------------------------------------------------------------------------
 
 
-def recorded_denoiser(guidance: float, threshold: Threshold) -> tuple[Denoiser, Process]:
-    """Rows 0 and 1 of the recorded text are unconditional, rows 2 and 3 conditional."""
+def replay(sampler: Callable, steps: int, guidance: float, threshold: Threshold, **noise: Any):
+    """The recorded run again. Rows 0 and 1 of its text are unconditional, 2 and 3 conditional."""
     net, part = network("nested32"), tensors("nested32.sampling")
     process = process_of(net.config, "v")
-    scale = torch.full((2,), 32.0)
     without, given = (
-        NetworkDenoiser(net, process, conditions(part, scale, rows))
+        NetworkDenoiser(net, process, conditions(part, torch.full((2,), 32.0), rows))
         for rows in (slice(0, 2), slice(2, 4))
     )
     guided = Guided(given, without, process.schedules, (guidance, guidance))
-    return Thresholded(guided, (threshold, threshold)), process
+    denoise = Thresholded(guided, (threshold, threshold))
+    times = released_grid(steps, process.schedules[0])
+    start = coarse_first(part, "noise_", 2)
+    return last(sampler(denoise, start, process.schedules, times, **noise)).z
+
+
+def silent(purpose: str, step: int, level: int) -> Tensor:
+    raise AssertionError("eta is 0")
 
 
 @pytest.mark.parametrize("threshold", ["none", "clip", "dynamic"])
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_ddim(threshold: Threshold, guidance: int):
+    z = replay(ddim, 10, float(guidance), threshold, noise=silent)
     part = tensors("nested32.sampling")
-    denoise, process = recorded_denoiser(float(guidance), threshold)
-    times = released_grid(10, process.schedules[0])
-    start = coarse_first(part, "noise_", 2)
-
-    def silent(purpose: str, step: int, level: int) -> Tensor:
-        raise AssertionError("eta is 0")
-
-    state = last(ddim(denoise, start, process.schedules, times, noise=silent))
-    recorded = coarse_first(part, f"ddim10.{threshold}.cfg{guidance}.x_", 2)
-    for z, expected in zip(state.z, recorded, strict=True):
-        assert relative(z, expected) <= TOLERANCE
+    check(z, coarse_first(part, f"ddim10.{threshold}.cfg{guidance}.x_", 2))
 
 
 def test_ddpm():
     part = tensors("nested32.sampling")
-    denoise, process = recorded_denoiser(1.0, "clip")
-    times = released_grid(5, process.schedules[0])
 
     def noise(purpose: str, step: int, level: int) -> Tensor:
         """In the order of the calls: a step's finest level first."""
         return part[f"ddpm5.noise_{2 * (step - 1) + (1 - level):02d}"]
 
-    states = ddpm(denoise, coarse_first(part, "noise_", 2), process.schedules, times, noise=noise)
-    recorded = coarse_first(part, "ddpm5.x_", 2)
-    for z, expected in zip(last(states).z, recorded, strict=True):
-        assert relative(z, expected) <= TOLERANCE
+    check(replay(ddpm, 5, 1.0, "clip", noise=noise), coarse_first(part, "ddpm5.x_", 2))
