@@ -102,7 +102,7 @@ def test_our_own_reader_finds_every_frame_also_equal_ones(suffix, tmp_path):
         times = film.times()
         np.testing.assert_allclose(times.starts, np.arange(6) / 12.5, rtol=0, atol=1e-6)
         assert (film.count, times.end) == (6, pytest.approx(6 / 12.5))
-        frames = [np.asarray(frame.convert("RGB")) for frame in film.frames(range(6))]
+        frames = [np.asarray(image.convert("RGB")) for _, image in film.frames(range(6))]
     assert psnr(clip, np.stack(frames)) > 28
     if suffix == ".webp":
         np.testing.assert_array_equal(frames, clip)

@@ -259,7 +259,7 @@ def test_pixels_that_are_not_square_become_square_and_grey_ones_stay_grey(tmp_pa
     assert numbers(decoder()(grey, "key", 0.0).pixels) == [0, 2, 4, 6]
     path = film(tmp_path / "b.mkv", noise(7, (32, 32)), codec="mpeg4", options={"aspect": "2:1"})
     with open_video(path) as video:
-        image = next(video.frames([0]))
+        _, image = next(video.frames([0]))
     assert image.size == (64, 32)
 
 
@@ -445,12 +445,12 @@ def test_frames_that_a_decoder_gives_out_of_turn_are_put_in_order(moving, monkey
 
 
 def test_a_frame_that_cannot_be_decoded_is_missed(moving, monkeypatch):
-    whole = Container._numbered
+    whole = Container._from
 
     def without_the_tenth(self, *opened):
         return (pair for pair in whole(self, *opened) if pair[0] != 10)
 
-    monkeypatch.setattr(Container, "_numbered", without_the_tenth)
+    monkeypatch.setattr(Container, "_from", without_the_tenth)
     with pytest.raises(PictureError, match="frame 10 of 40 cannot be decoded"):
         shown(moving["mp4"], stride=5)
     shown(moving["mp4"], stride=4)

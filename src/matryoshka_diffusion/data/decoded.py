@@ -47,22 +47,13 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Way from a file to an image or a clip.
+    """Way from (file, key, start) to an image or a clip, uncut; a clip begins at `start`."""
 
-    Attributes:
-        decode: (file, key, start) -> image or clip, uncut; a clip begins at `start` (see `Cut`).
-            Raises PictureError.
-        side: the shorter side of the result.
-        frames: frames of a clip; None for images.
-        options: everything else that the result depends on, for the names of caches.
-        cached: largest set that is decoded into the cache.
-    """
-
-    decode: Callable[[bytes | Path, str, float | None], Picture]
-    side: int
-    frames: int | None
-    options: str
-    cached: int
+    decode: Callable[[bytes | Path, str, float | None], Picture]  # may raise PictureError
+    side: int  # the shorter one of the result
+    frames: int | None  # of a clip; None for images
+    options: str  # everything that the result depends on, for the names of caches
+    cached: int  # samples of the largest set that is decoded into the cache
 
 
 def picture_decoder(side: int, crop: Crop) -> Decoder:
@@ -75,13 +66,9 @@ def picture_decoder(side: int, crop: Crop) -> Decoder:
 
 
 def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: float) -> Source:
-    """Open the usable samples of a catalogue, in its order.
+    """Open the usable samples of a catalogue, in its order; NoneUsable if it has none.
 
-    Raises:
-        NoneUsable: there are no samples, or all of them are bad.
-        ValueError: more than `max_bad_fraction` of them are bad. A set that is decoded on demand
-            raises it when that many have turned out bad.
-        OSError: the cache cannot be written.
+    Too many bad ones are a ValueError: now, or for a set that is decoded on demand while reading.
     """
     name = catalogue.name
     if not catalogue.samples:

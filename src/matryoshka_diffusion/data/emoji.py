@@ -69,11 +69,6 @@ def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
 
     Stills (half of the package, such as flags) and shorter animations are left out: 166 emoji
     remain for 16 frames at a stride of 4.
-
-    Raises:
-        OSError: there is no such folder.
-        ValueError: there are no such animations in it.
-        MissingExtra: the package with the names of emoji is not installed.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: {_REMEDY}")

@@ -26,13 +26,7 @@ _MAX_VALUES = 2**30
 
 
 def fashion_mnist(side: int, folder: Path | None = None) -> Source:
-    """Training set, padded with black from 28 to `side` pixels (32 halves well).
-
-    Raises:
-        FileNotFoundError: the idx files are not in the folder.
-        ConfigError: `side` is below 28.
-        ValueError: a file is not what its header says.
-    """
+    """Training set, padded with black from 28 to `side` pixels (32 halves well)."""
     if side < _SIDE:
         raise ConfigError(
             f"Fashion-MNIST has {_SIDE} pixels a side and is only padded, never shrunk: "

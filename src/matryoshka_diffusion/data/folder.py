@@ -33,12 +33,7 @@ _ACCEPTED = "a folder of pictures, tar shards (.tar), parquet files (.parquet) o
 
 
 def folder(path: Path, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue:
-    """Files of that kind under `path`, in the order of their paths.
-
-    Raises:
-        OSError: there is no such folder, or its metadata file cannot be read.
-        ValueError: no file of that kind is in it, or its metadata file is unusable.
-    """
+    """Files of that kind under `path`, in the order of their paths."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name {_ACCEPTED} (--data, data.path)")
     if not path.is_dir():
@@ -111,11 +106,7 @@ def _files_in(path: Path) -> Iterator[Path]:
 
 
 def clean(texts: Sequence[str]) -> tuple[str, ...]:
-    """Captions in `texts` with single blanks between their words.
-
-    Raises:
-        PictureError: there are none, or they were no UTF-8 and hold surrogates.
-    """
+    """Captions in `texts` with single blanks between words. Raises PictureError without any."""
     captions = tuple(" ".join(text.split()) for text in texts if text.strip())
     if not captions:
         raise PictureError("its caption is empty")
@@ -143,10 +134,6 @@ def _find_captions(
 
     The metadata file wins over text files. Reasons why a file, or a line such as
     "metadata.csv:7", cannot be used are added to `flaws`.
-
-    Raises:
-        ValueError: two metadata files, or one that is no table of `file_name` and `text`.
-        OSError: the metadata file cannot be read.
     """
     metadata = [path / name for name in METADATA if (path / name).is_file()]
     if len(metadata) > 1:
@@ -216,11 +203,7 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
     """Read the image at `path`, or all of a folder by name, each exactly `side` x `side`.
 
     They are not resized: an upsampler depends on how an image was made small. The sheets
-    (`grid.png`, ...) in a folder of samples are ignored.
-
-    Raises:
-        FileNotFoundError: there is no image.
-        UsageError: one has another size, or cannot be read.
+    (`grid.png`, ...) in a folder of samples are ignored. Raises FileNotFoundError or UsageError.
     """
     files = [path]
     if path.is_dir():
@@ -249,10 +232,7 @@ def for_each(
 
     One image goes with every prompt, and one prompt with every image; several of both are pairs.
     Each is enlarged `n` times, with consecutive seeds. `conditions` is the number of prompts or
-    classes, 1 without any.
-
-    Raises:
-        UsageError: there are several of both, in different numbers.
+    classes, 1 without any. Several of both in different numbers are a UsageError.
     """
     if len(pictures) != conditions and 1 not in (len(pictures), conditions):
         raise UsageError(

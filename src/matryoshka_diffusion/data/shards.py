@@ -45,13 +45,7 @@ _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
 
 def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
-    """Samples of all shards that `pattern` stands for (see `expand`), in their order.
-
-    Raises:
-        OSError: a shard is not there or cannot be read.
-        ValueError: a shard is compressed.
-        MissingExtra: fsspec lacks a package for this address.
-    """
+    """Samples of all shards that `pattern` stands for (see `expand`), in their order."""
     from tqdm import tqdm
 
     paths = expand(pattern, ".tar")
@@ -70,9 +64,8 @@ def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
         states.append(f"{path} {state}")
         samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in found]
         places += [(path, sample.offset, size) for sample, size in found]
-    return Catalogue(
-        f"shards {pattern}", "\n".join(states), samples, lambda n: _read_range(*places[n])
-    )
+    state = "\n".join(states)
+    return Catalogue(f"shards {pattern}", state, samples, lambda n: _read_range(*places[n]))
 
 
 # --- files here and elsewhere ----------------------------------------------------------------
@@ -82,11 +75,7 @@ def expand(pattern: str, suffix: str) -> list[str]:
     """Paths that a pattern stands for, or the files of a folder that end in `suffix`, in order.
 
     `{00..12}` counts, with the zeros of its first number, and may occur several times; `*`, `?`
-    and `[...]` match what exists.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a range runs backwards or gives too many names.
+    and `[...]` match what exists. Raises FileNotFoundError or, for senseless ranges, ValueError.
     """
     names = [pattern]
     while (match := _RANGE.search(names[0])) is not None:
@@ -120,11 +109,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def state_of(path: str) -> str:
-    """Size and time (or etag) of a file, which change when it is written again.
-
-    Raises:
-        OSError: it is not there or cannot be reached.
-    """
+    """Size and time (or etag) of a file, which change when it is written again."""
     with _system(path) as (system, inside):
         info = system.info(inside)
     if info.get("size") is None:
@@ -135,7 +120,7 @@ def state_of(path: str) -> str:
 
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """Open a file for reading from front to back with seeks. Raises `OSError`."""
+    """Open a file for reading from front to back with seeks."""
     with (
         _system(path) as (system, inside),
         system.open(inside, "rb", block_size=_READ_AHEAD, cache_type="readahead") as file,

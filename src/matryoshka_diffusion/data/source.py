@@ -173,10 +173,7 @@ def read_all(source: Source, rows: Sequence[int]) -> Iterator[Example]:
 def split(source: Source, share: float) -> tuple[Source, Source | None]:
     """Training part and held-out part of about `share` of all samples (None for 0).
 
-    A sample's side depends on its key alone: it stays there when other samples come or go.
-
-    Raises:
-        ConfigError: one of the parts would be empty.
+    A sample's part depends on its key alone. Raises ConfigError if a part would be empty.
     """
     if share == 0.0:
         return source, None
@@ -203,7 +200,7 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
     Raises:
         ConfigError: a path is missing, or the data does not have this side.
         ValueError, OSError: the data is missing or unusable; the message says what to do.
-        MissingExtra: an optional package is not installed.
+        MissingExtra: an optional package is not installed. So do all functions of this folder.
     """
     from matryoshka_diffusion.data import emoji, fashion_mnist, folder, image, shards, tables, video
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
@@ -230,9 +227,10 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         "clips": lambda: _videos(absolute(path)),
         "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
     }
-    moves = source in VIDEO_SOURCES
-    decoder = video.clip_decoder(config, side, frames) if moves else None
-    decoder = decoder or picture_decoder(side, config.crop)
+    if source in VIDEO_SOURCES:
+        decoder = video.clip_decoder(config, side, frames)
+    else:
+        decoder = picture_decoder(side, config.crop)
     try:
         return open_catalogue(catalogues[source](), decoder, config.max_bad_fraction)
     except NoneUsable as error:

@@ -118,13 +118,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def parquet(pattern: str) -> Catalogue:
-    """Rows of all parquet files that `pattern` stands for (see `shards.expand`), in their order.
-
-    Raises:
-        OSError: a file is not there.
-        ValueError: a file is damaged or has no column of images.
-        MissingExtra: pyarrow is not installed.
-    """
+    """Rows of all parquet files that `pattern` stands for (see `shards.expand`), in their order."""
     paths = expand(pattern, ".parquet")
     files = [_File(path) for path in paths]
     rows, keys, places = [], [], []
@@ -205,13 +199,7 @@ class _File:
 
 
 def hugging_face(address: str) -> Catalogue:
-    """Data set `hf:NAME`, `hf:/saved/folder` or either with `@SPLIT` (default "train").
-
-    Raises:
-        OSError: there is no such data set.
-        ValueError: there is no such split, or no column of images.
-        MissingExtra: `datasets` is not installed.
-    """
+    """Data set `hf:NAME`, `hf:/saved/folder` or either with `@SPLIT` (default "train")."""
     name = address.removeprefix(HUGGING_FACE)
     datasets = require("datasets", "datasets", "reading Hugging Face data sets")
     table = _opened(datasets, name)

@@ -22,18 +22,12 @@ _REFUSED = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", 
 
 
 class Member(NamedTuple):
-    """One file inside; `name` is empty where damage has taken it.
+    """One file inside."""
 
-    Attributes:
-        start: offset of its bytes, or of its header if there is a flaw.
-        size: in bytes.
-        flaw: the reason why it cannot be used; empty for a good one.
-    """
-
-    name: str
-    start: int
-    size: int
-    flaw: str = ""
+    name: str  # empty where damage has taken it
+    start: int  # offset of its bytes, or of its header if there is a flaw
+    size: int  # in bytes
+    flaw: str = ""  # the reason why it cannot be used
 
 
 def members(file: Any, size: int) -> Iterator[Member]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +39,10 @@ class TooShortError(PictureError):
 
 
 class Times(NamedTuple):
-    """Ascending times at which frames begin, in seconds since the first, and the last one's end."""
+    """Times in seconds since the first frame."""
 
-    starts: Float64[np.ndarray, " count"]
-    end: float
+    starts: Float64[np.ndarray, " count"]  # at which frames begin, ascending
+    end: float  # of the last one
 
 
 class Deadline:
@@ -85,12 +85,12 @@ class Animation:
         ends = np.cumsum([0.0, *(x if x > _QUICKEST else _USUAL for x in shown)])
         return Times(ends[:-1], float(ends[-1]))
 
-    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames of these numbers, which ascend, one at a time and upright."""
+    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Frames of these numbers, each with its number, one at a time and upright."""
         for number, image in enumerate(self._all(max(wanted) + 1)):
             if number in wanted:
                 judge(*image.size, MAX_PIXELS)
-                yield ImageOps.exif_transpose(image)
+                yield number, ImageOps.exif_transpose(image)
 
     def _all(self, count: int) -> Iterator[Image.Image]:
         for number in range(count):
@@ -184,21 +184,24 @@ class Container:
         last = self._last * unit if self._last else 1 / float(self._rate or 25)
         return Times(starts, float(starts[-1]) + last)
 
-    def frames(self, wanted: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames of these numbers, which ascend, one at a time and upright."""
-        left = list(reversed(wanted))
+    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Frames of these numbers, each with its number, one at a time and upright.
+
+        Some decoders give frames early, against the file's promise, so a missing one is awaited.
+        """
+        left, later = set(wanted), 0
         with self._opened() as (container, stream):
-            for number, frame in self._from(container, stream, wanted[0]):
+            for number, frame in self._from(container, stream, min(wanted)):
                 if frame.is_corrupt:
                     raise PictureError(f"corrupt: frame {number} of {self.count} is damaged")
-                if number > left[-1]:
+                later += number > max(wanted)
+                if number in left:
+                    left.remove(number)
+                    yield number, _image(frame, stream)
+                if not left or later > _LATEST:
                     break
-                if number == left[-1]:
-                    yield _image(frame, stream)
-                    left.pop()
-                if not left:
-                    return
-        raise PictureError(f"frame {left[-1]} of {self.count} cannot be decoded")
+        if left:
+            raise PictureError(f"frame {min(left)} of {self.count} cannot be decoded")
 
     def _from(self, container: Any, stream: Any, first: int) -> Iterator[tuple[int, Any]]:
         """Frames with their numbers, from the first wanted one or an earlier one on."""
@@ -209,26 +212,21 @@ class Container:
         if (key := self._key_before(self._stamps[first])) is not None:
             container.seek(self._keys[key], stream=stream)
             # A frame that is shown before its key frame refers to frames that were skipped.
-            frames = self._numbered(container, stream, numbers)
-            whole = (pair for pair in frames if pair[0] >= numbers[key])
+            pairs = ((numbers.get(x.pts, -1), x) for x in self._decoded(container, stream))
+            whole = (pair for pair in pairs if pair[0] >= numbers[key])
             if (pair := next(whole, None)) is not None and pair[0] <= first:
                 yield pair
                 yield from whole
                 return
             container.seek(min(self._keys.values()), stream=stream)  # the first seek led too far
-        yield from self._numbered(container, stream, numbers)
+        decoded = self._decoded(container, stream)
+        yield from ((numbers[frame.pts], frame) for frame in decoded if frame.pts in numbers)
 
     def _key_before(self, stamp: int) -> int | None:
         """Time of the key frame to begin at; None for the file's beginning."""
         keys = sorted(self._keys)
         place = bisect_right(keys, stamp) - 1
         return None if place < 1 else keys[place]
-
-    def _numbered(
-        self, container: Any, stream: Any, numbers: dict[int, int]
-    ) -> Iterator[tuple[int, Any]]:
-        frames = self._decoded(container, stream)
-        return _in_turn((numbers[x.pts], x) for x in frames if x.pts in numbers)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
         for packet in container.demux(stream):
@@ -258,22 +256,6 @@ class Container:
             raise PictureError(f"corrupt or truncated ({error.strerror})") from error
 
 
-def _in_turn(numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Frames by their numbers: some decoders give frames early, against the file's promise.
-
-    A due frame is passed on at once; an early one waits, but for no more than `_LATEST` others.
-    """
-    early: dict[int, Any] = {}
-    due = -1
-    for number, frame in numbered:
-        early[number] = frame
-        due = number if due < 0 else due
-        while early and ((first := min(early)) <= due or len(early) > _LATEST):
-            due = max(due, first + 1)
-            yield first, early.pop(first)
-    yield from sorted(early.items(), key=lambda pair: pair[0])
-
-
 def _image(frame: Any, stream: Any) -> Image.Image:
     """Frame upright, with square pixels and its transparency."""
     judge(frame.width, frame.height, MAX_PIXELS)
@@ -295,10 +277,10 @@ Video = Animation | Container
 def open_video(file: bytes | Path) -> Iterator[Video]:
     """Open the video in a file. Faults inside the `with` are separated as by `image.opened`."""
     with opened(file, VIDEOS) as stream:
-        yield _video(stream)
+        yield _recognised(stream)
 
 
-def _video(file: Any) -> Video:
+def _recognised(file: Any) -> Video:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(12)
@@ -373,8 +355,7 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
         with open_video(file) as video:
             numbers = choose(video, data, length, start)[: frames or 1]
             small, original_side = {}, 0
-            wanted = sorted(set(numbers))
-            for number, image in zip(wanted, video.frames(wanted), strict=True):
+            for number, image in video.frames(sorted(set(numbers))):
                 original_side = min(image.size)
                 small[number] = resized(image, side, REACH[data.crop])
         if len({pixels.shape for pixels in small.values()}) > 1:
