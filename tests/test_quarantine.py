@@ -135,6 +135,13 @@ def test_a_resumed_run_knows_what_was_bad_and_is_shown_the_same(tmp_path, shard,
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_that_is_killed_leaves_the_list_of_its_last_checkpoint(shard, tmp_path):
+    lists = []
+    run(opened(shard), tmp_path / "run", [(12, lambda view: lists.append(listed(view.folder)))])
+    assert [len(one) for one in lists] == sorted(len(one) for one in lists)
+    assert 1 < len(lists[0]) < len(lists[-1]) <= len(BAD) + 1
+
+
 def test_what_was_bad_before_a_resume_counts_towards_too_many(shard, parts):
     before = len(listed(parts))
     assert before < len(BAD) + 1

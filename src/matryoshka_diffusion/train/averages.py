@@ -1,31 +1,29 @@
 """Averages of the weights: the one that samples are drawn from, and one of any length afterwards.
 
-The second is that of Karras et al. 2023 (arXiv 2312.02696), Section 3: an average whose memory is a
-fixed share of the training so far. Snapshots of two of them, taken now and then, span all others
-(Appendix C): an average is its profile, a density over training time, so the wanted profile is
-fitted by those of the snapshots.
+The second is that of Karras et al. 2023 (arXiv 2312.02696), Section 3: its memory is a fixed share
+of the training so far. Snapshots of two of them, taken now and then, span all others (Appendix C):
+an average is its profile, a density over training time, and those of the snapshots are fitted to
+the wanted one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from matryoshka_diffusion.config import UNIFORM, RunConfig
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.nn.nested import renamed
-from matryoshka_diffusion.train.checkpoint import learnt_parameters
+from matryoshka_diffusion.train.checkpoint import Stored, learnt_parameters
 from matryoshka_diffusion.train.distributed import fill, local
 
 
@@ -97,9 +95,7 @@ def exponent(length: float) -> float:
     """Gamma of the profile t^gamma whose standard deviation is `length` of the training.
 
     The one positive root of length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), Section 3.1.
-
-    Raises:
-        ValueError: the length is not between 0 and `UNIFORM`.
+    Raises ValueError if the length is not between 0 and `UNIFORM`.
     """
     if not 0.0 < length < UNIFORM:
         raise ValueError(f"an average has a length between 0 and {UNIFORM:.4f}, not {length:g}")
@@ -110,14 +106,10 @@ def exponent(length: float) -> float:
 class PowerEma:
     """Averages of the learnt parameters under power-function profiles, one for each length.
 
-    A parameter's time is the number of images that it has learnt from. So a parameter that came
-    later has the profile over its own life, and a step that was skipped or left it alone does not
+    A parameter's time is the number of images that it has learnt from (`ages`). So a later
+    parameter has the profile over its own life, and steps that skipped it or left it alone do not
     count. After t images the average is the integral over s in [0, t] of
     (gamma + 1) s^gamma / t^(gamma + 1) times the parameter at s, for any batch sizes.
-
-    Attributes:
-        averages: for each length, the averages by the parameters' names.
-        ages: the images that each parameter has learnt from.
     """
 
     def __init__(self, net: nn.Module, lengths: Sequence[float]) -> None:
@@ -158,9 +150,6 @@ def write_snapshot(folder: Path, state: Mapping[str, Tensor], images_seen: int) 
     """Write a state of `PowerEma` to `<folder>/<images seen>.safetensors`; nothing if it is empty.
 
     Float32, because synthesis may weigh snapshots by ten and more against each other.
-
-    Raises:
-        OSError: it cannot be written; names the path and the reason.
     """
     if state:
         data = safetensors.torch.save({n: v.cpu().contiguous() for n, v in state.items()})
@@ -178,18 +167,8 @@ class Profile(NamedTuple):
     age: float
 
 
-class Fit(NamedTuple):
-    """Factors of some profiles, and the distance of their sum from the wanted one.
-
-    `error` is the root of the integral of the squared difference, as a share of the wanted one's.
-    """
-
-    factors: Float[np.ndarray, " n"]
-    error: float
-
-
 class Average(NamedTuple):
-    """Averaged weights by name, and the largest `Fit.error` that went into them."""
+    """Averaged weights by name, and the largest error of a `fit` that went into them."""
 
     weights: dict[str, Tensor]
     error: float
@@ -208,11 +187,12 @@ def inner(a: Profile, b: Profile) -> float:
     return scale * (young.age / old.age) ** old.gamma / old.age
 
 
-def fit(profiles: Sequence[Profile], wanted: Profile) -> Fit:
-    """Least-squares combination of `profiles` whose factors sum to 1.
+def fit(profiles: Sequence[Profile], wanted: Profile) -> tuple[Float[np.ndarray, " n"], float]:
+    """Least-squares combination of `profiles`: factors that sum to 1, and what is missed.
 
-    The paper leaves the sum to the fit. Fixing it keeps a weight that does not move as it is,
-    which matters where snapshots are few: two of them would lose 3 % of it.
+    The error is the root of the integral of the squared difference, as a share of the wanted
+    profile's. The paper leaves the sum to the fit. Fixing it keeps a weight that does not move as
+    it is, which matters where snapshots are few: two of them would lose 3 % of it.
     """
     gram = np.array([[inner(a, b) for b in profiles] for a in profiles])
     towards = np.array([inner(profile, wanted) for profile in profiles])
@@ -223,7 +203,7 @@ def fit(profiles: Sequence[Profile], wanted: Profile) -> Fit:
     factors = np.linalg.lstsq(system, right, rcond=None)[0][:-1]
     norm = inner(wanted, wanted)
     left_over = norm - 2 * factors @ towards + factors @ gram @ factors
-    return Fit(factors, float(np.sqrt(max(left_over, 0.0) / norm)))
+    return factors, float(np.sqrt(max(left_over, 0.0) / norm))
 
 
 def synthesise(folder: Path, length: float) -> Average:
@@ -240,55 +220,49 @@ def synthesise(folder: Path, length: float) -> Average:
         raise FileNotFoundError(
             f"{folder}: no snapshots of averages; train with --set train.ema_power=[0.05,0.1]"
         )
-    with ExitStack() as stack:
-        snapshots = [_opened(path, stack) for path in paths]
-        generations = defaultdict(list)  # parameters with the same ages share their fit
-        for name in snapshots[-1].ages:
-            generations[tuple(snapshot.ages.get(name, 0) for snapshot in snapshots)].append(name)
-        weights, error = {}, 0.0
-        for ages, names in generations.items():
-            # By length and age: two snapshots of one age hold the same average.
-            sources = {
-                (track, age): snapshot
-                for snapshot, age in zip(snapshots, ages, strict=True)
-                for track in snapshot.tracks
-                if age > 0
-            }
-            if not sources:  # it never learnt, so it is its own average
-                weights |= {name: snapshots[-1].average(None, name) for name in names}
-                continue
+    snapshots = [_opened(path) for path in paths]
+    last = snapshots[-1]
+    generations = defaultdict(list)  # parameters with the same ages share their fit
+    for name in last.ages:
+        generations[tuple(snapshot.ages.get(name, 0) for snapshot in snapshots)].append(name)
+    weights, error = {}, 0.0
+    for ages, names in generations.items():
+        # By length and age: two snapshots of one age hold the same average.
+        sources = {
+            (track, age): snapshot
+            for snapshot, age in zip(snapshots, ages, strict=True)
+            for track in snapshot.tracks
+            if age > 0
+        }
+        factors, missed = np.ones(1), 0.0
+        if sources:
             profiles = [Profile(exponent(track), age) for track, age in sources]
             factors, missed = fit(profiles, Profile(gamma, max(ages)))
-            error = max(error, missed)
-            for name in names:
-                total = torch.zeros((), dtype=torch.float64)
-                for factor, ((track, _), snapshot) in zip(factors, sources.items(), strict=True):
-                    total = total + float(factor) * snapshot.average(track, name).double()
-                weights[name] = total.float()
+        else:  # it never learnt, so it is its own average
+            sources = {(last.tracks[0], 0): last}
+        error = max(error, missed)
+        for name in names:
+            total = torch.zeros((), dtype=torch.float64)
+            for factor, ((track, _), snapshot) in zip(factors, sources.items(), strict=True):
+                total = total + float(factor) * snapshot.tensors[f"{track}/weights/{name}"].double()
+            weights[name] = total.float()
     return Average(weights, error)
 
 
 class _Snapshot(NamedTuple):
-    """An open file of `write_snapshot`: its keys by today's names, lengths, and ages by name."""
+    """A file of `write_snapshot`: its tensors, its lengths, and the ages of parameters."""
 
-    file: Any
-    keys: dict[str, str]
+    tensors: Stored
     tracks: list[float]
     ages: dict[str, int]
 
-    def average(self, track: float | None, name: str) -> Tensor:
-        """Read the average of one parameter under a length, or under any."""
-        return self.file.get_tensor(self.keys[f"{track or self.tracks[0]}/weights/{name}"])
 
-
-def _opened(path: Path, stack: ExitStack) -> _Snapshot:
+def _opened(path: Path) -> _Snapshot:
     try:
-        file: Any = stack.enter_context(safe_open(path, "pt"))
+        tensors = Stored([path])
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or no safetensors file ({error})") from error
-    keys = {renamed(key): key for key in file.keys()}  # noqa: SIM118
-    parts = [key.split("/", 2) for key in keys]
-    tracks = sorted({float(track) for track, _, _ in parts})
-    names = dict.fromkeys(name for _, kind, name in parts if kind == "ages")
-    ages = {name: int(file.get_tensor(keys[f"{tracks[0]}/ages/{name}"])) for name in names}
-    return _Snapshot(file, keys, tracks, ages)
+    tracks = sorted({float(key.split("/")[0]) for key in tensors})
+    start = f"{tracks[0]}/ages/"
+    names = [key.removeprefix(start) for key in tensors if key.startswith(start)]
+    return _Snapshot(tensors, tracks, {name: int(tensors[start + name]) for name in names})

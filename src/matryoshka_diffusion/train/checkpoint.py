@@ -47,14 +47,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Everything that a run needs to continue.
+    """Everything that a run needs to continue; tensors are named after the learnt parameters.
 
-    Attributes:
-        state: plain values for JSON; `images_seen` names the checkpoint.
-        weights: the network's learnt parameters, by name.
-        ema: their average, by name.
-        optimizer: moments and step counts, as `step.moments` names them.
-        tracks: further averages, as `averages.PowerEma.state` names them.
+    `state` holds plain values for JSON, `ema` the average, `optimizer` moments and step counts,
+    `tracks` further averages (`averages.PowerEma.state`).
     """
 
     state: Mapping[str, Any]
@@ -78,13 +74,33 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = N
     """
     world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
+    temporary = folder / f".{target.name}.tmp"
+
+    def begin() -> None:
+        for stale in folder.glob(".*.tmp"):  # of a process that was killed while saving
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+
+    def write() -> dict[str, dict[str, Any]]:
+        entries = {}
+        for name, data in _files(snapshot, world):  # one at a time, to spare memory
+            write_atomically(temporary / name, lambda file, data=data: file.write(data))
+            entries[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return entries
+
+    def finish() -> None:
+        manifest = {name: entry for files in entries for name, entry in files.items()}
+        _write_json(temporary / MANIFEST, manifest)
+        if target.exists():
+            shutil.rmtree(target)  # it is torn
+        os.rename(temporary, target)
+        sync_folder(folder)
+
     if world.once(lambda: not target.exists() or _flaw(target) is not None):
-        temporary = folder / f".{target.name}.tmp"
         try:
-            world.once(lambda: _begin(temporary))
-            entries = world.each(lambda: _write_parts(temporary, snapshot, world))
-            manifest = {name: entry for files in entries for name, entry in files.items()}
-            world.once(lambda: _finish(temporary, target, manifest))
+            world.once(begin)
+            entries = world.each(write)
+            world.once(finish)
         except OSError as error:
             parts = [getattr(snapshot, name).values() for name in PARTS]
             size = sum(value.nbytes for values in parts for value in values)
@@ -98,37 +114,13 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = N
             if world.leads:
                 shutil.rmtree(temporary, ignore_errors=True)
     if world.leads:
-        for old in _newest_first(folder, up_to=target)[keep:]:
+        for old in [path for path in _newest_first(folder) if path.name <= target.name][keep:]:
             shutil.rmtree(old)
     return target
 
 
-def _begin(temporary: Path) -> None:
-    for stale in temporary.parent.glob(".*.tmp"):  # of a process that was killed while saving
-        shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
-
-
-def _write_parts(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dict[str, Any]]:
-    """Write this rank's files, one at a time to spare memory; return their manifest entries."""
-    entries = {}
-    for name, data in _contents(snapshot, world):
-        write_atomically(folder / name, lambda file, data=data: file.write(data))
-        entries[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return entries
-
-
-def _finish(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1).encode()
-    write_atomically(temporary / MANIFEST, lambda file: file.write(text))
-    if target.exists():
-        shutil.rmtree(target)  # it is torn, or `save` would not write it again
-    os.rename(temporary, target)
-    sync_folder(target.parent)
-
-
-def _contents(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
-    """Yield this rank's files: the shards that it holds, and on rank 0 all the rest."""
+def _files(snapshot: Snapshot, world: World) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of this rank's files: its shards, and on rank 0 all the rest."""
     for name in PARTS:
         pieces = {
             key: local(value)
@@ -148,6 +140,10 @@ def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = N
     )
 
 
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
 def export_weights(
     folder: Path,
     weights: Mapping[str, Tensor],
@@ -155,17 +151,16 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a model folder: the weights and the resolved `config.json`, which is all of sampling.
+    """Write a model folder: weights and the resolved `config.json`, which suffice for sampling.
 
-    The weights hold the levels of `stages.active_model(config, config.train.images)`; where the
-    config says that adapters were trained, they are those of the adapters.
+    The weights hold the levels of `stages.active_model(config, config.train.images)`, or adapters
+    where the config says that adapters were trained.
     """
     converted = {name: value.to(dtype) for name, value in weights.items()}
     data = _to_bytes(converted, lora_metadata(config))
-    text = json.dumps(config.model_dump(mode="json"), indent=1).encode()
     path = folder / weights_file(config)
     write_atomically(path, lambda file: file.write(data), needed=len(data))
-    write_atomically(folder / "config.json", lambda file: file.write(text))
+    _write_json(folder / "config.json", config.model_dump(mode="json"))
 
 
 def weights_file(config: RunConfig) -> str:
@@ -174,7 +169,7 @@ def weights_file(config: RunConfig) -> str:
 
 
 def lora_metadata(config: RunConfig) -> dict[str, str] | None:
-    """Metadata of a file of adapters, for whoever finds it alone.
+    """Metadata of a file of adapters: what they are, if the file is found alone.
 
     One entry, as JSON: several are written in no fixed order, and equal runs leave equal files.
     """
@@ -190,11 +185,8 @@ def lora_metadata(config: RunConfig) -> dict[str, str] | None:
 def newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in `folder`; None if none was ever begun there.
 
-    Torn ones are skipped with a warning.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is complete. Starting over in silence
-            would throw the run away.
+    Torn ones are skipped with a warning. Raises CheckpointError if all are torn: starting over in
+    silence would throw the run away.
     """
     paths = _newest_first(folder)
     for path in paths:
@@ -209,7 +201,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> Snapshot:
-    """Read the checkpoint at `path`, which `newest` has found complete; tensors are on the CPU."""
+    """Read a complete checkpoint. Tensors are read on access, on the CPU."""
     manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])
@@ -253,10 +245,9 @@ class Stored(Mapping[str, Tensor]):
         return torch.Size([first[0] + sum(shape[0] for shape in rest), *first[1:]] if first else [])
 
 
-def _newest_first(folder: Path, up_to: Path | None = None) -> list[Path]:
+def _newest_first(folder: Path) -> list[Path]:
     """Checkpoint folders by falling number, complete or not."""
-    paths = sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
-    return [path for path in paths if up_to is None or path.name <= up_to.name]
+    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
 
 
 def _flaw(path: Path) -> str | None:
@@ -264,21 +255,18 @@ def _flaw(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         for name in dict.fromkeys([*FILES, *manifest]):
-            if manifest[name] != _fingerprint(path / name):
+            with open(path / name, "rb") as file:
+                digest = hashlib.sha256()
+                while piece := file.read(2**20):
+                    digest.update(piece)
+                found = {"size": file.tell(), "sha256": digest.hexdigest()}
+            if manifest[name] != found:
                 return f"{name} is not what {MANIFEST} says"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     return None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 # --- networks out of weights -------------------------------------------------------------------
@@ -289,12 +277,29 @@ def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in net.named_parameters() if value.requires_grad}
 
 
-def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Load a network's weights, all or none.
+def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise CheckpointError with the first differences unless names and shapes are equal."""
 
-    Raises:
-        CheckpointError: keys or shapes differ; lists the first differences. `net` is unchanged.
-    """
+    def shape(name: str) -> torch.Size:
+        return found.shape(name) if isinstance(found, Stored) else found[name].shape
+
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not in the network" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(shape(name))}, the network's {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in found and shape(name) != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{where} does not fit the network: {'; '.join(problems[:3])}{more}; "
+            "it belongs to another config or version"
+        )
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Load all weights of a network. If they do not fit: CheckpointError, `net` unchanged."""
     check_same(net.state_dict(), weights, where=where)
     net.load_state_dict(weights)
 
@@ -302,8 +307,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: str) -
 def load_network(model: ModelConfig, weights: Mapping[str, Tensor], *, where: str) -> NestedUNet:
     """Make a network that holds `weights`, in float32 and without a second copy of them.
 
-    Raises:
-        CheckpointError: keys or shapes differ; lists the first differences.
+    Raises CheckpointError if they do not fit.
     """
     with torch.device("meta"):
         net = NestedUNet(model)
@@ -312,41 +316,13 @@ def load_network(model: ModelConfig, weights: Mapping[str, Tensor], *, where: st
     return net
 
 
-def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse tensors whose names or shapes are not the expected ones.
-
-    Raises:
-        CheckpointError: the first differences, and how many there are.
-    """
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} is not in the network" for name in found if name not in expected]
-    shapes = [
-        f"{name} is {tuple(shape)}, the network's {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in found and (shape := _shape(found, name)) != value.shape
-    ]
-    if problems := missing + surplus + shapes:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{where} does not fit the network: {'; '.join(problems[:3])}{more}; "
-            "it belongs to another config or version"
-        )
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
-    return tensors.shape(name) if isinstance(tensors, Stored) else tensors[name].shape
-
-
 def build_network(
     model: ModelConfig, train: TrainConfig, base: Mapping[str, Tensor] | None
 ) -> NestedUNet:
     """Make the network at the start of a run: initial weights, or adapters around those of `base`.
 
-    Adapters mean nothing without the weights that they were trained around, so the config names
-    these by a hash.
-
-    Raises:
-        CheckpointError: the run trains adapters, and `base` is not the model that they are for.
+    Raises CheckpointError if the run trains adapters and `base` is not the model that they are
+    for: the config names it by a hash, since adapters mean nothing without it.
     """
     if train.lora is None:
         return NestedUNet(model, seed=train.seed)
@@ -371,8 +347,7 @@ def merge(
 ) -> dict[str, Tensor]:
     """Weights of one plain network that computes what `base` does with its adapters.
 
-    Raises:
-        CheckpointError: they do not fit each other; lists the first differences.
+    Raises CheckpointError if they do not fit each other.
     """
     net = build_network(model, train, base)
     check_same(learnt_parameters(net), adapters, where=where)

@@ -1,7 +1,7 @@
-"""Ranks that train together: who takes part, what they tell each other, how they share a network.
+"""Ranks that train together: how they start, agree, and share a network.
 
-A process by itself is a world of one, in which everybody agrees at once. A method that says "all
-ranks" is a collective: each rank has to call it at the same place.
+A process by itself is a world of one. A method that says "all ranks" is a collective: each rank
+has to call it at the same place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,11 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class World:
-    """View that a rank has of its group.
+    """A rank's view of its group of `size` ranks; rank 0 writes what a run writes.
 
-    Attributes:
-        rank: 0 .. size - 1; rank 0 writes what a run writes.
-        size: number of ranks.
-        parallel: `ddp`, every rank holds the whole network, or `fsdp`, each holds a share.
-        machine: index of the rank's machine, and `local_rank` the rank's index on it.
-        pulse: tells who is still alive; None for a process alone.
+    With `parallel` `ddp` every rank holds the whole network, with `fsdp` a share. `machine` and
+    `local_rank` are the indices of the rank's machine and of the rank on it. `pulse` notices dead
+    ranks; a process alone has none.
     """
 
     rank: int = 0
@@ -94,15 +91,16 @@ class World:
         """Call `make` on all ranks and collect the results; an error on one is raised on all."""
         if self.size == 1:
             return [make()]
+        value = error = None
         try:
-            result: Any = make()
-        except Exception as error:  # noqa: BLE001, it is raised again, on all ranks
-            result = _Failed(_portable(error))
-        results = self.gather(result)
-        for result in results:
-            if isinstance(result, _Failed):
-                raise result.error
-        return results
+            value = make()
+        except Exception as raised:  # noqa: BLE001, it is raised again, on all ranks
+            error = _portable(raised)
+        results = self.gather((value, error))
+        for _, error in results:
+            if error is not None:
+                raise error
+        return [cast("T", value) for value, _ in results]
 
     def once(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0; all ranks get its result, or raise its error."""
@@ -141,19 +139,15 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-class _Failed(NamedTuple):
-    error: Exception
-
-
 # --- sharing a network -------------------------------------------------------------------------
 
 
 def shared(net: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Wrap a network, the same on all ranks, so that its gradient is averaged over them.
 
-    Under FSDP2 its parameters become shards, in place. A block's parameters are put together when
-    it is their turn; what is not in a block (stems, heads, adapters between levels, embeddings: a
-    few per cent) for the whole of a forward pass. So FSDP need not know the methods of a level.
+    Under FSDP2 its parameters become shards, in place, put together block by block. Parameters
+    outside of blocks (a few per cent) are together for the whole of a forward pass, so that FSDP
+    need not know the methods of a level.
     """
     if world.size == 1:
         return net
@@ -166,7 +160,7 @@ def shared(net: nn.Module, world: World, device: torch.device) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    # It warns of views as outputs, for those who change them in place, which we do not.
+    # The warning is for those who change outputs in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return cast("nn.Module", fully_shard(net, mesh=mesh))
 
@@ -184,10 +178,7 @@ def micro_batch(net: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Put sharded tensors together for rank 0 to write or draw from; the others get none.
-
-    All ranks call it. Shards are put together one by one in RAM, so a GPU need not hold them all.
-    """
+    """Put sharded tensors together on rank 0, one by one in RAM; all ranks call it."""
     if not world.shards:
         return dict(tensors) if world.leads else {}
     copies = ((name, whole(value).cpu()) for name, value in tensors.items())
@@ -237,26 +228,23 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[World]:
     """Join the world that torchrun, or a cluster's own launcher, started this process in.
 
-    A rank that is silent for so many `seconds` counts as dead.
-
-    Raises:
-        DeadRank: another rank died. It takes the place of the collective's own error.
+    A rank that is silent for so many `seconds` counts as dead. The other ranks raise DeadRank.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    environment = os.environ
+    size = int(environment.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
-    rank = int(os.environ["RANK"])
-    backend = "gloo"
+    rank, backend = int(environment["RANK"]), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives without a tensor use the current one
         backend = "cpu:gloo,cuda:nccl"
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store, limit = open_store(hosts=hosts), COLLECTIVE_TIMEOUT
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     pulse = Pulse(open_store(), rank, size, seconds, hosts=hosts)
-    machine = int(os.environ.get("GROUP_RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    machine = int(environment.get("GROUP_RANK", "0"))
+    local_rank = int(environment.get("LOCAL_RANK", rank))
     try:
         yield World(rank, size, parallel, machine, local_rank, pulse)
         dist.barrier()
@@ -277,8 +265,7 @@ def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[W
 def rank_device(name: str) -> str:
     """Return the device of this rank: `cuda` becomes the GPU that belongs to it on its machine.
 
-    Raises:
-        UsageError: one GPU is named for several ranks.
+    Raises UsageError if one GPU is named for several ranks.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and name.startswith("cuda:"):
@@ -332,18 +319,17 @@ class RanksDiffer(RuntimeError):
 def compare_ranks(
     world: World, config: RunConfig | CodecRunConfig, step: Step, ids: Sequence[int], noise: Tensor
 ) -> None:
-    """Compare the first inputs of all ranks.
+    """Raise RanksDiffer unless config and step are equal, samples and noise different.
 
-    Raises:
-        RanksDiffer: the config or the place in the run is not that of rank 0, or two ranks hold
-            the same sample or the same noise, so one gradient would count twice.
+    Two ranks with the same sample would count its gradient twice.
     """
     run = hashlib.sha256(f"{to_yaml(config)}{step}".encode()).hexdigest()
     digests = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in noise]
-    firsts = world.gather((run, tuple(ids), digests))
     owner: dict[object, int] = {}
-    for rank, (its_run, its_ids, its_noise) in enumerate(firsts):
-        if its_run != firsts[0][0]:
+    for rank, (its_run, its_ids, its_noise) in enumerate(world.gather((run, tuple(ids), digests))):
+        if rank == 0:
+            run = its_run
+        if its_run != run:
             raise RanksDiffer(
                 f"rank {rank} was started with another config or checkpoint than rank 0: give "
                 "every rank the same command and a run folder that all of them see"
@@ -357,20 +343,14 @@ def compare_ranks(
 
 
 def compare_data(world: World, keys: Sequence[str]) -> None:
-    """Compare the keys of the data of all ranks.
-
-    Raises:
-        RanksDiffer: a rank has other images than rank 0, or in another order.
-    """
-    if world.size == 1:
-        return
+    """Raise RanksDiffer if a rank has other images than rank 0, or in another order."""
     digest = hashlib.sha256()
-    for key in keys:
+    for key in keys if world.size > 1 else ():
         digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
-    sets = world.gather((len(keys), digest.hexdigest()))
-    for rank, other in enumerate(sets):
-        if other != sets[0]:
+    first, *others = world.gather((len(keys), digest.hexdigest()))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
             raise RanksDiffer(
                 f"rank {rank} was given other data than rank 0 ({other[0]:,} images and "
-                f"{sets[0][0]:,}): every machine needs the same files under --data"
+                f"{first[0]:,}): every machine needs the same files under --data"
             )

@@ -1,7 +1,7 @@
-"""What a run reports: lines of metrics, a progress bar, and the curves of TensorBoard and W&B.
+"""Reports of a run: lines of metrics, a progress bar, and the curves of TensorBoard and W&B.
 
-`metrics.jsonl` is written in any case. Other sinks are chosen for each start of a run, not in its
-config: they change nothing that is learnt.
+`metrics.jsonl` is always written. Other sinks are chosen at each start of a run, not in its config:
+they change nothing that is learnt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN_LINE = "{n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfi
 
 
 class Entry(NamedTuple):
-    """One step, and the seconds that its data was waited for and that it then took."""
+    """One step, the seconds spent waiting for its data, and the seconds that it then took."""
 
     step: Step
     outcome: Outcome
@@ -42,7 +42,7 @@ def summary(entries: Sequence[Entry]) -> dict[str, Any]:
     """Means over some steps, without skipped ones; null where nothing is left.
 
     A level's mean is over the rows that have it, so it means the same whatever the shares of a
-    mixed-resolution batch. Time spent between steps (previews, saving) does not count.
+    mixed-resolution batch. Time between steps (previews, saving) does not count.
     """
     step = entries[-1].step
     good = [(entry.step, entry.outcome) for entry in entries if isinstance(entry.outcome, Stepped)]
@@ -72,86 +72,73 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
 
 
 class Log:
-    """Metrics, sinks and progress bar of a run as one. Of several ranks, rank 0 has them.
+    """Metrics, progress bar and sinks of a run; on other ranks than 0, `leads` false, nothing.
 
     A sink that fails is left out from then on, with a warning: a run needs none of them.
     """
 
     def __init__(
         self,
-        metrics: Metrics | None = None,
-        sinks: Sequence[Sink] = (),
-        display: Display | None = None,
+        folder: Path,
+        recipe: Recipe[Any],
+        images_seen: int,
+        sinks: Sequence[OpenSink],
+        leads: bool,
     ) -> None:
-        self.metrics, self.display = metrics, display
-        self.sinks, self._working = tuple(sinks), list(sinks)
-        self._entries: list[Entry] = []
-
-    @classmethod
-    def open(
-        cls, folder: Path, recipe: Recipe[Any], images_seen: int, sinks: Sequence[OpenSink] = ()
-    ) -> Log:
-        """Open everything that a run reports to, at its place."""
-        return cls(
-            Metrics(folder / "metrics.jsonl", images_seen),
-            [open_sink(folder, recipe.config, images_seen) for open_sink in sinks],
-            Display(recipe.train, recipe.level_names, images_seen),
-        )
+        self._leads, self._entries, self._failed = leads, list[Entry](), list[Sink]()
+        if leads:
+            self._metrics = Metrics(folder / "metrics.jsonl", images_seen)
+            self._sinks = [open_sink(folder, recipe.config, images_seen) for open_sink in sinks]
+            self._display = Display(recipe.train, recipe.level_names, images_seen)
 
     def add(self, entry: Entry) -> None:
-        """Take in a step, show it, and warn of one that was skipped."""
-        self._entries.append(entry)
-        if isinstance(entry.outcome, Skipped) and self.metrics is not None:
-            warnings.warn(_why_skipped(entry.step, entry.outcome), stacklevel=2)
-        if self.display is not None:
-            self.display.show(entry)
+        """Take in a step, show it, and warn if it was skipped."""
+        if self._leads:
+            self._entries.append(entry)
+            self._display.show(entry)
+            if isinstance(entry.outcome, Skipped):
+                at = f"step skipped at {entry.step.first:,} images"
+                warnings.warn(f"{at}: {entry.outcome}", stacklevel=2)
 
     def close_line(self, **counts: Any) -> None:
-        """Write a line about the steps since the last line, with these numbers beside."""
+        """Write a line about the steps since the last line, together with `counts`."""
         if self._entries:
             self.write({**summary(self._entries), **counts})
             self._entries.clear()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to everyone."""
-        if self.metrics is not None:
-            self.metrics.write(line)
-        self._tell(self._working, lambda sink: sink.write(line))
+        """Write a line of metrics."""
+        self._metrics.write(line)
+        self._each(lambda sink: sink.write(line))
 
-    def picture(self, name: str, path: Path, images_seen: int) -> None:
-        """Show a picture of the run's folder elsewhere."""
-        self._tell(self._working, lambda sink: sink.picture(name, path, images_seen))
+    def picture(self, path: Path, images_seen: int) -> None:
+        """Show a picture in the sinks, under the name of its folder."""
+        self._each(lambda sink: sink.picture(path.parent.name, path, images_seen))
 
     def close(self) -> None:
-        """Close the bar and all sinks, those that have failed too."""
-        if self.display is not None:
-            self.display.close()
-        self._tell(self.sinks, lambda sink: sink.close())
+        """Close the bar and all sinks, including the failed ones."""
+        if self._leads:
+            self._display.close()
+            self._each(lambda sink: sink.close(), closing=True)
 
-    def _tell(self, sinks: Sequence[Sink], message: Callable[[Sink], None]) -> None:
-        for sink in [*sinks]:
+    def _each(self, call: Callable[[Sink], None], *, closing: bool = False) -> None:
+        for sink in self._sinks:
+            failed = sink in self._failed
             try:
-                message(sink)
-            except Exception as error:  # noqa: BLE001, PERF203, services raise anything
-                if sink not in self._working:
-                    continue
-                self._working.remove(sink)
-                warnings.warn(
-                    f"{type(sink).__name__} failed and is told nothing more; metrics.jsonl "
-                    f"has it all ({type(error).__name__}: {error})",
-                    stacklevel=3,
-                )
-
-
-def _why_skipped(step: Step, outcome: Skipped) -> str:
-    at = f"step skipped at {step.first:,} images"
-    if outcome.scale is not None:
-        return f"{at}: a gradient overflowed in fp16; the loss scale is now {outcome.scale:g}"
-    return f"{at}: the loss or its gradient is not finite; {outcome}"
+                if not failed or closing:
+                    call(sink)
+            except Exception as error:  # noqa: BLE001, services raise anything
+                if not failed:
+                    self._failed.append(sink)
+                    warnings.warn(
+                        f"{type(sink).__name__} failed and gets no more lines; metrics.jsonl has "
+                        f"all of them ({type(error).__name__}: {error})",
+                        stacklevel=3,
+                    )
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that tensors held on a GPU, or that the process held in RAM; None on Windows."""
+    """Peak memory of tensors on a GPU, or of the process in RAM; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -163,21 +150,26 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, appended to while the run goes on.
+    """`metrics.jsonl`: one JSON object a line.
 
-    Lines beyond `images_seen` were written after the checkpoint that a run resumes from. They are
-    cut, because those images are about to be seen again.
+    Lines beyond `images_seen` are cut, because a resumed run writes them again.
     """
 
     def __init__(self, path: Path, images_seen: int) -> None:
         self.path = path
+
+        def is_within(line: bytes) -> bool:
+            try:
+                return json.loads(line)["images_seen"] <= images_seen
+            except ValueError:  # a kill cut the line short
+                return False
+
         if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if _is_within(line, images_seen))
+            kept = b"".join(filter(is_within, path.read_bytes().splitlines(keepends=True)))
             write_atomically(path, lambda file: file.write(kept))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line. Raises OSError that names the file, where writing alone would not."""
+        """Append a line. Raises OSError that names the file."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -185,22 +177,14 @@ class Metrics:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 
 
-def _is_within(line: bytes, images_seen: int) -> bool:
-    """True for a line about images up to there; False if a kill cut the line short."""
-    try:
-        return json.loads(line)["images_seen"] <= images_seen
-    except ValueError:
-        return False
-
-
 class Display:
-    """Progress for people on stderr: images/s, time left, loss of each level, waiting for data.
+    """Progress on stderr: images/s, time left, loss of each level, waiting for data.
 
-    A bar on a terminal; elsewhere (a log file, CI) a line now and then.
+    It is a bar on a terminal, and elsewhere (a log file, CI) a line now and then.
     """
 
     def __init__(self, train: TrainConfig, level_names: Sequence[object], images_seen: int) -> None:
-        from tqdm import tqdm  # with everything it imports, only where something is trained
+        from tqdm import tqdm  # here, because only training needs it
 
         self._stages, self._level_names = len(train.stages), level_names
         self._recent: deque[Entry] = deque(maxlen=50)
@@ -216,10 +200,7 @@ class Display:
             mininterval=PLAIN_SECONDS if plain else 0.1,
             bar_format=PLAIN_LINE if plain else None,
         )
-
-    def close(self) -> None:
-        """Show the last step, and leave the bar as it is."""
-        self._bar.close()
+        self.close = self._bar.close
 
     def show(self, entry: Entry) -> None:
         """Take in a step; show it if it is time."""
@@ -241,10 +222,7 @@ class Display:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes lines of metrics, as they are in `metrics.jsonl`, and pictures that lie in files.
-
-    The x axis is images seen: `line["images_seen"]`.
-    """
+    """Takes lines of metrics and paths of pictures. The x axis is `line["images_seen"]`."""
 
     def write(self, line: Mapping[str, Any]) -> None: ...
     def picture(self, name: str, path: Path, images_seen: int) -> None: ...
@@ -254,8 +232,7 @@ class Sink(Protocol):
 OpenSink: TypeAlias = Callable[[Path, RunConfig | CodecRunConfig, int], Sink]
 """Opens a sink for (run folder, resolved config, images seen so far).
 
-A run that resumes goes back to its checkpoint: it repeats what it reported beyond `images_seen`,
-and the sink sees to it that no curve has it twice.
+A resumed run repeats what it reported beyond `images_seen`. The sink must not show that twice.
 """
 
 
@@ -284,6 +261,7 @@ class TensorBoard:
         self._proto: Any = require(module, "tensorboard", "--log tensorboard")
         # TensorBoard drops the points of earlier files from this step on.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
+        self.close = self._writer.close
 
     def write(self, line: Mapping[str, Any]) -> None:
         for name, value in scalars(line).items():
@@ -302,12 +280,9 @@ class TensorBoard:
         self._writer._get_file_writer().add_summary(summary, images_seen)
         self._writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
 
 def _as_gif(image: Any) -> bytes:
-    """Convert an animation to the one form that TensorBoard plays, as fast as a GIF can be."""
+    """Convert an animation to a GIF, the one form that TensorBoard plays."""
     from PIL import ImageSequence
 
     frames, milliseconds = [], 0
@@ -324,16 +299,25 @@ class WeightsAndBiases:
     WANDB_MODE=online the run is sent as it goes, else it is kept in `RUN/wandb`, from where
     `wandb sync` sends it. Neither code nor the terminal's text is taken.
 
-    `RUN/wandb/run.json` remembers the run's id, the last step that was sent and the names sent with
-    it. A resumed run repeats the same numbers, since resuming is exact: they are passed over.
+    `RUN/wandb/run.json` holds the run's id, the last step that was sent and the names sent with
+    it. A resumed run repeats the same numbers, since resuming is exact: they are not sent again.
     """
 
     def __init__(self, folder: Path, config: RunConfig | CodecRunConfig, images_seen: int) -> None:
         self._wandb: Any = require("wandb", "wandb", "--log wandb")
         self._path = folder / "wandb" / "run.json"
-        self._id, self._last, self._names = self._read()
-        self._resumed = self._last, tuple(self._names)
-        self._remember(self._last, self._names)
+        self._id, self._last, self._names = secrets.token_hex(8), 0, list[str]()
+        if self._path.exists():
+            try:
+                note = json.loads(self._path.read_bytes())
+                self._id, self._last = str(note["id"]), int(note["images_seen"])
+                self._names = list(note["names"])
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path} is damaged ({type(error).__name__}: {error}): remove it, and a "
+                    "new run of Weights & Biases begins here"
+                ) from error
+        self._remember()
         online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         try:
             self._run = self._wandb.init(
@@ -352,6 +336,7 @@ class WeightsAndBiases:
             raise OSError(
                 f"--log wandb: {error}; with WANDB_MODE=offline the run is kept in {folder}"
             ) from error
+        self.close = self._run.finish
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._send(scalars(line), line["images_seen"])
@@ -359,35 +344,18 @@ class WeightsAndBiases:
     def picture(self, name: str, path: Path, images_seen: int) -> None:
         self._send({name: self._wandb.Image(str(path))}, images_seen)
 
-    def close(self) -> None:
-        self._run.finish()
-
     def _send(self, values: dict[str, Any], images_seen: int) -> None:
-        last, names = self._resumed
-        if images_seen == last:  # a kill may have kept some of them from being sent
-            values = {name: value for name, value in values.items() if name not in names}
-        if values and images_seen >= last:
+        # A kill may have kept some of the last step's names from being sent.
+        sent = self._names if images_seen == self._last else []
+        values = {name: value for name, value in values.items() if name not in sent}
+        if values and images_seen >= self._last:
             self._run.log(values, step=images_seen)
-            before = self._names if images_seen == self._last else []
-            self._remember(images_seen, [*before, *values])
+            self._last, self._names = images_seen, [*sent, *values]
+            self._remember()
 
-    def _remember(self, images_seen: int, names: list[str]) -> None:
-        self._last, self._names = images_seen, names
-        note = {"id": self._id, "images_seen": images_seen, "names": names}
+    def _remember(self) -> None:
+        note = {"id": self._id, "images_seen": self._last, "names": self._names}
         write_atomically(self._path, lambda file: file.write(json.dumps(note).encode()))
-
-    def _read(self) -> tuple[str, int, list[str]]:
-        """Read the note; a new run if there is none. Raises ValueError if it is damaged."""
-        if not self._path.exists():
-            return secrets.token_hex(8), 0, []
-        try:
-            note = json.loads(self._path.read_bytes())
-            return str(note["id"]), int(note["images_seen"]), list(note["names"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"{self._path} is damaged ({type(error).__name__}: {error}): remove it, and a new "
-                "run of Weights & Biases is begun for what is still to come"
-            ) from error
 
 
 SINKS: dict[str, OpenSink] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

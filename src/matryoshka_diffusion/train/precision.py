@@ -1,4 +1,4 @@
-"""In which numbers, memory layout and compiled form a network runs.
+"""Number format, memory layout and compiled form of a network.
 
 Weights, losses, moments and averages are float32 whatever is chosen here.
 """
@@ -26,9 +26,8 @@ Layout = Literal["nchw", "channels_last"]
 LayoutSetting = Literal["auto", Layout]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-# --- precision ---------------------------------------------------------------------------------
+GROWTH_INTERVAL = 2_000
+"""Steps without an overflow after which the loss scale is doubled."""
 
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
@@ -52,18 +51,13 @@ def autocast(precision: PrecisionSetting, device: torch.device) -> torch.autocas
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-GROWTH_INTERVAL = 2_000
-"""Steps without an overflow after which the loss scale is doubled."""
-
-
 @dataclass(frozen=True)
 class LossScale:
-    """Factor of the loss in fp16 (Micikevicius et al., 2018), whose numbers end at 6e-8.
+    """Factor of the loss in fp16 (Micikevicius et al., 2018), a power of two, which rounds nothing.
 
-    An overflow divides it by `growth`, `GROWTH_INTERVAL` good steps in a row multiply it. It is a
-    power of two, which rounds nothing. torch's GradScaler does not fit: each rank of FSDP2 would
-    judge its own shards, and its factor falls without a floor, by which an overflow differs from a
-    broken network.
+    An overflow divides it by `growth`, `GROWTH_INTERVAL` good steps in a row multiply it. torch's
+    GradScaler would judge each FSDP2 rank's shards alone, and has no floor of 1, by which an
+    overflow differs from a broken network.
     """
 
     factor: float = 1.0
@@ -72,16 +66,16 @@ class LossScale:
 
     @classmethod
     def initial(cls, precision: PrecisionSetting) -> LossScale:
-        """Scale at the start of a run. bf16 and fp32 need none, and theirs stays 1."""
+        """Scale at the start of a run; 1 forever in bf16 and fp32, which need none."""
         return cls(2.0**16, growth=2.0) if precision == "fp16" else cls()
 
     @property
     def can_fall(self) -> bool:
-        """Whether a smaller factor is left to try after an overflow."""
+        """True if a smaller factor is left to try after an overflow."""
         return self.factor > 1.0
 
     def after(self, finite: bool) -> LossScale:
-        """Scale of the next step, given whether the gradient of this step was finite."""
+        """Scale after a step whose gradient was finite or not."""
         if not finite:
             return LossScale(max(self.factor / self.growth, 1.0), self.growth)
         if self.good_steps + 1 < GROWTH_INTERVAL:
@@ -89,23 +83,18 @@ class LossScale:
         return LossScale(self.factor * self.growth, self.growth)
 
 
-# --- layout ------------------------------------------------------------------------------------
-
-AUTO_LAYOUT: dict[str, Layout] = {"cuda": "channels_last"}
-"""What `auto` means on a device; NCHW elsewhere.
-
-Convention on GPUs, whose half-precision convolutions work on channels last. Measured on CPUs:
-NCHW is 1.4 times as fast in bf16 and about even in fp32 (docs/performance.md).
-"""
-
-
 def resolve_layout(setting: LayoutSetting, device: torch.device) -> Layout:
-    """Replace `auto` by the constant of the device. Layouts differ in rounding and speed only."""
-    return AUTO_LAYOUT.get(device.type, "nchw") if setting == "auto" else setting
+    """Replace `auto` by channels last on GPUs, whose half-precision convolutions work on it.
+
+    Layouts differ in rounding and speed only. Measured on CPUs: NCHW is 1.4 times as fast in bf16
+    and about even in fp32 (docs/performance.md).
+    """
+    automatic = "channels_last" if device.type == "cuda" else "nchw"
+    return automatic if setting == "auto" else setting
 
 
 def placed(net: Net, device: torch.device, layout: LayoutSetting) -> Net:
-    """Move a network to a device and into a layout; it brings its input into that layout itself."""
+    """Move a network to a device and into a layout, into which it then brings its input itself."""
     net = net.to(device)
     if layout == "channels_last":
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -119,32 +108,19 @@ def channels_last(x: Pyramid) -> Pyramid:
     return tuple(level.contiguous(memory_format=formats[level.ndim]) for level in x)
 
 
-# --- torch.compile -----------------------------------------------------------------------------
-
-
 def compile_network(
     net: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Run `net` as compiled code from now on. Parameters and their names stay as they are.
 
-    Raises:
-        ConfigError: the compiler that torch would call at the first step is missing.
+    Raises ConfigError if a compiler that torch would call at the first step is missing.
     """
-    if backend == "inductor":
-        _check_compilers(device)
-    net.compile(backend=backend)
-
-
-def _check_compilers(device: torch.device) -> None:
-    """Check for a C++ compiler, and on a GPU for Triton, which calls a C compiler in turn."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    missing = None
     if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"train.compile needs a C++ compiler, and there is no {compiler}: install it, name "
-            "another in the environment variable CXX, or set train.compile=false"
-        )
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise ConfigError(
-            "train.compile needs the package triton on a GPU: install it, or set "
-            "train.compile=false"
-        )
+        missing = f"a C++ compiler, and there is no {compiler}: install it, name another in CXX"
+    elif device.type == "cuda" and find_spec("triton") is None:
+        missing = "the package triton on a GPU: install it"
+    if missing and backend == "inductor":
+        raise ConfigError(f"train.compile needs {missing}, or set train.compile=false")
+    net.compile(backend=backend)

@@ -32,12 +32,16 @@ def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int =
         ConfigError: the folder belongs to a run of another config, or holds files of no run.
         OSError: it cannot be written.
     """
+    refuse_foreign(folder)
     path = folder / "config.yaml"
     written = load_config(path) if path.exists() else None
-    refuse_foreign(folder)
     if written is not None:
         config = _continued(folder, written, config)
-    config = resolved(config, device)
+    config = _with(
+        config,
+        precision=resolve_precision(config.train.precision, device),
+        layout=resolve_layout(config.train.layout, device),
+    )
     if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks)
@@ -55,13 +59,6 @@ def refuse_foreign(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds files but no run (there is no config.yaml): give another --out"
         )
-
-
-def resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """Replace `auto` by the choices for this device."""
-    train = config.train
-    precision = resolve_precision(train.precision, device)
-    return _with(config, precision=precision, layout=resolve_layout(train.layout, device))
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
@@ -115,10 +112,8 @@ def refuse_lost_weights(train: TrainConfig, folder: Path) -> None:
             "and begin it again (mdm grow, or mdm train with --init)"
         )
     text = path.read_text("utf-8") if path.exists() else ""
-    logged = [int(number) for number in re.findall(r'"images_seen": (\d+)', text)]
-    if (
-        max(logged, default=0) >= 2 * train.checkpoint_every_images
-    ):  # one may have been in the making
+    logged = max(map(int, re.findall(r'"images_seen": (\d+)', text)), default=0)
+    if logged >= 2 * train.checkpoint_every_images:  # one may have been in the making
         raise CheckpointError(
             f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
         )
@@ -131,17 +126,15 @@ def _note_start(path: Path, device: torch.device, ranks: int) -> None:
         package = version("matryoshka-diffusion")
     except PackageNotFoundError:  # run from its source
         package = "unknown"
-    starts.append(
-        {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "matryoshka-diffusion": package,
-            "python": sys.version.split()[0],
-            "torch": str(torch.__version__),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "ranks": ranks,
-            "threads": torch.get_num_threads(),
-        }
-    )
-    text = json.dumps(starts, indent=1).encode()
-    write_atomically(path, lambda file: file.write(text))
+    start = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "matryoshka-diffusion": package,
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps([*starts, start], indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))

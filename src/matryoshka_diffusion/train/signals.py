@@ -1,4 +1,4 @@
-"""What ends a run from outside: signals to this process, and another rank that died."""
+"""Ends of a run from outside: signals to this process, and another rank that died."""
 
 from __future__ import annotations
 
@@ -49,10 +49,9 @@ class Interrupts:
 @contextmanager
 def handled(handler: object) -> Iterator[None]:
     """Handle `SIGNALS` inside the block. Other threads than the main one cannot, and do not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}  # pyright: ignore
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in SIGNALS}  # pyright: ignore
     try:
         yield
     finally:
@@ -71,11 +70,10 @@ class DeadRank(RuntimeError):
 
 
 class Pulse:
-    """Beats of all ranks in a shared store: names a dead rank, which no time limit of torch does.
+    """Beats of all ranks in a shared store, to name a dead rank, which torch's time limits do not.
 
-    A limit of a process group or a monitored barrier runs for living ranks too: rank 0 may draw
-    previews for half an hour, data may be late, a job may be suspended. It would have to be longer
-    than all of these, and a rank that hangs would be noticed no sooner.
+    Those run for living ranks too, which may wait for half an hour while rank 0 draws previews. So
+    they would have to be longer, and a rank that hangs would be noticed no sooner.
 
     After `limit` seconds without a beat of some rank, or an answer of the store, the process says
     so and ends with status 1. Seconds in which it was itself suspended do not count.
@@ -127,11 +125,19 @@ class Pulse:
         """Name the ranks that are gone after a collective failed; None if all beat within 3 s."""
         began = time.monotonic()
         while time.monotonic() - began < 6 * BEAT_SECONDS:
-            if left := [rank for rank, (beat, _) in self._beats.items() if beat.startswith(LEFT)]:
-                return self._described(left)
+            if reasons := self._reasons():
+                return reasons
             time.sleep(BEAT_SECONDS / 2)
-        silent = [rank for rank, (_, at) in self._beats.items() if at < began + BEAT_SECONDS]
-        return f"rank {_listed(silent)} does not answer any more" if silent else None
+        silent = self._silent_since(began + BEAT_SECONDS)
+        return f"rank {silent} does not answer any more" if silent else None
+
+    def _reasons(self) -> str:
+        """Ranks that have left, with the reasons that they gave; empty if none has."""
+        left = {rank: beat for rank, (beat, _) in self._beats.items() if beat.startswith(LEFT)}
+        return "; ".join(f"rank {r} has left: {b.removeprefix(LEFT)}" for r, b in left.items())
+
+    def _silent_since(self, moment: float) -> str:
+        return ", ".join(str(rank) for rank, (_, at) in self._beats.items() if at < moment)
 
     def _ask(self) -> None:
         """Leave beats and read the others'."""
@@ -162,17 +168,9 @@ class Pulse:
             before = now
             if now - self._answered > self.limit:
                 _give_up(f"the ranks' common store has not answered for {self.limit} s")
-            silent = [rank for rank, (_, at) in self._beats.items() if now - at > self.limit]
-            if silent:
-                _give_up(self._described(silent))
-
-    def _described(self, ranks: list[int]) -> str:
-        """Say why the ranks left, if one told, or that they are silent."""
-        beats = {rank: self._beats[rank][0] for rank in ranks}
-        left = {rank: beat for rank, beat in beats.items() if beat.startswith(LEFT)}
-        if left:
-            return "; ".join(f"rank {r} has left: {b.removeprefix(LEFT)}" for r, b in left.items())
-        return f"rank {_listed(ranks)} has given no sign of life for {self.limit} s"
+            if silent := self._silent_since(now - self.limit):
+                sign = f"rank {silent} has given no sign of life for {self.limit} s"
+                _give_up(self._reasons() or sign)
 
 
 def open_store(*, hosts: bool = False) -> Store:
@@ -185,10 +183,6 @@ def open_store(*, hosts: bool = False) -> Store:
     wait = timedelta(minutes=5)
     store = TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=wait)
     return PrefixStore(f"mdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 def _give_up(reason: str) -> None:

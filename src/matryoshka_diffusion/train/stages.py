@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
-from matryoshka_diffusion.config import ModelConfig, RunConfig, StageConfig, TrainConfig
+from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.pyramid import rows_of_mix
 
 
@@ -65,6 +65,11 @@ def step_at(train: TrainConfig, images_seen: int) -> Step:
     left = sum(s.images for s in train.stages[: index + 1]) - images_seen
     count, into_stage = min(stage.batch_size, left), stage.images - left
     mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
+    # The loss of new levels rises evenly to 1, a smooth transition that the paper names as future
+    # work. The step's images count, so no step has weight zero.
+    ramped, ramp = into_stage + count, ()
+    if ramped < stage.ramp_images:
+        ramp = (1.0,) * old + (ramped / stage.ramp_images,) * (stage.levels - old)
     return Step(
         stage=index,
         first=images_seen,
@@ -72,19 +77,8 @@ def step_at(train: TrainConfig, images_seen: int) -> Step:
         lr=learning_rate(train, images_seen, count),
         ends_stage=count == left,
         frozen=old if into_stage < stage.freeze_coarse_images else 0,
-        ramp=_ramp(stage, old, into_stage + count),
+        ramp=ramp,
     )
-
-
-def _ramp(stage: StageConfig, old: int, images: int) -> tuple[float, ...]:
-    """Factors on the level weights after `images` of a stage that began with `old` levels.
-
-    Those of the new levels rise evenly to 1, a smooth transition that the paper names as future
-    work. `images` includes the step, so no step has weight zero.
-    """
-    if images >= stage.ramp_images:
-        return ()
-    return (1.0,) * old + (images / stage.ramp_images,) * (stage.levels - old)
 
 
 def joined_after(train: TrainConfig) -> tuple[int, ...]:

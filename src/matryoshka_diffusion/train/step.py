@@ -1,4 +1,4 @@
-"""One optimizer step: whose loss it lowers, how weights move, and how it may end."""
+"""One optimizer step: the loss that it lowers, how weights move, and how it may end."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ from matryoshka_diffusion.train.stages import Step
 
 Net = TypeVar("Net", bound=nn.Module)
 
-# --- the recipe --------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Recipe(Generic[Net]):
@@ -47,13 +45,12 @@ class Recipe(Generic[Net]):
         trainer.fit(inputs, folder)                      # raises `Stopped` after a signal
         trainer.net                                      # has learnt; export it as you like
 
-    `inputs` maps a `Step` to its `Inputs`, as `Feed` does: images as `x=(picture,)`, noise of the
-    recipe's own as `noise=(noise,)`, `t` zeros, `cond=Conditioning()`. The samples of a step are
+    `inputs` maps a `Step` to its `Inputs`, as `Feed` does. The samples of a step are
     `range(step.first, step.end)`. Draw everything random by their numbers, so that a resumed run
     has the same bits.
 
     Attributes:
-        config: what checkpoints and logs hold, and what ranks compare.
+        config: content of checkpoints and logs, compared between ranks.
         train: stages, optimizer, averages, intervals; `layout` and `precision` are not `auto`.
         build: number of levels -> the network with initial weights.
         loss: (network, `Inputs` of a part of a step) -> its loss, divided by the counts of the
@@ -78,8 +75,7 @@ class Recipe(Generic[Net]):
 def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Recipe[NestedUNet]:
     """Recipe of the paper: a nest of UNets and the joint loss (Eq. 3).
 
-    `config` is resolved (`run_folder.open_run`); `base` are the weights that adapters are put
-    around, if the run trains adapters.
+    `config` is resolved (`run_folder.open_run`). `base` are the weights under trained adapters.
     """
     model, train = config.model, config.train
 
@@ -130,8 +126,8 @@ class Stepped(NamedTuple):
 class Skipped(NamedTuple):
     """A step that changed nothing, because its loss or its gradient is not finite.
 
-    `samples` are all of the step's, of all ranks. `scale` is the next loss scale after an overflow
-    in fp16, where a smaller scale is the remedy.
+    `samples` are those of all ranks. `scale` is the next loss scale if an overflow in fp16 is the
+    reason, which a smaller scale cures.
     """
 
     loss: float
@@ -147,9 +143,11 @@ class Skipped(NamedTuple):
         return bad or self.samples
 
     def __str__(self) -> str:
+        if self.scale is not None:
+            return f"a gradient overflowed in fp16; the loss scale is now {self.scale:g}"
         first = ", ".join(f"{number} ({key})" for number, key, _ in self.culprits[:4])
-        more = len(self.culprits) - 4
-        return f"samples {first}{f' and {more} more' if more > 0 else ''}"
+        more = f" and {len(self.culprits) - 4} more" if len(self.culprits) > 4 else ""
+        return f"the loss or its gradient is not finite; samples {first}{more}"
 
 
 Outcome: TypeAlias = Stepped | Skipped
@@ -163,53 +161,32 @@ class NotFinite(RuntimeError):
 
     def __init__(self, step: Step, skipped: Skipped) -> None:
         super().__init__(
-            f"{PATIENCE} steps in a row, up to {step.end:,} images, had an infinite or NaN "
-            f"loss or gradient; the last was of {skipped}. Try a smaller "
-            f"train.stages[{step.stage}].lr or train.precision=fp32, with another --out"
+            f"{PATIENCE} steps in a row, up to {step.end:,} images, were skipped: {skipped}. Try a "
+            f"smaller train.stages[{step.stage}].lr or train.precision=fp32, with another --out"
         )
         self.step, self.skipped = step, skipped
 
     def dump(self, path: Path) -> None:
-        """Write what is known of the last step as JSON, with `nan`, `inf` and `-inf` as text."""
-        step, skipped = self.step, self.skipped
+        """Write the last step as JSON, with `nan`, `inf` and `-inf` as text."""
         content = {
             "error": str(self),
-            "images_seen": step.end,
-            "stage": step.stage,
-            "lr": step.lr,
-            "loss": _plain(skipped.loss),
-            "loss_per_level": [_plain(loss) for loss in skipped.per_level],
-            "grad_norm": _plain(skipped.grad_norm),
-            "samples": [
-                {"number": number, "key": key, "loss": _plain(loss)}
-                for number, key, loss in skipped.samples
-            ],
+            "images_seen": self.step.end,
+            "stage": self.step.stage,
+            "lr": self.step.lr,
+            "loss": self.skipped.loss,
+            "loss_per_level": self.skipped.per_level,
+            "grad_norm": self.skipped.grad_norm,
+            "samples": [sample._asdict() for sample in self.skipped.samples],
         }
-        text = json.dumps(content, indent=1, allow_nan=False).encode()
-        write_atomically(path, lambda file: file.write(text))
-
-
-def _plain(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)
-
-
-@contextmanager
-def torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
-    """Seed torch's own generators for the dropout of one micro-batch, and put them back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
-        yield
-
-
-# --- the place in a run -----------------------------------------------------------------------
+        plain = json.loads(json.dumps(content), parse_constant=lambda name: str(float(name)))
+        write_atomically(path, lambda file: file.write(json.dumps(plain, indent=1).encode()))
 
 
 @dataclass(frozen=True)
 class Progress:
     """Place in a run. `steps` changed the weights, `skipped` did not.
 
-    A step that overflowed under a loss scale which can still fall is skipped, but not counted in
-    `skipped_in_a_row`: the smaller scale is the remedy.
+    `skipped_in_a_row` leaves out the steps whose remedy is a smaller loss scale.
     """
 
     images_seen: int = 0
@@ -220,17 +197,12 @@ class Progress:
 
     def after(self, step: Step, finite: bool) -> Progress:
         """Place after a step."""
-        patient = not finite and not self.scale.can_fall
-        return Progress(
-            images_seen=step.end,
-            steps=self.steps + finite,
-            skipped=self.skipped + (not finite),
-            skipped_in_a_row=0 if finite else self.skipped_in_a_row + patient,
-            scale=self.scale.after(finite),
-        )
+        in_a_row = 0 if finite else self.skipped_in_a_row + (not self.scale.can_fall)
+        steps, skipped = self.steps + finite, self.skipped + (not finite)
+        return Progress(step.end, steps, skipped, in_a_row, self.scale.after(finite))
 
     def restored(self, state: Mapping[str, Any]) -> Progress:
-        """Place that a checkpoint was saved at. What an older one does not hold stays as here."""
+        """Place of a checkpoint. Values that an older checkpoint does not hold stay as here."""
         known = {key: state[key] for key in asdict(self) if key in state}
         if "scale" in known:
             known["scale"] = LossScale(**known["scale"])
@@ -240,6 +212,14 @@ class Progress:
 # --- the optimizer -----------------------------------------------------------------------------
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
+    """Seed torch's own generators for the dropout of one micro-batch, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+        yield
 
 
 def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
@@ -282,37 +262,32 @@ def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tenso
     }
 
 
+@torch.no_grad()
 def load_moments(
     optimizer: torch.optim.Optimizer, net: nn.Module, memory: Mapping[str, Tensor]
 ) -> None:
-    """Give parameters their memory by name; those without one (new levels) start afresh.
+    """Give parameters copies of their memory; those without one (new levels) start afresh.
 
     Adam counts steps for each parameter, so the bias correction of new ones is right too.
     """
     for name, parameter in net.named_parameters():
-        if f"{name}.step" in memory:
-            optimizer.state[parameter] = {
-                moment: _beside(parameter, memory[f"{name}.{moment}"]) for moment in MOMENTS
-            }
-
-
-def _beside(parameter: Tensor, moment: Tensor) -> Tensor:
-    """Copy a moment to its parameter's device, layout and shards; step counts are plain numbers.
-
-    Fused kernels walk over parameter and moment side by side.
-    """
-    if moment.ndim == 0:
-        return moment.to(parameter.device, torch.float32, copy=True)
-    target = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-    if not is_sharded(moment):
-        moment = sharded_like(moment.to(parameter.device), parameter)
-    return target.copy_(moment)
+        if f"{name}.step" not in memory:
+            continue
+        count, *averages = (memory[f"{name}.{moment}"] for moment in MOMENTS)
+        state = {"step": count.to(parameter.device, torch.float32, copy=True)}
+        for moment, value in zip(MOMENTS[1:], averages, strict=True):
+            # In the parameter's layout: fused kernels walk over both side by side.
+            state[moment] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            if not is_sharded(value):
+                value = sharded_like(value.to(parameter.device), parameter)
+            state[moment].copy_(value)
+        optimizer.state[parameter] = state
 
 
 def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes that `memory` must have for this network, as tensors without storage.
+    """Tensors without storage, with the names and shapes that `memory` must have for `net`.
 
-    A parameter may be left out of it whole.
+    `memory` may leave out a parameter, with all of its moments.
     """
     known = {key.rpartition(".")[0] for key in memory}
     return {

@@ -1,7 +1,7 @@
 """Training: one class that owns what is learnt, and the loop that ties batches and time together.
 
-It knows no metrics, no sampling and no dataset by name: those come in as hooks and as a loader, the
-network and its loss as a `Recipe`. Whatever happens between two checkpoints loses no checkpoint.
+It knows no metrics, no sampling and no data set by name. They come in as hooks and as a loader,
+the network and its loss as a `Recipe`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeAlias
@@ -34,7 +34,7 @@ from matryoshka_diffusion.train.distributed import (
     shared,
     whole,
 )
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, single_threaded
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, refuse_lost_weights
@@ -74,9 +74,8 @@ class View:
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
 """Interval in images (0: never), and a function to call then and at the end of the run.
 
-A dict that it returns becomes a line of metrics; the path of a picture goes to the sinks under the
-name of its folder. If it raises, the run is saved first and then stops with that error. Rank 0
-calls hooks while the other ranks wait.
+A dict that it returns becomes a line of metrics; the path of a picture goes to the sinks. If it
+raises, the run is saved first. Rank 0 calls hooks while the other ranks wait.
 """
 
 
@@ -93,13 +92,10 @@ def train(
     device: torch.device | str = "cpu",
     world: World | None = None,
 ) -> Path:
-    """Train in a run folder, or continue the run that is there; all ranks of `world` call it.
+    """Train in a run folder, or continue the run there; return the folder of the finished model.
 
-    `encode` is for models with text, `base` for adapters (`train.lora`), `quarantine` the source's
-    list of bad samples, which is saved with the run.
-
-    Returns:
-        The folder with the finished weights (the averaged ones) and their config.
+    All ranks of `world` call it. `encode` is for models with text, `base` for adapters
+    (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run.
 
     Raises:
         ConfigError: `folder` holds another run, or something else.
@@ -133,8 +129,7 @@ class Trainer(Generic[Net]):
         self.quarantine = Quarantine()
         self.progress = Progress(images_seen, scale=LossScale.initial(self.train.precision))
         self._began = time.monotonic()
-        levels = active_levels(self.train, images_seen)
-        self._prepare(recipe.build(levels), levels)
+        self._build(active_levels(self.train, images_seen))
         self.ema = Ema(self.net, self.train.ema_decay)
         self.tracks = PowerEma(self.net, self.train.ema_power)
 
@@ -149,16 +144,14 @@ class Trainer(Generic[Net]):
     ) -> Trainer[Net]:
         """Return the trainer of the newest checkpoint in a run folder, or one at the start.
 
-        Raises:
-            CheckpointError: the checkpoints cannot be used, or are missing.
+        Raises CheckpointError if the checkpoints cannot be used or are missing.
         """
         world = world or World()
         path = world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         snapshot = None if path is None else checkpoint.read(path)
         if snapshot is None:
             refuse_lost_weights(recipe.train, folder)
-        images_seen = 0 if snapshot is None else snapshot.state["images_seen"]
-        trainer = cls(recipe, device, images_seen, world)
+        trainer = cls(recipe, device, snapshot.state["images_seen"] if snapshot else 0, world)
         trainer.quarantine = quarantine or trainer.quarantine
         if snapshot is not None:
             trainer.restore(snapshot, where=str(path))
@@ -181,9 +174,14 @@ class Trainer(Generic[Net]):
             OSError: something could not be written.
         """
         train, interrupts, first = self.train, Interrupts(), True
+
+        def single_threaded(step: Step) -> Inputs:
+            torch.set_num_threads(1)  # of this thread, so that the network keeps its own
+            return inputs_of(step)
+
         todo = steps(train, self.progress.images_seen)
         # One thread makes the inputs of the next steps while the network works on this one.
-        ahead = look_ahead(single_threaded(inputs_of), todo, workers=1, depth=2)
+        ahead = look_ahead(single_threaded, todo, workers=1, depth=2)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
             waiting = time.perf_counter()
             for inputs in ahead:
@@ -196,13 +194,14 @@ class Trainer(Generic[Net]):
                 log.add(Entry(step, outcome, began - waiting, time.perf_counter() - began))
                 if step.ends_stage or step.passes(train.log_every_images):
                     log.close_line(**self.counts())
-                if step.end == train.images or step.passes(train.ema_snapshot_interval):
+                ends = step.end == train.images
+                if ends or step.passes(train.ema_snapshot_interval):
                     tracks = gathered(self.tracks.state(), self.world)
                     self.world.once(partial(write_snapshot, folder / "ema", tracks, step.end))
-                self._call(hooks, step, folder, log)
+                due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
+                self._call(due, folder, log)
                 # Asked once, since it may change at any time, and of all ranks: they stop together.
                 signal = self.world.highest(interrupts.received)
-                ends = step.end == train.images
                 if signal or ends or step.passes(train.checkpoint_every_images):
                     path = self.save(folder, log)
                 if signal:
@@ -218,8 +217,7 @@ class Trainer(Generic[Net]):
     def step(self, inputs: Inputs) -> Outcome:
         """Take one step, or skip it on all ranks if its loss or gradient is not finite.
 
-        Raises:
-            NotFinite: `PATIENCE` steps in a row were skipped.
+        Raises NotFinite after `PATIENCE` skipped steps in a row.
         """
         step, progress = inputs.step, self.progress
         loss = self._backward(inputs)
@@ -278,8 +276,11 @@ class Trainer(Generic[Net]):
 
     # --- the network -----------------------------------------------------------------------
 
-    def _prepare(self, net: Net, levels: int) -> None:
-        """Take a network, and build what depends on its levels and holds no state yet."""
+    def _build(self, levels: int, kept: Mapping[str, Tensor] | None = None) -> None:
+        """Make the network and what depends on its levels; copy `kept` weights into it."""
+        net = self.recipe.build(levels)
+        parameters = learnt_parameters(net)
+        fill({name: parameters[name] for name in kept or ()}, kept or {})
         # FSDP2 takes contiguous weights only.
         layout = "nchw" if self.world.shards else self.train.layout
         self.net, self.levels = placed(net, self.device, layout), levels
@@ -290,7 +291,7 @@ class Trainer(Generic[Net]):
         self._parameters = self.recipe.in_order(self.net)
 
     def grow(self, levels: int) -> None:
-        """Continue with the first `levels` levels; does nothing if they are there already.
+        """Continue with the first `levels` levels; do nothing if they are there already.
 
         Weights, averages and moments of the existing levels are kept. The averages of the new
         ones start at their initial weights.
@@ -298,11 +299,8 @@ class Trainer(Generic[Net]):
         if levels == self.levels:
             return
         memory = moments(self.optimizer, self.net)
-        kept = {name: whole(value).detach() for name, value in learnt_parameters(self.net).items()}
-        net = self.recipe.build(levels)
-        parameters = learnt_parameters(net)
-        fill({name: parameters[name] for name in kept}, kept)
-        self._prepare(net, levels)
+        live = learnt_parameters(self.net)
+        self._build(levels, {name: whole(value).detach() for name, value in live.items()})
         self.ema.extend(self.net)
         self.tracks.extend(self.net)
         load_moments(self.optimizer, self.net, memory)
@@ -323,79 +321,78 @@ class Trainer(Generic[Net]):
 
     # --- saving and restoring --------------------------------------------------------------
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run over all its starts."""
-        return time.monotonic() - self._began
-
     def counts(self) -> dict[str, Any]:
-        """Numbers of the run so far, for a line of metrics."""
+        """Numbers of the run so far, for a line of metrics. `seconds` are those of all starts."""
         return {
             "step": self.progress.steps,
             "skipped": self.progress.skipped,
             "peak_memory_bytes": peak_memory_bytes(self.device),
-            "seconds": self.seconds,
+            "seconds": time.monotonic() - self._began,
         }
 
     def snapshot(self) -> Snapshot:
-        """Return all of this as named tensors and plain values."""
-        config = self.recipe.config.model_dump(mode="json")
-        bad = self.quarantine.state()
-        state = {**asdict(self.progress), "seconds": self.seconds, "config": config, "bad": bad}
-        return Snapshot(
-            state=state,
-            weights=learnt_parameters(self.net),
-            ema=self.ema.weights,
-            optimizer=moments(self.optimizer, self.net),
-            tracks=self.tracks.state(),
-        )
+        """Return the state of the run as named tensors and plain values."""
+        state = {
+            **asdict(self.progress),
+            "seconds": time.monotonic() - self._began,
+            "config": self.recipe.config.model_dump(mode="json"),
+            "bad": self.quarantine.state(),
+        }
+        weights, memory = learnt_parameters(self.net), moments(self.optimizer, self.net)
+        return Snapshot(state, weights, self.ema.weights, memory, self.tracks.state())
 
     def restore(self, snapshot: Snapshot, *, where: str) -> None:
         """Go on from a snapshot, which `where` names in errors.
 
         Raises CheckpointError if it does not fit; it is checked whole before any of it is used.
         """
+        if not snapshot.ema:  # codecs had no average in earlier versions
+            snapshot = replace(snapshot, ema=snapshot.weights)
         live, memory = learnt_parameters(self.net), snapshot.optimizer
-        ema = snapshot.ema or snapshot.weights  # codecs had no average in earlier versions
-        check_same(live, snapshot.weights, where=f"{where}: weights")
-        check_same(live, ema, where=f"{where}: ema")
-        check_same(moment_shapes(self.net, memory), memory, where=f"{where}: optimizer")
-        check_same(self.tracks.state(), snapshot.tracks, where=f"{where}: tracks")
+        for part, expected in {
+            "weights": live,
+            "ema": live,
+            "optimizer": moment_shapes(self.net, memory),
+            "tracks": self.tracks.state(),
+        }.items():
+            check_same(expected, getattr(snapshot, part), where=f"{where}: {part}")
         fill(live, snapshot.weights)
-        self.ema.load(ema)
+        fill(self.ema.weights, snapshot.ema)
         self.tracks.load(snapshot.tracks)
         load_moments(self.optimizer, self.net, memory)
         self.progress = self.progress.restored(snapshot.state)
         self.quarantine.restore(snapshot.state.get("bad", ()))  # older checkpoints have none
         self._began = time.monotonic() - snapshot.state["seconds"]
 
-    def save(self, folder: Path, log: Log | None = None) -> Path:
-        """Write a checkpoint. A line of metrics ends with it, so resuming repeats the lines too."""
-        if log is not None:
-            log.close_line(**self.counts())
+    def save(self, folder: Path, log: Log) -> Path:
+        """Write a checkpoint and the list of bad samples.
+
+        A line of metrics ends with it, so a resumed run writes the same lines.
+        """
+        log.close_line(**self.counts())
         for state in self.world.gather(self.quarantine.state()):
             self.quarantine.restore(state)
+        if self.world.leads:
+            self.quarantine.write(folder / "bad.jsonl")
         keep = self.train.keep_checkpoints
         path = checkpoint.save(folder / "checkpoints", self.snapshot(), keep=keep, world=self.world)
         self.quarantine.check()  # what all ranks have found together may be too much
         return path
 
-    def _call(self, hooks: Sequence[Hook], step: Step, folder: Path, log: Log) -> None:
-        """Call the hooks that are due, on rank 0; if one fails, save before its error goes on."""
-        ends, error = step.end == self.train.images, None
-        due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
-        if not due:
+    def _call(self, hooks: Sequence[Callable[[View], object]], folder: Path, log: Log) -> None:
+        """Call hooks on rank 0; if one fails, save before its error goes on."""
+        if not hooks:
             return
-        weights = self.averaged()
-        view = View(self.recipe.config, folder, step.end, lambda: self.network(weights))
-        with self.world.first(f"hooks at {step.end}"):
+        images_seen, weights, error = self.progress.images_seen, self.averaged(), None
+        view = View(self.recipe.config, folder, images_seen, lambda: self.network(weights))
+        with self.world.first(f"hooks at {images_seen}"):
             try:
-                for hook in due if self.world.leads else ():
+                for hook in hooks if self.world.leads else ():
                     result = hook(view)
                     if isinstance(result, dict):
-                        log.write({"images_seen": step.end, **result})
+                        log.write({"images_seen": images_seen, **result})
                     elif isinstance(result, Path):
-                        log.picture(result.parent.name, result, step.end)
+                        log.picture(result, images_seen)
             except BaseException as raised:  # noqa: BLE001, raised again once all ranks have saved
                 error = raised
         if self.world.highest(int(error is not None)):
@@ -405,8 +402,8 @@ class Trainer(Generic[Net]):
     @contextmanager
     def _reporting(self, folder: Path, sinks: Sequence[OpenSink]) -> Iterator[Log]:
         """Open the log of a run on rank 0; in the end list bad samples and dump the last skip."""
-        images_seen = self.progress.images_seen
-        log = Log.open(folder, self.recipe, images_seen, sinks) if self.world.leads else Log()
+        images_seen, leads = self.progress.images_seen, self.world.leads
+        log = Log(folder, self.recipe, images_seen, sinks, leads)
         try:
             yield log
         except NotFinite as error:  # on all ranks
@@ -415,6 +412,6 @@ class Trainer(Generic[Net]):
             error.args = (f"{error}; {path} tells more",)
             raise
         finally:
-            if self.world.leads:
+            if leads:
                 self.quarantine.write(folder / "bad.jsonl")
             log.close()
