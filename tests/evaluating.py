@@ -65,7 +65,7 @@ class Words:
 
 
 class Looks(dict):
-    """Stand-ins by name, each made when it is first asked for."""
+    """Stand-ins by name, each made when it is first needed."""
 
     def __init__(self, width: int = 6) -> None:
         self.width = width
@@ -77,9 +77,7 @@ class Looks(dict):
         return self[name] if name else default
 
 
-def looks(width: int = 6) -> Any:
-    """Stand-ins by name, each made once."""
-    return Looks(width)
+looks = Looks
 
 
 def source(count: int = 40, side: int = 16, **changes: Any) -> Source:

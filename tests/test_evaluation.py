@@ -20,9 +20,9 @@ import torch
 import evaluating
 from evaluating import BATCHED, SAMPLES, Look, Words, looks, measured, measured_clips, model, source
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.eval import feature_store, metric, result
+from matryoshka_diffusion.eval import feature_store, result
 from matryoshka_diffusion.eval.evaluate import SEED, evaluate, find_networks, measure
-from matryoshka_diffusion.eval.feature_store import PictureBatch, PictureSet, pictures_of
+from matryoshka_diffusion.eval.feature_store import PictureBatch, PictureSet
 from matryoshka_diffusion.eval.metric import METRICS, VIDEO, parse_metrics, thousands
 from matryoshka_diffusion.eval.prompts import (
     SHEET_PROMPTS,
@@ -34,6 +34,7 @@ from matryoshka_diffusion.eval.prompts import (
 )
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result
+from matryoshka_diffusion.metrics import distances
 from matryoshka_diffusion.metrics.distances import Moments, PublishedMoments, frechet_distance
 from matryoshka_diffusion.metrics.networks.video import VideoNet
 from matryoshka_diffusion.metrics.pixels import (
@@ -44,7 +45,6 @@ from matryoshka_diffusion.metrics.pixels import (
     prompt_retrieval,
 )
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.averages import average_of
 from ranks import ROOT, start_ranks
 
@@ -181,6 +181,8 @@ def test_other_weights_and_text_encoders_have_a_folder_of_their_own(tmp_path):
     with torch.no_grad():
         trained.net.levels[1].head.weight.mul_(2.0)
     after = evaluate(trained, "fd", **options)
+    trained.device = torch.device("cuda", 1)
+    assert trained.describe({})["device"] == "cuda"
     assert before[0].weights != after[0].weights
     assert before[0].value != after[0].value
     tiny, other = model("text"), Words()
@@ -189,12 +191,6 @@ def test_other_weights_and_text_encoders_have_a_folder_of_their_own(tmp_path):
         evaluate(Matryoshka(tiny.net, tiny.config, encoder=encoder), "fd", **options)
     about = [json.loads(path.read_text()) for path in tmp_path.glob("*/about.json")]
     assert {one.get("encoder") for one in about} >= {"words", "other weights"}
-
-
-def test_what_is_drawn_on_another_kind_of_device_is_not_mixed_with_the_rest():
-    here, there = model(), model()
-    there.device = torch.device("cuda", 1)
-    assert (here.describe({})["device"], there.describe({})["device"]) == ("cpu", "cuda")
 
 
 def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_path, monkeypatch):
@@ -217,13 +213,6 @@ def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
     assert measured(tmp_path, source=source(array=array))[0].value != before[0].value
 
 
-def test_as_many_frames_as_pictures_are_in_memory_at_a_time(tmp_path):
-    options = {"source": evaluating.clips(), "n": 2, "networks": looks(), "folder": tmp_path}
-    [found] = evaluate(model("text", 2), "fd", **options)
-    sizes = [pictures_of(one, tmp_path).batch_size for one in (source(), evaluating.clips())]
-    assert (found.batch_size, sizes, batch_of(100)) == (32, [64, 32], 1)
-
-
 # --- every metric ------------------------------------------------------------------------------
 
 OVERLAP = ("precision", "recall", "density", "coverage")
@@ -234,8 +223,8 @@ def few(monkeypatch):
     """Kernel distances of few samples: usually their subsets have 1,000 rows."""
     for name in ("kid", "kd"):
         monkeypatch.setitem(METRICS, name, replace(METRICS[name], least=2))
-        kernel = functools.partial(metric.kernel_distance, subsets=2, size=8)
-    monkeypatch.setattr(metric, "kernel_distance", kernel)
+        kernel = functools.partial(distances.kernel_distance, subsets=2, size=8)
+    monkeypatch.setattr(distances, "kernel_distance", kernel)
 
 
 @pytest.mark.usefixtures("few")
@@ -445,8 +434,6 @@ def test_every_metric_of_moments_takes_all_frames(compared):
     found = compared("fd,fid,is,fid-frames", clips(), clips(14, seed=1))
     assert all(np.isfinite(one.value) for one in found)
     assert all("frames of clips, 10 x 3" in one.metric for one in found)
-    many = np.broadcast_to(clips(1, 20)[:, :, :1, :1], (504, 20, 1, 1, 3))  # 10,080 frames
-    assert compared("is", many, many)[0].metric == "IS [frames of clips, 504 x 20]"
 
 
 # --- what cannot be ----------------------------------------------------------------------------
@@ -532,7 +519,6 @@ def test_a_sample_with_nan_is_named_by_its_seed(tmp_path):
 
 def test_names_of_metrics_are_parsed():
     assert parse_metrics("fd, FID,fd") == (("fd", "fid"), None)
-    assert parse_metrics("fid50k,prdc-fd") == (("fid", "prdc-fd"), 50_000)
     assert [thousands(count) for count in (50_000, 2_048)] == ["50K", "2048"]
 
 

@@ -27,39 +27,24 @@ from matryoshka_diffusion.pipeline import Matryoshka
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [
-        ("3", (3.0,)),
-        ("1:3:0.25", (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)),
+        ("1:3:0.5", (1.0, 1.5, 2.0, 2.5, 3.0)),
         ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
         ("1:2.2:0.5", (1.0, 1.5, 2.0)),
         ("2:2:1", (2.0,)),
         ("1:1000:1", tuple(map(float, range(1, 1001)))),
-        ("5, 1:2:1, 2", (5.0, 1.0, 2.0)),
-        ("-1:0:0.5", (-1.0, -0.5, 0.0)),
+        ("5, -1:1:1, 1", (5.0, -1.0, 0.0, 1.0)),
     ],
 )
 def test_lists_and_ranges_are_parsed_with_both_ends(text, numbers):
     assert parse_numbers(text) == numbers
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no number"),
-        ("1,x", "'x' is no number"),
-        ("1:3:nan", "no number"),
-        ("0:1e1000001:0.1", "no number"),
-        ("1e400", "no number"),
-        ("1:2", "FIRST:LAST:STEP"),
-        ("1:2:3:4", "FIRST:LAST:STEP"),
-        ("3:1:1", "FIRST:LAST:STEP"),
-        ("1:3:0", "FIRST:LAST:STEP"),
-        ("0:1:0.0001", "at most 1,000"),
-        ("1:1001:1", "at most 1,000"),
-        ("0:1e30:0.1", "at most 1,000"),
-    ],
-)
-def test_lists_that_are_none_are_refused(text, message):
-    with pytest.raises(UsageError, match=message):
+REFUSED = ("", "1,x", "1:3:nan", "0:1e1000001:0.1", "1e400", "1:2", "1:2:3:4", "3:1:1", "1:3:0")
+
+
+@pytest.mark.parametrize("text", [*REFUSED, "0:1:0.0001", "1:1001:1", "0:1e30:0.1"])
+def test_lists_that_are_none_are_refused(text):
+    with pytest.raises(UsageError, match="FIRST:LAST:STEP"):
         parse_numbers(text)
 
 
@@ -67,7 +52,6 @@ def test_lists_that_are_none_are_refused(text, message):
     ("options", "message"),
     [
         (["--steps", "10,2.5"], "'2.5' is not a whole number above 0"),
-        (["--steps", "0"], "'0' is not a whole number"),
         (["--cfg", "1:3"], "FIRST:LAST:STEP"),
         (["--sampler", "ddim,euler"], "'euler' is none of dpmpp-2m, ddim, ddpm"),
         (["-n", "4"], "name what to try"),
@@ -106,31 +90,29 @@ def test_best_and_front_look_the_way_of_the_metric():
     lower = [point(10, 5.0), point(20, 3.0), point(40, 3.0), point(5, 9.0)]
     assert best(lower) is lower[1], "of equal ones the cheapest"
     assert front(lower) == [0, 1, 3]
+    lines = [line.split() for line in table(lower).splitlines()]
+    assert lines[0] == ["evaluations", "FD"]
+    assert [line[2:] for line in lines[1:5]] == [["front"], ["best"], [], ["front"]]
+    assert " ".join(lines[5]) == "FD of 8 samples; lower is better"
     higher = [replace(one, results=(replace(one.quality, higher_is_better=True),)) for one in lower]
     assert best(higher) is higher[3]
     assert front(higher) == [3]
 
 
-def test_panels_show_a_swept_number_and_a_trade_off():
-    points = [point(1, 1.0, guidance=g, steps=s) for s in (10, 25) for g in (2.0, 1.0)]
-    lines = sweeping.lines_of(points, "guidance")
-    assert list(lines) == ["steps 10", "steps 25"]
-    assert [one.values["guidance"] for one in lines["steps 10"]] == [1.0, 2.0]
-    some = (points, points[:1], [points[1], points[3]])
-    assert [sweeping.numeric_axis(one) for one in some] == ["guidance", None, "steps"]
-    for keys in (("fd", "clip"), ("fvd", "retrieval")):
-        both = [point(1, value, 30.0, higher=(False, True), keys=keys) for value in (2.0, 1.0)]
-        pairs = [(x.value, y.value) for x, y in sweeping.trade_off(both)]
-        assert pairs == [(2.0, 30.0), (1.0, 30.0)]
-    assert sweeping.trade_off([point(1, 2.0)]) == []
-
-
-def test_the_table_marks_the_best_and_the_front():
-    points = [point(s, v, steps=s, sampler="ddim") for s, v in ((10, 5.0), (25, 3.0), (50, 4.0))]
-    lines = table(points).splitlines()
-    assert lines[0].split() == ["steps", "sampler", "evaluations", "FD"]
-    assert [line.split()[4:] for line in lines[1:4]] == [["front"], ["best"], []]
-    assert lines[4] == "FD of 8 samples; lower is better"
+@pytest.mark.parametrize(
+    ("keys", "axes", "panels"),
+    [
+        (("fd", "clip"), [{"guidance": g, "steps": s} for s in (9, 25) for g in (2.0, 1.0)], 3),
+        (("fd",), [{"sampler": "ddim"}, {"sampler": "ddpm"}], 1),
+        (("fd",), [{"steps": 9}, {"steps": 25}], 2),
+    ],
+)
+def test_panels_show_a_swept_number_the_cost_and_a_trade_off(keys, axes, panels, tmp_path):
+    values = {"higher": (False, True), "keys": keys}
+    points = [point(n, 9.0 - n, 30.0, **values, **one) for n, one in enumerate(axes, 1)]
+    sweeping.draw(points, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.size[0] == pytest.approx(panels * picture.size[1], abs=3)
 
 
 def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
@@ -185,9 +167,6 @@ def test_every_combination_is_measured_and_shared_with_eval(tmp_path):
     [again] = measure(tiny, {"sampler": "ddim", "guidance": 2.0, "steps": 2})
     assert again == points[3].quality
     assert networks["EffNetLite0"].seen == seen
-    sweeping.draw(points, tmp_path / "sweep.png")
-    with Image.open(tmp_path / "sweep.png") as picture:
-        assert picture.size[0] > 1.9 * picture.size[1]
 
 
 @pytest.mark.parametrize("grid", ["trailing", "log-snr"])
@@ -204,17 +183,10 @@ def test_evaluations_are_counted_as_the_network_sees_them(grid, interval, monkey
 
 
 def test_the_cost_of_a_point_is_that_of_what_is_fixed_as_well():
-    fixed, guided = {"guidance_interval": [-3.0, 2.0], "steps": 8}, {"guidance": 2.0}
-    measured = []
-
-    def measure(_, settings):
-        measured.append(settings)
-        return point(1, 1.0).results
-
-    [one] = sweeping.sweep(lambda _: model(), {"guidance": [2.0]}, measure, fixed=fixed)
-    cost, unbounded = (model().evaluations({**some, **guided}) for some in (fixed, {"steps": 8}))
-    assert one.cost == cost < unbounded
-    assert measured == [fixed | guided]
+    fixed, guided, tiny = {"guidance_interval": [-3.0, 2.0], "steps": 8}, {"guidance": 2.0}, model()
+    results = point(1, 1.0).results
+    [one] = sweeping.sweep(lambda _: tiny, {"guidance": [2.0]}, lambda *_: results, fixed=fixed)
+    assert one.cost == tiny.evaluations(fixed | guided) < tiny.evaluations({"steps": 8, **guided})
     assert one.values == guided
 
 

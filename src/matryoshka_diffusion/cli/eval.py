@@ -102,7 +102,7 @@ def sweep(options: argparse.Namespace) -> None:
             axes,
             lambda model, settings: evaluation.evaluate(model, **plan, **settings),
             fixed=fixed,
-            progress=lambda done, total: leads() and say(f"{done} of {total} combinations", 0),
+            progress=_say_points,
         )
         if not job.world.leads:
             return
@@ -119,6 +119,11 @@ def sweep(options: argparse.Namespace) -> None:
         if value not in (None, PRECISION) and name not in idle
     }
     show(f"best:\n{sweeping.command(options.model, best, settings)}")
+
+
+def _say_points(done: int, total: int) -> None:
+    if leads():
+        say(f"{done} of {total} combinations", 0)
 
 
 def _plan(options: argparse.Namespace, job: Job, *cases: dict[str, Any]) -> tuple[Any, Any]:
@@ -205,12 +210,11 @@ def _add_metrics(command: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.eval.sweep import parse_numbers
 
     try:
         return parse_numbers(text)
-    except UsageError as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

@@ -6,12 +6,15 @@ Everything that is impossible is refused before the first image is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, split
+from matryoshka_diffusion.eval import prompts
+from matryoshka_diffusion.eval import reference as references
 from matryoshka_diffusion.eval.feature_store import PictureSet, samples_of
 from matryoshka_diffusion.eval.metric import (
     METRICS,
@@ -20,23 +23,8 @@ from matryoshka_diffusion.eval.metric import (
     find_networks,
     parse_metrics,
 )
-from matryoshka_diffusion.eval.prompts import (
-    RETRIEVED,
-    Conditions,
-    captions_of_file,
-    in_turn,
-    random_labels,
-    retrieval_captions,
-)
-from matryoshka_diffusion.eval.reference import (
-    Reference,
-    fields_like,
-    first_picture,
-    fixed_clips,
-    open_reference,
-    reference_of,
-    shrunk,
-)
+from matryoshka_diffusion.eval.prompts import Conditions
+from matryoshka_diffusion.eval.reference import Reference, open_reference, reference_of
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.models.find import Progress
@@ -98,10 +86,10 @@ def evaluate(
         own = reference_of(source, model.config.data)
     parts = []
     if retrieving := [name for name in names if _retrieves(name)]:
-        fixed = retrieval_captions(model.config, source)
+        fixed = prompts.retrieval_captions(model.config, source)
         parts.append((retrieving, own, fixed, fixed.limit or 0))
     if others := [name for name in names if not _retrieves(name)]:
-        rule = conditions or in_turn(model.config, source)
+        rule = conditions or prompts.in_turn(model.config, source)
         parts.append((others, reference or own, rule, rule.check(n or count)))
     sets = []
     for some, real, rule, number in parts:
@@ -157,7 +145,7 @@ def measure(
         pictures.fill(list(columns.values()), world=world, progress=bar(pictures.name))
 
     def bar(what: str) -> Progress | None:
-        return progress and (lambda done, total: progress(what, done, total))
+        return None if progress is None else partial(progress, what)
 
     comparing = [name for name in metrics if "reference" in METRICS[name].needs]
     flag = None
@@ -193,8 +181,7 @@ def plan(
 
     Args:
         side, frames: of the model's samples.
-        metrics: by default those of the protocol; without one prompt retrieval and, with `n`, the
-            Fréchet distance on the packaged network and, of clips, their motion.
+        metrics: by default those of the protocol, else retrieval and, with `n`, fd and motion.
         n: replaces the number of a protocol or of the metrics' names.
         captions: a file to draw captions from.
         reference: "held-out", an .npz or any data; by default the training images.
@@ -217,8 +204,8 @@ def plan(
         (not names, f"{config.name} has no prompts to retrieve: give -n for the distance"),
         (
             names and fixed and not others,
-            f"{', '.join(fixed)}: retrieval has {RETRIEVED} fixed captions; omit it, or add a "
-            "metric of other samples (--metrics retrieval,fd -n 2000)",
+            f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or "
+            "add a metric of other samples (--metrics retrieval,fd -n 2000)",
         ),
         (
             reference is not None and not comparing,
@@ -238,7 +225,11 @@ def plan(
     ):
         if wrong:
             raise UsageError(words)
-    conditions = random_labels(classes) if imagenet else captions and captions_of_file(captions)
+    conditions = (
+        prompts.random_labels(classes)
+        if imagenet
+        else captions and prompts.captions_of_file(captions)
+    )
     loaded = networks(names)
     source = held_out = real = None
     if (
@@ -247,13 +238,15 @@ def plan(
         or (comparing and reference in (None, HELD_OUT))
     ):
         # Training may take another clip of a video each time; evaluation always takes one.
-        data = fixed_clips(config.data)
+        data = references.fixed_clips(config.data)
         whole = open_source(data, config.data_side, frames and config.data_frames)
         if (whole.side, whole.frames) != (side, frames):
-            whole = shrunk(whole, side, frames)
+            whole = references.shrunk(whole, side, frames)
         source, held_out = split(whole, config.data.held_out)
     if reference not in (None, HELD_OUT):
-        real = open_reference(reference, side, frames, **fields_like(config.data, reference))
+        real = open_reference(
+            reference, side, frames, **references.fields_like(config.data, reference)
+        )
     elif reference == HELD_OUT:
         if held_out is None:
             raise UsageError(f"{config.name} holds nothing out (data.held_out is 0): omit --ref")
@@ -294,7 +287,7 @@ def compare(
     if frames is None and frame_stride is not None:
         raise UsageError("--frame-stride is for videos: add --frames")
     for name in (second, first):
-        shorter_side, moves = first_picture(name)
+        shorter_side, moves = references.first_picture(name)
         if frames is None and (kind_of(name) == "clips" or moves):
             raise UsageError(f"{name} holds videos: give --frames, how many are compared")
     side = side or shorter_side

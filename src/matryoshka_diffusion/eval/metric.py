@@ -23,16 +23,8 @@ from matryoshka_diffusion.eval.prompts import RETRIEVED
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.metrics.distances import (
-    CLOSED_K,
-    OPEN_K,
-    SUBSET_SIZE,
-    Moments,
-    cmmd,
-    frechet_distance,
-    kernel_distance,
-    overlap,
-)
+from matryoshka_diffusion.metrics import distances, pixels
+from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
 from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
 from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
 from matryoshka_diffusion.metrics.networks.inception import (
@@ -42,23 +34,15 @@ from matryoshka_diffusion.metrics.networks.inception import (
     inception_score,
 )
 from matryoshka_diffusion.metrics.networks.video import FRAMES, VideoNet
-from matryoshka_diffusion.metrics.pixels import (
-    averages,
-    compare_motion,
-    level_agreement,
-    motion,
-    prompt_retrieval,
-    refuse_still,
-)
 from matryoshka_diffusion.rng import stream
 
 EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"
 Networks: TypeAlias = Mapping[str, Extractor]
 """Networks by name; the network of FVD is `VIDEO`, whatever its file holds."""
 
-AVERAGES = Column("averages", lambda batch: averages(batch.pictures))
-MOTION = Column("motion", lambda batch: motion(batch.pictures))
-AGREEMENT = Column("agreement", lambda batch: level_agreement(batch.levels))
+AVERAGES = Column("averages", lambda batch: pixels.averages(batch.pictures))
+MOTION = Column("motion", lambda batch: pixels.motion(batch.pictures))
+AGREEMENT = Column("agreement", lambda batch: pixels.level_agreement(batch.levels))
 
 Need = Literal["reference", "captions", "training captions", "levels", "clips"]
 
@@ -184,10 +168,7 @@ class Comparison:
         return published if name == INCEPTION else f"{short}-{name}"
 
     def few(self, count: int) -> str | None:
-        """The remark on a covariance of `count` rows that has no full rank.
-
-        The distance is then far too large, by an amount that depends on the count.
-        """
+        """The remark on a covariance of too few rows, with which the distance is far too large."""
         width = self.network.width
         text = f"n = {count:,} <= {width:,} features: rank-deficient"
         return text if count <= width else None
@@ -225,17 +206,15 @@ def _frechet(pair: Comparison) -> list[Result]:
 
 def _frechet_by_frame(pair: Comparison) -> list[Result]:
     """One distance for each frame: where they rise, samples drift away from real clips."""
-
-    def moments(pictures: PictureSet, frame: int) -> Moments:
-        return Moments.stream(rows[:, frame] for rows in pictures.stream(pair.column))
-
-    distances = [
-        frechet_distance(moments(pair.real, frame), moments(pair.made, frame))
-        for frame in range(pair.made.frames or 0)
-    ]
-    others = {f"frame {frame}": distance for frame, distance in enumerate(distances)}
+    others = {}
+    for frame in range(pair.made.frames or 0):
+        sides = (
+            Moments.stream(rows[:, frame] for rows in pictures.stream(pair.column))
+            for pictures in (pair.real, pair.made)
+        )
+        others[f"frame {frame}"] = frechet_distance(*sides)
     name, flag = f"{pair.named('FID', 'FD')}-by-frame", pair.few(pair.made.count)
-    return [pair.number(name, float(np.mean(distances)), flag, others=others)]
+    return [pair.number(name, float(np.mean([*others.values()])), flag, others=others)]
 
 
 def _video_frechet(pair: Comparison) -> list[Result]:
@@ -248,7 +227,7 @@ def _video_frechet(pair: Comparison) -> list[Result]:
 
 
 def _kernel(pair: Comparison) -> list[Result]:
-    distance = kernel_distance(*pair.both())
+    distance = distances.kernel_distance(*pair.both())
     return [pair.number(pair.named("KID", "KD"), distance.mean, others={"std": distance.std})]
 
 
@@ -264,19 +243,18 @@ def _inception_score(pair: Comparison) -> list[Result]:
 
 
 def _overlap(pair: Comparison) -> list[Result]:
-    shares = overlap(*pair.both())._asdict()
+    shares = distances.overlap(*pair.both())._asdict()
     name = pair.network.name
     return [pair.number(f"{k}-{name}", v, higher_is_better=True) for k, v in shares.items()]
 
 
 def _clip_score(pair: Comparison) -> list[Result]:
-    clip, captions = pair.network, pair.made.captions
-    scores, first = [], 0
+    clip, captions, scores = pair.network, list(pair.made.captions), []
     for images in pair.made.stream(pair.column):
-        texts, rows = clip.texts(captions[first : first + len(images)]), flat(images)
+        texts, rows = clip.texts(captions[: len(images)]), flat(images)
+        del captions[: len(images)]
         # Each frame of a clip is scored by the clip's caption.
         scores.append(clip_score(rows, texts.repeat(len(rows) // len(images), axis=0)))
-        first += len(images)
     value = float(np.concatenate(scores).mean())
     return [pair.number(f"CLIP-{clip.variant}", value, higher_is_better=True)]
 
@@ -287,12 +265,12 @@ def _cmmd(pair: Comparison) -> list[Result]:
     published = clip.variant == "ViT-L/14-336"
     flag = f"CLIP weights {clip.weights[:8]}, taken for those of OpenAI" if published else None
     name = "CMMD" if published else f"CMMD-{clip.variant}"
-    return [pair.number(name, cmmd(*pair.both()), flag)]
+    return [pair.number(name, distances.cmmd(*pair.both()), flag)]
 
 
 def _retrieval(pair: Comparison) -> list[Result]:
     real, made = pair.both()
-    retrieval = prompt_retrieval(made, np.array(pair.made.belong_to), real)
+    retrieval = pixels.prompt_retrieval(made, np.array(pair.made.belong_to), real)
     fields = {"others": {"among five": retrieval.among_five}, "words": str(retrieval)}
     return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, **fields)]
 
@@ -304,22 +282,26 @@ def _agreement(pair: Comparison) -> list[Result]:
 
 
 def _motion(pair: Comparison) -> list[Result]:
-    motions = compare_motion(*pair.both())
+    motions = pixels.compare_motion(*pair.both())
     others = {"ratio": motions.ratio, "slight": motions.slight, "slight real": motions.slight_real}
     name = f"motion distance-{pair.made.frames}f"
     return [pair.number(name, motions.distance, others=others)]
 
 
+def _refuse_still(real: PictureSet) -> None:
+    pixels.refuse_still(real.all(MOTION))
+
+
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
 _TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
-_NEIGHBOURS = max(CLOSED_K, OPEN_K) + 1
+_NEIGHBOURS = max(distances.CLOSED_K, distances.OPEN_K) + 1
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, EFFNET),
     "fid": Metric(_frechet, INCEPTION, published=True),
-    "kid": Metric(_kernel, INCEPTION, least=SUBSET_SIZE, one_frame=True),
+    "kid": Metric(_kernel, INCEPTION, least=distances.SUBSET_SIZE, one_frame=True),
     "is": Metric(_inception_score, INCEPTION, (), least=SPLITS),
     "prdc": Metric(_overlap, INCEPTION, least=_NEIGHBOURS, one_frame=True),
-    "kd": Metric(_kernel, EFFNET, least=SUBSET_SIZE, one_frame=True),
+    "kd": Metric(_kernel, EFFNET, least=distances.SUBSET_SIZE, one_frame=True),
     "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
     "clip": Metric(_clip_score, CLIP.name, ("captions",), least=1),
     "cmmd": Metric(_cmmd, CLIP.name, least=1, one_frame=True),
@@ -328,12 +310,7 @@ METRICS: dict[str, Metric] = {
     "fvd": Metric(_video_frechet, VIDEO, _CLIPS),
     "fd-frames": Metric(_frechet_by_frame, EFFNET, _CLIPS),
     "fid-frames": Metric(_frechet_by_frame, INCEPTION, _CLIPS),
-    "motion": Metric(
-        *(_motion, MOTION, _CLIPS),
-        least=1,
-        least_frames=2,
-        check=lambda real: refuse_still(real.all(MOTION)),
-    ),
+    "motion": Metric(_motion, MOTION, _CLIPS, least=1, least_frames=2, check=_refuse_still),
 }
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -129,13 +129,13 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     numbers: list[Decimal] = []
     for part in text.split(","):
         try:
-            first, *range_ = (Decimal(end.strip()) for end in part.split(":"))
-            last, step = range_ or (first, Decimal(1))
+            ends = [Decimal(end.strip()) for end in part.split(":")]
+            first, last, step = ends if len(ends) > 1 else (*ends, *ends, Decimal(1))
             # A division may have too many digits, and a float ends at 1e308.
             valid = all(map(math.isfinite, (first, last, step))) and step > 0
             valid = valid and 0 <= last - first < MAX_VALUES * step
         except (InvalidOperation, ValueError):
-            valid = False
+            first, last, step, valid = Decimal(0), Decimal(0), Decimal(1), False
         if not valid:
             raise UsageError(
                 f"{text!r}: {part!r} is no number, nor a range FIRST:LAST:STEP of at most "
@@ -223,64 +223,49 @@ def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Write a PNG: quality along an axis, against cost, and distance against alignment."""
+    """Write a PNG: quality along an axis, against cost, and distance against alignment.
+
+    The axis is guidance if it was swept, else the first of numbers; other settings have a line
+    each. The last panel is there if both a distance and an alignment were measured.
+    """
     require("matplotlib", "plots", "the picture of mdm sweep")
     from matplotlib.figure import Figure
 
-    axis, pairs = numeric_axis(points), trade_off(points)
-    count = 1 + bool(axis) + bool(pairs)
+    axes = {name: {point.values[name] for point in points} for name in points[0].values}
+    numbers = [n for n, v in axes.items() if len(v) > 1 and not isinstance(min(v), str)]
+    axis = "guidance" if "guidance" in numbers else next(iter(numbers), None)
+    keys = [result.key for result in points[0].results]
+    kinds = (("fd", "fid", "fvd"), ("clip", "retrieval"))
+    pair = [next((at for at, key in enumerate(keys) if key in kind), -1) for kind in kinds]
+    count = 1 + bool(axis) + (min(pair) >= 0)
     figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
-    panels = iter(figure.subplots(1, count, squeeze=False)[0])
-    title = points[0].quality.metric.replace(" [", "\n[")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    titles = [one.metric.replace(" [", "\n[") for one in points[0].results]
 
     def with_front(panel: Any, pairs: Any, ahead: Sequence[int], x: str, y: str) -> None:
         """Draw all pairs grey and those `ahead` as a line."""
         panel.plot(*zip(*pairs, strict=True), "o", color="0.6")
         panel.plot(*zip(*sorted(pairs[place] for place in ahead), strict=True), "o-", label="front")
         panel.set(xlabel=x, ylabel=y)
-        panel.legend(fontsize="small")
 
     if axis:
-        panel = next(panels)
-        for name, group in lines_of(points, axis).items():
-            places = [point.values[axis] for point in group]
-            panel.plot(places, [point.quality.value for point in group], "o-", label=name or None)
-        panel.set(xlabel=axis, ylabel=title)
-        if len(points[0].values) > 1:
-            panel.legend(fontsize="small")
-    panel, chosen = next(panels), best(points)
+        lines: dict[str, list[tuple[Any, float]]] = {}
+        for point in sorted(points, key=lambda point: point.values[axis]):
+            rest = [f"{name} {plain(v)}" for name, v in point.values.items() if name != axis]
+            place = (point.values[axis], point.quality.value)
+            lines.setdefault(", ".join(rest) or titles[0], []).append(place)
+        for name, places in lines.items():
+            panels[0].plot(*zip(*places, strict=True), "o-", label=name)
+        panels[0].set(xlabel=axis, ylabel=titles[0])
+    panel, chosen = panels[bool(axis)], best(points)
     costs = [(float(point.cost), point.quality.value) for point in points]
     panel.plot([chosen.cost], [chosen.quality.value], "*", markersize=14, label="best", zorder=3)
-    with_front(panel, costs, front(points), "evaluations of the network", title)
-    if pairs:
-        ahead = pareto([(badness(y), badness(x)) for x, y in pairs])
-        distance, alignment = (one.metric.replace(" [", "\n[") for one in pairs[0])
-        both = [(y.value, x.value) for x, y in pairs]
-        with_front(next(panels), both, ahead, alignment, distance)
+    with_front(panel, costs, front(points), "evaluations of the network", titles[0])
+    if min(pair) >= 0:
+        y, x = ([point.results[at] for point in points] for at in pair)
+        ahead = pareto([(badness(a), badness(b)) for a, b in zip(x, y, strict=True)])
+        both = [(a.value, b.value) for a, b in zip(x, y, strict=True)]
+        with_front(panels[-1], both, ahead, titles[pair[1]], titles[pair[0]])
+    for panel in panels:
+        panel.legend(fontsize="small")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def numeric_axis(points: Sequence[Point]) -> str | None:
-    """The axis that quality is drawn along: guidance if it was swept, else the first of numbers."""
-    numbers = [name for name, value in points[0].values.items() if not isinstance(value, str)]
-    swept = [name for name in numbers if len({point.values[name] for point in points}) > 1]
-    return "guidance" if "guidance" in swept else next(iter(swept), None)
-
-
-def lines_of(points: Iterable[Point], axis: str) -> dict[str, list[Point]]:
-    """Points by all their values but that on `axis`, each group sorted along it."""
-    groups: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda point: point.values[axis]):
-        rest = [f"{name} {plain(value)}" for name, value in point.values.items() if name != axis]
-        groups.setdefault(", ".join(rest), []).append(point)
-    return groups
-
-
-def trade_off(points: Sequence[Point]) -> list[tuple[Result, Result]]:
-    """Distance and alignment of each point; empty unless both were measured."""
-    keys = [result.key for result in points[0].results]
-    distances = [keys.index(key) for key in keys if key in ("fd", "fid", "fvd")]
-    alignments = [keys.index(key) for key in keys if key in ("clip", "retrieval")]
-    if not (distances and alignments):
-        return []
-    return [(point.results[distances[0]], point.results[alignments[0]]) for point in points]

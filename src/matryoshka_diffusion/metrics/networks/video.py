@@ -21,7 +21,6 @@ from torch import Tensor
 
 from matryoshka_diffusion.metrics.networks import (
     as_rgb,
-    is_torchscript,
     load_torchscript,
     reason_of,
     tf1_bilinear,
@@ -56,19 +55,16 @@ class VideoNet:
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {_EXPECTED}")
-        if not is_torchscript(path):
-            raise ValueError(f"{path} is no TorchScript file; {_EXPECTED}")
-        self._path, self._device, self.frames = path, torch.device(device), frames
+        self._device, self.frames, self.weights = torch.device(device), frames, weights_hash(path)
         try:
             self._net = load_torchscript(path, self._device)
-        except RuntimeError as error:
-            raise ValueError(f"cannot load {path}: {reason_of(error)}") from error
-        arguments = {argument.name for argument in self._net.forward.schema.arguments}
-        self._options = _I3D_OPTIONS if set(_I3D_OPTIONS) <= arguments else {}
-        inside = "inside the TorchScript file"
-        self.resize = f"{inside if self._options else 'TensorFlow 1 bilinear'} to {SIDE}x{SIDE}"
-        self.weights = weights_hash(path)
-        self.width = self(np.zeros((1, frames, SIDE, SIDE, 3), np.uint8)).shape[1]
+            arguments = {argument.name for argument in self._net.forward.schema.arguments}
+            self._options = _I3D_OPTIONS if set(_I3D_OPTIONS) <= arguments else {}
+            self.width = self(np.zeros((1, frames, SIDE, SIDE, 3), np.uint8)).shape[1]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: {reason_of(error)}; {_EXPECTED}") from error
+        how = "inside the TorchScript file" if self._options else "TensorFlow 1 bilinear"
+        self.resize = f"{how} to {SIDE}x{SIDE}"
         self.name = "I3D" if self._options and self.width == _I3D_WIDTH else "Video"
 
     @torch.inference_mode()
@@ -77,26 +73,18 @@ class VideoNet:
 
         Raises `ValueError` if the answer is no row of finite features a clip.
         """
-        return np.concatenate(
-            [self._few(clips[at : at + _CLIPS]) for at in range(0, len(clips), _CLIPS)]
-        )
-
-    def _few(self, clips: UInt8[np.ndarray, "b f h w c"]) -> Float[np.ndarray, "b width"]:
-        x = as_rgb(clips.reshape(-1, *clips.shape[2:]), "FVD", self._device).float()
-        if not self._options:
-            x = tf1_bilinear(x, SIDE) / 127.5 - 1.0
-        x = x.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
-        try:
-            features = self._net(x, **self._options)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self._path} takes no clips of {tuple(x.shape[1:])} (channels, frames, height, "
-                f"width): {reason_of(error)}; {_EXPECTED}"
-            ) from error
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        if len(shape) != 2 or shape[0] != len(clips) or not features.isfinite().all():
-            raise ValueError(
-                f"{self._path}: clips have features of shape {shape} or not finite ones; the shape "
-                f"of {len(clips)} clips is ({len(clips)}, d)"
-            )
-        return features.float().cpu().numpy()
+        rows = []
+        for few in np.split(clips, range(_CLIPS, len(clips), _CLIPS)):
+            x = as_rgb(few.reshape(-1, *few.shape[2:]), "FVD", self._device).float()
+            if not self._options:
+                x = tf1_bilinear(x, SIDE) / 127.5 - 1.0
+            x = x.unflatten(0, few.shape[:2]).transpose(1, 2).contiguous()
+            y = self._net(x, **self._options)
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            if len(shape) != 2 or shape[0] != len(few) or not y.isfinite().all():
+                raise ValueError(
+                    f"a network of clips has features of shape {shape}, not ({len(few)}, d), or "
+                    "they are not finite"
+                )
+            rows.append(y.float().cpu().numpy())
+        return np.concatenate(rows)
