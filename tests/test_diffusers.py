@@ -25,10 +25,9 @@ from matryoshka_diffusion.models.diffusers import MDMNetwork, MDMPipeline, seeds
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, moving, plain_model, randomised
-from test_text import save_t5
 from tiny_run import tiny_config
 
-PROMPTS = ["red apple", "a green doll on the table"]
+PROMPTS = ["red apple", "a blue jay on the apple"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -42,14 +41,12 @@ def text_config(encoder: EncoderConfig, features: int, **text) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def t5(tmp_path_factory):
-    """The config of a two-layer T5 with random weights."""
-    folder = save_t5(tmp_path_factory.mktemp("t5"))
-    return EncoderConfig(name="t5", path=str(folder))
+def t5(tiny_t5):
+    return EncoderConfig(name="t5", path=str(tiny_t5))
 
 
 def text_model(t5, **text):
-    config = text_config(t5, 16, **text)
+    config = text_config(t5, 24, **text)
     return Matryoshka(randomised(config), config)
 
 
@@ -99,15 +96,11 @@ def arrays(images):
 
 
 def same(output, samples):
-    """Check a pipeline's PIL images against native samples, on every level, up to 1/255.
-
-    A file's weights lie at other addresses than those in memory, which moves the last bits.
-    """
-    levels = [
-        arrays(level).reshape(native.shape).astype(int)
+    """Whether a pipeline's PIL images are the native samples, on every level."""
+    return all(
+        (arrays(level).reshape(native.shape) == native).all()
         for level, native in zip(output.levels, samples.levels, strict=True)
-    ]
-    return all(np.abs(a - b).max() <= 1 for a, b in zip(levels, samples.levels, strict=True))
+    )
 
 
 # --- the same pictures -------------------------------------------------------------------------
@@ -147,7 +140,7 @@ def test_every_setting_of_sampling_arrives(model, pipe):
         {"sampler": "ddpm", "grid": "log-snr"},
         {"guidance": (1.0, 3.0), "threshold": ("dynamic", "none")},
         {"guidance_interval": (-1.0, 1.0), "rescale": 0.7},
-        {"negative": "table"},
+        {"negative": "jay"},
     ):
         call = {
             {"guidance": "guidance_scale", "negative": "negative_prompt"}.get(name, name): value
@@ -159,16 +152,16 @@ def test_every_setting_of_sampling_arrives(model, pipe):
 
 
 def test_each_prompt_may_have_its_negative_prompt(model, pipe):
-    negatives = ["table", "apple on a doll"]
+    negatives = ["jay", "apple on a jay"]
     together = pipe(PROMPTS, negative_prompt=negatives, num_images_per_prompt=2, generator=seed(7))
     for index, (prompt, negative) in enumerate(zip(PROMPTS, negatives, strict=True)):
         alone = model.sample(prompt, n=2, seed=7 + 2 * index, negative=negative).pictures
         part = arrays(together.images)[2 * index :][:2].astype(int)
-        assert np.abs(part - alone).max() <= 1
+        assert np.abs(part - alone).max() <= 1, "another batch"
         assert np.abs(part - model.sample(prompt, n=2, seed=7 + 2 * index).pictures).max() > 1
 
 
-@pytest.mark.parametrize("negative", [None, ["doll", "a table"]])
+@pytest.mark.parametrize("negative", [None, ["jay", "a red"]])
 def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, negative):
     model = text_model(t5, masked=False, learned_null=False)
     pipe = quiet(MDMPipeline.from_sampler(model))
@@ -249,7 +242,7 @@ def test_a_callback_sees_every_step_and_may_return_nothing(pipe):
 def test_latents_that_a_callback_replaces_are_gone_on_from(pipe, monkeypatch, in_place, batch_size):
     """Sampling that is given another seed's latents half-way ends at the other seed's picture."""
     monkeypatch.setattr(sampling, "BATCH", batch_size)
-    call = {"prompt": ["red", "doll"], "num_inference_steps": 4, "sampler": "ddim"}
+    call = {"prompt": ["red", "jay"], "num_inference_steps": 4, "sampler": "ddim"}
     kept = {}
 
     def keep(pipeline, step, t, tensors):
@@ -287,9 +280,6 @@ def test_a_callback_can_stop_and_the_next_call_is_whole(model, pipe):
     assert torch.equal(stopped, kept[1])
     whole = pipe("red", num_inference_steps=4, generator=seed(7))
     assert same(whole, model.sample("red", seed=7, steps=4))
-
-
-# --- what cannot be asked for ------------------------------------------------------------------
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -386,7 +376,7 @@ def test_components_that_do_not_belong_together_are_refused(pipe, class_pipe):
     with pytest.raises(ValueError, match="takes text: add"):
         MDMPipeline(pipe.network)
     wide = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1)
-    with pytest.raises(ValueError, match="gives 8 numbers, the network takes 16"):
+    with pytest.raises(ValueError, match="gives 8 numbers, the network takes 24"):
         MDMPipeline(pipe.network, transformers.T5EncoderModel(wide), pipe.tokenizer)
 
 
@@ -405,8 +395,8 @@ def test_a_missing_package_names_its_extra(monkeypatch, package):
     ("arguments", "message"),
     [
         ({}, "needs a prompt"),
-        ({"prompt": []}, "prompt is an empty list"),
-        ({"prompt": "a", "class_labels": "cat"}, "has no classes"),
+        ({"prompt": []}, "needs a prompt"),
+        ({"prompt": "a", "class_labels": "cat"}, "takes no classes"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"prompt": "a", "num_inference_steps": 0}, r"sampling\.steps"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type 'jpg'"),

@@ -195,7 +195,7 @@ def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
     ("make", "arguments", "message"),
     [
         (text_model, {}, "needs a prompt"),
-        (text_model, {"prompts": "a", "classes": "cat"}, "has no classes: it takes prompts"),
+        (text_model, {"prompts": "a", "classes": "cat"}, "takes no classes: it takes prompts"),
         (class_model, {"prompts": "a"}, "takes no prompts: it takes classes"),
         (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
         (class_model, {"classes": 3}, "unknown class 3"),

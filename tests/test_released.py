@@ -207,7 +207,7 @@ def test_a_config_without_a_network_and_a_missing_file_are_refused():
         (lambda s: s.pop("conv_in.bias"), "levels.1.stem.bias is missing"),
         (lambda s: s.update(surprise=torch.zeros(3)), "surprise"),
         (lambda s: s.update({"conv_in.bias": torch.zeros(33)}), r"is \(33,\)"),
-        (lambda s: s.update({"conv_in.bias": torch.zeros(32).half()}), "float16"),
+        (lambda s: s.update({"conv_in.bias": torch.zeros(32).half()}), "HalfStorage"),
         (lambda s: s.update({"conv_in.bias": 3}), "conv_in.bias"),
         (lambda s: s.clear(), "no state_dict"),
         (lambda s: s.update(dict.fromkeys(map(str, range(30)), torch.zeros(90_000))), "more than"),
@@ -251,7 +251,7 @@ def torchscript(path):
     [
         (lambda p: p.write_bytes(FILE.read_bytes()[:-1000]), "cut short"),
         (lambda p: p.write_bytes(random.Random(0).randbytes(100_000)), "cut short"),
-        (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "no checkpoint of torch.save"),
+        (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "no checkpoint"),
         (other_zip, "0 data.pkl"),
         (torchscript, "no state_dict"),
         (packed, "packed"),

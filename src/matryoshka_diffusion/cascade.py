@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from matryoshka_diffusion.config import (
@@ -34,7 +34,6 @@ from matryoshka_diffusion.pipeline import Matryoshka, Samples
 from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.sampling import PER_LEVEL
 from matryoshka_diffusion.train.checkpoint import fingerprint
-from matryoshka_diffusion.train.precision import Precision
 
 
 class Cascade:
@@ -92,20 +91,23 @@ class Cascade:
         records the base's settings under `base`, with its name and a hash of its weights.
         """
         for_base, for_upsampler = self._split(settings)
-        counts = [self.base.sampling(for_base).steps, self.upsampler.sampling(for_upsampler).steps]
+        first, second = self.base.sampling(for_base).steps, self.sampling(settings).steps
         options: dict[str, Any] = {"classes": classes, "negative": negative, "n": n, "seed": seed}
         options["batch_size"] = batch_size
-        small = self.base.sample(
-            prompts, **options, progress=_half(progress, counts, 0), **for_base
-        )
-        large = self.upsampler.sample(
-            prompts,
-            **options,
-            coarse=small.pictures,
-            progress=_half(progress, counts, 1),
-            **for_upsampler,
-        )
-        record = {**large.settings, "base": {**small.settings, "weights": self._base_weights}}
+
+        def part(own: int, before: int) -> Progress | None:
+            """The progress of one model as a part of both; they have the same batches."""
+            return progress and (
+                lambda done, total: progress(
+                    total // own * before + done, total // own * (first + second)
+                )
+            )
+
+        small = self.base.sample(prompts, **options, progress=part(first, 0), **for_base)
+        options |= {"coarse": small.pictures, "progress": part(second, first)}
+        large = self.upsampler.sample(prompts, **options, **for_upsampler)
+        base = {**small.settings, "weights": self._base_weights}
+        record = {**large.settings, "base": base}
         return Samples((*small.levels, *large.levels), large.captions, large.seeds, record)
 
     @cached_property
@@ -136,71 +138,48 @@ Model: TypeAlias = Matryoshka | Cascade
 """A model that samples: one nest, or a base and an upsampler."""
 
 
-def _half(progress: Progress | None, steps: Sequence[int], place: int) -> Progress | None:
-    """The progress of one of the two models as a part of both; they have the same batches."""
-    if progress is None:
-        return None
-
-    def report(done: int, total: int) -> None:
-        batches = total // steps[place]
-        progress(batches * sum(steps[:place]) + done, batches * sum(steps))
-
-    return report
-
-
 def open_model(
     run: str | Path,
     *,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     text_encoder: str | None = None,
-    progress: Progress | None = None,
     base: str | Path | None = None,
+    **options: Any,
 ) -> Model:
     """Load what `Matryoshka.load` loads and, for an upsampler, its base.
 
-    `base` replaces the base that the upsampler's config names.
+    `base` replaces the base that the upsampler's config names; `options` are those of `load`.
 
     Raises:
         ConfigError: the base is missing, has changed since the training, or does not fit; or a
             base is given for a model that is no upsampler.
         FileNotFoundError, ValueError: as `Matryoshka.load`.
     """
-    options: dict[str, Any] = {
-        "device": device,
-        "precision": precision,
-        "text_encoder": text_encoder,
-        "progress": progress,
-    }
+    options["text_encoder"] = text_encoder
     model = Matryoshka.load(run, **options)
+    named = model.config.sampling.base
     if model.config.model.coarse is None and base is None:
         return model
-    where, config = _find_base(model.config, base)
+    if base is not None:
+        config = read_config(base)
+    elif named is None:
+        raise ConfigError(
+            f"{model.config.name} enlarges images that another model draws, and its config names "
+            "none (sampling.base): add that model (--base RUN), or images of your own (--coarse)"
+        )
+    else:
+        base = named.path
+        weights, config = _read(model.config, named)
+        if fingerprint(weights) != named.hash:
+            raise ConfigError(
+                f"sampling.base.path: {base} has other weights than when the training of "
+                f"{model.config.name} began; if that is meant, name it again (--base {base})"
+            )
     check_pair(config if text_encoder is None else with_encoder(config, text_encoder), model.config)
     encoder = None if model.config.encoder is None else model.text_encoder()
-    return Cascade(Matryoshka.load(where, encoder=encoder, **options), model)
+    return Cascade(Matryoshka.load(base, encoder=encoder, **options), model)
 
 
 # --- which base belongs to an upsampler --------------------------------------------------------
-
-
-def _find_base(config: RunConfig, other: str | Path | None) -> tuple[str | Path, RunConfig]:
-    """Path and config of the base: `other`, or the one that the upsampler's config names."""
-    if other is not None:
-        return other, read_config(other)
-    named = config.sampling.base
-    if named is None:
-        raise ConfigError(
-            f"{config.name} enlarges images that another model draws, and its config names none "
-            "(sampling.base): add that model (--base RUN), or images of your own (--coarse)"
-        )
-    weights, base = _read(config, named)
-    if fingerprint(weights) != named.hash:
-        raise ConfigError(
-            f"sampling.base.path: {named.path} has other weights than when the training of "
-            f"{config.name} began; if that is meant, name it again (--base {named.path})"
-        )
-    return named.path, base
 
 
 def keep_base(config: RunConfig, run: Path) -> RunConfig:
@@ -255,37 +234,31 @@ def check_pair(base: RunConfig, upsampler: RunConfig, *, levels: int | None = No
     Raises:
         ConfigError: names the first difference.
     """
-
-    def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"sampling.base: {reason}")
-
-    coarse = upsampler.model.coarse
+    here, there, coarse = upsampler.name, base.name, upsampler.model.coarse
     if coarse is None:
-        raise refuse(f"{upsampler.name} is no upsampler (no model.coarse)")
-    if base.model.coarse is not None:
-        raise refuse(f"{base.name} is an upsampler and draws nothing by itself")
-    if base.codec is not None:
-        raise refuse(f"{base.name} draws latents (codec), but {upsampler.name} enlarges pixels")
+        raise ConfigError(f"sampling.base: {here} is no upsampler (no model.coarse)")
     last = base.train.stages[-1].levels
     reached = last if levels is None else levels
     finest = base.model.levels[reached - 1]
-    if finest.frames is not None:
-        raise refuse(f"{base.name} draws clips, but {upsampler.name} enlarges images")
-    if finest.side != coarse.side:
+    reason = None
+    if base.model.coarse is not None:
+        reason = f"{there} is an upsampler and draws nothing by itself"
+    elif base.codec is not None:
+        reason = f"{there} draws latents (codec), but {here} enlarges pixels"
+    elif finest.frames is not None:
+        reason = f"{there} draws clips, but {here} enlarges images"
+    elif finest.side != coarse.side:
         unfinished = f" (it has {reached} of its {last} levels: finish it first)"
-        raise refuse(
-            f"{base.name} draws images of {finest.side} pixels, but model.coarse.side of "
-            f"{upsampler.name} is {coarse.side}{unfinished * (reached < last)}"
+        reason = (
+            f"{there} draws images of {finest.side} pixels, but model.coarse.side of "
+            f"{here} is {coarse.side}{unfinished * (reached < last)}"
         )
-    shared = (
-        ("model.channels", base.model.channels, upsampler.model.channels),
-        ("model.classes", base.model.classes, upsampler.model.classes),
-        ("data.classes", base.data.classes, upsampler.data.classes),
-        ("encoder", base.encoder, upsampler.encoder),
-    )
-    for path, there, here in shared:
-        if there != here:
-            raise refuse(
-                f"{path} of {base.name} is {there!r}, that of {upsampler.name} is {here!r}; they "
-                "must be equal, since both sample under the same conditions"
+    for path in ("model.channels", "model.classes", "data.classes", "encoder"):
+        theirs, ours = (attrgetter(path)(config) for config in (base, upsampler))
+        if reason is None and theirs != ours:
+            reason = (
+                f"{path} of {there} is {theirs!r}, that of {here} is {ours!r}; they must be "
+                "equal, since both sample under the same conditions"
             )
+    if reason is not None:
+        raise ConfigError(f"sampling.base: {reason}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.codec.autoencoder import Codec, load_autoencoder
@@ -57,7 +57,10 @@ class Samples:
         Raises:
             UsageError: all levels are clips.
         """
-        return self._finest(4, "there are clips only: take `videos`")
+        for level in reversed(self.levels):
+            if level.ndim == 4:
+                return level
+        raise UsageError("there are clips only: take `videos`")
 
     @property
     def videos(self) -> UInt8[np.ndarray, "n f h w c"]:
@@ -66,13 +69,9 @@ class Samples:
         Raises:
             UsageError: the model draws images.
         """
-        return self._finest(5, "the model draws pictures, no clips: take `pictures`")
-
-    def _finest(self, axes: int, otherwise: str) -> UInt8[np.ndarray, "n ... c"]:
-        for level in reversed(self.levels):
-            if level.ndim == axes:
-                return level
-        raise UsageError(otherwise)
+        if self.levels[-1].ndim == 5:
+            return self.levels[-1]
+        raise UsageError("the model draws images, no clips: take `pictures`")
 
 
 class Matryoshka(Sampler):
@@ -90,19 +89,11 @@ class Matryoshka(Sampler):
     net: NestedUNet  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self,
-        net: NestedUNet,
-        config: RunConfig,
-        *,
-        encoder: TextEncoder | None = None,
-        codec: Codec | None = None,
-        device: torch.device | str = "cpu",
-        precision: Precision = "fp32",
+        self, net: NestedUNet, config: RunConfig, *, codec: Codec | None = None, **options: Any
     ) -> None:
-        net = net.to(device).eval()
-        super().__init__(
-            net, net.config, config, encoder=encoder, device=device, precision=precision
-        )
+        """Take a network of any device; `options` are those of `Sampler`."""
+        net = net.to(options.get("device", "cpu")).eval()
+        super().__init__(net, net.config, config, **options)
         self._codec = codec
 
     @classmethod
@@ -153,28 +144,13 @@ class Matryoshka(Sampler):
             return cls.load(source, **options)
         return cls.load(hub.download(name, revision), **options)
 
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        license: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-    ) -> str:
+    def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model with a card that says how to use it; return its address.
 
-        Paths of this computer are left out. The default token is that of `hf auth login`.
+        Paths of this computer are left out. `options` are those of `models.hub.push`: dtype,
+        license, private, and a token instead of that of `hf auth login`.
         """
-        return hub.push(
-            self.net.state_dict(),
-            self.config,
-            repository,
-            dtype=dtype,
-            license=license,
-            private=private,
-            token=token,
-        )
+        return hub.push(self.net.state_dict(), self.config, repository, **options)
 
     @property
     def codec(self) -> Codec | None:
@@ -228,7 +204,11 @@ class Matryoshka(Sampler):
                     progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
             assert state is not None, "a config has at least one step"
             refuse_nan(state.z, own_seeds)
-            parts.append([self._bytes(level) for level in state.z])
+            # Bytes, so that no floats of earlier batches are kept.
+            decode = self.codec.decode if self.codec is not None else lambda level: level
+            pixels = self.config.data.pixels
+            images = (to_uint8(decode(level).cpu(), pixels) for level in state.z)
+            parts.append([image.movedim(1, -1) for image in images])
         order = torch.cat(batches).argsort()
         levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         record = {
@@ -240,11 +220,6 @@ class Matryoshka(Sampler):
             **sampling.model_dump(mode="json"),
         }
         return Samples(levels, captions, seeds, record)
-
-    def _bytes(self, level: Float[Tensor, "b ..."]) -> UInt8[Tensor, "b ... c"]:
-        """Decode a batch of one level to bytes, so that no floats of earlier batches are kept."""
-        decoded = level if self.codec is None else self.codec.decode(level)
-        return to_uint8(decoded.cpu(), self.config.data.pixels).movedim(1, -1)
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.

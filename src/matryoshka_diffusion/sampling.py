@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning, equally_long
@@ -38,7 +38,6 @@ class Sampler:
     """A network with its process and its text encoder, ready to sample.
 
     Args:
-        net: the network, called as `net(z, t, cond)` on `device`.
         model: the config of `net`; a run that still grows has fewer levels than `config.model`.
         config: the config of the run, with the sampling defaults.
         encoder: the text encoder; without one, `config.encoder` is loaded when it is needed.
@@ -80,8 +79,6 @@ class Sampler:
             self._encoder = load_encoder(self.config.encoder, self.device, half=half)
         return self._encoder
 
-    # --- settings ---
-
     def sampling(self, settings: Mapping[str, Any]) -> SamplingConfig:
         """The sampling defaults of the run with some of them replaced.
 
@@ -102,8 +99,6 @@ class Sampler:
     def times(self, sampling: SamplingConfig) -> Float[Tensor, " n"]:
         """Times that the sampler visits, from noise (1) to images (0): `steps` + 1 of them."""
         return GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
-
-    # --- states of a sampler ---
 
     def stream(
         self,
@@ -191,13 +186,13 @@ class Sampler:
 
         Sampling continues from what is written into `z` of a state.
         """
-        several = negative if isinstance(negative, list) else None
         batches = self.batches(cond, len(seeds), BATCH)
         order = torch.cat(batches).argsort().to(self.device)
 
         def stream(rows: Tensor) -> Iterator[State]:
             places = rows.tolist()
-            own = [several[row] for row in places] if several else negative
+            several = isinstance(negative, list)
+            own = [negative[row] for row in places] if several else negative
             own_seeds = [seeds[row] for row in places]
             return self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, own)
 
@@ -224,27 +219,32 @@ class Sampler:
         Raises:
             UsageError: a prompt for a model without text, an unknown class, no prompt at all.
         """
-        name = self.config.name
         if prompts is not None and self.model.text is None:
-            raise UsageError(f"{name} takes no prompts: {self._takes()}")
+            raise self._takes("no prompts")
         if classes is not None and not self.model.classes:
-            raise UsageError(f"{name} has no classes: {self._takes()}")
+            raise self._takes("no classes")
+        conditions: dict[str, Any] = {}
+        captions = ("",) * n
         if self.model.text is not None:
-            if prompts is None:
-                raise UsageError(f"{name} needs a prompt: add one (-p on the command line)")
             prompts = [prompts] if isinstance(prompts, str) else prompts
+            if not prompts:
+                raise UsageError(f"{self.config.name} needs a prompt: add one (-p)")
             if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
                 raise UsageError("a prompt is not UTF-8")
             captions = tuple(prompt for prompt in prompts for _ in range(n))
-            tokens, mask = self._features(captions)
-            return captions, Conditioning(tokens=tokens, mask=mask, micro=self._micro(captions))
-        if self.model.classes:
+            different = list(dict.fromkeys(captions))
+            features = dict(zip(different, self.text_encoder()(different), strict=True))
+            tokens, mask = pad([features[caption] for caption in captions])
+            conditions = {"tokens": tokens, "mask": mask}
+        elif self.model.classes:
             labels = [label for label in self._labels(classes) for _ in range(n)]
             names = self.config.data.classes
             captions = tuple(names[label] if names else str(label) for label in labels)
-            return captions, Conditioning(labels=torch.tensor(labels), micro=self._micro(captions))
-        captions = ("",) * n
-        return captions, Conditioning(micro=self._micro(captions))
+            conditions = {"labels": torch.tensor(labels)}
+        # Ask for images that were at least as large as the finest level before resizing.
+        side = torch.full((len(captions),), float(self.picture_side))
+        micro = {name: side.clone() for name in self.model.micro_names}
+        return captions, Conditioning(**conditions, micro=micro)
 
     def with_coarse(
         self,
@@ -264,16 +264,13 @@ class Sampler:
             return cond
         if config is None:
             raise UsageError(f"{name} is no upsampler: omit the coarse images")
-        if coarse is None:
-            raise UsageError(
-                f"{name} enlarges images of {config.side} pixels: add some (--coarse, coarse=), or "
-                "the model that draws them (--base)"
-            )
         shape = (len(seeds), config.side, config.side, self.model.channels)
-        if coarse.shape != shape:
+        if coarse is None or coarse.shape != shape:
+            there = "there are none" if coarse is None else f"these are {coarse.shape}"
             raise UsageError(
-                f"{name} takes coarse images of shape {shape}, one for each sample (images, "
-                f"height, width, channels); these are {coarse.shape}"
+                f"{name} enlarges images of shape {shape}, one for each sample (images, height, "
+                f"width, channels), but {there}: add them (--coarse, coarse=), or the model that "
+                "draws them (--base)"
             )
         assert sampling.coarse_noise is not None, "a config of an upsampler has it"
         small = to_float(coarse, self.config.data.pixels).permute(0, 3, 1, 2)
@@ -291,30 +288,17 @@ class Sampler:
         """
         text = self.model.text
         if negative is not None and text is None:
-            raise UsageError(f"{self.config.name} takes no negative prompt: {self._takes()}")
+            raise self._takes("no negative prompt")
         if negative is None and (text is None or text.learned_null):
             return cond.null()
         rows = 0 if cond.tokens is None else len(cond.tokens)
         texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
-        tokens, mask = pad([self._features_of(text) for text in texts])
+        for one in (
+            set(texts) - self._features_alone.keys()
+        ):  # kept: every batch needs the empty one
+            (self._features_alone[one],) = self.text_encoder()([one])
+        tokens, mask = pad([self._features_alone[one] for one in texts])
         return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
-
-    def _features_of(self, text: str) -> Float[Tensor, "n d"]:
-        """Encode one text alone. The result is kept, because every batch needs the empty text."""
-        if text not in self._features_alone:
-            (self._features_alone[text],) = self.text_encoder()([text])
-        return self._features_alone[text]
-
-    def _features(self, texts: Sequence[str]) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
-        """Encode every different text once; pad all to the longest."""
-        different = list(dict.fromkeys(texts))
-        features = dict(zip(different, self.text_encoder()(different), strict=True))
-        return pad([features[text] for text in texts])
-
-    def _micro(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Ask for images that were at least as large as the finest level before resizing."""
-        side = float(self.picture_side)
-        return {name: torch.full((len(captions),), side) for name in self.model.micro_names}
 
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
         """Indices of classes by name or number; all classes if there is none.
@@ -336,7 +320,7 @@ class Sampler:
             return list(range(count))
         return [label(one) for one in ([classes] if isinstance(classes, str | int) else classes)]
 
-    def _takes(self) -> str:
-        if self.model.text is not None:
-            return "it takes prompts (-p)"
-        return "it takes classes (--class)" if self.model.classes else "it is unconditional"
+    def _takes(self, refused: str) -> UsageError:
+        takes = "takes prompts (-p)" if self.model.text is not None else "is unconditional"
+        takes = "takes classes (--class)" if self.model.classes else takes
+        return UsageError(f"{self.config.name} takes {refused}: it {takes}")

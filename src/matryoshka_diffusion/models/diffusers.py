@@ -29,7 +29,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet, renamed
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import Sampler
-from matryoshka_diffusion.text.encoder import HiddenStates, load_encoder, states_of
+from matryoshka_diffusion.text.encoder import load_encoder, states_of
 from matryoshka_diffusion.train.checkpoint import load_weights
 
 for _package in ("diffusers", "transformers"):
@@ -48,7 +48,6 @@ StepCallback: TypeAlias = Callable[
     ["MDMPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
 ]
 FORMS = ("pil", "np", "pt", "latent")
-CALLBACK_TENSORS = ("latents", "estimates")
 
 
 def write_diffusers(model: Sampler, folder: Path) -> None:
@@ -141,7 +140,7 @@ class MDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->network"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "estimates"]
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class MDMPipeline(DiffusionPipeline):
             )
         self.register_modules(network=network, text_encoder=text_encoder, tokenizer=tokenizer)
         self._interrupt = False
-        self._num_timesteps = 0
+        self.num_timesteps = 0  # steps of the latest call
 
     @classmethod
     def from_sampler(cls, model: Sampler) -> MDMPipeline:
@@ -188,7 +187,6 @@ class MDMPipeline(DiffusionPipeline):
         if config.encoder is None:
             return cls(network)
         encoder = load_encoder(config.encoder)
-        assert isinstance(encoder, HiddenStates), "all encoders are transformers' own"
         return cls(network, encoder.model, encoder.tokenizer)
 
     @classmethod
@@ -211,10 +209,13 @@ class MDMPipeline(DiffusionPipeline):
             pipe = super().from_pretrained(folder, **(options | {"use_safetensors": True}))
         except (RuntimeError, SafetensorError) as error:  # of transformers, about weights
             raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
-        for name, check in (("text_encoder", check_encoder), ("tokenizer", check_tokenizer)):
-            part = getattr(pipe, name)
-            if part is not None and name not in options:
-                check(part)
+        for weight in pipe.network.parameters():
+            # A file's weights may lie at addresses for which kernels sum in another order.
+            weight.data = weight.data.clone()
+        if pipe.text_encoder is not None and "text_encoder" not in options:
+            check_encoder(pipe.text_encoder)
+        if pipe.tokenizer is not None and "tokenizer" not in options:
+            check_tokenizer(pipe.tokenizer)
         return pipe
 
     @classmethod
@@ -225,11 +226,6 @@ class MDMPipeline(DiffusionPipeline):
         if isinstance(index, dict) and all(index.get("network") or [None]):
             index["network"] = [MDMNetwork.__module__, MDMNetwork.__name__]
         return config
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of steps of the latest call."""
-        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -260,30 +256,40 @@ class MDMPipeline(DiffusionPipeline):
             callback_on_step_end: called after each step with the pipeline, the step from 0, the
                 time reached (1 noise, 0 image) and tensors by name. It may return other
                 `latents`, and set `_interrupt` of the pipeline to stop.
-            callback_on_step_end_tensor_inputs: names of these tensors: "latents", "estimates" (of
-                the images at present); both are tuples of levels, coarse to fine.
-            settings: other keys of `SamplingConfig`, such as sampler, grid, eta.
+            callback_on_step_end_tensor_inputs: names of those tensors, each a tuple of levels:
+                `latents` are noisy, `estimates` of the clean images.
+            settings: other keys of `SamplingConfig`: sampler, grid, eta, threshold, ...
 
         Raises:
-            ValueError: the model cannot do what an argument asks for.
-            TypeError: a setting has another name in this pipeline.
+            ValueError, TypeError: wrong arguments, or the model cannot do what they ask for.
         """
         if output_type not in FORMS:
             raise ValueError(f"output_type {output_type!r}: there are {', '.join(FORMS)}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - {*CALLBACK_TENSORS}:
+        if unknown := {*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs: there is no {unknown.pop()!r}, only "
-                f"{' and '.join(CALLBACK_TENSORS)}"
+                f"callback_on_step_end_tensor_inputs: there is no {unknown.pop()!r}, only latents "
+                "and estimates"
             )
-        sampler = self._sampler()
-        sampling = sampler.sampling(native_settings(settings, num_inference_steps, guidance_scale))
-        negative = negative_rows(prompt, negative_prompt, num_images_per_prompt)
-        captions, cond = sampler.condition(prompt, class_labels, num_images_per_prompt)
-        seeds = seeds_of(generator, len(captions))
+        for name, new in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
+            if name in settings:
+                raise TypeError(f"{name} is no argument of the pipeline: use {new}")
+        ours = {"steps": num_inference_steps, "guidance": guidance_scale}
+        settings |= {name: value for name, value in ours.items() if value is not None}
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: set at least 1")
 
-        self._interrupt, self._num_timesteps, state = False, sampling.steps, None
+        sampler = self._sampler()
+        sampling = sampler.sampling(settings)
+        captions, cond = sampler.condition(prompt, class_labels, num_images_per_prompt)
+        negative = negative_prompt
+        if not isinstance(negative, str | None):
+            negative = [text for text in negative for _ in range(num_images_per_prompt)]
+            if len(negative) != len(captions):
+                raise ValueError("negative_prompt: give one text, or one for each prompt")
+        seeds = seeds_of(generator, len(captions))
+        self._interrupt, self.num_timesteps, state = False, sampling.steps, None
         bar: Any = self.progress_bar(total=sampling.steps)  # pyright: ignore[reportCallIssue]
         with bar:
             for state in sampler.lockstep(cond, seeds, sampling, negative):
@@ -320,9 +326,6 @@ def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
         own.copy_(new)
 
 
-# --- arguments of a call -----------------------------------------------------------------------
-
-
 def in_form(z: Float[Tensor, "n c h w"], pixels: Pixels, form: str) -> Images:
     """Latents of one level in the form `output_type`; all forms but `latent` hold equal bytes."""
     if form == "latent":
@@ -334,36 +337,6 @@ def in_form(z: Float[Tensor, "n c h w"], pixels: Pixels, form: str) -> Images:
     if form == "np":
         return (rows.float() / 255.0).numpy()
     return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows.numpy()]
-
-
-def native_settings(
-    settings: Mapping[str, Any], steps: int | None, guidance: float | Sequence[float] | None
-) -> dict[str, Any]:
-    """Settings by the names of `SamplingConfig`. Raises `TypeError` for one that is renamed."""
-    renamed = {"steps": steps, "guidance": guidance}
-    if twice := settings.keys() & renamed.keys():
-        new = "num_inference_steps and guidance_scale"
-        raise TypeError(f"{min(twice)} is no argument of the pipeline: use {new}")
-    return {**settings, **{name: value for name, value in renamed.items() if value is not None}}
-
-
-def negative_rows(
-    prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, copies: int
-) -> str | list[str] | None:
-    """Negative prompts for each of the images. Raises `ValueError` if they do not match prompts."""
-    if copies < 1:
-        raise ValueError(f"num_images_per_prompt is {copies}: set at least 1")
-    prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
-    if not prompts:
-        raise ValueError("prompt is an empty list")
-    if negative is None or isinstance(negative, str):
-        return negative
-    if len(negative) != len(prompts):
-        raise ValueError(
-            f"negative_prompt: {len(negative)} texts for {len(prompts)} prompts; give one text, "
-            "or one for each prompt"
-        )
-    return [text for text in negative for _ in range(copies)]
 
 
 def seeds_of(
@@ -378,20 +351,19 @@ def seeds_of(
     Raises:
         ValueError: there are several generators, but not one for each image.
     """
+
+    def seed(one: torch.Generator) -> int:
+        made_with, state = one.initial_seed(), one.get_state()
+        drawn = int(torch.randint(2**63 - 1, (), generator=one, device=one.device))
+        fresh = torch.Generator(one.device).manual_seed(made_with).get_state()
+        return made_with if generator is not None and torch.equal(state, fresh) else drawn
+
     if generator is None or isinstance(generator, torch.Generator):
-        first = _seed(generator or torch.default_generator, drawn=generator is None)
+        first = seed(generator or torch.default_generator)
         return tuple(range(first, first + count))
     if len(generator) != count:
         raise ValueError(f"generator: {len(generator)} generators for {count} images")
-    return tuple(map(_seed, generator))
-
-
-def _seed(generator: torch.Generator, drawn: bool = False) -> int:
-    seed, device = generator.initial_seed(), generator.device
-    fresh = torch.Generator(device).manual_seed(seed)
-    is_fresh = torch.equal(generator.get_state(), fresh.get_state())
-    other = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-    return seed if is_fresh and not drawn else other
+    return tuple(map(seed, generator))
 
 
 # --- whole components, where the libraries would only warn -------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -17,7 +16,6 @@ from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.models.released import convert_once, read_released
 from matryoshka_diffusion.nn.nested import renamed
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.checkpoint import merge
 from matryoshka_diffusion.train.stages import active_model
 
 Progress = Callable[[int, int], None]
@@ -95,16 +93,16 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
 
 
 def count_levels(weights: Mapping[str, Tensor]) -> int:
-    """The number of levels that weights belong to; a run that still grows has not reached all.
+    """The number of levels in weights; a run that still grows has not reached all.
 
     Raises:
         ValueError: the weights hold no level.
     """
     places = [key.split(".")[1] for key in weights if key.startswith("levels.")]
-    numbers = [int(place) for place in places if place.isdigit()]
-    if not numbers:
+    levels = max((1 + int(place) for place in places if place.isdigit()), default=0)
+    if not levels:
         raise ValueError("these weights hold no level of a nest")
-    return 1 + max(numbers)
+    return levels
 
 
 def merge_adapters(
@@ -125,7 +123,7 @@ def merge_adapters(
             "correct train.init in the config beside the adapters"
         ) from error
     model = active_model(config, config.train.images)
-    whole = merge(model, config.train, base, weights, where=where)
+    whole = checkpoint.merge(model, config.train, base, weights, where=where)
     train = config.train.model_copy(update={"lora": None})
     return whole, config.model_copy(update={"train": train})
 
@@ -147,23 +145,13 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
     file = folder / checkpoint.weights_file(config)
     try:
         weights = {renamed(name): value for name, value in load_file(file).items()}
-        _check_adapters(file, config)
+        with safe_open(file, "pt") as opened:
+            found = json.loads((opened.metadata() or {}).get("lora", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
-    return merge_adapters(weights, with_own_codec(config, folder), where=str(file))
-
-
-def _check_adapters(file: Path, config: RunConfig) -> None:
-    """Raise `ConfigError` if a file of adapters belongs to another config."""
-    expected = _adapter_settings(checkpoint.lora_metadata(config))
-    with safe_open(file, "pt") as opened:
-        found = _adapter_settings(opened.metadata())
+    expected = json.loads((checkpoint.lora_metadata(config) or {}).get("lora", "{}"))
     for name, value in expected.items():
-        if found.get(name) != value and name != "base_model":  # which may have moved
-            raise ConfigError(f"{file}: {name} is {found.get(name)} in it, {value} in config.json")
-
-
-def _adapter_settings(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The settings that `checkpoint.lora_metadata` wrote; empty for a file of another program."""
-    settings = json.loads((metadata or {}).get("lora", "{}"))
-    return settings if isinstance(settings, dict) else {}
+        theirs = found.get(name) if isinstance(found, dict) else None
+        if theirs != value and name != "base_model":  # which may have moved
+            raise ConfigError(f"{file}: {name} is {theirs} in it, {value} in config.json")
+    return merge_adapters(weights, with_own_codec(config, folder), where=str(file))

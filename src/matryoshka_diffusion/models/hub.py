@@ -18,7 +18,6 @@ from matryoshka_diffusion.train.checkpoint import MODEL, export_weights
 
 FILES = (MODEL, "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
 """Files of a repository that a model needs; no other file is downloaded."""
-PAPER = "https://arxiv.org/abs/2310.15111"
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -83,59 +82,49 @@ CARD = """---
 
 # {name}
 
-A [Matryoshka diffusion model]({paper}): one network denoises every {one} at the sides {sides}
-at once. It is conditioned on {condition}.
+A [Matryoshka diffusion model](https://arxiv.org/abs/2310.15111): one network
+denoises every {one} at the sides {sides} at once. It is conditioned on {condition}.
 
 ```python
 from matryoshka_diffusion import Matryoshka
 
 model = Matryoshka.from_pretrained("{repository}")
-samples = {call}
-{result}; samples.levels holds all sides
+samples = model.sample({call}n=4)
+samples.{result}; samples.levels holds all sides
 ```
 
 {origin} What the {one}s show, whom they belong to and what the model must not be used for, only
 the person who trained it can say: please do, here.
 """
-CONDITIONS = {
-    "text": ("a text", 'model.sample("a prompt", n=4)'),
-    "class": ("a class", "model.sample(classes=0, n=4)"),
-    "nothing": ("nothing", "model.sample(n=4)"),
-}
-"""Of a model by what it takes: the phrase for its card, and the call that samples."""
 
 
 def model_card(config: RunConfig, repository: str, *, license: str | None = None) -> str:
     """Text of a repository's `README.md`: what the model is and how it is called."""
     model = config.model
-    takes = "text" if model.text else "class" if model.classes else "nothing"
-    condition, call = CONDITIONS[takes]
+    task, condition, call = None, "nothing", ""
+    one, many = "picture", "images"
+    result = "pictures  # uint8, (pictures, height, width, channels)"
     clips = model.levels[-1].frames is not None
-    # The hub has no task for clips of classes or of nothing.
-    task = {(True, "text"): "text-to-video", (False, "text"): "text-to-image"}.get(
-        (clips, takes), None if clips else "unconditional-image-generation"
-    )
-    one, many, result = (
-        ("clip", "clips", "samples.videos  # uint8, (clips, frames, height, width, channels)")
-        if clips
-        else ("picture", "images", "samples.pictures  # uint8, (pictures, height, width, channels)")
-    )
-    origin = (
-        "Converted from the checkpoint of the paper's release."
-        if config.name.startswith("released-")
-        else f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
-        "`config.json`\nsays."
-    )
-    header = {
-        "library_name": "matryoshka-diffusion",
-        **({"pipeline_tag": task} if task else {}),
-        "tags": ["matryoshka-diffusion", "diffusion"],
-        **({"license": license} if license else {}),
-    }
+    if clips:
+        one, many = "clip", "clips"
+        result = "videos  # uint8, (clips, frames, height, width, channels)"
+    if model.text:
+        task, condition, call = f"text-to-{'video' if clips else 'image'}", "a text", '"a prompt", '
+    elif model.classes:
+        condition, call = "a class", "classes=0, "
+    if task is None and not clips:  # the hub has no task for other clips
+        task = "unconditional-image-generation"
+    origin = "Converted from the checkpoint of the paper's release."
+    if not config.name.startswith("released-"):
+        origin = (
+            f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
+            "`config.json`\nsays."
+        )
+    header = {"library_name": "matryoshka-diffusion", "pipeline_tag": task}
+    header |= {"tags": ["matryoshka-diffusion", "diffusion"], "license": license}
     return CARD.format(
-        header=dump(header).strip(),
+        header=dump({name: value for name, value in header.items() if value}).strip(),
         name=config.name,
-        paper=PAPER,
         one=one,
         sides=", ".join(level.size for level in model.levels),
         condition=condition,

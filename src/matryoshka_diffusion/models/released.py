@@ -28,7 +28,6 @@ from matryoshka_diffusion.models.released_keys import INNER, convert_state_dict
 from matryoshka_diffusion.models.released_pickle import (
     BrokenFile,
     Record,
-    Storage,
     TensorRecord,
     plain,
     read_pickle,
@@ -44,29 +43,11 @@ MOST_ENTRIES = 20_000
 MOST_LAYERS = 2_000
 FORM = 1
 """Version of the conversion: raise it when its result changes, so that caches are made anew."""
-_PRESETS = {1: "released-64", 2: "released-256", 3: "released-1024"}
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-# Whatever the libraries make of damaged bytes.
-_DAMAGE = (
-    *(zipfile.BadZipFile, SafetensorError, struct.error, EOFError),
-    *(ValueError, RuntimeError, OverflowError, NotImplementedError, MemoryError, KeyError),
-)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a file, of which shapes and types are known before their numbers are read.
+    """float32 tensors of a file, of which the shapes are known before the numbers are read.
 
     Attributes:
         like: empty tensors on the meta device, by name.
@@ -99,13 +80,6 @@ class Released:
     config: RunConfig
     keys: Mapping[str, str]
 
-    def read(self, name: str) -> Tensor:
-        """Read a parameter by our name."""
-        return self.weights.read(self.keys[name])
-
-
-# --- loading -----------------------------------------------------------------------------------
-
 
 def load_released(
     weights: str | Path | Mapping[str, Tensor],
@@ -131,7 +105,7 @@ def load_released(
     """
     released = read_released(weights, config, text_dim=text_dim)
     model = released.config.model
-    numbers = {name: released.read(name) for name in released.keys}
+    numbers = {name: released.weights.read(key) for name, key in released.keys.items()}
     net = load_network(model, numbers, where="the released weights")
     return net.eval(), Process.from_config(released.config.process, model)
 
@@ -154,19 +128,15 @@ def read_released(
     elif config is not None:
         raise ConfigError("config: no run configuration of the released code (no unet_config)")
     else:
-        run = _recognise(opened.like, text_dim, where)
+        sizes = {1: 64, 2: 256, 3: 1024}
+        levels = 1 + max((key.count(INNER) for key in opened.like), default=0)
+        if levels not in sizes:
+            raise BrokenFile(f"{where}: {levels} levels, but the released models have 1, 2 or 3")
+        run = preset(f"released-{sizes[levels]}")
+        assert run.model.text is not None, "the released models are text-to-image"
+        text = run.model.text.model_copy(update={"features": text_dim})
+        run = run.model_copy(update={"model": run.model.model_copy(update={"text": text})})
     return Released(opened, run, _match(opened.like, run.model, where))
-
-
-def _recognise(like: Mapping[str, Tensor], text_dim: int, where: str) -> RunConfig:
-    """The released model with as many levels; `_match` then checks that it is that model."""
-    depth = 1 + max((key.count(INNER) for key in like), default=0)
-    if depth not in _PRESETS:
-        raise BrokenFile(f"{where}: {depth} levels, but the released models have 1, 2 or 3")
-    run = preset(_PRESETS[depth])
-    assert run.model.text is not None, "the released models are text-to-image"
-    text = run.model.text.model_copy(update={"features": text_dim})
-    return run.model_copy(update={"model": run.model.model_copy(update={"text": text})})
 
 
 def _match(like: Mapping[str, Tensor], model: ModelConfig, where: str) -> dict[str, str]:
@@ -190,9 +160,6 @@ def _match(like: Mapping[str, Tensor], model: ModelConfig, where: str) -> dict[s
             f"{where} is none of the released networks, or not that of its config: "
             f"{str(error).splitlines()[0][:300]}"
         ) from error
-    for key, tensor in like.items():
-        if tensor.dtype != torch.float32:
-            raise BrokenFile(f"{where}: {key} is {tensor.dtype}, not torch.float32")
     return keys
 
 
@@ -207,6 +174,8 @@ def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
         BrokenFile: the file is damaged or something else.
     """
     if isinstance(weights, Mapping):
+        for name, value in weights.items():
+            _check_type(name, str(value.dtype), "torch.float32")
         like = {name: value.to("meta") for name, value in weights.items()}
         return Weights(like, lambda name: weights[name].detach().clone())
     path = Path(weights)
@@ -216,6 +185,11 @@ def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path)
 
 
+def _check_type(name: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise BrokenFile(f"{short(name)} is {short(found)}, not {wanted}")
+
+
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
     """Raise one `BrokenFile` with the path for whatever is wrong with the bytes of a file."""
@@ -223,8 +197,14 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except BrokenFile as error:
         raise BrokenFile(f"{path}: {error}") from error
-    except _DAMAGE as error:
-        raise BrokenFile(f"{path}: it is damaged ({short(str(error))})") from error
+    except (
+        *(zipfile.BadZipFile, SafetensorError, struct.error, EOFError, KeyError, ValueError),
+        *(RuntimeError, OverflowError, NotImplementedError, MemoryError),
+    ) as error:
+        raise BrokenFile(
+            f"{path}: it is no checkpoint of the release, damaged, or its download was cut short "
+            f"({short(str(error))})"
+        ) from error
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -239,57 +219,58 @@ def _open_safetensors(path: Path) -> Weights:
     like = {}
     for name in names:
         tensor = opened.get_slice(name)
-        if tensor.get_dtype() != "F32":
-            raise BrokenFile(f"{short(name)} is {tensor.get_dtype()}, not F32")
+        _check_type(name, tensor.get_dtype(), "F32")
         like[name] = torch.empty(tensor.get_shape(), device="meta")
     return Weights(like, opened.get_tensor)
 
 
 def _open_pth(path: Path) -> Weights:
     """Open a checkpoint of `torch.save`; the checksum of a tensor is compared when it is read."""
-    archive, size = _open_zip(path), path.stat().st_size
+    archive, size = zipfile.ZipFile(path), path.stat().st_size
+    names = archive.namelist()
+    roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(names) > MOST_ENTRIES or len(roots) != 1:
+        raise BrokenFile(
+            f"it is a zip file of {len(names):,} entries, {len(roots)} data.pkl among them: no "
+            "checkpoint of torch.save"
+        )
 
     def entry(name: str) -> zipfile.ZipInfo:
-        info = archive.getinfo(name)
+        info = archive.getinfo(f"{roots[0]}/{name}")
         # torch.save stores, it does not compress: what is compressed could expand to anything.
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size > size:
             raise BrokenFile(f"{short(name)} is packed or larger than the file it lies in")
         return info
 
-    roots = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(roots) != 1:
-        raise BrokenFile(
-            f"it is a zip file, but no checkpoint of torch.save ({len(roots)} data.pkl in it)"
-        )
-    root = roots[0].removesuffix("/data.pkl")
-    if entry(roots[0]).file_size > LARGEST_HEADER:
-        raise BrokenFile("data.pkl is too large")
-    tree = read_pickle(archive.read(roots[0]))
-    order = f"{root}/byteorder"
-    if order in archive.NameToInfo and archive.open(entry(order)).read(9) != b"little":
-        raise BrokenFile("it was written by a big-endian machine, which is not supported")
-
-    def storage(record: TensorRecord) -> zipfile.ZipInfo:
-        try:
-            return entry(f"{root}/data/{record.storage.key}")
-        except KeyError:
-            raise BrokenFile(f"the storage {short(record.storage.key)} is missing") from None
-
     def read(name: str) -> Tensor:
-        record, dtype = records[name], like[name].dtype
+        record = records[name]
         with _clear_errors(path):
-            data = bytearray(archive.read(storage(record)))
+            data = bytearray(archive.read(entry(f"data/{record.storage.key}")))
         if not data:
-            return torch.empty(record.shape, dtype=dtype)
-        flat = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+            return torch.empty(record.shape)
+        flat = torch.frombuffer(data, dtype=torch.float32, count=len(data) // 4)
         return flat.as_strided(record.shape, record.stride, record.offset).contiguous()
 
-    records = _tensors(tree)
+    if entry("data.pkl").file_size > LARGEST_HEADER:
+        raise BrokenFile("data.pkl is too large")
+    tree = read_pickle(archive.read(entry("data.pkl")))
+    order = f"{roots[0]}/byteorder"
+    if order in archive.NameToInfo and archive.open(entry("byteorder")).read(9) != b"little":
+        raise BrokenFile("it was written by a big-endian machine, which is not supported")
+    records = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+    if not isinstance(records, dict) or not records:
+        raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
     like = {}
     for name, record in records.items():
-        dtype = _dtype(record.storage)
-        _check_extent(name, record, storage(record).file_size // dtype.itemsize)
-        like[name] = torch.empty(record.shape, dtype=dtype, device="meta")
+        if not isinstance(name, str) or not isinstance(record, TensorRecord):
+            raise BrokenFile(f"its state_dict has {short(name)}, which is no tensor with a name")
+        _check_type(name, record.storage.type, "torch.FloatStorage")
+        steps = zip(record.shape, record.stride, strict=True)
+        numel = math.prod(record.shape)
+        last = record.offset + (1 + sum((n - 1) * step for n, step in steps) if numel else 0)
+        if max(last, numel) > entry(f"data/{record.storage.key}").file_size // 4:
+            raise BrokenFile(f"{short(name)} needs more numbers than the file holds")
+        like[name] = torch.empty(record.shape, device="meta")
     total = sum(tensor.nbytes for tensor in like.values())
     if total > size:  # tensors that share storages: a small file could stand for any amount
         raise BrokenFile(f"its tensors have {total:,} bytes, more than the file")
@@ -302,46 +283,6 @@ def _open_pth(path: Path) -> Weights:
         settings if isinstance(settings, dict) else None,
         others if "state_dict" in tree else None,
     )
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        archive = zipfile.ZipFile(path)
-    except _DAMAGE as error:
-        raise BrokenFile(
-            "it is no checkpoint of torch.save, or the download was cut short; the released ones "
-            "are zip files"
-        ) from error
-    if len(archive.namelist()) > MOST_ENTRIES:
-        raise BrokenFile(f"it has more than {MOST_ENTRIES:,} entries")
-    return archive
-
-
-def _tensors(tree: Any) -> dict[str, TensorRecord]:
-    """The tensors of a state_dict, which may be the whole file or an entry of it."""
-    state = tree.get("state_dict", tree) if isinstance(tree, dict) else None
-    if not isinstance(state, dict) or not state:
-        raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
-    for name, part in state.items():
-        if not isinstance(name, str) or not isinstance(part, TensorRecord):
-            raise BrokenFile(f"its state_dict has {short(name)}, which is no tensor with a name")
-    return state
-
-
-def _dtype(storage: Storage) -> torch.dtype:
-    kind = storage.type.removeprefix("torch.")
-    if kind not in _DTYPES:
-        raise BrokenFile(f"it has a tensor of the unknown kind {short(kind)}")
-    return _DTYPES[kind]
-
-
-def _check_extent(name: str, record: TensorRecord, held: int) -> None:
-    """Refuse a tensor that reaches beyond the `held` numbers of its storage."""
-    numel = math.prod(record.shape)
-    steps = zip(record.shape, record.stride, strict=True)
-    last = record.offset + (1 + sum((size - 1) * step for size, step in steps) if numel else 0)
-    if max(last, numel) > held:
-        raise BrokenFile(f"{short(name)} needs more numbers than the file holds")
 
 
 # --- converting --------------------------------------------------------------------------------
@@ -371,8 +312,8 @@ def convert(
     def write(file: BinaryIO) -> None:
         file.write(struct.pack("<Q", len(header)) + header)
         done = 0
-        for name in released.keys:
-            done += file.write(released.read(name).numpy().data)
+        for key in released.keys.values():
+            done += file.write(released.weights.read(key).numpy().data)
             if progress is not None:
                 progress(done, total)
 

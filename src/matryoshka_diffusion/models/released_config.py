@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,26 +19,14 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.models.released_pickle import short
 from matryoshka_diffusion.presets import preset
 
-# Members of the released enumerations, by name in its YAML files and by number in its pickles.
-_MEMBERS: dict[str, dict[str, Any]] = {
-    "schedule_type": {
-        "COSINE": "truncated-cosine",
-        "0": "truncated-cosine",
-        "DDPM": "linear-beta",
-        "2": "linear-beta",
-        "DEEPFLOYD": "squared-cosine",
-        "3": "squared-cosine",
-    },
-    "prediction_type": {"DDPM": "eps", "3": "eps", "V_PREDICTION": "v", "5": "v"},
-    "loss_target_type": {"DDPM": "eps", "3": "eps", "V_PREDICTION": "v", "5": "v"},
-    "threshold_function": {
-        "NONE": "none",
-        "0": "none",
-        "CLIP": "clip",
-        "1": "clip",
-        "DYNAMIC": "dynamic",
-        "2": "dynamic",
-    },
+# Members of the released enumerations: name in its YAML files, number in its pickles, ours.
+_PREDICTIONS = ("DDPM 3 eps", "V_PREDICTION 5 v")
+_SCHEDULES = ("COSINE 0 truncated-cosine", "DDPM 2 linear-beta", "DEEPFLOYD 3 squared-cosine")
+_MEMBERS = {
+    "schedule_type": _SCHEDULES,
+    "prediction_type": _PREDICTIONS,
+    "loss_target_type": _PREDICTIONS,
+    "threshold_function": ("NONE 0 none", "CLIP 1 clip", "DYNAMIC 2 dynamic"),
 }
 # Options that no released model uses: unset, or with the only value that is supported.
 _UNSET = (
@@ -72,19 +60,7 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
         ConfigError: an option is missing, or has a value that no released model has.
     """
     try:
-        nest = list(_nest(settings["unet_config"]))
-        diffusion = settings.get("diffusion_config") or {}
-        sampler = diffusion.get("sampler_config") or {}
-        _refuse_others(diffusion, sampler)
-        sides = settings.get("resolutions") or [_scale(unet)[1] for unet in nest]
-        model = _model(nest, sides, _power(settings, sampler, sides), settings, sampler, text_dim)
-        weighting = WeightingConfig(name=_member(sampler, "loss_target_type", "DDPM"))
-        process = {
-            "prediction": _member(sampler, "prediction_type", "V_PREDICTION"),
-            "weighting": (weighting,),
-            "level_weights": _level_weights(diffusion.get("multi_res_weights")),
-        }
-        threshold = _member(sampler, "threshold_function", "CLIP")
+        return _translate(settings, text_dim)
     except ConfigError:
         raise
     except ValidationError as error:
@@ -94,62 +70,75 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {short(str(error))}"
         raise ConfigError(f"no run configuration of the released code ({reason})") from error
-    base = preset("released-64")
+
+
+def _translate(settings: Mapping[str, Any], text_dim: int) -> RunConfig:
+    nest = _nest(settings["unet_config"])
+    diffusion = settings.get("diffusion_config") or {}
+    sampler = diffusion.get("sampler_config") or {}
+    _refuse_others(diffusion, sampler)
+    sides = settings.get("resolutions") or [_scale(unet)[1] for unet in nest]
+    power = 2.0 if sides[0] == 1024 else 1.0  # of the released model of this side
+    power = settings.get("schedule_shifted_power", power)
+    power = sampler.get("schedule_shifted_power", power) * bool(
+        sampler.get("schedule_shifted", True)
+    )
+
+    def member(name: str, default: str) -> Any:
+        member = str(sampler.get(name, default)).upper()
+        members = [line.split() for line in _MEMBERS[name]]
+        return {word: ours for *words, ours in members for word in words}[member]
+
+    core, base = nest[-1], preset("released-64")
+    features = nest[0]["conditioning_feature_dim"]
+    levels = [
+        _level(unet, side, side / sides[-1], float(power), innermost=unet is core)
+        for unet, side in zip(nest, sides, strict=True)
+    ]
+    model = ModelConfig(
+        levels=tuple(reversed(levels)),
+        embedding=core["temporal_dim"] or 4 * core["resolution_channels"][0],
+        schedule=member("schedule_type", "DEEPFLOYD"),
+        text=TextConfig(
+            features=features if features > 0 else settings.get("text_dim", text_dim),
+            width=core["conditioning_feature_proj_dim"],
+            layers=core["num_lm_head_layers"],
+            masked=bool(core["masked_cross_attention"]),
+            learned_null=False,
+        ),
+    )
+    weights = diffusion.get("multi_res_weights") or "1"  # such as 16:4:1, finest first
+    process = {
+        "prediction": member("prediction_type", "V_PREDICTION"),
+        "weighting": (WeightingConfig(name=member("loss_target_type", "DDPM")),),
+        "level_weights": tuple(float(weight) for weight in reversed(weights.split(":"))),
+    }
+    threshold = (member("threshold_function", "CLIP"),)
     stage = base.train.stages[-1].model_copy(update={"levels": len(nest), "mix": ()})
     update = {
         "name": f"released-{sides[0]}",
         "model": model,
         "process": base.process.model_copy(update=process),
-        "sampling": base.sampling.model_copy(update={"threshold": (threshold,)}),
+        "sampling": base.sampling.model_copy(update={"threshold": threshold}),
         "train": base.train.model_copy(update={"stages": (stage,)}),
     }
     return base.model_copy(update=update)
 
 
-def _model(
-    nest: Sequence[Mapping[str, Any]],
-    sides: Sequence[int],
-    power: float,
-    settings: Mapping[str, Any],
-    sampler: Mapping[str, Any],
-    text_dim: int,
-) -> ModelConfig:
-    """The network of a nest, finest first, with these sides and power of the shift."""
-    core = nest[-1]
-    levels = [
-        _level(unet, side, side / sides[-1], power, innermost=unet is core)
-        for unet, side in zip(nest, sides, strict=True)
-    ]
-    features = nest[0]["conditioning_feature_dim"]
-    text = TextConfig(
-        features=features if features > 0 else settings.get("text_dim", text_dim),
-        width=core["conditioning_feature_proj_dim"],
-        layers=core["num_lm_head_layers"],
-        masked=bool(core["masked_cross_attention"]),
-        learned_null=False,
-    )
-    return ModelConfig(
-        levels=tuple(reversed(levels)),
-        embedding=core["temporal_dim"] or 4 * core["resolution_channels"][0],
-        schedule=_member(sampler, "schedule_type", "DEEPFLOYD"),
-        text=text,
-    )
-
-
-def _nest(unet: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the networks of a nest, finest first."""
-    masked = None
-    while True:
+def _nest(unet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The networks of a nest, finest first."""
+    nest = [unet]
+    while "inner_config" in nest[-1]:
+        nest.append(nest[-1]["inner_config"])
+    for unet in nest:
         _refuse_others(unet, unet["resnet_config"])
-        _refuse_large(unet)
-        if any(unet["num_attention_layers"]):
-            if masked not in (None, unet["masked_cross_attention"]):
-                raise ConfigError("masked_cross_attention differs between levels that attend")
-            masked = unet["masked_cross_attention"]
-        yield unet
-        if "inner_config" not in unet:
-            return
-        unet = unet["inner_config"]
+        values = [value for name, value in unet.items() if name != "inner_config"]
+        numbers = [n for value in values for n in (value if isinstance(value, list) else [value])]
+        if any(isinstance(n, int | float) and abs(n) > _LARGEST for n in numbers):
+            raise ConfigError("unet_config holds a number that no network of the released code has")
+    if len({u["masked_cross_attention"] for u in nest if any(u["num_attention_layers"])}) > 1:
+        raise ConfigError("masked_cross_attention differs between levels that attend")
+    return nest
 
 
 def _level(
@@ -180,25 +169,6 @@ def _scale(unet: Mapping[str, Any]) -> tuple[str, int]:
     return name, int(ceiling)
 
 
-def _power(settings: Mapping[str, Any], sampler: Mapping[str, Any], sides: Sequence[int]) -> float:
-    """Power of the shift by resolution; by default that of the released model of this side."""
-    if not sampler.get("schedule_shifted", True):
-        return 0.0
-    for place in (sampler, settings):
-        if "schedule_shifted_power" in place:
-            return float(place["schedule_shifted_power"])
-    return 2.0 if sides[0] == 1024 else 1.0
-
-
-def _member(sampler: Mapping[str, Any], name: str, default: str) -> Any:
-    return _MEMBERS[name][str(sampler.get(name, default)).upper()]
-
-
-def _level_weights(weights: Any) -> tuple[float, ...]:
-    """Weights from coarse to fine of a text like `16:4:1`, which is finest first."""
-    return tuple(float(weight) for weight in reversed(weights.split(":"))) if weights else (1.0,)
-
-
 def _refuse_others(*parts: Mapping[str, Any]) -> None:
     """Refuse options that no released model uses."""
     for part in parts:
@@ -206,11 +176,3 @@ def _refuse_others(*parts: Mapping[str, Any]) -> None:
         others = {n: part[n] for n, value in _FIXED.items() if part.get(n) not in (None, value)}
         for name, value in (unset | others).items():
             raise ConfigError(f"{name} is {short(value)}, which no released model uses: remove it")
-
-
-def _refuse_large(unet: Mapping[str, Any]) -> None:
-    """Refuse a network of any size that a hostile file asks for."""
-    values = [value for name, value in unet.items() if name != "inner_config"]
-    numbers = [n for value in values for n in (value if isinstance(value, list) else [value])]
-    if any(isinstance(n, int | float) and abs(n) > _LARGEST for n in numbers):
-        raise ConfigError("unet_config holds a number that no network of the released code has")

@@ -1,33 +1,21 @@
 """Translate the keys of a released network into those of `NestedUNet`.
 
 The released code nests from the outside in (`inner_unet.inner_unet...`); here levels are a flat
-list from coarse to fine. The mapping is explicit and total: a key that it does not know is an
-error, so a checkpoint never half-loads.
+list from coarse to fine. Every key that a network may have is listed, any other is an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from matryoshka_diffusion.config import LevelConfig, ModelConfig
 
 T = TypeVar("T")
 INNER = "inner_unet."
-LONGEST = 500
 
-_LEVEL_KEYS = {
-    "conv_in": "stem",
-    "norm_out": "norm",
-    "conv_out": "head",
-    "temb_layer1": "time.0",
-    "temb_layer2": "time.2",
-}
-_ADAPTER_KEYS = {"in_adapter": "inward", "out_adapter": "outward"}
-_CONDITIONER_KEYS = {
-    "lm_proj": "text.project",
-    "cond_emb": "text.pool",
+_TEXT = {"lm_proj": "text.project", "cond_emb": "text.pool"}
+_TEXT_LAYER = {
     "attn.norm": "norm1",
     "attn.qkv": "qkv",
     "attn.proj_out": "out",
@@ -35,8 +23,20 @@ _CONDITIONER_KEYS = {
     "mlp.main.1": "up",
     "mlp.main.3": "down",
 }
-_RESIDUAL_KEYS = {"time_layer": "modulation", "conv3": "skip"}
-_ATTENTION_KEYS = {
+_LEVEL = {
+    "conv_in": "stem",
+    "norm_out": "norm",
+    "conv_out": "head",
+    "temb_layer1": "time.0",
+    "temb_layer2": "time.2",
+}
+_RESIDUAL = {
+    **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
+    "time_layer": "modulation",
+    "conv3": "skip",
+}
+_ATTENTION = {
+    **{name: name for name in ("norm", "qkv")},
     "norm_cond": "text_norm",
     "kv_cond": "text_kv",
     "proj_out": "out",
@@ -49,83 +49,63 @@ _ATTENTION_KEYS = {
 def convert_state_dict(state: Mapping[str, T], model: ModelConfig) -> dict[str, T]:
     """Rename the keys of a released network to those of `NestedUNet(model)`; values stay.
 
-    Loading the result strictly then finds keys that are missing or too many.
+    Loading the result strictly then finds keys that are missing.
 
     Raises:
-        ValueError: a key that no released network has, or two keys for one place.
+        ValueError: a key that the released network of this config does not have.
     """
+    modules = dict(_modules(model))
     converted: dict[str, T] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or len(key) > LONGEST:
-            raise ValueError(f"{ascii(key)[:60]}: not a key of a network")
-        place = _convert(key, model)
-        if place in converted:
-            raise ValueError(f"{key}: another key has its place {place} already")
-        converted[place] = value
+        module, _, parameter = key.rpartition(".")
+        if module not in modules:
+            raise ValueError(f"{ascii(key)[:300]}: not a key of the released network of its config")
+        converted[f"{modules[module]}.{parameter}"] = value
     return converted
 
 
-def _convert(key: str, model: ModelConfig) -> str:
-    try:
-        return _parse(key, model)
-    except (KeyError, IndexError, ZeroDivisionError):  # a stage or layer that the config lacks
-        raise ValueError(
-            f"{ascii(key)[1:-1]}: not a key of the released network of this config"
-        ) from None
+def _modules(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield the released name and our name of every module that may have parameters."""
+    for place, level in enumerate(model.levels):
+        outer = INNER * (len(model.levels) - 1 - place)
+        for theirs, ours in _TEXT.items():
+            yield outer + theirs, f"conditioner.{ours}"
+        for layer in range(model.text.layers if model.text else 0):
+            for theirs, ours in _TEXT_LAYER.items():
+                yield f"{outer}lm_head.{layer}.{theirs}", f"conditioner.text.layers.{layer}.{ours}"
+        for theirs, ours in {"in_adapter": "inward", "out_adapter": "outward"}.items():
+            yield outer + theirs, f"adapters.{place}.{ours}"
+        for theirs, ours in _in_level(level):
+            yield outer + theirs, f"levels.{place}.{ours}"
 
 
-def _parse(key: str, model: ModelConfig) -> str:
-    depth = key.count(INNER)
-    place = len(model.levels) - 1 - depth
-    local, _, parameter = key.removeprefix(INNER * depth).rpartition(".")
-    if place < 0:
-        raise ValueError(f"{key}: nested deeper than the {len(model.levels)} levels of the config")
-    if local in ("lm_proj", "cond_emb"):
-        return f"conditioner.{_CONDITIONER_KEYS[local]}.{parameter}"
-    if match := re.fullmatch(r"lm_head\.(\d+)\.(.+)", local):
-        return f"conditioner.text.layers.{match[1]}.{_CONDITIONER_KEYS[match[2]]}.{parameter}"
-    if local in _ADAPTER_KEYS:
-        return f"adapters.{place}.{_ADAPTER_KEYS[local]}.{parameter}"
-    return f"levels.{place}.{_convert_in_level(local, key, model.levels[place])}.{parameter}"
+def _in_level(level: LevelConfig) -> Iterator[tuple[str, str]]:
+    yield from _LEVEL.items()
+    for micro in level.micro:
+        for number in range(2):
+            yield f"cond_layers.{micro.name}.{number}", f"micro.{micro.name}.{2 * number}"
+    for stage in range(2):
+        yield from _block(f"mid_blocks.{stage}", 0, f"middle.{stage}", 1)
+    shapes = list(zip(level.blocks, level.attention, strict=True))
+    place = 0
+    for stage, (blocks, layers) in enumerate(shapes):
+        for index in range(blocks):
+            yield from _block(f"down_blocks.{stage}", index, f"encoder.{place + index}", layers)
+        yield f"down_blocks.{stage}.resample", f"encoder.{place + blocks}"
+        place += blocks + 1
+    place = 0
+    for stage, (blocks, layers) in enumerate(reversed(shapes)):
+        for index in range(blocks + 1):
+            yield from _block(f"up_blocks.{stage}", index, f"decoder.{place + index}", layers)
+        yield f"up_blocks.{stage}.resample", f"decoder.{place + blocks}.up"
+        place += blocks + 1
 
 
-def _convert_in_level(local: str, key: str, level: LevelConfig) -> str:
-    if local in _LEVEL_KEYS:
-        return _LEVEL_KEYS[local]
-    if match := re.fullmatch(r"cond_layers\.(\w+)\.([01])", local):
-        return f"micro.{match[1]}.{2 * int(match[2])}"
-    match = re.fullmatch(
-        r"(down|mid|up)_blocks\.(\d+)\.(?:(resnets|attn)\.(\d+)\.(.+)|resample)", local
-    )
-    if match is None:
-        raise KeyError(key)
-    part, stage, kind, number, rest = match[1], int(match[2]), match[3], match[4], match[5]
-    if kind is None:
-        return _resample(part, stage, level)
-    index = int(number)
-    if kind == "resnets":
-        return f"{_block(part, stage, index, level)}.residual.{_RESIDUAL_KEYS.get(rest, rest)}"
-    layers = 1 if part == "mid" else level.attention[_resolution(part, stage, level)]
-    block = _block(part, stage, index // layers, level)
-    return f"{block}.attention.{index % layers}.{_ATTENTION_KEYS.get(rest, rest)}"
-
-
-def _resolution(part: str, stage: int, level: LevelConfig) -> int:
-    """Index into widths, blocks and attention: stages of the way up count backwards."""
-    return stage if part == "down" else len(level.widths) - 1 - stage
-
-
-def _block(part: str, stage: int, index: int, level: LevelConfig) -> str:
-    """Where block `index` of a stage stands in our flat lists."""
-    if part == "mid":
-        return f"middle.{stage}"
-    if part == "down":
-        return f"encoder.{sum(level.blocks[:stage]) + stage + index}"
-    earlier = [level.blocks[_resolution("up", s, level)] + 1 for s in range(stage)]
-    return f"decoder.{sum(earlier) + index}"
-
-
-def _resample(part: str, stage: int, level: LevelConfig) -> str:
-    if part == "down":
-        return f"encoder.{sum(level.blocks[: stage + 1]) + stage}"
-    return f"{_block('up', stage, level.blocks[_resolution('up', stage, level)], level)}.up"
+def _block(stage: str, index: int, ours: str, layers: int) -> Iterator[tuple[str, str]]:
+    """Yield the modules of block `index` of a stage, which has `layers` layers of attention."""
+    for theirs, mine in _RESIDUAL.items():
+        yield f"{stage}.resnets.{index}.{theirs}", f"{ours}.residual.{mine}"
+    for layer in range(layers):
+        for theirs, mine in _ATTENTION.items():
+            number = index * layers + layer
+            yield f"{stage}.attn.{number}.{theirs}", f"{ours}.attention.{layer}.{mine}"

@@ -11,7 +11,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 LARGEST_PICKLE = 4 * 2**20
@@ -37,30 +37,22 @@ class Symbol(NamedTuple):
 
 @dataclass(eq=False, repr=False, slots=True)
 class Record:
-    """An object that a pickle asks for, as data.
+    """An object that a pickle asks for, as data; elements that are added to it are not kept.
 
     Attributes:
         name: of its class or of the function that returns it, such as `argparse.Namespace`.
         args: arguments of the call.
         state: attributes that were set afterwards: a mapping, or a tuple of mappings.
-        items: elements or pairs that were added as to a list or a mapping.
     """
 
     name: str
     args: tuple[Any, ...] = ()
     state: Any = None
-    items: list[Any] = field(default_factory=list)
 
-    def extend(self, values: list[Any]) -> None:
-        self.items += values
+    def extend(self, *_: Any) -> None:
+        """Take elements of a list, set or mapping."""
 
-    def append(self, value: Any) -> None:
-        self.items.append(value)
-
-    add = append
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
+    append = add = __setitem__ = extend
 
 
 class Storage(NamedTuple):
@@ -98,10 +90,7 @@ class _Reader(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.steps = 0
+    steps = 0
 
     def find_class(self, module: str, name: str) -> Any:
         return Symbol(f"{_name(module)}.{_name(name)}")
@@ -112,16 +101,7 @@ class _Reader(pickle._Unpickler):
             raise BrokenFile("its pickle refers to something that is no storage of a tensor")
         return Storage(storage.name, _name(key), _count(numel))
 
-    def load_empty_dict(self) -> None:
-        self.append(_Table())
-
-    def load_empty_set(self) -> None:
-        self.append(Record("builtins.set"))
-
-    def load_frozenset(self) -> None:
-        self.append(Record("builtins.frozenset", tuple(self.pop_mark())))
-
-    def load_reduce(self) -> None:
+    def load_call(self) -> None:
         args, symbol = self.stack.pop(), self.stack.pop()
         if not isinstance(symbol, Symbol) or type(args) is not tuple:
             raise BrokenFile("its pickle is damaged (it calls what is no function)")
@@ -150,18 +130,21 @@ BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES
 EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS ADDITEMS
 GLOBAL STACK_GLOBAL BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
 """
-_LOADS = {
-    **{getattr(pickle, name): None for name in _INSTRUCTIONS.split()},
-    pickle.EMPTY_DICT: _Reader.load_empty_dict,
-    pickle.EMPTY_SET: _Reader.load_empty_set,
-    pickle.FROZENSET: _Reader.load_frozenset,
-    pickle.REDUCE: _Reader.load_reduce,
-    pickle.NEWOBJ: _Reader.load_reduce,
+_LOADS: dict[bytes, Callable[[Any], None]] = {
+    **{
+        getattr(pickle, name): pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+        for name in _INSTRUCTIONS.split()
+    },
+    pickle.EMPTY_DICT: lambda self: self.append(_Table()),
+    pickle.EMPTY_SET: lambda self: self.append(Record("builtins.set")),
+    pickle.FROZENSET: lambda self: self.append(
+        Record("builtins.frozenset", tuple(self.pop_mark()))
+    ),
+    pickle.REDUCE: _Reader.load_call,
+    pickle.NEWOBJ: _Reader.load_call,
     pickle.BUILD: _Reader.load_build,
 }
-_Reader.dispatch = {
-    code[0]: _counted(load or pickle._Unpickler.dispatch[code[0]]) for code, load in _LOADS.items()
-}
+_Reader.dispatch = {code[0]: _counted(load) for code, load in _LOADS.items()}
 
 
 def read_pickle(data: bytes) -> Any:
@@ -172,12 +155,14 @@ def read_pickle(data: bytes) -> Any:
     """
     if len(data) > LARGEST_PICKLE:
         raise BrokenFile(f"its pickle has {len(data):,} bytes, more than {LARGEST_PICKLE:,}")
-    damage = (*(pickle.UnpicklingError, EOFError, struct.error, LookupError, TypeError), ValueError)
     try:
-        return _Reader(data).load()
+        return _Reader(io.BytesIO(data)).load()
     except BrokenFile:
         raise
-    except (*damage, AttributeError, OverflowError) as error:
+    except (
+        *(pickle.UnpicklingError, EOFError, struct.error, OverflowError),
+        *(LookupError, TypeError, ValueError, AttributeError),
+    ) as error:
         reason = f"{type(error).__name__}: {short(str(error))}"
         raise BrokenFile(f"its pickle is damaged ({reason})") from error
 
@@ -217,52 +202,38 @@ def short(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-# --- showing what was read ---------------------------------------------------------------------
-
-
 def plain(value: Any, *, calls: bool = False) -> Any:
     """Convert what `read_pickle` returns to mappings, lists, numbers and texts.
 
-    A record becomes the mapping of its attributes. One that only holds an argument, such as a
-    member of an enumeration, becomes that argument. With `calls`, for people, a record becomes the
-    text of its call.
+    A record becomes the mapping of its attributes, or its argument if it only holds one, such as a
+    member of an enumeration. With `calls`, for people, a record says by what call it is made.
 
     Raises:
         BrokenFile: the result is too large or too deep (a few bytes can describe billions).
     """
     budget = MOST_SHOWN
 
-    def charge(cost: int) -> None:
-        nonlocal budget
-        budget -= cost
-        if budget < 0:
-            raise BrokenFile("its run configuration is too large or too deep to be one")
-
     def convert(value: Any, depth: int) -> Any:
-        charge(1 if depth else MOST_SHOWN + 1)
+        nonlocal budget
+        budget -= 1 + (len(value) if isinstance(value, str | bytes) else 0)
+        if budget < 0 or not depth:
+            raise BrokenFile("its run configuration is too large or too deep to be one")
+        inside = depth - 1
         if isinstance(value, Record):
-            return record(value, depth)
-        if isinstance(value, dict):
-            return {scalar(key): convert(part, depth - 1) for key, part in value.items()}
-        if isinstance(value, list) or type(value) is tuple:
-            return [convert(part, depth - 1) for part in value]
-        return scalar(value)
-
-    def record(value: Record, depth: int) -> Any:
-        states = value.state if isinstance(value.state, tuple) else (value.state,)
-        fields: dict[Any, Any] = {}
-        for state in states:
-            fields |= convert(state, depth - 1) if isinstance(state, dict) else {}
-        if not calls:
+            states = value.state if isinstance(value.state, tuple) else (value.state,)
+            fields: dict[Any, Any] = {}
+            for state in states:
+                fields |= convert(state, inside) if isinstance(state, dict) else {}
+            if calls:
+                arguments = ", ".join(short(convert(part, inside), 500) for part in value.args)
+                call = f"{value.name}({arguments})"
+                return {"<made by>": call, **fields} if fields else call
             only_argument = len(value.args) == 1 and not fields
-            return convert(value.args[0], depth - 1) if only_argument else fields
-        arguments = ", ".join(short(convert(part, depth - 1), 500) for part in value.args)
-        call = f"{value.name}({arguments})"
-        return {"<made by>": call, **fields} if fields else call
-
-    def scalar(value: Any) -> Any:
-        if isinstance(value, str | bytes):
-            charge(len(value))
+            return convert(value.args[0], inside) if only_argument else fields
+        if isinstance(value, dict):
+            return {convert(key, 1): convert(part, inside) for key, part in value.items()}
+        if isinstance(value, list) or type(value) is tuple:
+            return [convert(part, inside) for part in value]
         if isinstance(value, int) and abs(value) > LARGEST_COUNT:
             return "<a huge number>"
         return value if isinstance(value, str | bytes | int | float | None) else "..."
