@@ -59,7 +59,9 @@ def convert_state_dict(state: Mapping[str, T], model: ModelConfig) -> dict[str, 
     for key, value in state.items():
         module, _, parameter = key.rpartition(".")
         if module not in modules:
-            raise ValueError(f"{ascii(key)[:300]}: not a key of the released network of its config")
+            raise ValueError(
+                f"{ascii(key)[1:-1][:300]}: not a key of the released network of its config"
+            )
         converted[f"{modules[module]}.{parameter}"] = value
     return converted
 
