@@ -28,12 +28,11 @@ fashion: $(VENV)/.user
 	$(BIN)/mdm train fashion-mnist --out runs/fashion
 
 FAMILIES := $(patsubst %,emoji/%/0,mdm joint levels-1 finest cascade latent)
-SMALL := --scale 0.2 --samples 256 --work runs/study --results runs/study/results --pictures runs/study
 
 study: $(VENV)/.dev
-	$(BIN)/python -m studies run $(FAMILIES) --workers 2 $(SMALL)
-	$(BIN)/python -m studies plot $(SMALL)
-	$(BIN)/python -m studies table $(SMALL)
+	$(BIN)/python -m studies run $(FAMILIES) --workers 2 --small
+	$(BIN)/python -m studies plot --small
+	$(BIN)/python -m studies table --small
 
 hero: $(VENV)/.user
 	$(BIN)/mdm sample openmoji -p "red apple" -p umbrella -p rainbow -p "cat face" -p "teddy bear" \

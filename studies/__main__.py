@@ -3,137 +3,90 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Sequence
-from functools import cache, partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from matryoshka_diffusion.files import write_atomically
 from studies.figures import draw_all
-from studies.queue import is_done, missing, work
-from studies.results import Results, filled, of_today, read_results, tables
-from studies.run import run
-from studies.trials import SAMPLES, Drawing, Trial, all_drawings, all_trials
+from studies.results import filled, read_results, tables
+from studies.run import is_done, work
+from studies.trials import SAMPLES, Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "studies" / "results"
-PICTURES = ROOT / "docs" / "pictures" / "study"
 PAGE = ROOT / "docs" / "results.md"
 
 
+class Study(NamedTuple):
+    """The size of a study, and its folders."""
+
+    runs: Path
+    results: Path
+    pictures: Path
+    scale: float = 1.0  # share of the compute
+    samples: int = SAMPLES  # of a distance
+
+
+FULL = Study(ROOT / "runs/studies", ROOT / "studies/results", ROOT / "docs/pictures/study")
+SMALL = Study(ROOT / "runs/study", ROOT / "runs/study/results", ROOT / "runs/study", 0.2, 256)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and call."""
-    options = parse(arguments)
-    return COMMANDS[options.command](options)
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line, in any order; leaves with status 2 if they make no sense."""
+    """Parse the command line, run its command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("command", choices=tuple(COMMANDS))
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a trial, or a folder such as emoji/ (all)"
-    )
+    parser.add_argument("command", choices=("list", "run", "plot", "table", "page"))
+    names = "a trial, or a folder of trials such as emoji/ (all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (1)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "studies", help="runs go here")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the compute (1)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a distance ({SAMPLES})")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON files go here")
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help="plots go here")
+    small = "a fifth of the compute and a quarter of the samples, in runs/study"
+    parser.add_argument("--small", action="store_true", help=small)
     options = parser.parse_intermixed_args(arguments)
-    if (options.scale, options.samples) != (1.0, SAMPLES) and options.results.resolve() == RESULTS:
-        parser.error("--scale and --samples make another study: set its own --work and --results")
+    study = SMALL if options.small else FULL
+    trials = all_trials(study.scale, study.samples)
     for name in options.names:
-        if not any(chosen(task.name, [name]) for task in _tasks()):
-            parser.error(
-                f"{name}: no trial, drawing or folder/ of them (see python -m studies list)"
-            )
-    if options.command == "run":
-        tasks = _chosen(options)
-        for task in tasks:
-            for name in missing(options.results, task):
-                if name not in [each.name for each in tasks]:
-                    parser.error(f"{task.name} draws with what {name} trains: name that, too")
-    return options
-
-
-@cache
-def _tasks(scale: float = 1.0, samples: int = SAMPLES) -> tuple[Trial | Drawing, ...]:
-    return (*all_trials(scale, samples), *all_drawings(scale, samples))
-
-
-def _chosen(options: argparse.Namespace) -> list[Trial | Drawing]:
-    tasks = _tasks(options.scale, options.samples)
-    return [task for task in tasks if chosen(task.name, options.names)]
-
-
-def chosen(name: str, wanted: Sequence[str]) -> bool:
-    """True if a task is wanted: by its name, by a folder (`emoji/`) above it, or as all are.
-
-    >>> chosen("emoji/mdm/0/ddim-10", ["emoji/mdm/0"]), chosen("emoji/mdm/0/ddim-10", ["emoji/"])
-    (False, True)
-    """
-    return not wanted or any(
-        name.startswith(each) if each.endswith("/") else name == each for each in wanted
-    )
-
-
-def _list(options: argparse.Namespace) -> int:
-    for task in _chosen(options):
-        print(f"{'done' if is_done(options.results, task) else '    '}  {task.name}")
+        if not any(_matches(trial, name) for trial in trials):
+            parser.error(f"{name}: no trial or folder/ of trials (see python -m studies list)")
+    names = options.names or [trial.name for trial in trials]
+    chosen = [trial for trial in trials if any(_matches(trial, name) for name in names)]
+    if options.command == "list":
+        for trial in chosen:
+            print(f"{'done' if is_done(study.results, trial) else '    '}  {trial.name}")
+    elif options.command == "run":
+        return run_all(study, chosen, options.workers)
+    else:
+        _show(options.command, study, trials)
     return 0
 
 
-def _run(options: argparse.Namespace) -> int:
-    """Work through the queue, in this process or in several of one worker that share it."""
-    if options.workers > 1:
-        alone = {**vars(options), "workers": 1}
-        words = [alone.pop("command"), *alone.pop("names")]
-        given = [f"--{name}={value}" for name, value in alone.items()]
-        command = [sys.executable, "-m", "studies", *words, *given]
-        workers = [subprocess.Popen(command) for _ in range(options.workers)]
-        codes = [worker.wait() for worker in workers]
-        return int(any(codes))
-    torch.set_num_threads(1)
-    do, failed = partial(run, work=options.work), 0
-    for name, error in work(_chosen(options), do, options.results, options.work / "locks"):
-        failed += error is not None
-        print(f"done: {name}" if error is None else f"failed: {name}: {error}", flush=True)
-    return int(failed > 0)
+def _matches(trial: Trial, name: str) -> bool:
+    return trial.name.startswith(name) if name.endswith("/") else trial.name == name
 
 
-def _results(options: argparse.Namespace) -> Results:
-    """The results that answer what is asked today; the names of the others are printed."""
-    found = read_results(options.results)
-    current = of_today(found, _tasks(options.scale, options.samples))
-    for name in found.keys() - current.keys():
+def run_all(study: Study, trials: Sequence[Trial], workers: int) -> int:
+    """Work through the queue in processes that share it; 1 if a trial failed, else 0."""
+    do = partial(work, trials, study.results, study.runs)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        processes = [pool.submit(do) for _ in range(workers)]
+    return int(not all(process.result() for process in processes))
+
+
+def _show(command: str, study: Study, trials: Sequence[Trial]) -> None:
+    """Draw or print what is there, or put its tables into the page of the study."""
+    results, outdated = read_results(study.results, trials)
+    for name in outdated:
         print(f"left out: {name} is of another form of the study", file=sys.stderr)
-    return current
-
-
-def _plot(options: argparse.Namespace) -> int:
-    for path in draw_all(_results(options), options.pictures):
-        print(path)
-    return 0
-
-
-def _table(options: argparse.Namespace) -> int:
-    print(tables(_results(options)))
-    return 0
-
-
-def _page(options: argparse.Namespace) -> int:
-    """Put the tables of today into the page of the study."""
-    page = filled(PAGE.read_text("utf-8"), _results(options))
-    write_atomically(PAGE, lambda file: file.write(page.encode()))
-    print(PAGE)
-    return 0
-
-
-COMMANDS = {"list": _list, "run": _run, "plot": _plot, "table": _table, "page": _page}
+    if command == "plot":
+        print(*draw_all(results, study.pictures), sep="\n")
+    elif command == "table":
+        print(tables(results))
+    else:
+        page = filled(PAGE.read_text("utf-8"), results)
+        write_atomically(PAGE, lambda file: file.write(page.encode()))
+        print(PAGE)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
-"""Do a task of the queue: train a trial and measure it, or sample one that was trained."""
+"""A queue of trials that any number of workers go through, and the running of one trial.
+
+A trial is done when its result file is whole and of the form that the trial has today. A worker
+claims it by a lock on a file, which the system releases when the worker ends, however it ends.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmarks.harness import commit, machine
@@ -14,7 +22,6 @@ from benchmarks.harness import commit, machine
 from matryoshka_diffusion.cascade import Model, open_model
 from matryoshka_diffusion.codec.autoencoder import codec_folder
 from matryoshka_diffusion.config import ProcessConfig, RunConfig
-from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.eval.evaluate import evaluate
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import write_atomically
@@ -26,21 +33,74 @@ from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.step import NotFinite
 from matryoshka_diffusion.train.trainer import View, train
-from studies.compute import codec_flops, images_at, spent
-from studies.queue import claimed
-from studies.trials import COMMON_WEIGHT, NEW, PRECISION, Drawing, Trial, agrees, changed
+from studies.trials import (
+    COMMON_WEIGHT,
+    NEW,
+    PRECISION,
+    Trial,
+    agrees,
+    changed,
+    codec_flops,
+    image_flops,
+    images_at,
+    total_flops,
+)
 
 
-def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
-    """The result of a task, with runs in `work`; a training that is not finite is a result, too."""
-    try:
-        found = run_trial(task, work) if isinstance(task, Trial) else draw(task, work)
-    except NotFinite as error:
-        found = {"failed": str(error)}
+def result_path(results: Path, trial: Trial) -> Path:
+    """The file of a result: `emoji/mdm-0.json` for `emoji/mdm/0`."""
+    pictures, rest = trial.name.split("/", 1)
+    return results / pictures / f"{rest.replace('/', '-')}.json"
+
+
+def is_done(results: Path, trial: Trial) -> bool:
+    """True if the result of the trial is there."""
+    path = result_path(results, trial)
+    return path.is_file() and agrees(json.loads(path.read_text("utf-8")).get("asked"), trial.form)
+
+
+def work(trials: Sequence[Trial], results: Path, runs: Path) -> bool:
+    """Run every trial that is neither done nor in the hands of another worker; tell if all went.
+
+    One that fails is printed and left, and the others go on.
+    """
+    torch.set_num_threads(1)
+    failed = False
+    for trial in trials:
+        with claimed(runs / "locks" / f"{trial.name.replace('/', '-')}.lock") as mine:
+            if not mine or is_done(results, trial):
+                continue
+            try:
+                text = json.dumps({**run(trial, runs), "asked": trial.form}, indent=1) + "\n"
+                path = result_path(results, trial)
+                write_atomically(path, lambda file, text=text: file.write(text.encode()))
+                print(f"done: {trial.name}", flush=True)
+            except (ValueError, OSError, RuntimeError) as error:
+                failed = True
+                print(f"failed: {trial.name}: {error}", flush=True)
+    return not failed
+
+
+@contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """True if the lock was free; the block holds it until its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def run(trial: Trial, work: Path) -> dict[str, Any]:
+    """The result of a trial, with its networks in `work`, which are trained where missing."""
+    trained = _train(trial, work)
+    found = _measured(trial, trained) if trial.settings is None else _sampled(trial, trained)
     return {
-        "task": task.name,
+        "task": trial.name,
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(torch.device("cpu")),
@@ -49,78 +109,57 @@ def run(task: Trial | Drawing, work: Path) -> dict[str, Any]:
     }
 
 
-# --- a trial -------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
-def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
-    """Train, or continue the training, and return the measurements.
+class Trained(NamedTuple):
+    """A trial's networks: its run, and that of a cascade's base."""
 
-    Raises:
-        ValueError: the training in `work` is of another form of the trial.
+    folder: Path
+    base: Path | None
+    job: Job
+    seconds: float
+
+    def open(self, name: str) -> Model:
+        """The model in this folder of the run, together with the base."""
+        return open_model(self.folder / name, precision=PRECISION, base=self.base)
+
+
+def _train(trial: Trial, work: Path) -> Trained:
+    """Train a trial's networks, or continue their training; return at once if it is finished.
+
+    The folder is named by the trial's form, so a trial of another form gets another one.
     """
-    folder, features, before = work / "runs" / trial.name, work / "eval", 0.0
-    _refuse_other(trial, work)
-    note = json.dumps(trial.trained, indent=1)
-    write_atomically(_note(work, trial), lambda file: file.write(note.encode()))
-    base = None if trial.base is None else work / "bases" / trial.name
-    config = trial.config
+    name = "/".join(trial.name.split("/")[:3])  # of the run that is sampled
+    form = sha256(json.dumps(trial.trained, sort_keys=True).encode()).hexdigest()[:8]
+    work, config, points = work.resolve(), trial.config, measured_at(trial)
+    place, base, seconds = work / "runs" / f"{name}-{form}", None, 0.0
     if trial.codec is not None:
-        codec = work / "codecs" / trial.set.name
-        with claimed(work / "locks" / f"{trial.set.name}-codec.lock", wait=True):
+        codec = work / "codecs" / trial.name.split("/")[0]
+        with claimed(work / "locks" / f"{codec.name}-codec.lock", wait=True):
             train_codec(trial.codec, codec)
-        config = changed(config, {"codec.path": str(codec_folder(str(codec)))})
-    if trial.base is not None and base is not None:
-        before = _train(prepare(trial.base), base, {})
-        config = changed(config, {"sampling.base": {"path": str(base.resolve())}})
-    job, points = prepare(config), measured_at(trial)
-    seconds = before + _train(job, folder, points)
-    distances = {
-        share: _distance(
-            open_model(_point(folder, share), precision=PRECISION, base=base),
-            job,
-            trial.samples,
-            features,
-            guidance=[1.0],
-        )
-        for share in points
-    }
-    final = open_model(folder / "model", precision=PRECISION, base=base)
-    return {
-        "config": job.config.model_dump(mode="json"),
-        "parameters": [_parameters(part) for part in trial.parts],
-        "images": [part.train.images for part in trial.parts],
-        "flops": sum(map(_compute, trial.parts)),
-        "seconds": seconds,
-        "codec_flops": 0.0 if trial.codec is None else codec_flops(trial.codec),
-        "metric": distances[1.0].metric,
-        "points": [
-            {
-                "share": share,
-                "images": images,
-                "seconds": before + _seconds(folder, images),
-                NAME: distances[share].value,
-            }
-            for share, images in points.items()
-        ],
-        "prompts_found": _prompts_found(final, job.source, features),
-        **_losses(folder / "model", job),
-    }
+        config = changed(config, codec__path=str(codec_folder(str(codec))))
 
+    def keep(view: View) -> None:
+        """Make the averaged weights at the first step past each point a model."""
+        for share, images in points.items():
+            path = place / "run" / f"points/{share:g}"
+            # The config is written last, so a folder without it is not whole.
+            if view.images_seen >= images and not (path / "config.json").exists():
+                net = view.averaged()
+                assert len(net.levels) == len(view.config.model.levels)
+                checkpoint.export_weights(path, net.state_dict(), view.config)
 
-def _note(work: Path, trial: Trial) -> Path:
-    """The file that says of which form the trial's training is."""
-    return work / "asked" / f"{trial.name}.json"
-
-
-def _refuse_other(trial: Trial, work: Path, *, needed: bool = False) -> None:
-    """Raise `ValueError` if the training in `work` is of another form, or needed and missing."""
-    folder, note = work / "runs" / trial.name, _note(work, trial)
-    trained = json.loads(note.read_text("utf-8")) if note.is_file() else None
-    if (needed or folder.is_dir()) and not agrees(trained, trial.trained):
-        raise ValueError(
-            f"{folder} is not the network that {trial.name} asks for: remove it and the trial's "
-            "result, and run the trial again"
-        )
+    with claimed(place / ".lock", wait=True):
+        if trial.base is not None:
+            job, base = prepare(trial.base), place / "base"
+            train(job.config, job.loader, base, encode=job.encode)
+            config = changed(config, sampling__base={"path": str(base)})
+            seconds = _seconds(base, job.config)
+        job = prepare(config)
+        train(job.config, job.loader, place / "run", encode=job.encode, hooks=[(1, keep)])
+    seconds += _seconds(place / "run", job.config)
+    return Trained(place / "run", base, job, seconds)
 
 
 def measured_at(trial: Trial) -> dict[float, int]:
@@ -128,115 +167,82 @@ def measured_at(trial: Trial) -> dict[float, int]:
 
     Points before that run has its last level, or has had it for a while, are left out.
     """
-    config = trial.config
-    stages = config.train.stages
-    others = sum(map(_compute, trial.parts[:-1]))
-    total, last = others + _compute(config), spent(config.model, stages[-1:], stages[-1].images)
-    own = {point: point * total - others for point in trial.points}
-    return {
-        point: images_at(config.model, stages, cost / _compute(config))
-        for point, cost in own.items()
-        if cost - (_compute(config) - last) >= NEW * last
-    }
+    config, last = trial.config, trial.config.train.stages[-1]
+    before, own = sum(map(total_flops, trial.parts[:-1])), total_flops(trial.config)
+    first = own - (1.0 - NEW) * last.images * image_flops(config, last)
+    spent = {point: point * (before + own) - before for point in trial.points}
+    return {point: images_at(config, flops) for point, flops in spent.items() if flops >= first}
 
 
-def _train(job: Job, folder: Path, points: dict[float, int]) -> float:
-    """Train in a run folder; returns the seconds of the training over all its starts.
-
-    The averaged weights at the first step past each point become models.
-    """
-
-    def keep(view: View) -> None:
-        for share, images in points.items():
-            path = _point(folder, share)
-            # The config is written last, so a folder without it is not whole.
-            if view.images_seen >= images and not (path / "config.json").exists():
-                net = view.averaged()
-                assert len(net.levels) == len(view.config.model.levels)
-                checkpoint.export_weights(path, net.state_dict(), view.config)
-
-    train(job.config, job.loader, folder, encode=job.encode, hooks=[(1, keep)])
-    return _seconds(folder, job.config.train.images)
-
-
-def _point(folder: Path, share: float) -> Path:
-    return folder / "points" / f"{share:g}"
-
-
-def _compute(config: RunConfig) -> float:
-    return spent(config.model, config.train.stages, config.train.images)
-
-
-def _parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        return count_parameters(NestedUNet(config.model))
-
-
-def _seconds(folder: Path, images: int) -> float:
-    """Seconds of the training until so many images were seen, as if it had never paused.
-
-    Each stage's images count at the median of the rates that were logged in it.
-    """
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
-    rates: dict[int, list[float]] = {}
-    ends: dict[int, int] = {}
-    for line in lines:
-        if "images_per_second" in line and ends.get(line["stage"], 0) < images:
-            rates.setdefault(line["stage"], []).append(line["images_per_second"])
-            ends[line["stage"]] = min(line["images_seen"], images)
-    begins = [0, *ends.values()]
+def _seconds(folder: Path, config: RunConfig) -> float:
+    """Seconds of a training as if it had never paused, at the median of each stage's rates."""
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
+    logged = [line for line in lines if "images_per_second" in line]
+    rates = [(line["stage"], line["images_per_second"]) for line in logged]
     return sum(
-        (end - begin) / median(rates[stage])
-        for begin, (stage, end) in zip(begins, ends.items(), strict=False)
+        stage.images / median([rate for n, rate in rates if n == index] or [x for _, x in rates])
+        for index, stage in enumerate(config.train.stages)
     )
-
-
-# --- a drawing -----------------------------------------------------------------------------------
-
-
-def draw(drawing: Drawing, work: Path) -> dict[str, Any]:
-    """Measure a trained network under other sampling settings.
-
-    Raises:
-        ValueError: the network is missing, or of another form of its trial.
-    """
-    _refuse_other(drawing.trial, work, needed=True)
-    base = work / "bases" / drawing.trial.name
-    model = open_model(
-        work / "runs" / drawing.trial.name / "model",
-        precision=PRECISION,
-        base=base if base.is_dir() else None,
-    )
-    job, features = prepare(model.config), work / "eval"
-    distance = _distance(model, job, drawing.samples, features, **drawing.settings)
-    return {
-        "settings": model.sampling(drawing.settings).model_dump(mode="json"),
-        "metric": distance.metric,
-        NAME: distance.value,
-        "evaluations": model.evaluations(drawing.settings),
-        "prompts_found": _prompts_found(model, job.source, features, **drawing.settings),
-    }
 
 
 # --- measurements, the same for every trial, by the product itself -------------------------------
 
 
-def _distance(model: Model, job: Job, samples: int, folder: Path, **settings: Any) -> Result:
-    """Fréchet distance of so many samples, with conditions out of the whole set, to that set.
+def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
+    """Measurements of a trial at its points and at its end."""
+    job, points = trained.job, measured_at(trial)
+    found = {
+        share: _distance(trained.open(f"points/{share:g}"), trial, job, guidance=[1.0])
+        for share in points
+    }
+    with torch.device("meta"):
+        parameters = [count_parameters(NestedUNet(part.model)) for part in trial.parts]
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "parameters": parameters,
+        "images": [part.train.images for part in trial.parts],
+        "flops": sum(map(total_flops, trial.parts)),
+        "seconds": trained.seconds,
+        "codec_flops": 0.0 if trial.codec is None else codec_flops(trial.codec),
+        "metric": found[1.0].metric,
+        "points": [
+            {"share": share, "images": images, NAME: found[share].value}
+            for share, images in points.items()
+        ],
+        "prompts_found": _prompts_found(trained.open("model"), job),
+        **_losses(trained.folder / "model", job),
+    }
 
-    It falls with the number of samples, so all trials have the same.
+
+def _sampled(trial: Trial, trained: Trained) -> dict[str, Any]:
+    """Measurements of a trained network under the trial's settings."""
+    model, settings = trained.open("model"), trial.settings or {}
+    distance = _distance(model, trial, trained.job, **settings)
+    return {
+        "settings": model.sampling(settings).model_dump(mode="json"),
+        "metric": distance.metric,
+        NAME: distance.value,
+        "evaluations": model.evaluations(settings),
+        "prompts_found": _prompts_found(model, trained.job, **settings),
+    }
+
+
+def _distance(model: Model, trial: Trial, job: Job, **settings: Any) -> Result:
+    """Fréchet distance to the whole set, with its held-out images, of the same number of samples.
+
+    It falls with that number.
     """
-    whole = open_source(job.config.data, job.config.data_side)  # with the held-out images
-    (found,) = evaluate(model, "fd", source=whole, n=samples, folder=folder, **settings)
-    return found
+    whole = open_source(job.config.data, job.config.data_side)
+    return evaluate(model, "fd", source=whole, n=trial.samples, **settings)[0]
 
 
-def _prompts_found(model: Model, source: Source, folder: Path, **settings: Any) -> float | None:
+def _prompts_found(model: Model, job: Job, **settings: Any) -> float | None:
     """Prompt retrieval over captions that were trained on; None where there are none."""
     if model.config.model.text is None:
         return None
-    (found,) = evaluate(model, "retrieval", source=source, folder=folder, **settings)
-    return found.value
+    return evaluate(model, "retrieval", source=job.source, **settings)[0].value
 
 
 def _losses(model: Path, job: Job) -> dict[str, dict[str, float] | None]:

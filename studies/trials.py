@@ -1,89 +1,71 @@
 """The trials: for each data set one base, and variants that differ from it in one thing.
 
 The bases are the presets' networks and rates with the plainest progressive training: half of the
-compute on the coarsest level, half on all levels, every row with all of them. A drawing samples a
-trained trial in other ways.
+compute on the coarsest level, half on all levels, every row with all of them. Further
+trials sample a trained one in other ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion import configfile
-from matryoshka_diffusion.config import (
-    CodecRunConfig,
-    LevelConfig,
-    RunConfig,
-    StageConfig,
-    WeightingConfig,
-)
+from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, WeightingConfig
+from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.presets import CODECS, preset
-from studies.compute import with_budget
+from matryoshka_diffusion.runs.train_autoencoder import build
 
 BATCH_SIZE = 32
 SAMPLES = 1024  # of a distance
 PRECISION = "bf16"  # of the network that draws them
-NEW = 0.1  # share of its last stage that a network has behind it before it is measured
 DECAY = 0.3  # share of the last stage in which the rate decays (see presets.small.DECAY)
 CURVE = (0.25, 0.7, 1.0)  # shares of the compute at which a compared trial is measured
+NEW = 0.1  # share of its last stage that a network has behind it before it is measured
+PASSES = 3  # of a training image: one forward, two for its gradients
+TOKENS = 8  # of text: the longest of a batch of 32 of OpenMoji's names has 8.3 on average
 COMMON_WEIGHT = (WeightingConfig(name="v_clipped"),)
 """The weighting that held-out losses are compared under, whatever the training had."""
 
-Asked = dict[str, Any]
-"""Everything that a result depends on. It is stored with the result, to know an outdated one."""
+
+def agrees(stored: Any, today: Any) -> bool:
+    """True if a stored form is that of today; a field that is new since then may be missing."""
+    if isinstance(stored, dict) and isinstance(today, dict):
+        return all(key in today and agrees(value, today[key]) for key, value in stored.items())
+    if isinstance(stored, list) and isinstance(today, list):
+        return len(stored) == len(today) and all(map(agrees, stored, today))
+    return stored == today
 
 
-def agrees(then: Any, today: Any) -> bool:
-    """True if a stored `Asked` is that of today; a field that is new since then may be missing.
-
-    >>> agrees({"lr": 0.1}, {"lr": 0.1, "warmup": 0}), agrees({"lr": 0.1}, {"lr": 0.2})
-    (True, False)
-    """
-    if isinstance(then, dict) and isinstance(today, dict):
-        return all(key in today and agrees(value, today[key]) for key, value in then.items())
-    if isinstance(then, list) and isinstance(today, list):
-        return len(then) == len(today) and all(map(agrees, then, today))
-    return then == today
-
-
-def _measuring(samples: int) -> Asked:
-    weights = [weight.model_dump(mode="json") for weight in COMMON_WEIGHT]
-    return {"samples": samples, "precision": PRECISION, "new": NEW, "held_out_loss": weights}
-
-
-@dataclass(frozen=True)
-class PictureSet:
+class PictureSet(NamedTuple):
     """A data set, and the compute of each of its trials."""
 
     name: str
     preset: str
     flops: float
     held_out: float  # share of the images without training
-    seeds: int  # of the comparison with the baselines
     ablation_seeds: int
-    scale: float = 1.0  # share of the study's compute that `flops` already is, for the codec
-
-    @property
-    def codec(self) -> CodecRunConfig:
-        """The training of the set's codec."""
-        config = CODECS[f"{self.preset}-codec"]
-        return config.model_copy(update={"images": round(self.scale * config.images)})
+    seeds: int = 3  # of the comparison with the baselines
 
 
 SETS = {
-    "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3, 3),
-    "emoji": PictureSet("emoji", "openmoji", 5.0e13, 0.05, 3, 1),
+    "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3),
+    "emoji": PictureSet("emoji", "openmoji", 5.0e13, 0.05, 1),
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the product; its name is set/variant/seed.
+    """A run of the product, or samples of one under other settings.
 
-    An upsampler has a `base` that is trained first. A model of latents has a `codec`, which all
-    trials of a set share; its training is not part of their compute.
+    The name of a run is set/variant/seed; samples add /setting. An upsampler has a `base` that is
+    trained first. A model of latents has a `codec`, which all trials of a set share; its training
+    is not part of their compute.
     """
 
     name: str
@@ -92,12 +74,7 @@ class Trial:
     base: RunConfig | None = None
     codec: CodecRunConfig | None = None
     samples: int = SAMPLES
-    needs: dict[str, Asked] = field(default_factory=dict, hash=False)  # no other trial
-
-    @property
-    def set(self) -> PictureSet:
-        """The data set of the trial."""
-        return SETS[self.name.split("/")[0]]
+    settings: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def parts(self) -> tuple[RunConfig, ...]:
@@ -105,185 +82,196 @@ class Trial:
         return (self.config,) if self.base is None else (self.base, self.config)
 
     @property
-    def trained(self) -> Asked:
+    def trained(self) -> dict[str, Any]:
         """All that its networks depend on, and when they are measured."""
         runs = [part.model_dump(mode="json") for part in self.parts]
         codec = None if self.codec is None else self.codec.model_dump(mode="json")
         return {"runs": runs, "codec": codec, "points": list(self.points)}
 
     @property
-    def asked(self) -> Asked:
-        """All that its result depends on."""
-        return {"trained": self.trained, "measured": _measuring(self.samples)}
+    def form(self) -> dict[str, Any]:
+        """All that its result depends on; stored with the result, to know an outdated one."""
+        weights = [weight.model_dump(mode="json") for weight in COMMON_WEIGHT]
+        measured = {"samples": self.samples, "precision": PRECISION, "new": NEW}
+        measured["held_out_loss"] = weights
+        form = {"trained": self.trained, "measured": measured}
+        if self.settings is None:
+            return form
+        return {"trial": form, "settings": self.settings, "measured": measured}
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """Samples of a finished trial under other settings; its name is set/variant/seed/setting."""
-
-    name: str
-    settings: dict[str, Any] = field(hash=False)
-    trial: Trial
-    samples: int = SAMPLES
-
-    @property
-    def needs(self) -> dict[str, Asked]:
-        """The trial in its form of today."""
-        return {self.trial.name: self.trial.asked}
-
-    @property
-    def asked(self) -> Asked:
-        """The settings, the measure, and the training before them."""
-        measured = _measuring(self.samples)
-        return {"trial": self.trial.asked, "settings": self.settings, "measured": measured}
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """The config with other values at these paths, written with `__` in place of the dot."""
+    named = [(path.replace("__", "."), value) for path, value in changes.items()]
+    return configfile.changed(config, named)
 
 
-def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """The config with the values at these paths replaced."""
-    return configfile.changed(config, changes.items())
+# --- equal compute: FLOPs counted on shapes, which do not depend on the machine -------------------
+
+_forward = cache(forward_flops)
 
 
-def _staged(
+def image_flops(run: RunConfig, stage: StageConfig) -> float:
+    """FLOPs of training on one image of a stage, on average over its mix of finest levels."""
+    shares = dict(enumerate(stage.mix, 1)) or {stage.levels: 1.0}
+    counted = [share * _forward(run.model, n, TOKENS) for n, share in shares.items() if share]
+    return PASSES * sum(counted)
+
+
+def codec_flops(codec: CodecRunConfig) -> float:
+    """FLOPs of training an autoencoder."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(codec, colours=3)(torch.empty(1, 3, codec.side, codec.side))
+    return PASSES * codec.images * counter.get_total_flops()
+
+
+def with_budget(
+    run: RunConfig, stages: Sequence[StageConfig], flops: Sequence[float]
+) -> list[StageConfig]:
+    """The stages, each as long as its FLOPs last, in whole batches; empty ones go."""
+    sized = []
+    for stage, budget in zip(stages, flops, strict=True):
+        batches = round(budget / image_flops(run, stage) / stage.batch_size)
+        sized.append(stage.model_copy(update={"images": batches * stage.batch_size}))
+    return [stage for stage in sized if stage.images]
+
+
+def total_flops(run: RunConfig) -> float:
+    """FLOPs of a whole training."""
+    return sum(stage.images * image_flops(run, stage) for stage in run.train.stages)
+
+
+def images_at(run: RunConfig, flops: float) -> int:
+    """The number of images after which the training has spent so many FLOPs."""
+    images = 0
+    for stage in run.train.stages:
+        here = min(stage.images, round(flops / image_flops(run, stage)))
+        images, flops = images + here, flops - here * image_flops(run, stage)
+    return images
+
+
+# --- the variants --------------------------------------------------------------------------------
+
+
+def _trained(
     config: RunConfig,
     pictures: PictureSet,
-    stages: Sequence[StageConfig],
     shares: Sequence[float],
+    mix: tuple[float, ...] = (),
 ) -> RunConfig:
-    """The run with these stages, sized by their shares, and with what all trials have in common."""
-    stages = [stage.model_copy(update={"batch_size": BATCH_SIZE}) for stage in stages]
-    sized = with_budget(config.model, stages, shares, pictures.flops)
-    decay = DECAY * sized[-1].images / sum(stage.images for stage in sized)
+    """The run with shares of the compute for its stages, and with what all trials have in common.
+
+    `mix` is that of the last stage; there is none in the others.
+    """
+    plain = {"batch_size": BATCH_SIZE, "mix": ()}
+    stages = [stage.model_copy(update=plain) for stage in config.train.stages]
+    stages[-1] = stages[-1].model_copy(update={"mix": mix})
+    sized = with_budget(config, stages, [share * pictures.flops for share in shares])
     return changed(
         config,
-        {
-            "data.held_out": pictures.held_out,
-            "train.stages": [stage.model_dump() for stage in sized],
-            "train.decay_share": decay,
-            "train.precision": "bf16",
-            # A third of the presets' length needs shorter memories and smaller batches.
-            "train.ema_decay": 0.99,
-            "train.warmup_images": 1_600,
-            "train.preview_every_images": 0,
-            "train.checkpoint_every_images": 20_000,
-            "train.keep_checkpoints": 1,
-            "train.log_every_images": 1_000,
-        },
+        data__held_out=pictures.held_out,
+        train__stages=[stage.model_dump() for stage in sized],
+        train__decay_share=DECAY * sized[-1].images / sum(stage.images for stage in sized),
+        train__precision="bf16",
+        # A third of the presets' length needs shorter memories and smaller batches.
+        train__ema_decay=0.99,
+        train__warmup_images=1_600,
+        train__preview_every_images=0,
+        train__checkpoint_every_images=20_000,
+        train__keep_checkpoints=1,
+        train__log_every_images=1_000,
     )
 
 
-def base(pictures: PictureSet, *, coarse: float = 0.5) -> RunConfig:
+def _base(pictures: PictureSet, coarse: float = 0.5) -> RunConfig:
     """The run that every variant is compared with; `coarse` is the coarsest level's compute."""
     config = preset(pictures.preset)
-    first, last = config.train.stages[0], config.train.stages[-1]
-    plain = last.model_copy(update={"mix": ()})
-    return _staged(config, pictures, (first, plain), (coarse, 1.0 - coarse))
+    between = [0.0] * (len(config.train.stages) - 2)
+    return _trained(config, pictures, (coarse, *between, 1.0 - coarse))
 
 
-def _compared_with(pictures: PictureSet, kind: str, compute: float = 1.0) -> RunConfig:
+def _baseline(pictures: PictureSet, kind: str, compute: float = 1.0) -> RunConfig:
     """A baseline of the paper with a share of the compute, the same for each of its stages."""
     config = preset(pictures.preset, kind)
-    stages = [stage.model_copy(update={"mix": ()}) for stage in config.train.stages]
-    return _staged(config, pictures, stages, (compute / len(stages),) * len(stages))
+    count = len(config.train.stages)
+    return _trained(config, pictures, (compute / count,) * count)
 
 
-NESTS: dict[str, dict[str, dict[int, dict[str, Any]]]] = {
-    # The levels of the preset, coarse to fine, under another number of them. A level that takes
-    # the place of two has their halvings; a level below the coarsest takes its deep half.
+# Levels as (side, widths, blocks, attention), coarse to fine, under another number of them. A level
+# that takes the place of two has their halvings; one below the coarsest takes its deep half.
+Nest: TypeAlias = tuple[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]
+NESTS: dict[str, dict[str, Nest]] = {
     "fashion": {
-        "levels-3": {
-            8: {"widths": (128,), "blocks": (1,), "attention": (1,)},
-            16: {"widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)},
-            32: {"widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)},
-        },
+        "levels-3": (
+            (8, (128,), (1,), (1,)),
+            (16, (64, 64), (1, 0), (0, 0)),
+            (32, (64, 64), (1, 0), (0, 0)),
+        ),
     },
     "emoji": {
-        "levels-2": {
-            16: {"widths": (96, 192), "blocks": (1, 1), "attention": (0, 1)},
-            64: {"widths": (32, 32, 32), "blocks": (0, 0, 0), "attention": (0, 0, 0)},
-        },
-        "levels-4": {
-            8: {"widths": (192,), "blocks": (1,), "attention": (1,)},
-            16: {"widths": (96, 96), "blocks": (1, 0), "attention": (0, 0)},
-            32: {"widths": (64, 32), "blocks": (0, 0), "attention": (0, 0)},
-            64: {"widths": (32, 32), "blocks": (0, 0), "attention": (0, 0)},
-        },
+        "levels-2": (
+            (16, (96, 192), (1, 1), (0, 1)),
+            (64, (32, 32, 32), (0, 0, 0), (0, 0, 0)),
+        ),
+        "levels-4": (
+            (8, (192,), (1,), (1,)),
+            (16, (96, 96), (1, 0), (0, 0)),
+            (32, (64, 32), (0, 0), (0, 0)),
+            (64, (32, 32), (0, 0), (0, 0)),
+        ),
     },
 }
 
 
-def _nest(pictures: PictureSet, levels: dict[int, dict[str, Any]]) -> RunConfig:
+def _nest(pictures: PictureSet, nest: Nest) -> RunConfig:
     """Fig. 8b: another number of levels, all trained from the start as in `joint`."""
     config = preset(pictures.preset)
     finest = config.model.levels[-1].model_dump()
     ratio = finest["shift_ratio"] / finest["side"]  # a side has the shift that it has in the base
-    built = [
-        {**finest, "side": side, **parts, "shift_ratio": ratio * side}
-        for side, parts in levels.items()
+    keys = ("side", "widths", "blocks", "attention")
+    levels = [
+        {**finest, **dict(zip(keys, level, strict=True)), "shift_ratio": ratio * level[0]}
+        for level in nest
     ]
-    stage = config.train.stages[-1].model_copy(update={"mix": (), "levels": len(levels)})
-    nest = {"model.levels": built, "train.stages": [stage.model_dump()]}
-    return _staged(changed(config, nest), pictures, (stage,), (1.0,))
+    stage = config.train.stages[-1].model_copy(update={"levels": len(levels), "mix": ()})
+    nested = changed(config, model__levels=levels, train__stages=[stage.model_dump()])
+    return _trained(nested, pictures, (1.0,))
 
 
-# --- what the paper leaves open ------------------------------------------------------------------
-
-Change = Callable[[RunConfig], RunConfig]
-
-
-def _set(path: str, value: Any) -> Change:
-    return lambda config: changed(config, {path: value})
+PAIRS = ("x0-v", "x0-min_snr", "x0-sigmoid", "v-v", "v-v_clipped", "v-sigmoid", "eps-eps")
+"""Predictions and weightings that are tried in place of x0-v_clipped."""
+SCALINGS = ("shift-power-1", "scaling-std", "scaling-analytic")
+CHOICES = (*PAIRS, *SCALINGS, "dropout-0.1", "time-log-snr", "mixed")
 
 
-def _process(prediction: str, weighting: str) -> Change:
-    weightings = [{"name": weighting}]
-    return _set("process", {"prediction": prediction, "weighting": weightings})
+def _choices(pictures: PictureSet) -> dict[str, RunConfig]:
+    """The base with other choices where the paper leaves one open."""
+    base = _base(pictures)
+    levels, coarser = base.model.levels, len(base.model.levels) - 1
 
+    def each(**update: Any) -> list[dict[str, Any]]:
+        return [{**level.model_dump(), **update} for level in levels]
 
-def _with_levels(config: RunConfig, update: Callable[[LevelConfig], dict[str, Any]]) -> RunConfig:
-    levels = [{**level.model_dump(), **update(level)} for level in config.model.levels]
-    return changed(config, {"model.levels": levels})
+    # Shifts that grow with the side, not with its square, from the same one at the coarsest level.
+    slope = levels[0].shift_ratio ** levels[0].shift_power / levels[0].side
+    unsquared = [{**x, "shift_ratio": slope * x["side"]} for x in each(shift_power=1.0)]
+    parts = {name: name.split("-") for name in PAIRS}
+    # The root mean square of the pixels of both sets at all levels is 0.84 to 0.91.
+    analytic = {"model__levels": each(input_scaling="analytic"), "model__data_std": 0.87}
+    return {
+        **{
+            name: changed(base, process={"prediction": x, "weighting": [{"name": weighting}]})
+            for name, (x, weighting) in parts.items()
+        },
+        "shift-power-1": changed(base, model__levels=unsquared),
+        "scaling-std": changed(base, model__levels=each(input_scaling="std")),
+        "scaling-analytic": changed(base, **analytic),
+        "dropout-0.1": changed(base, model__levels=each(dropout=0.1)),
+        "time-log-snr": changed(base, model__time_input="log-snr"),
+        # Half of the rows of the last stage have all levels, at its compute.
+        "mixed": _trained(base, pictures, (0.5, 0.5), (*[0.5 / coarser] * coarser, 0.5)),
+    }
 
-
-def _unsquared(config: RunConfig) -> RunConfig:
-    """Shifts that grow with the side, not with its square, from the same one at the coarsest."""
-    first = config.model.levels[0]
-    squared = first.shift_ratio**first.shift_power
-    return _with_levels(
-        config, lambda x: {"shift_power": 1.0, "shift_ratio": squared * x.side / first.side}
-    )
-
-
-def _analytic(config: RunConfig) -> RunConfig:
-    """Scaling by the root mean square of the pixels of both sets at all levels, 0.84 to 0.91."""
-    scaled = _with_levels(config, lambda _: {"input_scaling": "analytic"})
-    return changed(scaled, {"model.data_std": 0.87})
-
-
-CHOICES: dict[str, Change] = {
-    "x0-v": _process("x0", "v"),
-    "x0-min_snr": _process("x0", "min_snr"),
-    "x0-sigmoid": _process("x0", "sigmoid"),
-    "v-v": _process("v", "v"),
-    "v-v_clipped": _process("v", "v_clipped"),
-    "v-sigmoid": _process("v", "sigmoid"),
-    "eps-eps": _process("eps", "eps"),
-    "shift-power-1": _unsquared,
-    "scaling-std": lambda config: _with_levels(config, lambda _: {"input_scaling": "std"}),
-    "scaling-analytic": _analytic,
-    "dropout-0.1": lambda config: _with_levels(config, lambda _: {"dropout": 0.1}),
-    "time-log-snr": _set("model.time_input", "log-snr"),
-}
-
-
-def _mixed(config: RunConfig, pictures: PictureSet) -> RunConfig:
-    """Mixed resolutions in the last stage, at its compute; half of the rows have all levels."""
-    first, last = config.train.stages
-    count = len(config.model.levels)
-    mixed = last.model_copy(update={"mix": (*[0.5 / (count - 1)] * (count - 1), 0.5)})
-    return _staged(config, pictures, (first, mixed), (0.5, 0.5))
-
-
-# --- the lists -----------------------------------------------------------------------------------
 
 COMPARED = ("mdm", "joint", "levels-1", "finest", "cascade", "latent", "codes")
 """Variants that are measured along their training, and with all seeds."""
@@ -291,72 +279,65 @@ COMPARED = ("mdm", "joint", "levels-1", "finest", "cascade", "latent", "codes")
 
 def _variants(pictures: PictureSet) -> dict[str, RunConfig]:
     """Every variant by its name; that of the cascade is its upsampler."""
-    plain = base(pictures)
-    joint, some, most = (base(pictures, coarse=share) for share in (0.0, 0.25, 0.75))
-    weights = [*[0.0] * (len(joint.model.levels) - 1), 1.0]
     latents = ("latent", "codes") if pictures.name == "emoji" else ("latent",)
     return {
-        "mdm": plain,
-        "joint": joint,
-        "levels-1": _compared_with(pictures, "simple"),
-        "finest": changed(joint, {"process.level_weights": weights}),
-        "cascade": _compared_with(pictures, "upsampler", 0.5),
-        **{kind: _compared_with(pictures, kind) for kind in latents},
-        "coarse-0.25": some,
-        "coarse-0.75": most,
+        "mdm": _base(pictures),
+        "joint": _base(pictures, 0.0),
+        "levels-1": _baseline(pictures, "simple"),
+        "finest": _baseline(pictures, "finest"),
+        "cascade": _baseline(pictures, "upsampler", 0.5),
+        **{kind: _baseline(pictures, kind) for kind in latents},
+        **{f"coarse-{share}": _base(pictures, share) for share in (0.25, 0.75)},
         **{name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()},
-        **{name: change(plain) for name, change in CHOICES.items()},
-        "mixed": _mixed(plain, pictures),
+        **_choices(pictures),
     }
 
 
-def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
-    """Every trial, with a share of its compute; first one seed of everything, then the others."""
-    sets = [replace(each, flops=scale * each.flops, scale=scale) for each in SETS.values()]
-    rounds = range(max(pictures.seeds for pictures in sets))
-    return [trial for seed in rounds for each in sets for trial in _round(each, seed, samples)]
+def _runs(scale: float, samples: int) -> Iterator[Trial]:
+    """Every run; first one seed of everything, then the others."""
+    sets = [each._replace(flops=scale * each.flops) for each in SETS.values()]
+    variants = {each: _variants(each) for each in sets}
+    small = {each: _baseline(each, "base", 0.5) for each in sets}  # the cascades' first networks
+    for seed in range(max(each.seeds for each in sets)):
+        for each in sets:
+            codec = CODECS[f"{each.preset}-codec"]
+            codec = codec.model_copy(update={"images": round(scale * codec.images)})
+            for name, config in variants[each].items():
+                if seed < (each.seeds if name in COMPARED else each.ablation_seeds):
+                    yield Trial(
+                        f"{each.name}/{name}/{seed}",
+                        changed(config, train__seed=seed, name=f"{each.name}-{name}"),
+                        CURVE if name in COMPARED else (1.0,),
+                        changed(small[each], train__seed=seed) if name == "cascade" else None,
+                        codec if config.codec is not None else None,
+                        samples,
+                    )
 
 
-def _round(pictures: PictureSet, seed: int, samples: int) -> list[Trial]:
-    if seed >= pictures.seeds:
-        return []
-    seeded = {"train.seed": seed}
-    small = changed(_compared_with(pictures, "base", 0.5), seeded)
-    return [
-        Trial(
-            f"{pictures.name}/{name}/{seed}",
-            changed(config, {**seeded, "name": f"{pictures.name}-{name}"}),
-            CURVE if name in COMPARED else (1.0,),
-            base=small if name == "cascade" else None,
-            codec=pictures.codec if config.codec is not None else None,
-            samples=samples,
-        )
-        for name, config in _variants(pictures).items()
-        if name in COMPARED or seed < pictures.ablation_seeds
-    ]
-
-
+UNGUIDED = {"guidance": [1.0]}
 COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SOLVERS: dict[str, dict[str, Any]] = {
-    "ddpm-250": {"sampler": "ddpm", "steps": 250},
-    **{f"ddim-{steps}": {"sampler": "ddim", "steps": steps} for steps in (10, 25, 50)},
-    **{f"dpmpp-2m-{steps}": {"sampler": "dpmpp-2m", "steps": steps} for steps in (10, 25, 50)},
+SOLVERS = {
+    f"{name}-{steps}": {"sampler": name, "steps": steps, **UNGUIDED}
+    for name, counts in {"ddpm": (250,), "ddim": (10, 25, 50), "dpmpp-2m": (10, 25, 50)}.items()
+    for steps in counts
 }
 
 
-def all_drawings(scale: float = 1.0, samples: int = SAMPLES) -> list[Drawing]:
-    """Every drawing: solvers, noise between a cascade's networks, guidance (Fig. 8c)."""
-    unguided = {"guidance": [1.0]}
-    of_mdm = {name: {**how, **unguided} for name, how in SOLVERS.items()}
-    noised = {f"noise-{noise:g}": {"coarse_noise": noise, **unguided} for noise in COARSE_NOISES}
+def _settings(run: Trial) -> dict[str, dict[str, Any]]:
+    """Other sampling: solvers, noise between a cascade's networks, guidance (Fig. 8c)."""
+    pictures, variant, seed = run.name.split("/")
+    if variant == "cascade":
+        return {f"noise-{x:g}": {"coarse_noise": x, **UNGUIDED} for x in COARSE_NOISES}
+    if variant != "mdm":
+        return {}
     guided = {f"guidance-{weight:g}": {"guidance": [weight]} for weight in GUIDANCE}
-    found = []
-    for trial in all_trials(scale, samples):
-        _, variant, seed = trial.name.split("/")
-        settings = {"mdm": of_mdm, "cascade": noised}.get(variant, {})
-        if variant == "mdm" and int(seed) < trial.set.ablation_seeds:
-            settings = {**settings, **guided}
-        for name, how in settings.items():
-            found.append(Drawing(f"{trial.name}/{name}", how, trial, samples))
-    return found
+    return SOLVERS | guided if int(seed) < SETS[pictures].ablation_seeds else SOLVERS
+
+
+def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
+    """Every run, with a share of its compute, then the samples of each under other settings."""
+    runs = list(_runs(scale, samples))
+    other = [(run, name, how) for run in runs for name, how in _settings(run).items()]
+    sampled = [replace(run, name=f"{run.name}/{name}", settings=how) for run, name, how in other]
+    return [*runs, *sampled]
