@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -70,13 +72,10 @@ def test_how_much_is_drawn_as_stated():
     assert np.abs(np.corrcoef(amounts.T) - np.eye(4)).max() < 0.06
 
 
-def test_no_share_does_nothing_and_says_so():
-    for n in range(50):
-        assert draw_augmentation(3, n, 0.0) == Augmentation()
+def test_no_share_does_nothing():
+    assert all(draw_augmentation(3, n, 0.0) == Augmentation() for n in range(50))
     assert not Augmentation().numbers().any()
-    picture = toy()[0].picture
-    assert augmented(picture, Augmentation()) is not None
-    assert (augmented(picture, Augmentation()) == picture).all()
+    assert (augmented(toy()[0].picture, Augmentation()) == toy()[0].picture).all()
 
 
 # --- what is done ------------------------------------------------------------------------------
@@ -142,15 +141,15 @@ def test_a_batch_tells_what_was_done_to_each_of_its_pictures():
     assert batch.augment.shape == (300, AUGMENT_NUMBERS)
     untouched = (batch.augment == 0).all(1)
     assert 60 < int(untouched.sum()) < 140  # 0.8 ** 5 of 300 is 98
-    assert torch.equal(batch.picture[untouched], plain.picture[untouched])
     changed = (batch.picture != plain.picture).flatten(1).any(1)
     assert torch.equal(changed, ~untouched)
     for row in (~untouched).nonzero()[:20, 0].tolist():
         done = draw_augmentation(0, row, 0.2)
         assert batch.augment[row].tolist() == done.numbers().tolist()
-        before = to_uint8(plain.picture[row]).permute(1, 2, 0).contiguous().numpy()
-        after = to_uint8(batch.picture[row]).permute(1, 2, 0).contiguous().numpy()
-        assert (augmented(before, done) == after).all()
+        before, after = (
+            to_uint8(one.picture[row]).permute(1, 2, 0).numpy() for one in (plain, batch)
+        )
+        assert (augmented(np.ascontiguousarray(before), done) == after).all()
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_a_network_that_is_told_nothing_is_told_zeros_and_starts_as_one_without(
         assert not torch.allclose(turned[level][1], nothing[level][1], atol=1e-3)
 
 
-def test_a_grown_network_is_told_the_same():
+def test_a_grown_network_draws_the_same_and_learns_from_every_level():
     config = tiny_model()
     small = opened(NestedUNet(config.first(1)))
     large = grow(small, config).eval()
@@ -208,88 +207,66 @@ def test_a_grown_network_is_told_the_same():
     z, t, cond = inputs(config, torch.ones(2, 7))
     with torch.no_grad():
         assert torch.equal(large(z, t, cond)[0], small(z[:1], t, cond)[0])
-
-
-def test_its_weights_get_a_gradient_from_every_level():
-    net = opened(NestedUNet(tiny_model()))
+    net = opened(NestedUNet(config))
     for level in range(2):
         net.zero_grad()
-        net(*inputs(net.config, torch.ones(2, 7)))[level].square().sum().backward()
+        net(z, t, cond)[level].square().sum().backward()
         gradient = weight(net).grad
         assert gradient is not None
         assert gradient.abs().min() > 0
 
 
-def test_the_feed_passes_on_what_the_batch_tells_and_zeros_where_nothing_is_done():
+class Augmented(TinyPictures):
+    def batch(self, ids):
+        batch = super().batch(ids)
+        rows = [draw_augmentation(0, n, 0.5).numbers() for n in batch.ids.tolist()]
+        return replace(batch, augment=torch.tensor(np.stack(rows)))
+
+
+def test_the_feed_passes_the_augmentation_on_and_zeros_without_any():
     config = tiny_config().model_copy(update={"model": tiny_model()})
-
-    class Augmented(TinyPictures):
-        def batch(self, ids):
-            batch = super().batch(ids)
-            rows = torch.arange(len(ids) * 7.0).reshape(len(ids), 7)
-            return type(batch)(**{**vars(batch), "augment": rows})
-
     step = next(iter(steps(config.train, 0)))
-    told, zeros, absent = (
-        Feed(*given, encode)(step).cond.augment
-        for given in (
-            (config, Augmented()),
-            (config, TinyPictures()),
-            (tiny_config(), Augmented()),
-        )
-    )
-    assert told is not None
-    assert torch.equal(told, torch.arange(28.0).reshape(4, 7))
-    assert zeros is not None
-    assert not zeros.any()
-    assert absent is None
+    expected = Augmented().batch(range(4)).augment
+    for settings, loader, numbers in (
+        (config, Augmented(), expected),
+        (config, TinyPictures(), torch.zeros(4, 7)),
+        (tiny_config(), Augmented(), None),
+    ):
+        condition = Feed(settings, loader, encode)(step).cond.augment
+        if numbers is None:
+            assert condition is None
+        else:
+            assert torch.equal(condition, numbers)
 
 
-def test_a_run_with_augmentation_trains_and_its_samples_are_told_nothing(tmp_path, monkeypatch):
-    config = tiny_config()
-    data = config.model_dump(mode="json")
+def test_a_run_with_augmentation_trains_and_its_samples_show_none(tmp_path, monkeypatch):
+    data = tiny_config().model_dump(mode="json")
     data["model"]["augment"], data["data"]["augment"] = True, 0.5
-    config = from_dict(data)
-
-    class Augmented(TinyPictures):
-        def batch(self, ids):
-            batch = super().batch(ids)
-            rows = [draw_augmentation(0, n, 0.5).numbers() for n in batch.ids.tolist()]
-            return type(batch)(**{**vars(batch), "augment": torch.tensor(np.stack(rows))})
-
-    finished = train(config, Augmented(), tmp_path / "run", encode=encode)
+    finished = train(from_dict(data), Augmented(), tmp_path / "run", encode=encode)
     model = Matryoshka.load(finished, encoder=Words())
     assert weight(model.net).abs().min() > 0
-    told = []
-    whole = model.net.conditioner.forward
+    conditions, forward = [], model.net.conditioner.forward
     monkeypatch.setattr(
-        model.net.conditioner, "forward", lambda cond: told.append(cond) or whole(cond)
+        model.net.conditioner, "forward", lambda cond: conditions.append(cond) or forward(cond)
     )
     assert model.sample("red", steps=2).pictures.shape == (1, 16, 16, 3)
-    assert told
-    assert all(cond.augment is None for cond in told)
+    assert conditions
+    assert all(cond.augment is None for cond in conditions)
 
 
 # --- the config --------------------------------------------------------------------------------
 
 
-def test_augmentation_that_the_network_is_not_told_of_is_refused(tmp_path):
+def test_augmentation_that_the_network_does_not_receive_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.augment .* set model\.augment=true"):
         override(preset("folder-64"), ["data.augment=0.12"])
     config = override(preset("folder-64"), ["data.augment=0.12", "model.augment=true"])
     assert (config.data.augment, config.model.augment) == (0.12, True)
-    assert preset("folder-64").data.augment == 0.0
     with pytest.raises(ConfigError, match=r"data\.augment"):
         override(config, ["data.augment=1.2"])
-
-
-def test_a_model_that_was_trained_without_it_cannot_have_it(tmp_path):
-    train(tiny_config(), TinyPictures(), tmp_path / "run", encode=encode)
-    changes = ["data.augment=0.1"]
+    model = str(train(tiny_config(), TinyPictures(), tmp_path / "run", encode=encode))
     with pytest.raises(ConfigError, match=r"data\.augment .* or data\.augment=0"):
-        job.find_config(str(tmp_path / "run" / "model"), None, changes)
-    config = job.find_config(
-        str(tmp_path / "run" / "model"), None, [*changes, "model.augment=true"]
-    )
+        job.find_config(model, None, ["data.augment=0.1"])
+    config = job.find_config(model, None, ["data.augment=0.1", "model.augment=true"])
     with pytest.raises(ConfigError, match=r"train\.init: .* is not the beginning"):
         warm_start(config, tmp_path / "tuned")

@@ -12,7 +12,6 @@ from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data import decoded, image
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.image import read_picture
-from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.files import UnreadableError
 from picturing import COLOURS, noise, opened, reasons, save
 
@@ -39,15 +38,6 @@ def test_sub_folders_are_classes(tmp_path):
     save(tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"1 of 4 files.*stray\.png: it is not in a class"):
         opened(tmp_path)
-
-
-def test_pictures_alone_are_unconditional(tmp_path):
-    save(tmp_path / "b.png")
-    save(tmp_path / "A.PNG")
-    (tmp_path / "notes.txt").write_text("no sidecar")
-    source = opened(tmp_path)
-    assert source.keys == ["A.PNG", "b.png"]
-    assert (source.classes, source[0].label, source[0].captions) == ((), None, ())
 
 
 def test_text_files_are_captions_and_win_over_classes(tmp_path):
@@ -196,20 +186,6 @@ def test_files_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     opened(tmp_path, 0.5, side=8)
     assert len(seen) == 9
     assert (first[0].picture == COLOURS[0]).all()  # what is open stays as it was
-
-
-def test_a_folder_larger_than_the_cache_decodes_only_what_a_batch_asks_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoded, "CACHED_PICTURES", 9)
-    for n in range(10):
-        save(tmp_path / f"{n}.png", noise(20, seed=n))
-    seen = []
-    monkeypatch.setattr(
-        decoded, "read_picture", lambda path, *o: seen.append(path.name) or read_picture(path, *o)
-    )
-    loader = Loader(opened(tmp_path), 0)
-    assert seen == []
-    batch = loader.batch(range(3))
-    assert sorted(seen) == sorted(batch.keys)
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])

@@ -16,7 +16,6 @@ from PIL import Image, ImageFile, PngImagePlugin
 from matryoshka_diffusion.data.augment import cut_square
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
-from matryoshka_diffusion.files import UnreadableError
 from picturing import COLOURS, SIDE, chunk, noise, png_bytes, save
 
 RED, WHITE = COLOURS[0], (255, 255, 255)
@@ -51,18 +50,19 @@ def test_a_centre_crop_resizes_the_middle_square_alone(tmp_path, shape):
 
 @pytest.mark.parametrize(
     ("shape", "kept"),
-    [((61, 37), (26, 16)), ((37, 61), (16, 26)), ((50, 50), (16, 16)), ((32, 960), (16, 64))],
+    [
+        ((61, 37), (26, 16)),
+        ((37, 61), (16, 26)),
+        ((50, 50), (16, 16)),
+        ((SIDE, 10 * SIDE), (16, 64)),
+    ],
 )
 def test_for_a_random_crop_the_longer_side_stays_up_to_a_bound(tmp_path, shape, kept):
     read = read_picture(save(tmp_path / "a.png", noise(*shape)), SIDE, "random")
     assert read.pixels.shape == (*kept, 3)
     assert read.original_side == min(shape)
-
-
-def test_of_a_panorama_the_middle_stays(tmp_path):
-    pixels = noise(SIDE, 10 * SIDE)
-    read = read_picture(save(tmp_path / "a.png", pixels), SIDE, "random")
-    assert (read.pixels == pixels[:, 3 * SIDE : 7 * SIDE]).all()
+    if shape == (SIDE, 10 * SIDE):
+        assert (read.pixels == noise(*shape)[:, 3 * SIDE : 7 * SIDE]).all()
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=2), st.floats(0, 1, exclude_max=True))
@@ -112,13 +112,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert middle(tmp_path / "rgb.png") == RED
 
 
-def test_cmyk_becomes_rgb(tmp_path):
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
-    red, green, blue = middle(tmp_path / "a.jpg")
-    assert red > 240
-    assert max(green, blue) < 15
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "half"])
 def test_what_is_transparent_is_white(tmp_path, mode):
     clear = Image.new("RGBA", (16, 16), (10, 10, 10, 128 if mode == "half" else 0))
@@ -129,13 +122,6 @@ def test_what_is_transparent_is_white(tmp_path, mode):
     (clear if mode == "half" else clear.convert(mode)).save(tmp_path / "a.png", **options)
     expected = 132 if mode == "half" else 255
     assert max(abs(value - expected) for value in middle(tmp_path / "a.png")) <= (mode == "half")
-
-
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_is_taken(tmp_path, form):
-    later = [Image.new("RGB", (20, 24), WHITE)]
-    options = {"save_all": True, "append_images": later, "lossless": True}
-    assert middle(save(tmp_path / "a.png", format=form, **options)) == RED
 
 
 # --- bounds and damage -------------------------------------------------------------------------
@@ -168,12 +154,6 @@ def test_huge_pictures_are_refused_from_the_header(tmp_path, monkeypatch, size):
             read_picture(path, 16)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 100), (100, 7)])
-def test_tiny_pictures_are_refused(tmp_path, shape):
-    with pytest.raises(PictureError, match="too small"):
-        read_picture(save(tmp_path / "a.png", noise(*shape)), 16)
-
-
 def test_many_texts_do_not_fill_the_memory(tmp_path):
     texts = chunk(b"tEXt", b"k\0" + bytes(2**20 - 2)) * 70
     (tmp_path / "a.png").write_bytes(png_bytes(16, 16, bytes(16 * 49), extra=texts))
@@ -201,11 +181,6 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, form):
     else:
         (tmp_path / "a.png").touch()
     with pytest.raises(PictureError, match="not PNG, JPEG or WEBP" if form else "empty"):
-        read_picture(tmp_path / "a.png", 16)
-
-
-def test_a_file_that_is_gone_cannot_be_read(tmp_path):
-    with pytest.raises(UnreadableError, match=rf"{tmp_path}/a\.png"):
         read_picture(tmp_path / "a.png", 16)
 
 

@@ -210,8 +210,3 @@ def test_several_processes_of_a_run_can_put_their_findings_together():
     ours.restore(theirs.state())
     assert [file.path for file in ours.bad] == ["a", "b", "c"]
     assert ours.state() == [["b", "broken", 7], ["c", "broken", 7]]
-
-
-def test_names_that_are_no_unicode_can_be_listed(tmp_path):
-    Quarantine("set", [BadFile("caf\udce9.png", "broken")]).write(tmp_path / "bad.jsonl")
-    assert listed(tmp_path)[0].startswith("caf")

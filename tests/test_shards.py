@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data import decoded, shards, tar
 from matryoshka_diffusion.data.check import describe
-from matryoshka_diffusion.data.image import PICTURES, read_picture
+from matryoshka_diffusion.data.image import PICTURES
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import MissingExtra, UnreadableError
-from picturing import COLOURS, Parts, encode, noise, reasons, save, write_tar
+from picturing import COLOURS, Parts, encode, reasons, write_tar
 from picturing import opened as opened_kind
+
+STANDS_IN = "stands in for it"
 
 
 def opened(path: Path | str, share: float = 0.0, **options) -> Source:
@@ -33,14 +34,11 @@ def opened(path: Path | str, share: float = 0.0, **options) -> Source:
 
 def captioned(count: int, first: int = 0) -> Parts:
     """Pictures of one colour each, with captions."""
-    return [
-        part
-        for n in range(first, first + count)
-        for part in (
-            (f"{n:05}.png", encode(COLOURS[n % 6])),
-            (f"{n:05}.txt", f"picture {n}".encode()),
-        )
-    ]
+    parts: Parts = []
+    for n in range(first, first + count):
+        parts.append((f"{n:05}.png", encode(COLOURS[n % 6])))
+        parts.append((f"{n:05}.txt", f"picture {n}".encode()))
+    return parts
 
 
 def keys(count: int, *without: int) -> list[str]:
@@ -87,35 +85,19 @@ def test_samples_come_in_order_with_captions_and_sides(tmp_path):
     assert (source.side, source.channels, source.classes, source.bad) == (16, 3, (), ())
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_pictures_are_those_of_a_folder(tmp_path, monkeypatch, large):
-    path = save(tmp_path / "a.jpg", noise(31, 50), quality=90)
-    shard = write_tar(tmp_path / "s.tar", [("a.jpg", path.read_bytes())])
-    if large:
-        monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
-    source = opened(shard)
-    assert (source.threads > 1) == large
-    assert (source[0].picture == read_picture(path, 16).pixels).all()
-    assert source[0].original_side == 31
-
-
 def test_several_shards_are_one_set_and_the_order_is_the_loader_s(tmp_path, on_demand):
     for n in range(3):
         write_tar(tmp_path / "d" / f"{n:03}.tar", captioned(4, 4 * n))
     source = opened(f"{tmp_path}/d/{{000..002}}.tar")
     assert source.keys == [f"{n // 4:03}.tar:{n:05}" for n in range(12)]
-    assert source[-1].key == "002.tar:00011"
     with pytest.raises(IndexError):
         source[12]
     whole = Loader(source, seed=1).batch(range(24))
-    part = Loader(source, seed=1).batch(range(6, 12))
-    assert part.keys == whole.keys[6:12]
     assert sorted(whole.keys[:12]) == sorted(whole.keys[12:]) == source.keys
     for key, caption, picture in zip(whole.keys, whole.captions, whole.picture, strict=True):
         n = int(key.split(":")[1])
-        assert caption == f"picture {n}"
         colour = ((picture[:, 0, 0] + 1) * 127.5).round().int().tolist()
-        assert tuple(colour) == COLOURS[n % 6]
+        assert (caption, tuple(colour)) == (f"picture {n}", COLOURS[n % 6])
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -125,10 +107,10 @@ def test_long_names_and_folders_are_read(tmp_path, form):
         folder = tarfile.TarInfo("data")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        for member, data in ((f"{name}.png", encode()), ("b/a.png", encode())):
+        for member in (f"{name}.png", "b/a.png"):
             info = tarfile.TarInfo(member)
-            info.size, info.mtime = len(data), 0.5  # which makes a PAX header
-            archive.addfile(info, io.BytesIO(data))
+            info.size, info.mtime = len(encode()), 0.5  # which makes a PAX header
+            archive.addfile(info, io.BytesIO(encode()))
     source = opened(path)
     assert (source.keys, source.bad) == ([f"s.tar:{name}", "s.tar:b/a"], ())
 
@@ -145,15 +127,12 @@ def test_patterns_count_with_zeros_in_several_places(tmp_path):
     both = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     assert shards.expand(f"{tmp_path}/*.tar", ".tar") == both
     assert shards.expand(str(tmp_path), ".tar") == both
+    for pattern in ("{5..1}.tar", "{0..99999999}.tar", "{0..9999}{0..9999}.tar"):
+        with pytest.raises(ValueError, match="too many names"):
+            shards.expand(pattern, ".tar")
 
 
-@pytest.mark.parametrize("pattern", ["{5..1}.tar", "{0..99999999}.tar", "{0..9999}{0..9999}.tar"])
-def test_ranges_that_are_slips_are_refused(pattern):
-    with pytest.raises(ValueError, match="is no range, or gives too many names"):
-        shards.expand(pattern, ".tar")
-
-
-def test_missing_and_compressed_shards_are_errors(tmp_path):
+def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp_path):
     write_tar(tmp_path / "0.tar", captioned(1))
     write_tar(tmp_path / "none.tar", [])
     for name, error, reason in (
@@ -164,9 +143,6 @@ def test_missing_and_compressed_shards_are_errors(tmp_path):
     ):
         with pytest.raises(error, match=reason):
             opened(f"{tmp_path}/{name}", 1.0)
-
-
-def test_shards_of_the_same_name_are_told_apart(tmp_path):
     for folder in ("a", "b"):
         write_tar(tmp_path / folder / "0.tar", captioned(1))
     source = opened(f"{tmp_path}/*/0.tar")
@@ -187,7 +163,7 @@ def test_the_index_is_made_once_until_the_shard_changes(s, monkeypatch):
     assert len(scanned) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"[4, 1, null]", b"null"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[4, 1, null]", b"null"])
 def test_a_damaged_index_is_made_again(s, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     opened(s)
@@ -199,7 +175,7 @@ def test_a_damaged_index_is_made_again(s, tmp_path, monkeypatch, damage):
 
 
 def test_indexing_reads_headers_and_not_pictures(tmp_path):
-    size = 10 * 2**20
+    size = 2**20
     path = write_tar(tmp_path / "s.tar", [(f"{n}.png", bytes(size)) for n in range(4)])
 
     class Counting(io.FileIO):
@@ -263,8 +239,7 @@ def test_a_damaged_header_costs_one_sample_and_not_the_rest(s):
     source = opened(s, 0.9)
     assert source.keys == keys(6, 1, 3)
     found = reasons(source)
-    for part in (2, 6):
-        header = starts[part] - 512
+    for header in (starts[2] - 512, starts[6] - 512):
         assert "no tar header" in found[f"s.tar:byte {header}"]
         assert f"at byte {header:,}" in found[f"s.tar:byte {header}"]
     assert found["s.tar:00001"].startswith("it has no PNG, JPEG or WEBP picture (at byte")
@@ -288,53 +263,47 @@ def test_odd_pictures_are_converted_or_refused(tmp_path):
     assert source.keys == ["s.tar:a-cmyk", "s.tar:b-deep", "s.tar:c-moving"]
     middles = [source[n].picture[8, 8].astype(int) for n in range(3)]
     assert np.abs(middles[0] - (255, 0, 0)).max() < 16
-    assert middles[1].tolist() == [100] * 3
-    assert middles[2].tolist() == list(COLOURS[0])
+    assert [middle.tolist() for middle in middles[1:]] == [[100] * 3, list(COLOURS[0])]
     found = reasons(source)
+    assert list(found) == [f"s.tar:{name}" for name in ("d-tiny", "e-empty", "f-gif", "g-gif")]
     assert "too small: 1x1" in found["s.tar:d-tiny"]
     assert "its picture is empty" in found["s.tar:e-empty"]
-    assert "f-gif" in "".join(found)
     assert "not PNG, JPEG or WEBP" in found["s.tar:g-gif"]
 
 
 def test_bad_text_beside_pictures_is_attributed(tmp_path):
     texts: dict[str, tuple[str, bytes, str]] = {
         "good": (".txt", b"a cat", ""),
-        "latin": (".txt", b"caf\xe9", "its caption is not UTF-8"),
+        "latin": (".txt", b"caf\xe9", "not UTF-8"),
         "blank": (".txt", b" \n", "its caption is empty"),
         "long": (".txt", b"x" * 70_000, ".txt is longer than 65,536 bytes"),
-        "none": (".npy", b"", "it has no caption, although others have one"),
-        "json": (".json", b'{"caption": "caf\xe9"}', "its .json is damaged or not UTF-8"),
+        "none": (".npy", b"", "it has no caption"),
+        "json": (".json", b'{"caption": "caf\xe9"}', "not UTF-8"),
         "list": (".json", b"[1]", "its .json is no object with names"),
-        "twice": (".jpg", encode(), "it has more than one picture"),
+        "twice": (".jpg", encode(), "more than one picture"),
     }
-    parts = [
-        part
-        for name, (suffix, data, _) in texts.items()
-        for part in ((f"{name}.png", encode()), (f"{name}{suffix}", data))
-    ]
+    parts: Parts = []
+    for name, (suffix, data, _) in texts.items():
+        parts += [(f"{name}.png", encode()), (f"{name}{suffix}", data)]
     source = opened(write_tar(tmp_path / "s.tar", parts), 0.9)
     assert source.keys == ["s.tar:good"]
     found = reasons(source)
     assert found.keys() == {f"s.tar:{name}" for name in texts if name != "good"}
     for path, reason in found.items():
-        assert reason.startswith(texts[path.removeprefix("s.tar:")][2])
+        assert texts[path.removeprefix("s.tar:")][2] in reason
         assert re.search(r"\(at byte [\d,]+\)$", reason)
 
 
 def test_classes_are_numbers_and_bad_ones_are_attributed(tmp_path):
     labels = {"a": b"2\n", "b": b"-1", "c": b"cat", "d": b"9999999", "e": b"1" * 99, "f": None}
-    parts = [
-        part
-        for name, label in labels.items()
-        for part in [(f"{name}.png", encode()), *([(f"{name}.cls", label)] if label else [])]
-    ]
+    parts: Parts = []
+    for name, label in labels.items():
+        parts += [(f"{name}.png", encode()), *([(f"{name}.cls", label)] if label else [])]
     source = opened(write_tar(tmp_path / "s.tar", parts), 0.9)
     assert (source.keys, source.classes) == (["s.tar:a"], ("0", "1", "2"))
     assert (source[0].label, source.captions) == (2, None)
     found = reasons(source)
     assert found.keys() == {f"s.tar:{name}" for name in "bcdef"}
-    assert "no whole number" in found["s.tar:b"]
     assert "9999999 is not one of 100,000 (at byte " in found["s.tar:d"]
     assert "it has no class, although others have one (at byte " in found["s.tar:f"]
 
@@ -348,8 +317,7 @@ def test_keys_that_come_twice_or_lie_apart_are_attributed(tmp_path):
         *[("d.png", png), ("d.txt", b"one"), ("d.txt", b"two")],
     ]
     source = opened(write_tar(tmp_path / "s.tar", parts), 0.9)
-    assert source.keys == ["s.tar:a"]
-    assert source.captions == [("first",)]
+    assert (source.keys, source.captions) == (["s.tar:a"], [("first",)])
     found = [(file.path.split(":")[1], file.reason) for file in source.bad]
     assert sorted(key for key, _ in found) == ["a", "b", "b", "c", "c", "d"]
     assert sum("its key was used before" in reason for _, reason in found) == 3
@@ -381,29 +349,28 @@ def test_a_bad_picture_is_replaced_by_the_next_good_one_in_any_order(tmp_path, o
     expected = [f"s.tar:{n:05}" for n in (0, 1, 4, 4, 4, 5, 6, 0)]
     for order in (range(8), range(7, -1, -1)):
         source = opened(path, 0.5)
-        with pytest.warns(UserWarning, match="stands in for it") as seen:
+        with pytest.warns(UserWarning, match=STANDS_IN) as seen:
             found = {n: source[n].key for n in order}
         assert [found[n] for n in range(8)] == expected
         assert len(seen) == len(source.bad) == 3
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # said once, and it is not read again
             assert [example.key for example in source.many(range(8))] == expected
-    with pytest.warns(UserWarning, match="stands in for it"):
-        assert [example.key for example in opened(path, 0.5).many(range(8))] == expected
 
 
 def test_too_many_bad_pictures_end_the_run(tmp_path, on_demand):
     source = opened(with_broken(tmp_path, {2, 3, 7}), 0.25)
-    with pytest.warns(UserWarning, match="stands in for it"):
+    with pytest.warns(UserWarning, match=STANDS_IN):
         assert source[2].key == "s.tar:00004"
     assert "bad files 2" in describe(source.part(range(7)))
-    warned = pytest.warns(UserWarning, match="stands in for it")
-    with warned, pytest.raises(ValueError, match=r"3 of 8 files cannot be used.*0\.25"):
-        source[7]
-    source = opened(with_broken(tmp_path, set(range(4)), 4), 1.0)
-    warned = pytest.warns(UserWarning, match="stands in for it")
-    with warned, pytest.raises(ValueError, match="4 of 4 files cannot be used"):
-        source[0]
+    everything_bad = opened(with_broken(tmp_path, set(range(4)), 4), 1.0)
+    for bad, row, reason in (
+        (source, 7, r"3 of 8 files cannot be used.*0\.25"),
+        (everything_bad, 0, "4 of 4 files cannot be used"),
+    ):
+        warned = pytest.warns(UserWarning, match=STANDS_IN)
+        with warned, pytest.raises(ValueError, match=reason):
+            bad[row]
 
 
 def test_a_shard_that_cannot_be_read_is_named_and_one_that_shrinks_is_bad(s, monkeypatch):
@@ -426,33 +393,26 @@ def test_a_shard_that_cannot_be_read_is_named_and_one_that_shrinks_is_bad(s, mon
 # --- hostile archives --------------------------------------------------------------------------
 
 
-def everything_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"name": b"../x.png"}, "its name leads outside"),
-        ({"name": b"a/../../x.png"}, "its name leads outside"),
-        ({"name": b"..\\x.png"}, "its name leads outside"),
-        ({"name": b"/tmp/x.png"}, "its name leads outside"),
-        ({"name": b"C:\\x.png"}, "its name leads outside"),
+        ({"name": b"a/../../x.png"}, "leads outside"),
+        ({"name": b"..\\x.png"}, "leads outside"),
+        ({"name": b"/tmp/x.png"}, "leads outside"),
+        ({"name": b"C:\\x.png"}, "leads outside"),
         ({"type": b"1"}, "it is a link"),
-        ({"type": b"2"}, "it is a link"),
         ({"type": b"2", "size": b"77777777777"}, "it is a link"),
         ({"type": b"3"}, "it is a device"),
-        ({"type": b"4"}, "it is a device"),
         ({"type": b"6"}, "it is a pipe"),
         ({"type": b"S"}, "it is a sparse file"),
-        ({"type": b"Z"}, "it is of the unknown tar type b'Z'"),
+        ({"type": b"Z"}, "unknown tar type b'Z'"),
         ({"size": b"\x80" + bytes(3) + (2**60).to_bytes(8, "big")}, "it claims 1,152,921,504"),
         ({"size": b"77777777777"}, "cut off: it claims 8,589,934,591"),
         ({"type": b"L", "size": b"77777777777"}, "its name or PAX header claims"),
         ({"type": b"x", "size": b"00000777777"}, "its name or PAX header claims 262,143 bytes"),
-        ({"size": b"-1"}, "damaged: no tar header"),
-        ({"size": b"\xff" * 12}, "damaged: no tar header"),
-        ({"size": b"12_7"}, "damaged: no tar header"),
+        ({"size": b"-1"}, "no tar header"),
+        ({"size": b"\xff" * 12}, "no tar header"),
+        ({"size": b"12_7"}, "no tar header"),
     ],
 )
 def test_hostile_members_are_refused_and_the_rest_is_read(s, tmp_path, changes, reason):
@@ -464,13 +424,13 @@ def test_hostile_members_are_refused_and_the_rest_is_read(s, tmp_path, changes, 
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     s.write_bytes(bytes(block) + s.read_bytes())
-    before = everything_below(tmp_path)
+    before = set(tmp_path.rglob("*"))
     source = opened(s, 0.5)
     assert source.keys == keys(6)
     (bad,) = source.bad
     assert reason in bad.reason
     assert bad.offset == 0
-    assert everything_below(tmp_path) == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_hostile_name_in_an_extension_is_judged(tmp_path):
@@ -483,10 +443,9 @@ def test_a_hostile_name_in_an_extension_is_judged(tmp_path):
 
 
 def test_pax_headers_may_claim_what_they_like(tmp_path):
-    for number, (key, value) in enumerate(
-        [("size", str(2**60)), ("GNU.sparse.realsize", "1"), ("GNU.sparse.map", "0,1")]
-    ):
-        path = tmp_path / f"{number}.tar"
+    claims = {"size": str(2**60), "GNU.sparse.realsize": "1", "GNU.sparse.map": "0,1"}
+    for key, value in claims.items():
+        path = tmp_path / f"{key}.tar"
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as out:
             for name, data in [("odd.png", encode()), *captioned(3)]:
                 info = tarfile.TarInfo(name)
@@ -495,18 +454,9 @@ def test_pax_headers_may_claim_what_they_like(tmp_path):
                 out.addfile(info, io.BytesIO(data))
         source = opened(path, 0.5)
         assert len(source) == 3
-        assert list(reasons(source)) == [f"{number}.tar:odd"]
+        assert list(reasons(source)) == [f"{key}.tar:odd"]
         assert ("cut off" if key == "size" else "a sparse file") in source.bad[0].reason
-    for data in (
-        b"",
-        b"9",
-        b"9 x",
-        b"99999 a=b\n",
-        b"0 =\n",
-        b"-5 a=b\n",
-        b"6 a=b\n7 xx\n",
-        b" =\n",
-    ):
+    for data in (b"", b"9", b"9 x", b"99999 a=b\n", b"0 =\n", b"-5 a=b\n", b"6 a=b\n7 xx\n"):
         assert tar._pax(data) == {}
 
 
@@ -514,7 +464,7 @@ def test_random_damage_never_raises_anything_but_our_errors(tmp_path):
     path = write_tar(tmp_path / "s.tar", captioned(3), tarfile.PAX_FORMAT)
     whole = path.read_bytes()
     random = np.random.default_rng(0)
-    for number in range(150):
+    for number in range(100):
         damaged = bytearray(whole[: random.integers(len(whole))])
         for position in random.integers(0, max(len(damaged), 1), 5 * bool(damaged)):
             damaged[position] = random.integers(256)
@@ -584,16 +534,3 @@ def test_what_fails_elsewhere_names_the_address(elsewhere, monkeypatch, on_deman
     with pytest.raises(UnreadableError, match=r"memory://bucket/0\.tar: 503"):
         source[0]
     assert source.bad == ()
-
-
-def test_data_check_reports_on_shards_and_draws_a_sheet(tmp_path, capsys):
-    path = str(with_broken(tmp_path, {5}))
-    check = ["data", "check", path, "--sheet", str(tmp_path / "sheet.png")]
-    assert cli.main([*check, "--set", "data.max_bad_fraction=0.125"]) == 0
-    shown = capsys.readouterr().out
-    for part in ("shards", "picture 2", "bad files 1", "s.tar:00005: not PNG", "at byte"):
-        assert part in shown
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert min(sheet.size) > 96
-    assert cli.main(check) == 1
-    assert "1 of 8 files are bad" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +11,10 @@ import pytest
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded, fashion_mnist
-from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.check import contact_sheet, describe
-from matryoshka_diffusion.data.source import Source, absolute, kind_of, open_source, read_all
+from matryoshka_diffusion.data.source import Source, absolute, kind_of, open_source
 from matryoshka_diffusion.runs import prepare as job
-from picturing import COLOURS, noise, opened, save, toy, write_tar
-
-
-@pytest.mark.parametrize(("frames", "sizes"), [((), [64, 64, 2]), ((30,), [2] * 65)])
-def test_all_is_read_64_pictures_or_frames_at_a_time(frames, sizes, monkeypatch):
-    source = replace(toy(130), frames=frames[0] if frames else None)
-    read, many = [], Source.many
-    monkeypatch.setattr(
-        Source, "many", lambda self, rows: read.append(len(rows)) or many(self, rows)
-    )
-    assert [example.key for example in read_all(source, range(130))] == source.keys
-    assert read == sizes
-
+from picturing import COLOURS, noise, opened, save, write_tar
 
 # --- OpenMoji ----------------------------------------------------------------------------------
 
@@ -212,16 +198,6 @@ def test_describe_says_what_there_is(tmp_path):
         "dog/e.png: not PNG, JPEG or WEBP",
     ):
         assert part in text
-
-
-def test_describe_keeps_long_lists_short():
-    source = toy(60, captions=[(f"caption {n}",) for n in range(60)])
-    bad = [BadFile(f"{n}.png", "broken") for n in range(25)]
-    classes = tuple(f"class {n}" for n in range(30))
-    text = describe(replace(source, classes=classes, quarantine=Quarantine("", bad)))
-    assert "and 10 more" in text
-    assert "and 5 more" in text
-    assert '60 (60 distinct), such as "caption 0", "caption 1"' in text
 
 
 def test_a_contact_sheet_shows_pictures_spread_over_the_set(tmp_path):

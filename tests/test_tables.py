@@ -76,9 +76,7 @@ def test_several_files_are_one_set(tmp_path):
         source = parquet(pattern)
         assert source.keys == [f"{n}.parquet:{row}" for n in range(3) for row in range(2)]
         assert colours(source) == [0, 0, 1, 1, 2, 2]
-    config = job.find_config("folder-64", str(tmp_path / "d"), [])
-    assert config.data.source == "parquet"
-    assert open_source(config.data, 16).captions == [(f"of {n // 2}",) for n in range(6)]
+    assert source.captions == [(f"of {n // 2}",) for n in range(6)]
 
 
 def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
@@ -238,12 +236,3 @@ def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(
     assert colours(source) == [2]
     assert [file.path for file in source.bad] == [f"somebody/something:{n}" for n in (1, 2, 3)]
     assert str(paths[1]) in source.bad[0].reason
-
-
-def test_places_and_splits_are_told_apart(tmp_path):
-    assert tables.split_of("somebody/something") == ("somebody/something", "")
-    assert tables.split_of("somebody/something@test") == ("somebody/something", "test")
-    assert tables.split_of("/a@b/c") == ("/a@b/c", "")
-    (tmp_path / "x@y").mkdir()
-    assert tables.split_of(f"{tmp_path}/x@y") == (f"{tmp_path}/x@y", "")
-    assert tables.split_of(f"{tmp_path}/x@y@test") == (f"{tmp_path}/x@y", "test")

@@ -155,16 +155,6 @@ def test_frames_that_are_never_shown_do_not_count(videos):
     assert shown(data, 0.999) == [16, 18, 21, 23]
 
 
-def test_only_what_is_needed_is_decoded(videos, monkeypatch):
-    made = []
-    whole = module._image
-    monkeypatch.setattr(module, "_image", lambda *x: made.append(1) or whole(*x))
-    shown(videos["mp4"])
-    assert len(made) == 4
-    decoder(None)(videos["mp4"], "key", 0.5)
-    assert len(made) == 5
-
-
 # --- time --------------------------------------------------------------------------------------
 
 
@@ -188,8 +178,9 @@ def test_videos_are_brought_to_a_rate(videos, suffix):
     assert shown(videos[suffix], stride=1, fps=8.0) == [0, 3, 6, 9]  # of 24 a second
     assert shown(videos[suffix], 0.999, stride=1, fps=8.0) == [12, 15, 18, 21]
     assert shown(videos[suffix], stride=1, fps=48.0) == [0, 0, 1, 1]
-    with pytest.raises(PictureError, match=r"it has 4 frames at 4 a second, a clip needs 7$"):
-        shown(videos[suffix], fps=4.0)
+    for fps, reason in ((4.0, "it has 4 frames at 4 a second, a clip needs 7"), (1e9, "more than")):
+        with pytest.raises(PictureError, match=reason):
+            shown(videos[suffix], fps=fps)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -210,16 +201,6 @@ def test_animations_last_as_long_as_their_frames_say(tmp_path, suffix):
     assert shown(path, stride=2, fps=10.0) == [0, 1, 2, 3]
     with open_video(animate(tmp_path / f"b.{suffix}", steps(3), 0)) as video:
         assert video.times().end == pytest.approx(0.3)  # as browsers show frames of no time
-
-
-def test_without_time_stamps_frames_are_counted_at_the_stated_rate(videos):
-    with open_video(videos["avi"]) as video:
-        assert isinstance(video, Container)
-        video._stamps = None
-        assert video.times().end == pytest.approx(1.0)
-        video._rate = None
-        with pytest.raises(PictureError, match="how many frames a second"):
-            video.times()
 
 
 # --- pixels ------------------------------------------------------------------------------------
@@ -256,7 +237,7 @@ def test_a_camera_held_upright_gives_upright_frames(tmp_path):
 
 def test_pixels_that_are_not_square_become_square_and_grey_ones_stay_grey(tmp_path):
     grey = film(tmp_path / "a.mkv", steps(8), pixels="gray")
-    assert numbers(decoder()(grey, "key", 0.0).pixels) == [0, 2, 4, 6]
+    assert shown(grey) == [0, 2, 4, 6]
     path = film(tmp_path / "b.mkv", noise(7, (32, 32)), codec="mpeg4", options={"aspect": "2:1"})
     with open_video(path) as video:
         _, image = next(video.frames([0]))
@@ -297,21 +278,6 @@ def test_everything_is_bounded(videos, suffix, monkeypatch):
     assert shown(path) == [0, 2, 4, 6]
 
 
-def test_time_in_which_nothing_is_decoded_does_not_count(monkeypatch):
-    monkeypatch.setattr(module, "MAX_SECONDS", -1.0)
-    with pytest.raises(PictureError, match="takes longer than"):
-        shown(b"\0\0\0\x08free" * 9)  # boxes without an end
-    monkeypatch.setattr(module, "MAX_SECONDS", 0.02)
-    deadline = Deadline()
-    time.sleep(0.04)
-    deadline.check()
-    begun = time.thread_time()
-    while time.thread_time() < begun + 0.03:
-        pass
-    with pytest.raises(PictureError, match="takes longer than"):
-        deadline.check()
-
-
 def test_packets_without_a_frame_take_their_time_too(videos):
     class Patient(Deadline):
         left = 40
@@ -327,29 +293,27 @@ def test_packets_without_a_frame_take_their_time_too(videos):
         list(video.frames([2]))
 
 
-def test_a_rate_beyond_reason_is_refused(videos):
-    with pytest.raises(PictureError, match="more than 100,000 frames"):
-        shown(videos["mp4"], fps=1e9)
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_is_too_short_says_by_how_much(videos, tmp_path, suffix):
+def test_what_is_too_short_or_cut_off_says_so(videos, suffix):
     with pytest.raises(PictureError, match=r"^it has 24 frames, a clip needs 61$"):
         shown(videos[suffix], count=16, stride=4)
-    if suffix in ("webp", "gif"):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
-        with pytest.raises(PictureError, match=r"^it has 1 frame, a clip needs 7$"):
-            shown(tmp_path / f"a.{suffix}")
+    data = videos[suffix].read_bytes()
+    if suffix not in ("webm", "mkv"):  # which have no stated length
+        with pytest.raises(PictureError, match="truncated"):
+            shown(data[: len(data) * 2 // 3], 0.999)
+
+
+def test_time_in_which_nothing_is_decoded_does_not_count(monkeypatch):
+    monkeypatch.setattr(module, "MAX_SECONDS", -1.0)
+    with pytest.raises(PictureError, match="takes longer than"):
+        shown(b"\0\0\0\x08free" * 9)  # boxes without an end
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.02)
+    deadline = Deadline()
+    time.sleep(0.04)
+    deadline.check()
 
 
 # --- what is no video --------------------------------------------------------------------------
-
-
-def test_a_file_is_what_it_holds_and_not_what_it_is_called(videos, tmp_path):
-    for suffix, path in videos.items():
-        other = tmp_path / f"{suffix}.{'avi' if suffix == 'mp4' else 'mp4'}"
-        other.write_bytes(path.read_bytes())
-        assert shown(other) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +323,6 @@ def test_a_file_is_what_it_holds_and_not_what_it_is_called(videos, tmp_path):
         b"ffconcat version 1.0\nfile /etc/hostname\n",
         b"\x89PNG\r\n\x1a\n" + bytes(60),
         b"RIFF\x10\0\0\0WAVE" + bytes(40),
-        b"FLV\x01\x05\0\0\0\t" + bytes(40),
         b"moov",
         b"",
     ],
@@ -368,6 +331,28 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, data):
     (tmp_path / "a.mp4").write_bytes(data)
     with pytest.raises(PictureError, match="not MP4, WEBM, AVI" if data else "it is empty"):
         shown(tmp_path / "a.mp4")
+
+
+def test_sound_alone_and_unknown_codecs_are_named(videos, tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    unknown = videos["mp4"].read_bytes().replace(b"avc1", b"zzzz")
+    for file, reason in ((tmp_path / "a.mkv", "only sound"), (unknown, "codec is not known")):
+        with pytest.raises(PictureError, match=reason):
+            shown(file)
+
+
+def test_without_pyav_the_extra_is_named(videos, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ImportError, match=r"av.*pip install .*\[video\]"):
+        shown(videos["mp4"])
+    assert shown(videos["webp"]) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -387,33 +372,6 @@ def test_trouble_of_the_system_is_no_verdict_on_a_file(videos, suffix, monkeypat
     code = errno.EINVAL
     with pytest.raises(PictureError, match="corrupt or truncated"):
         shown(videos[suffix])
-
-
-def test_sound_alone_is_no_video(tmp_path):
-    import av
-
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    with pytest.raises(PictureError, match="only sound or text"):
-        shown(tmp_path / "a.mkv")
-
-
-def test_a_codec_that_nobody_knows_is_named_as_the_reason(videos):
-    data = videos["mp4"].read_bytes()
-    assert data.count(b"avc1") > 0
-    with pytest.raises(PictureError, match="its codec is not known"):
-        shown(data.replace(b"avc1", b"zzzz"))
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "mov", "avi", "webp", "gif"])
-def test_a_file_that_was_cut_off_says_so(moving, videos, suffix, tmp_path):
-    data = videos[suffix].read_bytes()
-    with pytest.raises(PictureError, match="truncated"):
-        shown(data[: len(data) * 2 // 3], 0.999)
 
 
 def test_a_gif_is_whole_up_to_its_last_byte(tmp_path):
@@ -471,10 +429,3 @@ def test_damage_gives_a_reason_or_a_clip_and_never_anything_else(moving, videos,
         else:
             assert clip.shape == (4, 16, 16, 3)
     assert reasons
-
-
-def test_without_pyav_the_extra_is_named(videos, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ImportError, match=r'av.*pip install "matryoshka-diffusion\[video\]"'):
-        shown(videos["mp4"])
-    assert shown(videos["webp"]) == [0, 2, 4, 6]

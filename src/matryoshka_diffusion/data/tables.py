@@ -135,7 +135,7 @@ def parquet(pattern: str) -> Catalogue:
         with lock:  # or every thread would read the same group
             return _bytes(kept(file, group)[row].as_py())
 
-    state = "\n".join(f"{path} {state_of(path)}" for path in paths)
+    state = "\n".join(f"{file.path} {file.state}" for file in files)
     return _catalogue(f"parquet {pattern}", state, keys, rows, files[0].class_names(), load)
 
 
@@ -143,13 +143,10 @@ class _File:
     """One parquet file: its footer is read once, its groups when they are wanted."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self.state = path, state_of(path)
+        self.metadata: Any = None
         self._parquet = require("pyarrow.parquet", "parquet", "reading parquet files")
-        try:
-            with opened(path) as file:
-                self.metadata = self._parquet.read_metadata(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        self.metadata = self._whole(lambda file: file.metadata)
         self._schema = self.metadata.schema.to_arrow_schema()
         self._columns = _columns(self._schema.names, path)
         kind = str(self._schema.field(self._columns.picture).type)
@@ -161,19 +158,22 @@ class _File:
         words = self._columns.words
         if not words:
             return [_Row()] * self.metadata.num_rows
-        try:
-            return self._read(lambda whole: _rows(whole.read(words), self._columns))
-        except ValueError as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        return self._whole(lambda file: _rows(file.read(words), self._columns))
 
     def pictures(self, group: int) -> Any:
         """Images of a row group, a pyarrow array. Raises PictureError if the group is damaged."""
         columns = [self._columns.picture]
         try:
-            return self._read(lambda whole: whole.read_row_group(group, columns=columns).column(0))
+            return self._read(lambda file: file.read_row_group(group, columns=columns).column(0))
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise PictureError(f"row group {group} is damaged ({reason})") from error
+
+    def _whole(self, read: Callable[[Any], Any]) -> Any:
+        try:
+            return self._read(read)
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
 
     def _read(self, read: Callable[[Any], Any]) -> Any:
         """Result of `read`; damage is a ValueError, for which pyarrow has OSErrors, too."""
