@@ -11,14 +11,27 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, TextConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
+from matryoshka_diffusion.runs.grow import next_frames, next_level
 
 ROWS = 4
 TEXT = TextConfig(features=12, width=16, layers=1, heads=2)
 TIMES = torch.tensor([0.1, 0.4, 0.7, 1.0])
 
 
-def nest(depth: int = 3, *, core: dict[str, Any] | None = None, **shared: Any) -> ModelConfig:
-    """Levels of 8, 16 and 32 pixels. `core` changes the coarsest level, `shared` the model."""
+PICTURE = LevelConfig(
+    side=8, widths=(32, 64), blocks=(1, 1), attention=(0, 1), middle=True, heads=4
+)
+MOVING = next_frames(PICTURE, 4)
+CLIPS = (PICTURE, MOVING, next_level(MOVING, 16))
+"""An image of 8 pixels, four frames of them, four frames of 16 pixels."""
+
+
+def nest(
+    depth: int = 3, *, core: dict[str, Any] | None = None, clips: bool = False, **shared: Any
+) -> ModelConfig:
+    """Levels of 8, 16, 32 pixels, or `CLIPS`. `core` changes the coarsest, `shared` the model."""
+    if clips:
+        return ModelConfig(levels=CLIPS[:depth], embedding=32, **shared)
     levels = [
         LevelConfig(side=8, widths=(32, 64), blocks=(1, 1), attention=(0, 1), middle=True),
         LevelConfig(

@@ -89,11 +89,7 @@ def one_step(recompute, rows=(4, 2), precision="fp32", **changes):
 
 @pytest.mark.parametrize(
     ("rows", "precision", "changes"),
-    [
-        ((4, 1), "bf16", {}),
-        ((4, 0), "fp32", {}),
-        ((4, 2), "fp32", {"accumulate": 2}),
-    ],
+    [((4, 1), "bf16", {}), ((4, 0), "fp32", {}), ((4, 2), "fp32", {"accumulate": 2})],
 )
 def test_recomputing_leaves_loss_and_gradients_the_same_bits(rows, precision, changes):
     plain, expected = one_step((), rows, precision, **changes)

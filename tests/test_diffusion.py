@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import (
-    Prediction,
-    ProcessConfig,
-    WeightingConfig,
-    WeightingName,
-)
+from matryoshka_diffusion.config import Prediction, ProcessConfig, WeightingConfig, WeightingName
 from matryoshka_diffusion.diffusion import (
     Loss,
     Process,

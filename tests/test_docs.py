@@ -110,9 +110,7 @@ SHRUNK: dict[str, tuple[str, ...]] = {
     "cc12m-1024": paper("cc12m-1024"),
     "webvid-16x256": (*paper("webvid-16x256"), *TWO_FRAMES, "model.levels[2].frames=2"),
 }
-CODECS: dict[str, tuple[str, ...]] = {
-    "codec": ("widths=[8, 8, 8]", "images=16", "batch_size=8"),
-}
+CODECS: dict[str, tuple[str, ...]] = {"codec": ("widths=[8, 8, 8]", "images=16", "batch_size=8")}
 """Trainings of autoencoders, which are no presets of a run."""
 STARTED = ("emoji-video",)
 """Presets that go on from a model (`--init`) and are shrunk by the table all the same."""

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.config import (
-    BaseConfig,
-    ConfigError,
-    RunConfig,
-)
+from matryoshka_diffusion.config import BaseConfig, ConfigError, RunConfig
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.nn.nested import NestedUNet
