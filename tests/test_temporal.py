@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig
 from matryoshka_diffusion.nn import temporal
-from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
 from matryoshka_diffusion.presets.paper import s64, t16, t16s256
@@ -188,12 +187,9 @@ def test_resampled_frames_are_convolutions_around_every_other_one_or_each_one_tw
     torch.manual_seed(0)
     layer, h = kind(32, FRAMES).double(), features()
     clips = h.unflatten(0, (2, FRAMES)).transpose(1, 2)
-    if kind is DownFrames:
-        found, step = layer(h, torch.empty(0), Context(Conditioning())), 2
-    else:
-        found, step = layer(h), 1
-        clips = clips.repeat_interleave(2, dim=2)
-    found = found.unflatten(0, (2, -1))
+    step = 2 if kind is DownFrames else 1
+    clips = clips if kind is DownFrames else clips.repeat_interleave(2, dim=2)
+    found = layer(h).unflatten(0, (2, -1))
     assert found.shape[1] == clips.shape[2] // step
     for clip in range(2):
         for frame in range(found.shape[1]):

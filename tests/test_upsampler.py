@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.config import BaseConfig, ConfigError, RunConfig
+from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -134,12 +133,3 @@ def test_a_config_that_no_upsampler_can_have_is_refused(change: dict, message: s
         data[part].update(values)
     with pytest.raises(ConfigError, match=message):
         from_dict(data)
-
-
-def test_info_says_what_is_enlarged_and_who_draws_it():
-    config = upsampler_config()
-    said = "upsamples images of 8 pixels under noise of times up to 1; draws with 0.3, after "
-    assert f"{said}a base to be given (--base)" in describe(config)
-    sampling = config.sampling.model_copy(update={"base": BaseConfig(path="runs/base")})
-    named = config.model_copy(update={"sampling": sampling})
-    assert f"{said}runs/base\n" in describe(named)

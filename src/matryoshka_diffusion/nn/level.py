@@ -89,35 +89,27 @@ class Level(nn.Module):
         context: Context,
         incoming: Float[Tensor, "f k y x"] | None = None,
     ) -> Trail:
-        """The features of the first half, which `decode` needs.
+        """The features of the first half, from noisy images at unit scale (`scale`).
 
-        Args:
-            x: noisy images at unit scale (`scale`).
-            t: times of these rows, and perhaps of more.
-            context: conditions of the same rows as `t`.
-            incoming: features that join after the stem. They may have fewer rows.
+        `t` and `context` may have more rows than `x`, and `incoming`, which joins after the stem,
+        may have fewer.
         """
-        rows = len(x)
-        context = context.rows(rows)
-        embedding = self.embed(t[:rows], context)
+        context = context.rows(len(x))
+        embedding = self.embed(t[: len(x)], context)
         h = self.stem(unshuffle(frames_as_rows(x), self.config.patch))
         if incoming is not None:
             h = h + pad_rows(incoming, len(h))
         skips = [h]
         for layer in self.encoder:
-            h = self._run(layer, h, embedding, context)
+            conditions = (embedding, context) if isinstance(layer, Block) else ()
+            h = self._run(layer, h, *conditions)
             skips.append(h)
         return Trail(tuple(skips), embedding, context)
 
     def decode(
         self, trail: Trail, incoming: Float[Tensor, "m k y x"] | None = None
     ) -> tuple[Float[Tensor, "n k2 y2 x2"], Float[Tensor, "b c *grid"]]:
-        """The features before the head, and this level's prediction.
-
-        Args:
-            trail: from `encode`.
-            incoming: features that join at the core.
-        """
+        """The features before the head, and the prediction; `incoming` joins at the core."""
         skips, embedding, context = trail
         h = trail.core if incoming is None else trail.core + incoming
         for block in self.middle:
@@ -223,20 +215,6 @@ class Block(nn.Module):
         return h if self.up is None else self.up(h)
 
 
-class Down(nn.Conv2d):
-    """A strided convolution that divides the side. It ignores the conditions that blocks take.
-
-    With stride 1 the side stays and the weights have the same shapes. A level that halves less
-    often is therefore the same network at other resolutions (Appendix D.2).
-    """
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__(width, width, 3, stride=stride, padding=1)
-
-    def forward(self, h: Tensor, embedding: Tensor, context: Context) -> Tensor:
-        return super().forward(h)
-
-
 class Up(nn.Conv2d):
     """Multiply the side by repeating pixels, then convolve; with scale 1 the side stays."""
 
@@ -249,7 +227,7 @@ class Up(nn.Conv2d):
 
 
 def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the width of every skip: the stem's, each block's, each `Down`'s."""
+    """The way down, and the width of every skip: the stem's, each block's, each halving's."""
     layers: list[nn.Module] = []
     width = config.widths[0]
     skips = [width]
@@ -258,7 +236,9 @@ def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleLis
             if config.frame_stride(index - 1) > 1:
                 layers.append(DownFrames(width, config.frames_at(index - 1)))
             else:
-                layers.append(Down(width, config.stride(index - 1)))
+                # With stride 1 the side stays and the weights have the same shapes, so a level that
+                # halves less often is the same network at other resolutions (Appendix D.2).
+                layers.append(conv3(width, width, config.stride(index - 1)))
             skips.append(width)
         for _ in range(config.blocks[index]):
             layers.append(Block(model, config, width, wide, index))

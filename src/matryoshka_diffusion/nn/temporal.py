@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.layers import (
     attend,
     norm,
@@ -73,10 +72,7 @@ class DownFrames(nn.Conv2d):
         super().__init__(width, width, (3, 1), stride=(2, 1), padding=(1, 0))
         self.frames = frames
 
-    def forward(
-        self, h: Float[Tensor, "n c y x"], embedding: Tensor, context: Context
-    ) -> Float[Tensor, "m c y x"]:
-        """`embedding` and `context` are ignored: they are arguments of every encoder layer."""
+    def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "m c y x"]:
         return _as_rows(super().forward(_over_time(h, self.frames)), h)
 
 
