@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matryoshka_diffusion.cli.options import (
     MODEL,
@@ -26,32 +26,26 @@ from matryoshka_diffusion.cli.terminal import Bar, leads, say, show
 PROTOCOLS = ("coco30k", "imagenet50k")
 
 
-class Job(NamedTuple):
-    """The ranks that this process is one of, their device and their progress bars."""
-
-    world: Any
-    device: str
-    bars: Bar
-
-
 @contextmanager
-def _job(options: argparse.Namespace) -> Iterator[Job]:
+def _ranks(options: argparse.Namespace) -> Iterator[None]:
+    """Join the ranks; `options` then has `world`, `bars`, and the device of this rank."""
     import torch
 
     from matryoshka_diffusion.train.distributed import joined, rank_device
 
-    device = rank_device(find_device(options.device))
-    with joined(torch.device(device), "ddp", RANK_TIMEOUT) as world, Bar() as bars:
-        yield Job(world, device, bars)
+    options.device = rank_device(find_device(options.device))
+    device = torch.device(options.device)
+    with joined(device, "ddp", RANK_TIMEOUT) as options.world, Bar() as options.bars:
+        yield
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.eval import evaluate as evaluation
 
-    with _job(options) as job:
+    with _ranks(options):
         settings = sampling(options)
-        model, plan = _plan(options, job, settings)
-        _report(job, evaluation.evaluate(model, **plan, **settings), plan["folder"])
+        model, plan = _plan(options, settings)
+        _report(options, evaluation.evaluate(model, **plan, **settings), plan["folder"])
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -65,15 +59,15 @@ def compare(options: argparse.Namespace) -> None:
             f"--metrics {options.metrics}: two sets are compared whole, so omit the number of "
             f"samples (--metrics {','.join(metrics)})"
         )
-    with _job(options) as job:
+    with _ranks(options):
         results = evaluation.compare(
             *(options.first, options.second, metrics),
-            _networks(options, job, options.frames)(metrics),
+            _networks(options, options.frames)(metrics),
             **{name: getattr(options, name) for name in ("side", "frames", "frame_stride")},
-            world=job.world,
-            progress=job.bars,
+            world=options.world,
+            progress=options.bars,
         )
-        _report(job, results, cache_folder("eval"))
+        _report(options, results, cache_folder("eval"))
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -87,13 +81,13 @@ def sweep(options: argparse.Namespace) -> None:
     if not axes:
         raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
-    with _job(options) as job:
+    with _ranks(options):
         fixed = sampling(options)
         cases = [fixed | one for one in sweeping.combinations(axes)]
-        usual, plan = _plan(options, job, *cases)
+        usual, plan = _plan(options, *cases)
 
         def open_model(length: float | None) -> Any:
-            how: dict[str, Any] = {"device": job.device, "precision": options.precision}
+            how: dict[str, Any] = {"device": options.device, "precision": options.precision}
             run = Path(options.model)
             return usual if length is None else sweeping.averaged(run, length, usual, **how)
 
@@ -104,7 +98,7 @@ def sweep(options: argparse.Namespace) -> None:
             fixed=fixed,
             progress=_say_points,
         )
-        if not job.world.leads:
+        if not options.world.leads:
             return
     out = options.out or result.folder_of(options.model, "sweep")
     sweeping.write(points, out / "sweep.json")
@@ -126,40 +120,40 @@ def _say_points(done: int, total: int) -> None:
         say(f"{done} of {total} combinations", 0)
 
 
-def _plan(options: argparse.Namespace, job: Job, *cases: dict[str, Any]) -> tuple[Any, Any]:
+def _plan(options: argparse.Namespace, *cases: dict[str, Any]) -> tuple[Any, Any]:
     """The model, and the arguments of `evaluate` except the sampler's settings (`cases`)."""
     from matryoshka_diffusion.cascade import open_model
     from matryoshka_diffusion.eval import evaluate as evaluation
     from matryoshka_diffusion.eval import result
 
     how = {"precision": options.precision, "base": options.base}
-    model = open_model(options.model, device=job.device, **how)
+    model = open_model(options.model, device=options.device, **how)
     refuse_idle(model, *cases)
     frames = model.resolutions[-1].frames
     # One rank of a machine decodes, the others read its cache.
-    with job.world.first("data", each_machine=True):
+    with options.world.first("data", each_machine=True):
         plan = evaluation.plan(
             *(model.config, model.picture_side, frames),
             **{name: getattr(options, name) for name in ("metrics", "n", "protocol", "captions")},
             reference=options.ref,
-            networks=_networks(options, job, frames),
+            networks=_networks(options, frames),
         )
     plan |= {} if options.seed is None else {"seed": options.seed}
-    plan |= {"batch_size": options.batch_size, "world": job.world, "progress": job.bars}
+    plan |= {"batch_size": options.batch_size, "world": options.world, "progress": options.bars}
     return model, {**plan, "folder": result.folder_of(options.model, "eval")}
 
 
-def _networks(options: argparse.Namespace, job: Job, frames: int | None) -> Any:
+def _networks(options: argparse.Namespace, frames: int | None) -> Any:
     from matryoshka_diffusion.eval.evaluate import find_networks
 
     files = {name: getattr(options, name) for name in ("inception", "clip", "fvd")}
-    return lambda metrics: find_networks(metrics, job.device, frames=frames, **files)
+    return lambda metrics: find_networks(metrics, options.device, frames=frames, **files)
 
 
-def _report(job: Job, results: Sequence[Any], folder: Path) -> None:
+def _report(options: argparse.Namespace, results: Sequence[Any], folder: Path) -> None:
     from matryoshka_diffusion.eval import result
 
-    if job.world.leads:
+    if options.world.leads:
         result.append(results, folder / result.FILE)
         show(f"{result.report(results)}\n  in {folder / result.FILE}")
 

@@ -58,7 +58,6 @@ class Metric:
     one_frame: bool = False  # takes one frame of each clip: it assumes independent samples
     published: bool = False  # can do with published moments of Inception's features
     least_frames: int = 1  # frames of each clip
-    check: Callable[[PictureSet], None] = lambda real: None  # raises if a filled reference is bad
 
     @property
     def network(self) -> str:
@@ -288,10 +287,6 @@ def _motion(pair: Comparison) -> list[Result]:
     return [pair.number(name, motions.distance, others=others)]
 
 
-def _refuse_still(real: PictureSet) -> None:
-    pixels.refuse_still(real.all(MOTION))
-
-
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
 _TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
 _NEIGHBOURS = max(distances.CLOSED_K, distances.OPEN_K) + 1
@@ -310,7 +305,7 @@ METRICS: dict[str, Metric] = {
     "fvd": Metric(_video_frechet, VIDEO, _CLIPS),
     "fd-frames": Metric(_frechet_by_frame, EFFNET, _CLIPS),
     "fid-frames": Metric(_frechet_by_frame, INCEPTION, _CLIPS),
-    "motion": Metric(_motion, MOTION, _CLIPS, least=1, least_frames=2, check=_refuse_still),
+    "motion": Metric(_motion, MOTION, _CLIPS, least=1, least_frames=2),
 }
 
 
@@ -367,15 +362,11 @@ def find_networks(
     networks: dict[str, Extractor] = {EFFNET: EffNetLite0(device)} if EFFNET in needed else {}
     for network, (option, path, load) in files.items():
         users = ",".join(name for name, one in METRICS.items() if one.network == network)
-        if network in needed and path is None:
+        if (network in needed) != (path is not None):
+            remedy = "add it, or take fd, kd, prdc-fd or motion" if path is None else "omit it"
             raise UsageError(
-                f"{users} need a network that is not shipped: give its file, --{option} PATH; fd, "
-                "kd, prdc-fd and motion need none"
-            )
-        if network not in needed and path is not None:
-            raise UsageError(
-                f"--{option}: none of {','.join(metrics)} looks through it; omit it, or add one "
-                f"of {users} to --metrics"
+                f"{users} need --{option} PATH, a network that is not shipped, and "
+                f"{','.join(metrics)} {'does' if path is None else 'does not'}: {remedy}"
             )
         if path is not None:
             networks[network] = load(str(path))

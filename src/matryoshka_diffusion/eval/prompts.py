@@ -11,7 +11,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from PIL.Image import Image
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
@@ -21,11 +23,6 @@ from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.rng import choose, stream
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-else:
-    Image = Any
 
 RETRIEVED = 128  # captions of a prompt retrieval
 

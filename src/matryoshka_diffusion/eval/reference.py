@@ -37,7 +37,7 @@ from matryoshka_diffusion.eval.feature_store import (
     pictures_of,
 )
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.metrics.distances import PublishedMoments
+from matryoshka_diffusion.metrics.distances import Moments
 from matryoshka_diffusion.metrics.networks.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
@@ -59,7 +59,7 @@ class Reference:
 
     name: str
     pictures: PictureSet | None
-    published: PublishedMoments | None = None
+    published: Moments | None = None
     foreign: bool = False  # images that may have been resized, not the model's own data
 
     def flag(
@@ -193,7 +193,7 @@ def open_npz(path: Path) -> Reference:
     return Reference(path.name, pictures, published)
 
 
-def _published(mean: np.ndarray, covariance: np.ndarray) -> PublishedMoments:
+def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
     if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
         raise ValueError(
             f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {WIDTH:,} features"
@@ -202,7 +202,7 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> PublishedMoments:
     symmetric = np.allclose(covariance, covariance.T, rtol=0.0, atol=tolerance)
     if not (symmetric and np.isfinite([*mean, tolerance]).all()):  # NaN is not close
         raise ValueError("mu or sigma is not finite, or sigma is not symmetric")
-    return PublishedMoments(mean.astype(np.float64), covariance.astype(np.float64))
+    return Moments(2, mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:

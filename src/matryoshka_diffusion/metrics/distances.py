@@ -89,16 +89,12 @@ def squared_distances(
 
 
 @dataclass(frozen=True)
-class PublishedMoments:
-    """Moments of an unknown number of rows, which can be compared but not merged."""
-
-    mean: Float[np.ndarray, " d"]
-    covariance: Float[np.ndarray, "d d"]
-
-
-@dataclass(frozen=True)
 class Moments:
-    """Mean of `count` rows and their scatter, the sum of (x - mean)(x - mean)^T."""
+    """Mean of `count` rows and their scatter, the sum of (x - mean)(x - mean)^T.
+
+    Published moments, of an unknown number of rows, have the count 2 and their covariance as the
+    scatter: they can be compared, but not merged.
+    """
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -150,7 +146,7 @@ def _gathered(batches: Iterable[_Rows]) -> Iterator[_Rows]:
         yield np.concatenate(waiting)
 
 
-def frechet_distance(a: Moments | PublishedMoments, b: Moments | PublishedMoments) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the squared 2-Wasserstein distance.
 
     On Inception's features this is FID (Heusel et al. 2017, Eq. 6). The last trace is the sum of
@@ -160,7 +156,7 @@ def frechet_distance(a: Moments | PublishedMoments, b: Moments | PublishedMoment
     Raises `ValueError` for fewer than two samples on a side, or features of different widths.
     """
     _refuse_widths(len(a.mean), len(b.mean))
-    covariances = [side.covariance.astype(np.float64) for side in (a, b)]
+    covariances = [side.covariance for side in (a, b)]
     roots = [_symmetric_root(covariance) for covariance in covariances]
     overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
     spread = sum(np.trace(covariance) for covariance in covariances) - 2.0 * overlap

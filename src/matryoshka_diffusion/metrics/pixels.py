@@ -68,19 +68,14 @@ class Motion(NamedTuple):
 def compare_motion(real: Float[np.ndarray, " n"], made: Float[np.ndarray, " m"]) -> Motion:
     """Compare the motions of samples with those of real clips.
 
-    Raises `ValueError` as `distances.comparable` and `refuse_still` do.
+    Raises `ValueError` as `distances.comparable` does, or if none of the real clips moves.
     """
     columns = comparable(real[:, None], made[:, None], metric="motion", least=1)
     real, made = (column[:, 0] for column in columns)
-    refuse_still(real)
-    slight, slight_real = (float((side < SLIGHT).mean()) for side in (made, real))
-    return Motion(wasserstein(real, made), float(made.mean() / real.mean()), slight, slight_real)
-
-
-def refuse_still(real: Float[np.ndarray, " n"]) -> None:
-    """Raise `ValueError` if none of the real clips moves."""
     if not real.any():
         raise ValueError("none of the real clips moves: there is nothing to compare motion with")
+    slight, slight_real = (float((side < SLIGHT).mean()) for side in (made, real))
+    return Motion(wasserstein(real, made), float(made.mean() / real.mean()), slight, slight_real)
 
 
 def wasserstein(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> float:

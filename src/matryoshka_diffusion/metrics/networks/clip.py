@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from torch import Tensor
 
 from matryoshka_diffusion.files import digest, require
 from matryoshka_diffusion.metrics.distances import comparable, unit
@@ -103,18 +102,15 @@ class CLIP:
         """Embeddings of one batch of images with 1 or 3 channels."""
         images = list(as_rgb(pictures, self.name).numpy())
         x = self._prepare(images, return_tensors="pt", input_data_format="channels_first")
-        pooled = self._model.vision_model(x["pixel_values"].to(self._device)).pooler_output
-        return self._model.visual_projection(pooled).cpu().numpy()
+        pixels = x["pixel_values"].to(self._device)
+        return self._model.get_image_features(pixels).pooler_output.cpu().numpy()
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> Float[np.ndarray, "b width"]:
         """Embeddings of captions, which are cut off after the model's 77 tokens."""
         longest = self._model.config.text_config.max_position_embeddings
-        tokens: dict[str, Tensor] = self._tokenizer(
+        tokens = self._tokenizer(
             list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        )
-        pooled = self._model.text_model(
-            input_ids=tokens["input_ids"].to(self._device),
-            attention_mask=tokens["attention_mask"].to(self._device),
-        ).pooler_output
-        return self._model.text_projection(pooled).cpu().numpy()
+        ).to(self._device)
+        features = self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        return features.pooler_output.cpu().numpy()
