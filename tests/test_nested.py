@@ -78,7 +78,7 @@ def test_a_level_that_halves_less_has_the_same_weights_at_other_sides_and_can_gr
     for net, expected in ((plain, [8, 4, 4, 2, 2]), (changed, [8, 8, 8, 4, 4])):
         sides: list[int] = []
         for layer in net.levels[0].encoder:
-            layer.register_forward_hook(lambda _, __, h, sides=sides: sides.append(h.shape[-1]))
+            layer.register_forward_hook(lambda *call, sides=sides: sides.append(call[2].shape[-1]))
         run(net)
         assert sides == expected
     outer = LevelConfig(
