@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -65,27 +64,14 @@ class Recorded(Loader):
         return batch
 
 
-class Run(NamedTuple):
+def run(source: Source, folder: Path, hooks=()) -> tuple[dict[int, str], list[str]]:
     """Samples that a run received, and those that it was warned of."""
-
-    given: dict[int, str]
-    warned: list[str]
-
-
-def run(source: Source, folder: Path, hooks=()) -> Run:
-    loader = Recorded(source)
+    loader, options = Recorded(source), {"encode": encode, "quarantine": source.quarantine}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        train(
-            tiny_config(),
-            loader,
-            folder,
-            encode=encode,
-            quarantine=source.quarantine,
-            hooks=hooks,
-        )
+        train(tiny_config(), loader, folder, hooks=hooks, **options)
     messages = [str(one.message) for one in seen]
-    return Run(loader.given, [x.split(": ")[0] for x in messages if "stands in" in x])
+    return loader.given, [x.split(": ")[0] for x in messages if "stands in" in x]
 
 
 def listed(folder: Path) -> list[str]:
@@ -122,13 +108,13 @@ def newest(folder: Path) -> Path:
 
 
 def test_a_resumed_run_knows_what_was_bad_and_is_shown_the_same(tmp_path, shard, parts):
-    whole = run(opened(shard), tmp_path / "whole")
-    assert sorted(whole.warned) == [f"s.tar:{n:02}" for n in BAD]
+    everything, warned = run(opened(shard), tmp_path / "whole")
+    assert sorted(warned) == [f"s.tar:{n:02}" for n in BAD]
     saved = [key for key, *_ in checkpoint.read(newest(parts)).state["bad"]]
     assert 0 < len(saved) < len(BAD)
-    rest = run(opened(shard), parts)
-    assert sorted([*saved, *rest.warned]) == sorted(whole.warned)  # each once
-    assert rest.given == {n: key for n, key in whole.given.items() if n >= 24}
+    rest, warned_later = run(opened(shard), parts)
+    assert sorted([*saved, *warned_later]) == sorted(warned)  # each once
+    assert rest == {n: key for n, key in everything.items() if n >= 24}
     for folder in (tmp_path / "whole", parts):
         assert listed(folder) == [f"s.tar:{n:02}" for n in sorted((*BAD, 9))]
     weights = [path / "model" / "model.safetensors" for path in (tmp_path / "whole", parts)]
@@ -157,21 +143,20 @@ def test_a_checkpoint_from_before_has_no_quarantine(shard, parts):
     for path in newest(parts).iterdir():
         path.unlink()
     checkpoint.save(parts / "checkpoints", checkpoint.Snapshot(older, *tensors), keep=2)
-    assert run(opened(shard), parts).warned
+    assert run(opened(shard), parts)[1]
     assert checkpoint.read(newest(parts)).state["bad"]
+
+
+# --- alone -------------------------------------------------------------------------------------
 
 
 def test_bad_files_of_a_folder_are_listed_too_and_a_good_set_has_no_list(tmp_path):
     for n in range(8):
-        save(tmp_path / "set" / f"{n}.png").with_suffix(".txt").write_text("red")
-    run(opened_kind(tmp_path / "set"), tmp_path / "good")
-    assert not (tmp_path / "good" / "bad.jsonl").exists()
-    (tmp_path / "set" / "3.png").write_bytes(b"broken")
-    run(opened_kind(tmp_path / "set", 0.2), tmp_path / "bad")
-    assert listed(tmp_path / "bad") == ["3.png"]
-
-
-# --- alone -------------------------------------------------------------------------------------
+        save(tmp_path / "set" / f"{n}.png")
+    opened_kind(tmp_path / "set").quarantine.write(tmp_path / "bad.jsonl")
+    assert not (tmp_path / "bad.jsonl").exists()
+    Quarantine("set", [BadFile("caf\udce9.png", "broken")]).write(tmp_path / "bad.jsonl")
+    assert listed(tmp_path)[0].startswith("caf")  # a name that is no Unicode
 
 
 def test_what_is_restored_is_neither_read_nor_told_again(shard):

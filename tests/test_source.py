@@ -115,14 +115,9 @@ def test_idx_files_that_disagree_are_refused(tmp_path, columns, reason):
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
-        b"\0\0\x08\x02" + bytes(8),
-        b"\0\0\x0d\x01" + bytes(8),
-        b"\0\0\x08\x01\0\0",
-        b"\0\0\x08\x01\0\0\0\x03ab",
-        b"\0\0\x08\x01\0\0\0\x03abcd",
-        b"\0\0\x08\x01\xff\xff\xff\xff",
-        None,
+        *(b"", b"\0\0\x08\x02" + bytes(8), b"\0\0\x0d\x01" + bytes(8), b"\0\0\x08\x01\0\0"),
+        *(b"\0\0\x08\x01\0\0\0\x03" + more for more in (b"ab", b"abcd")),
+        *(b"\0\0\x08\x01\xff\xff\xff\xff", None),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, data):
@@ -149,16 +144,10 @@ def test_what_a_path_names_is_recognised(tmp_path):
     write_tar(tmp_path / "photos" / "old.tar", [])
     (tmp_path / "photos" / "cat").mkdir()
     (tmp_path / "photos" / "cat" / "a.JPG").touch()
-    expected = {
-        "shards": "shards",
-        "shards/{0..9}.tar": "shards",
-        "shards/0.tar": "shards",
-        "shards/0.tar.gz": "shards",
-        "tables": "parquet",
-        "tables/*.parquet": "parquet",
-        "photos": "folder",
-        "nowhere": "folder",
-    }
+    names = ("shards", "shards/{0..9}.tar", "shards/0.tar", "shards/0.tar.gz")
+    expected = dict.fromkeys(names, "shards")
+    expected |= {"tables": "parquet", "tables/*.parquet": "parquet"}
+    expected |= {"photos": "folder", "nowhere": "folder"}
     assert {name: kind_of(f"{tmp_path}/{name}") for name in expected} == expected
     assert kind_of("s3://bucket/{0..9}.tar") == "shards"
     assert kind_of("hf:somebody/something") == "datasets"
@@ -188,16 +177,9 @@ def test_describe_says_what_there_is(tmp_path):
     save(tmp_path / "dog" / "d.png", noise(90, 10))
     (tmp_path / "dog" / "e.png").write_bytes(b"broken")
     text = describe(opened(tmp_path, 0.5))
-    for part in (
-        "4 pictures",
-        "16 px, 3 channels",
-        "10 to 20 px on the shorter side, 1 of them below 16 px",
-        "2: cat (2), dog (2)",
-        "captions  none",
-        "bad files 1",
-        "dog/e.png: not PNG, JPEG or WEBP",
-    ):
+    for part in ("4 pictures", "10 to 20 px", "1 of them below 16 px", "cat (2), dog (2)"):
         assert part in text
+    assert "bad files 1\n    dog/e.png: not PNG" in text
 
 
 def test_a_contact_sheet_shows_pictures_spread_over_the_set(tmp_path):

@@ -103,7 +103,17 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
         return source
     cache = cache_folder("decoded", digest(f"{name} at {decoder.options}"))
     state = "\n".join([str(_VERSION), catalogue.state, *source.keys])
-    notes, pixels = _decoded_once(cache / digest(state), source, decode)
+    path = cache / digest(state)
+    stored = _stored(path, len(source))
+    if stored is None:
+        _decode_all(path, source, decode)
+        stored = _stored(path, len(source))
+    if stored is None:
+        raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
+    for old in cache.iterdir():  # of other states, unless another process is about to open them
+        if old.stem != path.name:
+            remove_stale(old)
+    notes, pixels = stored
     offsets = np.cumsum([0, *(math.prod(note.shape) for note in notes)])
     pairs = list(zip(usable, notes, strict=True))
     bad += [BadFile(one.key, note.reason, one.offset) for one, note in pairs if note.reason]
@@ -154,26 +164,8 @@ class _Note(NamedTuple):
 _Stored = tuple[list[_Note], UInt8[np.ndarray, " bytes"]]
 
 
-def _decoded_once(path: Path, source: Source, decode: Callable[[int], Picture]) -> _Stored:
-    """Results for all samples from `path`.bin and `path`.json, which are made unless they fit.
-
-    Files of other states are removed once nobody has written them for an hour: until then they
-    may be those of another process that is about to open them.
-    """
-    stored = _stored(path, len(source))
-    if stored is None:
-        _decode_all(path, source, decode)
-        stored = _stored(path, len(source))
-    if stored is None:
-        raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
-    for old in path.parent.iterdir():
-        if old.stem != path.name:
-            remove_stale(old)
-    return stored
-
-
 def _stored(path: Path, count: int) -> _Stored | None:
-    """Results in the cache; None if there are none, with a warning if they are damaged."""
+    """Results in `path`.bin and `path`.json; None without any, with a warning for damaged ones."""
     binary, notes_file = path.with_suffix(".bin"), path.with_suffix(".json")
     if not binary.exists():
         return None

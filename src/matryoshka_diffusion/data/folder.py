@@ -176,8 +176,14 @@ def _sidecar(path: Path) -> list[str]:
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and rows; bytes that are not UTF-8 become surrogates, for `clean` to refuse."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for number, line in enumerate(file if path.suffix == ".jsonl" else (), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                row = None
+            if line.strip():
+                yield number, row
         if path.suffix == ".jsonl":
-            yield from ((n, _parsed(line)) for n, line in enumerate(file, 1) if line.strip())
             return
         table = csv.DictReader(file)
         try:
@@ -187,13 +193,6 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield from ((table.line_num, row) for row in table)
         except csv.Error as error:
             raise ValueError(f"{path}, line {table.line_num}: {error}") from error
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 # --- small images for an upsampler -----------------------------------------------------------

@@ -61,10 +61,7 @@ VIDEOS = Kind(
     previews=ANIMATIONS,
 )
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
-"""Longest side that is kept, in units of the shorter one, around the middle.
-
-A random crop needs more than the square; the bound keeps panoramas from filling the memory.
-"""
+"""Longest side that is kept around the middle, in units of the shorter one; bounds panoramas."""
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError)

@@ -59,7 +59,9 @@ class Loader:
 
     def batch(self, ids: range) -> Batch:
         """Samples with these global numbers n."""
-        examples = self.source.many([self._index(n) for n in ids], [self._cut(n) for n in ids])
+        size = len(self.source)
+        indices = [int(_permutation(self.seed, n // size, size)[n % size]) for n in ids]
+        examples = self.source.many(indices, [self._cut(n) for n in ids])
         pictures = list(map(self._flipped, examples, ids))
         numbers = None
         if self.augment:
@@ -75,10 +77,6 @@ class Loader:
             keys=tuple(x.key for x in examples),
             augment=numbers,
         )
-
-    def _index(self, n: int) -> int:
-        epoch, position = divmod(n, len(self.source))
-        return int(_permutation(self.seed, epoch, len(self.source))[position])
 
     def _cut(self, n: int) -> Cut:
         place = CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()

@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -64,8 +64,13 @@ def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
         states.append(f"{path} {state}")
         samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in found]
         places += [(path, sample.offset, size) for sample, size in found]
-    state = "\n".join(states)
-    return Catalogue(f"shards {pattern}", state, samples, lambda n: _read_range(*places[n]))
+
+    def load(n: int) -> bytes:
+        path, start, size = places[n]
+        with _system(path) as (system, inside):
+            return system.cat_file(inside, start=start, end=start + size)
+
+    return Catalogue(f"shards {pattern}", "\n".join(states), samples, load)
 
 
 # --- files here and elsewhere ----------------------------------------------------------------
@@ -126,12 +131,6 @@ def opened(path: str) -> Iterator[Any]:
         system.open(inside, "rb", block_size=_READ_AHEAD, cache_type="readahead") as file,
     ):
         yield file
-
-
-def _read_range(path: str, start: int, size: int) -> bytes:
-    """Read `size` bytes from `start` on; fewer where the file ends. Any thread may call it."""
-    with _system(path) as (system, inside):
-        return system.cat_file(inside, start=start, end=start + size)
 
 
 @contextmanager
@@ -217,8 +216,13 @@ def _sample(file: Any, key: str, parts: Sequence[Member], kind: Kind) -> tuple[S
         raise PictureError(f"it has no {kind.formats} {kind.noun}")
     if not 0 < picture.size <= kind.max_bytes:
         raise PictureError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
-    record = _record(_small(file, parts, ".json"))
-    text = _small(file, parts, ".txt")
+    data, text = _small(file, parts, ".json"), _small(file, parts, ".txt")
+    try:
+        record = {} if data is None else json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PictureError("its .json is damaged or not UTF-8") from error
+    if not isinstance(record, dict):
+        raise PictureError("its .json is no object with names")
     texts = texts_of(record) if text is None else lines(text)
     label = _small(file, parts, ".cls")
     if label is not None and not label.strip().isdigit():
@@ -247,13 +251,3 @@ def _small(file: Any, parts: Sequence[Member], suffix: str) -> bytes | None:
     if member is not None and member.size > most:
         raise PictureError(f"{suffix} is longer than {most:,} bytes")
     return None if member is None else read_at(file, member.start, member.size)
-
-
-def _record(data: bytes | None) -> Mapping[str, Any]:
-    try:
-        record = {} if data is None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PictureError("its .json is damaged or not UTF-8") from error
-    if not isinstance(record, dict):
-        raise PictureError("its .json is no object with names")
-    return record

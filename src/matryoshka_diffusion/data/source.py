@@ -32,7 +32,9 @@ HUGGING_FACE = "hf:"
 PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no path
 
 _FRAMES_IN_MEMORY = 64
-_SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$")  # compressed ones too: shards.py says what to do
+_SHARD = re.compile(
+    r"\.(tar(\.(?!parquet)\w+)?|tgz)$"
+)  # compressed ones too: shards.py says what to do
 
 
 class Sample(NamedTuple):
@@ -277,11 +279,7 @@ def sourced(data: DataConfig, *, clips: bool = False) -> DataConfig:
 
 
 def kind_of(path: str) -> SourceName:
-    """Kind of the data at `path`: an `hf:` name, shards, parquet files, or a folder.
-
-    A folder with images is a folder of images, whatever else is in it. Without images, videos
-    count before shards and parquet files.
-    """
+    """Kind of the data at `path`. In a folder, images count before videos, shards and parquet."""
     from matryoshka_diffusion.data.folder import holds
     from matryoshka_diffusion.data.image import CONTAINERS, SUFFIXES
 
@@ -294,7 +292,7 @@ def kind_of(path: str) -> SourceName:
         if holds(folder, CONTAINERS):
             return "clips"
         names = os.listdir(folder)
-    if any(_SHARD.search(name) and not name.endswith(".parquet") for name in names):
+    if any(_SHARD.search(name) for name in names):
         return "shards"
     return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"
 

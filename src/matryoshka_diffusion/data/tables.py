@@ -66,24 +66,23 @@ class _Row(NamedTuple):
 
 def _rows(table: Any, columns: _Columns) -> list[_Row]:
     """Rows of a pyarrow table; a value that makes no sense is a flaw of its row."""
-    nothing = [None] * table.num_rows
+    rows, nothing = [], [None] * table.num_rows
     cells = (nothing if name is None else table.column(name) for name in columns[1:])
-    return [_row(*pair) for pair in zip(*cells, strict=True)]
-
-
-def _row(caption: Any, label: Any) -> _Row:
-    try:
-        text, value = (None if cell is None else cell.as_py() for cell in (caption, label))
-        texts: list[Any] = text if isinstance(text, list) else [text]
-        if text is not None and not all(isinstance(one, str) for one in texts):
-            raise PictureError("its caption is no text")
-        captions = () if text is None else clean(texts)
-    except UnicodeDecodeError:
-        return _Row(flaw="its caption or class is not UTF-8")
-    except PictureError as error:
-        return _Row(flaw=str(error))
-    value = int(value) if isinstance(value, int) else value  # yes and no are 1 and 0
-    return _Row(captions, value if isinstance(value, int | str) else None)
+    for pair in zip(*cells, strict=True):
+        try:
+            text, label = (None if cell is None else cell.as_py() for cell in pair)
+            texts: list[Any] = text if isinstance(text, list) else [text]
+            if text is not None and not all(isinstance(one, str) for one in texts):
+                raise PictureError("its caption is no text")
+            captions = () if text is None else clean(texts)
+            label = int(label) if isinstance(label, int) else label  # yes and no are 1 and 0
+            row = _Row(captions, label if isinstance(label, int | str) else None)
+        except UnicodeDecodeError:
+            row = _Row(flaw="its caption or class is not UTF-8")
+        except PictureError as error:
+            row = _Row(flaw=str(error))
+        rows.append(row)
+    return rows
 
 
 def _catalogue(

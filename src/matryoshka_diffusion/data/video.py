@@ -277,34 +277,28 @@ Video = Animation | Container
 def open_video(file: bytes | Path) -> Iterator[Video]:
     """Open the video in a file. Faults inside the `with` are separated as by `image.opened`."""
     with opened(file, VIDEOS) as stream:
-        yield _recognised(stream)
-
-
-def _recognised(file: Any) -> Video:
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    head = file.read(12)
-    deadline = Deadline()
-    if head[:4] == b"RIFF":
-        _check_whole(8 + int.from_bytes(head[4:8], "little"), size)
-        if head[8:] == b"WEBP":
-            return Animation(file, "WEBP", deadline)
-        if head[8:11] == b"AVI":
-            return Container(file, "avi", deadline)
-    if head[:3] == b"GIF":
-        return Animation(file, "GIF", deadline)
-    if head[4:8] in _BOXES:
-        _check_whole(_end_of_boxes(file, size, deadline), size)
-        return Container(file, "mov", deadline)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return Container(file, "matroska", deadline)
-    raise unknown(VIDEOS)
-
-
-def _check_whole(stated: int, size: int) -> None:
-    """Raise PictureError if the file states a length that it does not have."""
-    if size < stated != 8 + 2**32 - 1:  # the largest number stands for no length
-        raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        head = stream.read(12)
+        deadline, stated = Deadline(), 0
+        if head[:4] == b"RIFF":
+            stated = 8 + int.from_bytes(head[4:8], "little")
+        elif head[4:8] in _BOXES:
+            stated = _end_of_boxes(stream, size, deadline)
+        if size < stated != 8 + 2**32 - 1:  # the largest number stands for no length
+            raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
+        if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+            yield Animation(stream, "WEBP", deadline)
+        elif head[:3] == b"GIF":
+            yield Animation(stream, "GIF", deadline)
+        elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
+            yield Container(stream, "avi", deadline)
+        elif head[4:8] in _BOXES:
+            yield Container(stream, "mov", deadline)
+        elif head[:4] == b"\x1a\x45\xdf\xa3":
+            yield Container(stream, "matroska", deadline)
+        else:
+            raise unknown(VIDEOS)
 
 
 def _end_of_boxes(file: Any, size: int, deadline: Deadline) -> int:
