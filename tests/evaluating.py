@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -265,9 +264,6 @@ def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
     from matryoshka_diffusion.train.distributed import joined
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-
     def told(what: str, done: int, total: int) -> None:
         if what == "tiny" and kill_at and done >= int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -278,6 +274,3 @@ def main(folder: str, kill_at: str = "") -> None:
 
 
 assert BATCH != BATCHED, "references and samples are cut into different batches"
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

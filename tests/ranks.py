@@ -1,87 +1,116 @@
-"""Several ranks of a tiny training: how tests start them, and what they do."""
+"""Processes of a tiny training, several ranks of it or one: how tests start them, and what they do.
+
+They are forked from a server that has imported torch already.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.distributed import World, local
+from matryoshka_diffusion.train.checkpoint import fingerprint
+from matryoshka_diffusion.train.distributed import World, joined, local
+from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.train.step import Skipped
+from matryoshka_diffusion.train.trainer import Trainer, train
 from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
-    StageConfig(levels=1, images=24, batch_size=4, lr=1e-3),
+    StageConfig(levels=1, images=8, batch_size=4, lr=1e-3),
     # One row of four has the finest level, so one rank of two has none; the last step has one row.
-    # Its first two steps leave the coarse level alone.
+    # Its first step leaves the coarse level alone.
     StageConfig(
         levels=2,
-        images=21,
+        images=13,
         batch_size=4,
         lr=1e-3,
         mix=(0.75, 0.25),
-        freeze_coarse_images=8,
-        ramp_images=12,
+        freeze_coarse_images=4,
+        ramp_images=8,
     ),
 )
 SETTINGS: dict[str, Any] = {"stages": STAGES, "ema_power": (0.1,)}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["matryoshka_diffusion.train.trainer"])
 
 
-def start_ranks(size: int, *arguments: str, script: str = __file__) -> list[subprocess.Popen[str]]:
-    """This file, or another, in `size` processes that are told of each other as by torchrun."""
+class Process(NamedTuple):
+    """A process and the file that its stderr goes to."""
+
+    process: Any
+    log: Path
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self, within: float = 600.0) -> tuple[int, str]:
+        """Wait for the end; return the exit status and stderr."""
+        self.process.join(within)
+        errors = self.log.read_text("utf-8")
+        assert self.process.exitcode is not None, errors
+        return self.process.exitcode, errors
+
+
+def start(function: Callable[..., None], *arguments: Any, **environment: str) -> Process:
+    """Call a function in a process of its own, with one thread."""
+    number, log = tempfile.mkstemp(prefix="mdm-test-")
+    os.close(number)
+    process = FORKS.Process(target=_call, args=(log, environment, function, arguments), daemon=True)
+    process.start()
+    return Process(process, Path(log))
+
+
+def _call(
+    log: str, environment: Mapping[str, str], function: Callable[..., None], arguments: Any
+) -> None:
+    os.dup2(os.open(log, os.O_WRONLY), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    function(*arguments)
+
+
+def start_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list[Process]:
+    """Call a function in `size` processes that know of each other as torchrun would tell them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {**place, "WORLD_SIZE": str(size)}
     return [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start(function, *arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(size)
     ]
 
 
-def run_ranks(size: int, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Do `jobs` on `size` ranks, which must succeed; returns what each said on stderr."""
-    processes = start_ranks(size, json.dumps(list(jobs)))
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
-    return said
+def end_ranks(ranks: Sequence[Process], statuses: Sequence[int] = (0, 0)) -> list[str]:
+    """Wait for ranks, which must end with these statuses; return the stderr of each."""
+    ends = [rank.end() for rank in ranks]
+    errors = [errors for _, errors in ends]
+    assert [status for status, _ in ends] == list(statuses), "\n".join(errors)
+    return errors
 
 
-def main(jobs: str, rank_timeout: str = "20") -> None:
-    from matryoshka_diffusion.train.distributed import joined
-    from matryoshka_diffusion.train.signals import Stopped
-
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    with joined(torch.device("cpu"), "ddp", int(rank_timeout)) as world:
-        for job in json.loads(jobs):
+def train_jobs(jobs: Sequence[dict[str, Any]], rank_timeout: int = 20) -> None:
+    """Do trainings one after the other on the ranks of which this process is one."""
+    with joined(torch.device("cpu"), "ddp", rank_timeout) as world:
+        for job in jobs:
             with suppress(Stopped):
                 train_tiny(replace(world, parallel=job.pop("parallel", "ddp")), **job)
 
@@ -110,27 +139,22 @@ def train_tiny(
     fail_at: int | None = None,
     same_rows: bool = False,
     pace: float = 0.0,
-    adapters: bool = False,
-    clips: bool = False,
+    kind: str = "pictures",
     **settings: Any,
 ) -> None:
-    """A training whose samples, times and noise are written down as they are learnt.
+    """Train and write down the samples, times and noise that each step learns from.
 
     Args:
         stop_at: images after which rank `stop_rank` gets a SIGTERM.
         break_at: number of a sample whose picture is NaN.
-        overflow_at: images after which rank 1 alone has an infinite gradient.
+        overflow_at: images after which the last rank alone has an infinite gradient.
         fail_at: number of a sample that raises an error.
-        same_rows: whether every rank takes rank 0's samples.
+        same_rows: True if every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
-        adapters: whether only adapters are trained, around a network of both levels.
-        clips: whether the finer level is one of clips.
+        kind: `adapters` trains only these, around a network of both levels; `clips` has clips in
+            the finer level.
         settings: of `train` in the config.
     """
-    from matryoshka_diffusion.train.checkpoint import fingerprint
-    from matryoshka_diffusion.train.step import Skipped
-    from matryoshka_diffusion.train.trainer import Trainer, train
-
     Path(folder).mkdir(parents=True, exist_ok=True)
     record = open(Path(folder) / f".seen-{world.rank}.jsonl", "a")  # noqa: SIM115
     learn, clip = Trainer.step, nn.utils.clip_grad_norm_
@@ -145,20 +169,22 @@ def train_tiny(
             noise = [level[row].numpy().tobytes() for level in inputs.noise if row < len(level)]
             digest = hashlib.sha256(b"".join(noise)).hexdigest()
             record.write(json.dumps([n, inputs.keys[row], inputs.t[row].item(), digest]) + "\n")
-        if break_at in inputs.ids:
-            inputs.x[0][inputs.ids.index(break_at)] = float("nan")
         record.flush()
-        before = learnt(self) if break_at is not None else ""
+        time.sleep(pace)
         if fail_at in inputs.ids:
             raise ValueError(f"sample {fail_at} is bad")
-        time.sleep(pace)
-        if inputs.step.first == overflow_at and world.rank == 1:
+        overflows = inputs.step.first == overflow_at
+        skips = overflows or break_at in range(inputs.step.first, inputs.step.end)
+        if break_at in inputs.ids:
+            inputs.x[0][inputs.ids.index(break_at)] = float("nan")
+        if overflows and world.rank == world.size - 1:
             nn.utils.clip_grad_norm_ = overflowing
+        before = learnt(self) if skips else ""
         outcome = learn(self, inputs)
-        if break_at in range(inputs.step.first, inputs.step.end):
+        nn.utils.clip_grad_norm_ = clip
+        if skips:
             assert isinstance(outcome, Skipped)
             assert learnt(self) == before, "a skipped step changes no bit"
-        nn.utils.clip_grad_norm_ = clip
         if inputs.step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
@@ -167,30 +193,25 @@ def train_tiny(
     if same_rows:
         world = SameRows(**vars(world))
     base = None
-    if adapters:
+    if kind == "adapters":
         base = NestedUNet(tiny_config(dropout=0.0).model, seed=1).state_dict()
         lora = LoraConfig(rank=4, base=fingerprint(base))
-        whole = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
-        settings |= {"stages": (whole,), "init": "base", "lora": lora}
-    given = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
-    make, pictures = (tiny_video, TinyClips()) if clips else (tiny_config, TinyPictures())
-    config = make(dropout=0.0, **(SETTINGS | given))
+        plain = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
+        settings |= {"stages": (plain,), "init": "base", "lora": lora}
+    make, loader = (tiny_video, TinyClips()) if kind == "clips" else (tiny_config, TinyPictures())
+    config = make(dropout=0.0, **(SETTINGS | settings))
     try:
-        train(config, pictures, Path(folder), encode=encode, base=base, world=world)
+        train(config, loader, Path(folder), encode=encode, base=base, world=world)
     finally:
         Trainer.step = learn
         record.close()
 
 
 def seen(folder: Path) -> list[list[Any]]:
-    """What all ranks together have learnt from: number, key, time and noise, sorted."""
+    """Number, key, time and noise of all samples that the ranks have learnt from, sorted."""
     lines = [
         json.loads(line)
         for path in folder.glob(".seen-*.jsonl")
         for line in path.read_text("utf-8").splitlines()
     ]
     return sorted(lines)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

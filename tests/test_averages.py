@@ -80,43 +80,30 @@ def test_averages_are_float32_copies_and_only_of_what_is_learnt():
     assert all(average["0.weight"].any() for average in averages)
 
 
-def test_new_parameters_start_as_they_are_and_old_averages_stay():
+def test_old_averages_stay_when_parameters_are_added_loaded_or_frozen():
     small, large = net(), net(seed=1)
     large.append(nn.Linear(2, 2))
-    ema = Ema(small, 0.9)
+    ema, other = Ema(small, 0.9), Ema(small, 0.5)
     set_all(small, 0.0)
     ema.update(small, 100)
     before = {name: value.clone() for name, value in ema.weights.items()}
+    other.load(ema.weights)
     ema.extend(large)
     assert list(ema.weights) == [name for name, _ in large.named_parameters()]
     for name, value in large.named_parameters():
         assert torch.equal(ema.weights[name], before.get(name, value))
-
-
-def test_load_takes_values_not_storage():
-    model = net()
-    ema, other = Ema(model, 0.9), Ema(net(seed=1), 0.9)
-    ema.load(other.weights)
-    assert all(torch.equal(ema.weights[name], value) for name, value in other.weights.items())
-    ema.update(model, 0)
-    assert not torch.equal(ema.weights["0.weight"], other.weights["0.weight"])
-
-
-def test_frozen_averages_do_not_drift_towards_their_parameters():
-    model = net()
-    ema = Ema(model, 0.5)
-    before = {name: value.clone() for name, value in ema.weights.items()}
-    set_all(model, 1.0)
-    ema.update(model, 100, frozen={"0.weight", "2.bias"})
-    still = {name for name, value in before.items() if torch.equal(value, ema.weights[name])}
+    set_all(small, 1.0)
+    other.update(small, 100, frozen={"0.weight", "2.bias"})
+    still = {name for name, value in before.items() if torch.equal(value, other.weights[name])}
     assert still == {"0.weight", "2.bias"}
+    assert torch.equal(ema.weights["0.bias"], before["0.bias"]), "loading copies"
 
 
 # --- profiles ----------------------------------------------------------------------------------
 
 
 def recursion(length: float, steps: int) -> np.ndarray:
-    """The weight of each step after each step, by Section 3.1's recursion in float64."""
+    """Weight of each step after each step, by the recursion of Section 3.1 in float64."""
     weights = np.zeros((steps, steps))
     for t in range(1, steps + 1):
         decay = (1 - 1 / t) ** (exponent(length) + 1)
@@ -125,7 +112,7 @@ def recursion(length: float, steps: int) -> np.ndarray:
     return weights
 
 
-@pytest.mark.parametrize("length", [0.02, 0.05, 0.1, 0.25])
+@pytest.mark.parametrize("length", [0.02, 0.25])
 def test_a_length_is_the_standard_deviation_of_its_profile(length):
     weights, times = recursion(length, 1000)[-1], (np.arange(1000) + 0.5) / 1000
     mean = weights @ times
@@ -141,25 +128,19 @@ def test_known_exponents_and_lengths_that_do_not_exist():
             exponent(length)
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (Profile(16.97, 1.0), Profile(6.94, 1.0)),
-        (Profile(16.97, 0.3), Profile(6.94, 1.0)),
-        (Profile(6.94, 1.0), Profile(16.97, 0.3)),
-        (Profile(0.5, 0.7), Profile(30.0, 0.7)),
-    ],
-)
-def test_inner_products_are_the_integrals_that_they_claim_to_be(a, b):
+@pytest.mark.parametrize(("gamma", "age"), [(6.94, 1.0), (16.97, 0.3), (0.5, 0.7)])
+def test_inner_products_are_the_integrals_that_they_claim_to_be(gamma, age):
     s = (np.arange(200_000) + 0.5) / 200_000
 
     def density(p: Profile) -> np.ndarray:
         return np.where(s < p.age, (p.gamma + 1) * s**p.gamma / p.age ** (p.gamma + 1), 0.0)
 
-    assert inner(a, b) == pytest.approx((density(a) * density(b)).mean(), rel=1e-3)
+    a, b = Profile(gamma, age), Profile(16.97, 1.0)
+    expected = pytest.approx((density(a) * density(b)).mean(), rel=1e-3)
+    assert inner(a, b) == inner(b, a) == expected
 
 
-@pytest.mark.parametrize("length", [0.03, 0.07, 0.2])
+@pytest.mark.parametrize("length", [0.03, 0.2])
 def test_the_fit_is_as_far_from_the_profile_as_it_says(length):
     steps = 960
     kept = [(track, end) for track in LENGTHS for end in range(30, steps + 1, 30)]
@@ -225,20 +206,7 @@ def test_time_is_images_so_an_uneven_batch_weighs_what_it_holds():
     assert uneven.ages == even.ages == {"weight": 16, "bias": 16}
 
 
-def test_a_frozen_parameter_neither_moves_nor_ages():
-    walk = Walk(3, 2)
-    tracks = PowerEma(walk.net, LENGTHS)
-    for _ in range(3):
-        walk.step()
-        tracks.update(walk.net, 4)
-    before = {name: value.clone() for name, value in tracks.state().items()}
-    walk.step()
-    tracks.update(walk.net, 4, frozen={"0.weight"})
-    still = {n for n, value in tracks.state().items() if torch.equal(value, before[n])}
-    assert still == {n for n in before if n.endswith("/0.weight")}
-
-
-@pytest.mark.parametrize("length", [0.04, 0.07, 0.1, 0.15])
+@pytest.mark.parametrize("length", [0.04, 0.1, 0.15])
 def test_an_average_made_afterwards_is_the_one_that_was_tracked(tmp_path, length):
     """Also where a layer comes later, one rests for a while, and steps are of two sizes."""
     walk = Walk(3)
@@ -263,30 +231,23 @@ def test_an_average_made_afterwards_is_the_one_that_was_tracked(tmp_path, length
     assert all(value.dtype == torch.float32 for value in made.values())
 
 
-def test_a_parameter_that_never_moved_is_kept_whatever_the_fit(tmp_path):
+def test_a_frozen_parameter_neither_moves_nor_ages_and_a_snapshot_holds_the_state(tmp_path):
     model = nn.Linear(3, 2)
-    tracks = PowerEma(model, LENGTHS)
-    for images_seen in (4, 8):
-        tracks.update(model, 4, frozen={"bias"})
-        write_snapshot(tmp_path, tracks.state(), images_seen)
-    made = synthesise(tmp_path, 0.2).weights
-    torch.testing.assert_close(made["weight"], model.weight.detach(), rtol=1e-6, atol=0)
-    assert torch.equal(made["bias"], model.bias.detach()), "it never learnt, so it has no age"
-
-
-def test_a_snapshot_holds_the_state_and_without_tracks_there_is_none(tmp_path):
-    model = nn.Linear(3, 2)
-    tracks = PowerEma(model, LENGTHS)
-    tracks.update(model, 4)
-    write_snapshot(tmp_path, tracks.state(), 4)
-    held, state = load_file(tmp_path / "0000000004.safetensors"), tracks.state()
-    assert held.keys() == state.keys()
-    assert all(torch.equal(held[name], state[name]) for name in state)
-    other = PowerEma(nn.Linear(3, 2), LENGTHS)
-    other.load(held)
-    assert all(torch.equal(value, state[name]) for name, value in other.state().items())
+    tracks, other = PowerEma(model, LENGTHS), PowerEma(nn.Linear(3, 2), LENGTHS)
     write_snapshot(tmp_path / "none", PowerEma(model, ()).state(), 4)
     assert not (tmp_path / "none").exists()
+    for images_seen in (4, 8):
+        with torch.no_grad():
+            model.weight += 1
+        tracks.update(model, 4, frozen={"bias"})
+        write_snapshot(tmp_path, tracks.state(), images_seen)
+    assert tracks.ages == {"weight": 8, "bias": 0}
+    held, state = load_file(tmp_path / "0000000008.safetensors"), tracks.state()
+    assert held.keys() == state.keys()
+    assert all(torch.equal(held[name], state[name]) for name in state)
+    other.load(held)
+    assert all(torch.equal(value, state[name]) for name, value in other.state().items())
+    assert torch.equal(synthesise(tmp_path, 0.2).weights["bias"], model.bias.detach())
 
 
 def test_a_folder_without_whole_snapshots_is_refused(tmp_path):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +43,7 @@ from matryoshka_diffusion.metrics.pixels import (
 )
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.averages import average_of
-from ranks import ROOT, start_ranks
+from ranks import end_ranks, start, start_ranks
 
 COUNT, FRAMES, SIDE = 10, 3, 16
 
@@ -106,10 +103,8 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
 
 
 def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):
-    child = [sys.executable, evaluating.__file__, str(tmp_path), "10"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(child, env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    status, _ = start(evaluating.main, str(tmp_path), "10").end()
+    assert status == -signal.SIGKILL
     kept = files(tmp_path)
     assert 0 < len(kept) < len(files(whole[0]))
     assert measured(tmp_path) == whole[1]
@@ -118,10 +113,9 @@ def test_killed_in_the_middle_and_repeated_gives_the_same_bits(whole, tmp_path):
 
 
 def test_two_ranks_do_what_one_does(whole, tmp_path):
-    ranks = start_ranks(2, str(tmp_path / "both"), script=evaluating.__file__)
+    ranks = start_ranks(2, evaluating.main, str(tmp_path / "both"))
     clips = measured_clips(tmp_path / "alone")
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    end_ranks(ranks)
     assert files(tmp_path / "both") == files(whole[0]) | files(tmp_path / "alone")
     assert measured(tmp_path / "both") == whole[1]
     assert measured_clips(tmp_path / "both") == clips

@@ -116,7 +116,7 @@ def test_a_process_that_hangs_is_killed_and_its_end_is_told(tmp_path):
     code = "import sys, time; print('here', file=sys.stderr, flush=True); time.sleep(60)"
     process = product.Process([sys.executable, "-c", code], tmp_path / "log")
     process.wait_to_say("here")
-    ended = kills._killed_later(process, 0.0)
+    ended = product.killed_later(process, 0.0)
     assert ended == Ended(-signal.SIGKILL, "here\n")
     with pytest.raises(TimeoutError, match="does not say: nothing"):
         process.wait_to_say("nothing")

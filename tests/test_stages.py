@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import StageConfig, TrainConfig
-from matryoshka_diffusion.train.stages import active_model, joined_after, stage_at, step_at, steps
+from matryoshka_diffusion.train.stages import active_model, joined_after, step_at, steps
 from tiny_run import tiny_config
 
 
@@ -80,14 +80,17 @@ def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
 def test_a_step_passes_the_multiples_that_it_reaches():
     step = step_at(TrainConfig(stages=(stage(1, 64, batch_size=8),)), 16)
     assert (step.first, step.end) == (16, 24)
+    assert step_at(TrainConfig(stages=(stage(1, 10), stage(2, 5))), 8) == (
+        0,
+        8,
+        (2,),
+        1.0,
+        True,
+        0,
+        (),
+    )
     passed = [every for every in range(1, 30) if step.passes(every)]
     assert passed == [n for n in range(1, 30) if any(m % n == 0 for m in range(17, 25))]
-
-
-def test_a_stage_holds_its_last_image_and_not_the_next():
-    train = TrainConfig(stages=(stage(1, 10), stage(2, 5)))
-    assert [stage_at(train, n) for n in (0, 9, 10, 14)] == [0, 0, 1, 1]
-    assert step_at(train, 8) == (0, 8, (2,), 1.0, True, 0, ())
 
 
 def gentle(**changes: Any) -> TrainConfig:
@@ -95,15 +98,14 @@ def gentle(**changes: Any) -> TrainConfig:
     return TrainConfig(stages=(stage(1, 4), stage(3, 12).model_copy(update=changes)))
 
 
-@pytest.mark.parametrize(
-    ("images", "frozen"),
-    [(0, [0, 0, 0, 0]), (1, [0, 1, 0, 0]), (4, [0, 1, 0, 0]), (5, [0, 1, 1, 0])],
-)
-def test_coarse_levels_rest_in_the_steps_that_begin_within_the_first_images(images, frozen):
-    assert [step.frozen for step in steps(gentle(freeze_coarse_images=images))] == frozen
-
-
-def test_weights_of_new_levels_rise_evenly_to_one():
+def test_coarse_levels_rest_at_first_while_the_weights_of_new_levels_rise_to_one():
+    for images, frozen in (
+        (0, [0, 0, 0, 0]),
+        (1, [0, 1, 0, 0]),
+        (4, [0, 1, 0, 0]),
+        (5, [0, 1, 1, 0]),
+    ):
+        assert [step.frozen for step in steps(gentle(freeze_coarse_images=images))] == frozen
     ramps = [step.ramp for step in steps(gentle(ramp_images=10))]
     assert ramps == [(), (1.0, 0.4, 0.4), (1.0, 0.8, 0.8), ()]
     assert [step.ramp for step in steps(gentle())] == [()] * 4
@@ -111,9 +113,9 @@ def test_weights_of_new_levels_rise_evenly_to_one():
 
 def test_a_grown_runs_first_stage_is_gentle_with_the_levels_it_came_with():
     late = stage(3, 12).model_copy(update={"freeze_coarse_images": 4, "ramp_images": 8})
-    first, second, third = steps(TrainConfig(stages=(late,), init_levels=2))
+    first, *rest = steps(TrainConfig(stages=(late,), init_levels=2))
     assert (first.frozen, first.ramp) == (2, (1.0, 1.0, 0.5))
-    assert (second.frozen, second.ramp) == (third.frozen, third.ramp) == (0, ())
+    assert [(step.frozen, step.ramp) for step in rest] == [(0, ())] * 2
 
 
 def test_the_active_nest_is_that_of_the_last_image():

@@ -2,7 +2,7 @@
 
     python child.py '{"disk": {"moment": 7, "then": "kill"}}' train CONFIG --out RUN
 
-The product is not changed; what it calls is. A fault is told on stderr when it happens.
+The product is not changed; the functions that it calls are. A fault is named on stderr.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 WRITES = "wxa+"
 MOMENTS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 
 
-def tell(what: str) -> None:
-    os.write(2, f"\nfault: {what}\n".encode())
+def tell(fault: str) -> None:
+    os.write(2, f"\nfault: {fault}\n".encode())
 
 
 # --- the disk ----------------------------------------------------------------------------------
 
 
 class Disk:
-    """Counts what is done to files below a folder; at one moment, something happens instead.
+    """Counts accesses to files below a folder; at one moment, something happens instead.
 
     Args:
-        inside: what a path must contain to count.
-        kinds: which of `MOMENTS` count. A `write` is several moments: before it, after 8 bytes (in
-            a safetensors file, the length of the header), half way, and before its last byte.
-        moment: at which of them it happens, counted from 1.
-        then: "kill" for kill -9, "power" for that and the loss of what was not synced, or the name
-            of an error, such as "ENOSPC".
+        inside: text that a path must contain to count.
+        kinds: those of `MOMENTS` that count. A `write` is several moments: before it, after 8 bytes
+            (in a safetensors file, the length of the header), half way, and before its last byte.
+        moment: number of the access at which it happens, counted from 1.
+        then: "kill" for kill -9, "power" for that and the loss of all that was not synced, or the
+            name of an error, such as "ENOSPC".
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Disk:
         setattr(os, "fsync", self._fsync(os.fsync))  # noqa: B010
         builtins.open = io.open = self._open(open)
 
-    def moment(self, kind: str, path: str) -> bool:
-        """Whether this is the moment."""
+    def strikes(self, kind: str, path: str) -> bool:
+        """True if this is the moment."""
         if self.left == 0 or kind not in self.kinds or self.inside not in path:
             return False
         self.left -= 1
@@ -67,21 +67,24 @@ class Disk:
             tell(f"{self.then} at {kind} {path}")
         return self.left == 0
 
+    def visit(self, kind: str, path: str) -> None:
+        """Count an access, or fail if this is the moment."""
+        if self.strikes(kind, path):
+            self.strike()
+
     def strike(self) -> NoReturn:
         if self.then not in ("kill", "power"):
             code = getattr(errno, self.then)
             raise OSError(code, os.strerror(code))
         if self.then == "power":
-            for path in self.unsynced:
-                if os.path.exists(path):
-                    os.truncate(path, 0)
+            for path in filter(os.path.exists, self.unsynced):
+                os.truncate(path, 0)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
     def _watched(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *args: Any, **options: Any) -> Any:
-            if self.moment(kind, absolute(path, options.get("dir_fd"))):
-                self.strike()
+            self.visit(kind, absolute(path, options.get("dir_fd")))
             done = real(path, *args, **options)
             if kind in ("replace", "rename"):
                 self._renamed(str(path), str(args[0]))
@@ -97,8 +100,7 @@ class Disk:
     def _fsync(self, real: Callable[[int], None]) -> Callable[[int], None]:
         def call(descriptor: int) -> None:
             path = name_of(descriptor)
-            if self.moment("fsync", path):
-                self.strike()
+            self.visit("fsync", path)
             real(descriptor)
             self.unsynced.discard(path)
 
@@ -109,8 +111,7 @@ class Disk:
             path = "" if isinstance(file, int) else absolute(file)
             if self.inside not in path or not set(mode) & set(WRITES):
                 return real(file, mode, *args, **options)
-            if self.moment("open", path):
-                self.strike()
+            self.visit("open", path)
             self.unsynced.add(path)
             return File(real(file, mode, *args, **options), path, self)
 
@@ -125,7 +126,7 @@ class File:
 
     def write(self, data: Any) -> int:
         for cut in (0, 8, len(data) // 2, len(data) - 1):
-            if self._disk.moment("write", f"{self._path} after {cut} of {len(data)}"):
+            if self._disk.strikes("write", f"{self._path} after {cut} of {len(data)}"):
                 self._file.write(data[:cut])
                 self._file.flush()
                 self._disk.strike()
@@ -155,7 +156,7 @@ def name_of(descriptor: int) -> str:
 
 
 def poison(samples: Collection[int]) -> None:
-    """NaN in a pixel of the samples of these numbers."""
+    """Put NaN into a pixel of the samples of these numbers."""
 
     def spoil(batch: Any) -> None:
         for row, number in enumerate(batch.ids.tolist()):
@@ -167,8 +168,7 @@ def poison(samples: Collection[int]) -> None:
 
 
 def overflow(step: int) -> None:
-    """An infinite number in one gradient of optimizer step `step`, counted from 1 in a process."""
-
+    """Put an infinite number into one gradient of a step, counted from 1 in a process."""
     from matryoshka_diffusion.train.distributed import local
 
     def strike(gradients: list[Any]) -> None:
@@ -179,11 +179,11 @@ def overflow(step: int) -> None:
 
 
 def hold(step: int) -> None:
-    """Optimizer step `step` takes a minute longer."""
+    """Let a step take a minute longer; signals are still handled."""
 
     def strike(gradients: list[Any]) -> None:
         tell("holding")
-        time.sleep(60)  # signals are still handled
+        time.sleep(60)
 
     at_step(step, strike)
 
@@ -205,7 +205,21 @@ def at_step(step: int, strike: Callable[[list[Any]], None]) -> None:
     nn.utils.clip_grad_norm_ = clip
 
 
-# --- several ranks -----------------------------------------------------------------------------
+def at_batches(look: Callable[[Any], None]) -> None:
+    """Call `look` with every batch, before it is used."""
+    from matryoshka_diffusion.data.loader import Loader
+
+    real: Callable[..., Any] = Loader.batch
+
+    def batch(*args: Any) -> Any:
+        found = real(*args)
+        look(found)
+        return found
+
+    setattr(Loader, "batch", batch)  # noqa: B010  of another type
+
+
+# --- several ranks, logs, data ------------------------------------------------------------------
 
 
 def pids(folder: str) -> None:
@@ -222,56 +236,31 @@ def same_rows(_: None) -> None:
     World.mine = lambda self, numbers: numbers[:: self.size]
 
 
-def on_ranks(plans: Mapping[str, Mapping[str, Any]]) -> None:
-    """Faults for some of the ranks: rank -> plan."""
-    bring(plans.get(os.environ["RANK"], {}))
-
-
 def learnt(path: str) -> None:
-    """Add a line to `path` and the rank for each sample that was learnt from: number and key."""
+    """Log number and key of each sample that was learnt from, in one file for each rank."""
     from matryoshka_diffusion.train.trainer import Trainer
 
     real: Callable[..., Any] = Trainer.step
 
     def learn(self: Any, inputs: Any) -> Any:
         outcome = real(self, inputs)
-        with open(f"{path}-{self.world.rank}", "a", encoding="utf-8") as file:
-            for pair in zip(inputs.ids, inputs.keys, strict=True):
-                file.write(json.dumps(pair) + "\n")
+        _log(f"{path}-{self.world.rank}", inputs.ids, inputs.keys)
         return outcome
 
     Trainer.step = learn
 
 
-# --- everything else ---------------------------------------------------------------------------
-
-
 def record(path: str) -> None:
-    """Add a line to the file `path` for each sample that training asks for: number and key."""
-
-    def write(batch: Any) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            for pair in zip(batch.ids.tolist(), batch.keys, strict=True):
-                file.write(json.dumps(pair) + "\n")
-
-    at_batches(write)
+    """Log number and key of each sample that training asks for."""
+    at_batches(lambda batch: _log(path, batch.ids.tolist(), batch.keys))
 
 
-def at_batches(look: Callable[[Any], None]) -> None:
-    """Call `look` with every batch, before it is used."""
-    from matryoshka_diffusion.data.loader import Loader
-
-    real: Callable[..., Any] = Loader.batch
-
-    def batch(*asked: Any) -> Any:
-        found = real(*asked)
-        look(found)
-        return found
-
-    setattr(Loader, "batch", batch)  # noqa: B010  of another type
+def _log(path: str, ids: Sequence[int], keys: Sequence[str]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(pair) + "\n" for pair in zip(ids, keys, strict=True))
 
 
-def decode_on_demand(at_least: int) -> None:
+def on_demand(at_least: int) -> None:
     """Sets of more than `at_least` pictures are decoded while training."""
     from matryoshka_diffusion.data import decoded
 
@@ -280,15 +269,8 @@ def decode_on_demand(at_least: int) -> None:
 
 FAULTS: dict[str, Callable[..., None]] = {
     "disk": lambda plan: Disk(**plan).install(),
-    "poison": poison,
-    "overflow": overflow,
-    "hold": hold,
-    "record": record,
-    "on_demand": decode_on_demand,
-    "pids": pids,
-    "same_rows": same_rows,
-    "ranks": on_ranks,
-    "learnt": learnt,
+    "ranks": lambda plans: bring(plans.get(os.environ["RANK"], {})),  # rank -> its faults
+    **{f.__name__: f for f in (poison, overflow, hold, record, on_demand, pids, same_rows, learnt)},
 }
 
 

@@ -1,13 +1,12 @@
-"""Promise 8: steps that are not finite change nothing, are told with their samples, and end."""
+"""Promise 8: steps that are not finite change nothing, are named with their samples, and end."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from faults.product import BATCH, IMAGES, Ended, Run, Workshop
 from faults.report import Result
-from matryoshka_diffusion.train.checkpoint import TENSORS
+from matryoshka_diffusion.train import checkpoint
 
 EVERY_STEP = (f"train.checkpoint_every_images={BATCH}", "train.keep_checkpoints=1000")
 PATIENCE = 20
@@ -31,38 +30,31 @@ def judge(
 ) -> None:
     """Steps were skipped, each for some samples, and no others."""
     result.expect(ended.status == 0, f"{run.folder}: {ended.errors}")
-    lines = {line["images_seen"]: line for line in run.lines()}
+    lines, states = {line["images_seen"]: line for line in run.lines()}, _states(run)
+    unchanged = {step for step in range(1, num_steps) if states[step] == states[step + 1]}
     for count, (step, numbers) in enumerate(sorted(samples.items()), 1):
         line, where = lines[BATCH * (step + 1)], f"{run.folder}, step {step}"
         result.counts["steps made not finite"] += 1
-        result.expect(_is_unchanged(run, step), f"{where}: it changed", "changed weights")
-        result.expect(
-            line["skipped_ids"] == numbers and line["skipped"] == count,
-            f"{where}: {line}",
-            "not counted",
-        )
-        result.expect(_told(ended.errors, step) == numbers[:4], f"{where}: not told", "not told")
-    good = [step for step in range(1, num_steps) if step not in samples]
-    lost = [step for step in good if _is_unchanged(run, step)]
-    result.counts["good steps between them"] += len(good)
+        result.expect(step in unchanged, f"{where}: it changed", "changed weights")
+        counted = line["skipped_ids"] == numbers and line["skipped"] == count
+        result.expect(counted, f"{where}: {line}", "not counted")
+        warning = re.search(rf"skipped at {BATCH * step:,} images: .*; samples (.*)", ended.errors)
+        named = re.findall(r"(\d+) \(\d\.tar:", warning[1] if warning else "")
+        result.expect(list(map(int, named)) == numbers[:4], f"{where}: {named}", "not told")
+    lost = unchanged - samples.keys()
+    result.counts["good steps between them"] += num_steps - 1 - len(samples)
     result.expect(not lost, f"{run.folder}: nothing was learnt at {lost}", "lost steps")
 
 
-def _is_unchanged(run: Run, step: int) -> bool:
-    """Whether weights, averages and moments are bit for bit those before the step."""
-    kept = {Path(name): hashed for name, hashed in run.kept().items() if "safetensors" in name}
-    before, after = (
-        {path.name: hashed for path, hashed in kept.items() if path.parent.name == f"{number:010d}"}
-        for number in (BATCH * step, BATCH * (step + 1))
-    )
-    assert len(before) >= len(TENSORS)
-    return before == after
-
-
-def _told(errors: str, step: int) -> list[int]:
-    """The samples that a warning names for a step."""
-    found = re.search(rf"step skipped at {BATCH * step:,} images: .*; samples (.*)", errors)
-    return [int(number) for number in re.findall(r"(\d+) \(\d\.tar:", found[1])] if found else []
+def _states(run: Run) -> dict[int, dict[str, str]]:
+    """Hashes of weights, averages and moments after each step."""
+    states: dict[int, dict[str, str]] = {}
+    for name, digest in run.kept().items():
+        place, file = name.split("/")
+        if file.endswith(".safetensors"):
+            states.setdefault(int(place) // BATCH, {})[file] = digest
+    assert all(len(state) >= len(checkpoint.TENSORS) for state in states.values())
+    return states
 
 
 def bounded(shop: Workshop, result: Result, until: float) -> None:
@@ -71,17 +63,13 @@ def bounded(shop: Workshop, result: Result, until: float) -> None:
     run = shop.run("never-finite")
     ended = run.go(poison=[BATCH * step for step in range(first, IMAGES // BATCH)])
     result.counts["steps made not finite"] += PATIENCE
-    stopped = f"{PATIENCE} steps in a row, up to {BATCH * (first + PATIENCE):,} images"
-    result.expect(
-        ended.status == 1 and stopped in ended.errors and "Traceback" not in ended.errors,
-        f"{run.folder}: status {ended.status}: {ended.errors}",
-        "not told",
-    )
+    words = f"{PATIENCE} steps in a row, up to {BATCH * (first + PATIENCE):,} images"
+    clear = ended.status == 1 and words in ended.errors and "Traceback" not in ended.errors
+    result.expect(clear, f"{run.folder}: {ended}", "not told")
     dump = run.folder / "not-finite.json"
-    result.expect(
-        dump.is_file() and str(dump) in ended.errors, f"{run.folder}: no dump", "not told"
-    )
-    saved = run.snapshot()
+    named = dump.is_file() and str(dump) in ended.errors
+    result.expect(named, f"{run.folder}: no dump", "not told")
+    saved = checkpoint.read(run.checkpoints / f"{run.newest():010d}")
     tensors = [*saved.weights.values(), *saved.ema.values(), *saved.optimizer.values()]
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
     result.expect(

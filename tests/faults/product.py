@@ -1,4 +1,4 @@
-"""`mdm train` as a process, and what it leaves in its run folder."""
+"""`mdm train` as a process, the run folder that it leaves, and the workshop of a scenario."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import shards
+from faults.report import Result
 from matryoshka_diffusion.train import checkpoint
 
 HERE = Path(__file__).parent
@@ -33,16 +35,15 @@ _CLOCK = {"seconds", "images_per_second", "data_wait", "peak_memory_bytes"}
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit status (-9 after kill -9) and what it said on stderr."""
+    """Exit status of a process (-9 after kill -9) and its stderr."""
 
     status: int
     errors: str
 
     @property
     def fault(self) -> str:
-        """What the injected fault was; empty if its moment never came."""
-        lines = [line for line in self.errors.splitlines() if line.startswith("fault: ")]
-        return lines[0].removeprefix("fault: ") if lines else ""
+        """The fault that was injected; empty if its moment never came."""
+        return "".join(re.findall(r"^fault: (.*)", self.errors, re.MULTILINE)[:1])
 
 
 class Process:
@@ -54,10 +55,7 @@ class Process:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=file, env=environment()
             )
-
-    @property
-    def runs(self) -> bool:
-        return self._process.poll() is None
+        self.send = self._process.send_signal
 
     def errors(self) -> str:
         return self._log.read_text("utf-8", errors="replace")
@@ -66,19 +64,16 @@ class Process:
         """Wait until stderr holds these words. Raises TimeoutError if they do not come."""
         until = time.monotonic() + PATIENCE_SECONDS
         while words not in self.errors():
-            if time.monotonic() > until or not self.runs:
+            if time.monotonic() > until or self._process.poll() is not None:
                 raise TimeoutError(f"{self._log} does not say: {words}")
             time.sleep(0.01)
 
-    def limit(self, what: int, most: int) -> None:
-        """Lower a limit of the system, such as `resource.RLIMIT_FSIZE`."""
-        resource.prlimit(self._process.pid, what, (most, most))
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+    def limit_files(self, most: int) -> None:
+        """Let no file grow beyond so many bytes."""
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (most, most))
 
     def end(self, within: float = PATIENCE_SECONDS) -> Ended:
-        """Wait for the end. Raises `subprocess.TimeoutExpired` after killing what hangs."""
+        """Wait for the end. Raises `subprocess.TimeoutExpired` after killing a hanging process."""
         try:
             status = self._process.wait(within)
         except subprocess.TimeoutExpired:
@@ -99,23 +94,20 @@ class Run:
 
     def __init__(self, folder: Path, data: str, settings: tuple[str, ...] = ()) -> None:
         self.folder, self.data, self.settings = folder, data, settings
+        self.checkpoints = folder / "checkpoints"
 
     def command(self, faults: dict[str, Any]) -> list[str]:
         """`mdm train`, with faults if there are any."""
-        program = (
-            ["-m", "faults.child", json.dumps(faults)]
-            if faults
-            else ["-m", "matryoshka_diffusion.cli"]
-        )
+        module = ["faults.child", json.dumps(faults)] if faults else ["matryoshka_diffusion.cli"]
         changes = [word for setting in self.settings for word in ("--set", setting)]
-        where = ["--data", self.data, "--out", str(self.folder), "--device", "cpu"]
-        return [sys.executable, *program, "train", str(CONFIG), *where, *changes]
+        places = ["--data", self.data, "--out", str(self.folder), "--device", "cpu"]
+        return [sys.executable, "-m", *module, "train", str(CONFIG), *places, *changes]
 
     def start(self, *before: str, **faults: Any) -> Process:
         """Begin the run or go on with it; `before` are words to put before the command."""
-        return self._begin([*before, *self.command(faults)])
+        return self.begin([*before, *self.command(faults)])
 
-    def _begin(self, command: list[str]) -> Process:
+    def begin(self, command: list[str]) -> Process:
         logs = (self.folder.parent / f"{self.folder.name}.{n}.log" for n in itertools.count(1))
         return Process(command, next(log for log in logs if not log.exists()))
 
@@ -123,11 +115,7 @@ class Run:
         """Start, and wait for the end."""
         return self.start(**faults).end()
 
-    # --- what is there -------------------------------------------------------------------------
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+    # --- files of the folder -------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
@@ -135,43 +123,37 @@ class Run:
 
     def newest(self) -> int:
         """Images seen at the newest complete checkpoint, which is read whole; 0 without any."""
-        path, _ = self._found()
+        path = self._newest()[0]
         if path is None:
             return 0
-        found = checkpoint.read(path)
-        assert found.state["images_seen"] == int(path.name)
+        assert checkpoint.read(path).state["images_seen"] == int(path.name)
         return int(path.name)
 
     def torn(self) -> list[str]:
         """Checkpoints that have their name and are not complete."""
-        return self._found()[1]
+        return self._newest()[1]
 
-    def _found(self) -> tuple[Path | None, list[str]]:
-        """The newest complete checkpoint, and what is said of those that are not."""
-        with warnings.catch_warnings(record=True) as told:
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        """The newest complete checkpoint, and warnings of those that are not."""
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 path = checkpoint.newest(self.checkpoints)
             except checkpoint.CheckpointError:  # there are only torn ones
                 path = None
-        return path, [str(warning.message) for warning in told]
-
-    def snapshot(self, images_seen: int | None = None) -> checkpoint.Snapshot:
-        """What was saved at `images_seen`; without it, at the newest complete checkpoint."""
-        name = f"{self.newest() if images_seen is None else images_seen:010d}"
-        return checkpoint.read(self.checkpoints / name)
+        return path, [str(warning.message) for warning in caught]
 
     def kept(self) -> dict[str, str]:
-        """All files of the checkpoints with their hashes."""
+        """Hashes of all files of the checkpoints."""
         return {
             str(path.relative_to(self.checkpoints)): digest_of(path)
             for path in sorted(self.checkpoints.rglob("*"))
             if path.is_file()
         }
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> list[Path]:
         """Files of saves that did not end."""
-        return [str(path.relative_to(self.folder)) for path in self.folder.rglob("*.tmp")]
+        return list(self.folder.rglob("*.tmp"))
 
     def lines(self) -> list[dict[str, Any]]:
         """Whole lines of metrics."""
@@ -183,13 +165,21 @@ class Run:
         """Images seen after the last step that was logged."""
         return max((line["images_seen"] for line in self.lines()), default=0)
 
+    def wait_for(self, images_seen: int) -> None:
+        """Wait until the run has logged a step beyond `images_seen`."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while self.reached() <= images_seen:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.folder}: no step within {PATIENCE_SECONDS:.0f} seconds")
+            time.sleep(0.01)
+
     def digest(self) -> dict[str, str]:
-        """What the run has learnt and told: equal for runs that went through the same steps."""
+        """Hashes of weights and metrics: equal for runs that went through the same steps."""
         last = checkpoint.newest(self.checkpoints)
         assert last is not None
         paths = [*last.glob("*.safetensors"), self.folder / "model" / "model.safetensors"]
-        told = [{key: line[key] for key in line.keys() - _CLOCK} for line in self.lines()]
-        metrics = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        lines = [{key: line[key] for key in line.keys() - _CLOCK} for line in self.lines()]
+        metrics = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
         return {"metrics": metrics, **{path.name: digest_of(path) for path in sorted(paths)}}
 
 
@@ -199,12 +189,12 @@ def digest_of(path: Path) -> str:
 
 @dataclass
 class Workshop:
-    """Where a scenario works, and what it compares with.
+    """Place of a scenario, and the numbers that it compares with.
 
     Attributes:
-        folder: for its runs; what went well is removed.
+        folder: holds its runs; those that went well are removed.
         data: the shards that are whole.
-        chance: all that is random.
+        chance: source of all that is random.
         expected: the digest of a run that nothing disturbed.
         startup: seconds until such a run has taken its first step.
         training: seconds from there to its end.
@@ -223,6 +213,32 @@ class Workshop:
         self.runs += 1
         return Run(self.folder / f"{self.runs:03}-{name}", data or self.data, settings)
 
+    def finish(self, result: Result, run: Run) -> None:
+        """The same command ends the run as if nothing had happened, and nothing is left over."""
+        ended = run.go()
+        result.expect(ended.status == 0, f"{run.folder}: did not end: {ended.errors}")
+        self.compare(result, run)
+
+    def compare(self, result: Result, run: Run) -> None:
+        """The run has learnt the same as one that nothing disturbed."""
+        same = run.finished and run.digest() == self.expected
+        result.counts["runs ended"] += 1
+        result.expect(same, f"{run.folder}: learnt otherwise", "mismatched hashes")
+        result.expect(not run.leftovers(), run.leftovers(), "leftovers")
+
+
+def judge_stop(result: Result, run: Run, before: int, ended: Ended, status: int) -> None:
+    """After a signal: the step that was reached is saved and named, and the status is right."""
+    result.counts["signals"] += 1
+    result.expect(ended.status == status, f"{run.folder}: {ended}", "wrong statuses")
+    found = re.search(r"stopped at ([\d,]+) of", ended.errors)
+    named = int(found[1].replace(",", "")) if found else None
+    result.expect(
+        named == run.newest() == run.reached() > before,
+        f"{run.folder}: stopped at {named}, saved {run.newest()}, reached {run.reached()}: {ended}",
+        "lost checkpoints",
+    )
+
 
 def prepare(folder: Path) -> Workshop:
     """Make the shards, and time the run that nothing disturbs."""
@@ -230,7 +246,7 @@ def prepare(folder: Path) -> Workshop:
     data = str(folder / "shards" / "*.tar")
     run, began = Run(folder / "undisturbed", data), time.monotonic()
     process = run.start()
-    wait_for(run, 0)
+    run.wait_for(0)
     first_step = time.monotonic()
     ended = process.end()
     assert ended.status == 0, ended.errors
@@ -238,10 +254,12 @@ def prepare(folder: Path) -> Workshop:
     return Workshop(folder, data, random.Random(0), run.digest(), *seconds)
 
 
-def wait_for(run: Run, images_seen: int) -> None:
-    """Wait until the run has logged a step beyond `images_seen`."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while run.reached() <= images_seen:
-        if time.monotonic() > until:
-            raise TimeoutError(f"{run.folder}: no step within {PATIENCE_SECONDS:.0f} seconds")
-        time.sleep(0.01)
+def killed_later(process: Process, delay: float) -> Ended:
+    """Kill a process after so many seconds, unless it ends by itself."""
+    try:
+        return process.end(within=delay)
+    except subprocess.TimeoutExpired:  # which has killed it
+        return process.end()
+
+
+INTERRUPTIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

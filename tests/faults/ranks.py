@@ -1,4 +1,4 @@
-"""Several ranks under torchrun: promises 4 to 8 where they are about more than one process."""
+"""Several ranks under torchrun: promises 4 to 8 with more than one process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from faults.nonfinite import EVERY_STEP, judge
-from faults.product import BATCH, Process, Run, Workshop, wait_for
+from faults.product import BATCH, Process, Run, Workshop, judge_stop
 from faults.report import Result
 
 SIZE, IMAGES = 2, 192
 SETTINGS = (
     "train.stages=[{levels: 1, images: 96, batch_size: 8, lr: 0.001},"
     " {levels: 2, images: 96, batch_size: 8, lr: 0.001, mix: [0.25, 0.75]}]",
-    # What dropout draws inside the network belongs to a micro-batch, hence to its rank.
+    # Dropout inside the network is drawn for a micro-batch, hence differs between ranks.
     "model.levels[0].dropout=0",
     "model.levels[1].dropout=0",
 )
@@ -28,7 +28,7 @@ GRACE_SECONDS = 10.0
 """For a busy machine: from when a rank counts as dead to when that is said."""
 
 AT_FIRST, OVER_THE_RUN = 1e-6, 1e-5
-"""How much losses may differ, relatively, from those of one process: sums in another order."""
+"""Relative difference of losses from those of one process: sums have another order."""
 
 
 class Ranks(Run):
@@ -36,6 +36,7 @@ class Ranks(Run):
 
     def __init__(self, run: Run, parallel: str = "ddp", restarts: int = 0) -> None:
         super().__init__(run.folder, run.data, run.settings)
+        self._pids = self.folder.with_suffix(".pids")
         self._words = ["--parallel", parallel, "--rank-timeout", str(RANK_TIMEOUT_SECONDS)]
         self._agent = [
             *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"),
@@ -48,18 +49,16 @@ class Ranks(Run):
 
     def launch(self) -> Process:
         """Begin or go on by `mdm train --gpus 2`, which leaves with the status of its ranks."""
-        return self._begin([*super().command({}), *self._words, "--gpus", str(SIZE)])
+        return self.begin([*super().command({}), *self._words, "--gpus", str(SIZE)])
 
     def send(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank of the newest start."""
         os.kill(int((self._pids / str(rank)).read_text("utf-8")), number)
 
-    @property
-    def _pids(self) -> Path:
-        return self.folder.with_suffix(".pids")
-
-
-# --- promise 4 ---------------------------------------------------------------------------------
+    def starts(self) -> list[int]:
+        """Numbers of ranks of all starts of the run."""
+        text = (self.folder / "environment.json").read_text("utf-8")
+        return [start["ranks"] for start in json.loads(text)]
 
 
 def signalled(shop: Workshop, result: Result, until: float) -> None:
@@ -67,37 +66,18 @@ def signalled(shop: Workshop, result: Result, until: float) -> None:
     one = shop.run("signalled", *SETTINGS)
     run = Ranks(one)
     process = run.launch()
-    wait_for(run, 0)
+    run.wait_for(0)
     process.send(signal.SIGTERM)
-    ended = process.end()
-    _saved(result, run, 0, ended.errors)
-    result.expect(ended.status == 128 + signal.SIGTERM, f"{run.folder}: {ended}", "wrong statuses")
+    judge_stop(result, run, 0, process.end(), 128 + signal.SIGTERM)
 
-    before, rank, process = run.newest(), shop.chance.randrange(SIZE), run.start()
-    wait_for(run, before)
-    run.send(rank, signal.SIGTERM)
+    before, process = run.newest(), run.start()
+    run.wait_for(before)
+    run.send(shop.chance.randrange(SIZE), signal.SIGTERM)
     ended = process.end()
-    _saved(result, run, before, ended.errors)
-    told = re.search(rf"exitcode *: {128 + signal.SIGTERM}", ended.errors)
-    result.expect(
-        ended.status == 1 and told is not None, f"{run.folder}: {ended}", "wrong statuses"
-    )
+    judge_stop(result, run, before, ended, 1)
+    status = re.search(rf"exitcode *: {128 + signal.SIGTERM}", ended.errors)
+    result.expect(status is not None, f"{run.folder}: {ended}", "wrong statuses")
     _finish_alone(result, one, _alone(shop))
-
-
-def _saved(result: Result, run: Run, before: int, errors: str) -> None:
-    """All ranks have stopped at one step, which is saved."""
-    result.counts["signals"] += 1
-    said = re.search(r"stopped at ([\d,]+) of", errors)
-    told = int(said[1].replace(",", "")) if said else None
-    result.expect(
-        told == run.newest() == run.reached() > before,
-        f"{run.folder}: stopped at {told}, saved {run.newest()}, reached {run.reached()}: {errors}",
-        "lost checkpoints",
-    )
-
-
-# --- promise 5 ---------------------------------------------------------------------------------
 
 
 def dead(shop: Workshop, result: Result, until: float) -> None:
@@ -109,7 +89,7 @@ def dead(shop: Workshop, result: Result, until: float) -> None:
     ):
         before, reached = run.newest(), run.reached()
         rank, process = shop.chance.randrange(SIZE), run.start()
-        wait_for(run, reached + BATCH)
+        run.wait_for(reached + BATCH)
         run.send(rank, number)
         began = time.monotonic()
         process.wait_to_say(f"rank {rank} {words}; the same command continues")
@@ -119,9 +99,8 @@ def dead(shop: Workshop, result: Result, until: float) -> None:
         ended = process.end()
         result.counts["dead ranks"] += 1
         where = f"{run.folder}, {number.name} of rank {rank}"
-        result.expect(
-            seconds < RANK_TIMEOUT_SECONDS + GRACE_SECONDS, f"{where}: {seconds:.0f} s", "hangs"
-        )
+        in_time = seconds < RANK_TIMEOUT_SECONDS + GRACE_SECONDS
+        result.expect(in_time, f"{where}: {seconds:.0f} s", "hangs")
         result.expect(ended.status == 1, f"{where}: {ended}", "wrong statuses")
         result.expect(run.newest() >= before, f"{where}: {before} is gone", "lost checkpoints")
 
@@ -137,44 +116,35 @@ def restarted(shop: Workshop, result: Result, until: float) -> None:
         result.expect(ended.status == 0, f"{peaceful.folder}: {ended}")
         run = Ranks(shop.run(f"{parallel}-killed", *SETTINGS), parallel, restarts=3)
         process = run.start()
-        wait_for(run, BATCH * shop.chance.randrange(IMAGES // BATCH - 4))
+        run.wait_for(BATCH * shop.chance.randrange(IMAGES // BATCH - 4))
         time.sleep(shop.chance.uniform(0.0, 0.2))
         run.send(shop.chance.randrange(SIZE), signal.SIGKILL)
         ended = process.end()
-        result.counts["kills"] += 1
-        result.counts["dead ranks"] += 1
-        result.counts["runs ended"] += 1
-        starts = len(json.loads((run.folder / "environment.json").read_text("utf-8")))
-        result.expect(ended.status == 0 and starts == 2, f"{run.folder}: {starts} starts: {ended}")
-        result.expect(
-            run.digest() == peaceful.digest(),
-            f"{run.folder}: not what two ranks learn in peace",
-            "mismatched hashes",
-        )
-
-
-# --- promise 6 ---------------------------------------------------------------------------------
+        result.counts.update(["kills", "dead ranks", "runs ended"])
+        begun = len(run.starts()) == 2
+        result.expect(ended.status == 0 and begun, f"{run.folder}: {run.starts()}: {ended}")
+        same = run.digest() == peaceful.digest()
+        result.expect(same, f"{run.folder}: not as in peace", "mismatched hashes")
 
 
 def resized(shop: Workshop, result: Result, until: float) -> None:
     """A run of one process goes on with two ranks (DDP), with two others (FSDP2), and alone."""
-    alone = _alone(shop)
-    one = shop.run("resized", *SETTINGS)
+    alone, one = _alone(shop), shop.run("resized", *SETTINGS)
     log = one.folder.with_suffix(".learnt")
     forms: list[Run] = [one, Ranks(one), Ranks(one, "fsdp")]
     places = sorted(shop.chance.sample(range(2, IMAGES // BATCH - 4), len(forms)))
     for number, (run, place) in enumerate(zip(forms, places, strict=True)):
         before, process = run.newest(), run.start(learnt=f"{log}-{number}")
-        wait_for(run, max(before, BATCH * place))
+        run.wait_for(max(before, BATCH * place))
         if isinstance(run, Ranks):
             run.send(shop.chance.randrange(SIZE), signal.SIGTERM)
         else:
             process.send(signal.SIGTERM)
-        _saved(result, run, before, process.end().errors)
+        status = 1 if isinstance(run, Ranks) else 128 + signal.SIGTERM
+        judge_stop(result, run, before, process.end(), status)
     _finish_alone(result, one, alone, learnt=f"{log}-{len(forms)}")
-    starts = json.loads((one.folder / "environment.json").read_text("utf-8"))
-    ranks = [start["ranks"] for start in starts]
-    result.expect(ranks == [1, 2, 2, 1], f"{one.folder}: began with {ranks} ranks")
+    starts = Ranks(one).starts()
+    result.expect(starts == [1, 2, 2, 1], f"{one.folder}: began with {starts} ranks")
     learnt, expected = _learnt(log), _learnt(alone.folder.with_suffix(".learnt"))
     result.counts["samples compared"] += len(expected)
     result.expect(
@@ -185,7 +155,7 @@ def resized(shop: Workshop, result: Result, until: float) -> None:
 
 
 def _learnt(log: Path) -> list[list[Any]]:
-    """What all starts and ranks learnt from, numbers and keys; each of them in rising order."""
+    """Numbers and keys of the samples of all starts and ranks; each of them in rising order."""
     logs = [
         [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         for path in log.parent.glob(f"{log.name}*")
@@ -194,31 +164,21 @@ def _learnt(log: Path) -> list[list[Any]]:
     return sorted(pair for pairs in logs for pair in pairs)
 
 
-# --- promise 7 ---------------------------------------------------------------------------------
-
-
 def same(shop: Workshop, result: Result, until: float) -> None:
     """Both ranks take the rows of rank 0: they say so and learn nothing."""
     run = Ranks(shop.run("same", *SETTINGS))
     ended = run.go(same_rows=None)
     result.counts["collisions"] += 1
-    result.expect(
-        ended.status == 1 and "ranks 0 and 1 were given the same sample or noise" in ended.errors,
-        f"{run.folder}: {ended}",
-        "not refused",
-    )
-    result.expect(
-        not run.checkpoints.exists() and not run.lines(), f"{run.folder}: it learnt", "not refused"
-    )
-
-
-# --- promise 8 ---------------------------------------------------------------------------------
+    named = "ranks 0 and 1 were given the same sample or noise" in ended.errors
+    result.expect(ended.status == 1 and named, f"{run.folder}: {ended}", "not refused")
+    learnt = run.checkpoints.exists() or run.lines()
+    result.expect(not learnt, f"{run.folder}: it learnt", "not refused")
 
 
 def skipped(shop: Workshop, result: Result, until: float) -> None:
     """NaN in a pixel and Inf in a gradient, each on one rank: all skip these steps.
 
-    Whichever rank it is that is struck, nothing is learnt from the step: so the ends are equal.
+    Nothing is learnt from these steps, so the ends do not depend on the rank that has the fault.
     """
     nan, inf = sorted(shop.chance.sample(range(2, IMAGES // BATCH - 2, 3), SIZE))
     ends: list[Run] = []
@@ -229,15 +189,11 @@ def skipped(shop: Workshop, result: Result, until: float) -> None:
         samples = {nan: [sample], inf: list(range(BATCH * inf, BATCH * (inf + 1)))}
         judge(result, run, ended, samples, IMAGES // BATCH)
         ends.append(run)
-    first, second, shared = ends
-    kept = [_without_metrics(run.digest()) for run in (first, second)]
-    result.expect(kept[0] == kept[1], f"{second.folder}: not as before", "mismatched hashes")
-    _compare(result, shared, first)
-
-
-def _without_metrics(digest: dict[str, str]) -> dict[str, str]:
-    """Metrics name the samples that were struck."""
-    return {name: value for name, value in digest.items() if name != "metrics"}
+    first, second, sharded = ends
+    # Metrics name the samples that are not finite.
+    one, two = ({**run.digest(), "metrics": ""} for run in (first, second))
+    result.expect(one == two, f"{second.folder}: not as before", "mismatched hashes")
+    _compare(result, sharded, first)
 
 
 # --- one process ---------------------------------------------------------------------------------
@@ -263,13 +219,12 @@ def _compare(result: Result, run: Run, other: Run) -> None:
     """The losses of two runs are equal but for rounding."""
     ours, theirs = run.lines(), other.lines()
     result.expect(len(ours) == len(theirs), f"{run.folder}: {len(ours)} lines, not {len(theirs)}")
-    for number, (one, two) in enumerate(zip(ours, theirs, strict=False)):
+    for number, lines in enumerate(zip(ours, theirs, strict=False)):
         result.counts["losses compared"] += 1
-        allowed = OVER_THE_RUN if number else AT_FIRST
-        losses = [math.nan if line["loss"] is None else line["loss"] for line in (one, two)]
-        both_skipped = all(map(math.isnan, losses))
+        losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
+        equal = math.isclose(*losses, rel_tol=OVER_THE_RUN if number else AT_FIRST)
         result.expect(
-            both_skipped or math.isclose(*losses, rel_tol=allowed),
-            f"{run.folder}, step {number}: loss {one['loss']} instead of {two['loss']}",
+            equal or all(map(math.isnan, losses)),
+            f"{run.folder}, step {number}: losses {losses}",
             "differing losses",
         )

@@ -1,18 +1,13 @@
-"""What happened: counts and failures of each scenario, and the table at the end."""
+"""Counts and failures of each scenario, and the table at the end."""
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-MUST_BE_ZERO: tuple[str, ...] = (
-    "lost checkpoints",
-    "torn checkpoints",
-    "leftovers",
-    "mismatched hashes",
-    "hangs",
-)
+MUST_BE_ZERO = ("lost checkpoints", "torn checkpoints", "leftovers", "mismatched hashes", "hangs")
 
 
 @dataclass
@@ -22,8 +17,8 @@ class Result:
     Attributes:
         promise: its number in the list of promises.
         title: what was injected.
-        counts: how often what happened.
-        failures: what should not have happened; empty if the promise was kept.
+        counts: how often each event happened.
+        failures: messages; empty if the promise was kept.
     """
 
     promise: int
@@ -32,12 +27,12 @@ class Result:
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def expect(self, holds: bool, otherwise: str, count: str | None = None) -> None:
-        """Note a failure unless it `holds`; `count` is what it adds to."""
+    def expect(self, holds: bool, message: object, count: str | None = None) -> None:
+        """Note a failure unless it `holds`; `count` is the event that a failure adds to."""
         if count is not None:
             self.counts[count] += not holds
         if not holds:
-            self.failures.append(otherwise)
+            self.failures.append(str(message))
 
     @property
     def verdict(self) -> str:
@@ -45,34 +40,23 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each scenario, then the sums of all counts."""
+    """Lay out a row for each scenario, then the sums of all counts."""
     rows = [("promise", "what was done", "counts", "seconds", "")]
     for result in sorted(results, key=lambda result: result.promise):
-        number, title = str(result.promise), result.title
+        # A count and its name stay on one line.
+        unbroken = ", ".join(text.replace(" ", "\xa0") for text in _listed(result.counts))
+        first, *more = textwrap.wrap(unbroken, 60) or [""]
         seconds = f"{result.seconds:.0f}"
-        first, *more = _wrapped(result.counts)
-        rows.append((number, title, first, seconds, result.verdict))
+        rows.append((str(result.promise), result.title, first, seconds, result.verdict))
         rows += [("", "", line, "", "") for line in more]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    total: Counter[str] = Counter(dict.fromkeys(MUST_BE_ZERO, 0))
-    for name, count in (item for result in results for item in result.counts.items()):
-        total[name] += count
-    return "\n".join([*lines, "", "in all: " + ", ".join(_told(total))])
+    total = Counter(dict.fromkeys(MUST_BE_ZERO, 0))
+    for result in results:
+        total.update(result.counts)
+    return "\n".join([*lines, "", f"in all: {', '.join(_listed(total))}"]).replace("\xa0", " ")
 
 
-def _told(counts: Counter[str]) -> list[str]:
+def _listed(counts: Counter[str]) -> list[str]:
     return [f"{name} {count:,}" for name, count in counts.items()]
-
-
-def _wrapped(counts: Counter[str], width: int = 60) -> list[str]:
-    """Counts on lines of at most `width` characters, if a count fits."""
-    lines = [""]
-    for text in _told(counts):
-        if lines[-1] and len(lines[-1]) + 2 + len(text) > width:
-            lines[-1] += ","
-            lines.append(text)
-        else:
-            lines[-1] += f", {text}" if lines[-1] else text
-    return lines

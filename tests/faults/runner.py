@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from faults import data, disk, kills, nonfinite, ranks, stops
+from faults import data, disk, kills, nonfinite, ranks
 from faults.product import Workshop, prepare
 from faults.report import Result, table
 
@@ -28,40 +28,32 @@ SCENARIOS: dict[str, tuple[int, Scenario]] = {
     "NaN and Inf on one rank of two": (8, ranks.skipped),
     "one rank, two, two others, one": (6, ranks.resized),
     "corrupt samples in shards": (9, data.corrupt),
-    "a signal at a random step": (4, stops.once),
+    "a signal at a random step": (4, kills.stopped),
     "a signal to one rank of two": (4, ranks.signalled),
     "a dead rank and a silent one": (5, ranks.dead),
     "power cuts at every renaming": (2, kills.power_cuts),
     "a limit on the size of files": (3, disk.limited),
     "a disk that is full, then read-only": (3, disk.small),
-    "a second signal": (4, stops.twice),
+    "a second signal": (4, kills.stopped_twice),
     "two ranks with the same samples": (7, ranks.same),
     "NaN and Inf in some steps": (8, nonfinite.skipped),
     "NaN in every step": (8, nonfinite.bounded),
     "kill -9 at random times": (2, kills.at_random),
 }
-"""What is done, for which promise. The last takes what is left of the time."""
+"""Number of the promise and function. The last takes the rest of the time."""
 
 AT_A_TIME = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=10.0,
-        help="for all; what is left in the end is used to kill at random",
-    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of all scenarios together")
     parser.add_argument("--seed", type=int, help="of all that is random; repeats a failure")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="promise N alone")
     options = parser.parse_args(arguments)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    chosen = [
-        title
-        for title, (promise, _) in SCENARIOS.items()
-        if options.only is None or promise in options.only
-    ]
+    only = options.only or [promise for promise, _ in SCENARIOS.values()]
+    chosen = [title for title, (promise, _) in SCENARIOS.items() if promise in only]
     folder = Path(tempfile.mkdtemp(prefix="mdm-chaos-"))
     os.environ["MDM_CACHE"] = str(folder / "cache")
     began = time.monotonic()
@@ -79,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(titles: Sequence[str], folder: Path, seed: int, seconds: float) -> list[Result]:
-    """The scenarios of these titles, some at a time, each in a process of its own."""
+    """Run the scenarios of these titles, some at a time, each in a process of its own."""
     until = time.monotonic() + seconds
     shop = prepare(folder)
     print(
@@ -98,15 +90,12 @@ def run(titles: Sequence[str], folder: Path, seed: int, seconds: float) -> list[
 
 
 def attempt(title: str, shop: Workshop, seed: int, until: float) -> Result:
-    """One scenario in a folder of its own; whatever it raises is a failure."""
+    """Run one scenario in a folder of its own; any exception is a failure."""
     promise, scenario = SCENARIOS[title]
     result, began = Result(promise, title), time.monotonic()
-    own = replace(
-        shop,
-        folder=shop.folder / title.replace(" ", "-"),
-        chance=random.Random(f"{seed} {title}"),
-    )
-    own.folder.mkdir()
+    folder = shop.folder / title.replace(" ", "-")
+    folder.mkdir()
+    own = replace(shop, folder=folder, chance=random.Random(f"{seed} {title}"))
     try:
         scenario(own, result, until)
     except Exception:  # noqa: BLE001  the others go on, and the table is printed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,16 +13,20 @@ import numpy as np
 from PIL import Image
 
 NUM_SHARDS, PER_SHARD, CLASSES = 4, 16, 4
+LAST = (NUM_SHARDS - 1) * PER_SHARD
+"""First sample of the last shard, which is damaged as a file."""
+
 Parts = list[tuple[str, bytes]]
+Change = Callable[[Parts], Parts]
 
 
 class Damage(NamedTuple):
-    """What a damaged set should be reported as.
+    """Report that a damaged set should cause.
 
     Attributes:
-        reported: what names each bad sample, such as "2.tar:00035"; one that is bad twice is there
+        reported: names of the bad samples, such as "2.tar:00035"; one that is bad twice is there
             twice.
-        late: those of them that only show it when they are decoded.
+        late: those of them that only fail when they are decoded.
         good: the samples that are still delivered.
     """
 
@@ -44,7 +48,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def sample(number: int) -> Parts:
-    """The members of a good sample."""
+    """The members of a good sample: picture, caption, class."""
     key = f"{number:05}"
     return [
         (f"{key}.png", encoded(picture(number))),
@@ -63,7 +67,7 @@ def write(path: Path, parts: Iterable[tuple[str, bytes]]) -> None:
 
 
 def write_whole(folder: Path) -> None:
-    """All samples, good."""
+    """Write all samples, good."""
     for shard in range(NUM_SHARDS):
         numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         write(folder / f"{shard}.tar", [part for number in numbers for part in sample(number)])
@@ -72,97 +76,67 @@ def write_whole(folder: Path) -> None:
 # --- damage ----------------------------------------------------------------------------------
 
 
-def flipped(parts: Parts) -> Parts:
-    """Fifteen bytes around the start of the compressed pixels are zero."""
-    (name, data), *rest = parts
-    return [(name, data[:40] + bytes(15) + data[55:]), *rest]
+def changed(place: int, change: Callable[[bytes], bytes], form: str = "") -> Change:
+    """Change the bytes of one member, and its extension if `form` is set."""
+
+    def apply(parts: Parts) -> Parts:
+        name, data = parts[place]
+        name = str(Path(name).with_suffix(f".{form}")) if form else name
+        return [*parts[:place], (name, change(data)), *parts[place + 1 :]]
+
+    return apply
 
 
-def cut(parts: Parts) -> Parts:
-    (name, data), *rest = parts
-    return [(name, data[: len(data) // 2]), *rest]
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
-def emptied(parts: Parts) -> Parts:
-    return [(parts[0][0], b""), *parts[1:]]
-
-
-def tiny(parts: Parts) -> Parts:
-    return [(parts[0][0], encoded(Image.new("RGB", (1, 1)))), *parts[1:]]
-
-
-def latin(parts: Parts) -> Parts:
-    return [parts[0], (parts[1][0], b"caf\xe9"), parts[2]]
-
-
-def uncaptioned(parts: Parts) -> Parts:
-    return [parts[0], parts[2]]
-
-
-def unclassed(parts: Parts) -> Parts:
-    return [parts[0], parts[1], (parts[2][0], b"a cat")]
-
-
-def cmyk(parts: Parts) -> Parts:
-    stem, image = Path(parts[0][0]).stem, Image.open(io.BytesIO(parts[0][1]))
-    return [(f"{stem}.jpg", encoded(image.convert("CMYK"), "JPEG")), *parts[1:]]
-
-
-def deep(parts: Parts) -> Parts:
-    grey = np.linspace(0, 65_535, 40 * 40).astype(np.uint16).reshape(40, 40)
-    return [(parts[0][0], encoded(Image.fromarray(grey))), *parts[1:]]
-
-
-def animated(parts: Parts) -> Parts:
-    stem, image = Path(parts[0][0]).stem, Image.open(io.BytesIO(parts[0][1]))
-    moving = encoded(image, "WEBP", save_all=True, append_images=[picture(0)])
-    return [(f"{stem}.webp", moving), *parts[1:]]
-
-
-ODD_BUT_GOOD: tuple[Callable[[Parts], Parts], ...] = (cmyk, deep, animated)
-BAD: tuple[Callable[[Parts], Parts], ...] = (
-    flipped,
-    cut,
-    emptied,
-    tiny,
-    latin,
-    uncaptioned,
-    unclassed,
+GREY = np.linspace(0, 65_535, 40 * 40).astype(np.uint16).reshape(40, 40)
+MOVING = {"save_all": True, "append_images": [picture(0)]}
+ODD_BUT_GOOD: tuple[Change, ...] = (
+    changed(0, lambda data: encoded(opened(data).convert("CMYK"), "JPEG"), "jpg"),
+    changed(0, lambda _: encoded(Image.fromarray(GREY))),
+    changed(0, lambda data: encoded(opened(data), "WEBP", **MOVING), "webp"),
 )
-BAD_WHEN_DECODED = frozenset({flipped, cut, tiny})
-"""The others are found when the shard is indexed, before any picture is decoded."""
+BAD_WHEN_DECODED: tuple[Change, ...] = (
+    changed(0, lambda data: data[:40] + bytes(15) + data[55:]),  # around the start of the pixels
+    changed(0, lambda data: data[: len(data) // 2]),
+    changed(0, lambda _: encoded(Image.new("RGB", (1, 1)))),
+)
+BAD: tuple[Change, ...] = (
+    *BAD_WHEN_DECODED,
+    # These are found when the shard is indexed, before any picture is decoded.
+    changed(0, lambda _: b""),
+    changed(1, lambda _: b"caf\xe9"),
+    lambda parts: [parts[0], parts[2]],
+    changed(2, lambda _: b"a cat"),
+)
 
 
 def write_damaged(folder: Path, chance: random.Random) -> Damage:
-    """Shards in which every kind of damage lies somewhere."""
-    numbers = chance.sample(range((NUM_SHARDS - 1) * PER_SHARD), len(BAD) + len(ODD_BUT_GOOD))
+    """Write shards in which every kind of damage lies somewhere."""
+    numbers = chance.sample(range(LAST), len(BAD) + len(ODD_BUT_GOOD))
     change = dict(zip(numbers, (*BAD, *ODD_BUT_GOOD), strict=True))
-    shards = [
-        [
-            change.get(number, list)(sample(number))
-            for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        ]
-        for shard in range(NUM_SHARDS)
-    ]
-    reported = [_key(number) for number, how in change.items() if how in BAD]
-    late = [_key(number) for number, how in change.items() if how in BAD_WHEN_DECODED]
-    lost = {_key(number) for number, how in change.items() if how in BAD}
+    samples = [change.get(n, list)(sample(n)) for n in range(NUM_SHARDS * PER_SHARD)]
+    reported = [_key(number) for number in numbers[: len(BAD)]]
+    late = reported[: len(BAD_WHEN_DECODED)]
 
-    # Of two neighbours that are whole, the members are mixed up: each key is there twice.
+    # The members of two neighbours that are whole are mixed up: each key is there twice.
     first = _neighbours(change, chance)
-    shard, place = divmod(first, PER_SHARD)
-    one, other = shards[shard][place : place + 2]
-    shards[shard][place : place + 2] = [[one[0], other[0], *one[1:], *other[1:]]]
-    reported += 2 * [_key(first), _key(first + 1)]
-    lost |= {_key(first), _key(first + 1)}
+    one, other = samples[first : first + 2]
+    samples[first : first + 2] = [[one[0], other[0], *one[1:], *other[1:]], []]
+    mixed = [_key(first), _key(first + 1)]
+    lost = {*reported, *mixed}
+    reported += 2 * mixed
 
     # A key that was there before comes again at the end of its shard: the first one is good.
     again = chance.choice([n for n in range(PER_SHARD - 1) if n not in {*change, first, first + 1}])
-    shards[0].append(sample(again))
+    samples[PER_SHARD - 1] = samples[PER_SHARD - 1] + sample(again)
     reported.append(_key(again))
 
-    for shard, samples in enumerate(shards):
-        write(folder / f"{shard}.tar", [part for parts in samples for part in parts])
+    for shard in range(NUM_SHARDS):
+        inside = samples[shard * PER_SHARD : (shard + 1) * PER_SHARD]
+        write(folder / f"{shard}.tar", [part for parts in inside for part in parts])
     named, gone = _damage_last_shard(folder / f"{NUM_SHARDS - 1}.tar", chance)
     everything = {_key(number) for number in range(NUM_SHARDS * PER_SHARD)}
     return Damage(reported + named, late, everything - lost - gone)
@@ -172,22 +146,20 @@ def _key(number: int) -> str:
     return f"{number // PER_SHARD}.tar:{number:05}"
 
 
-def _neighbours(taken: Iterable[int], chance: random.Random) -> int:
+def _neighbours(taken: Collection[int], chance: random.Random) -> int:
     """The first of two samples of one shard that are not taken."""
-    last = (NUM_SHARDS - 1) * PER_SHARD
-    firsts = (n for n in range(last) if n % PER_SHARD < PER_SHARD - 1)
-    return chance.choice([n for n in firsts if not {n, n + 1} & set(taken)])
+    firsts = (n for n in range(LAST) if n % PER_SHARD < PER_SHARD - 1)
+    return chance.choice([n for n in firsts if n not in taken and n + 1 not in taken])
 
 
 def _damage_last_shard(path: Path, chance: random.Random) -> tuple[list[str], set[str]]:
-    """A header is damaged, and the shard ends within a picture: what comes after is gone."""
+    """Damage a header, and end the shard within a picture; return reported and lost samples."""
     with tarfile.open(path) as archive:
         pictures = [member for member in archive.getmembers() if member.name.endswith(".png")]
     broken, last = sorted(chance.sample(range(PER_SHARD), 2))
     data = bytearray(path.read_bytes())
     data[pictures[broken].offset + 130] ^= 1  # in the size: the checksum no longer fits
     path.write_bytes(data[: pictures[last].offset_data + pictures[last].size // 2])
-    start = (NUM_SHARDS - 1) * PER_SHARD
-    reported = [f"{path.name}:byte {pictures[broken].offset}", _key(start + broken)]
-    lost = {_key(start + number) for number in (broken, *range(last, PER_SHARD))}
-    return [*reported, _key(start + last)], lost
+    header = f"{path.name}:byte {pictures[broken].offset}"
+    lost = {_key(LAST + number) for number in (broken, *range(last, PER_SHARD))}
+    return [header, _key(LAST + broken), _key(LAST + last)], lost
