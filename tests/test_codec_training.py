@@ -109,9 +109,8 @@ def test_it_learns_and_its_codes_have_unit_variance(trained, smooth):
 
 def test_the_error_of_bytes_in_decibels():
     dark = np.zeros((2, 4, 4, 3), np.uint8)
-    assert psnr(dark, dark) == float("inf")
-    assert psnr(dark, dark + 255) == pytest.approx(0.0)
-    assert psnr(dark, dark + 1) == pytest.approx(48.1308, abs=1e-4)
+    decibels = [psnr(dark, dark + offset) for offset in (0, 1, 255)]
+    assert decibels == pytest.approx([math.inf, 48.1308, 0.0], abs=1e-4)
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -276,10 +275,8 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
         ("widths=[]", "widths: .* at least 1"),
         ("widths=[13, 16]", "widths: 13 .* norm_groups 2"),
         ("norm_groups=3", "widths: 16 .* norm_groups 3"),
-        ("square_weight=-1.0", r"square_weight: Input should be greater than or equal to 0"),
-        ("data.side=32", r"data\.side: .* omit"),
         ("data.classes=[a]", r"data\.classes: .* omit"),
-        ("kl_weight=-1.0", r"kl_weight: Input should be greater than or equal to 0"),
+        ("kl_weight=-1.0", "kl_weight: .* 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(change, message):
@@ -352,14 +349,12 @@ def test_the_command_trains_a_codec_that_the_next_command_takes(smooth, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give the codec's folder with --out"),
-        (["--out", "x", "--lora", "4"], "--lora is not for a codec"),
-        (["--out", "x", "--gpus", "2"], "--gpus is not for a codec"),
-        (["--out", "x", "--dry-run"], "--dry-run is not for a codec"),
-        (["--out", "x", "--base", "y"], "--base is not for a codec"),
-        (["--out", "x", "--parallel", "fsdp"], "--parallel is not for a codec"),
-        (["--out", "x", "--rank-timeout", "9"], "--rank-timeout is not for a codec"),
-        (["--out", "x"], "data.path is not set: give a folder with --data"),
+        ([], "--out"),
+        (["--out", "x", "--lora", "4"], "--lora"),
+        (["--out", "x", "--gpus", "2"], "--gpus"),
+        (["--out", "x", "--dry-run"], "--dry-run"),
+        (["--out", "x", "--base", "y"], "--base"),
+        (["--out", "x"], "--data"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said(arguments, message, tmp_path, monkeypatch, capsys):

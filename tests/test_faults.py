@@ -1,4 +1,4 @@
-"""The tools of `make chaos`: faults happen when they should, and what is broken is noticed."""
+"""The tools of `make chaos`: faults happen when they should, and broken promises are noticed."""
 
 from __future__ import annotations
 
@@ -26,33 +26,31 @@ from test_checkpoint import snapshot, truncate
 
 
 @pytest.fixture
-def _own_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `Disk.install` replaces is put back after the test."""
+def own_disk(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Put back all that `Disk.install` replaces after the test."""
     for name in ("replace", "rename", "mkdir", "unlink", "rmdir", "fsync"):
         monkeypatch.setattr(os, name, getattr(os, name))
     for module in (builtins, io):
         monkeypatch.setattr(module, "open", open)
+    return monkeypatch
 
 
-@pytest.mark.usefixtures("_own_disk")
 @pytest.mark.parametrize(
     ("kind", "moment", "left"),
     [("open", 1, []), ("write", 3, [b"12345678"]), ("fsync", 1, [b"1234567890abcdef"])],
 )
-def test_an_error_of_the_disk_comes_at_its_moment(tmp_path, monkeypatch, kind, moment, left):
+def test_an_error_of_the_disk_comes_at_its_moment(tmp_path, own_disk, kind, moment, left):
     found = []
-    monkeypatch.setattr(Path, "unlink", lambda path: found.append(path.read_bytes()))
+    own_disk.setattr(Path, "unlink", lambda path: found.append(path.read_bytes()))
     child.Disk(moment=moment, then="EIO", inside=str(tmp_path), kinds=[kind]).install()
-    with pytest.raises(OSError, match=r"cannot write .*a\.bin: Input/output error"):
+    with pytest.raises(OSError, match=r"a\.bin: Input/output error"):
         write_atomically(tmp_path / "a.bin", lambda file: file.write(b"1234567890abcdef"))
     assert found == left
 
 
-@pytest.mark.usefixtures("_own_disk")
-def test_a_power_cut_empties_what_was_not_synced(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "kill", lambda *_: None)
-    disk = child.Disk(moment=1, then="power", inside=str(tmp_path), kinds=["rmdir"])
-    disk.install()
+def test_a_power_cut_empties_files_that_were_not_synced(tmp_path, own_disk):
+    own_disk.setattr(os, "kill", lambda *_: None)
+    child.Disk(moment=1, then="power", inside=str(tmp_path), kinds=["rmdir"]).install()
     write_atomically(tmp_path / "synced", lambda file: file.write(b"on the disk"))
     (tmp_path / "new").mkdir()
     with open(tmp_path / "new" / "other", "w") as file:
@@ -64,33 +62,18 @@ def test_a_power_cut_empties_what_was_not_synced(tmp_path, monkeypatch):
     assert (tmp_path / "renamed" / "other").read_bytes() == b""
 
 
-def test_whole_shards_are_good_and_damaged_ones_are_what_they_are_said_to_be(tmp_path, monkeypatch):
+def test_whole_shards_are_good_and_damaged_ones_are_as_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     shards.write_whole(tmp_path / "whole")
-    whole = open_source(DataConfig(source="shards", path=str(tmp_path / "whole")), 32)
-    assert len(whole) == 64
+    assert len(open_source(DataConfig(source="shards", path=str(tmp_path / "whole")), 32)) == 64
     for seed in range(3):
         folder = tmp_path / str(seed)
         damage = shards.write_damaged(folder, random.Random(seed))
-        source = open_source(
-            DataConfig(source="shards", path=str(folder), max_bad_fraction=1.0), 32
-        )
+        data = DataConfig(source="shards", path=str(folder), max_bad_fraction=1.0)
+        source = open_source(data, 32)
         assert set(source.keys) == damage.good
         assert Counter(bad.path for bad in source.bad) == Counter(damage.reported)
         assert set(damage.late) < set(damage.reported)
-
-
-def test_a_run_tells_what_is_in_its_folder(tmp_path):
-    run = Run(tmp_path / "run", "data")
-    assert (run.newest(), run.reached(), run.torn(), run.kept()) == (0, 0, [], {})
-    for images_seen in (8, 16):
-        checkpoint.save(run.checkpoints, snapshot(images_seen), keep=2)
-    (run.folder / "metrics.jsonl").write_text('{"images_seen": 24}\n{"images_seen": 3')
-    assert (run.newest(), run.reached(), len(run.torn())) == (16, 24, 0)
-    truncate(run.checkpoints / "0000000016" / checkpoint.MANIFEST)
-    assert (run.newest(), len(run.torn())) == (8, 1)
-    truncate(run.checkpoints / "0000000008" / checkpoint.STATE)
-    assert (run.newest(), len(run.torn())) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +87,22 @@ def test_a_run_tells_what_is_in_its_folder(tmp_path):
 )
 def test_a_kill_that_costs_too_much_is_noticed(tmp_path, saved, before, status, count):
     run, result = Run(tmp_path / "run", "data"), Result(2, "kills")
+    assert (run.newest(), run.reached(), run.torn(), run.kept()) == (0, 0, [], {})
     for images_seen in saved:
         checkpoint.save(run.checkpoints, snapshot(images_seen), keep=2)
-    (run.folder / "metrics.jsonl").write_text('{"images_seen": 32}\n')
+    (run.folder / "metrics.jsonl").write_text('{"images_seen": 32}\n{"images_seen": 3')
     kills._judge(result, run, before, Ended(status, ""))
     assert bool(result.failures) == (count is not None)
     assert not count or result.counts[count] == 1
+    truncate(run.checkpoints / f"{saved[-1]:010d}" / checkpoint.MANIFEST)
+    assert (run.newest(), run.reached(), len(run.torn())) == ((0, *saved)[-2], 32, 1)
 
 
-def test_a_process_that_hangs_is_killed_and_its_end_is_told(tmp_path):
+def test_a_process_that_hangs_is_killed(tmp_path):
     code = "import sys, time; print('here', file=sys.stderr, flush=True); time.sleep(60)"
     process = product.Process([sys.executable, "-c", code], tmp_path / "log")
     process.wait_to_say("here")
-    ended = product.killed_later(process, 0.0)
-    assert ended == Ended(-signal.SIGKILL, "here\n")
+    assert product.killed_later(process, 0.0) == Ended(-signal.SIGKILL, "here\n")
     with pytest.raises(TimeoutError, match="does not say: nothing"):
         process.wait_to_say("nothing")
 
@@ -125,7 +110,6 @@ def test_a_process_that_hangs_is_killed_and_its_end_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("losses", "differing", "failures"),
     [
-        ([1.0, 2.0, None], 0, 0),
         ([1.0 + 1e-7, 2.0 + 1e-5, None], 0, 0),
         ([1.0 + 1e-5, 2.0 + 1e-4, None], 2, 2),
         ([1.0, None, 3.0], 2, 2),
@@ -157,24 +141,24 @@ def test_a_scenario_that_raises_is_a_failure_and_the_table_says_so(tmp_path, mon
     results = [runner.attempt(title, shop, 0, 0.0) for title in ("bad", "good")]
     assert [len(result.failures) for result in results] == [2, 0]
     assert "a bug" in results[0].failures[1]
-    shown = table(results).splitlines()
-    assert [line.split()[-1] for line in shown[2:4]] == ["kept", "BROKEN"]
-    assert "kills 1,000, lost checkpoints 0" in shown[2]
-    assert shown[-1].startswith("in all: lost checkpoints 1, torn checkpoints 0")
+    lines = table(results).splitlines()
+    assert [line.split()[-1] for line in lines[2:4]] == ["kept", "BROKEN"]
+    assert "kills 1,000, lost checkpoints 0" in lines[2]
+    assert lines[-1].startswith("in all: lost checkpoints 1, torn checkpoints 0")
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_exit_status_and_the_folder_say_whether_all_was_kept(monkeypatch, capsys, broken):
-    asked = []
+    calls = []
 
-    def run(titles, folder, seed, seconds):
-        asked.append((titles, folder, seed, seconds))
+    def run(*options):
+        calls.append(options)
         return [Result(9, "corrupt samples in shards", failures=["lost"] * broken)]
 
     monkeypatch.setattr(runner, "run", run)
     monkeypatch.setenv("MDM_CACHE", "")  # put back after the test
     assert runner.main(["--only", "9", "--seed", "7", "--minutes", "0.5"]) == broken
-    ((titles, folder, seed, seconds),) = asked
+    ((titles, folder, seed, seconds),) = calls
     assert (titles, seed, seconds) == (["corrupt samples in shards"], 7, 30.0)
     assert folder.exists() == broken
     assert ("--seed 7 repeats" in capsys.readouterr().out) == broken

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.text import feature_cache
 from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder, pad
 from matryoshka_diffusion.text.feature_cache import FeatureCache
+from ranks import start
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 
@@ -243,25 +243,30 @@ def test_a_t5_that_is_not_there_is_named(path, error, message):
     assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize(
-    "damage", ["no weights", "truncated", "config", "pickle", "tokenizer", "missing key"]
-)
+def drop_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.final_layer_norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+DAMAGES = {
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "truncated": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "config": lambda folder: (folder / "config.json").write_text("{"),
+    "tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "add'),
+    "pickle": pickle_weights,
+    "missing key": drop_a_tensor,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_named_in_one_line(t5_copy, damage):
-    weights = t5_copy / "model.safetensors"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "config":
-        (t5_copy / "config.json").write_text("{")
-    elif damage == "tokenizer":
-        (t5_copy / "tokenizer.json").write_text('{"version": "1.0", "added')
-    elif damage == "missing key":
-        tensors = load_file(weights)
-        del tensors["encoder.final_layer_norm.weight"]
-        save_file(tensors, weights, {"format": "pt"})
-    else:
-        if damage == "pickle":
-            torch.save({}, t5_copy / "pytorch_model.bin")
-        weights.unlink()
+    DAMAGES[damage](t5_copy)
     with pytest.raises(OSError, match=r"copy.*: .*encoder\.path") as error:
         t5(t5_copy)
     assert "\n" not in str(error.value)
@@ -375,21 +380,14 @@ def test_captions_are_split_into_batches_and_chunks(tmp_path, monkeypatch, limit
     monkeypatch.setattr(feature_cache, "_BATCH", 4)
     monkeypatch.setattr(feature_cache, limit, value)
     captions = [f"picture {n:02}"[-9:] for n in range(25)]
-    progress = []
-    cache = FeatureCache(Counting(), tmp_path)
+    progress, encoder = [], Counting()
+    cache = FeatureCache(encoder, tmp_path)
     cache.add(captions, lambda *counts: progress.append(counts))
     assert len(chunks(tmp_path)) == expected
     assert progress == sorted(progress)
     assert progress[-1] == (25, 25)
     assert right(captions[::-1], cache(captions[::-1]))
     assert right(captions, FeatureCache(Counting(), tmp_path)(captions))
-
-
-def test_captions_of_similar_length_are_encoded_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "_BATCH", 2)
-    encoder = Counting()
-    FeatureCache(encoder, tmp_path).add(["long one", "a", "long two", "b"])
-    assert encoder.encoded == ["a", "b", "long one", "long two"]
 
 
 def test_two_caches_may_fill_one_folder(tmp_path, monkeypatch):
@@ -446,81 +444,57 @@ def test_a_chunk_that_another_process_removes_is_passed_over(tmp_path, monkeypat
 
 # --- interruptions of the cache ------------------------------------------------------------------
 
-CAPTIONS_TO_KILL = [f"caption {n:02}" for n in range(40)]
+MANY = [f"caption {n:02}" for n in range(40)]
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from matryoshka_diffusion import files
-from matryoshka_diffusion.text import feature_cache
-from test_text import CAPTIONS_TO_KILL, Counting
 
-feature_cache._BATCH, feature_cache._CHUNK = 5, 10
-count = 0
+def fill_and_die(folder, place, count):
+    """Fill a cache in batches of 5 and chunks of 10; die at the `count`-th call of a function."""
+    feature_cache._BATCH, feature_cache._CHUNK = 5, 10
+    owner = Counting if place == "__call__" else os
+    real, calls = getattr(owner, place), iter(range(1, count))
 
-def killing(real):
     def call(*arguments):
-        global count
-        count += 1
-        if count == int(sys.argv[3]):
+        if next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
-    return call
 
-if sys.argv[2] == "encoding":
-    Counting.__call__ = killing(Counting.__call__)
-else:
-    setattr(files.os, sys.argv[2], killing(getattr(os, sys.argv[2])))
-feature_cache.FeatureCache(Counting(), Path(sys.argv[1])).add(CAPTIONS_TO_KILL)
-"""
+    setattr(owner, place, call)
+    FeatureCache(Counting(), folder).add(MANY)
 
 
 @pytest.mark.parametrize(
-    ("at", "count", "whole"),
-    [("encoding", 6, 2), ("replace", 3, 2), ("fsync", 3, 1)],  # two fsyncs a chunk
+    ("place", "count", "whole"),
+    [("__call__", 6, 2), ("replace", 3, 2), ("fsync", 3, 1)],  # two fsyncs a chunk
 )
-def test_kill_9_costs_one_chunk_at_most(tmp_path, at, count, whole):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), at, str(count)]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False)
-    assert killed.returncode == -signal.SIGKILL
+def test_kill_9_costs_one_chunk_at_most(tmp_path, place, count, whole):
+    assert start(fill_and_die, tmp_path, place, count).end()[0] == -signal.SIGKILL
     encoder = Counting()
     cache = FeatureCache(encoder, tmp_path)
     assert len(cache.store) == whole * 10
-    cache.add(CAPTIONS_TO_KILL)
+    cache.add(MANY)
     assert len(encoder.encoded) == 40 - whole * 10
-    assert right(CAPTIONS_TO_KILL, FeatureCache(Counting(), tmp_path)(CAPTIONS_TO_KILL))
+    assert right(MANY, FeatureCache(Counting(), tmp_path)(MANY))
 
 
-def test_an_error_keeps_the_chunks_before_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", [False, True])
+def test_a_disk_that_fills_up_is_loud_and_keeps_the_chunks_before(tmp_path, monkeypatch, full):
+    """As any other error does."""
     monkeypatch.setattr(feature_cache, "_CHUNK", 2)
 
-    class Failing(Counting):
-        def __call__(self, captions):
-            if "c" in captions:
-                raise RuntimeError("out of memory")
-            return super().__call__(captions)
-
-    encoder = Failing()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        FeatureCache(encoder, tmp_path).add(["a", "b", "c", "d"])
-    assert encoder.rests == 1
-    assert right(["a", "b"], filled(tmp_path, [])[0](["a", "b"]))
-
-
-def test_a_disk_that_fills_up_is_loud_and_keeps_the_chunks_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "_CHUNK", 2)
-
-    def full(_):
+    def fail(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fill_after_the_first(done, _):
-        if done == 4:
-            monkeypatch.setattr(os, "fsync", full)
+    def fail_after_the_first(done, _):
+        if done == 4 and full:
+            monkeypatch.setattr(os, "fsync", fail)
+        elif done == 4:
+            raise RuntimeError("out of memory")
 
-    cache = FeatureCache(Counting(), tmp_path)
-    with pytest.raises(OSError, match=rf"{tmp_path}/.*No space left.* bytes needed, .* free"):
-        cache.add(["a", "b", "c", "d"], fill_after_the_first)
+    encoder = Counting()
+    message = rf"{tmp_path}/.*No space left.* bytes needed, .* free" if full else "out of memory"
+    with pytest.raises((OSError, RuntimeError), match=message):
+        FeatureCache(encoder, tmp_path).add(["a", "b", "c", "d"], fail_after_the_first)
+    assert encoder.rests == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     assert right(["a", "b"], filled(tmp_path, [])[0](["a", "b"]))
 

@@ -1,4 +1,4 @@
-"""A run so small that training tests take seconds, and a command line for it."""
+"""A run so small that training tests take seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
 from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import steps
 from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Hook, Trainer, View, train
@@ -205,23 +203,3 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Fail unless two states are equal, bit for bit."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def main(folder: str) -> None:
-    """Train in `folder` as a process of its own, which waits for a line on stdin at every step."""
-
-    def wait(view: object) -> None:
-        print("waiting", flush=True)
-        sys.stdin.readline()
-
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        train(tiny_config(), TinyPictures(), Path(folder), encode=encode, hooks=[(1, wait)])
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(stopped.code) from None
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -52,9 +52,9 @@ def table(results: Sequence[Result]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    total = Counter(dict.fromkeys(MUST_BE_ZERO, 0))
+    total: Counter[str] = Counter(dict.fromkeys(MUST_BE_ZERO, 0))
     for result in results:
-        total.update(result.counts)
+        total.update(dict(result.counts))
     return "\n".join([*lines, "", f"in all: {', '.join(_listed(total))}"]).replace("\xa0", " ")
 
 
