@@ -62,13 +62,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stopped_run_continues_bit_for_bit(whole, tmp_path):
-    """Stopped in the middle of a stage, at the growth and after it."""
+    """Stopped in the middle of a stage, at the growth and after it; tracks change nothing else."""
+    config = tiny_config(ema_power=(0.1,))
     for place, number in ((4, signal.SIGTERM), (24, signal.SIGINT), (36, signal.SIGUSR1)):
         with pytest.raises(Stopped, match=f"{place} of 48") as stopped:
-            run(tmp_path / "run", hooks=[stop_at(place, number)])
+            run(tmp_path / "run", config, hooks=[stop_at(place, number)])
         assert stopped.value.code == 128 + number
-    run(tmp_path / "run")
-    assert digests(tmp_path / "run") == digests(whole)
+    run(tmp_path / "run", config)
+    expected = {k: v for k, v in digests(whole).items() if k.endswith(".safetensors")}
+    assert len(expected) == 4
+    assert expected.items() <= digests(tmp_path / "run").items()
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
@@ -117,13 +120,6 @@ def test_every_option_of_training_resumes_bit_for_bit(tmp_path, monkeypatch, set
     assert sorted(keys[:10]) == sorted(epoch_of_ten().keys)
     snapshots = sorted(path.stem for path in (tmp_path / "parts").glob("ema/*"))
     assert snapshots == ["0000000016", "0000000032", "0000000048"] * ("ema_power" in settings)
-
-
-def test_tracks_change_nothing_else(whole, tmp_path):
-    run(tmp_path, tiny_config(ema_power=(0.1,)))
-    plain, tracked = digests(whole), digests(tmp_path)
-    for name in ("weights", "ema", "optimizer"):
-        assert tracked[f"{name}.safetensors"] == plain[f"{name}.safetensors"]
 
 
 def train_and_wait(folder: str, place: int) -> None:
