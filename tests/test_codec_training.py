@@ -257,7 +257,7 @@ def test_the_codecs_that_presets_ask_for_are_those_that_are_trained(name):
     config = CODECS[name]
     assert config.name == name
     assert override(config, []) == config
-    base = {"codec": "folder-64"}.get(name, name.removesuffix("-codec"))
+    base = "folder-64" if name == "codec" else str(name).removesuffix("-codec")
     user = preset(base, "latent")
     assert user.codec is not None
     assert user.codec.factor == config.factor
