@@ -27,7 +27,6 @@ from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import grow_run, next_level, warm_start
 from matryoshka_diffusion.train.checkpoint import (
     CheckpointError,
-    build_network,
     export_weights,
     fingerprint,
     learnt_parameters,
@@ -234,17 +233,6 @@ def test_a_run_of_adapters_samples_finished_or_not_and_exports_whole(tuned, mode
     assert (grown.train.init, grown.train.lora) == (None, None), "it begins with whole weights"
 
 
-def test_adapters_learn(model, tmp_path):
-    stages = (StageConfig(levels=2, images=320, batch_size=16, lr=1e-2),)
-    config = tuning(model, rank=8, maps="all")
-    settings = {"stages": stages, "warmup_images": 0, "condition_dropout": 0.0}
-    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
-    run(tmp_path, model, config)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-
-
 # --- what does not fit -------------------------------------------------------------------------
 
 
@@ -288,15 +276,6 @@ def test_a_file_of_adapters_that_does_not_fit_is_refused_with_what_differs(tuned
         save_file(adapters, file, {"lora": foreign})
         with pytest.raises(ValueError, match=error):
             find_model(tmp_path)
-
-
-def test_a_run_continues_around_the_same_weights_only(model, tmp_path):
-    config = tuning(model)
-    with pytest.raises(CheckpointError, match="weights to put adapters around were not given"):
-        build_network(config.model, config.train, None)
-    other = net(seed=5).state_dict()
-    with pytest.raises(CheckpointError, match="is not the model that the adapters are for"):
-        build_network(config.model, config.train, other)
 
 
 def test_a_fingerprint_is_of_names_types_shapes_and_bits():

@@ -36,10 +36,14 @@ def randomised(config):
     return net
 
 
-def text_model(**sampling):
+def text_model(*, masked=True, learned_null=True, **sampling):
     config = tiny_config(dropout=0.0)
-    changed = config.sampling.model_copy(update={"steps": 4, "guidance": (2.0,), **sampling})
-    config = config.model_copy(update={"sampling": changed})
+    sampling = config.sampling.model_copy(update={"steps": 4, "guidance": (2.0,), **sampling})
+    assert config.model.text is not None
+    text = {"masked": masked, "learned_null": learned_null}
+    model = {"text": config.model.text.model_copy(update=text)}
+    model = config.model.model_copy(update=model)
+    config = config.model_copy(update={"sampling": sampling, "model": model})
     return Matryoshka(randomised(config), config, encoder=Words())
 
 
@@ -153,17 +157,10 @@ def test_a_number_is_the_place_of_a_class_and_a_string_its_name():
 
 
 def test_a_network_without_a_null_is_guided_by_the_empty_caption():
-    config = tiny_config(dropout=0.0)
-    assert config.model.text is not None
-    text = config.model.text.model_copy(update={"learned_null": False})
-    model_config = config.model.model_copy(update={"text": text})
-    config = config.model_copy(update={"model": model_config})
-    model = Matryoshka(randomised(config), config, encoder=Words())
-    plain = model.sample("red", steps=3).pictures
-    assert (plain != model.sample("red", steps=3, guidance=4.0).pictures).any()
-    assert (
-        model.sample("", steps=3, guidance=4.0).pictures == model.sample("", steps=3).pictures
-    ).all()
+    model = text_model(learned_null=False, steps=3, guidance=(1.0,))
+    for prompt, same in (("red", False), ("", True)):
+        guided = model.sample(prompt, guidance=4.0).pictures
+        assert (guided == model.sample(prompt).pictures).all() == same
 
 
 def test_a_negative_prompt_takes_the_place_of_no_prompt():
@@ -178,16 +175,11 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
 
 
 def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
-    config = text_model().config
-    assert config.model.text is not None
-    text = config.model.text.model_copy(update={"masked": False, "learned_null": False})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
-    model = Matryoshka(randomised(config), config, encoder=Words())
+    model = text_model(masked=False, learned_null=False, steps=2)
     prompts = ["red", "a green square", "blue thing", "red red red"]
-    settings = {"steps": 2, "guidance": 2.0}
-    together = model.sample(prompts, seed=5, **settings)
+    together = model.sample(prompts, seed=5)
     for place, prompt in enumerate(prompts):
-        alone = model.sample(prompt, seed=5 + place, **settings)
+        alone = model.sample(prompt, seed=5 + place)
         assert np.abs(alone.pictures[0].astype(int) - together.pictures[place]).max() <= 1
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.data.loader import to_float, to_uint8
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.released import convert, load_released, read_released
 from matryoshka_diffusion.models.released_pickle import BrokenFile, Record, plain, read_pickle
@@ -129,38 +128,32 @@ def test_the_three_released_models_are_recognised_by_their_keys(side):
     assert text.features == 512
 
 
+SQUARED = ("squared-cosine", "v", "eps", "clip", 1.0)
+
+
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "place", "expected"),
     [
-        ({"schedule_type": "COSINE"}, ("truncated-cosine", "v", "eps", "clip", 1.0)),
-        ({"schedule_type": 2}, ("linear-beta", "v", "eps", "clip", 1.0)),
-        ({"prediction_type": "DDPM"}, ("squared-cosine", "eps", "eps", "clip", 1.0)),
-        ({"loss_target_type": "V_PREDICTION"}, ("squared-cosine", "v", "v", "clip", 1.0)),
-        ({"threshold_function": "DYNAMIC"}, ("squared-cosine", "v", "eps", "dynamic", 1.0)),
-        ({"threshold_function": 0}, ("squared-cosine", "v", "eps", "none", 1.0)),
-        ({"schedule_shifted_power": 2}, ("squared-cosine", "v", "eps", "clip", 2.0)),
-        ({"schedule_shifted": False}, ("squared-cosine", "v", "eps", "clip", 0.0)),
+        ({"schedule_type": "COSINE"}, 0, "truncated-cosine"),
+        ({"schedule_type": 2}, 0, "linear-beta"),
+        ({"prediction_type": "DDPM"}, 1, "eps"),
+        ({"loss_target_type": "V_PREDICTION"}, 2, "v"),
+        ({"threshold_function": 2}, 3, "dynamic"),
+        ({"schedule_shifted_power": 2}, 4, 2.0),
+        ({"schedule_shifted": False}, 4, 0.0),
     ],
 )
-def test_the_process_follows_the_run_configuration(change, expected):
+def test_the_process_follows_the_run_configuration(change, place, expected):
     diffusion = {"sampler_config": change, "multi_res_weights": "4:1"}
     run = read_released(FILE, {**CONFIG, "diffusion_config": diffusion}).config
     assert run.process.level_weights == (1.0, 4.0), "coarse to fine"
-    assert expected == (
+    assert (*SQUARED[:place], expected, *SQUARED[place + 1 :]) == (
         run.model.schedule,
         run.process.prediction,
         run.process.weighting[0].name,
         run.sampling.threshold[0],
         run.model.levels[-1].shift_power,
     )
-
-
-def test_released_pixels_go_there_and_back():
-    pixels = torch.arange(256).to(torch.uint8).numpy()
-    x = to_float(pixels, "released")
-    assert (x[127], x[255]) == (0.0, 1.0)
-    assert (to_uint8(x, "released").numpy() == pixels).all()
-    assert to_uint8(torch.tensor([-0.004, 2.0, -2.0]), "released").tolist() == [126, 255, 0]
 
 
 # --- a file or a configuration that does not fit -------------------------------------------------
@@ -171,16 +164,13 @@ def test_released_pixels_go_there_and_back():
     [
         ({"resolutions": [32, 0]}, "no run configuration"),
         ({"unet_config": {"temporal_mode": True}}, "temporal_mode is True"),
-        ({"unet_config": {"resolution_channels": None}}, "no run configuration"),
         ({"unet_config": {"micro_conditioning": "scale:9999999999999"}}, "micro_conditioning"),
         ({"unet_config": {"temporal_dim": 10**30}}, "unet_config holds a number"),
         ({"unet_config": {"resolution_channels": [33, 32]}}, "multiple of"),
         ({"unet_config": {"resnet_config": {"num_groups_norm": 16}}}, "num_groups_norm is 16"),
         ({"unet_config": {"num_attention_layers": [0, 1]}}, "masked_cross_attention differs"),
         ({"unet_config": {"inner_config": {"num_lm_head_layers": 60_000}}}, r"60,0\d\d layers"),
-        ({"diffusion_config": {"use_vdm_loss_weights": True}}, "use_vdm_loss_weights is True"),
         ({"diffusion_config": {"sampler_config": {"num_diffusion_steps": 0}}}, "steps is 0"),
-        ({"diffusion_config": {"sampler_config": {"threshold_function": "DYNAMIC_IF"}}}, "DYNAMIC"),
         ({"diffusion_config": {"sampler_config": {"schedule_type": "x" * 10**6}}}, "KeyError"),
     ],
 )
@@ -192,13 +182,6 @@ def test_a_configuration_that_no_released_model_has_is_one_short_error(change, k
         load_released(FILE, {**CONFIG, **change, "unet_config": unet})
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
-
-
-def test_a_config_without_a_network_and_a_missing_file_are_refused():
-    with pytest.raises(ValueError, match="no unet_config"):
-        load_released(FILE, {"model": "nested"})
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        load_released("nowhere.pth")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +233,6 @@ def torchscript(path):
     ("make", "key"),
     [
         (lambda p: p.write_bytes(FILE.read_bytes()[:-1000]), "cut short"),
-        (lambda p: p.write_bytes(random.Random(0).randbytes(100_000)), "cut short"),
         (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "no checkpoint"),
         (other_zip, "0 data.pkl"),
         (torchscript, "no state_dict"),
@@ -495,26 +477,7 @@ def test_a_released_checkpoint_is_tuned_on_pictures_of_ones_own(tiny_t5, tmp_pat
     assert max(changes) < 1, "it started from the released weights"
 
 
-def test_a_released_file_goes_to_diffusers(tiny_t5, tmp_path, monkeypatch):
-    from matryoshka_diffusion.models.diffusers import MDMPipeline
-
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    encoder, out = ("--text-encoder", tiny_t5), tmp_path / "out"
-    assert mdm("export", FILE, "--format", "diffusers", "-o", out, *encoder) == 0
-    pipe = MDMPipeline.from_pretrained(out)
-    pipe.set_progress_bar_config(disable=True)
-    model = Matryoshka.load(FILE, text_encoder=str(tiny_t5))
-    prompts = ["a blue jay", "red"]
-    native = model.sample(prompts, seed=3, steps=2, guidance=2.0).pictures
-    generator = torch.Generator().manual_seed(3)
-    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "return_dict": False}
-    images, _ = pipe(prompts, generator=generator, **call)
-    for picture, expected in zip(images, native, strict=True):
-        assert np.abs(np.array(picture).astype(int) - expected).max() <= 1
-
-
-def test_an_encoder_of_another_width_is_refused(tmp_path, tiny_t5, monkeypatch, capsys):
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+def test_an_encoder_of_another_width_and_a_missing_file_are_refused(tmp_path, tiny_t5, capsys):
     assert mdm("sample", FILE, "-p", "a", "--text-encoder", tmp_path) == 1
     assert "encoder.path" in capsys.readouterr().err
     wide = shutil.copytree(tiny_t5, tmp_path / "wide")
@@ -522,3 +485,5 @@ def test_an_encoder_of_another_width_is_refused(tmp_path, tiny_t5, monkeypatch, 
     transformers.T5EncoderModel(config).save_pretrained(wide)
     assert mdm("sample", FILE, "-p", "a", "--text-encoder", wide) != 0
     assert "32" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        load_released("nowhere.pth")

@@ -97,11 +97,10 @@ class Cascade:
 
         def part(own: int, before: int) -> Progress | None:
             """The progress of one model as a part of both; they have the same batches."""
-            return progress and (
-                lambda done, total: progress(
-                    total // own * before + done, total // own * (first + second)
-                )
-            )
+            if (report := progress) is None:
+                return None
+            both = first + second
+            return lambda done, total: report(total // own * before + done, total // own * both)
 
         small = self.base.sample(prompts, **options, progress=part(first, 0), **for_base)
         options |= {"coarse": small.pictures, "progress": part(second, first)}

@@ -186,13 +186,13 @@ class Sampler:
 
         Sampling continues from what is written into `z` of a state.
         """
+        several = negative if isinstance(negative, list) else None
         batches = self.batches(cond, len(seeds), BATCH)
         order = torch.cat(batches).argsort().to(self.device)
 
         def stream(rows: Tensor) -> Iterator[State]:
             places = rows.tolist()
-            several = isinstance(negative, list)
-            own = [negative[row] for row in places] if several else negative
+            own = [several[row] for row in places] if several is not None else negative
             own_seeds = [seeds[row] for row in places]
             return self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, own)
 

@@ -257,7 +257,7 @@ def _open_pth(path: Path) -> Weights:
     order = f"{roots[0]}/byteorder"
     if order in archive.NameToInfo and archive.open(entry("byteorder")).read(9) != b"little":
         raise BrokenFile("it was written by a big-endian machine, which is not supported")
-    records = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+    records: Any = tree.get("state_dict", tree) if isinstance(tree, dict) else None
     if not isinstance(records, dict) or not records:
         raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
     like = {}
