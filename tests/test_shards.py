@@ -19,7 +19,6 @@ from PIL import Image
 from matryoshka_diffusion.data import decoded, shards, tar
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.image import PICTURES
-from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import MissingExtra, UnreadableError
 from picturing import COLOURS, Parts, encode, reasons, write_tar
@@ -83,21 +82,6 @@ def test_samples_come_in_order_with_captions_and_sides(tmp_path):
     assert [source[n].original_side for n in range(3)] == [30, 700, 20]
     assert (source[1].picture == COLOURS[2]).all()
     assert (source.side, source.channels, source.classes, source.bad) == (16, 3, (), ())
-
-
-def test_several_shards_are_one_set_and_the_order_is_the_loader_s(tmp_path, on_demand):
-    for n in range(3):
-        write_tar(tmp_path / "d" / f"{n:03}.tar", captioned(4, 4 * n))
-    source = opened(f"{tmp_path}/d/{{000..002}}.tar")
-    assert source.keys == [f"{n // 4:03}.tar:{n:05}" for n in range(12)]
-    with pytest.raises(IndexError):
-        source[12]
-    whole = Loader(source, seed=1).batch(range(24))
-    assert sorted(whole.keys[:12]) == sorted(whole.keys[12:]) == source.keys
-    for key, caption, picture in zip(whole.keys, whole.captions, whole.picture, strict=True):
-        n = int(key.split(":")[1])
-        colour = ((picture[:, 0, 0] + 1) * 127.5).round().int().tolist()
-        assert (caption, tuple(colour)) == (f"picture {n}", COLOURS[n % 6])
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -36,10 +36,15 @@ class NoneUsable(ValueError):
         self.bad = tuple(bad)
 
 
-def some(bad: Sequence[BadFile], count: int = 5) -> str:
+def listed(items: Sequence[object], most: int = 20) -> list[str]:
+    """Texts of the first items, and how many more there are."""
+    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return [*map(str, items[:most]), *more]
+
+
+def some(bad: Sequence[BadFile]) -> str:
     """Text such as ' (a.png: reason; ...)' of the first bad files, for errors; empty for none."""
-    more = [f"and {len(bad) - count} more"] if len(bad) > count else []
-    return f" ({'; '.join([*map(str, bad[:count]), *more])})" if bad else ""
+    return f" ({'; '.join(listed(bad, 5))})" if bad else ""
 
 
 class Quarantine:

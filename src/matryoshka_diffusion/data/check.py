@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from matryoshka_diffusion.data.bad import BadFile
+from matryoshka_diffusion.data.bad import BadFile, listed
 from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 
-_LISTED = 20  # classes, and bad files
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
 
 
@@ -42,7 +41,7 @@ def describe(source: Source) -> str:
     ]
     if source.classes:
         counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
-        lines.append(f"  classes   {len(source.classes)}: {', '.join(_listed(counts))}")
+        lines.append(f"  classes   {len(source.classes)}: {', '.join(listed(counts))}")
     distinct = list(dict.fromkeys(captions))
     first = ", ".join(f'"{text[:60]}"' for text in distinct[:3])
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"
@@ -52,7 +51,7 @@ def describe(source: Source) -> str:
 
 def describe_bad(bad: Sequence[BadFile]) -> str:
     """Report of the number of bad files, and of the first of them with their reasons."""
-    return "\n    ".join([f"  bad files {len(bad)}", *_listed([str(file) for file in bad])])
+    return "\n    ".join([f"  bad files {len(bad)}", *listed(bad)])
 
 
 def contact_sheet(source: Source, count: int = 64) -> Image:
@@ -80,8 +79,3 @@ def contact_sheet(source: Source, count: int = 64) -> Image:
 
 def _noun(source: Source) -> str:
     return "pictures" if source.frames is None else f"clips of {source.frames} frames"
-
-
-def _listed(items: Sequence[str]) -> list[str]:
-    more = [f"and {len(items) - _LISTED:,} more"] if len(items) > _LISTED else []
-    return [*items[:_LISTED], *more]

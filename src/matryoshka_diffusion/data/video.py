@@ -20,8 +20,18 @@ from PIL import Image, ImageOps
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
-from matryoshka_diffusion.data.decoded import Decoder
-from matryoshka_diffusion.data.image import REACH, VIDEOS, judge, opened, resized, unknown
+from matryoshka_diffusion.data.decoded import Catalogue, Decoder
+from matryoshka_diffusion.data.folder import folder, holds
+from matryoshka_diffusion.data.image import (
+    CONTAINERS,
+    REACH,
+    VIDEOS,
+    judge,
+    opened,
+    resized,
+    unknown,
+)
+from matryoshka_diffusion.data.shards import shards
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import fraction, require
 
@@ -311,6 +321,16 @@ def _end_of_boxes(file: Any, size: int, deadline: Deadline) -> int:
         length = int.from_bytes(long, "big") if length == 1 else length
         end += max(length, 8) if length else size - end
     return end
+
+
+def videos(path: str) -> Catalogue:
+    """Videos in a folder, or in shards, which may have animations beside them."""
+    pyav()  # now and not after hours, when the first video is decoded
+    place = Path(path)
+    is_folder = "://" not in path and place.is_dir()
+    if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
+        return folder(place, VIDEOS, "clips")
+    return shards(path, VIDEOS)
 
 
 def choose(video: Video, data: DataConfig, length: int, start: float) -> list[int]:
