@@ -21,7 +21,7 @@ from matryoshka_diffusion.config import (
     StageConfig,
     UsageError,
 )
-from matryoshka_diffusion.configfile import override
+from matryoshka_diffusion.configfile import from_dict, override
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -217,9 +217,7 @@ def test_a_picture_level_cannot_be_put_around_clips(video_run: Path):
         level.model_dump(mode="json") for level in (*config.model.levels, still)
     ]
     with pytest.raises(ValueError, match=r"levels\[2\] does not nest .*frames 1, not 4"):
-        job.from_dict(
-            {**config.model_dump(mode="json"), "model": {"levels": levels, "embedding": 32}}
-        )
+        from_dict({**config.model_dump(mode="json"), "model": {"levels": levels, "embedding": 32}})
 
 
 # --- data of a run that is grown in time -------------------------------------------------------

@@ -39,10 +39,7 @@ def _extended(known: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _move(averages: Mapping[str, Tensor], net: nn.Module, decays: Mapping[str, float]) -> None:
-    """Move averages towards the live weights; those of one decay in one fused call.
-
-    Each rank averages the part of the weights that it holds.
-    """
+    """Move averages towards this rank's part of the weights; those of one decay in one call."""
     live, groups = learnt_parameters(net), defaultdict(list)
     for name, decay in decays.items():
         groups[decay].append(name)
@@ -54,9 +51,8 @@ def _move(averages: Mapping[str, Tensor], net: nn.Module, decays: Mapping[str, f
 class Ema:
     """Average of the learnt parameters over the last 1 / (1 - decay) steps, as `weights` by name.
 
-    After s steps of a parameter's own life the decay is min(decay, (1 + s) / (10 + s)). Otherwise
-    the average would consist of initial weights for thousands of steps, above all in a level that
-    comes late.
+    After s steps of a parameter's own life the decay is min(decay, (1 + s) / (10 + s)), so that
+    initial weights are soon forgotten, also in a level that comes late.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:

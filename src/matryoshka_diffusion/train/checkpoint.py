@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent, and refused unless they fit.
 
 A checkpoint is a folder `<images seen>/` of safetensors and JSON. It is written under a temporary
-name, every file reaches the disk, the manifest with sizes and hashes comes last, and then the
-folder takes its name: a power cut or kill -9 at any moment leaves older checkpoints as they were.
-A folder that does not match its manifest is never loaded.
+name, the manifest with sizes and hashes last, and takes its name when every file is on the disk: a
+power cut or kill -9 leaves older checkpoints as they were. A folder that does not match its
+manifest is never loaded.
 
 Ranks that hold shards write one file each, side by side. A tensor is its pieces put together along
 the first axis, in the order of the manifest, whoever reads it: the number of ranks may change.
@@ -66,11 +66,8 @@ class Snapshot:
 def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = None) -> Path:
     """Add a checkpoint to `folder`, then remove the oldest until `keep` are left.
 
-    All ranks of `world` call it: each writes what it alone holds, rank 0 all the rest.
-
-    Raises:
-        OSError: it could not be written; names the path, the reason and the bytes needed. Nothing
-            is left of it and older checkpoints are untouched.
+    All ranks of `world` call it: each writes its own shards, rank 0 all the rest. An OSError names
+    the path, the reason and the bytes needed; nothing is left of that checkpoint.
     """
     world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
@@ -90,7 +87,8 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = N
 
     def finish() -> None:
         manifest = {name: entry for files in entries for name, entry in files.items()}
-        _write_json(temporary / MANIFEST, manifest)
+        text = json.dumps(manifest, indent=1).encode()
+        write_atomically(temporary / MANIFEST, lambda file: file.write(text))
         if target.exists():
             shutil.rmtree(target)  # it is torn
         os.rename(temporary, target)
@@ -140,10 +138,6 @@ def _to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = N
     )
 
 
-def _write_json(path: Path, content: object) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
 def export_weights(
     folder: Path,
     weights: Mapping[str, Tensor],
@@ -151,16 +145,16 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a model folder: weights and the resolved `config.json`, which suffice for sampling.
+    """Write a model folder: the resolved `config.json` and the weights of the last stage's levels.
 
-    The weights hold the levels of `stages.active_model(config, config.train.images)`, or adapters
-    where the config says that adapters were trained.
+    They are the weights of adapters if the run trained adapters.
     """
     converted = {name: value.to(dtype) for name, value in weights.items()}
     data = _to_bytes(converted, lora_metadata(config))
     path = folder / weights_file(config)
     write_atomically(path, lambda file: file.write(data), needed=len(data))
-    _write_json(folder / "config.json", config.model_dump(mode="json"))
+    text = json.dumps(config.model_dump(mode="json"), indent=1).encode()
+    write_atomically(folder / "config.json", lambda file: file.write(text))
 
 
 def weights_file(config: RunConfig) -> str:

@@ -1,7 +1,6 @@
 """Ranks that train together: how they start, agree, and share a network.
 
-A process by itself is a world of one. A method that says "all ranks" is a collective: each rank
-has to call it at the same place.
+Each rank has to call a method that says "all ranks" at the same place.
 """
 
 from __future__ import annotations
@@ -108,10 +107,10 @@ class World:
 
     @contextmanager
     def first(self, event: str, *, each_machine: bool = False) -> Iterator[None]:
-        """Let rank 0 go through the block before the others, however long it takes.
+        """Let rank 0 go through the block before the others; all ranks leave together.
 
-        With `each_machine` one rank of each goes first, since caches are local. All ranks leave
-        together. `event` is a name that is used once.
+        With `each_machine` one rank of each goes first, since caches are local. `event` is a name
+        that is used once.
         """
         if self.pulse is None:
             yield
@@ -196,7 +195,7 @@ def local(value: Tensor) -> Tensor:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Put a tensor together from all ranks' parts; a collective if it is sharded."""
+    """Put a tensor together from the parts of all ranks."""
     return cast("Any", value).full_tensor() if is_sharded(value) else value
 
 

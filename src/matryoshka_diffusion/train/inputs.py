@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,14 +34,14 @@ Encode = Callable[[Sequence[str]], list[Tensor]]
 
 @runtime_checkable
 class Batches(Protocol):
-    """Source of batches, such as `data.loader.Loader`: the samples with these global numbers."""
+    """Source of the samples with given global numbers, such as `data.loader.Loader`."""
 
     def batch(self, ids: range) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the loss for a rank's part of one step, and the names of its samples.
+    """Arguments of the loss for a rank's part of one step.
 
     `x` and `noise` may be ragged; everything else has a row for each sample. `ids` are global
     sample numbers and `keys` the source's names, for error reports.
@@ -57,26 +57,16 @@ class Inputs:
 
     def rows(self, rows: slice) -> Inputs:
         """Take some of the rows, with their share of the finer levels."""
-        return replace(
-            self,
-            x=tuple(level[rows] for level in self.x),
-            noise=tuple(level[rows] for level in self.noise),
-            t=self.t[rows],
-            cond=self.cond.rows(rows),
-            ids=self.ids[rows],
-            keys=self.keys[rows],
-        )
+        x, noise = (tuple(level[rows] for level in levels) for levels in (self.x, self.noise))
+        ids, keys, t, cond = self.ids[rows], self.keys[rows], self.t[rows], self.cond.rows(rows)
+        return Inputs(self.step, x, noise, t, cond, ids, keys)
 
 
 class Feed:
     """Makes a rank's inputs of any step: a pure function of the run's seed, the step and the rank.
 
-    It needs no network, so it runs in a thread while the network is busy; on an accelerator that
-    includes the copy to the device.
-
-    Raises:
-        ValueError: a level is conditioned on something that the data does not have, or on text
-            without an encoder.
+    Raises ValueError if a level is conditioned on something that the data does not have, or on
+    text without an encoder.
     """
 
     def __init__(
@@ -99,23 +89,20 @@ class Feed:
             raise ValueError("model.text is set, but training was given no text encoder")
 
     def __call__(self, step: Step) -> Inputs:
-        """Return the inputs of `step` for this rank.
+        """Return the inputs of `step` for this rank, on the device.
 
         A rank may have no row of the finer levels, or none at all. It still walks through the
         network with its zero rows, so that every rank is at the same collective.
         """
-        if mine := self._world.mine(range(step.first, step.end)):
-            return self._inputs(step, mine)
-        return self._inputs(step, range(step.first, step.first + 1)).rows(slice(0))
-
-    def _inputs(self, step: Step, ids: range) -> Inputs:
+        mine = self._world.mine(range(step.first, step.end))
+        ids = mine or range(step.first, step.first + 1)
         batch = self._loader.batch(ids)
         resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(n < step.first + count for n in ids) for count in step.rows]
         x = ragged(build_pyramid(batch.picture, resolutions), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
-        return Inputs(
+        inputs = Inputs(
             step=step,
             x=tuple(level.to(self._device) for level in x),
             noise=tuple(level.to(self._device) for level in noise),
@@ -124,6 +111,7 @@ class Feed:
             ids=tuple(batch.ids.tolist()),
             keys=batch.keys,
         )
+        return inputs if mine else inputs.rows(slice(0))
 
     def _noise(self, purpose: str, ids: Sequence[int], like: Tensor, *level: int) -> Tensor:
         """Normal noise in the shape of `like`, a row for each sample number."""
@@ -132,7 +120,7 @@ class Feed:
         return torch.stack(rows) if rows else torch.zeros_like(like)
 
     def _conditions(self, batch: Batch) -> Conditioning:
-        """Labels, text and micro-conditions; some rows are hidden, because guidance needs a null.
+        """Labels, text and micro-conditions. Some rows are hidden, because guidance needs a null.
 
         A network without a learned null gets the empty caption in its place.
         """
@@ -146,7 +134,9 @@ class Feed:
                 for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)
             ]
             tokens, mask = pad(self._encode(captions))
-        image, image_t = self._coarse(batch, model.coarse) if model.coarse else (None, None)
+        image = image_t = None
+        if model.coarse is not None:
+            image, image_t = self._coarse(batch, model.coarse)
         augment = batch.augment
         if model.augment and augment is None:  # all its weights are in use in every step
             augment = torch.zeros(len(batch.keys), AUGMENT_NUMBERS)
@@ -164,18 +154,14 @@ class Feed:
     def _coarse(
         self, batch: Batch, coarse: CoarseConfig
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
-        """Condition of an upsampler: D^r of the image enlarged, under noise of a random time.
-
-        Time and noise belong to the sample, as those of the levels do.
-        """
+        """D^r of the image enlarged, under noise of a random time; both belong to the sample."""
         model, ids = self._config.model, batch.ids.tolist()
         side = model.levels[0].side
         like = torch.empty(0, model.channels, side, side)
         t = coarse.max_noise * uniform(self._seed, "coarse-t", ids)
         small = down_sample(batch.picture, Resolution(coarse.side, coarse.side))
-        schedule = build_schedules(model)[0]
         noise = self._noise("coarse-noise", ids, like)
-        return augment_coarse(small, t, noise, schedule), t.float()
+        return augment_coarse(small, t, noise, build_schedules(model)[0]), t.float()
 
     def _labels(self, batch: Batch) -> Tensor:
         classes = self._config.model.classes
@@ -184,16 +170,3 @@ class Feed:
             number = f"at least {known}" if known else "none"
             raise ValueError(f"model.classes is {classes}, but the data has {number}")
         return batch.labels
-
-
-def single_threaded(inputs_of: Callable[[Step], Inputs]) -> Callable[[Step], Inputs]:
-    """Keep torch's helper threads of the loader from competing for the network's cores.
-
-    Torch counts threads for each thread that calls it, so the network keeps its own.
-    """
-
-    def single(step: Step) -> Inputs:
-        torch.set_num_threads(1)
-        return inputs_of(step)
-
-    return single

@@ -41,8 +41,8 @@ class Entry(NamedTuple):
 def summary(entries: Sequence[Entry]) -> dict[str, Any]:
     """Means over some steps, without skipped ones; null where nothing is left.
 
-    A level's mean is over the rows that have it, so it means the same whatever the shares of a
-    mixed-resolution batch. Time between steps (previews, saving) does not count.
+    A level's mean is over the rows that have it. Time between steps (previews, saving) does not
+    count.
     """
     step = entries[-1].step
     good = [(entry.step, entry.outcome) for entry in entries if isinstance(entry.outcome, Stepped)]
@@ -237,14 +237,11 @@ A resumed run repeats what it reported beyond `images_seen`. The sink must not s
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a line by the names of their curves: `loss`, `loss_per_level/0`, ...
-
-    A null (all steps were skipped) has no point, and lists of samples are no curve.
-    """
+    """Numbers of a line by the names of their curves: `loss`, `loss_per_level/0`, ..."""
     points = {}
     for name, value in line.items():
         values = {name: value}
-        if isinstance(value, list):
+        if isinstance(value, list):  # one of samples is no curve
             values = {f"{name}/{n}": x for n, x in enumerate(value) if name.endswith("_per_level")}
         points |= {key: float(x) for key, x in values.items() if isinstance(x, int | float)}
     points.pop("images_seen", None)  # the axis
@@ -295,9 +292,8 @@ def _as_gif(image: Any) -> bytes:
 class WeightsAndBiases:
     """One run of Weights & Biases for a run folder, however often it is resumed.
 
-    Nothing leaves the machine unless the environment asks for it: with WANDB_API_KEY or
-    WANDB_MODE=online the run is sent as it goes, else it is kept in `RUN/wandb`, from where
-    `wandb sync` sends it. Neither code nor the terminal's text is taken.
+    Nothing leaves the machine unless WANDB_API_KEY or WANDB_MODE=online asks for it; else the run
+    is kept in `RUN/wandb` for `wandb sync`. Neither code nor the terminal's text is taken.
 
     `RUN/wandb/run.json` holds the run's id, the last step that was sent and the names sent with
     it. A resumed run repeats the same numbers, since resuming is exact: they are not sent again.
@@ -306,17 +302,16 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: RunConfig | CodecRunConfig, images_seen: int) -> None:
         self._wandb: Any = require("wandb", "wandb", "--log wandb")
         self._path = folder / "wandb" / "run.json"
-        self._id, self._last, self._names = secrets.token_hex(8), 0, list[str]()
-        if self._path.exists():
-            try:
-                note = json.loads(self._path.read_bytes())
-                self._id, self._last = str(note["id"]), int(note["images_seen"])
-                self._names = list(note["names"])
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path} is damaged ({type(error).__name__}: {error}): remove it, and a "
-                    "new run of Weights & Biases begins here"
-                ) from error
+        note = {"id": secrets.token_hex(8), "images_seen": 0, "names": []}
+        try:
+            note = json.loads(self._path.read_bytes()) if self._path.exists() else note
+            self._id, self._last = str(note["id"]), int(note["images_seen"])
+            self._names = list(note["names"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{self._path} is damaged ({type(error).__name__}: {error}): remove it, and a "
+                "new run of Weights & Biases begins here"
+            ) from error
         self._remember()
         online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         try:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from matryoshka_diffusion.config import ConfigError
-from matryoshka_diffusion.pyramid import Pyramid
 
 Net = TypeVar("Net", bound=nn.Module)
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -95,17 +94,17 @@ def resolve_layout(setting: LayoutSetting, device: torch.device) -> Layout:
 
 def placed(net: Net, device: torch.device, layout: LayoutSetting) -> Net:
     """Move a network to a device and into a layout, into which it then brings its input itself."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}  # images, clips
+
+    def bring(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = (level.contiguous(memory_format=formats[level.ndim]) for level in inputs[0])
+        return (tuple(x), *inputs[1:])
+
     net = net.to(device)
     if layout == "channels_last":
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        net.register_forward_pre_hook(lambda _, inputs: (channels_last(inputs[0]), *inputs[1:]))
+        net.register_forward_pre_hook(bring)
     return net
-
-
-def channels_last(x: Pyramid) -> Pyramid:
-    """Bring images and clips into channels last. Levels that are so already are not copied."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tuple(level.contiguous(memory_format=formats[level.ndim]) for level in x)
 
 
 def compile_network(

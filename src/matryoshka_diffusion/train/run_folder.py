@@ -22,15 +22,13 @@ from matryoshka_diffusion.train.precision import resolve_layout, resolve_precisi
 
 
 def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
-    """Begin a run in `folder`, or find the run that `config` began there.
+    """Begin a run in `folder`, or find the run that `config` began there; return its config.
 
-    Returns:
-        The resolved config, without `auto`. A resumed run keeps the decisions of its start, so
-        moving it to other hardware does not change its numbers.
+    The config is resolved: a resumed run keeps what replaced `auto` at its start, so moving it to
+    other hardware does not change its numbers.
 
     Raises:
         ConfigError: the folder belongs to a run of another config, or holds files of no run.
-        OSError: it cannot be written.
     """
     refuse_foreign(folder)
     path = folder / "config.yaml"

@@ -33,7 +33,7 @@ class Stopped(Exception):
 class Interrupts:
     """The first of `SIGNALS` to arrive, as `received` (0 before it); a second leaves at once.
 
-    Leaving at once loses nothing that is saved: checkpoints appear whole or not at all.
+    Leaving loses nothing that is saved: checkpoints appear whole or not at all.
     """
 
     received = 0
@@ -176,8 +176,8 @@ class Pulse:
 def open_store(*, hosts: bool = False) -> Store:
     """Open the store that all ranks share, named by the launcher's environment, for one thread.
 
-    One rank hosts it unless the launcher does. A launcher that starts dead ranks anew keeps the old
-    store with the dead ranks' keys, so each such start has a prefix of its own.
+    A launcher that starts dead ranks anew keeps the store with the dead ranks' keys, so each such
+    start has a prefix of its own.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = timedelta(minutes=5)

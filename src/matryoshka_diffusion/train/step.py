@@ -45,17 +45,15 @@ class Recipe(Generic[Net]):
         trainer.fit(inputs, folder)                      # raises `Stopped` after a signal
         trainer.net                                      # has learnt; export it as you like
 
-    `inputs` maps a `Step` to its `Inputs`, as `Feed` does. The samples of a step are
-    `range(step.first, step.end)`. Draw everything random by their numbers, so that a resumed run
-    has the same bits.
+    `inputs` maps a `Step` to its `Inputs`, as `Feed` does. Draw everything random by the numbers of
+    the samples, `range(step.first, step.end)`, so that a resumed run has the same bits.
 
     Attributes:
         config: content of checkpoints and logs, compared between ranks.
         train: stages, optimizer, averages, intervals; `layout` and `precision` are not `auto`.
         build: number of levels -> the network with initial weights.
         loss: (network, `Inputs` of a part of a step) -> its loss, divided by the counts of the
-            whole step (`inputs.step.rows`), so that the losses of all parts add up. The network is
-            what `build` made, maybe wrapped for several ranks.
+            whole step (`inputs.step.rows`), so that the losses of all parts add up.
         level_names: names of the losses in `Loss.per_level`, for the progress bar.
         finished: (number of levels, learnt weights) -> a plain network, for hooks.
         level_of: name of a parameter -> the level that it came with.
@@ -126,8 +124,7 @@ class Stepped(NamedTuple):
 class Skipped(NamedTuple):
     """A step that changed nothing, because its loss or its gradient is not finite.
 
-    `samples` are those of all ranks. `scale` is the next loss scale if an overflow in fp16 is the
-    reason, which a smaller scale cures.
+    `samples` are those of all ranks; `scale` is the next loss scale after an overflow in fp16.
     """
 
     loss: float
@@ -242,9 +239,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def drop_gradients(net: nn.Module, frozen: Callable[[str], bool]) -> frozenset[str]:
     """Drop the gradients of the parameters that `frozen` names; return their names.
 
-    Adam then moves neither such a parameter nor its moments, nor decays it, and clipping measures
-    only what will be applied. The gradient is computed first, so that every rank meets the same
-    collectives in a frozen step as in any other.
+    Adam then leaves them, their moments included, and clipping measures only what will be applied.
+    The gradient is computed first, so that every rank meets the same collectives in every step.
     """
     chosen = {name: p for name, p in net.named_parameters() if frozen(name)}
     for parameter in chosen.values():
@@ -266,10 +262,7 @@ def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tenso
 def load_moments(
     optimizer: torch.optim.Optimizer, net: nn.Module, memory: Mapping[str, Tensor]
 ) -> None:
-    """Give parameters copies of their memory; those without one (new levels) start afresh.
-
-    Adam counts steps for each parameter, so the bias correction of new ones is right too.
-    """
+    """Give parameters copies of their memory; those without one (new levels) start afresh."""
     for name, parameter in net.named_parameters():
         if f"{name}.step" not in memory:
             continue
@@ -285,10 +278,7 @@ def load_moments(
 
 
 def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without storage, with the names and shapes that `memory` must have for `net`.
-
-    `memory` may leave out a parameter, with all of its moments.
-    """
+    """Names and shapes of the moments of `net`, for the parameters that `memory` knows at all."""
     known = {key.rpartition(".")[0] for key in memory}
     return {
         f"{name}.{moment}": torch.empty(() if moment == "step" else value.shape, device="meta")

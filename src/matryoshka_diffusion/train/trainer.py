@@ -72,10 +72,10 @@ class View:
 
 
 Hook: TypeAlias = tuple[int, Callable[[View], object]]
-"""Interval in images (0: never), and a function to call then and at the end of the run.
+"""Interval in images (0: never), and a function that rank 0 calls then and at the end of the run.
 
 A dict that it returns becomes a line of metrics; the path of a picture goes to the sinks. If it
-raises, the run is saved first. Rank 0 calls hooks while the other ranks wait.
+raises, the run is saved first.
 """
 
 
@@ -97,10 +97,7 @@ def train(
     All ranks of `world` call it. `encode` is for models with text, `base` for adapters
     (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run.
 
-    Raises:
-        ConfigError: `folder` holds another run, or something else.
-        CheckpointError: the run's checkpoints cannot be used.
-        Stopped, RanksDiffer, NotFinite, OSError: as `Trainer.fit`.
+    Raises ConfigError if `folder` holds something else, and the errors of `Trainer.open` and `fit`.
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
@@ -146,8 +143,7 @@ class Trainer(Generic[Net]):
 
         Raises CheckpointError if the checkpoints cannot be used or are missing.
         """
-        world = world or World()
-        path = world.once(lambda: checkpoint.newest(folder / "checkpoints"))
+        path = (world or World()).once(lambda: checkpoint.newest(folder / "checkpoints"))
         snapshot = None if path is None else checkpoint.read(path)
         if snapshot is None:
             refuse_lost_weights(recipe.train, folder)
@@ -171,7 +167,6 @@ class Trainer(Generic[Net]):
             Stopped: a rank got SIGINT, SIGTERM or SIGUSR1; the run is saved.
             RanksDiffer: the ranks have different data or configs, or the same samples.
             NotFinite: the loss has not been finite for many steps.
-            OSError: something could not be written.
         """
         train, interrupts, first = self.train, Interrupts(), True
 
@@ -199,7 +194,8 @@ class Trainer(Generic[Net]):
                     tracks = gathered(self.tracks.state(), self.world)
                     self.world.once(partial(write_snapshot, folder / "ema", tracks, step.end))
                 due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
-                self._call(due, folder, log)
+                if due:
+                    self._call(due, folder, log)
                 # Asked once, since it may change at any time, and of all ranks: they stop together.
                 signal = self.world.highest(interrupts.received)
                 if signal or ends or step.passes(train.checkpoint_every_images):
@@ -233,7 +229,8 @@ class Trainer(Generic[Net]):
         if finite:
             set_learning_rate(self.optimizer, step.lr)
             self.optimizer.step()
-            self.ema.update(self.net, progress.steps, frozen, self._joined)
+            joined, level_of = joined_after(self.train), self.recipe.level_of
+            self.ema.update(self.net, progress.steps, frozen, lambda name: joined[level_of(name)])
             self.tracks.update(self.net, step.count, frozen)
             return Stepped(total, tuple(per_level), grad_norm)
         overflow = progress.scale.can_fall and math.isfinite(total)
@@ -248,8 +245,8 @@ class Trainer(Generic[Net]):
     def _backward(self, inputs: Inputs) -> Loss:
         """Leave the gradient of the step's loss in the parameters; return this rank's part of it.
 
-        A rank's share of the batch goes through in `accumulate` parts. Each is divided by the
-        counts of the whole batch, so that the parts of all ranks add up to it.
+        A rank's share goes through in `accumulate` parts, each divided by the counts of the whole
+        batch, so that the parts of all ranks add up to it.
         """
         step, world = inputs.step, self.world
         self.net.train()
@@ -267,10 +264,9 @@ class Trainer(Generic[Net]):
                 (scale * world.size * loss.total).backward()
             parts.append(Loss(*(value.detach() for value in loss)))
             per_example[offset::num_parts] = parts[-1].per_example
-        if scale != 1.0:
-            for parameter in self.net.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= scale
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        for gradient in gradients if scale != 1.0 else ():
+            gradient.div_(scale)
         totals, per_level = (torch.stack([part[n] for part in parts]).sum(0) for n in (0, 1))
         return Loss(totals, per_level, per_example)
 
@@ -291,11 +287,7 @@ class Trainer(Generic[Net]):
         self._parameters = self.recipe.in_order(self.net)
 
     def grow(self, levels: int) -> None:
-        """Continue with the first `levels` levels; do nothing if they are there already.
-
-        Weights, averages and moments of the existing levels are kept. The averages of the new
-        ones start at their initial weights.
-        """
+        """Continue with the first `levels` levels; old ones keep weights, averages and moments."""
         if levels == self.levels:
             return
         memory = moments(self.optimizer, self.net)
@@ -315,10 +307,6 @@ class Trainer(Generic[Net]):
         assert self.recipe.finished is not None, "hooks need a recipe that makes finished networks"
         return self.recipe.finished(self.levels, copies).eval().requires_grad_(False)
 
-    def _joined(self, name: str) -> int:
-        """Steps of the run before a parameter came."""
-        return joined_after(self.train)[self.recipe.level_of(name)]
-
     # --- saving and restoring --------------------------------------------------------------
 
     def counts(self) -> dict[str, Any]:
@@ -332,20 +320,14 @@ class Trainer(Generic[Net]):
 
     def snapshot(self) -> Snapshot:
         """Return the state of the run as named tensors and plain values."""
-        state = {
-            **asdict(self.progress),
-            "seconds": time.monotonic() - self._began,
-            "config": self.recipe.config.model_dump(mode="json"),
-            "bad": self.quarantine.state(),
-        }
+        config, bad = self.recipe.config.model_dump(mode="json"), self.quarantine.state()
+        seconds = time.monotonic() - self._began
+        state = {**asdict(self.progress), "seconds": seconds, "config": config, "bad": bad}
         weights, memory = learnt_parameters(self.net), moments(self.optimizer, self.net)
         return Snapshot(state, weights, self.ema.weights, memory, self.tracks.state())
 
     def restore(self, snapshot: Snapshot, *, where: str) -> None:
-        """Go on from a snapshot, which `where` names in errors.
-
-        Raises CheckpointError if it does not fit; it is checked whole before any of it is used.
-        """
+        """Go on from a snapshot. Raises CheckpointError, naming `where`, before any change."""
         if not snapshot.ema:  # codecs had no average in earlier versions
             snapshot = replace(snapshot, ema=snapshot.weights)
         live, memory = learnt_parameters(self.net), snapshot.optimizer
@@ -357,7 +339,7 @@ class Trainer(Generic[Net]):
         }.items():
             check_same(expected, getattr(snapshot, part), where=f"{where}: {part}")
         fill(live, snapshot.weights)
-        fill(self.ema.weights, snapshot.ema)
+        self.ema.load(snapshot.ema)
         self.tracks.load(snapshot.tracks)
         load_moments(self.optimizer, self.net, memory)
         self.progress = self.progress.restored(snapshot.state)
@@ -365,11 +347,8 @@ class Trainer(Generic[Net]):
         self._began = time.monotonic() - snapshot.state["seconds"]
 
     def save(self, folder: Path, log: Log) -> Path:
-        """Write a checkpoint and the list of bad samples.
-
-        A line of metrics ends with it, so a resumed run writes the same lines.
-        """
-        log.close_line(**self.counts())
+        """Write a checkpoint and the list of bad samples."""
+        log.close_line(**self.counts())  # so that a resumed run writes the same lines
         for state in self.world.gather(self.quarantine.state()):
             self.quarantine.restore(state)
         if self.world.leads:
@@ -381,8 +360,6 @@ class Trainer(Generic[Net]):
 
     def _call(self, hooks: Sequence[Callable[[View], object]], folder: Path, log: Log) -> None:
         """Call hooks on rank 0; if one fails, save before its error goes on."""
-        if not hooks:
-            return
         images_seen, weights, error = self.progress.images_seen, self.averaged(), None
         view = View(self.recipe.config, folder, images_seen, lambda: self.network(weights))
         with self.world.first(f"hooks at {images_seen}"):
