@@ -93,8 +93,6 @@ def found_prompts(results: Sequence[Result]) -> list[float]:
     return [x["prompts_found"] for x in results if x["prompts_found"] is not None]
 
 
-# --- tables, for docs/results.md -----------------------------------------------------------------
-
 PLACE = re.compile(r"(?s)(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)")
 """The place of a table on a page, by the names of its group and of its data set."""
 

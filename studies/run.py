@@ -109,9 +109,6 @@ def run(trial: Trial, work: Path) -> dict[str, Any]:
     }
 
 
-# --- training ------------------------------------------------------------------------------------
-
-
 class Trained(NamedTuple):
     """A trial's networks: its run, and that of a cascade's base."""
 
@@ -185,9 +182,6 @@ def _seconds(folder: Path, config: RunConfig) -> float:
         stage.images / median([rate for n, rate in rates if n == index] or [x for _, x in rates])
         for index, stage in enumerate(config.train.stages)
     )
-
-
-# --- measurements, the same for every trial, by the product itself -------------------------------
 
 
 def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:

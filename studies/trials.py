@@ -106,15 +106,13 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return configfile.changed(config, named)
 
 
-# --- equal compute: FLOPs counted on shapes, which do not depend on the machine -------------------
-
 _forward = cache(forward_flops)
 
 
 def image_flops(run: RunConfig, stage: StageConfig) -> float:
     """FLOPs of training on one image of a stage, on average over its mix of finest levels."""
     shares = dict(enumerate(stage.mix, 1)) or {stage.levels: 1.0}
-    counted = [share * _forward(run.model, n, TOKENS) for n, share in shares.items() if share]
+    counted = [share * _forward(run.model, n, TOKENS) for n, share in shares.items() if share]  # pyright: ignore[reportArgumentType]
     return PASSES * sum(counted)
 
 
@@ -123,17 +121,6 @@ def codec_flops(codec: CodecRunConfig) -> float:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build(codec, colours=3)(torch.empty(1, 3, codec.side, codec.side))
     return PASSES * codec.images * counter.get_total_flops()
-
-
-def with_budget(
-    run: RunConfig, stages: Sequence[StageConfig], flops: Sequence[float]
-) -> list[StageConfig]:
-    """The stages, each as long as its FLOPs last, in whole batches; empty ones go."""
-    sized = []
-    for stage, budget in zip(stages, flops, strict=True):
-        batches = round(budget / image_flops(run, stage) / stage.batch_size)
-        sized.append(stage.model_copy(update={"images": batches * stage.batch_size}))
-    return [stage for stage in sized if stage.images]
 
 
 def total_flops(run: RunConfig) -> float:
@@ -150,23 +137,20 @@ def images_at(run: RunConfig, flops: float) -> int:
     return images
 
 
-# --- the variants --------------------------------------------------------------------------------
-
-
 def _trained(
-    config: RunConfig,
-    pictures: PictureSet,
-    shares: Sequence[float],
-    mix: tuple[float, ...] = (),
+    config: RunConfig, pictures: PictureSet, shares: Sequence[float], mix: tuple[float, ...] = ()
 ) -> RunConfig:
     """The run with shares of the compute for its stages, and with what all trials have in common.
 
-    `mix` is that of the last stage; there is none in the others.
+    `mix` is that of the last stage; there is none in the others. Stages are whole batches; empty
+    ones go.
     """
-    plain = {"batch_size": BATCH_SIZE, "mix": ()}
-    stages = [stage.model_copy(update=plain) for stage in config.train.stages]
-    stages[-1] = stages[-1].model_copy(update={"mix": mix})
-    sized = with_budget(config, stages, [share * pictures.flops for share in shares])
+    sized = []
+    for stage, share in zip(config.train.stages, shares, strict=True):
+        rows = mix if stage is config.train.stages[-1] else ()
+        stage = stage.model_copy(update={"batch_size": BATCH_SIZE, "mix": rows})
+        batches = round(share * pictures.flops / image_flops(config, stage) / BATCH_SIZE)
+        sized += [stage.model_copy(update={"images": batches * BATCH_SIZE})] * (batches > 0)
     return changed(
         config,
         data__held_out=pictures.held_out,

@@ -50,7 +50,12 @@ RUNS = {
     **{name: (name, None) for name in PRESETS},
     **{f"{name}-{kind}": (name, kind) for name, kinds in COMPARED.items() for kind in kinds},
 }
-every_run = pytest.mark.parametrize("name", RUNS)
+TRAINED = (
+    *("openmoji", "fashion-mnist", "emoji-video", "cc12m-256", "imagenet-256-nest3"),
+    *("released-1024", "openmoji-finest", "openmoji-upsampler", "openmoji-codes"),
+    *("imagenet-256-latent", "cc12m-256-latent"),
+)
+"""Runs that differ in more than depth or length."""
 
 
 def run_of(name: str) -> RunConfig:
@@ -120,7 +125,7 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
     return x, noise, cond
 
 
-@every_run
+@pytest.mark.parametrize("name", RUNS)
 def test_every_preset_survives_yaml_and_every_parameter_learns(name: str):
     run = run_of(name)
     assert run.name == name
@@ -196,7 +201,7 @@ class Words:
         return [torch.stack([normal(0, word, shape=(24,)) for word in some]) for some in words]
 
 
-@every_run
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_shrunk_preset_trains_grows_and_samples(
     name: str, tmp_path: Path, tiny_codec: Callable[..., Path]
 ):

@@ -129,9 +129,7 @@ def _training(
     batch_size = stages[0].batch_size
     return TrainConfig(
         stages=stages,
-        optimizer="adam",
-        betas=(0.9, 0.99),
-        eps=1e-8,
+        optimizer="adam",  # with the default betas and eps
         warmup_images=30_000 * batch_size,
         clip_norm=2.0,
         ema_decay=0.9999,
@@ -208,21 +206,21 @@ def released(name: str, sides: tuple[int, ...]) -> RunConfig:
     return run.model_copy(update=update)
 
 
+NESTS = {
+    "64": ((64,), (1,)),
+    "256": ((64, 256), (1, 2)),
+    "256-nest3": ((64, 128, 256), (1, 3)),
+    "1024": ((64, 256, 1024), (1, 2, 3)),
+    "1024-nest5": ((64, 128, 256, 512, 1024), (1, 3, 5)),
+}
+"""Sides of the levels of each nest, and the levels that are active in its stages."""
+VIDEOS = {"64": 1, "16x64": 2, "16x256": 3}
 PAPER: dict[str, Callable[[str], RunConfig]] = {
-    "cc12m-64": partial(cc12m, sides=(64,), active=(1,)),
-    "cc12m-256": partial(cc12m, sides=(64, 256), active=(1, 2)),
-    "cc12m-256-nest3": partial(cc12m, sides=(64, 128, 256), active=(1, 3)),
-    "cc12m-1024": partial(cc12m, sides=(64, 256, 1024), active=(1, 2, 3)),
-    "cc12m-1024-nest5": partial(cc12m, sides=(64, 128, 256, 512, 1024), active=(1, 3, 5)),
-    "webvid-64": partial(webvid, levels=1),
-    "webvid-16x64": partial(webvid, levels=2),
-    "webvid-16x256": partial(webvid, levels=3),
-    "imagenet-64": partial(imagenet, sides=(64,), active=(1,)),
-    "imagenet-256": partial(imagenet, sides=(64, 256), active=(1, 2)),
-    "imagenet-256-nest3": partial(imagenet, sides=(64, 128, 256), active=(1, 3)),
-    "imagenet-1024": partial(imagenet, sides=(64, 256, 1024), active=(1, 2, 3)),
-    "imagenet-1024-nest5": partial(imagenet, sides=(64, 128, 256, 512, 1024), active=(1, 3, 5)),
-    "released-64": partial(released, sides=(64,)),
-    "released-256": partial(released, sides=(64, 256)),
-    "released-1024": partial(released, sides=(64, 256, 1024)),
+    **{f"cc12m-{nest}": partial(cc12m, sides=s, active=n) for nest, (s, n) in NESTS.items()},
+    **{f"webvid-{size}": partial(webvid, levels=levels) for size, levels in VIDEOS.items()},
+    **{f"imagenet-{nest}": partial(imagenet, sides=s, active=n) for nest, (s, n) in NESTS.items()},
+    **{
+        f"released-{size}": partial(released, sides=NESTS[size][0])
+        for size in ("64", "256", "1024")
+    },
 }

@@ -102,16 +102,8 @@ def emoji_still(name: str) -> RunConfig:
 
     The data is the unpacked npm package `@lobehub/fluent-emoji-anim-1`.
     """
-    level = LevelConfig(
-        side=32,
-        widths=(64, 128),
-        blocks=(1, 2),
-        attention=(0, 1),
-        heads=4,
-        patch=2,
-        shift_ratio=2.0,
-        shift_power=2.0,
-    )
+    shape = {"widths": (64, 128), "blocks": (1, 2), "attention": (0, 1), "heads": 4, "patch": 2}
+    level = LevelConfig(side=32, shift_ratio=2.0, shift_power=2.0, **shape)
     text = TextConfig(features=384, width=256)
     return RunConfig(
         name=name,
@@ -160,15 +152,8 @@ SMALL: dict[str, Callable[[str], RunConfig]] = {
 
 def _training(*stages: StageConfig) -> TrainConfig:
     """A short training: a high rate, quick averaging, a linear decay at the end."""
-    train = TrainConfig(
-        stages=stages,
-        warmup_images=6_400,
-        decay_share=DECAY,
-        clip_norm=1.0,
-        ema_decay=0.998,
-        preview_every_images=12_000,
-    )
-    return in_stages(train, *stages)
+    quick = {"warmup_images": 6_400, "ema_decay": 0.998, "preview_every_images": 12_000}
+    return in_stages(TrainConfig(stages=stages, decay_share=DECAY, **quick), *stages)
 
 
 def in_stages(train: TrainConfig, *stages: StageConfig) -> TrainConfig:

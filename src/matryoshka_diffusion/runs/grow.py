@@ -52,20 +52,17 @@ def grow_run(
     """
     refuse_full(out)
     weights, config = find_model(run)
-    reached, levels = count_levels(weights), len(config.model.levels)
-    if reached < levels:
+    if (reached := count_levels(weights)) < (levels := len(config.model.levels)):
         raise ConfigError(f"{run} has reached {reached} of its {levels} levels: finish it first")
     level = finer(config.model.levels[-1])
-    lengths = zip(GENTLE, (freeze_coarse, ramp), strict=True)
-    new_data = [] if data is None else [("data.path", absolute(data))]
-    if data is not None and config.data.source != "fluent-emoji":  # else a copy of the same set
-        new_data.insert(0, ("data.source", "folder"))  # `with_source` finds what it is
-    changes = [
-        *_added_level(config, level),
-        *((f"train.stages[0].{name}", images) for name, images in lengths),
-        *new_data,
-        *map(assignment, assignments),
-    ]
+    changes = _added_level(config, level)
+    for name, images in zip(GENTLE, (freeze_coarse, ramp), strict=True):
+        changes.append((f"train.stages[0].{name}", images))
+    if data is not None:
+        if config.data.source != "fluent-emoji":  # else a copy of the same set
+            changes.append(("data.source", "folder"))  # `with_source` finds what it is
+        changes.append(("data.path", absolute(data)))
+    changes += map(assignment, assignments)
     grown = changed(config, changes, where=f"{run} with a level of {level.size}")
     if grown.data_frames and grown.data.source not in VIDEO_SOURCES and data is None:
         raise ConfigError(
@@ -81,9 +78,8 @@ def grow_run(
 def _added_level(config: RunConfig, level: LevelConfig) -> list[tuple[str, Any]]:
     """The changes that add a level, and put one stage of all levels in place of the old ones."""
     last, levels = config.train.stages[-1], (*config.model.levels, level)
-    stage = StageConfig(
-        levels=len(levels), images=last.images, batch_size=last.batch_size, lr=last.lr
-    )
+    lengths = last.model_dump(include={"images", "batch_size", "lr"})
+    stage = StageConfig(levels=len(levels), **lengths)
     changes: list[tuple[str, Any]] = [
         ("name", f"{config.name}-{level.size}"),
         ("model.levels", [one.model_dump(mode="json") for one in levels]),
@@ -114,8 +110,8 @@ def warm_start(config: RunConfig, out: Path) -> None:
         FileNotFoundError, ValueError: there is no such model.
     """
     init = config.train.init
-    adapted = config.train.lora is not None  # the model stays as it is, beside the run
-    if init is None or adapted or checkpoint.newest(out / "checkpoints") is not None:
+    begun = checkpoint.newest(out / "checkpoints") is not None
+    if init is None or begun or config.train.lora is not None:  # adapters leave a model beside
         return
     weights, old = find_model(init)
     levels = count_levels(weights)
@@ -135,16 +131,9 @@ def warm_start(config: RunConfig, out: Path) -> None:
 
 def _begin(config: RunConfig, net: NestedUNet, out: Path) -> None:
     """A run in `out` that starts from `net` and has seen no image."""
-    state = {
-        "images_seen": 0,
-        "steps": 0,
-        "skipped": 0,
-        "skipped_in_a_row": 0,
-        "seconds": 0.0,
-        "config": config.model_dump(mode="json"),
-    }
+    counters = dict.fromkeys(("images_seen", "steps", "skipped", "skipped_in_a_row"), 0)
     snapshot = checkpoint.Snapshot(
-        state,
+        {**counters, "seconds": 0.0, "config": config.model_dump(mode="json")},
         weights=net.state_dict(),
         ema=dict(net.named_parameters()),
         optimizer={},
@@ -168,22 +157,18 @@ def next_level(finest: LevelConfig, side: int) -> LevelConfig:
         ConfigError: `side` is not the finest side times a power of two.
     """
     halvings = _halvings("--to", side, finest.side)
-    inner, blocks = finest.widths[0], finest.blocks[0]
+    inner = finest.widths[0]
     micro = [
         one if one.ceiling is None else one.model_copy(update={"ceiling": float(side)})
         for one in finest.micro  # a released condition is clamped to its level's side
     ]
-    return LevelConfig(
+    return _around(
+        finest,
+        halvings,
         side=side,
-        frames=finest.frames,
         widths=tuple(32 * -(-inner // (32 * 2 ** (halvings - i))) for i in range(halvings + 1)),
-        blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
-        attention=(0,) * (halvings + 1),
-        heads=finest.heads,
-        patch=finest.patch,
         micro=tuple(micro),
         shift_ratio=finest.shift_ratio * side / finest.side,
-        shift_power=finest.shift_power,
     )
 
 
@@ -197,23 +182,25 @@ def next_frames(finest: LevelConfig, frames: int) -> LevelConfig:
     Raises:
         ConfigError: `frames` is no power of two times those of the finest level (1 of an image).
     """
-    halvings = _halvings("--frames", frames, finest.frames or 1)
-    blocks, power = finest.blocks[0], finest.shift_power
+    halvings, power = _halvings("--frames", frames, finest.frames or 1), finest.shift_power
     root = 2 ** (halvings / 2 / power) if power else 1.0  # a power of 0 shifts nothing
-    return LevelConfig(
-        side=finest.side,
+    return _around(
+        finest,
+        halvings,
         frames=frames,
         widths=(finest.widths[0],) * (halvings + 1),
-        blocks=(*[blocks] * halvings, max(blocks - 1, 0)),
-        attention=(0,) * (halvings + 1),
         halve_frames=(True,) * halvings,
         frame_attention=(*[1] * halvings, 0),
-        heads=finest.heads,
-        patch=finest.patch,
-        micro=finest.micro,
         shift_ratio=finest.shift_ratio * root,
-        shift_power=power,
     )
+
+
+def _around(finest: LevelConfig, halvings: int, **update: Any) -> LevelConfig:
+    """A level that halves so many times before the finest one begins."""
+    kept = ("side", "frames", "heads", "patch", "micro", "shift_power")
+    parts = {name: getattr(finest, name) for name in kept} | update
+    blocks = (*finest.blocks[:1] * halvings, max(finest.blocks[0] - 1, 0))
+    return LevelConfig(blocks=blocks, attention=(0,) * (halvings + 1), **parts)
 
 
 def _halvings(option: str, size: int, finest: int) -> int:

@@ -84,21 +84,21 @@ def find_config(
         UsageError: `as_` without a preset, or `train.averaged` is set.
     """
     config = _named_config(name, as_, lr=2e-5 if lora is None else 2e-4)
-    changes: list[tuple[str, Any]] = []
+    before, after = {}, {}
     if codec is not None:
         folder = codec_folder(codec)
         factor = read_code_shape(folder).factor if config.codec is None else config.codec.factor
-        changes.append(("codec", {"path": str(folder), "factor": factor}))
+        before["codec"] = {"path": str(folder), "factor": factor}
     if data is not None:
-        changes.append(("data.path", absolute(data)))
+        before["data.path"] = absolute(data)
     if lora is not None:
-        changes.append(("train.lora", {"rank": lora}))
-    assigned = [assignment(text) for text in assignments]
-    changes += assigned
+        before["train.lora"] = {"rank": lora}
     if init is not None:
-        changes.append(("train.init", _absolute_if_here(init)))
+        after["train.init"] = _absolute_if_here(init)
     if base is not None:
-        changes.append(("sampling.base", {"path": _absolute_if_here(base)}))
+        after["sampling.base"] = {"path": _absolute_if_here(base)}
+    assigned = [assignment(text) for text in assignments]
+    changes = [*before.items(), *assigned, *after.items()]
     config = changed(config, changes, where="--set" if assigned else name)
     if config.train.averaged is not None:
         raise UsageError("train.averaged: only mdm ema sets it, for a model; omit it")
@@ -136,8 +136,8 @@ def _tuning(model: Path, lr: float) -> RunConfig:
         condition_dropout=config.train.condition_dropout,
     )
     # Kept is what the model depends on; the user names the new data.
-    kept = ("side", "pixels", "frame_stride", "fps", "clip", "clip_frames")
-    data = DataConfig(source="folder", **{name: getattr(config.data, name) for name in kept})
+    kept = {"side", "pixels", "frame_stride", "fps", "clip", "clip_frames"}
+    data = DataConfig(source="folder", **config.data.model_dump(include=kept))
     update = {"name": f"{config.name}-tuned", "train": train, "data": data}
     return config.model_copy(update=update)
 
@@ -155,16 +155,13 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         ConfigError: model and data disagree on channels, frames, classes or captions.
     """
     model, classes = config.model, len(source.classes)
-    if config.codec is None and model.channels != source.channels:
-        raise ConfigError(
-            f"model.channels is {model.channels}, but {source.name} has {source.channels}: add "
-            f"--set model.channels={source.channels}"
-        )
+    counts = {"channels": (model.channels, source.channels), "classes": (model.classes, classes)}
+    for key, (wanted, there) in counts.items():
+        if wanted != there and (model.classes if key == "classes" else config.codec is None):
+            raise ConfigError(_mismatch(f"model.{key}", wanted, source.name, there))
     if source.frames != config.data_frames:
-        kinds = [
-            "images" if frames is None else f"clips of {frames} frames"
-            for frames in (config.data_frames, source.frames)
-        ]
+        frames = (config.data_frames, source.frames)
+        kinds = ["images" if n is None else f"clips of {n} frames" for n in frames]
         remedy = ": name videos with --set data.source=clips" if source.frames is None else ""
         raise ConfigError(f"the model draws {kinds[0]}, but {source.name} has {kinds[1]}{remedy}")
     if model.text is not None and not source.captions:
@@ -172,21 +169,20 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
             f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
             "file NAME.* or a metadata.jsonl"
         )
-    if model.classes and model.classes != classes:
-        raise ConfigError(
-            f"model.classes is {model.classes}, but {source.name} has {classes}: add "
-            f"--set model.classes={classes}"
-        )
-    changes: list[tuple[str, Any]] = [("data.classes", source.classes)]
+    changes: dict[str, Any] = {"data.classes": source.classes}
     if model.text is None and not model.classes and (source.captions or classes):
         if config.sampling.guidance == SamplingConfig().guidance:  # else the user chose it
-            changes.append(("sampling.guidance", (2.0,)))
+            changes["sampling.guidance"] = (2.0,)
         if source.captions:
-            text = TextConfig(features=MINILM_WIDTH, width=model.embedding)
-            changes += [("model.text", text), ("encoder", EncoderConfig(name="minilm"))]
+            changes["model.text"] = TextConfig(features=MINILM_WIDTH, width=model.embedding)
+            changes["encoder"] = EncoderConfig(name="minilm")
         else:
-            changes.append(("model.classes", classes))
-    return changed(config, changes, where="completed config")
+            changes["model.classes"] = classes
+    return changed(config, changes.items(), where="completed config")
+
+
+def _mismatch(key: str, wanted: int, name: str, there: int) -> str:
+    return f"{key} is {wanted}, but {name} has {there}: add --set {key}={there}"
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -229,7 +225,12 @@ def prepare(
         encode = _open_features(config, device)
         notes.append(_store_features(encode, [*all_captions(source), ""], progress))
     if config.codec is not None:
-        codec = _open_codec(config, source, device)
+        codec = CodeCache(load_autoencoder(config, device))
+        if (colours := codec.codec.colours) != source.channels:
+            raise ConfigError(
+                f"codec.path: {config.codec.path} is for images of {colours} channels, but "
+                f"{source.name} has {source.channels}: give a codec that was trained on such images"
+            )
         notes.append(_store_latents(codec, source, config.data, coding))
         named = config.codec.model_copy(update={"weights": codec.codec.key})
         config = config.model_copy(update={"codec": named})
@@ -279,11 +280,8 @@ def _open_features(
     assert config.encoder is not None, "the run has text"
     half = resolve_precision(precision or config.train.precision, torch.device(device)) == "bf16"
     cache = FeatureCache(load_encoder(config.encoder, device, half=half, stay=True))
-    if config.model.text is not None and config.model.text.features != cache.width:
-        raise ConfigError(
-            f"model.text.features is {config.model.text.features}, but the encoder gives "
-            f"{cache.width}: add --set model.text.features={cache.width}"
-        )
+    if config.model.text is not None and (width := config.model.text.features) != cache.width:
+        raise ConfigError(_mismatch("model.text.features", width, "the encoder", cache.width))
     return cache
 
 
@@ -296,18 +294,6 @@ def _store_features(cache: FeatureCache, captions: list[str], progress: Progress
         f"{len(size.missing):,} of {size.captions:,} captions are encoded while training, batch by "
         f"batch: their features would take {size.needed:,} bytes (mdm embed stores them)"
     )
-
-
-def _open_codec(config: RunConfig, source: Source, device: torch.device | str) -> CodeCache:
-    """The codec of a run. Raises `ConfigError` if it is missing or for other images or models."""
-    assert config.codec is not None, "the run has a codec"
-    codec = load_autoencoder(config, device)
-    if codec.colours != source.channels:
-        raise ConfigError(
-            f"codec.path: {config.codec.path} is for images of {codec.colours} channels, but "
-            f"{source.name} has {source.channels}: give a codec that was trained on such images"
-        )
-    return CodeCache(codec)
 
 
 def _store_latents(
