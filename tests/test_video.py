@@ -157,7 +157,7 @@ def test_few_clips_are_drawn_together(video_run: Path, monkeypatch: pytest.Monke
 
 def test_videos_are_of_video_models_and_pictures_of_picture_levels(image_run: Path):
     samples = Matryoshka.load(image_run).sample(n=1, steps=1)
-    with pytest.raises(UsageError, match="the model draws pictures, no clips: take `pictures`"):
+    with pytest.raises(UsageError, match="no clips: take `pictures`"):
         _ = samples.videos
     clips_only = type(samples)((samples.pictures[:, None],), ("",), (0,), {})
     with pytest.raises(UsageError, match="there are clips only: take `videos`"):
