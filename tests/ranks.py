@@ -13,6 +13,7 @@ import signal
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -85,6 +86,19 @@ def _call(
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     function(*arguments)
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> int:
+    """Call a short function in a copy of this process; return its exit status."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which hold no lock here
+        child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def start_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list[Process]:

@@ -232,13 +232,9 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, differen
     change(weights)
     with pytest.raises(CheckpointError, match=f"here .*{difference}"):
         load_weights(net, weights, where="here")
+    with pytest.raises(CheckpointError, match="and 1 more"):
+        check_same(before, {}, where="here")
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-
-
-def test_many_differences_are_counted_not_listed():
-    expected = {str(n): torch.zeros(1) for n in range(10)}
-    with pytest.raises(CheckpointError, match="2 is missing and 7 more"):
-        check_same(expected, {}, where="here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,7 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.text import feature_cache
 from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder, pad
 from matryoshka_diffusion.text.feature_cache import FeatureCache
-from ranks import start
+from ranks import fork
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
 
@@ -467,7 +467,7 @@ def fill_and_die(folder, place, count):
     [("__call__", 6, 2), ("replace", 3, 2), ("fsync", 3, 1)],  # two fsyncs a chunk
 )
 def test_kill_9_costs_one_chunk_at_most(tmp_path, place, count, whole):
-    assert start(fill_and_die, tmp_path, place, count).end()[0] == -signal.SIGKILL
+    assert fork(fill_and_die, tmp_path, place, count) == -signal.SIGKILL
     encoder = Counting()
     cache = FeatureCache(encoder, tmp_path)
     assert len(cache.store) == whole * 10
