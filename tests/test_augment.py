@@ -236,6 +236,7 @@ def test_the_feed_passes_the_augmentation_on_and_zeros_without_any():
         if numbers is None:
             assert condition is None
         else:
+            assert condition is not None
             assert torch.equal(condition, numbers)
 
 

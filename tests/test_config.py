@@ -145,7 +145,7 @@ def test_derived_numbers():
 def test_a_config_is_never_written_to():
     for part in (tiny(), tiny().model.levels[0]):
         with pytest.raises(ValidationError):
-            part.side = 4
+            setattr(part, "side", 4)  # noqa: B010
 
 
 # --- assignments -----------------------------------------------------------------------------
