@@ -5,7 +5,7 @@ Everything that is impossible is refused before the first image is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,33 +197,9 @@ def plan(
     others = [name for name in names if not _retrieves(name)]
     comparing = any("reference" in METRICS[name].needs for name in others)
     sampling = {"-n": n, "--protocol": protocol, "--captions": captions}
-    fixed = [f"{option} {value}" for option, value in sampling.items() if value is not None]
-    coco, imagenet = protocol == "coco30k", protocol == "imagenet50k"
-    for wrong, words in (
-        (not names, f"{config.name} has no prompts to retrieve: give -n for the distance"),
-        (
-            names and fixed and not others,
-            f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or "
-            "add a metric of other samples (--metrics retrieval,fd -n 2000)",
-        ),
-        (
-            reference is not None and not comparing,
-            f"--ref {reference}: none of {', '.join(names)} compares with it; omit it, or add a "
-            "metric that does (--metrics fd)",
-        ),
-        (captions is not None and not text, f"{config.name} takes no captions: omit --captions"),
-        (coco and captions is None, "--protocol coco30k: add --captions captions_val2014.json"),
-        (
-            coco and comparing and reference is None,
-            "--protocol coco30k compares with pictures of COCO: add --ref val2014",
-        ),
-        (
-            imagenet and not classes,
-            f"--protocol imagenet50k draws classes; {config.name} takes none",
-        ),
-    ):
-        if wrong:
-            raise UsageError(words)
+    for message in _refusals(config, names, others, sampling, comparing, reference):
+        raise UsageError(message)
+    imagenet = protocol == "imagenet50k"
     conditions = (
         prompts.random_labels(classes)
         if imagenet
@@ -260,6 +236,39 @@ def plan(
         "conditions": conditions,
         "networks": loaded,
     }
+
+
+def _refusals(
+    config: RunConfig,
+    names: Sequence[str],
+    others: Sequence[str],
+    sampling: Mapping[str, Any],
+    comparing: bool,
+    reference: str | None,
+) -> Iterator[str]:
+    """Yield what is missing or does not fit the model; `others` draw samples of their own."""
+    text, protocol = config.model.text is not None, sampling["--protocol"]
+    fixed = [f"{option} {value}" for option, value in sampling.items() if value is not None]
+    if not names:
+        yield f"{config.name} has no prompts to retrieve: give -n for the distance"
+    if fixed and not others:
+        yield (
+            f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or "
+            "add a metric of other samples (--metrics retrieval,fd -n 2000)"
+        )
+    if reference is not None and not comparing:
+        yield (
+            f"--ref {reference}: none of {', '.join(names)} compares with it; omit it, or add a "
+            "metric that does (--metrics fd)"
+        )
+    if sampling["--captions"] is not None and not text:
+        yield f"{config.name} takes no captions: omit --captions"
+    if protocol == "coco30k" and sampling["--captions"] is None:
+        yield "--protocol coco30k: add --captions captions_val2014.json"
+    if protocol == "coco30k" and comparing and reference is None:
+        yield "--protocol coco30k compares with pictures of COCO: add --ref val2014"
+    if protocol == "imagenet50k" and not config.model.classes:
+        yield f"--protocol imagenet50k draws classes; {config.name} takes none"
 
 
 def compare(
