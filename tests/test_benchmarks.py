@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from benchmarks import files_touched, harness, resume
+from benchmarks import files_touched, harness, recordings, resume
 from benchmarks.step_time import largest_batch
 
 from matryoshka_diffusion.nn.costs import count_parameters
@@ -30,7 +30,19 @@ SCRIPTS = {
 
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
-    assert scripts - {"harness", "steps", "files_touched"} == set(SCRIPTS)
+    assert scripts - {"harness", "steps", "files_touched", "recordings"} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize(("loss", "status"), [(0.5, 0), (0.25, 1)])
+def test_recordings_that_differ_are_told(loss, status, tmp_path, monkeypatch, capsys):
+    for name, value in (("before", 0.5), ("after", loss)):
+        cases = {"plain": {"run/metrics.jsonl": [{"loss": value}]}}
+        recording = {"made with": {}, "problems": {}, "cases": cases}
+        (tmp_path / f"{name}.json").write_text(json.dumps(recording))
+    paths = [str(tmp_path / f"{name}.json") for name in ("before", "after")]
+    monkeypatch.setattr(sys, "argv", ["recordings", "compare", *paths])
+    assert recordings.main() == status
+    assert ("0.25" in capsys.readouterr().out) == bool(status)
 
 
 def test_files_count_when_a_function_in_them_is_called():
