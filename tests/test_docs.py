@@ -475,9 +475,10 @@ def test_the_slurm_script_queues_again_what_was_stopped_in_time(status, requeued
 # --- what else the documents say ---------------------------------------------------------------
 
 
-def test_the_readme_shows_the_forward_pass_of_the_network():
+def test_the_forward_pass_of_the_network_is_shown_as_it_is():
     body = inspect.getsource(NestedUNet.forward).split('"""\n')[-1]
-    assert f"```py\n{textwrap.dedent(body)}```" in README
+    for text in (README, read("design.md")):
+        assert f"```py\n{textwrap.dedent(body)}```" in text
 
 
 def test_make_goals_in_the_documents_exist():

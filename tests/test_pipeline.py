@@ -191,6 +191,7 @@ def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
         (class_model, {"prompts": "a"}, "takes no prompts: it takes classes"),
         (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
         (class_model, {"classes": 3}, "unknown class 3"),
+        (class_model, {"classes": "²"}, "unknown class"),
         (text_model, {"prompts": "a \ud800"}, "not UTF-8"),
         (text_model, {"prompts": "a", "negative": "b", "guidance": 1.0}, "needs guidance"),
         (class_model, {"negative": "b", "guidance": 2.0}, "takes no negative prompt: it takes cl"),

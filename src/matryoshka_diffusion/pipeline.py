@@ -177,7 +177,7 @@ class Matryoshka(Sampler):
         Image i of the result has the seed `seed + i`.
 
         Args:
-            negative: a prompt that guidance leads away from; by default the hidden prompt.
+            negative: a prompt to guide away from; by default the null or the empty prompt.
             coarse: for an upsampler, one coarse image for each image of the result
                 (`cascade.Cascade` lets another model draw them).
             batch_size: images or clips at a time; by default 64 images, or clips of 64 frames.

@@ -303,7 +303,7 @@ class Sampler:
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
         """Indices of classes by name or number; all classes if there is none.
 
-        A string is a name before it is a number, an `int` never: classes may be called "1" to "10".
+        A string is first read as a name ("1" may be one), then as an index. An `int` is an index.
         """
         names, count = self.config.data.classes, self.model.classes
         folded = [name.casefold() for name in names]
@@ -311,7 +311,7 @@ class Sampler:
         def label(one: str | int) -> int:
             if isinstance(one, str) and one.casefold() in folded:
                 return folded.index(one.casefold())
-            if str(one).isdigit() and int(one) < count:
+            if str(one).isdecimal() and int(one) < count:
                 return int(one)
             known = ", ".join(names) if names else f"0 to {count - 1}"
             raise UsageError(f"unknown class {one!r}; there are: {known}")

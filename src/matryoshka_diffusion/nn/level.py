@@ -166,8 +166,8 @@ class Level(nn.Module):
 class Block(nn.Module):
     """A residual block, its attention layers and, with `up`, the step to the next width.
 
-    `index` is the place of the block's width in the level's `widths`. It decides how many layers
-    attend (unless `attention` says so), and over how many frames.
+    `index` is the place of its width in `widths`. It sets the number of frames, of frame attention
+    layers and, unless `attention` is given, of attention layers.
     """
 
     def __init__(

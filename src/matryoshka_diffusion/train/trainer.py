@@ -196,7 +196,7 @@ class Trainer(Generic[Net]):
                 due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
                 if due:
                     self._call(due, folder, log)
-                # Asked once, since it may change at any time, and of all ranks: they stop together.
+                # A signal may come at any time: read it once for all ranks, so they stop together.
                 signal = self.world.highest(interrupts.received)
                 if signal or ends or step.passes(train.checkpoint_every_images):
                     path = self.save(folder, log)
@@ -220,8 +220,8 @@ class Trainer(Generic[Net]):
         frozen = drop_gradients(self.net, lambda name: self.recipe.level_of(name) < step.frozen)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.train.clip_norm)
         sums = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
-        # One transfer, hence one wait for the device, a step. All ranks get the same numbers, the
-        # norm that each has of the gradient among them, so they decide alike whether to step.
+        # One transfer a step means one wait for the device. All ranks get the same sums, including
+        # the sum of their gradient norms, so all ranks decide alike whether to step.
         norms, total, *per_level = sums.tolist()
         grad_norm = norms / self.world.size
         finite = math.isfinite(total) and math.isfinite(grad_norm)
@@ -260,7 +260,7 @@ class Trainer(Generic[Net]):
             with micro_batch(self.shared, last=offset == num_parts - 1):
                 with torch_seeded(self.device, self.train.seed, "network", step.first, place):
                     loss = self.recipe.loss(self.shared, part)
-                # Gradients are averaged over the ranks, and are to be summed.
+                # DDP and FSDP average gradients; `world.size` makes it a sum.
                 (scale * world.size * loss.total).backward()
             parts.append(Loss(*(value.detach() for value in loss)))
             per_example[offset::num_parts] = parts[-1].per_example
@@ -378,7 +378,7 @@ class Trainer(Generic[Net]):
 
     @contextmanager
     def _reporting(self, folder: Path, sinks: Sequence[OpenSink]) -> Iterator[Log]:
-        """Open the log of a run on rank 0; in the end list bad samples and dump the last skip."""
+        """Open the log of a run on rank 0; at the end write bad samples, and the failed step."""
         images_seen, leads = self.progress.images_seen, self.world.leads
         log = Log(folder, self.recipe, images_seen, sinks, leads)
         try:
