@@ -54,9 +54,9 @@ MUTATIONS = [
     Mutation("train/stages.py", "decay_share * train.images", "decay_share", "stages"),
     Mutation("train/stages.py", "ends_stage=count == left", "ends_stage=True", "stages trainer"),
     Mutation("train/averages.py", "(1 + s) / (10 + s))", "(1 + s) / (11 + s))", "averages"),
-    Mutation("train/trainer.py", "parameter.grad /= scale", "parameter.grad *= scale", "step"),
+    Mutation("train/trainer.py", "gradient.div_(scale)", "gradient.mul_(scale)", "step"),
     Mutation("train/checkpoint.py", "[keep:]", "[keep - 1 :]", SAVE),
-    Mutation("train/checkpoint.py", "sync_folder(target.parent)", "pass", SAVE),
+    Mutation("train/checkpoint.py", "sync_folder(folder)", "pass", SAVE),
     Mutation("train/checkpoint.py", "reverse=True", "reverse=False", SAVE),
     Mutation("files.py", "os.fsync(file.fileno())", "pass", SAVE),
     Mutation(

@@ -123,6 +123,14 @@ def test_initial_weights_depend_on_the_seed_and_the_place_only(changes: dict[str
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
 
 
+def test_equal_levels_at_different_places_start_apart():
+    level = LevelConfig(side=8, widths=(32, 32), blocks=(0, 0), attention=(0, 0))
+    levels = tuple(level.model_copy(update={"side": side}) for side in (8, 16, 32))
+    net = NestedUNet(ModelConfig(levels=levels, embedding=32))
+    _, middle, finest = (level.stem.weight for level in net.levels)
+    assert not torch.equal(middle, finest)
+
+
 def test_growing_keeps_precision_and_mode():
     grown = grow(awake(1).double().train(), nest(2))
     assert grown.training
