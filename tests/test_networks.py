@@ -27,8 +27,8 @@ from matryoshka_diffusion.metrics.networks import (
     tf1_bilinear,
 )
 from matryoshka_diffusion.metrics.networks.clip import CLIP
+from matryoshka_diffusion.metrics.networks.fvd import SIDE, VideoNet
 from matryoshka_diffusion.metrics.networks.inception import CLASSES, WIDTH, FIDInception, Inception
-from matryoshka_diffusion.metrics.networks.video import SIDE, VideoNet
 
 FRAMES = 3
 

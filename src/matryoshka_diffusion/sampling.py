@@ -293,9 +293,8 @@ class Sampler:
             return cond.null()
         rows = 0 if cond.tokens is None else len(cond.tokens)
         texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
-        for one in (
-            set(texts) - self._features_alone.keys()
-        ):  # kept: every batch needs the empty one
+        # Features are kept, because every batch needs those of the empty caption.
+        for one in set(texts) - self._features_alone.keys():
             (self._features_alone[one],) = self.text_encoder()([one])
         tokens, mask = pad([self._features_alone[one] for one in texts])
         return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)

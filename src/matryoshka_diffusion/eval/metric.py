@@ -27,13 +27,13 @@ from matryoshka_diffusion.metrics import distances, pixels
 from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
 from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
 from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
+from matryoshka_diffusion.metrics.networks.fvd import FRAMES, VideoNet
 from matryoshka_diffusion.metrics.networks.inception import (
     CLASSES,
     SPLITS,
     Inception,
     inception_score,
 )
-from matryoshka_diffusion.metrics.networks.video import FRAMES, VideoNet
 from matryoshka_diffusion.rng import stream
 
 EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"

@@ -1,4 +1,4 @@
-"""Where a model is loaded: a run, a model folder, a released checkpoint, or a shipped model."""
+"""Loading of every model: a run, a model folder, a released checkpoint, or a shipped model."""
 
 from __future__ import annotations
 

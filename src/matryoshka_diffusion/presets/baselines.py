@@ -1,4 +1,4 @@
-"""What the paper compares a nest with (Section 4.1, Appendix D), each as a change of its config.
+"""Baselines of the paper (Section 4.1, Appendix D), each as a change of a nest's config.
 
 Parameters and GFLOP are in docs/baselines.md.
 """
@@ -99,7 +99,7 @@ BASELINES = {kind.__name__: kind for kind in (simple, finest, base, upsampler, l
 
 
 def baseline(run: RunConfig, kind: str) -> RunConfig:
-    """What the paper compares the nest of this run with, for the same data.
+    """The baseline of this kind for the nest of a run, on the same data.
 
     Raises:
         ConfigError: there is no such baseline, or the run has one level or makes clips.

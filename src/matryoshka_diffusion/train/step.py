@@ -37,7 +37,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Recipe(Generic[Net]):
-    """What one training learns. `Trainer` does the rest: steps, averages, checkpoints, ranks, logs.
+    """The network and the loss of one training; `Trainer` does the rest.
 
     To train something else than a nest, make a recipe of these functions, and then
 

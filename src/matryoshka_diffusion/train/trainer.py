@@ -63,7 +63,7 @@ from matryoshka_diffusion.train.step import (
 
 @dataclass(frozen=True)
 class View:
-    """What a hook may look at. `averaged` makes a frozen network with the averaged weights."""
+    """A run as hooks see it. `averaged` makes a frozen network with the averaged weights."""
 
     config: Any
     folder: Path
