@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matryoshka_diffusion.models.find import find_model, shipped_models
-from matryoshka_diffusion.nn.nested import first_name
+from matryoshka_diffusion.nn.nested import old_name
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import synthesise
 from matryoshka_diffusion.train.checkpoint import fingerprint, newest
@@ -28,7 +28,7 @@ def with_first_names(path: Path) -> None:
     """Rewrite a safetensors file with the names that version 0.1.0 gave to its tensors."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    tensors = {first_name(name): value.clone() for name, value in load_file(path).items()}
+    tensors = {old_name(name): value.clone() for name, value in load_file(path).items()}
     assert any("levels.1.inward." in name for name in tensors), path
     assert any("levels.0.image_time." in name for name in tensors), path
     save_file(tensors, path, metadata)

@@ -15,11 +15,11 @@ from matryoshka_diffusion.nn.level import Level
 from matryoshka_diffusion.nn.nested import (
     NestedUNet,
     check_extends,
-    first_name,
     grow,
     in_walk_order,
     level_of,
-    renamed,
+    old_name,
+    present_name,
 )
 from matryoshka_diffusion.pyramid import ragged
 from matryoshka_diffusion.schedule import alpha_sigma
@@ -380,9 +380,9 @@ def test_the_walk_meets_an_adapter_between_the_halves_of_its_level():
     ],
 )
 def test_a_name_of_version_0_1_0_has_one_present_name(first: str, present: str):
-    assert renamed(first) == renamed(present) == present
-    assert first_name(present) == first_name(first) == first
+    assert present_name(first) == present_name(present) == present
+    assert old_name(present) == old_name(first) == first
     for shared, _ in KINDS.values():
         names = set(NestedUNet(nest(**shared)).state_dict())
-        assert {renamed(first_name(name)) for name in names} == names
-        assert {renamed(name) for name in names} == names
+        assert {present_name(old_name(name)) for name in names} == names
+        assert {present_name(name) for name in names} == names

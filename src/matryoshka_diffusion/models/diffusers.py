@@ -25,7 +25,7 @@ from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.files import refuse_full, require, whole_folder
 from matryoshka_diffusion.models.save import without_paths
-from matryoshka_diffusion.nn.nested import NestedUNet, renamed
+from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import Sampler
@@ -96,7 +96,7 @@ class MDMNetwork(ModelMixin, ConfigMixin):
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
         """Rename, in place, what version 0.1.0 exported: diffusers calls this before it loads."""
         for name in list(state_dict):
-            state_dict[renamed(name)] = state_dict.pop(name)
+            state_dict[present_name(name)] = state_dict.pop(name)
 
     def forward(self, z: Pyramid, t: Float[Tensor, " b"], cond: Conditioning) -> Pyramid:
         """Predict as `NestedUNet.forward`; weights of half precision run under autocast."""

@@ -14,7 +14,7 @@ from matryoshka_diffusion.codec.autoencoder import moved_codec, refuse_codec, wi
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.models.released import convert_once, read_released
-from matryoshka_diffusion.nn.nested import renamed
+from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import active_model
 
@@ -144,7 +144,7 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         raise ConfigError(f"{path}: no valid JSON ({error})") from error
     file = folder / checkpoint.weights_file(config)
     try:
-        weights = {renamed(name): value for name, value in load_file(file).items()}
+        weights = {present_name(name): value for name, value in load_file(file).items()}
         with safe_open(file, "pt") as opened:
             found = json.loads((opened.metadata() or {}).get("lora", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -180,19 +180,19 @@ def level_of(name: str) -> int:
     return 0 if part == "conditioner" else int(place)
 
 
-def renamed(name: str) -> str:
+def present_name(name: str) -> str:
     """The present name of a tensor from a file that version 0.1.0 may have written.
 
     Example:
-        >>> renamed("levels.1.inward.weight.exp_avg")
+        >>> present_name("levels.1.inward.weight.exp_avg")
         'adapters.1.inward.weight.exp_avg'
     """
     name = re.sub(r"\blevels\.(\d+)\.(inward|outward)\b", r"adapters.\1.\2", name)
     return re.sub(r"\blevels\.0\.image_time\b", "levels.0.micro.coarse_time", name)
 
 
-def first_name(name: str) -> str:
-    """The name that a tensor had in version 0.1.0, the reverse of `renamed`. Hashes use it."""
+def old_name(name: str) -> str:
+    """The name that a tensor had in version 0.1.0, the reverse of `present_name`. Hashes use it."""
     name = re.sub(r"\badapters\.(\d+)\.(inward|outward)\b", r"levels.\1.\2", name)
     return re.sub(r"\blevels\.0\.micro\.coarse_time\b", "levels.0.image_time", name)
 

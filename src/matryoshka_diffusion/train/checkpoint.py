@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
 from matryoshka_diffusion.nn.lora import attach, merged_state
-from matryoshka_diffusion.nn.nested import NestedUNet, first_name, renamed
+from matryoshka_diffusion.nn.nested import NestedUNet, old_name, present_name
 from matryoshka_diffusion.train.distributed import World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -217,7 +217,7 @@ class Stored(Mapping[str, Tensor]):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
                     piece = (path, name, file.get_slice(name).get_shape())
-                    self._pieces.setdefault(renamed(name), []).append(piece)
+                    self._pieces.setdefault(present_name(name), []).append(piece)
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = []
@@ -355,7 +355,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     Names are those of version 0.1.0, because configs hold the hashes that it computed.
     """
     digest = hashlib.sha256()
-    for name, value in sorted((first_name(name), value) for name, value in weights.items()):
+    for name, value in sorted((old_name(name), value) for name, value in weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
