@@ -84,7 +84,7 @@ def pipe(folder):
 
 @pytest.fixture(scope="module")
 def class_pipe():
-    return quiet(MDMPipeline.from_sampler(class_model()))
+    return quiet(MDMPipeline.from_model(class_model()))
 
 
 def seed(number):
@@ -164,7 +164,7 @@ def test_each_prompt_may_have_its_negative_prompt(model, pipe):
 @pytest.mark.parametrize("negative", [None, ["jay", "a red"]])
 def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, negative):
     model = text_model(t5, masked=False, learned_null=False)
-    pipe = quiet(MDMPipeline.from_sampler(model))
+    pipe = quiet(MDMPipeline.from_model(model))
     prompts = [PROMPTS[1], PROMPTS[0]]
     output = pipe(prompts, negative_prompt=negative, generator=seed(7))
     for index, prompt in enumerate(prompts):

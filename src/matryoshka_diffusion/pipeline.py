@@ -27,7 +27,7 @@ from matryoshka_diffusion.models.find import (
 )
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.sampling import UNBOUNDED, Sampler, batch_of
+from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.checkpoint import fingerprint, load_network
 from matryoshka_diffusion.train.precision import Precision
@@ -74,7 +74,7 @@ class Samples:
         raise UsageError("the model draws images, no clips: take `pictures`")
 
 
-class Matryoshka(Sampler):
+class Matryoshka(DiffusionModel):
     """A trained network with its process, text encoder, codec and sampling defaults.
 
     It samples in float32 by default. In bf16, which is faster on some hardware, an image depends
@@ -91,7 +91,7 @@ class Matryoshka(Sampler):
     def __init__(
         self, net: NestedUNet, config: RunConfig, *, codec: Codec | None = None, **options: Any
     ) -> None:
-        """Take a network of any device; `options` are those of `Sampler`."""
+        """Take a network of any device; `options` are those of `DiffusionModel`."""
         net = net.to(options.get("device", "cpu")).eval()
         super().__init__(net, net.config, config, **options)
         self._codec = codec

@@ -34,7 +34,7 @@ def batch_of(frames: int | None) -> int:
     return max(1, BATCH // (frames or 1))
 
 
-class Sampler:
+class DiffusionModel:
     """A network with its process and its text encoder, ready to sample.
 
     Args:

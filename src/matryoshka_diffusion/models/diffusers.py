@@ -1,7 +1,7 @@
 """`MDMPipeline`: a model of this project as a pipeline of the diffusers library.
 
-The pipeline samples with the same `Sampler` as `Matryoshka`, so a seed gives the same image in
-both. Importing this file needs the extra `diffusers`.
+The pipeline samples through a `DiffusionModel`, as `Matryoshka` does, so a seed gives the same
+image in both. Importing this file needs the extra `diffusers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.samplers import State
-from matryoshka_diffusion.sampling import Sampler
+from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.text.encoder import load_encoder, states_of
 from matryoshka_diffusion.train.checkpoint import load_weights
 
@@ -50,16 +50,16 @@ StepCallback: TypeAlias = Callable[
 FORMS = ("pil", "np", "pt", "latent")
 
 
-def write_diffusers(model: Sampler, folder: Path) -> None:
+def write_diffusers(model: DiffusionModel, folder: Path) -> None:
     """Write a folder that `MDMPipeline.from_pretrained` loads; it appears whole or not at all.
 
     Raises:
         ConfigError: the folder holds something already.
-        UsageError, OSError: as `MDMPipeline.from_sampler`, or the folder cannot be written.
+        UsageError, OSError: as `MDMPipeline.from_model`, or the folder cannot be written.
     """
     folder = folder.resolve()
     refuse_full(folder)
-    pipe = MDMPipeline.from_sampler(model)
+    pipe = MDMPipeline.from_model(model)
     try:
         with whole_folder(folder) as unfinished:
             pipe.save_pretrained(unfinished)
@@ -165,7 +165,7 @@ class MDMPipeline(DiffusionPipeline):
         self.num_timesteps = 0  # steps of the latest call
 
     @classmethod
-    def from_sampler(cls, model: Sampler) -> MDMPipeline:
+    def from_model(cls, model: DiffusionModel) -> MDMPipeline:
         """Make a pipeline with a copy of a model's network and with the text encoder it names.
 
         Raises:
@@ -280,9 +280,9 @@ class MDMPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: set at least 1")
 
-        sampler = self._sampler()
-        sampling = sampler.sampling(settings)
-        captions, cond = sampler.condition(prompt, class_labels, num_images_per_prompt)
+        model = self._model()
+        sampling = model.sampling(settings)
+        captions, cond = model.condition(prompt, class_labels, num_images_per_prompt)
         negative = negative_prompt
         if not isinstance(negative, str | None):
             negative = [text for text in negative for _ in range(num_images_per_prompt)]
@@ -292,7 +292,7 @@ class MDMPipeline(DiffusionPipeline):
         self._interrupt, self.num_timesteps, state = False, sampling.steps, None
         bar: Any = self.progress_bar(total=sampling.steps)  # pyright: ignore[reportCallIssue]
         with bar:
-            for state in sampler.lockstep(cond, seeds, sampling, negative):
+            for state in model.lockstep(cond, seeds, sampling, negative):
                 bar.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": state.z, "estimates": state.x}
@@ -302,19 +302,19 @@ class MDMPipeline(DiffusionPipeline):
                 if self._interrupt:  # set by the callback
                     break
         assert state is not None, "a config has at least one step"
-        pixels = sampler.config.data.pixels
+        pixels = model.config.data.pixels
         levels = tuple(in_form(z, pixels, output_type) for z in state.z)
         self.maybe_free_model_hooks()
         return MDMPipelineOutput(levels[-1], levels) if return_dict else (levels[-1], levels)
 
-    def _sampler(self) -> Sampler:
-        """Make a sampler of the components as they are now."""
+    def _model(self) -> DiffusionModel:
+        """The model of the components as they are now."""
         network, device, encoder = self.network.eval(), self._execution_device, None
         config, named = network.run_config, network.run_config.encoder
         if named is not None:
             placed = _PlacedEncoder(self.text_encoder, device)
             encoder = states_of(named)(named.name, placed, self.tokenizer, named.max_tokens)
-        return Sampler(network, network.net.config, config, encoder=encoder, device=device)
+        return DiffusionModel(network, network.net.config, config, encoder=encoder, device=device)
 
 
 def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
