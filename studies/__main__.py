@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from matryoshka_diffusion.cli.terminal import output
 from matryoshka_diffusion.files import write_atomically
 from studies.figures import draw_all
 from studies.results import filled, read_results, tables
@@ -90,4 +91,5 @@ def _show(command: str, study: Study, trials: Sequence[Trial]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output():
+        sys.exit(main())

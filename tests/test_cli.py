@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -318,6 +319,24 @@ def test_control_characters_are_escaped(capsys):
     escaped = r"\x1b[31mred\x07 \udcff\u202e naïve 苹果"
     assert shown.err == f"mdm: {escaped}\n"
     assert shown.out == f"{escaped}\nsecond line\n"
+
+
+def test_letters_that_an_encoding_lacks_are_escaped(monkeypatch, tmp_path):
+    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "a snowman \u2603" / "0.png", None)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252", errors="strict"))
+    assert run("data", "check", tmp_path) == 0
+    assert rb"a snowman \u2603" in written.getvalue()
+
+
+@pytest.mark.parametrize("words", ["matryoshka_diffusion.cli info openmoji", "studies list"])
+def test_a_command_ends_quietly_when_nobody_reads_on(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", *words.split()]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from matryoshka_diffusion.cli.terminal import leads, one_line, say, show_warning
+from matryoshka_diffusion.cli.terminal import leads, one_line, output, say, show_warning
 
 GROUPS = {
     "train": ("train", "embed", "data", "demo"),
@@ -28,18 +28,21 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser(arguments[:1]).parse_args(arguments)
-    options.arguments = arguments
-    warnings.showwarning = show_warning
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        return say("interrupted", 130)
-    except Exception as error:
-        if options.debug:
+    with output():
+        options = build_parser(arguments[:1]).parse_args(arguments)
+        options.arguments = arguments
+        warnings.showwarning = show_warning
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            return say("interrupted", 130)
+        except BrokenPipeError:
             raise
-        return _report(error)
-    return 0
+        except Exception as error:
+            if options.debug:
+                raise
+            return _report(error)
+        return 0
 
 
 def _report(error: Exception) -> int:

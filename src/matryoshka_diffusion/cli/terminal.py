@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LOG_SECONDS = 30.0
 """Time between two lines of progress in a log, which is not a terminal."""
 
 
+@contextmanager
+def output() -> Iterator[None]:
+    """Print letters that an encoding lacks as escapes, and end quietly if nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # such as cp1252 of Windows
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `mdm info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
+        raise SystemExit(141) from None  # as a shell reports SIGPIPE
+
+
 def show(text: str) -> None:
     """Print a result to stdout."""
-    print(_printable(text, sys.stdout), flush=True)
+    print(_printable(text), flush=True)
 
 
 def say(text: str, status: int = 0) -> int:
@@ -20,7 +39,7 @@ def say(text: str, status: int = 0) -> int:
     text = text if text.startswith("mdm") else f"mdm: {text}"
     if not leads():
         text = text.replace("mdm: ", f"mdm: rank {os.environ['RANK']}: ", 1)
-    text = _printable(" ".join(text.split()), sys.stderr)
+    text = _printable(" ".join(text.split()))
     if "tqdm" in sys.modules:  # a bar may be on the screen
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:
@@ -45,11 +64,9 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _printable(text: str, stream: Any) -> str:
-    """Escape control characters, which could steer a terminal, and letters it does not have."""
-    text = "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def _printable(text: str) -> str:
+    """Escape control characters, which could steer a terminal."""
+    return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
 
 
 class Bar:
