@@ -18,7 +18,7 @@ from matryoshka_diffusion.config import EncoderConfig, SamplingConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.eval.evaluate import evaluate
-from matryoshka_diffusion.metrics.networks.inception import CLASSES
+from matryoshka_diffusion.metrics.inception import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream

@@ -33,7 +33,7 @@ from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.metrics import distances
 from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
-from matryoshka_diffusion.metrics.networks.fvd import VideoNet
+from matryoshka_diffusion.metrics.networks import VideoNet
 from matryoshka_diffusion.metrics.pixels import (
     averages,
     compare_motion,

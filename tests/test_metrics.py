@@ -27,8 +27,8 @@ from matryoshka_diffusion.metrics.distances import (
     kernel_distance,
     overlap,
 )
-from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
-from matryoshka_diffusion.metrics.networks.inception import inception_score
+from matryoshka_diffusion.metrics.inception import inception_score
+from matryoshka_diffusion.metrics.networks import CLIP, clip_score
 from matryoshka_diffusion.metrics.pixels import (
     SLIGHT,
     Retrieval,

@@ -19,16 +19,17 @@ from torch.nn import functional as F
 from evaluating import make_video_net, save_scripted
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
+from matryoshka_diffusion.metrics.inception import CLASSES, WIDTH, FIDInception, Inception
 from matryoshka_diffusion.metrics.networks import (
+    CLIP,
     NAME,
+    VIDEO_SIDE,
     EffNetLite0,
     Extractor,
+    VideoNet,
     as_rgb,
     tf1_bilinear,
 )
-from matryoshka_diffusion.metrics.networks.clip import CLIP
-from matryoshka_diffusion.metrics.networks.fvd import SIDE, VideoNet
-from matryoshka_diffusion.metrics.networks.inception import CLASSES, WIDTH, FIDInception, Inception
 
 FRAMES = 3
 
@@ -506,9 +507,9 @@ def test_i3d_is_given_bytes_and_any_other_network_224_pixels_in_minus_one_to_one
     shown = clips()
     first, last = shown[:, 0, 0, 0], shown[:, -1, -1, -1]
     np.testing.assert_array_equal(asked(shown), np.hstack([np.ones((3, 3)), first, last]))
-    large = tf1_bilinear(torch.from_numpy(shown[:, -1]).permute(0, 3, 1, 2).float(), SIDE)
+    large = tf1_bilinear(torch.from_numpy(shown[:, -1]).permute(0, 3, 1, 2).float(), VIDEO_SIDE)
     pixels = np.hstack([first, large[:, :, -1, -1].numpy()]) / 127.5 - 1.0
-    sizes = np.broadcast_to([FRAMES, SIDE, SIDE], (3, 3))
+    sizes = np.broadcast_to([FRAMES, VIDEO_SIDE, VIDEO_SIDE], (3, 3))
     np.testing.assert_allclose(corner(shown), np.hstack([sizes, pixels]), atol=1e-6)
     assert corner.resize == "TensorFlow 1 bilinear to 224x224"
     assert (corner.name, corner.width, corner.frames) == ("Video", 9, FRAMES)

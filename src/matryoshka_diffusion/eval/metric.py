@@ -25,14 +25,19 @@ from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.metrics import distances, pixels
 from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
-from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
-from matryoshka_diffusion.metrics.networks.clip import CLIP, clip_score
-from matryoshka_diffusion.metrics.networks.fvd import FRAMES, VideoNet
-from matryoshka_diffusion.metrics.networks.inception import (
+from matryoshka_diffusion.metrics.inception import (
     CLASSES,
     SPLITS,
     Inception,
     inception_score,
+)
+from matryoshka_diffusion.metrics.networks import (
+    CLIP,
+    FRAMES,
+    EffNetLite0,
+    Extractor,
+    VideoNet,
+    clip_score,
 )
 from matryoshka_diffusion.rng import stream
 
