@@ -24,13 +24,8 @@ from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs import train_autoencoder as codec_training
-from matryoshka_diffusion.runs.train_autoencoder import (
-    build,
-    codec_loss,
-    find_codec_run,
-    psnr,
-    train_codec,
-)
+from matryoshka_diffusion.runs.prepare import find_codec_run
+from matryoshka_diffusion.runs.train_autoencoder import build, codec_loss, psnr, train_codec
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.trainer import Trainer
 from test_codec import on_codes

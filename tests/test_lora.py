@@ -20,7 +20,7 @@ from matryoshka_diffusion.config import ConfigError, LoraConfig, RunConfig, Stag
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
 from matryoshka_diffusion.nn.lora import Adapted, attach, merged_state
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.runs import prepare as job
@@ -29,7 +29,6 @@ from matryoshka_diffusion.train.checkpoint import (
     CheckpointError,
     export_weights,
     fingerprint,
-    learnt_parameters,
     newest,
     read,
 )

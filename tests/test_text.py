@@ -23,11 +23,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
 from matryoshka_diffusion.cli.main import main as cli
+from matryoshka_diffusion.conditioning import pad
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.text import feature_cache
-from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder, pad
+from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from ranks import fork
 

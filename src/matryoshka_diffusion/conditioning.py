@@ -5,13 +5,14 @@ An empty `Conditioning()` is the unconditional case. It has no code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 AUGMENT_NUMBERS = 7
 """Numbers that describe how an image was augmented (see `data.augment`); all 0 if it was not."""
@@ -96,3 +97,12 @@ def equally_long(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Condit
         return a, b
     longest = max(a.tokens.shape[1], b.tokens.shape[1])
     return a.padded(longest), b.padded(longest)
+
+
+def pad(
+    features: Sequence[Float[Tensor, "_ d"]],
+) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
+    """Stack features, with zeros after the shorter ones, and mark the tokens that are real."""
+    lengths = torch.tensor([len(feature) for feature in features])
+    stacked = pad_sequence(list(features), batch_first=True)
+    return stacked, torch.arange(stacked.shape[1]) < lengths[:, None]

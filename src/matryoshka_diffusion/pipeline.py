@@ -17,7 +17,6 @@ from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
-from matryoshka_diffusion.models import hub
 from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,
@@ -142,7 +141,9 @@ class Matryoshka(DiffusionModel):
         name = str(source)
         if Path(source).exists() or name in shipped_models() or name.count("/") != 1:
             return cls.load(source, **options)
-        return cls.load(hub.download(name, revision), **options)
+        from matryoshka_diffusion.models.hub import download
+
+        return cls.load(download(name, revision), **options)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model with a card that says how to use it; return its address.
@@ -150,7 +151,9 @@ class Matryoshka(DiffusionModel):
         Paths of this computer are left out. `options` are those of `models.hub.push`: dtype,
         license, private, and a token instead of that of `hf auth login`.
         """
-        return hub.push(self.net.state_dict(), self.config, repository, **options)
+        from matryoshka_diffusion.models.hub import push
+
+        return push(self.net.state_dict(), self.config, repository, **options)
 
     @property
     def codec(self) -> Codec | None:

@@ -30,9 +30,8 @@ _DIFFUSION_OPTIONS = ("as_", "init", "base", "lora", "codec", "dry_run", "log", 
 def train(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.runs import prepare
-    from matryoshka_diffusion.runs.train_autoencoder import find_codec_run
 
-    if (codec := find_codec_run(options.preset, options.data, options.set)) is not None:
+    if (codec := prepare.find_codec_run(options.preset, options.data, options.set)) is not None:
         return _train_codec(codec, options)
     config = prepare.find_config(
         options.preset,
@@ -112,10 +111,8 @@ def _train(
     """Train with previews, as one of the ranks; returns the finished model's folder."""
     import torch
 
-    from matryoshka_diffusion.cascade import keep_base
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.runs import prepare
-    from matryoshka_diffusion.runs.grow import warm_start
     from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
     from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
     from matryoshka_diffusion.train.log import find_sink
@@ -132,10 +129,16 @@ def _train(
             Bar("encoding", " captions") as captions,
             Bar("encoding") as codes,
         ):
-            config = keep_base(config, out)
+            if config.sampling.base is not None:
+                from matryoshka_diffusion.cascade import keep_base
+
+                config = keep_base(config, out)
             ready = prepare.prepare(config, device, progress=captions, coding=codes)
         compare_data(world, ready.source.keys)
-        world.once(lambda: warm_start(ready.config, out))
+        if ready.config.train.init is not None:
+            from matryoshka_diffusion.runs.grow import warm_start
+
+            world.once(lambda: warm_start(ready.config, out))
         every = ready.config.train.preview_every_images
         prompts = preview_arguments(ready.source, ready.config)
         hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]

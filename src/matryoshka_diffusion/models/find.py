@@ -13,7 +13,6 @@ from torch import Tensor
 from matryoshka_diffusion.codec.autoencoder import moved_codec, refuse_codec, with_own_codec
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
-from matryoshka_diffusion.models.released import convert_once, read_released
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import active_model
@@ -38,6 +37,8 @@ def find_model(
     """
     path = _model_folder(Path(run))
     if path.is_file():
+        from matryoshka_diffusion.models.released import convert_once
+
         return _read_model(convert_once(path, progress=progress))
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
@@ -67,6 +68,8 @@ def read_config(run: str | Path) -> RunConfig:
     """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
     path = _model_folder(Path(run))
     if path.is_file():
+        from matryoshka_diffusion.models.released import read_released
+
         return read_released(path).config
     written = path / "config.yaml"
     return load_config(written) if written.is_file() else find_model(run)[1]

@@ -171,3 +171,8 @@ def attend(
     """Softmax attention of each query over the keys at which `mask` is True."""
     allowed = None if mask is None else mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def per_frame(x: Tensor | None, frames: int) -> Tensor | None:
+    """Repeat each row of a clip for every one of its frames."""
+    return x if x is None or frames == 1 else x.repeat_interleave(frames, dim=0)

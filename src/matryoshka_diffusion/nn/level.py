@@ -20,13 +20,14 @@ from matryoshka_diffusion.nn.layers import (
     conv3,
     mlp,
     norm,
+    per_frame,
     shuffle,
     sinusoid,
     unshuffle,
     without_autocast,
     zero,
 )
-from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames, per_frame
+from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
 from matryoshka_diffusion.pyramid import frames_as_rows, pad_rows, rows_as_frames
 from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
 

@@ -211,3 +211,8 @@ def in_walk_order(net: NestedUNet) -> list[nn.Parameter]:
 
     named = sorted(net.named_parameters(), key=lambda item: place(item[0]))
     return [parameter for _, parameter in named]
+
+
+def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training may change, by name: those that ask for a gradient."""
+    return {name: value for name, value in net.named_parameters() if value.requires_grad}

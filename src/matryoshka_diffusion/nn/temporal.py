@@ -88,11 +88,6 @@ class UpFrames(nn.Conv2d):
         return _as_rows(super().forward(doubled), h)
 
 
-def per_frame(x: Tensor | None, frames: int) -> Tensor | None:
-    """Repeat each row of a clip for every one of its frames."""
-    return x if x is None or frames == 1 else x.repeat_interleave(frames, dim=0)
-
-
 def _over_time(h: Float[Tensor, "n c y x"], frames: int) -> Float[Tensor, "b c f p"]:
     """Clips as images whose height is time and whose width is all positions."""
     return h.unflatten(0, (len(h) // frames, frames)).flatten(3).transpose(1, 2)

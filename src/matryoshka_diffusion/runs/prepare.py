@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.cascade import note_base
 from matryoshka_diffusion.codec.autoencoder import (
+    TRAINING,
     Codec,
     codec_folder,
     load_autoencoder,
@@ -19,6 +19,7 @@ from matryoshka_diffusion.codec.autoencoder import (
 )
 from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, can_store, store_codes
 from matryoshka_diffusion.config import (
+    CodecRunConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,
@@ -30,9 +31,16 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.configfile import assignment, changed, load_config
+from matryoshka_diffusion.configfile import assignment, changed, load_config, override
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.source import Source, absolute, open_source, split, with_source
+from matryoshka_diffusion.data.source import (
+    Source,
+    absolute,
+    open_source,
+    sourced,
+    split,
+    with_source,
+)
 from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,
@@ -42,7 +50,7 @@ from matryoshka_diffusion.models.find import (
 )
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.train.checkpoint import fingerprint
@@ -148,6 +156,26 @@ def _absolute_if_here(model: str) -> str:
     return str(path.resolve()) if path.exists() else model
 
 
+def find_codec_run(
+    name: str, data: str | None, assignments: Sequence[str]
+) -> CodecRunConfig | None:
+    """Config of the codec training called `name`, with changes; None if there is none.
+
+    `name` is a folder of a training, its codec.yaml, or one of `presets.CODECS`. Raises
+    ConfigError if the changes do not fit.
+    """
+    path = Path(name)
+    written = path if path.name == TRAINING else path / TRAINING
+    if not written.is_file() and name not in CODECS:
+        return None
+    config = load_config(written, CodecRunConfig) if written.is_file() else CODECS[name]
+    if data is not None:
+        update = {"path": absolute(data)}
+        config = config.model_copy(update={"data": config.data.model_copy(update=update)})
+    config = override(config, list(assignments))
+    return config.model_copy(update={"data": sourced(config.data)})
+
+
 def complete(config: RunConfig, source: Source) -> RunConfig:
     """Add to the config what only the data knows: class names, captions for a bare model.
 
@@ -219,7 +247,11 @@ def prepare(
         ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
     """
     source = open_source(config.data, config.data_side, config.data_frames)
-    config = note_base(complete(config, source))
+    config = complete(config, source)
+    if config.sampling.base is not None:
+        from matryoshka_diffusion.cascade import note_base
+
+        config = note_base(config)
     encode, codec, notes = None, None, []
     if config.encoder is not None:
         encode = _open_features(config, device)

@@ -8,7 +8,7 @@ losses: enough for small, plain images. The loop is the one of every training (`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,12 @@ from matryoshka_diffusion.codec.autoencoder import (
 )
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
-from matryoshka_diffusion.configfile import load_config, override, to_yaml
+from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.data.loader import Loader, to_float, to_uint8
-from matryoshka_diffusion.data.source import Source, absolute, open_source, sourced, split
+from matryoshka_diffusion.data.source import Source, open_source, split
 from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import refuse_full, require, write_atomically
-from matryoshka_diffusion.presets import CODECS
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
 from matryoshka_diffusion.train.run_folder import differences
@@ -55,26 +54,6 @@ class TrainedCodec(NamedTuple):
     folder: Path
     psnr: float
     measured_on: str
-
-
-def find_codec_run(
-    name: str, data: str | None, assignments: Sequence[str]
-) -> CodecRunConfig | None:
-    """Config of the codec training called `name`, with changes; None if there is none.
-
-    `name` is a folder of a training, its codec.yaml, or one of `presets.CODECS`. Raises
-    ConfigError if the changes do not fit.
-    """
-    path = Path(name)
-    written = path if path.name == TRAINING else path / TRAINING
-    if not written.is_file() and name not in CODECS:
-        return None
-    config = load_config(written, CodecRunConfig) if written.is_file() else CODECS[name]
-    if data is not None:
-        update = {"path": absolute(data)}
-        config = config.model_copy(update={"data": config.data.model_copy(update=update)})
-    config = override(config, list(assignments))
-    return config.model_copy(update={"data": sourced(config.data)})
 
 
 def train_codec(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import package_folder, require
@@ -235,12 +234,3 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
             f"first {missing[0]}; {remedy}"
         )
     return model, tokenizer
-
-
-def pad(
-    features: Sequence[Float[Tensor, "_ d"]],
-) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
-    """Stack features, with zeros after the shorter ones, and mark the tokens that are real."""
-    lengths = torch.tensor([len(feature) for feature in features])
-    stacked = pad_sequence(list(features), batch_first=True)
-    return stacked, torch.arange(stacked.shape[1]) < lengths[:, None]

@@ -23,7 +23,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from matryoshka_diffusion.config import UNIFORM, RunConfig
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.train.checkpoint import Stored, learnt_parameters
+from matryoshka_diffusion.nn.nested import learnt_parameters
+from matryoshka_diffusion.train.checkpoint import Stored
 from matryoshka_diffusion.train.distributed import fill, local
 
 

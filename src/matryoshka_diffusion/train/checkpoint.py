@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
 from matryoshka_diffusion.nn.lora import attach, merged_state
-from matryoshka_diffusion.nn.nested import NestedUNet, old_name, present_name
+from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name, present_name
 from matryoshka_diffusion.train.distributed import World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -264,11 +264,6 @@ def _flaw(path: Path) -> str | None:
 
 
 # --- networks out of weights -------------------------------------------------------------------
-
-
-def learnt_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that training may change, by name: those that ask for a gradient."""
-    return {name: value for name, value in net.named_parameters() if value.requires_grad}
 
 
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
+from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning, pad
 from matryoshka_diffusion.config import CoarseConfig, RunConfig
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import augment_coarse
@@ -24,7 +24,6 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.text.encoder import pad
 from matryoshka_diffusion.train.distributed import World
 from matryoshka_diffusion.train.stages import Step
 

@@ -18,15 +18,10 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.diffusion import Loss, Network, Process, matryoshka_loss
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, level_of
+from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, learnt_parameters, level_of
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.train.checkpoint import (
-    build_network,
-    learnt_parameters,
-    load_network,
-    merge,
-)
+from matryoshka_diffusion.train.checkpoint import build_network, load_network, merge
 from matryoshka_diffusion.train.distributed import is_sharded, sharded_like
 from matryoshka_diffusion.train.inputs import Inputs
 from matryoshka_diffusion.train.precision import LossScale, autocast

@@ -22,9 +22,10 @@ from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.diffusion import Loss
+from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
-from matryoshka_diffusion.train.checkpoint import Snapshot, check_same, learnt_parameters
+from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.distributed import (
     World,
     compare_ranks,
