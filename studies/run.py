@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import commit, machine
 
 from matryoshka_diffusion.cascade import Model, open_model
-from matryoshka_diffusion.codec.autoencoder import codec_folder
+from matryoshka_diffusion.codec import codec_folder
 from matryoshka_diffusion.config import ProcessConfig, RunConfig
 from matryoshka_diffusion.eval.evaluate import evaluate
 from matryoshka_diffusion.eval.result import Result

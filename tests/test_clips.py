@@ -13,7 +13,7 @@ from PIL import Image
 
 from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.codec.latent_loader import can_store
+from matryoshka_diffusion.codec import can_store
 from matryoshka_diffusion.config import ClipStart, ConfigError, DataConfig, RunConfig
 from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.data import video

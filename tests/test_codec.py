@@ -17,13 +17,15 @@ from torch import Tensor
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
-from matryoshka_diffusion.codec.autoencoder import (
+from matryoshka_diffusion.codec import (
     WEIGHTS,
+    CodeCache,
+    LatentLoader,
     codec_folder,
     fingerprint,
     load_autoencoder,
+    store_codes,
 )
-from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, store_codes
 from matryoshka_diffusion.config import (
     CodecConfig,
     ConfigError,

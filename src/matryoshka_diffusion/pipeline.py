@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import Codec, load_autoencoder
+from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.denoiser import active_weights

@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> None:
 
 def _train_codec(config: Any, options: argparse.Namespace) -> None:
     """Train an autoencoder; print its error and the command that uses it."""
-    from matryoshka_diffusion.codec.autoencoder import TRAINING
+    from matryoshka_diffusion.codec import TRAINING
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.presets import PRESETS
     from matryoshka_diffusion.runs.train_autoencoder import train_codec

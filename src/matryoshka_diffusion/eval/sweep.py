@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
-from matryoshka_diffusion.codec.autoencoder import with_own_codec
+from matryoshka_diffusion.codec import with_own_codec
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.eval.result import Result, plain

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import moved_codec, refuse_codec, with_own_codec
+from matryoshka_diffusion.codec import moved_codec, refuse_codec, with_own_codec
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.nn.nested import present_name

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.codec import autoencoder as codecs
+from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.models.save import without_paths

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from matryoshka_diffusion.codec.autoencoder import carry_codec, with_own_codec
+from matryoshka_diffusion.codec import carry_codec, with_own_codec
 from matryoshka_diffusion.config import UNIFORM, RunConfig, UsageError
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.files import refuse_full

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matryoshka_diffusion.codec.autoencoder import Codec
-from matryoshka_diffusion.codec.latent_loader import LatentLoader
+from matryoshka_diffusion.codec import Codec, LatentLoader
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source

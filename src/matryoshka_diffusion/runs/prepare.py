@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import (
+from matryoshka_diffusion.codec import (
     TRAINING,
     Codec,
+    CodeCache,
+    LatentLoader,
+    can_store,
     codec_folder,
     load_autoencoder,
     read_code_shape,
+    store_codes,
     with_own_codec,
 )
-from matryoshka_diffusion.codec.latent_loader import CodeCache, LatentLoader, can_store, store_codes
 from matryoshka_diffusion.config import (
     CodecRunConfig,
     ConfigError,

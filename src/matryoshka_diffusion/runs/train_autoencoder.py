@@ -7,8 +7,7 @@ losses: enough for small, plain images. The loop is the one of every training (`
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 
-from matryoshka_diffusion.codec.autoencoder import (
+from matryoshka_diffusion.codec import (
     OWN,
     SETTINGS,
     TRAINING,
@@ -34,7 +32,7 @@ from matryoshka_diffusion.data.loader import Loader, to_float, to_uint8
 from matryoshka_diffusion.data.source import Source, open_source, split
 from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.draw import grid
-from matryoshka_diffusion.files import refuse_full, require, write_atomically
+from matryoshka_diffusion.files import refuse_full, require, whole_folder, write_atomically
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
 from matryoshka_diffusion.train.run_folder import differences
@@ -45,7 +43,6 @@ from matryoshka_diffusion.train.trainer import Trainer
 MEASURED_IMAGES = 512
 """Images, evenly spread, that the scale of the codes and the error are measured on."""
 DRAWN_IMAGES = 24
-MEASURED_SETTINGS = ("scaling_factor", "shift_factor")
 
 
 class TrainedCodec(NamedTuple):
@@ -229,34 +226,16 @@ def psnr(original: UInt8[np.ndarray, "..."], copy: UInt8[np.ndarray, "..."]) -> 
 
 
 def _save(model: AutoencoderKL, folder: Path) -> None:
-    """Write the codec's folder as `save_pretrained` does, unless this codec is there already.
-
-    The settings, without which a folder is no codec, are removed first and written last. Raises
-    OSError with the path and the reason.
-    """
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    if _holds(folder, weights, model.config):
-        return
-    (folder / SETTINGS).unlink(missing_ok=True)
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
-    for name, content in ((WEIGHTS, data), (SETTINGS, model.to_json_string().encode())):
-        write_atomically(folder / name, lambda file, c=content: file.write(c), needed=len(content))
-
-
-def _holds(folder: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
-    """True if a folder has these weights and, but for rounding, this scale and shift.
+    """Write the codec's folder as `save_pretrained` does, unless it is there already.
 
     Scale and shift are measured anew by each start, maybe on another device, and models trained on
-    the codec know it by the hash of the first measurement.
+    the codec know it by the hash of the first measurement. Raises OSError with the path.
     """
-    try:
-        saved = safetensors.torch.load_file(folder / WEIGHTS)
-        written = json.loads((folder / SETTINGS).read_text("utf-8"))
-        measured = [written[name] for name in MEASURED_SETTINGS]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return False
-    return (
-        saved.keys() == weights.keys()
-        and all(torch.equal(saved[name], weights[name]) for name in weights)
-        and np.allclose(measured, [settings[n] for n in MEASURED_SETTINGS], rtol=1e-4, atol=1e-4)
-    )
+    if folder.exists():
+        return
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    settings = model.to_json_string().encode()
+    files = {WEIGHTS: safetensors.torch.save(weights, {"format": "pt"}), SETTINGS: settings}
+    with whole_folder(folder) as whole:
+        for name, data in files.items():
+            write_atomically(whole / name, lambda file, data=data: file.write(data))
