@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -23,17 +24,17 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.log import (
     SINKS,
-    Display,
     Entry,
-    Metrics,
-    _as_gif,
+    Log,
+    _encoded,
+    cut_metrics,
     find_sink,
     peak_memory_bytes,
     scalars,
     summary,
 )
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Sample, Skipped, Stepped
+from matryoshka_diffusion.train.step import Sample, Skipped, Stepped, diffusion
 from tiny_run import OF_THE_MACHINE, run, there, tiny_config
 
 # --- lines and the bar -------------------------------------------------------------------------
@@ -41,20 +42,21 @@ from tiny_run import OF_THE_MACHINE, run, there, tiny_config
 
 def test_metrics_beyond_the_checkpoint_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = Metrics(path, 0)
-    for images_seen in (4, 8, 12):
-        log.write({"images_seen": images_seen})
-    with open(path, "a") as file:
-        file.write('{"images_se')  # killed while writing
-    Metrics(path, 8).write({"images_seen": 9})
-    assert path.read_text() == '{"images_seen": 4}\n{"images_seen": 8}\n{"images_seen": 9}\n'
+    within = '{"images_seen": 4}\n{"images_seen": 8}\n'
+    path.write_text(within + '{"images_seen": 12}\n{"images_se')  # killed while writing
+    cut_metrics(path, 8)
+    assert path.read_text() == within
+
+
+def log(folder, images_seen=0):
+    return Log(folder, diffusion(tiny_config()), images_seen, (), leads=True)
 
 
 def test_metrics_on_a_full_disk_name_their_file(tmp_path):
-    log = Metrics(tmp_path / "metrics.jsonl", 0)
-    log.path = Path("/dev/full")
+    full = log(tmp_path)
+    full.path = Path("/dev/full")
     with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
-        log.write({"images_seen": 4})
+        full.write({"images_seen": 4})
 
 
 def entry(rows: tuple[int, ...], losses: tuple[float, ...], *, skipped: bool = False) -> Entry:
@@ -69,12 +71,12 @@ def test_a_summary_weighs_levels_by_their_rows():
         entry((4, 1), (3.0, 6.0)),
         entry((4, 4), (float("nan"), float("nan")), skipped=True),
     ]
-    told = summary(entries)
-    assert told["loss_per_level"] == [2.0, 3.0]
-    assert told["loss"] == 6.0
-    assert told["skipped_ids"] == [7]
-    assert told["images_per_second"] == pytest.approx(10.0)
-    assert told["data_wait"] == pytest.approx(0.25)
+    line = summary(entries)
+    assert line["loss_per_level"] == [2.0, 3.0]
+    assert line["loss"] == 6.0
+    assert line["skipped_ids"] == [7]
+    assert line["images_per_second"] == pytest.approx(10.0)
+    assert line["data_wait"] == pytest.approx(0.25)
     assert summary([entry((4, 0), (1.0, 0.0))])["loss_per_level"] == [1.0, None]
     assert summary([entry((4,), (1.0,)), entry((4, 4), (3.0, 5.0))])["loss_per_level"] == [2, 5]
 
@@ -85,12 +87,12 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("kind", "of"), [(Terminal, "28.0/48"), (io.StringIO, "28.0 of 48")])
-def test_a_terminal_gets_a_bar_and_a_log_file_gets_lines(monkeypatch, kind, of):
+def test_a_terminal_gets_a_bar_and_a_log_file_gets_lines(tmp_path, monkeypatch, kind, of):
     stderr = kind()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr("matryoshka_diffusion.train.log.PLAIN_SECONDS", 0.0)
-    display = Display(tiny_config().train, (8, 16), 24)
-    display.show(entry((4, 3), (0.25, 0.5)))
+    display = log(tmp_path, 24)
+    display.add(entry((4, 3), (0.25, 0.5)))
     display.close()
     for part in (of, "images/s", "2/2 8:0.2500 16:0.5000", "wait 25%"):
         assert part in stderr.getvalue()
@@ -143,11 +145,11 @@ def train_twice(folder, *names, at):
 
 def curves_of(pairs):
     """The points of each curve, by its name."""
-    found = {}
+    points = {}
     for step, values in pairs:
         for name, value in values.items():
-            found.setdefault(name, []).append((step, value))
-    return found
+            points.setdefault(name, []).append((step, value))
+    return points
 
 
 def curves(lines):
@@ -174,7 +176,7 @@ def test_a_line_is_split_into_curves():
 # --- TensorBoard and Weights & Biases -----------------------------------------------------------
 
 
-class Told(ModuleType):
+class Service(ModuleType):
     """A stand-in for the package wandb that writes down its calls."""
 
     Error = type("Error", (Exception,), {})
@@ -194,8 +196,8 @@ class Told(ModuleType):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    module = Told()
+def service(monkeypatch):
+    module = Service()
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
@@ -203,7 +205,7 @@ def told(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [20, 16])  # between hooks; after a line and before the hooks
-def test_sinks_get_the_metrics_and_nothing_twice(tmp_path, told, at):
+def test_sinks_get_the_metrics_and_nothing_twice(tmp_path, service, at):
     lines = train_twice(tmp_path / "run", "wandb", "tensorboard", at=at)
     expected = curves(lines)
     assert {"loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= expected.keys()
@@ -215,29 +217,29 @@ def test_sinks_get_the_metrics_and_nothing_twice(tmp_path, told, at):
     events = EventAccumulator(path, size_guidance={"scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) == expected.keys()
     for name, points in expected.items():
-        shown = events.Scalars(name)
-        assert [event.step for event in shown] == [step for step, _ in points]
+        logged = events.Scalars(name)
+        assert [event.step for event in logged] == [step for step, _ in points]
         values = np.array([value for _, value in points])
-        np.testing.assert_array_equal([event.value for event in shown], values.astype(np.float32))
-    shown = events.Images("previews")
-    assert [event.step for event in shown] == [8, 16, 24]
-    with Image.open(io.BytesIO(shown[1].encoded_image_string)) as image:
+        np.testing.assert_array_equal([event.value for event in logged], values.astype(np.float32))
+    drawn = events.Images("previews")
+    assert [event.step for event in drawn] == [8, 16, 24]
+    with Image.open(io.BytesIO(drawn[1].encoded_image_string)) as image:
         np.testing.assert_array_equal(np.asarray(image), np.full((4, 4, 3), 16))
 
-    first, second = told.starts
+    first, second = service.starts
     assert first["id"] == second["id"]
     assert (first["resume"], first["mode"], first["name"]) == ("allow", "offline", "run")
     assert first["config"]["train"]["stages"][0]["images"] == 24
     assert not first["save_code"]
     assert first["settings"] == {"console": "off", "disable_git": True}
-    assert told.finished == 2, "after an error, too"
-    steps = [step for step, _ in told.logged]
+    assert service.finished == 2, "after an error, too"
+    steps = [step for step, _ in service.logged]
     assert steps == sorted(steps)
-    shown = curves_of(told.logged)
-    assert [name for _, name in shown.pop("previews")] == ["8.png", "16.png", "24.png"]
-    assert shown.keys() == expected.keys()
+    drawn = curves_of(service.logged)
+    assert [name for _, name in drawn.pop("previews")] == ["8.png", "16.png", "24.png"]
+    assert drawn.keys() == expected.keys()
     for name in expected.keys() - OF_THE_MACHINE:  # these differ where a step was done again
-        assert shown[name] == expected[name]
+        assert drawn[name] == expected[name]
 
 
 def test_tensorboard_shows_previews_that_move(tmp_path):
@@ -245,9 +247,8 @@ def test_tensorboard_shows_previews_that_move(tmp_path):
 
     clip = np.stack([np.full((4, 6, 3), 50 * k, np.uint8) for k in range(5)])
     save_clip(clip, tmp_path / "a.webp", 4.0, None)
-    sink = find_sink("tensorboard")(tmp_path, tiny_config(), 0)
-    sink.picture("previews", tmp_path / "a.webp", 16)
-    sink.close()
+    with find_sink("tensorboard")(tmp_path, tiny_config(), 0) as report:
+        report(16, {"previews": tmp_path / "a.webp"})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (event,) = events.Images("previews")
@@ -258,47 +259,46 @@ def test_tensorboard_shows_previews_that_move(tmp_path):
             np.testing.assert_array_equal(np.asarray(frame.convert("RGB")), expected)
             assert frame.info["duration"] == 250
     save_clip(clip, tmp_path / "fast.webp", 90.0, None)
-    with Image.open(tmp_path / "fast.webp") as image, Image.open(io.BytesIO(_as_gif(image))) as gif:
+    data = _encoded(tmp_path / "fast.webp")["encoded_image_string"]
+    with Image.open(io.BytesIO(data)) as gif:
         assert gif.info["duration"] == 20, "no faster than a GIF can be"
 
 
-def test_wandb_sends_only_where_the_environment_asks_for_it(tmp_path, told, monkeypatch):
+def test_wandb_sends_only_where_the_environment_asks_for_it(tmp_path, service, monkeypatch):
     for name, value, mode in (
         ("WANDB_API_KEY", "x", "online"),
         ("WANDB_MODE", "offline", "offline"),  # the key is still there
         ("WANDB_MODE", "online", "online"),
     ):
         monkeypatch.setenv(name, value)
-        SINKS["wandb"](tmp_path, tiny_config(), 0)
-        assert told.starts[-1]["mode"] == mode
+        with SINKS["wandb"](tmp_path, tiny_config(), 0):
+            assert service.starts[-1]["mode"] == mode
 
 
-def test_what_is_wrong_with_wandb_is_one_line_with_a_remedy(tmp_path, told, monkeypatch):
+def test_what_is_wrong_with_wandb_is_one_line_with_a_remedy(tmp_path, service, monkeypatch):
     def refuse(**_):
-        raise told.Error("no such host")
+        raise service.Error("no such host")
 
     with monkeypatch.context() as patch:
-        patch.setattr(told, "init", refuse)
+        patch.setattr(service, "init", refuse)
         with pytest.raises(OSError, match=r"--log wandb: no such host.*WANDB_MODE=offline"):
-            SINKS["wandb"](tmp_path, tiny_config(), 0)
+            SINKS["wandb"](tmp_path, tiny_config(), 0).__enter__()
     for text in ("", '{"id": "a", "images', "[]", '{"id": "a"}'):
         (tmp_path / "wandb" / "run.json").write_text(text)
         with pytest.raises(ValueError, match=r"wandb/run\.json is damaged .*: remove it"):
-            SINKS["wandb"](tmp_path, tiny_config(), 0)
+            SINKS["wandb"](tmp_path, tiny_config(), 0).__enter__()
 
 
 def test_a_real_offline_run_of_wandb_holds_curves_and_pictures(tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    sink = find_sink("wandb")(tmp_path, tiny_config(), 0)
     picture, clip = tmp_path / "picture.png", tmp_path / "clip.webp"
     save_png(np.zeros((4, 4, 3), np.uint8), picture, None)
     save_clip(np.zeros((2, 4, 4, 3), np.uint8), clip, 4.0, None)
-    sink.write({"images_seen": 16, "loss": 0.5, "loss_per_level": [0.25]})
-    sink.picture("previews", picture, 16)
-    sink.picture("moving", clip, 16)
-    sink.write({"images_seen": 32, "loss": 0.0314159, "loss_per_level": [None]})
-    sink.close()
+    with find_sink("wandb")(tmp_path, tiny_config(), 0) as report:
+        report(16, {"loss": 0.5, "loss_per_level/0": 0.25})
+        report(16, {"previews": picture, "moving": clip})
+        report(32, {"loss": 0.0314159})
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     until = time.monotonic() + 30
     while b"0.0314159" not in (data := file.read_bytes()):  # written by a process of its own
@@ -317,35 +317,33 @@ def test_a_real_offline_run_of_wandb_holds_curves_and_pictures(tmp_path, monkeyp
 # --- sinks that fail or are missing ------------------------------------------------------------
 
 
-class Failing:
-    """A sink that cannot do one thing, and writes down its calls."""
-
-    def __init__(self, cannot: str) -> None:
-        self.cannot, self.calls = cannot, []
-
-    def __getattr__(self, name):
-        def call(*_):
-            self.calls.append(name)
-            if name == self.cannot:
-                raise RuntimeError("connection lost")
-
-        return call
-
-
-@pytest.mark.parametrize("cannot", ["write", "picture", "close"])
+@pytest.mark.parametrize("cannot", ["curves", "pictures", "end"])
 def test_a_run_goes_on_without_a_sink_that_fails(tmp_path, cannot):
-    failing, sound = Failing(cannot), Failing("")
-    sinks = [lambda *_: failing, lambda *_: sound]
+    calls = {"failing": [], "sound": []}
+
+    def sink_of(name):
+        @contextmanager
+        def sink(*_):
+            def call(kind):
+                calls[name].append(kind)
+                if name == "failing" and kind == cannot:
+                    raise RuntimeError("connection lost")
+
+            yield lambda _, values: call("pictures" if "previews" in values else "curves")
+            call("end")
+
+        return sink
+
     config = tiny_config(stages=tiny_config().train.stages[:1])
-    with pytest.warns(UserWarning, match=r"Failing failed .*connection lost") as caught:
-        run(tmp_path, config, hooks=[(8, draw)], sinks=sinks)
+    with pytest.warns(UserWarning, match=r"sink failed .*connection lost") as caught:
+        run(tmp_path, config, hooks=[(8, draw)], sinks=[*map(sink_of, calls)])
     assert len(caught) == 1
     assert (tmp_path / "model" / "model.safetensors").is_file()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert sound.calls.count("write") == len(lines)
-    assert sound.calls.count("picture") == 3
-    assert failing.calls.count(cannot) == 1
-    assert failing.calls[-1] == sound.calls[-1] == "close"
+    assert calls["sound"].count("curves") == len(lines)
+    assert calls["sound"].count("pictures") == 3
+    assert calls["failing"].count(cannot) == 1
+    assert calls["failing"][-1] == calls["sound"][-1] == "end"
 
 
 @pytest.mark.parametrize("name", SINKS)
