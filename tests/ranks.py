@@ -151,6 +151,7 @@ def train_tiny(
     break_at: int | None = None,
     overflow_at: int | None = None,
     fail_at: int | None = None,
+    unreadable_at: int | None = None,
     same_rows: bool = False,
     pace: float = 0.0,
     kind: str = "pictures",
@@ -163,6 +164,7 @@ def train_tiny(
         break_at: number of a sample whose picture is NaN.
         overflow_at: images after which the last rank alone has an infinite gradient.
         fail_at: number of a sample that raises an error.
+        unreadable_at: number of a sample that the system cannot read.
         same_rows: True if every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
         kind: `adapters` trains only these, around a network of both levels; `clips` has clips in
@@ -213,6 +215,7 @@ def train_tiny(
         plain = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
         settings |= {"stages": (plain,), "init": "base", "lora": lora}
     make, loader = (tiny_video, TinyClips()) if kind == "clips" else (tiny_config, TinyPictures())
+    loader.unreadable_at = unreadable_at
     config = make(dropout=0.0, **(SETTINGS | settings))
     try:
         train(config, loader, Path(folder), encode=encode, base=base, world=world)

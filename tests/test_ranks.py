@@ -173,6 +173,14 @@ def test_a_dead_rank_is_named_and_ends_the_others(tmp_path, dead, number, messag
     assert "the same command continues" in errors
 
 
+def test_data_that_one_rank_cannot_read_stops_all_and_they_save(tmp_path):
+    job = {"folder": str(tmp_path), "unreadable_at": 9}
+    errors = end_ranks(start_ranks(2, train_jobs, [job]), (1, 1))
+    assert "https://host/0.tar: HTTP 503; stopped at 8 of 21 images" in errors[1]
+    assert "the data of another rank cannot be read; stopped at 8 of 21 images" in errors[0]
+    assert there(newest(tmp_path / "checkpoints")).name == "0000000008"
+
+
 def test_ranks_that_were_paused_together_go_on(tmp_path):
     ranks = started(tmp_path)
     for number, seconds in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.0)):

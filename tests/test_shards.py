@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.data import decoded, shards, tar
+from matryoshka_diffusion.data import decoded, remote, shards, tar
 from matryoshka_diffusion.data.check import describe
 from matryoshka_diffusion.data.image import PICTURES
 from matryoshka_diffusion.data.source import Source
@@ -515,6 +515,7 @@ def test_what_fails_elsewhere_names_the_address(elsewhere, monkeypatch, on_deman
         raise RuntimeError("503")  # a service's own error
 
     monkeypatch.setattr(type(elsewhere), "cat_file", fails)
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     with pytest.raises(UnreadableError, match=r"memory://bucket/0\.tar: 503"):
         source[0]
     assert source.bad == ()

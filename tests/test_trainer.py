@@ -24,6 +24,7 @@ from matryoshka_diffusion.config import ConfigError, MicroConfig, RunConfig, Sta
 from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.data.loader import Batch, Loader
 from matryoshka_diffusion.data.source import Source, array_source
+from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
 from matryoshka_diffusion.train.inputs import Feed, Inputs
@@ -121,6 +122,20 @@ def test_every_option_of_training_resumes_bit_for_bit(tmp_path, monkeypatch, set
     assert sorted(keys[:10]) == sorted(epoch_of_ten().keys)
     snapshots = sorted(path.stem for path in (tmp_path / "parts").glob("ema/*"))
     assert snapshots == ["0000000008", "0000000016", "0000000024"] * ("ema_power" in settings)
+
+
+def test_data_that_cannot_be_read_stops_a_run_and_costs_no_step(whole, tmp_path):
+    """At the first step there is nothing to save, later all steps are."""
+    loader = TinyPictures()
+    for unreadable_at, saved in ((1, 0), (14, 12), (27, 24), (45, 44)):
+        loader.unreadable_at = unreadable_at
+        with pytest.raises(UnreadableError, match=r"https://host/0\.tar: HTTP 503"):
+            run(tmp_path / "run", loader=loader)
+        path = newest(tmp_path / "run" / "checkpoints")
+        assert int("0" if path is None else path.name) == saved
+    run(tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(whole)
+    assert metrics(tmp_path / "run") == metrics(whole)
 
 
 def train_and_wait(folder: str, place: int) -> None:

@@ -26,6 +26,7 @@ from matryoshka_diffusion.config import (
     TrainConfig,
 )
 from matryoshka_diffusion.data.loader import Batch
+from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
@@ -88,9 +89,16 @@ def with_frames(config: RunConfig, frames: int = 4) -> RunConfig:
 
 
 class TinyPictures:
-    """A loader of smooth random pictures, a pure function of the sample number."""
+    """A loader of smooth random pictures, a pure function of the sample number.
+
+    The system cannot read the sample `unreadable_at`.
+    """
+
+    unreadable_at: int | None = None
 
     def batch(self, ids: range) -> Batch:
+        if self.unreadable_at in ids:
+            raise UnreadableError("cannot read https://host/0.tar: HTTP 503")
         coarse = torch.stack(
             [torch.from_numpy(stream(0, "picture", n % 16).random((3, 4, 4))).float() for n in ids]
         )

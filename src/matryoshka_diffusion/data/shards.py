@@ -13,33 +13,23 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
-
-import fsspec
 
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import THREADS, Catalogue
 from matryoshka_diffusion.data.folder import MAX_SIDECAR_BYTES, clean, lines, texts_of
 from matryoshka_diffusion.data.image import PICTURES, Kind
 from matryoshka_diffusion.data.loader import look_ahead
+from matryoshka_diffusion.data.remote import attempt, opened, read_range, state_of
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.data.tar import Member, members, read_at
-from matryoshka_diffusion.files import (
-    MissingExtra,
-    UnreadableError,
-    cache_folder,
-    digest,
-    unreadable,
-    write_atomically,
-)
+from matryoshka_diffusion.files import cache_folder, digest, write_atomically
 
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_READ_AHEAD = 4 * 2**20
-_VERSION = 4  # of the index; raise it when the same shard would be indexed in another way
+_VERSION = 5  # of the index; raise it when the same shard would be indexed in another way
 _MAX_BYTES = {".txt": MAX_SIDECAR_BYTES, ".json": 2**20, ".cls": 64}  # of what describes an image
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
@@ -67,8 +57,7 @@ def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
 
     def load(n: int) -> bytes:
         path, start, size = places[n]
-        with _system(path) as (system, inside):
-            return system.cat_file(inside, start=start, end=start + size)
+        return read_range(path, start, size)
 
     return Catalogue(f"shards {pattern}", "\n".join(states), samples, load)
 
@@ -103,52 +92,17 @@ def _existing(path: str, suffix: str) -> list[str]:
         return [path]
     if "://" not in path:
         return sorted(glob.glob(path))
-    with _system(path) as (system, inside):
-        return [system.unstrip_protocol(name) for name in sorted(system.glob(inside))]
+    return attempt(path, _matches)
+
+
+def _matches(system: Any, pattern: str) -> list[str]:
+    return [system.unstrip_protocol(name) for name in sorted(system.glob(pattern))]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """File names without their folders, or whole paths if those would not tell files apart."""
     names = [os.path.basename(path) for path in paths]
     return names if len(set(names)) == len(paths) else list(paths)
-
-
-def state_of(path: str) -> str:
-    """Size and time (or etag) of a file, which change when it is written again."""
-    with _system(path) as (system, inside):
-        info = system.info(inside)
-    if info.get("size") is None:
-        raise OSError(f"{path}: its server does not tell its size, so parts cannot be read")
-    stamps = (info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "created"))
-    return f"{info['size']} {next((stamp for stamp in stamps if stamp is not None), '')}"
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Any]:
-    """Open a file for reading from front to back with seeks."""
-    with (
-        _system(path) as (system, inside),
-        system.open(inside, "rb", block_size=_READ_AHEAD, cache_type="readahead") as file,
-    ):
-        yield file
-
-
-@contextmanager
-def _system(path: str) -> Iterator[tuple[Any, str]]:
-    """Open the file system of a path; report its failures as errors that name the path."""
-    try:
-        yield fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        remedy = 'pip install "matryoshka-diffusion[remote]", or the package it names'
-        raise MissingExtra(f"reading {path}: {error}: {remedy}") from error
-    except ValueError:
-        raise  # an address of an unknown service, or damage that the caller judges
-    except FileNotFoundError as error:
-        raise UnreadableError(f"{path}: not found") from error
-    except Exception as error:  # each service has errors of its own
-        if isinstance(error, OSError) and error.strerror:
-            raise unreadable(path, error) from error
-        raise UnreadableError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 # --- the index -------------------------------------------------------------------------------
@@ -169,8 +123,9 @@ def _index(path: str, state: str, kind: Kind) -> list[tuple[Sample, int]]:
             ]
     except (OSError, ValueError, TypeError):
         pass  # there is no index yet, or it is damaged
-    with opened(path) as file:
-        found = list(_samples(file, int(state.split()[0]), kind))
+    size = int(state.split()[0])
+    with opened(path, size) as file:
+        found = list(_samples(file, size, kind))
     text = json.dumps([_VERSION, state, found]).encode()
     write_atomically(cache, lambda file: file.write(text), needed=len(text))
     return found

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import clean
-from matryoshka_diffusion.data.shards import expand, opened, short_names, state_of
+from matryoshka_diffusion.data.remote import opened, state_of
+from matryoshka_diffusion.data.shards import expand, short_names
 from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
 from matryoshka_diffusion.files import UnreadableError, require
 
@@ -176,13 +177,15 @@ class _File:
 
     def _read(self, read: Callable[[Any], Any]) -> Any:
         """Result of `read`; damage is a ValueError, for which pyarrow has OSErrors, too."""
-        try:
-            with opened(self.path) as file:
+        with opened(self.path, int(self.state.split()[0])) as file:
+            try:
                 return read(self._parquet.ParquetFile(file, metadata=self.metadata))
-        except UnreadableError as error:
-            if error.errno is not None or "://" in self.path:
-                raise  # the disk or the connection, not the data
-            raise ValueError(str(error)) from error
+            except Exception as error:
+                if isinstance(error, OSError) and (
+                    error.errno or isinstance(error, UnreadableError)
+                ):
+                    raise  # the disk or the connection, not the data
+                raise ValueError(str(error) or type(error).__name__) from error
 
     def class_names(self) -> Sequence[str]:
         """Names of the classes, if `datasets` wrote the file and knew them."""

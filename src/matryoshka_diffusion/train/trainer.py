@@ -22,6 +22,7 @@ from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.diffusion import Loss
+from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
@@ -109,6 +110,18 @@ def train(
     return folder / "model"
 
 
+_NO_INPUTS = 1_000  # in the place of a signal's number, above all of them
+
+
+def _fetched(ahead: Iterator[Inputs]) -> tuple[Inputs | None, float, OSError | None]:
+    """Next inputs, the seconds until they came, and the system's error in their place."""
+    began = time.perf_counter()
+    try:
+        return next(ahead, None), time.perf_counter() - began, None
+    except OSError as error:
+        return None, 0.0, error
+
+
 class Trainer(Generic[Net]):
     """The network `net`, its averages `ema` and `tracks`, the optimizer, and the place in the run.
 
@@ -168,6 +181,7 @@ class Trainer(Generic[Net]):
             Stopped: a rank got SIGINT, SIGTERM or SIGUSR1; the run is saved.
             RanksDiffer: the ranks have different data or configs, or the same samples.
             NotFinite: the loss has not been finite for many steps.
+            UnreadableError: the data cannot be read; what was learnt is saved.
         """
         train, interrupts, first = self.train, Interrupts(), True
 
@@ -179,15 +193,15 @@ class Trainer(Generic[Net]):
         # One thread makes the inputs of the next steps while the network works on this one.
         ahead = look_ahead(single_threaded, todo, workers=1, depth=2)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
-            waiting = time.perf_counter()
-            for inputs in ahead:
+            inputs, wait, error = _fetched(ahead)
+            while inputs is not None:
                 step, began = inputs.step, time.perf_counter()
                 if first:
                     compare_ranks(self.world, self.recipe.config, step, inputs.ids, inputs.noise[0])
                     first = False
                 self.grow(len(step.rows))
                 outcome = self.step(inputs)
-                log.add(Entry(step, outcome, began - waiting, time.perf_counter() - began))
+                log.add(Entry(step, outcome, wait, time.perf_counter() - began))
                 if step.ends_stage or step.passes(train.log_every_images):
                     log.close_line(**self.counts())
                 ends = step.end == train.images
@@ -197,17 +211,20 @@ class Trainer(Generic[Net]):
                 due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
                 if due:
                     self._call(due, folder, log)
+                inputs, wait, error = _fetched(ahead)
                 # A signal may come at any time: read it once for all ranks, so they stop together.
-                signal = self.world.highest(interrupts.received)
+                signal = self.world.highest(_NO_INPUTS if error else interrupts.received)
                 if signal or ends or step.passes(train.checkpoint_every_images):
                     path = self.save(folder, log)
                 if signal:
-                    raise Stopped(
-                        f"stopped at {step.end:,} of {train.images:,} images and saved "
-                        f"{path}; the same command continues from there",
-                        signal,
-                    )
-                waiting = time.perf_counter()
+                    stop = f"stopped at {step.end:,} of {train.images:,} images and saved {path}"
+                    stop = f"{stop}; the same command continues from there"
+                    if signal == _NO_INPUTS:
+                        reason = error or "the data of another rank cannot be read"
+                        raise UnreadableError(f"{reason}; {stop}")
+                    raise Stopped(stop, signal)
+            if error is not None:
+                raise error
 
     # --- one step --------------------------------------------------------------------------
 
