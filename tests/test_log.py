@@ -34,7 +34,7 @@ from matryoshka_diffusion.train.log import (
     summary,
 )
 from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Sample, Skipped, Stepped, diffusion
+from matryoshka_diffusion.train.step import SampleLoss, Skipped, Stepped, diffusion
 from tiny_run import OF_THE_MACHINE, run, there, tiny_config
 
 # --- lines and the bar -------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
 
 def entry(rows: tuple[int, ...], losses: tuple[float, ...], *, skipped: bool = False) -> Entry:
     values = (sum(losses), losses, 2.0)
-    outcome = Skipped(*values, (Sample(7, "key", losses[0]),)) if skipped else Stepped(*values)
+    outcome = Skipped(*values, (SampleLoss(7, "key", losses[0]),)) if skipped else Stepped(*values)
     return Entry(Step(len(rows) - 1, 0, rows, 0.1, False), outcome, 0.1, 0.3)
 
 

@@ -70,7 +70,7 @@ def train_codec(
     _refuse_others(config, out)
     source = open_source(config.data, config.side)
     seen, held_out = split(source, config.data.held_out)
-    trainer = Trainer.open(reconstruction(config, seen.channels), out, device)
+    trainer = Trainer.resume(reconstruction(config, seen.channels), out, device)
     # Writing the config makes the folder this training's, so it comes after what can fail.
     if not (out / TRAINING).is_file():
         write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))

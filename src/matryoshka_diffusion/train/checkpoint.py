@@ -3,7 +3,7 @@
 A checkpoint is a folder `<images seen>/` of safetensors and JSON. It is written under a temporary
 name, the manifest with sizes and hashes last, and takes its name when every file is on the disk: a
 power cut or kill -9 leaves older checkpoints as they were. A folder that does not match its
-manifest is never loaded.
+manifest is never loaded. `trainer.Trainer.resume` continues a run from the `newest` one.
 
 Ranks that hold shards write one file each, side by side. A tensor is its pieces put together along
 the first axis, in the order of the manifest, whoever reads it: the number of ranks may change.
@@ -253,8 +253,8 @@ def _flaw(path: Path) -> str | None:
                 digest = hashlib.sha256()
                 while piece := file.read(2**20):
                     digest.update(piece)
-                found = {"size": file.tell(), "sha256": digest.hexdigest()}
-            if manifest[name] != found:
+                entry = {"size": file.tell(), "sha256": digest.hexdigest()}
+            if manifest[name] != entry:
                 return f"{name} is not what {MANIFEST} says"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -266,18 +266,20 @@ def _flaw(path: Path) -> str | None:
 # --- networks out of weights -------------------------------------------------------------------
 
 
-def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: str) -> None:
+def check_same(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str
+) -> None:
     """Raise CheckpointError with the first differences unless names and shapes are equal."""
 
     def shape(name: str) -> torch.Size:
-        return found.shape(name) if isinstance(found, Stored) else found[name].shape
+        return tensors.shape(name) if isinstance(tensors, Stored) else tensors[name].shape
 
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not in the network" for name in found if name not in expected]
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not in the network" for name in tensors if name not in expected]
     problems += [
         f"{name} is {tuple(shape(name))}, the network's {tuple(value.shape)}"
         for name, value in expected.items()
-        if name in found and shape(name) != value.shape
+        if name in tensors and shape(name) != value.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -318,10 +320,10 @@ def build_network(
     if base is None:
         raise CheckpointError("train.lora: the weights to put adapters around were not given")
     net = load_network(model, base, where=str(train.init))
-    if train.lora.base != (found := fingerprint(base)):
+    if train.lora.base != (own := fingerprint(base)):
         raise CheckpointError(
             f"{train.init} is not the model that the adapters are for: its weights have the hash "
-            f"{found[:12]}..., theirs {train.lora.base[:12] or 'none'}..."
+            f"{own[:12]}..., theirs {train.lora.base[:12] or 'none'}..."
         )
     return attach(net, train.lora, train.seed)
 

@@ -36,9 +36,9 @@ class Recipe(Generic[Net]):
 
     To train something else than a nest, make a recipe of these functions, and then
 
-        trainer = Trainer.open(recipe, folder, device)   # at the newest checkpoint, or at the start
-        trainer.fit(inputs, folder)                      # raises `Stopped` after a signal
-        trainer.net                                      # has learnt; export it as you like
+        trainer = Trainer.resume(recipe, folder, device)  # or begin, without a checkpoint
+        trainer.fit(inputs, folder)  # raises `Stopped` after a signal
+        trainer.net  # has learnt; export it as you like
 
     `inputs` maps a `Step` to its `Inputs`, as `Feed` does. Draw everything random by the numbers of
     the samples, `range(step.first, step.end)`, so that a resumed run has the same bits.
@@ -100,8 +100,8 @@ def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Re
 # --- how a step ends ---------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    """A sample of a step: its global number, the source's name for it, and its loss."""
+class SampleLoss(NamedTuple):
+    """Global number of a sample, the source's name for it, and its loss in a step."""
 
     number: int
     key: str
@@ -125,11 +125,11 @@ class Skipped(NamedTuple):
     loss: float
     per_level: tuple[float, ...]
     grad_norm: float
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleLoss, ...]
     scale: float | None = None
 
     @property
-    def culprits(self) -> tuple[Sample, ...]:
+    def culprits(self) -> tuple[SampleLoss, ...]:
         """Samples whose loss is not finite; every sample if only the gradient is not."""
         bad = tuple(sample for sample in self.samples if not math.isfinite(sample.loss))
         return bad or self.samples

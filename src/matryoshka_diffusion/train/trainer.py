@@ -49,7 +49,7 @@ from matryoshka_diffusion.train.step import (
     Outcome,
     Progress,
     Recipe,
-    Sample,
+    SampleLoss,
     Skipped,
     Stepped,
     build_optimizer,
@@ -99,11 +99,11 @@ def train(
     All ranks of `world` call it. `encode` is for models with text, `base` for adapters
     (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run.
 
-    Raises ConfigError if `folder` holds something else, and the errors of `Trainer.open` and `fit`.
+    Raises ConfigError if `folder` holds something else, and what `Trainer.resume` and `fit` raise.
     """
     device, world = torch.device(device), world or World()
     config = world.once(lambda: open_run(folder, config, device, world.size))
-    trainer = Trainer.open(diffusion(config, base), folder, device, world, quarantine)
+    trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
     trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
     weights = trainer.averaged()
     world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
@@ -145,7 +145,7 @@ class Trainer(Generic[Net]):
         self.tracks = PowerEma(self.net, self.train.ema_power)
 
     @classmethod
-    def open(
+    def resume(
         cls,
         recipe: Recipe[Net],
         folder: Path,
@@ -153,7 +153,7 @@ class Trainer(Generic[Net]):
         world: World | None = None,
         quarantine: Quarantine | None = None,
     ) -> Trainer[Net]:
-        """Return the trainer of the newest checkpoint in a run folder, or one at the start.
+        """Continue from the newest checkpoint in a run folder, or begin if there never was one.
 
         Raises CheckpointError if the checkpoints cannot be used or are missing.
         """
@@ -253,7 +253,7 @@ class Trainer(Generic[Net]):
             return Stepped(total, tuple(per_level), grad_norm)
         overflow = progress.scale.can_fall and math.isfinite(total)
         scale = self.progress.scale.factor if overflow else None
-        mine = [*map(Sample, inputs.ids, inputs.keys, loss.per_example.tolist())]
+        mine = [*map(SampleLoss, inputs.ids, inputs.keys, loss.per_example.tolist())]
         samples = sorted(sample for rank in self.world.gather(mine) for sample in rank)
         skipped = Skipped(total, tuple(per_level), grad_norm, tuple(samples), scale)
         if self.progress.skipped_in_a_row >= PATIENCE:
@@ -373,7 +373,7 @@ class Trainer(Generic[Net]):
             self.quarantine.write(folder / "bad.jsonl")
         keep = self.train.keep_checkpoints
         path = checkpoint.save(folder / "checkpoints", self.snapshot(), keep=keep, world=self.world)
-        self.quarantine.check()  # what all ranks have found together may be too much
+        self.quarantine.check()  # the bad samples of all ranks together may be too many
         return path
 
     def _call(self, hooks: Sequence[Callable[[View], object]], folder: Path, log: Log) -> None:
