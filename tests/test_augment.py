@@ -22,11 +22,12 @@ from matryoshka_diffusion.data.augment import (
     augmented,
     draw_augmentation,
 )
-from matryoshka_diffusion.data.loader import Loader, to_uint8
+from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import to_uint8
 from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import warm_start

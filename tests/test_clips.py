@@ -20,12 +20,12 @@ from matryoshka_diffusion.data import video
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import NoneUsable
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
-from matryoshka_diffusion.data.loader import Loader, to_uint8
+from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, with_source
 from matryoshka_diffusion.eval.reference import shrunk
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.pyramid import Resolution, shrink
+from matryoshka_diffusion.pyramid import Resolution, shrink, to_uint8
 from matryoshka_diffusion.runs import prepare as job
 from picturing import reasons, write_tar
 

@@ -38,7 +38,7 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.data.loader import Loader, to_uint8
+from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.eval.sweep import averaged
@@ -47,6 +47,7 @@ from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model, without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pyramid import to_uint8
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.samplers import last
 from matryoshka_diffusion.train.checkpoint import export_weights

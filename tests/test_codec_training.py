@@ -17,10 +17,10 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec import WEIGHTS, fingerprint, load_autoencoder
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
 from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
-from matryoshka_diffusion.data.loader import to_float
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset
+from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs import train_autoencoder as codec_training
 from matryoshka_diffusion.runs.prepare import find_codec_run

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import decoded
-from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead, to_float, to_uint8
+from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
+from matryoshka_diffusion.pyramid import to_float, to_uint8
 from picturing import SIDE, noise, opened, save, toy, write_tar
 
 WIDE, HIGH, SQUARE = SHAPES = ((SIDE, 40), (35, SIDE), (SIDE, SIDE))

@@ -29,9 +29,10 @@ from matryoshka_diffusion.config import (
     RunConfig,
 )
 from matryoshka_diffusion.configfile import load_config
-from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead, to_float
+from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import cache_folder, require, write_atomically
+from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.text.feature_cache import RaggedStore
 
 SETTINGS, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.models.find import (
@@ -25,7 +24,7 @@ from matryoshka_diffusion.models.find import (
     with_encoder,
 )
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.checkpoint import fingerprint, load_network

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from matryoshka_diffusion.config import ModelConfig
+from matryoshka_diffusion.config import ModelConfig, Pixels
 
 Pyramid: TypeAlias = tuple[Tensor, ...]
 """Levels coarse to fine: images (b_r, c, h_r, w_r) or clips (b_r, c, f_r, h_r, w_r).
@@ -101,14 +101,6 @@ def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
     return x[:, :, 0] if frames is None else x[:, :, :: source // frames]
 
 
-def shrink(
-    image: UInt8[np.ndarray, "*fine c"], resolution: Resolution
-) -> UInt8[np.ndarray, "*grid c"]:
-    """D^r of one image or clip of bytes, rounded to bytes. Raises as `down_sample` does."""
-    x = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0)[None]
-    return down_sample(x, resolution)[0].movedim(0, -1).round().to(torch.uint8).numpy()
-
-
 def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
     """Enlarge images by bilinear interpolation between the centres of pixels.
 
@@ -117,6 +109,39 @@ def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tens
     """
     size = (resolution.height, resolution.width)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
+# --- images as bytes -----------------------------------------------------------------------------
+
+
+def to_float(
+    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
+) -> Float[Tensor, "*shape"]:
+    """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or (x - 127) / 128 for released weights."""
+    x = torch.tensor(pixels, dtype=torch.float32)
+    if convention == "released":
+        return x.sub_(127.0).div_(128.0)
+    return x.div_(127.5).sub_(1.0)
+
+
+def to_uint8(
+    x: Float[Tensor, "*shape"], convention: Pixels = "symmetric"
+) -> UInt8[Tensor, "*shape"]:
+    """Nearest bytes to numbers in [-1, 1], clamped.
+
+    The released code truncates here; both conventions invert their `to_float` exactly.
+    """
+    scaled = (x.float() + 1.0) * 127.5
+    whole = scaled.floor() if convention == "released" else scaled.round()
+    return whole.clamp(0, 255).to(torch.uint8)
+
+
+def shrink(
+    image: UInt8[np.ndarray, "*fine c"], resolution: Resolution
+) -> UInt8[np.ndarray, "*grid c"]:
+    """D^r of one image or clip of bytes, rounded to bytes. Raises as `down_sample` does."""
+    x = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0)[None]
+    return down_sample(x, resolution)[0].movedim(0, -1).round().to(torch.uint8).numpy()
 
 
 # --- ragged pyramids: rows of a batch that end at different levels -------------------------------

@@ -14,10 +14,9 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning, equally_long, pad
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.data.loader import to_float
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
 from matryoshka_diffusion.train.precision import Precision, autocast

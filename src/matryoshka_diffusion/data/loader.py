@@ -15,12 +15,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from matryoshka_diffusion.config import ClipStart, Crop, DataConfig, Pixels
 from matryoshka_diffusion.data.augment import CENTRE, Cut, augmented, draw_augmentation
 from matryoshka_diffusion.data.source import Example, Source
+from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.rng import stream
 
 Item = TypeVar("Item")
@@ -96,28 +97,6 @@ class Loader:
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return stream(seed, "order", epoch).permutation(size)
-
-
-def to_float(
-    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
-) -> Float[Tensor, "*shape"]:
-    """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or (x - 127) / 128 for released weights."""
-    x = torch.tensor(pixels, dtype=torch.float32)
-    if convention == "released":
-        return x.sub_(127.0).div_(128.0)
-    return x.div_(127.5).sub_(1.0)
-
-
-def to_uint8(
-    x: Float[Tensor, "*shape"], convention: Pixels = "symmetric"
-) -> UInt8[Tensor, "*shape"]:
-    """Nearest bytes to numbers in [-1, 1], clamped.
-
-    The released code truncates here; both conventions invert their `to_float` exactly.
-    """
-    scaled = (x.float() + 1.0) * 127.5
-    whole = scaled.floor() if convention == "released" else scaled.round()
-    return whole.clamp(0, 255).to(torch.uint8)
 
 
 def look_ahead(

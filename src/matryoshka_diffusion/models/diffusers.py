@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Pixels, UsageError
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.data.loader import to_uint8
 from matryoshka_diffusion.files import refuse_full, require, whole_folder
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet, present_name
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.text.encoder import load_encoder, states_of

@@ -28,11 +28,12 @@ from matryoshka_diffusion.codec import (
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, to_yaml
-from matryoshka_diffusion.data.loader import Loader, to_float, to_uint8
+from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, open_source, split
 from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import refuse_full, require, whole_folder, write_atomically
+from matryoshka_diffusion.pyramid import to_float, to_uint8
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
 from matryoshka_diffusion.train.run_folder import differences
