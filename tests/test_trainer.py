@@ -28,7 +28,7 @@ from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
 from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.run_folder import open_run
+from matryoshka_diffusion.train.run_folder import RunInUse, open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
 from matryoshka_diffusion.train.stages import Step, step_at
 from matryoshka_diffusion.train.step import NotFinite
@@ -149,11 +149,13 @@ def train_and_wait(folder: str, place: int) -> None:
     run(Path(folder), hooks=[(1, wait)])
 
 
-def test_kill_9_costs_an_interval_at_most(whole, tmp_path):
+def test_one_process_has_a_run_and_kill_9_costs_it_an_interval_at_most(whole, tmp_path):
     process = start(train_and_wait, str(tmp_path / "run"), 28)  # the larger network's first step
     while not (tmp_path / "run" / ".waits").exists():
         time.sleep(0.05)
         assert process.process.is_alive(), process.end()
+    with pytest.raises(RunInUse, match=rf"{tmp_path / 'run'} .*process {process.process.pid} on"):
+        run(tmp_path / "run")
     process.send(signal.SIGKILL)
     assert process.end()[0] == -signal.SIGKILL
     assert there(newest(tmp_path / "run" / "checkpoints")).name == "0000000024"

@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from faults import data, disk, kills, nonfinite, ranks
+from faults import data, disk, kills, nonfinite, ranks, rivals
 from faults.product import Workshop, prepare
 from faults.report import Result, table
 
@@ -38,6 +38,7 @@ SCENARIOS: dict[str, tuple[int, Scenario]] = {
     "two ranks with the same samples": (7, ranks.same),
     "NaN and Inf in some steps": (8, nonfinite.skipped),
     "NaN in every step": (8, nonfinite.bounded),
+    "two processes in one folder": (19, rivals.two_processes),
     "kill -9 at random times": (2, kills.at_random),
 }
 """Number of the promise and function. The last takes the rest of the time."""

@@ -109,6 +109,8 @@ def _train(
     rank_timeout: int = RANK_TIMEOUT,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
+    from contextlib import ExitStack
+
     import torch
 
     from matryoshka_diffusion.data.check import summary
@@ -116,13 +118,13 @@ def _train(
     from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
     from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
     from matryoshka_diffusion.train.log import find_sink
-    from matryoshka_diffusion.train.run_folder import refuse_foreign
+    from matryoshka_diffusion.train.run_folder import owned
     from matryoshka_diffusion.train.trainer import train as run
 
     sinks = [find_sink(name) for name in dict.fromkeys(logs)]
     device = rank_device(find_device(device))
-    with joined(torch.device(device), parallel, rank_timeout) as world:
-        world.once(lambda: refuse_foreign(out))
+    with ExitStack() as ownership, joined(torch.device(device), parallel, rank_timeout) as world:
+        world.once(lambda: ownership.enter_context(owned(out)))
         # Other ranks find in the cache what rank 0 downloads, decodes and encodes.
         with (
             world.first("data", each_machine=True),

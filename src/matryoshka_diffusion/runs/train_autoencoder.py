@@ -32,11 +32,11 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, open_source, split
 from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.draw import grid
-from matryoshka_diffusion.files import refuse_full, require, whole_folder, write_atomically
+from matryoshka_diffusion.files import require, whole_folder, write_atomically
 from matryoshka_diffusion.pyramid import to_float, to_uint8
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
-from matryoshka_diffusion.train.run_folder import differences
+from matryoshka_diffusion.train.run_folder import differences, owned
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import NotFinite, Recipe
 from matryoshka_diffusion.train.trainer import Trainer
@@ -64,26 +64,28 @@ def train_codec(
 
     Raises:
         ConfigError: `out` holds something else, or the training of another codec.
+        RunInUse: another process trains there.
         Stopped: SIGINT, SIGTERM or SIGUSR1; the training is saved.
         RuntimeError: the loss or its gradient was not finite for many steps.
         ValueError, OSError, MissingExtra: the data or diffusers cannot be used.
     """
-    _refuse_others(config, out)
-    source = open_source(config.data, config.side)
-    seen, held_out = split(source, config.data.held_out)
-    trainer = Trainer.resume(reconstruction(config, seen.channels), out, device)
-    # Writing the config makes the folder this training's, so it comes after what can fail.
-    if not (out / TRAINING).is_file():
-        write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
-    try:
-        loader = Loader.of(seen, config.seed, config.data)
-        trainer.fit(inputs_from(loader, config, device), out)
-    except NotFinite as error:
-        raise RuntimeError(
-            f"the codec's loss or gradient is not finite after {error.step.end:,} images: try a "
-            f"lower rate (--set lr={config.lr / 4:g}, with another --out)"
-        ) from error
-    return _finish(trainer, held_out or seen, "held-out" if held_out else "training", out)
+    with owned(out, TRAINING):
+        _refuse_others(config, out)
+        source = open_source(config.data, config.side)
+        seen, held_out = split(source, config.data.held_out)
+        trainer = Trainer.resume(reconstruction(config, seen.channels), out, device)
+        # Writing the config makes the folder this training's, so it comes after what can fail.
+        if not (out / TRAINING).is_file():
+            write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
+        try:
+            loader = Loader.of(seen, config.seed, config.data)
+            trainer.fit(inputs_from(loader, config, device), out)
+        except NotFinite as error:
+            raise RuntimeError(
+                f"the codec's loss or gradient is not finite after {error.step.end:,} images: try "
+                f"a lower rate (--set lr={config.lr / 4:g}, with another --out)"
+            ) from error
+        return _finish(trainer, held_out or seen, "held-out" if held_out else "training", out)
 
 
 # --- the recipe ----------------------------------------------------------------------------------
@@ -177,15 +179,14 @@ def codec_loss(
 
 
 def _refuse_others(config: CodecRunConfig, out: Path) -> None:
-    """Raise ConfigError if `out` holds anything but a training of this config."""
+    """Raise ConfigError if `out` holds a training of another config."""
     if not (out / TRAINING).is_file():
-        return refuse_full(out)
+        return
     if changes := differences(load_config(out / TRAINING, CodecRunConfig), config):
         raise ConfigError(
             f"{out} holds the training of another codec: {changes}; give another --out, or drop "
             "the override to continue that one"
         )
-    return None
 
 
 # --- the result ----------------------------------------------------------------------------------

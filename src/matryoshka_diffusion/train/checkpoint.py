@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,8 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = N
     """
     world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
-    temporary = folder / f".{target.name}.tmp"
+    unique = world.once(lambda: secrets.token_hex(4))
+    temporary = folder / f".{target.name}.{unique}.tmp"
 
     def begin() -> None:
         for stale in folder.glob(".*.tmp"):  # of a process that was killed while saving

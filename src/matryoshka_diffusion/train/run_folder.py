@@ -3,22 +3,83 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import socket
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from matryoshka_diffusion.config import ConfigError, RunConfig, Strict, TrainConfig
+from matryoshka_diffusion.config import (
+    ConfigError,
+    RunConfig,
+    Strict,
+    TrainConfig,
+    UsageError,
+)
 from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.train.checkpoint import CheckpointError
 from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+class RunInUse(UsageError):
+    """Another process works in the run folder; the message names the process."""
+
+
+@contextmanager
+def owned(folder: Path, config: str = "config.yaml") -> Iterator[None]:
+    """Keep other processes from training in `folder` until the block ends.
+
+    The system releases the lock when this process dies, however it dies. A process may own a
+    folder twice. The file `config` marks the folder as that of a run.
+
+    Raises:
+        RunInUse: another process owns it, which is left as it is.
+        ConfigError: it holds files of no run.
+        OSError: it cannot be written.
+    """
+    _refuse_foreign(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunInUse(_in_use(folder)) from None
+    try:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
+        write_atomically(folder / OWNER, lambda file: file.write(json.dumps(owner).encode()))
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _in_use(folder: Path) -> str:
+    """Describe the process that owns `folder`."""
+    process = "another process"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it may just be writing it
+        owner = json.loads((folder / OWNER).read_text("utf-8"))
+        process = "process {pid} on {host}, started {started}".format(**owner)
+    return (
+        f"{folder} is in use by {process}: wait until it ends, or stop it; if its machine is gone, "
+        f"the file server may hold the lock for some minutes, then remove {folder / LOCK}"
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
@@ -28,9 +89,8 @@ def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int =
     other hardware does not change its numbers.
 
     Raises:
-        ConfigError: the folder belongs to a run of another config, or holds files of no run.
+        ConfigError: the folder belongs to a run of another config.
     """
-    refuse_foreign(folder)
     path = folder / "config.yaml"
     written = load_config(path) if path.exists() else None
     if written is not None:
@@ -46,16 +106,19 @@ def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int =
     return config
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise `ConfigError` if the folder holds files that are no run, `OSError` if it is a file."""
+def _refuse_foreign(folder: Path, config: str) -> None:
+    """Raise `ConfigError` if the folder holds files that are no run, `OSError` if it is a file.
+
+    A run is known by its file `config`; hidden files are no obstacle.
+    """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give another --out")
-    if (folder / "config.yaml").exists() or not folder.exists():
+    if (folder / config).exists() or not folder.exists():
         return
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.is_file() for top in visible for path in (top, *top.rglob("*"))):
         raise ConfigError(
-            f"{folder} holds files but no run (there is no config.yaml): give another --out"
+            f"{folder} holds files but no run (there is no {config}): give another --out"
         )
 
 
@@ -125,7 +188,7 @@ def _note_start(path: Path, device: torch.device, ranks: int) -> None:
     except PackageNotFoundError:  # run from its source
         package = "unknown"
     start = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "matryoshka-diffusion": package,
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),

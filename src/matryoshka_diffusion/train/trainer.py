@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from matryoshka_diffusion.train.distributed import (
 from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
-from matryoshka_diffusion.train.run_folder import open_run, refuse_lost_weights
+from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
 from matryoshka_diffusion.train.stages import Step, active_levels, joined_after, steps
 from matryoshka_diffusion.train.step import (
@@ -99,14 +99,17 @@ def train(
     All ranks of `world` call it. `encode` is for models with text, `base` for adapters
     (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run.
 
-    Raises ConfigError if `folder` holds something else, and what `Trainer.resume` and `fit` raise.
+    Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
+    and the errors of `Trainer.resume` and `fit`.
     """
     device, world = torch.device(device), world or World()
-    config = world.once(lambda: open_run(folder, config, device, world.size))
-    trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
-    trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
-    weights = trainer.averaged()
-    world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
+    with ExitStack() as ownership:
+        world.once(lambda: ownership.enter_context(owned(folder)))
+        config = world.once(lambda: open_run(folder, config, device, world.size))
+        trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
+        trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
+        weights = trainer.averaged()
+        world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
     return folder / "model"
 
 
