@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -181,20 +180,6 @@ def test_killed_at_any_moment_of_a_save_the_last_checkpoint_stands(tmp_path, mon
     assert moment > 10, "files, folders and the rename are moments of their own"
 
 
-def test_a_disk_that_takes_no_more_is_loud_and_harmless(tmp_path):
-    good = save(tmp_path, snapshot(8), keep=1)
-    large = Snapshot({"images_seen": 16}, {"w": torch.zeros(10, 1000)}, {}, {})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"0000000016 of 40,000 bytes: File too large"):
-            save(tmp_path, large, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(tmp_path) == [good.name]
-    assert newest(tmp_path) == good
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_any_failure_of_the_disk_names_path_and_reason(tmp_path, monkeypatch, code):
     good = save(tmp_path, snapshot(8), keep=1)
@@ -204,33 +189,23 @@ def test_any_failure_of_the_disk_names_path_and_reason(tmp_path, monkeypatch, co
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        message = f"{tmp_path}/0000000016 of 172 bytes: .*{os.strerror(code)}"
+        with pytest.raises(OSError, match=message) as caught:
             save(tmp_path, snapshot(16), keep=1)
     assert caught.value.errno == code
-    assert str(tmp_path / "0000000016") in str(caught.value)
     assert names(tmp_path) == [good.name]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/checkpoints/0000000008"):
         save(tmp_path / "file" / "checkpoints", snapshot(8), keep=1)
 
 
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        (lambda w: w.pop("0.bias"), "0.bias is missing"),
-        (lambda w: w.update({"9.bias": torch.zeros(1)}), "9.bias is not in the network"),
-        (
-            lambda w: w.update({"0.weight": torch.zeros(2, 2)}),
-            r"0.weight is \(2, 2\), the network's \(2, 3\)",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, difference):
+def test_weights_that_do_not_fit_are_refused_and_change_nothing():
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     weights = {name: torch.full_like(value, 9.0) for name, value in before.items()}
-    change(weights)
-    with pytest.raises(CheckpointError, match=f"here .*{difference}"):
+    weights["0.weight"], weights["9.bias"] = torch.zeros(2, 2), weights.pop("0.bias")
+    problems = r"0.bias is missing; 9.bias is not in .*; 0.weight is \(2, 2\), the .* \(2, 3\);"
+    with pytest.raises(CheckpointError, match=f"here .*{problems}"):
         load_weights(net, weights, where="here")
     with pytest.raises(CheckpointError, match="and 1 more"):
         check_same(before, {}, where="here")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import matryoshka_diffusion
 from matryoshka_diffusion import files
+from ranks import fork
 
 
 def failing(error: BaseException):
@@ -73,17 +72,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 def test_kill_9_in_the_middle_of_a_write_loses_nothing(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    program = f"""
-import os, sys
-sys.path.insert(0, {str(Path(matryoshka_diffusion.__file__).parents[1])!r})
-from pathlib import Path
-from matryoshka_diffusion.files import write_atomically
-def write(file):
-    file.write(b"half"); file.flush(); os.kill(os.getpid(), {signal.SIGKILL.value})
-write_atomically(Path({str(path)!r}), write)
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=False)
-    assert done.returncode == -signal.SIGKILL
+
+    def write(file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(files.write_atomically, path, write) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     assert all(name.startswith(".") for name in names(tmp_path) if name != "a.bin")
 
