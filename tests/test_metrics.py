@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from functools import partial, reduce
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,28 +60,19 @@ def close(a, b):
 
 
 def test_moments_are_mean_and_unbiased_covariance():
-    x = random(0).normal(3.0, 2.0, (50, 6))
-    moments = Moments.of(x)
+    x, other = random(0).normal(3.0, 2.0, (50, 6)), Moments.of(random(17).normal(size=(90, 6)))
+    moments, published = Moments.of(x), Moments(2, x.mean(axis=0), np.cov(x, rowvar=False))
     np.testing.assert_allclose(moments.mean, x.mean(axis=0))
     np.testing.assert_allclose(moments.covariance, np.cov(x, rowvar=False))
+    expected = frechet_distance(moments, other)
+    assert frechet_distance(published, other) == pytest.approx(expected, rel=1e-10)
 
 
-@given(
-    cuts=st.lists(st.integers(1, 39), max_size=6, unique=True).map(sorted),
-    gathered=st.sampled_from([1, 7, 40, 41, 2048]),
-)
-def test_moments_do_not_depend_on_how_rows_are_cut_and_gathered(cuts, gathered):
-    x = random(1).normal(100.0, 1.0, (40, 5))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distances, "GATHERED", gathered)
-        close(Moments.stream(np.split(x, cuts)), Moments.of(x))
-
-
-@given(order=st.permutations(range(6)))
-def test_moments_do_not_depend_on_the_order_of_merging(order):
-    parts = [random(20 + n).normal(n, 1.0 + n, (3 + n, 4)) for n in range(6)]
-    merged = reduce(Moments.merge, (Moments.of(parts[n]) for n in order))
-    close(merged, Moments.of(np.concatenate(parts)))
+@given(cuts=st.lists(st.integers(0, 40), max_size=6).map(sorted), order=st.permutations(range(7)))
+def test_moments_do_not_depend_on_how_rows_are_cut_and_ordered(cuts, order):
+    x = random(1).normal(np.arange(40)[:, None], 1.0, (40, 5))
+    parts = np.split(x, cuts)
+    close(Moments.stream(parts[n] for n in order if n < len(parts)), Moments.of(x))
 
 
 def test_float32_features_with_a_large_mean_keep_their_covariance():
@@ -122,21 +113,14 @@ def test_fewer_samples_than_features_cost_no_precision():
     assert frechet_distance(a, stretched) == pytest.approx(expected, rel=1e-9)
 
 
-def test_published_moments_are_a_reference():
-    x = random(16).normal(size=(300, 5))
-    moments, other = Moments.of(x), Moments.of(random(17).normal(1.0, 2.0, (200, 5)))
-    reference = Moments(2, x.mean(axis=0), np.cov(x, rowvar=False))
-    expected = frechet_distance(moments, other)
-    assert frechet_distance(reference, other) == pytest.approx(expected, rel=1e-10)
-
-
 def test_moments_and_distances_of_unfit_features_are_refused():
     two = Moments.of(random(12).normal(size=(2, 3)))
     with pytest.raises(ValueError, match="at least 2 samples"):
         frechet_distance(two, Moments.of(np.zeros((1, 3))))
-    for combine in (frechet_distance, Moments.merge):
-        with pytest.raises(ValueError, match=r"width 3 .* width 4"):
-            combine(two, Moments.of(np.zeros((2, 4))))
+    with pytest.raises(ValueError, match=r"width 3 .* width 4"):
+        frechet_distance(two, Moments.of(np.zeros((2, 4))))
+    with pytest.raises(ValueError, match=r"width 3 .* width 4"):
+        Moments.stream([np.zeros((2, 3)), np.zeros((2, 4))])
     with pytest.raises(ValueError, match=r"row 2 .* not finite"):
         Moments.of(np.array([[0.0], [0.0], [np.inf], [0.0]]))
     for empty in (lambda: Moments.of(np.zeros((0, 3))), lambda: Moments.stream([])):
@@ -168,13 +152,6 @@ def test_kernel_distance_is_the_unbiased_sum_over_pairs():
     found = kernel_distance(x, y, subsets=1, size=9)
     assert found.mean == pytest.approx(within - 2.0 * pairs(cubic, x, y, itself=True), rel=1e-10)
     assert found.std == 0.0
-
-
-def test_kernel_distance_of_one_distribution_is_zero_on_average():
-    sides = [[random(2 * n + side).normal(size=(50, 4)) for side in (0, 1)] for n in range(100)]
-    values = [kernel_distance(x, y, subsets=1, size=50).mean for x, y in sides]
-    assert min(values) < 0.0 < max(values)
-    assert abs(np.mean(values)) < 3.0 * np.std(values) / 10.0
 
 
 def test_cmmd_is_a_thousand_times_the_biased_sum_over_pairs():
@@ -218,31 +195,11 @@ def test_overlap_is_counted_ball_by_ball(k, open_k):
     assert max(found.precision, found.recall, found.coverage) < 1.0
 
 
-def test_overlap_by_hand_on_a_line():
-    # Balls around real points (k = 1): 0 +- 1, 1 +- 1, 3 +- 2. Around samples: both +- 8.5.
-    real, made = np.array([[0.0], [1.0], [3.0]]), np.array([[1.5], [10.0]])
-    found = overlap(real, made, closed_k=1, open_k=1)
-    assert found == (0.5, 1.0, pytest.approx(2 / 2), pytest.approx(2 / 3))
-
-
 def test_equal_sets_overlap_wholly_and_distant_ones_not_at_all():
     grid = np.stack(np.meshgrid([0.0, 1.0, 3.0, 7.0], [0.0, 2.0, 5.0, 11.0]), -1).reshape(-1, 2)
     points = grid + np.arange(16)[:, None] / 64.0  # no ties, and exact in float64
     assert overlap(points, points) == (1.0, 1.0, 1.0, 1.0)
     assert overlap(points, points + 1000.0) == (0.0, 0.0, 0.0, 0.0)
-
-
-def test_density_and_coverage_of_one_distribution_are_what_theory_says():
-    # E[density] = 1 and, for n points on both sides (Naeem et al. 2020),
-    # E[coverage] = 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)).
-    n, k = 100, 5
-    missed = np.prod([(n - i) / (2 * n - i) for i in range(1, k + 1)])
-    found = np.array(
-        [overlap(*random(seed).normal(size=(2, n, 3)), open_k=k)[2:] for seed in range(200)]
-    )
-    error = found.std(axis=0) / np.sqrt(len(found))
-    assert (np.abs(found.mean(axis=0) - [1.0, 1.0 - missed]) < 3.0 * error).all()
-    assert (error < 0.01).all()
 
 
 @pytest.mark.parametrize("metric", [overlap, cmmd])
@@ -286,15 +243,6 @@ def test_features_that_cannot_be_compared_are_refused(metric, least):
 
 def one_hot(labels, classes):
     return np.eye(classes)[labels]
-
-
-def test_splits_of_the_inception_score_are_scored_apart():
-    # Within each half there is one class: clear, but without any variety.
-    labels = np.repeat([0, 1], 10)
-    assert inception_score(one_hot(labels, 2), splits=2).mean == pytest.approx(1.0)
-    assert inception_score(one_hot(labels, 2), splits=1).mean == pytest.approx(2.0)
-    # 3 of one class, then one of each of 3: scores 1 and 3, so mean 2 and deviation 1.
-    assert inception_score(one_hot([0, 0, 0, 0, 1, 2], 3), splits=2) == pytest.approx((2.0, 1.0))
 
 
 def test_inception_score_is_the_divergence_written_as_loops():
@@ -395,15 +343,6 @@ def test_still_clips_do_not_move_and_black_and_white_in_turn_moves_most():
     assert 0.0 < motion(clip_of(eye))[0] < SLIGHT, "an eye that blinks is not still"
 
 
-@pytest.mark.parametrize("speed", [0, 1, 2, 3])
-def test_a_ramp_that_is_pushed_along_changes_by_speed_times_slope(speed):
-    """x(i, t) = 4 (i - v t): every pixel changes by 4 v bytes, whichever way bytes go."""
-    ramp = [100 + 4 * (np.arange(8) - speed * t) for t in range(6)]
-    frames = np.broadcast_to(np.array(ramp)[:, None], (6, 8, 8))
-    for order in (frames, frames[::-1]):
-        np.testing.assert_allclose(motion(clip_of(order)), [4 * speed * 2.0 / 255.0], rtol=1e-12)
-
-
 def test_each_clip_has_its_own_motion_however_they_are_batched():
     many = random(1).integers(0, 256, (6, 4, 8, 8, 3), dtype=np.uint8)
     x = many / 127.5 - 1.0
@@ -454,13 +393,13 @@ def retrieved(samples, prompted, training):
 )
 def test_shares_of_first_places_and_of_places_among_five(samples, prompted, training, expected):
     found = retrieved(flat(*samples), prompted, flat(*training))
-    assert tuple(found) == (*expected, len(samples))
+    assert tuple(found) == expected
 
 
 def test_perfect_samples_are_all_retrieved_and_compared_at_16_pixels():
     training = random(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     chosen = [3, 49, 0, 17]
-    assert retrieved(training[chosen], chosen, training) == Retrieval(1.0, 1.0, 4)
+    assert retrieved(training[chosen], chosen, training) == Retrieval(1.0, 1.0)
     fine = np.zeros((2, 64, 64, 1), np.uint8)
     fine[0, ::4] = 80  # the same area averages from another arrangement of pixels
     fine[1, 1::4] = 80

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from jaxtyping import Float
 from matryoshka_diffusion.rng import stream
 
 BLOCK_PAIRS = 1 << 24  # pairs of rows at a time: 128 MiB
-GATHERED = 2048  # rows whose moments are taken together; with 2,048 features, 32 MB
 SUBSETS, SUBSET_SIZE = 100, 1000  # of a kernel distance
 CLOSED_K, OPEN_K = 3, 5  # neighbours in the balls of precision and recall, density and coverage
 
@@ -93,7 +91,7 @@ class Moments:
     """Mean of `count` rows and their scatter, the sum of (x - mean)(x - mean)^T.
 
     Published moments, of an unknown number of rows, have the count 2 and their covariance as the
-    scatter: they can be compared, but not merged.
+    scatter.
     """
 
     count: int
@@ -102,29 +100,29 @@ class Moments:
 
     @staticmethod
     def of(features: Float[np.ndarray, "n d"]) -> Moments:
-        """Take the moments of one batch. Raises `ValueError` without rows or if not finite."""
-        rows = finite(features)
-        if not len(rows):
-            raise ValueError("there are no features to take the moments of")
-        mean = rows.mean(axis=0)
-        centred = rows - mean
-        return Moments(len(rows), mean, centred.T @ centred)
+        """Take the moments of features in memory. Raises as `stream` does."""
+        return Moments.stream([features])
 
     @staticmethod
     def stream(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
-        """Take the moments of many batches, a few of them in memory. Raises as `of` does."""
-        moments = map(Moments.of, _gathered(batches))
-        first = next(moments, None) or Moments.of(np.empty((0, 1)))
-        return reduce(Moments.merge, moments, first)
+        """Take the moments of many batches, one of them in memory.
 
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan, Golub and LeVeque, 1979)."""
-        _refuse_widths(len(self.mean), len(other.mean))
-        count = self.count + other.count
-        step = other.mean - self.mean
-        scatter = np.outer(step, step) * (self.count * other.count / count)
-        mean = self.mean + step * (other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + scatter)
+        Sums are taken about the mean of the first batch: a large mean would cost digits. Raises
+        `ValueError` without rows, for different widths or values that are not finite.
+        """
+        count, shift, sums, squares = 0, np.empty(0), np.empty(0), np.empty(0)
+        for rows in map(finite, batches):
+            if not count:
+                shift = rows.mean(axis=0) if len(rows) else np.zeros(rows.shape[1])
+                sums, squares = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
+            _refuse_widths(len(shift), rows.shape[1])
+            centred = rows - shift
+            count += len(rows)
+            sums += centred.sum(axis=0)
+            squares += centred.T @ centred
+        if not count:
+            raise ValueError("there are no features to take the moments of")
+        return Moments(count, shift + sums / count, squares - np.outer(sums, sums / count))
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
@@ -132,18 +130,6 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {self.count}")
         return self.scatter / (self.count - 1)
-
-
-def _gathered(batches: Iterable[_Rows]) -> Iterator[_Rows]:
-    """Join batches to at least `GATHERED` rows: one merge costs as much as many rows do."""
-    waiting: list[np.ndarray] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= GATHERED:
-            yield np.concatenate(waiting)
-            waiting = []
-    if waiting:
-        yield np.concatenate(waiting)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

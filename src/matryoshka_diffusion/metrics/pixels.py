@@ -86,17 +86,10 @@ def wasserstein(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> float
 
 
 class Retrieval(NamedTuple):
-    """Shares of `count` samples whose nearest training image, or one of five, is prompted."""
+    """Shares of samples whose nearest training image, or one of the five nearest, is prompted."""
 
     first: float
     among_five: float
-    count: int
-
-    def __str__(self) -> str:
-        return (
-            f"prompt retrieval over {self.count} captions: {self.first:.3f} nearest, "
-            f"{self.among_five:.3f} among the five nearest"
-        )
 
 
 def prompt_retrieval(
@@ -113,7 +106,7 @@ def prompt_retrieval(
     order = np.argsort(squared_distances(samples, training), axis=1, kind="stable")
     twins = np.unique(training, axis=0, return_inverse=True)[1].reshape(-1)
     hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]
-    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(samples))
+    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()))
 
 
 def averages(pictures: UInt8[np.ndarray, "n *frames s s c"]) -> Float[np.ndarray, "n d"]:
@@ -125,7 +118,7 @@ def averages(pictures: UInt8[np.ndarray, "n *frames s s c"]) -> Float[np.ndarray
     """
     count, *frames, side, _, channels = pictures.shape
     if side % SIDE:
-        raise ValueError(f"pictures of side {side} cannot be averaged to {SIDE} pixels")
+        raise ValueError(f"images of side {side} cannot be averaged to {SIDE} pixels")
     window = side // SIDE
     tiles = pictures.reshape(count, *frames, SIDE, window, SIDE, window, channels)
     small = tiles.mean(axis=(-4, -2), dtype=np.float64)
