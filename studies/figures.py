@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks import NAME
-from studies.results import GROUPS, TITLES, Group, Result, Results, final, found_prompts
+from studies.results import GROUPS, TITLES, Group, Result, Results, final, prompt_shares
 from studies.trials import SETS
 
 CHANCE = 0.2
@@ -43,7 +43,7 @@ def _measured(results: Results, group: Group, pictures: str) -> Measured:
     variants = group.variants(pictures)
     there = {x: results[pictures, v] for x, v in variants.items() if (pictures, v) in results}
     seeds = set[str]().union(*there.values()).intersection(*there.values())
-    kept = {x: [found[seed] for seed in sorted(seeds)] for x, found in there.items() if seeds}
+    kept = {x: [y[seed] for seed in sorted(seeds)] for x, y in there.items() if seeds}
     return kept if any(variants[x] != group.base for x in kept) else {}
 
 
@@ -96,8 +96,8 @@ def _by_value(axis: Any, measured: Measured, bases: list[str], *, prompts: bool)
     middle, half = (low + high) / 2, max((high - low) / 2, CHANCE / 4 * (low + high))
     axis.set_ylim(middle - half, middle + half)
     if prompts:
-        other, found = axis.twinx(), {x: found_prompts(y) for x, y in measured.items()}
-        _line(other, {x: shares for x, shares in found.items() if shares}, 1, "prompts found")
+        other, shares = axis.twinx(), {x: prompt_shares(y) for x, y in measured.items()}
+        _line(other, {x: y for x, y in shares.items() if y}, 1, "prompts found")
         other.set_ylabel("share of prompts found ↑")
 
 

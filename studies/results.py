@@ -88,7 +88,7 @@ def final(result: Result) -> float:
     return result["points"][-1][NAME] if "points" in result else result[NAME]
 
 
-def found_prompts(results: Sequence[Result]) -> list[float]:
+def prompt_shares(results: Sequence[Result]) -> list[float]:
     """The shares of prompts whose image is the nearest, without models that have no prompts."""
     return [x["prompts_found"] for x in results if x["prompts_found"] is not None]
 
@@ -147,7 +147,7 @@ def _row(results: Results, group: Group, pictures: str, value: str, variant: str
         NAME: spread([final(x) for x in done], _number),
         "against the base": "the base" if variant == group.base else against,
         "seeds": str(len(done)),
-        "prompts found": spread(found_prompts(done), _number),
+        "prompts found": spread(prompt_shares(done), _number),
         "held-out loss": ", ".join(f"{side}: {mean:.3g}" for side, mean in means.items()),
         "parameters": " + ".join(f"{x / 1e6:.2g} M" for x in done[0].get("parameters", ())),
         "wall seconds": _mean(done, "seconds"),

@@ -98,14 +98,14 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 def run(trial: Trial, work: Path) -> dict[str, Any]:
     """The result of a trial, with its networks in `work`, which are trained where missing."""
     trained = _train(trial, work)
-    found = _measured(trial, trained) if trial.settings is None else _sampled(trial, trained)
+    result = _measured(trial, trained) if trial.settings is None else _sampled(trial, trained)
     return {
         "task": trial.name,
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(torch.device("cpu")),
         # Paths are relative to `work`: its place is private.
-        **json.loads(json.dumps(found).replace(f"{work.resolve()}/", "")),
+        **json.loads(json.dumps(result).replace(f"{work.resolve()}/", "")),
     }
 
 
@@ -187,7 +187,7 @@ def _seconds(folder: Path, config: RunConfig) -> float:
 def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
     """Measurements of a trial at its points and at its end."""
     job, points = trained.job, measured_at(trial)
-    found = {
+    distances = {
         share: _distance(trained.open(f"points/{share:g}"), trial, job, guidance=[1.0])
         for share in points
     }
@@ -200,9 +200,9 @@ def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
         "flops": sum(map(total_flops, trial.parts)),
         "seconds": trained.seconds,
         "codec_flops": 0.0 if trial.codec is None else codec_flops(trial.codec),
-        "metric": found[1.0].metric,
+        "metric": distances[1.0].metric,
         "points": [
-            {"share": share, "images": images, NAME: found[share].value}
+            {"share": share, "images": images, NAME: distances[share].value}
             for share, images in points.items()
         ],
         "prompts_found": _prompts_found(trained.open("model"), job),
@@ -253,9 +253,9 @@ def _losses(model: Path, job: Job) -> dict[str, dict[str, float] | None]:
     config = config.model_copy(update={"process": common, "train": seeded})
     net = Matryoshka.load(model).net
     watch = HeldOutLoss(job.source, job.held_out, job.encode, "cpu")
-    found = watch(View(config, Path(), config.train.images, lambda: net))
+    losses = watch(View(config, Path(), config.train.images, lambda: net))
     sides = [str(level.side) for level in config.model.levels]
     return {
         name.removesuffix("_per_level"): dict(zip(sides, values, strict=True))
-        for name, values in found.items()
+        for name, values in losses.items()
     }

@@ -23,12 +23,9 @@ from matryoshka_diffusion.cli import terminal
 from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.trainer import View
 from tiny_run import tiny_config
 
 
@@ -77,18 +74,6 @@ def test_sample_writes_images_a_grid_and_all_levels_with_their_settings(model, t
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
     assert run("sample", model, *words) == 0  # without -o: inside the run's folder
     assert (model / "samples" / "dog-seed5" / "grid.png").is_file()
-
-
-def test_previews_show_every_class_at_every_level(model, tmp_path):
-    trained = Matryoshka.load(model)
-    sampling = trained.config.sampling.model_copy(update={"steps": 2})
-    config = trained.config.model_copy(update={"sampling": sampling})
-    path = Preview({"classes": [0, 1]}, None, "cpu")(
-        View(config, tmp_path, 1234, lambda: trained.net)
-    )
-    assert path == tmp_path / "previews" / "0000001234.png"
-    with Image.open(path) as page:
-        assert json.loads(page.info[SETTINGS_KEY])["images_seen"] == 1234
 
 
 def test_info_shows_presets_and_runs(model, capsys):

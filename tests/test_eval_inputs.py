@@ -264,7 +264,7 @@ def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
         assert flag in found.metric
     [both] = compare(large, large, ["fd"], looks(), side=16)
     assert "samples cut and shrunk to 16; " in both.metric
-    with pytest.raises(UsageError, match=r"8 of 8 pictures .*first one has 8"):
+    with pytest.raises(UsageError, match=r"8 of 8 images .*first one has 8"):
         compare(equal, made("small", pictures(side=8)), ["fd"], looks())
     np.savez(tmp_path / "large.npz", pictures(8, side=32))
     with pytest.raises(UsageError, match="32 pixels a side, the samples have 16"):
@@ -283,7 +283,7 @@ def test_two_sets_need_what_their_metrics_need(captioned, tmp_path):
     np.savez(tmp_path / "adm.npz", **moments())
     equal, own = folder_of(tmp_path / "equal", pictures(8)), captioned.data.path
     for first, second, metric, message in (
-        (str(tmp_path / "adm.npz"), str(tmp_path), "fid", "no pictures, only moments"),
+        (str(tmp_path / "adm.npz"), str(tmp_path), "fid", "no images, only moments"),
         (str(tmp_path / "nowhere"), str(tmp_path), "fd", "--side N"),
         (equal, equal, "clip", "clip needs captions"),
         (equal, equal, "agreement", "agreement needs several levels"),
@@ -459,7 +459,7 @@ def test_the_runs_own_data_is_read_as_the_run_reads_it(trained_on_clips, tmp_pat
 
 @pytest.mark.parametrize("name", ["hf:pictures", "pictures.parquet"])
 def test_sets_of_pictures_alone_are_no_reference_of_clips(name, trained_on_clips):
-    with pytest.raises(UsageError, match=f"{name} has pictures.* videos"):
+    with pytest.raises(UsageError, match=f"{name} has images.* videos"):
         plan(trained_on_clips, SIDE, 2, n=10, reference=name)
 
 
@@ -562,7 +562,7 @@ def test_eval_prints_numbers_and_their_origin_and_keeps_them(run, capsys):
 def test_compare_measures_two_folders(tmp_path, capsys):
     names = [folder_of(tmp_path / name, pictures(8, seed=n)) for n, name in enumerate("ab")]
     assert cli.main(["compare", *names]) == 0
-    assert "of 8 samples to 8 pictures: " in capsys.readouterr().out
+    assert "of 8 samples to 8 images: " in capsys.readouterr().out
     assert not (tmp_path / "a" / "eval").exists(), "the reader's pictures are left alone"
 
 
@@ -580,8 +580,8 @@ def test_compare_measures_two_folders(tmp_path, capsys):
         (["compare", "{npz}", "{npz}", "--metrics", "fd,is50k"], "(--metrics fd,is)"),
         (["compare", "{npz}", "{npz}", "--fvd", "i3d.pt"], "--fvd PATH"),
         (["compare", "{npz}", "{npz}", "--side", "32"], "omit --side"),
-        (["compare", "{run}", "{data}", "--side", "16"], "not pictures: mdm eval"),
-        (["compare", "{data}", "{run}/model", "--side", "16"], "not pictures: mdm eval"),
+        (["compare", "{run}", "{data}", "--side", "16"], "not images: mdm eval"),
+        (["compare", "{data}", "{run}/model", "--side", "16"], "not images: mdm eval"),
     ],
 )
 def test_the_commands_refuse_in_one_line(words, message, run, tmp_path, capsys):

@@ -218,7 +218,7 @@ def describe_plan(
         fixed = training_bytes(net, len(train.ema_power))
         each = activation_bytes(config.model, stage.levels, train.recompute)
         each = each if precision == "fp32" else each // 2
-        sample = "a clip" if config.model.levels[stage.levels - 1].frames else "a picture"
+        sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size / 1e12
         rows = -(-stage.batch_size // train.accumulate)
         share = fixed // (gpus if shards else 1) + -(-rows // gpus) * each
@@ -234,7 +234,7 @@ def describe_plan(
         "captions" if config.model.text else "classes" if config.model.classes else "nothing"
     )
     epochs = "" if images is None else f", {seen / images:.3g} times each of {images:,}"
-    kind = "pictures" if frames is None else f"clips of {frames} frames"
+    kind = "images" if frames is None else f"clips of {frames} frames"
     lines.append(
         f"data: {kind} of {config.data_side} pixels or more, with {condition} beside them; "
         f"{seen:,} are seen{epochs}"

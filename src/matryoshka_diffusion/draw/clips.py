@@ -230,22 +230,16 @@ def _write_mp4(images: Iterator[Image.Image], fps: float, text: str | None, file
     with output as container:
         if text is not None:
             container.metadata["comment"] = text
-        stream = _add_h264(container, first.size, fps)
+        rate = Fraction(fps).limit_denominator(1001)  # 24000/1001 is television's 23.98
+        stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
+        stream.width, stream.height = first.size
+        stream.pix_fmt = "yuv444p" if any(side % 2 for side in first.size) else "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = LIMITED_RANGE
+        codec.thread_count = 1  # bytes must not depend on the machine
         for image in itertools.chain([first], images):
             frame = _av().VideoFrame.from_image(image.convert("RGB"))
             frame = frame.reformat(format=stream.pix_fmt, dst_colorspace="ITU709")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def _add_h264(container: Any, size: tuple[int, int], fps: float) -> Any:
-    """Add a stream for frames of this width and height."""
-    rate = Fraction(fps).limit_denominator(1001)  # 24000/1001 is television's 23.98
-    stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
-    stream.width, stream.height = size
-    stream.pix_fmt = "yuv444p" if any(side % 2 for side in size) else "yuv420p"
-    codec = stream.codec_context
-    codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-    codec.color_range = LIMITED_RANGE
-    codec.thread_count = 1  # bytes must not depend on the machine
-    return stream

@@ -5,7 +5,8 @@ Everything that is impossible is refused before the first image is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,18 @@ def evaluate(
     """
     names, count = parse_metrics(metrics)
     networks = find_networks(names) if networks is None else networks
-    how: dict[str, Any] = {"seed": seed}
-    how["batch_size"] = batch_size or batch_of(model.resolutions[-1].frames)
+    how = {"seed": seed, "batch_size": batch_size or batch_of(model.resolutions[-1].frames)}
     if own is None and source is not None:
         own = reference_of(source, model.config.data)
-    parts = []
-    if retrieving := [name for name in names if _retrieves(name)]:
-        fixed = prompts.retrieval_captions(model.config, source)
-        parts.append((retrieving, own, fixed, fixed.limit or 0))
-    if others := [name for name in names if not _retrieves(name)]:
-        rule = conditions or prompts.in_turn(model.config, source)
-        parts.append((others, reference or own, rule, rule.check(n or count)))
     sets = []
-    for some, real, rule, number in parts:
+    for fixed in (True, False):
+        if not (some := [name for name in names if _retrieves(name) == fixed]):
+            continue
+        if fixed:
+            rule, real = prompts.retrieval_captions(model.config, source), own
+        else:
+            rule, real = conditions or prompts.in_turn(model.config, source), reference or own
+        number = rule.check(rule.limit if fixed else n or count)
         root = folder or cache_folder("eval")
         made = samples_of(model, rule, number, root, settings=settings, **how)
         _refuse_unmet(some, made, real)
@@ -147,16 +147,12 @@ def measure(
     def bar(what: str) -> Progress | None:
         return None if progress is None else partial(progress, what)
 
-    comparing = [name for name in metrics if "reference" in METRICS[name].needs]
-    flag = None
+    parts = [Comparison(name, METRICS[name], made, None, networks, about) for name in metrics]
+    comparing = [place for place, one in enumerate(parts) if "reference" in one.metric.needs]
     if reference is not None and comparing:
         flag = reference.flag(made.side, "reference", world=world, progress=bar(reference.name))
-    parts = [
-        Comparison(name, METRICS[name], made, reference, networks, about, flag)
-        if name in comparing
-        else Comparison(name, METRICS[name], made, None, networks, about)
-        for name in metrics
-    ]
+        for place in comparing:
+            parts[place] = replace(parts[place], reference=reference, flag=flag)
     unpublished = [one for one in parts if one.reference and one.published is None]
     if unpublished:
         fill(unpublished[0].real, unpublished)
@@ -192,19 +188,16 @@ def plan(
     """
     text, classes = config.model.text is not None, config.model.classes
     distances = ["fd"] if frames is None else ["fd", "motion"]
-    usual = (["retrieval"] if text else []) + (distances if n else [])
-    names, named = parse_metrics(metrics or (PROTOCOLS[protocol][0] if protocol else usual))
+    usual = ["retrieval"] * text + distances * bool(n)
+    usual, usual_n = PROTOCOLS[protocol] if protocol else (usual, None)
+    names, named = parse_metrics(metrics or usual)
     others = [name for name in names if not _retrieves(name)]
     comparing = any("reference" in METRICS[name].needs for name in others)
-    sampling = {"-n": n, "--protocol": protocol, "--captions": captions}
-    for message in _refusals(config, names, others, sampling, comparing, reference):
-        raise UsageError(message)
-    imagenet = protocol == "imagenet50k"
-    conditions = (
-        prompts.random_labels(classes)
-        if imagenet
-        else captions and prompts.captions_of_file(captions)
-    )
+    options = {"-n": n, "--protocol": protocol, "--captions": captions, "--ref": reference}
+    _refuse_options(config, names, others, comparing, options)
+    conditions = captions and prompts.captions_of_file(captions)
+    if protocol == "imagenet50k":
+        conditions = prompts.random_labels(classes)
     loaded = networks(names)
     source = held_out = real = None
     if (
@@ -229,7 +222,7 @@ def plan(
         real = reference_of(held_out, config.data, prefix=prefix)
     return {
         "metrics": names,
-        "n": n or named or (PROTOCOLS[protocol][1] if protocol else None),
+        "n": n or named or usual_n,
         "source": source,
         "own": None if source is None else reference_of(source, config.data),
         "reference": real,
@@ -238,37 +231,39 @@ def plan(
     }
 
 
-def _refusals(
+def _refuse_options(
     config: RunConfig,
     names: Sequence[str],
     others: Sequence[str],
-    sampling: Mapping[str, Any],
     comparing: bool,
-    reference: str | None,
-) -> Iterator[str]:
-    """Yield what is missing or does not fit the model; `others` draw samples of their own."""
-    text, protocol = config.model.text is not None, sampling["--protocol"]
-    fixed = [f"{option} {value}" for option, value in sampling.items() if value is not None]
-    if not names:
-        yield f"{config.name} has no prompts to retrieve: give -n for the distance"
-    if fixed and not others:
-        yield (
-            f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or "
-            "add a metric of other samples (--metrics retrieval,fd -n 2000)"
-        )
-    if reference is not None and not comparing:
-        yield (
-            f"--ref {reference}: none of {', '.join(names)} compares with it; omit it, or add a "
-            "metric that does (--metrics fd)"
-        )
-    if sampling["--captions"] is not None and not text:
-        yield f"{config.name} takes no captions: omit --captions"
-    if protocol == "coco30k" and sampling["--captions"] is None:
-        yield "--protocol coco30k: add --captions captions_val2014.json"
-    if protocol == "coco30k" and comparing and reference is None:
-        yield "--protocol coco30k compares with pictures of COCO: add --ref val2014"
-    if protocol == "imagenet50k" and not config.model.classes:
-        yield f"--protocol imagenet50k draws classes; {config.name} takes none"
+    options: Mapping[str, Any],
+) -> None:
+    """Raise `UsageError` for what is missing or does not fit the model.
+
+    `others` are the metrics that draw samples of their own; `comparing` tells if one of them takes
+    a reference.
+    """
+    protocol, ref, captions = (options[f"--{name}"] for name in ("protocol", "ref", "captions"))
+    coco = protocol == "coco30k"
+    fixed = [f"{name} {value}" for name, value in options.items() if value and name != "--ref"]
+    refusals = {
+        f"{config.name} has no prompts to retrieve: give -n for the distance": not names,
+        f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or add a "
+        "metric of other samples (--metrics retrieval,fd -n 2000)": fixed and not others,
+        f"--ref {ref}: none of {', '.join(names)} compares with it; omit it, or add a metric that "
+        "does (--metrics fd)": ref and not comparing,
+        f"{config.name} takes no captions: omit --captions": captions and not config.model.text,
+        "--protocol coco30k: add --captions captions_val2014.json": coco and not captions,
+        "--protocol coco30k compares with images of COCO: add --ref val2014": (
+            coco and comparing and not ref
+        ),
+        f"--protocol imagenet50k draws classes; {config.name} takes none": (
+            protocol == "imagenet50k" and not config.model.classes
+        ),
+    }
+    for message, applies in refusals.items():
+        if applies:
+            raise UsageError(message)
 
 
 def compare(
@@ -291,7 +286,7 @@ def compare(
     """
     npz = first.endswith(".npz")
     if side is not None and npz:
-        raise UsageError(f"{first} has pictures of one side, which is compared: omit --side")
+        raise UsageError(f"{first} has images of one side, which is compared: omit --side")
     if frames is None and frame_stride is not None:
         raise UsageError("--frame-stride is for videos: add --frames")
     for name in (second, first):
@@ -300,10 +295,10 @@ def compare(
             raise UsageError(f"{name} holds videos: give --frames, how many are compared")
     side = side or shorter_side
     if not (side or npz):  # the header of an .npz says it
-        raise UsageError(f"{first} is no folder of pictures: give their side, --side N")
+        raise UsageError(f"{first} is no folder of images: give their side, --side N")
     samples = open_reference(first, side, frames, frame_stride=1, clip="start")
     if samples.pictures is None:
-        raise UsageError(f"{first} holds no pictures, only moments: they can be the second set")
+        raise UsageError(f"{first} holds no images, only moments: they can be the second set")
     flag = samples.flag(samples.pictures.side, "samples", world=world)
     about = Result(of=samples.name, flags=() if flag is None else (flag,))
     stride = {} if frame_stride is None else {"frame_stride": frame_stride}

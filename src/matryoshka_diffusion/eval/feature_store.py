@@ -98,8 +98,8 @@ class PictureSet:
 
     @property
     def kind(self) -> str:
-        """The word for people: pictures or clips."""
-        return "pictures" if self.frames is None else f"clips of {self.frames} frames"
+        """The word for people: images or clips."""
+        return "images" if self.frames is None else f"clips of {self.frames} frames"
 
     @cached_property
     def about(self) -> dict[str, Any]:

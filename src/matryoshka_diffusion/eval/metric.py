@@ -86,13 +86,13 @@ class Metric:
             least = f"clips of {self.least_frames} frames or more"
             yield f"needs {least}, and {made.name} has {made.kind}"
         if "training captions" in self.needs and not made.belong_to:
-            yield "needs samples of the captions of training pictures (mdm eval RUN draws them)"
+            yield "needs samples of the captions of training images (mdm eval RUN draws them)"
         if "captions" in self.needs and not made.captions:
             yield f"needs captions, which {made.name} was not drawn for"
         if "levels" in self.needs and made.levels < 2:
             yield f"needs several levels, and {made.name} has one"
         if "reference" in self.needs and reference is None:
-            yield "compares with pictures: name them with --ref"
+            yield "compares with images: name them with --ref"
         elif "reference" in self.needs and reference is not None:
             if real is None and not (self.published and made.frames is None):
                 yield f"needs {made.kind}, and {reference.name} holds only mu and sigma"
@@ -275,8 +275,8 @@ def _cmmd(pair: Comparison) -> list[Result]:
 def _retrieval(pair: Comparison) -> list[Result]:
     real, made = pair.both()
     retrieval = pixels.prompt_retrieval(made, np.array(pair.made.belong_to), real)
-    fields = {"others": {"among five": retrieval.among_five}, "words": str(retrieval)}
-    return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, **fields)]
+    others = {"among the five nearest": retrieval.among_five}
+    return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, others=others)]
 
 
 def _agreement(pair: Comparison) -> list[Result]:

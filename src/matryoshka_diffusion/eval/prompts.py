@@ -73,7 +73,7 @@ def in_turn(config: RunConfig, source: Source | None) -> Conditions:
         return Conditions("without conditions")
     if source is None:
         raise UsageError(
-            f"{config.name} needs captions or classes: give its training pictures, a file of "
+            f"{config.name} needs captions or classes: give its training images, a file of "
             "captions (--captions), or random classes (--protocol imagenet50k)"
         )
     order = stream(0, "evaluation order").permutation(len(source)).tolist()
@@ -83,7 +83,7 @@ def in_turn(config: RunConfig, source: Source | None) -> Conditions:
         return Conditions(name, _hash(texts), "prompts", lambda i: texts[order[i % len(order)]])
     if not source.classes:
         raise UsageError(
-            f"{source.name} has no classes to ask for: put its pictures into a folder for each, or "
+            f"{source.name} has no classes to ask for: put its images into a folder for each, or "
             "ask for random ones (--protocol imagenet50k)"
         )
     # A class is known by decoding its image, so the hash has a part of the classes only.
@@ -115,7 +115,7 @@ def retrieval_captions(config: RunConfig, source: Source | None) -> Conditions:
     if config.model.text is None:
         raise UsageError(f"{config.name} has no prompts to retrieve: omit the metric retrieval")
     if source is None:
-        raise UsageError("retrieval needs the pictures that the model was trained on")
+        raise UsageError("retrieval needs the images that the model was trained on")
     captions = _captions_of(source)
     chosen = choose(len(captions), min(RETRIEVED, len(captions)), "retrieval").tolist()
     texts = [captions[index][0] for index in chosen]
@@ -198,7 +198,7 @@ def demo_sheet(model: Model, source: Source, *, progress: Progress | None = None
         [[*row, picture] for row, picture in zip(zip(*levels, strict=True), real, strict=True)],
         captions=prompts,
         marks=["unseen combination" if picture is None else None for picture in real],
-        columns_titles=[*grid.titles_of_levels(levels), "real picture"],
-        title=f"{model.config.name}: every level of a sample, and the picture of its caption",
+        columns_titles=[*grid.titles_of_levels(levels), "real image"],
+        title=f"{model.config.name}: every level of a sample, and the image of its caption",
         blocks=2,  # 24 rows in one column would be three times as high as wide
     )

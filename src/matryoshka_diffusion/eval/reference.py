@@ -73,7 +73,7 @@ class Reference:
             return f"{what} of unstated resolution"
         if self.pictures.side != side:
             raise UsageError(
-                f"{self.name} has pictures of {self.pictures.side} pixels a side, the samples have "
+                f"{self.name} has images of {self.pictures.side} pixels a side, the samples have "
                 f"{side}: no distance is defined between resolutions"
             )
         if not self.foreign:
@@ -83,7 +83,7 @@ class Reference:
         small = sides[sides < side]
         if len(small) > MAX_ENLARGED * len(sides):
             raise UsageError(
-                f"{self.name}: {len(small):,} of {len(sides):,} pictures have fewer than the "
+                f"{self.name}: {len(small):,} of {len(sides):,} images have fewer than the "
                 f"{side} pixels a side that are compared (the first one has {small[0]}): remove "
                 f"them, or compare at a smaller side; at most {MAX_ENLARGED:.0%} may be enlarged"
             )
@@ -129,12 +129,12 @@ def open_reference(name: str, side: int, frames: int | None = None, **fields: An
     files = [file for file in ("config.yaml", *WEIGHTS) if (folder / file).is_file()]
     if files:  # the images in there are previews
         raise UsageError(
-            f"{name} is a run or a model (it holds {files[0]}), not pictures: mdm eval {name} "
+            f"{name} is a run or a model (it holds {files[0]}), not images: mdm eval {name} "
             "--ref DATA measures its samples"
         )
     kind = kind_of(name)
     if frames is not None and kind in ("datasets", "parquet"):
-        raise UsageError(f"{name} has pictures, no clips: name a folder or tar shards of videos")
+        raise UsageError(f"{name} has images, no clips: name a folder or tar shards of videos")
     kind = kind if frames is None else "clips"
     data = DataConfig(path=absolute(name), **{"source": kind, **fields})
     source = open_source(data, side, frames)
@@ -186,7 +186,7 @@ def open_npz(path: Path) -> Reference:
         if published is None and pictures is None:
             raise ValueError(
                 f"it holds {', '.join(names) or 'nothing'}: a reference batch has mu and sigma, "
-                "pictures as arr_0, or both"
+                "images as arr_0, or both"
             )
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no reference batch that can be read: {error}") from error

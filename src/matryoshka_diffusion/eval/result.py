@@ -30,7 +30,6 @@ class Result:
     value: float = math.nan
     n: int = 0  # number of samples
     frames: int | None = None  # frames of each sample; None for images
-    words: str = ""  # the number for people, if it has a sentence of its own
     flags: tuple[str, ...] = ()  # remarks on all numbers of this model; they are in `metric`, too
     higher_is_better: bool = False
     others: Mapping[str, float] = field(default_factory=dict)  # such as the deviation of a KID
@@ -49,9 +48,7 @@ class Result:
 
     def sentence(self) -> str:
         """The number for people."""
-        if self.words:
-            return flagged(self.words, self.flags)
-        made, real = ("samples", "pictures") if self.frames is None else ("clips", "clips")
+        made, real = ("samples", "images") if self.frames is None else ("clips", "clips")
         counts = f" of {self.n:,} {made}"
         if self.reference:
             known = self.reference_count is not None
@@ -137,15 +134,15 @@ def folder_of(run: str, kind: Literal["eval", "sweep"]) -> Path:
 @cache
 def commit() -> str | None:
     """Commit of the running code, with "+" if it was changed; None if it is unknown."""
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # no git, or a repository that only happens to hold the installed package
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return f"{_git('rev-parse', 'HEAD')}{'+' if changed else ''}"
 
+    def git(*words: str) -> str:
+        how: dict[str, Any] = {"text": True, "stderr": subprocess.DEVNULL, "timeout": 10}
+        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, **how).strip()
 
-def _git(*arguments: str) -> str | None:
-    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, **how).stdout.strip()
+        # Fails in a repository that only happens to hold the installed package.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return f"{git('rev-parse', 'HEAD')}{'+' if changed else ''}"
     except (OSError, subprocess.SubprocessError):
         return None

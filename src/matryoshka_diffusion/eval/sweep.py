@@ -15,20 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
-from matryoshka_diffusion.codec import with_own_codec
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.eval.result import Result, plain
 from matryoshka_diffusion.files import require, write_atomically
-from matryoshka_diffusion.models.find import count_levels, merge_adapters
+from matryoshka_diffusion.models.save import average_model
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.precision import Precision
 
 EMA = "ema"  # the axis whose values are other weights, not sampling settings
@@ -99,20 +96,19 @@ def averaged(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> Model:
-    """A run's model with the average of this length as its weights, as `mdm ema` writes it.
+    """Open the model that `mdm ema` writes: a run with the average of this length as its weights.
 
     If the run is an upsampler, the base of its `usual` model draws with it. Raises
-    `FileNotFoundError` or `ValueError` if the run has no snapshots, or there is no such average.
+    `FileNotFoundError` or `ValueError` as `average_model` does.
     """
-    where = f"{run / 'ema'} at length {length:g}"
-    average = synthesise(run / "ema", length)
-    if average.error > MAX_PROFILE_ERROR:
-        warnings.warn(f"{where}: its profile is off by {average.error:.0%}", stacklevel=2)
-    config = average_of(with_own_codec(load_config(run / "config.yaml"), run), length)
-    weights, config = merge_adapters(average.weights, config, where=where)
-    model = config.model.first(count_levels(weights))
-    net = checkpoint.load_network(model, weights, where=where)
-    model = Matryoshka(net, config, device=device, precision=precision)
+    with TemporaryDirectory() as folder:
+        error = average_model(run, length, Path(folder) / "model")
+        model = Matryoshka.load(Path(folder) / "model", device=device, precision=precision)
+        _ = model.codec  # read before the folder is removed
+    if error > MAX_PROFILE_ERROR:
+        warnings.warn(
+            f"{run} at length {length:g}: its profile is off by {error:.0%}", stacklevel=2
+        )
     return Cascade(usual.base, model) if isinstance(usual, Cascade) else model
 
 

@@ -56,7 +56,7 @@ def as_rgb(
     """Give grey images three equal channels. Raises `ValueError` unless there are 1 or 3."""
     channels = pictures.shape[3]
     if channels not in (1, 3):
-        raise ValueError(f"{network} looks at pictures with 1 or 3 channels, not {channels}")
+        raise ValueError(f"{network} looks at images with 1 or 3 channels, not {channels}")
     x = torch.tensor(pictures, device=device).permute(0, 3, 1, 2)
     return x.expand(-1, 3, -1, -1).contiguous()
 
