@@ -38,9 +38,8 @@ from matryoshka_diffusion.eval.prompts import (
     retrieval_captions,
 )
 from matryoshka_diffusion.eval.reference import open_npz
-from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
+from matryoshka_diffusion.metrics.formulas import Moments, compare_motion, frechet_distance, motion
 from matryoshka_diffusion.metrics.networks import weights_hash
-from matryoshka_diffusion.metrics.pixels import compare_motion, motion
 
 SIDE, FRAMES = 16, 3
 

@@ -31,16 +31,17 @@ from matryoshka_diffusion.eval.prompts import (
 )
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result
-from matryoshka_diffusion.metrics import distances
-from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
-from matryoshka_diffusion.metrics.networks import VideoNet
-from matryoshka_diffusion.metrics.pixels import (
+from matryoshka_diffusion.metrics import formulas
+from matryoshka_diffusion.metrics.formulas import (
+    Moments,
     averages,
     compare_motion,
+    frechet_distance,
     level_agreement,
     motion,
     prompt_retrieval,
 )
+from matryoshka_diffusion.metrics.networks import VideoNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train.averages import average_of
 from ranks import end_ranks, start, start_ranks
@@ -217,8 +218,8 @@ def few(monkeypatch):
     """Kernel distances of few samples: usually their subsets have 1,000 rows."""
     for name in ("kid", "kd"):
         monkeypatch.setitem(METRICS, name, replace(METRICS[name], least=2))
-        kernel = functools.partial(distances.kernel_distance, subsets=2, size=8)
-    monkeypatch.setattr(distances, "kernel_distance", kernel)
+        kernel = functools.partial(formulas.kernel_distance, subsets=2, size=8)
+    monkeypatch.setattr(formulas, "kernel_distance", kernel)
 
 
 @pytest.mark.usefixtures("few")

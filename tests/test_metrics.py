@@ -19,26 +19,24 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from matryoshka_diffusion.metrics import distances
-from matryoshka_diffusion.metrics.distances import (
-    Moments,
-    cmmd,
-    frechet_distance,
-    kernel_distance,
-    overlap,
-)
-from matryoshka_diffusion.metrics.inception import inception_score
-from matryoshka_diffusion.metrics.networks import CLIP, clip_score
-from matryoshka_diffusion.metrics.pixels import (
+from matryoshka_diffusion.metrics import formulas
+from matryoshka_diffusion.metrics.formulas import (
     SLIGHT,
+    Moments,
     Retrieval,
     averages,
+    cmmd,
     compare_motion,
+    frechet_distance,
+    kernel_distance,
     level_agreement,
     motion,
+    overlap,
     prompt_retrieval,
     wasserstein,
 )
+from matryoshka_diffusion.metrics.inception import inception_score
+from matryoshka_diffusion.metrics.networks import CLIP, clip_score
 
 
 def random(seed):
@@ -207,7 +205,7 @@ def test_all_pairs_never_lie_in_memory_and_blocks_change_nothing(metric, monkeyp
     n = 1200
     real, made = random(9).normal(size=(2, n, 2))
     whole = metric(real, made)
-    monkeypatch.setattr(distances, "BLOCK_PAIRS", 10 * n)
+    monkeypatch.setattr(formulas, "BLOCK_PAIRS", 10 * n)
     tracemalloc.start()
     found = metric(real, made)
     peak = tracemalloc.get_traced_memory()[1]

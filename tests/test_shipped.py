@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.eval.prompts import SHEET_PROMPTS
-from matryoshka_diffusion.metrics.pixels import averages, prompt_retrieval
+from matryoshka_diffusion.metrics.formulas import averages, prompt_retrieval
 from matryoshka_diffusion.models.find import shipped_models
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset

@@ -26,7 +26,7 @@ from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.eval.prompts import Conditions, evenly_spread
 from matryoshka_diffusion.files import digest, write_atomically
-from matryoshka_diffusion.metrics.distances import Moments
+from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.distributed import World

@@ -23,8 +23,8 @@ from matryoshka_diffusion.eval.prompts import RETRIEVED
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
-from matryoshka_diffusion.metrics import distances, pixels
-from matryoshka_diffusion.metrics.distances import Moments, frechet_distance
+from matryoshka_diffusion.metrics import formulas
+from matryoshka_diffusion.metrics.formulas import Moments, frechet_distance
 from matryoshka_diffusion.metrics.inception import (
     CLASSES,
     SPLITS,
@@ -45,9 +45,9 @@ EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"
 Networks: TypeAlias = Mapping[str, Extractor]
 """Networks by name; the network of FVD is `VIDEO`, whatever its file holds."""
 
-AVERAGES = Column("averages", lambda batch: pixels.averages(batch.pictures))
-MOTION = Column("motion", lambda batch: pixels.motion(batch.pictures))
-AGREEMENT = Column("agreement", lambda batch: pixels.level_agreement(batch.levels))
+AVERAGES = Column("averages", lambda batch: formulas.averages(batch.pictures))
+MOTION = Column("motion", lambda batch: formulas.motion(batch.pictures))
+AGREEMENT = Column("agreement", lambda batch: formulas.level_agreement(batch.levels))
 
 Need = Literal["reference", "captions", "training captions", "levels", "clips"]
 
@@ -231,7 +231,7 @@ def _video_frechet(pair: Comparison) -> list[Result]:
 
 
 def _kernel(pair: Comparison) -> list[Result]:
-    distance = distances.kernel_distance(*pair.both())
+    distance = formulas.kernel_distance(*pair.both())
     return [pair.number(pair.named("KID", "KD"), distance.mean, others={"std": distance.std})]
 
 
@@ -247,7 +247,7 @@ def _inception_score(pair: Comparison) -> list[Result]:
 
 
 def _overlap(pair: Comparison) -> list[Result]:
-    shares = distances.overlap(*pair.both())._asdict()
+    shares = formulas.overlap(*pair.both())._asdict()
     name = pair.network.name
     return [pair.number(f"{k}-{name}", v, higher_is_better=True) for k, v in shares.items()]
 
@@ -269,12 +269,12 @@ def _cmmd(pair: Comparison) -> list[Result]:
     published = clip.variant == "ViT-L/14-336"
     flag = f"CLIP weights {clip.weights[:8]}, taken for those of OpenAI" if published else None
     name = "CMMD" if published else f"CMMD-{clip.variant}"
-    return [pair.number(name, distances.cmmd(*pair.both()), flag)]
+    return [pair.number(name, formulas.cmmd(*pair.both()), flag)]
 
 
 def _retrieval(pair: Comparison) -> list[Result]:
     real, made = pair.both()
-    retrieval = pixels.prompt_retrieval(made, np.array(pair.made.belong_to), real)
+    retrieval = formulas.prompt_retrieval(made, np.array(pair.made.belong_to), real)
     others = {"among the five nearest": retrieval.among_five}
     return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, others=others)]
 
@@ -286,7 +286,7 @@ def _agreement(pair: Comparison) -> list[Result]:
 
 
 def _motion(pair: Comparison) -> list[Result]:
-    motions = pixels.compare_motion(*pair.both())
+    motions = formulas.compare_motion(*pair.both())
     others = {"ratio": motions.ratio, "slight": motions.slight, "slight real": motions.slight_real}
     name = f"motion distance-{pair.made.frames}f"
     return [pair.number(name, motions.distance, others=others)]
@@ -294,14 +294,14 @@ def _motion(pair: Comparison) -> list[Result]:
 
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
 _TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
-_NEIGHBOURS = max(distances.CLOSED_K, distances.OPEN_K) + 1
+_NEIGHBOURS = max(formulas.CLOSED_K, formulas.OPEN_K) + 1
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, EFFNET),
     "fid": Metric(_frechet, INCEPTION, published=True),
-    "kid": Metric(_kernel, INCEPTION, least=distances.SUBSET_SIZE, one_frame=True),
+    "kid": Metric(_kernel, INCEPTION, least=formulas.SUBSET_SIZE, one_frame=True),
     "is": Metric(_inception_score, INCEPTION, (), least=SPLITS),
     "prdc": Metric(_overlap, INCEPTION, least=_NEIGHBOURS, one_frame=True),
-    "kd": Metric(_kernel, EFFNET, least=distances.SUBSET_SIZE, one_frame=True),
+    "kd": Metric(_kernel, EFFNET, least=formulas.SUBSET_SIZE, one_frame=True),
     "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
     "clip": Metric(_clip_score, CLIP.name, ("captions",), least=1),
     "cmmd": Metric(_cmmd, CLIP.name, least=1, one_frame=True),

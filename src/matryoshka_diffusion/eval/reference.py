@@ -37,7 +37,7 @@ from matryoshka_diffusion.eval.feature_store import (
     pictures_of,
 )
 from matryoshka_diffusion.files import cache_folder
-from matryoshka_diffusion.metrics.distances import Moments
+from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.metrics.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from matryoshka_diffusion.metrics.distances import Estimate, finite
+from matryoshka_diffusion.metrics.formulas import Estimate, finite
 from matryoshka_diffusion.metrics.networks import (
     as_rgb,
     is_torchscript,

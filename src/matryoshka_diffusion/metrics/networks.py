@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from matryoshka_diffusion.files import digest, require
-from matryoshka_diffusion.metrics.distances import comparable, unit
+from matryoshka_diffusion.metrics.formulas import comparable, unit
 
 
 @runtime_checkable
