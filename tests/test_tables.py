@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from picturing import COLOURS, noise, opened, reasons
 from picturing import encode as encode_colour
 
 pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 def encode(n: int, size=(20, 24)) -> bytes:
@@ -164,6 +167,58 @@ def test_only_the_last_row_groups_are_held(tmp_path, monkeypatch):
     assert source[0].key == "p.parquet:0"
     assert source[11].key == "p.parquet:11"
     assert read == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("form", ["caption", "captions", "class", "bytes", "struct"])
+def test_a_value_that_all_rows_repeat_does_not_fill_the_memory(tmp_path, form):
+    """Parquet stores it once: 3 GB and more in some KB."""
+
+    def repeated(value: str | bytes, count: int = 1_500) -> Any:
+        return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), [value])
+
+    letters, pictures = "x" * 2_000_000, pa.array([encode(0)] * 1_500)
+    offsets = pa.array(range(0, 1_501_000, 1_000), pa.int32())
+    columns: dict[str, Any] = {
+        "caption": {"image": pictures, "text": repeated(letters)},
+        "captions": {
+            "image": pictures,
+            "text": pa.ListArray.from_arrays(offsets, repeated(letters[:9_000], 1_500_000)),
+        },
+        "class": {"image": pictures, "label": repeated(letters)},
+        "bytes": {"image": repeated(letters.encode())},
+        "struct": {"image": pa.StructArray.from_arrays([repeated(letters.encode())], ["bytes"])},
+    }[form]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=1_500, store_schema=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="bytes when unpacked"):
+        parquet(path, 0.9)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024
+
+
+def test_captions_are_the_same_however_parquet_stores_them(tmp_path):
+    """In a dictionary, without one, or in one that is full after some rows."""
+    texts = [f"{n % 7} {'long ' * (n % 50)}x" for n in range(600)]
+    for form in (
+        {"use_dictionary": False},
+        {"use_dictionary": True, "dictionary_pagesize_limit": 1_000, "data_page_size": 500},
+    ):
+        columns = {"image": [encode(n % 6) for n in range(600)], "text": texts}
+        pq.write_table(pa.table(columns), tmp_path / "p.parquet", row_group_size=250, **form)
+        assert parquet(tmp_path / "p.parquet").captions == [(" ".join(t.split()),) for t in texts]
+        columns["text"] = [[text, "b"] for text in texts]
+        pq.write_table(pa.table(columns), tmp_path / "p.parquet", row_group_size=250, **form)
+        assert parquet(tmp_path / "p.parquet").captions == [
+            (" ".join(text.split()), "b") for text in texts
+        ]
+
+
+def test_large_row_groups_of_a_large_set_are_warned_of(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 100)
+    for count, group, warned in ((600, 300, True), (600, 100, False), (90, 90, False)):
+        recwarn.clear()
+        parquet(write(tmp_path / "p.parquet", {"image": [encode(0)] * count}, group=group))
+        assert any("row_group_size=64" in str(one.message) for one in recwarn) == warned
 
 
 @pytest.mark.parametrize(("package", "extra"), [("pyarrow", "parquet"), ("datasets", "datasets")])

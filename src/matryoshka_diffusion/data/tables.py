@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.folder import clean
@@ -29,6 +31,8 @@ LABEL = ("label", "cls")
 DEFAULT_SPLIT = "train"
 
 _GROUPS_KEPT = 2
+_LARGE_GROUP = 200  # pictures, on average
+_SMALL, _MAX_RATIO = 2**28, 32  # bytes that any file may unpack to, and how often its own size
 
 
 class _Columns(NamedTuple):
@@ -133,8 +137,19 @@ def parquet(pattern: str) -> Catalogue:
     def load(n: int) -> bytes:
         file, group, row = places[n]
         with lock:  # or every thread would read the same group
-            return _bytes(kept(file, group)[row].as_py())
+            pictures = kept(file, group)
+        if isinstance(pictures, PictureError):
+            raise PictureError(*pictures.args)
+        return _bytes(pictures[row].as_py())
 
+    groups = sum(file.metadata.num_row_groups for file in files)
+    if len(places) > max(decoded.CACHED_PICTURES, _LARGE_GROUP * groups):
+        warnings.warn(
+            f"parquet {pattern}: its row groups have {len(places) // groups:,} pictures, and a run "
+            "reads a group for nearly every picture, since its order is random: write groups of a "
+            "few dozen rows (row_group_size=64), or use shards",
+            stacklevel=4,
+        )
     state = "\n".join(f"{file.path} {file.state}" for file in files)
     return _catalogue(f"parquet {pattern}", state, keys, rows, files[0].class_names(), load)
 
@@ -144,6 +159,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path, self.state = path, state_of(path)
+        self._size = int(self.state.split()[0])
         self.metadata: Any = None
         self._parquet = require("pyarrow.parquet", "parquet", "reading parquet files")
         self.metadata = self._whole(lambda file: file.metadata)
@@ -158,16 +174,37 @@ class _File:
         words = self._columns.words
         if not words:
             return [_Row()] * self.metadata.num_rows
-        return self._whole(lambda file: _rows(file.read(words), self._columns))
+        groups = range(self.metadata.num_row_groups)
+        return self._whole(lambda file: _rows(self._table(file, words, groups), self._columns))
 
     def pictures(self, group: int) -> Any:
-        """Images of a row group, a pyarrow array. Raises PictureError if the group is damaged."""
+        """Images of a row group, a pyarrow array; a PictureError if the group is damaged."""
         columns = [self._columns.picture]
         try:
-            return self._read(lambda file: file.read_row_group(group, columns=columns).column(0))
+            return self._read(lambda file: self._table(file, columns, [group]).column(0))
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise PictureError(f"row group {group} is damaged ({reason})") from error
+            return PictureError(f"row group {group} is damaged ({reason})")
+
+    def _table(self, file: Any, columns: Sequence[str], groups: Sequence[int]) -> Any:
+        """Columns of some row groups. Raises ValueError once they take more than the limit.
+
+        A value that many rows repeat is stored once and is unpacked for each of them. No value is
+        larger than all that is stored, so as many rows are unpacked at a time as that allows.
+        """
+        stored = 1
+        for group in map(self.metadata.row_group, groups):
+            for column in map(group.column, range(group.num_columns)):
+                if column.path_in_schema.split(".")[0] in columns:
+                    stored += column.total_uncompressed_size + 8 * column.num_values
+        limit, size, batches = max(_SMALL, _MAX_RATIO * self._size), stored, []
+        for batch in file.iter_batches(max(1, limit // (8 * stored)), groups, columns):
+            size += batch.nbytes
+            if size > limit:
+                raise ValueError(f"{', '.join(columns)}: more than {limit:,} bytes when unpacked")
+            batches.append(batch)
+        table = require("pyarrow", "parquet", "reading parquet files").Table
+        return table.from_batches(batches) if batches else file.read_row_groups([], columns)
 
     def _whole(self, read: Callable[[Any], Any]) -> Any:
         try:
@@ -177,7 +214,7 @@ class _File:
 
     def _read(self, read: Callable[[Any], Any]) -> Any:
         """Result of `read`; damage is a ValueError, for which pyarrow has OSErrors, too."""
-        with opened(self.path, int(self.state.split()[0])) as file:
+        with opened(self.path, self._size) as file:
             try:
                 return read(self._parquet.ParquetFile(file, metadata=self.metadata))
             except Exception as error:
