@@ -37,6 +37,13 @@ def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
     return path
 
 
+def save_noise(folder: Path, count: int, height: int = 64, width: int = 64) -> Path:
+    """A folder of images of noise, each of its own."""
+    for number in range(count):
+        save(folder / f"{number}.png", noise(height, width, number))
+    return folder
+
+
 def write_tar(path: Path, parts: Parts, form: int = tarfile.USTAR_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as archive:

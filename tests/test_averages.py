@@ -149,8 +149,8 @@ def test_the_fit_is_as_far_from_the_profile_as_it_says(length):
     tracked = {track: recursion(track, steps) for track in LENGTHS}
     made = sum(factor * tracked[t][end - 1] for factor, (t, end) in zip(factors, kept, strict=True))
     wanted = recursion(length, steps)[-1]
-    found = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
-    assert found == pytest.approx(error, rel=0.05)
+    distance = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    assert distance == pytest.approx(error, rel=0.05)
     assert error < 0.012
     assert factors.sum() == pytest.approx(1.0, abs=1e-9)
 
@@ -179,31 +179,20 @@ class Walk:
             value += change * (name != frozen)
 
 
-def test_weights_that_grow_evenly_have_the_closed_form_of_their_average():
-    model, steps = nn.Linear(1, 1, bias=False).double(), 400
+def test_an_average_weighs_each_step_by_its_share_of_the_profile():
+    """The profile's integral over the images of a step, whatever their number."""
+    model = nn.Linear(1, 1, bias=False).double()
+    batches = [1 + n % 7 for n in range(100)]
+    ends = np.cumsum([0, *batches])
     tracks = PowerEma(model, LENGTHS)
-    for step in range(1, steps + 1):
-        set_all(model, float(step))
-        tracks.update(model, 1)
+    for end, images in zip(ends[1:], batches, strict=True):
+        set_all(model, float(end))
+        tracks.update(model, images)
     for length in LENGTHS:
-        power = exponent(length) + 1
-        # Summation by parts of sum_s s (s^power - (s - 1)^power) / T^power.
-        expected = steps - sum((s / steps) ** power for s in range(1, steps))
-        assert tracks.averages[length]["weight"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_time_is_images_so_an_uneven_batch_weighs_what_it_holds():
-    model = nn.Linear(1, 1)
-    even, uneven = PowerEma(model, LENGTHS), PowerEma(model, LENGTHS)
-    for value, images in ((1.0, 8), (-3.0, 2), (0.5, 6)):
-        set_all(model, value)
-        uneven.update(model, images)
-        for _ in range(images):
-            even.update(model, 1)
-    for length in LENGTHS:
-        for name, value in even.averages[length].items():
-            torch.testing.assert_close(uneven.averages[length][name], value)
-    assert uneven.ages == even.ages == {"weight": 16, "bias": 16}
+        shares = np.diff((ends / ends[-1]) ** (exponent(length) + 1))
+        average = tracks.averages[length]["weight"].item()
+        assert average == pytest.approx(shares @ ends[1:], rel=1e-5)
+    assert tracks.ages == {"weight": ends[-1]}
 
 
 @pytest.mark.parametrize("length", [0.04, 0.1, 0.15])

@@ -28,7 +28,7 @@ from matryoshka_diffusion.train.checkpoint import (
     read,
     save,
 )
-from tiny_run import tiny_config
+from tiny_run import there, tiny_config
 
 
 def snapshot(images_seen: int) -> Snapshot:
@@ -169,10 +169,9 @@ def test_killed_at_any_moment_of_a_save_the_last_checkpoint_stands(tmp_path, mon
                 whole = True
             except Killed:
                 whole = False
-        found = newest(folder)
-        assert found is not None
-        assert found.name == "0000000016" or not whole
-        assert_equal(read(found), snapshot(int(found.name)))
+        last = there(newest(folder))
+        assert last.name == "0000000016" or not whole
+        assert_equal(read(last), snapshot(int(last.name)))
         save(folder, snapshot(24), keep=1)
         assert names(folder) == ["0000000024"]
         if whole:
@@ -217,7 +216,7 @@ def test_exported_weights_and_config_are_read_back(tmp_path, dtype):
     weights = snapshot(1).weights
     export_weights(tmp_path / "model", weights, tiny_config(), dtype=dtype)
     assert names(tmp_path / "model") == ["config.json", "model.safetensors"]
-    found = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(found[name], value.to(dtype)) for name, value in weights.items())
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(exported[name], value.to(dtype)) for name, value in weights.items())
     text = (tmp_path / "model" / "config.json").read_text("utf-8")
     assert from_dict(json.loads(text)) == tiny_config()

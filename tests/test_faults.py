@@ -40,12 +40,12 @@ def own_disk(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [("open", 1, []), ("write", 3, [b"12345678"]), ("fsync", 1, [b"1234567890abcdef"])],
 )
 def test_an_error_of_the_disk_comes_at_its_moment(tmp_path, own_disk, kind, moment, left):
-    found = []
-    own_disk.setattr(Path, "unlink", lambda path: found.append(path.read_bytes()))
+    contents = []
+    own_disk.setattr(Path, "unlink", lambda path: contents.append(path.read_bytes()))
     child.Disk(moment=moment, then="EIO", inside=str(tmp_path), kinds=[kind]).install()
     with pytest.raises(OSError, match=r"a\.bin: Input/output error"):
         write_atomically(tmp_path / "a.bin", lambda file: file.write(b"1234567890abcdef"))
-    assert found == left
+    assert contents == left
 
 
 def test_a_power_cut_empties_files_that_were_not_synced(tmp_path, own_disk):
@@ -147,19 +147,15 @@ def test_a_scenario_that_raises_is_a_failure_and_the_table_says_so(tmp_path, mon
     assert lines[-1].startswith("in all: lost checkpoints 1, torn checkpoints 0")
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_exit_status_and_the_folder_say_whether_all_was_kept(monkeypatch, capsys, broken):
-    calls = []
-
-    def run(*options):
-        calls.append(options)
-        return [Result(9, "corrupt samples in shards", failures=["lost"] * broken)]
-
-    monkeypatch.setattr(runner, "run", run)
+def test_a_broken_promise_is_the_exit_status_and_keeps_the_runs(monkeypatch, capsys):
+    results, calls = [], []
+    monkeypatch.setattr(runner, "run", lambda *options: calls.append(options) or results)
     monkeypatch.setenv("MDM_CACHE", "")  # put back after the test
-    assert runner.main(["--only", "9", "--seed", "7", "--minutes", "0.5"]) == broken
-    ((titles, folder, seed, seconds),) = calls
-    assert (titles, seed, seconds) == (["corrupt samples in shards"], 7, 30.0)
-    assert folder.exists() == broken
-    assert ("--seed 7 repeats" in capsys.readouterr().out) == broken
-    shutil.rmtree(folder, ignore_errors=True)
+    for failures in ([], ["lost"]):
+        results[:] = [Result(9, "corrupt samples in shards", failures=failures)]
+        status = runner.main(["--only", "9", "--seed", "7", "--minutes", "0.5"])
+        titles, folder, *settings = calls.pop()
+        assert (titles, settings) == (["corrupt samples in shards"], [7, 30.0])
+        repeats = "--seed 7 repeats" in capsys.readouterr().out
+        assert bool(failures) == status == folder.exists() == repeats
+    shutil.rmtree(folder)

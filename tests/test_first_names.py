@@ -77,8 +77,8 @@ def test_a_network_exported_for_diffusers_opens_with_first_names(runs, tmp_path)
     network.net.load_state_dict(weights)
     network.save_pretrained(tmp_path)
     with_first_names(tmp_path / "diffusion_pytorch_model.safetensors")
-    found = MDMNetwork.from_pretrained(tmp_path).net.state_dict()
-    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    opened = MDMNetwork.from_pretrained(tmp_path).net.state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in weights.items())
 
 
 def test_the_hash_of_weights_is_that_of_version_0_1_0():

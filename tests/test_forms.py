@@ -56,27 +56,27 @@ def forms(example, tmp_path_factory) -> dict[str, str]:
 
 def test_every_form_holds_the_same_pictures(example, forms):
     assert tuple(example.FORMS) == FORMS
-    shown = {}
+    samples = {}
     for form, data in forms.items():
         source = open_source(job.find_config("folder-64", data, []).data, 16)
         assert (len(source), source.bad, source[0].original_side) == (COUNT, (), 24), form
         assert (source.captions is not None) == (form in CAPTIONED)
         assert bool(source.classes) == (form not in CAPTIONED)
         batch = Loader(source, 0).batch(range(COUNT))
-        shown[form] = sorted(
+        samples[form] = sorted(
             zip((x.numpy().tobytes() for x in batch.picture), batch.captions, strict=True)
         )
-    pictures = {form: [picture for picture, _ in rows] for form, rows in shown.items()}
-    assert all(found == pictures["classes"] for found in pictures.values())
+    pictures = {form: [picture for picture, _ in rows] for form, rows in samples.items()}
+    assert all(these == pictures["classes"] for these in pictures.values())
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_checked(forms, capsys, form):
     assert cli.main(["data", "check", forms[form]]) == 0
-    shown = capsys.readouterr().out
-    assert f"{COUNT} pictures" in shown
-    assert "bad files 0" in shown
-    assert ("captions  none" in shown) == (form not in CAPTIONED)
+    printed = capsys.readouterr().out
+    assert f"{COUNT} pictures" in printed
+    assert "bad files 0" in printed
+    assert ("captions  none" in printed) == (form not in CAPTIONED)
 
 
 @pytest.mark.parametrize("form", ["classes", "shards"])  # one without captions, one with them

@@ -53,8 +53,8 @@ def test_a_model_draws_the_same_samples(name, folders):
     pictures = sorted((folders / f"samples-{name}").iterdir())
     assert len(pictures) == 4
     for path in pictures:
-        found, expected = (
+        drawn, expected = (
             np.asarray(Image.open(file)).astype(int)
             for file in (folders / "samples" / path.name, path)
         )
-        assert abs(found - expected).max() <= 1
+        assert abs(drawn - expected).max() <= 1

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.data.source import Source, array_source, split
-from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.runs import hooks as watch
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
 from matryoshka_diffusion.train.trainer import View
+from picturing import save_noise
 from test_pipeline import Words, text_model
-from tiny_run import encode, tiny_config
+from tiny_run import encode, tiny_config, with_frames
 
 
 def pictures(count: int, first: int = 0) -> Source:
@@ -86,50 +86,29 @@ def test_the_loss_is_the_same_at_every_call_and_follows_the_weights(tmp_path):
     assert after["held_out_loss_per_level"] != before["held_out_loss_per_level"]
 
 
-@pytest.mark.parametrize(("frames", "expected"), [(None, [8, 2]), (4, [2] * 5), (16, [1] * 10)])
-def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch, frames, expected):
-    config = tiny_config(dropout=0.0)
-    coarse, fine = config.model.levels
-    levels = (coarse, fine.model_copy(update={"frames": frames}))
-    model = config.model.model_copy(update={"levels": levels})
-    shape = (10, 16, 16, 3) if frames is None else (10, frames, 16, 16, 3)
-    captions = [("red",)] * 10
-    keys = [str(n) for n in range(10)]
-    source = array_source("toy", np.zeros(shape, np.uint8), keys, captions=captions)
-    asked = []
+def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch):
+    batches = []
 
     def no_loss(net, x, *_, **__) -> SimpleNamespace:
-        asked.append(len(x[-1]))
+        batches.append(len(x[-1]))
         return SimpleNamespace(per_level=torch.zeros(2))
 
     monkeypatch.setattr(watch, "FRAMES_PER_BATCH", 8)
     monkeypatch.setattr(watch, "matryoshka_loss", no_loss)
-    HeldOutLoss(source, source, encode, "cpu")(view(NestedUNet(model).eval(), tmp_path))
-    assert asked == 2 * expected
+    for frames, expected in ((None, [8, 2]), (4, [2] * 5), (16, [1] * 10)):
+        config = with_frames(tiny_config(dropout=0.0), frames)
+        shape = (10, 16, 16, 3) if frames is None else (10, frames, 16, 16, 3)
+        keys, captions = [str(n) for n in range(10)], [("red",)] * 10
+        source = array_source("toy", np.zeros(shape, np.uint8), keys, captions=captions)
+        HeldOutLoss(source, source, encode, "cpu")(view(NestedUNet(config.model).eval(), tmp_path))
+        assert batches == 2 * expected
+        batches.clear()
 
 
-def test_a_run_logs_both_losses_and_never_sees_what_is_held_out(tmp_path):
-    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3))):
-        save_png(picture.astype(np.uint8), tmp_path / "d" / f"{number}.png", None)
-    settings = [
-        "model.embedding=32",
-        "model.levels[0].widths=[32, 32]",
-        "train.stages=[{levels: 1, images: 16, batch_size: 8, lr: 0.001}]",
-        "train.preview_every_images=8",
-        "sampling.steps=1",
-        "data.held_out=0.25",
-    ]
-    places = ["--data", str(tmp_path / "d"), "--out", str(tmp_path / "run")]
-    arguments = [word for setting in settings for word in ("--set", setting)]
-    assert cli.main(["train", "folder-64", *places, *arguments]) == 0
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    watched = [line for line in lines if "held_out_loss_per_level" in line]
-    assert [line["images_seen"] for line in watched] == [8, 16]
-    assert all(len(line["seen_loss_per_level"]) == 1 for line in watched)
-    assert any("loss" in line for line in lines)
-
-    ready = job.prepare(job.find_config("folder-64", str(tmp_path / "d"), settings))
+def test_a_run_never_sees_what_is_held_out(tmp_path):
+    """`test_codec.py` has a run that logs both losses."""
+    save_noise(tmp_path, 40)
+    ready = job.prepare(job.find_config("folder-64", str(tmp_path), ["data.held_out=0.25"]))
     assert ready.held_out is not None
     keys = set(ready.loader.batch(range(4 * len(ready.source))).keys)
     assert keys == set(ready.source.keys)

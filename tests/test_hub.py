@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
 
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from test_codec import on_codes
 from test_pipeline import class_model, moving, plain_model, text_model
 
 
@@ -27,14 +30,16 @@ def site(tmp_path, monkeypatch):
             return f"https://hub.test/{name}{'?private' if private else ''}"
 
         def upload_folder(self, repo_id, folder_path, commit_message):
-            for path in folder_path.iterdir():
-                (tmp_path / repo_id / path.name).write_bytes(path.read_bytes())
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
 
     def snapshot_download(name, revision, allow_patterns):
         if not (tmp_path / name).is_dir() or revision == "lost":
             raise OSError(f"404: {name}@{revision}")
+        there = tmp_path / name
+        files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+        assert files - {"README.md"} <= set(allow_patterns)
         assert "README.md" not in allow_patterns
-        return str(tmp_path / name)
+        return str(there)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -105,3 +110,12 @@ def test_what_the_hub_does_not_give_is_one_clear_error(site):
             Matryoshka.from_pretrained(name, revision=revision)
     with pytest.raises(FileNotFoundError, match="no shipped model of that name"):
         Matryoshka.from_pretrained("nothing")
+
+
+def test_a_codec_goes_with_its_model(site, tiny_codec):
+    config = on_codes(tiny_codec())
+    model = Matryoshka(NestedUNet(config.model), config)
+    model.push_to_hub("me/codes")
+    assert str(tiny_codec()) not in (site / "me" / "codes" / "config.json").read_text()
+    back = Matryoshka.from_pretrained("me/codes")
+    assert (back.sample(n=1).pictures == model.sample(n=1).pictures).all()

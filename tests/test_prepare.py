@@ -14,7 +14,7 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, UsageError
-from matryoshka_diffusion.configfile import to_yaml
+from matryoshka_diffusion.configfile import override, to_yaml
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
@@ -28,7 +28,7 @@ from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import train
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, encode, there, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,7 @@ def test_a_grown_run_has_bit_equal_coarse_outputs_and_trains_on(trained, tmp_pat
 
     again = job.find_config(str(out))
     assert (train(again, Larger(), out, encode=encode) / "model.safetensors").is_file()
-    last = newest(out / "checkpoints")
-    assert last is not None
-    assert read(last).tracks
+    assert read(there(newest(out / "checkpoints"))).tracks
 
 
 class Larger(TinyPictures):
@@ -158,9 +156,7 @@ def test_a_model_of_any_average_is_made_after_training_and_is_known_as_one(tmp_p
     train(raw, TinyPictures(), tmp_path / "run", encode=encode)
     assert 0 < average_model(tmp_path / "run", 0.08, tmp_path / "average") < 0.05
     weights, _ = find_model(tmp_path / "average")
-    last = newest(tmp_path / "run" / "checkpoints")
-    assert last is not None
-    tracks = read(last).tracks
+    tracks = read(there(newest(tmp_path / "run" / "checkpoints"))).tracks
     short, long = (tracks[f"{t}/weights/levels.0.stem.weight"] for t in (0.05, 0.1))
     between = weights["levels.0.stem.weight"]
     assert (between - short).norm() + (between - long).norm() < 1.1 * (short - long).norm()
@@ -180,9 +176,8 @@ def test_a_model_of_any_average_is_made_after_training_and_is_known_as_one(tmp_p
 
 
 def with_init(config, init, levels=2):
-    stage = config.train.stages[-1].model_copy(update={"levels": levels, "images": 8, "mix": ()})
-    changed = config.train.model_copy(update={"init": str(init), "stages": (stage,)})
-    return config.model_copy(update={"train": changed})
+    stage = f"train.stages=[{{levels: {levels}, images: 8, batch_size: 4, lr: 0.01}}]"
+    return override(config, [stage, f"train.init={init}"])
 
 
 def test_a_warm_start_keeps_every_bit_and_happens_once(trained, tmp_path):
@@ -210,17 +205,14 @@ def test_a_warm_start_may_have_more_levels_but_no_other_ones(trained, tmp_path):
     grown = find_model(tmp_path / "grown")[0]
     assert all(torch.equal(grown[name], value) for name, value in small.state_dict().items())
     assert any(name.startswith("levels.1.") for name in grown)
-    other = config.model_copy(update={"model": config.model.model_copy(update={"embedding": 64})})
+    other = override(config, ["model.embedding=64"])
     for bad in (with_init(other, trained), with_init(config, trained, levels=1)):
         with pytest.raises(ConfigError, match=r"train\.init: .* is not the beginning"):
             grow.warm_start(bad, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
-    grow.warm_start(config, tmp_path / "none")
-    assert not (tmp_path / "none").exists(), "without init there is nothing to do"
-    announced = with_init(config, trained)
-    learning = announced.train.model_copy(update={"init_levels": 1})
+    announced = override(with_init(config, trained), ["train.init_levels=1"])
     with pytest.raises(ConfigError, match=r"init_levels is 1, but .* has 2"):
-        grow.warm_start(announced.model_copy(update={"train": learning}), tmp_path / "bad")
+        grow.warm_start(announced, tmp_path / "bad")
 
 
 def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):
@@ -297,14 +289,12 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_features_of_a_small_set_are_stored_before_training(tmp_path, own_cache, tiny_t5):
     config = text_config(photos(tmp_path / "photos", captions=("a jay", "red")), tiny_t5)
-    told = []
-    ready = job.prepare(config, progress=lambda *progress: told.append(progress))
-    assert ready.encode is not None
-    assert told == [(3, 3)], "two captions and the empty one"
-    assert ready.notes == f"features of 3 captions from {ready.encode.folder}"
+    calls = []
+    ready = job.prepare(config, progress=lambda *progress: calls.append(progress))
+    assert calls == [(3, 3)], "two captions and the empty one"
+    assert ready.notes == f"features of 3 captions from {there(ready.encode).folder}"
     again = job.prepare(config, progress=lambda *_: pytest.fail("they are stored"))
-    assert again.encode is not None
-    assert len(again.encode.store) == 3
+    assert len(there(again.encode).store) == 3
     assert len(list(own_cache.glob("*/*.safetensors"))) == 1
 
 
@@ -312,31 +302,27 @@ def test_features_of_a_large_set_are_made_in_the_feed(tmp_path, own_cache, tiny_
     config = text_config(photos(tmp_path / "photos", captions=("a jay", "red")), tiny_t5)
     step = Step(stage=0, first=0, rows=(4,), lr=0.0, ends_stage=False)
 
-    def given() -> tuple[Conditioning, str]:
+    def conditions() -> tuple[Conditioning, str]:
         ready = job.prepare(config)
         return Feed(ready.config, ready.loader, ready.encode)(step).cond, ready.notes
 
     monkeypatch.setattr(job, "SMALL_BYTES", 0)
-    fly, told = given()
-    assert "3 of 3 captions are encoded while training, batch by batch" in told
+    fly, notes = conditions()
+    assert "3 of 3 captions are encoded while training, batch by batch" in notes
     assert not list(own_cache.glob("*/*.safetensors"))
     monkeypatch.undo()
     monkeypatch.setenv("MDM_CACHE", str(own_cache.parent))
-    stored, _ = given()
+    stored, _ = conditions()
     assert list(own_cache.glob("*/*.safetensors"))
-    assert fly.tokens is not None
-    assert fly.mask is not None
-    assert stored.mask is not None
     torch.testing.assert_close(fly.tokens, stored.tokens, rtol=1e-4, atol=1e-5)
-    assert torch.equal(fly.mask, stored.mask)
+    assert torch.equal(there(fly.mask), there(stored.mask))
 
 
 @pytest.mark.parametrize(("precision", "half"), [("fp32", False), ("bf16", True)])
 def test_a_t5_is_in_bf16_where_the_run_is(tmp_path, own_cache, tiny_t5, precision, half):
     folder = photos(tmp_path / "photos", captions=("a jay",))
     ready = job.prepare(text_config(folder, tiny_t5, precision=precision))
-    assert ready.encode is not None
-    assert ready.encode.key.endswith("-bf16") == half
+    assert there(ready.encode).key.endswith("-bf16") == half
     other = "bf16" if precision == "fp32" else "fp32"
     _, cache = job.captions_to_embed(text_config(folder, tiny_t5), precision=other)
     assert cache.key.endswith("-bf16") != half

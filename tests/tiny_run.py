@@ -81,7 +81,7 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
     )
 
 
-def with_frames(config: RunConfig, frames: int = 4) -> RunConfig:
+def with_frames(config: RunConfig, frames: int | None = 4) -> RunConfig:
     """The run with so many frames in its finest level."""
     finest = config.model.levels[-1].model_copy(update={"frames": frames})
     model = config.model.model_copy(update={"levels": (*config.model.levels[:-1], finest)})

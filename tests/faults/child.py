@@ -212,9 +212,9 @@ def at_batches(look: Callable[[Any], None]) -> None:
     real: Callable[..., Any] = Loader.batch
 
     def batch(*args: Any) -> Any:
-        found = real(*args)
-        look(found)
-        return found
+        made = real(*args)
+        look(made)
+        return made
 
     setattr(Loader, "batch", batch)  # noqa: B010  of another type
 

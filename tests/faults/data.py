@@ -47,9 +47,9 @@ def _check(result: Result, data: str, damage: shards.Damage) -> int:
         f"{data}: {done.stdout}{done.stderr} instead of {sorted(damage.reported)}",
         "not reported",
     )
-    found = re.search(r"refuse this: (\d+) of (\d+) files are bad", done.stderr)
-    assert found, done.stderr
-    return int(found[2])
+    counts = re.search(r"refuse this: (\d+) of (\d+) files are bad", done.stderr)
+    assert counts, done.stderr
+    return int(counts[2])
 
 
 def _deliver(

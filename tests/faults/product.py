@@ -231,8 +231,8 @@ def judge_stop(result: Result, run: Run, before: int, ended: Ended, status: int)
     """After a signal: the step that was reached is saved and named, and the status is right."""
     result.counts["signals"] += 1
     result.expect(ended.status == status, f"{run.folder}: {ended}", "wrong statuses")
-    found = re.search(r"stopped at ([\d,]+) of", ended.errors)
-    named = int(found[1].replace(",", "")) if found else None
+    match = re.search(r"stopped at ([\d,]+) of", ended.errors)
+    named = int(match[1].replace(",", "")) if match else None
     result.expect(
         named == run.newest() == run.reached() > before,
         f"{run.folder}: stopped at {named}, saved {run.newest()}, reached {run.reached()}: {ended}",

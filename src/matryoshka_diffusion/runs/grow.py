@@ -110,8 +110,9 @@ def warm_start(config: RunConfig, out: Path) -> None:
         FileNotFoundError, ValueError: there is no such model.
     """
     init = config.train.init
+    assert init is not None
     begun = checkpoint.newest(out / "checkpoints") is not None
-    if init is None or begun or config.train.lora is not None:  # adapters leave a model beside
+    if begun or config.train.lora is not None:  # adapters leave a model beside
         return
     weights, old = find_model(init)
     levels = count_levels(weights)
