@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -231,20 +232,27 @@ def test_moments_win_over_the_pictures_beside_them(tmp_path):
         ({"arr_0": pictures().astype(np.float32)}, "arr_0 is float32"),
         ({"arr_0": pictures()[:, :8]}, "square images"),
         ({"arr_0": np.array([{}], dtype=object)}, "arr_0 is object"),
-        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(2)}, "allow_pickle"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(2)}, "mu is object"),
+        ({"mu": np.zeros(0), "sigma": np.zeros(10**7)}, "mu is float64"),
+        ({"mu": np.zeros(WIDTH), "sigma": np.zeros(10**7)}, "sigma is float64"),
     ],
 )
 def test_an_npz_that_is_something_else_is_refused(arrays, message, tmp_path):
     path = tmp_path / "a.npz"
     if isinstance(arrays, dict):
-        np.savez(path, **arrays)
+        np.savez_compressed(path, **arrays)
     elif isinstance(arrays, bytes):
         path.write_bytes(arrays)
     elif arrays is not None:
         with open(path, "wb") as file:
             np.save(file, arrays)
+    del arrays
+    tracemalloc.start()
     with pytest.raises(UsageError, match=f"a.npz.*{message}"):
         open_npz(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22, "nothing of another shape is unpacked"
 
 
 def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -50,6 +52,22 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, e
         files.write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EIO])
+def test_a_system_that_cannot_sync_folders_is_no_failing_disk(tmp_path, monkeypatch, number):
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fails = pytest.raises(OSError, match=r"a\.bin: Input/output error")
+    with fails if number == errno.EIO else contextlib.nullcontext():
+        files.write_atomically(tmp_path / "a.bin", lambda file: file.write(b"new"))
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
 
 
 def test_a_full_disk_is_named_with_path_bytes_needed_and_free(tmp_path, monkeypatch):

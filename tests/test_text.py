@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -271,6 +273,22 @@ def test_a_damaged_folder_is_named_in_one_line(t5_copy, damage):
     with pytest.raises(OSError, match=r"copy.*: .*encoder\.path") as error:
         t5(t5_copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["minilm", "t5"])
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_the_code_in_a_folder_is_neither_run_nor_offered(name, place, t5_copy, monkeypatch):
+    """`auto_map` names it. transformers would ask on a terminal; here it is refused or ignored."""
+    canary = t5_copy / "canary"
+    (t5_copy / "own.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    about = json.loads((t5_copy / place).read_text())
+    about.pop("model_type", None)
+    classes = {"AutoConfig": "own.A", "AutoModel": "own.B", "AutoTokenizer": ["own.C", "own.C"]}
+    (t5_copy / place).write_text(json.dumps({**about, "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    with contextlib.suppress(OSError):
+        load_encoder(EncoderConfig(name=name, path=str(t5_copy)))
+    assert not canary.exists()
 
 
 def test_what_an_encoder_cannot_do_is_refused(t5_copy):

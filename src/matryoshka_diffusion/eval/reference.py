@@ -9,7 +9,9 @@ every image of val2014, the few below 256 pixels as well. More than that is refu
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,8 @@ from matryoshka_diffusion.train.distributed import World
 MAX_ENLARGED = 0.05
 """Largest share of images below the compared side in a reference."""
 
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What zipfile raises for damage, unknown compression and passwords."""
 
 
 @dataclass(frozen=True)
@@ -179,25 +179,45 @@ def open_npz(path: Path) -> Reference:
     """
     try:
         archive = zipfile.ZipFile(path)  # open as long as its images are read
-        with np.load(path, allow_pickle=False) as arrays:
-            names = sorted(arrays.files)
-            published = _published(arrays["mu"], arrays["sigma"]) if "mu" in names else None
+        names = sorted(name.removesuffix(".npy") for name in archive.namelist())
+        published = None
+        if "mu" in names:
+            mean, covariance = ((WIDTH,), (WIDTH, WIDTH))
+            published = _published(
+                _statistic(archive, "mu", mean), _statistic(archive, "sigma", covariance)
+            )
         pictures = _pictures(path, archive) if "arr_0" in names else None
         if published is None and pictures is None:
             raise ValueError(
                 f"it holds {', '.join(names) or 'nothing'}: a reference batch has mu and sigma, "
                 "images as arr_0, or both"
             )
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, LookupError, OSError, EOFError, *_NO_ARCHIVE) as error:
         raise UsageError(f"{path} is no reference batch that can be read: {error}") from error
     return Reference(path.name, pictures, published)
 
 
+def _statistic(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Array of that shape. Its header is judged first: a small file may unpack to any size."""
+    with archive.open(f"{name}.npy") as file:
+        own, in_columns, dtype = _header(file)
+        if own != shape or dtype.kind != "f":
+            raise ValueError(
+                f"{name} is {dtype} of {own}, not {WIDTH:,} features' floats of {shape}"
+            )
+        data = file.read(math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if in_columns else "C")
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape of an array in the NPY format, True if it lies in columns, and type."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # later ones are for headers above 64 KB
+        raise ValueError(f"its arrays are of NPY version {version}, not (1, 0)")
+    return np.lib.format.read_array_header_1_0(file)
+
+
 def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
-    if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
-        raise ValueError(
-            f"mu and sigma are {mean.shape} and {covariance.shape}, not those of {WIDTH:,} features"
-        )
     tolerance = 1e-6 * float(np.abs(covariance).max())
     symmetric = np.allclose(covariance, covariance.T, rtol=0.0, atol=tolerance)
     if not (symmetric and np.isfinite([*mean, tolerance]).all()):  # NaN is not close
@@ -207,7 +227,7 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
 
 def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
     file = archive.open("arr_0.npy")
-    shape, in_columns, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+    shape, in_columns, dtype = _header(file)
     begin = file.tell()
     squares = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
     if dtype != np.uint8 or in_columns or not squares:

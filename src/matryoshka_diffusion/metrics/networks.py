@@ -193,10 +193,14 @@ class CLIP:
             )
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
+                folder, local_files_only=True, trust_remote_code=False
             )
             model, loading = transformers.CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
             if missing := sorted(loading["missing_keys"]):  # these would be random
                 raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")

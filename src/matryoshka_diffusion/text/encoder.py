@@ -218,6 +218,7 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder) if local else path,
         "local_files_only": local,
+        "trust_remote_code": False,  # unset, transformers asks on a terminal
     }
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
