@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from faults import shards
 from faults.product import CONFIG
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
@@ -26,7 +28,7 @@ from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.train import checkpoint
-from picturing import chunk, png_bytes
+from picturing import chunk, noise, png_bytes, save
 from ranks import fork
 from test_pipeline import text_model
 from test_released import Evil, tensors
@@ -66,7 +68,7 @@ def command(tmp_path, monkeypatch) -> list[str]:
 def test_the_same_command_goes_on_and_never_starts_over(command, tmp_path, capsys):
     assert cli.main(command) == 0
     done = digests(tmp_path / "run")
-    written = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    written = {path.suffix for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
     assert written == {".safetensors", ".json", ".jsonl", ".yaml", ".png"}, "no pickles"
     (only,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert cli.main(command) == 0
@@ -79,6 +81,33 @@ def test_the_same_command_goes_on_and_never_starts_over(command, tmp_path, capsy
     assert ignored.endswith("is ignored: manifest.json is missing")
     assert re.search("no complete checkpoint: remove it", refused)
     assert sorted((path, path.stat().st_mtime_ns) for path in only.iterdir()) == before
+
+
+@pytest.mark.filterwarnings("default:.* goes on with other data")  # the command shows it
+def test_a_run_goes_on_with_its_own_data_wherever_that_is_and_with_no_other(tmp_path, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for n in range(8):
+        save(data / f"class{n % 4}" / f"{n}.png", noise(16, seed=n))
+    words = ["--out", str(run), "--device", "cpu", "--set", SHORT]
+    assert cli.main(["train", str(CONFIG), "--data", str(data), *words]) == 0
+    weights = digests(run)["model.safetensors"]
+    moved = data.rename(tmp_path / "moved")
+    go_on = ["train", str(run), "--data", str(moved), "--device", "cpu"]
+    assert cli.main(go_on) == 0
+    assert digests(run)["model.safetensors"] == weights
+    assert load_config(run / "config.yaml").data.path == str(moved)
+    (moved / "class0" / "0.png").rename(moved / "class0" / "x.png")
+    capsys.readouterr()
+    assert cli.main(go_on) == 2
+    assert re.search(r"other data: keys is .*--data-changed", capsys.readouterr().err)
+    save(moved / "class1" / "9.png", noise(16, seed=9))
+    assert cli.main(go_on) == 2
+    assert re.search(r"other data: images is 8 there, 9 now", capsys.readouterr().err)
+    assert cli.main([*go_on, "--data-changed"]) == 0
+    assert "goes on with other data: images is 8 there, 9 now" in capsys.readouterr().err
+    first, *_, last = json.loads((run / "environment.json").read_text("utf-8"))
+    assert (first["data"]["images"], last["data"]["images"]) == (8, 9)
+    assert cli.main(go_on) == 0, "it is the data of the run now"
 
 
 # --- decoding is bounded -----------------------------------------------------------------------

@@ -82,6 +82,14 @@ class ProcessConfig(Strict):
     level_weights: tuple[Weight, ...] = (1.0,)
 
 
+class DataIdentity(Strict):
+    """What a data set holds: the number of its images, and hashes of what the images are for."""
+
+    images: Count
+    keys: str  # hash of the names of all images, in order
+    conditions: str  # hash of their captions and labels
+
+
 class DataConfig(Strict):
     """The source of images or videos. A clip is every `frame_stride`-th frame of a video."""
 
@@ -89,6 +97,7 @@ class DataConfig(Strict):
     path: Name | None = None  # folder, pattern of shards or parquet files, or hf:NAME
     side: Count | None = None  # of the images that D^r makes the levels of; None: the finest side
     classes: tuple[str, ...] = ()  # class names of the data; a run fills them in
+    identity: DataIdentity | None = None  # of the data; a run fills it in
     crop: Crop = "centre"  # of the square; random: another place each time
     flip: bool = False
     augment: Share = 0.0  # probability of each geometric transformation

@@ -54,7 +54,15 @@ def train(options: argparse.Namespace) -> None:
 
         raise SystemExit(launch(options.gpus, options.arguments))
     timeout = options.rank_timeout or RANK_TIMEOUT
-    _train(config, out, options.device, options.log, options.parallel or "ddp", timeout)
+    _train(
+        config,
+        out,
+        options.device,
+        options.log,
+        options.parallel or "ddp",
+        timeout,
+        data_changed=options.data_changed,
+    )
     return None
 
 
@@ -75,7 +83,8 @@ def _train_codec(config: Any, options: argparse.Namespace) -> None:
     out = options.out or (begun if (begun / TRAINING).is_file() else None)
     if out is None:
         raise UsageError("mdm train: give the codec's folder with --out")
-    codec = train_codec(config, out, find_device(options.device))
+    changed = options.data_changed
+    codec = train_codec(config, out, find_device(options.device), data_changed=changed)
     preset = config.name.removesuffix("-codec")
     preset = preset if preset in PRESETS else f"folder-64 --data {config.data.path}"
     show(f"PSNR {codec.psnr:.2f} dB on {codec.measured_on}: {out / 'reconstructions.png'}")
@@ -107,6 +116,8 @@ def _train(
     logs: Sequence[str] = (),
     parallel: Any = "ddp",
     rank_timeout: int = RANK_TIMEOUT,
+    *,
+    data_changed: bool = False,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
     from contextlib import ExitStack
@@ -160,6 +171,7 @@ def _train(
             sinks=sinks,
             device=device,
             world=world,
+            data_changed=data_changed,
         )
         if world.leads:
             previews = out / "previews"
@@ -265,6 +277,8 @@ def add_commands(commands: Any) -> None:
     add("--lora", type=positive, metavar="RANK", help=text)
     text = "train on codes of this autoencoder (diffusers' AutoencoderKL)"
     add("--codec", metavar="PATH", help=text)
+    text = "go on although the data of the run is not what it was"
+    add("--data-changed", action="store_true", help=text)
     add("--dry-run", action="store_true", help="print what training would take, and stop")
     add("--gpus", type=positive, metavar="N", help="train on N GPUs of this machine (1)")
     text = "copies of the network on several GPUs (ddp), or shares of it, in less memory (fsdp)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from matryoshka_diffusion.config import (
     VIDEO_SOURCES,
     ConfigError,
     DataConfig,
+    DataIdentity,
     RunConfig,
     SourceName,
 )
@@ -185,6 +187,16 @@ def split(source: Source, share: float) -> tuple[Source, Source | None]:
             "(--set data.held_out=0 trains on all)"
         )
     return source.part(train), source.part(held_out)
+
+
+def identity(source: Source) -> DataIdentity:
+    """Hash what a run depends on: the keys of the usable samples, their captions and labels."""
+    keys, conditions = (hashlib.blake2b(digest_size=8) for _ in range(2))
+    for sample in source.samples:
+        keys.update(repr(sample.key).encode())
+        conditions.update(repr((sample.captions, sample.label)).encode())
+    images = len(source)
+    return DataIdentity(images=images, keys=keys.hexdigest(), conditions=conditions.hexdigest())
 
 
 # --- from a config to a source ---------------------------------------------------------------

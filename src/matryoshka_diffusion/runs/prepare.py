@@ -39,6 +39,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import (
     Source,
     absolute,
+    identity,
     open_source,
     sourced,
     split,
@@ -180,7 +181,7 @@ def find_codec_run(
 
 
 def complete(config: RunConfig, source: Source) -> RunConfig:
-    """Add to the config what only the data knows: class names, captions for a bare model.
+    """Add to the config what only the data knows: its identity, and conditions for a bare model.
 
     Raises:
         ConfigError: model and data disagree on channels, frames, classes or captions.
@@ -200,7 +201,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
             f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
             "file NAME.* or a metadata.jsonl"
         )
-    changes: dict[str, Any] = {"data.classes": source.classes}
+    changes: dict[str, Any] = {"data.classes": source.classes, "data.identity": identity(source)}
     if model.text is None and not model.classes and (source.captions or classes):
         if config.sampling.guidance == SamplingConfig().guidance:  # else the user chose it
             changes["sampling.guidance"] = (2.0,)

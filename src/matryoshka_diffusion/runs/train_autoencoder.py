@@ -29,14 +29,14 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.source import Source, open_source, split
+from matryoshka_diffusion.data.source import Source, identity, open_source, split
 from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import require, whole_folder, write_atomically
 from matryoshka_diffusion.pyramid import to_float, to_uint8
 from matryoshka_diffusion.rng import normal, stream
 from matryoshka_diffusion.train.inputs import Inputs
-from matryoshka_diffusion.train.run_folder import differences, owned
+from matryoshka_diffusion.train.run_folder import continued_data, differences, owned
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import NotFinite, Recipe
 from matryoshka_diffusion.train.trainer import Trainer
@@ -55,27 +55,36 @@ class TrainedCodec(NamedTuple):
 
 
 def train_codec(
-    config: CodecRunConfig, out: Path, device: torch.device | str = "cpu"
+    config: CodecRunConfig,
+    out: Path,
+    device: torch.device | str = "cpu",
+    *,
+    data_changed: bool = False,
 ) -> TrainedCodec:
     """Train in the folder `out`, or continue the training that is there.
 
     It leaves the codec in `out/codec`, images beside their originals in `reconstructions.png` and
-    losses in `metrics.jsonl`.
+    losses in `metrics.jsonl`. With `data_changed` the training goes on with other data.
 
     Raises:
-        ConfigError: `out` holds something else, or the training of another codec.
+        ConfigError: `out` holds something else, or the training of another codec or on other data.
         RunInUse: another process trains there.
         Stopped: SIGINT, SIGTERM or SIGUSR1; the training is saved.
         RuntimeError: the loss or its gradient was not finite for many steps.
         ValueError, OSError, MissingExtra: the data or diffusers cannot be used.
     """
     with owned(out, TRAINING):
-        _refuse_others(config, out)
         source = open_source(config.data, config.side)
+        known = config.data.model_copy(update={"identity": identity(source)})
+        config = config.model_copy(update={"data": known})
+        written = None
+        if (out / TRAINING).is_file():
+            written = load_config(out / TRAINING, CodecRunConfig)
+            _refuse_other(config, written, out, data_changed)
         seen, held_out = split(source, config.data.held_out)
         trainer = Trainer.resume(reconstruction(config, seen.channels), out, device)
         # Writing the config makes the folder this training's, so it comes after what can fail.
-        if not (out / TRAINING).is_file():
+        if config != written:
             write_atomically(out / TRAINING, lambda file: file.write(to_yaml(config).encode()))
         try:
             loader = Loader.of(seen, config.seed, config.data)
@@ -178,11 +187,12 @@ def codec_loss(
     return error.abs().mean() + square + config.kl_weight * divergence
 
 
-def _refuse_others(config: CodecRunConfig, out: Path) -> None:
-    """Raise ConfigError if `out` holds a training of another config."""
-    if not (out / TRAINING).is_file():
-        return
-    if changes := differences(load_config(out / TRAINING, CodecRunConfig), config):
+def _refuse_other(
+    config: CodecRunConfig, written: CodecRunConfig, out: Path, data_changed: bool
+) -> None:
+    """Raise ConfigError unless `config` and its data are those of the training in `out`."""
+    data = continued_data(out, written.data, config.data, changed=data_changed)
+    if changes := differences(written.model_copy(update={"data": data}), config):
         raise ConfigError(
             f"{out} holds the training of another codec: {changes}; give another --out, or drop "
             "the override to continue that one"

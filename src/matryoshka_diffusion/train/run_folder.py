@@ -8,6 +8,7 @@ import platform
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 
 from matryoshka_diffusion.config import (
     ConfigError,
+    DataConfig,
+    DataIdentity,
     RunConfig,
     Strict,
     TrainConfig,
@@ -82,19 +85,28 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int = 1) -> RunConfig:
+def open_run(
+    folder: Path,
+    config: RunConfig,
+    device: torch.device,
+    ranks: int = 1,
+    *,
+    data_changed: bool = False,
+) -> RunConfig:
     """Begin a run in `folder`, or find the run that `config` began there; return its config.
 
     The config is resolved: a resumed run keeps what replaced `auto` at its start, so moving it to
-    other hardware does not change its numbers.
+    other hardware does not change its numbers. Its data may have moved. With `data_changed` it may
+    also be other data; a warning says what differs.
 
     Raises:
-        ConfigError: the folder belongs to a run of another config.
+        ConfigError: the folder belongs to a run of another config, or of other data.
     """
     path = folder / "config.yaml"
     written = load_config(path) if path.exists() else None
     if written is not None:
-        config = _continued(folder, written, config)
+        data = continued_data(folder, written.data, config.data, changed=data_changed)
+        config = _continued(folder, written.model_copy(update={"data": data}), config)
     config = _with(
         config,
         precision=resolve_precision(config.train.precision, device),
@@ -102,7 +114,7 @@ def open_run(folder: Path, config: RunConfig, device: torch.device, ranks: int =
     )
     if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
-    _note_start(folder / "environment.json", device, ranks)
+    _note_start(folder / "environment.json", device, ranks, config.data.identity)
     return config
 
 
@@ -139,6 +151,31 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
             "override to continue that run"
         )
     return written
+
+
+def continued_data(
+    folder: Path, written: DataConfig, data: DataConfig, *, changed: bool
+) -> DataConfig:
+    """Return the data section of a run's config, with the place and identity of its data today.
+
+    Data with the same identity may have moved. Other data is accepted with a warning if `changed`.
+
+    Raises:
+        ConfigError: the data is another one.
+    """
+    if data.identity is None:  # a loader of the caller's own
+        return written
+    if written.identity is None:  # the run was prepared, and has not begun
+        return written.model_copy(update={"identity": data.identity})
+    if other := differences(written.identity, data.identity):
+        if not changed:
+            raise ConfigError(
+                f"{folder} was trained on other data: {other}; name the data of the run, or go on "
+                "with this one (mdm train --data-changed)"
+            )
+        warnings.warn(f"{folder} goes on with other data: {other}", stacklevel=2)
+    place = {"path": data.path, "source": data.source, "identity": data.identity}
+    return written.model_copy(update=place)
 
 
 def differences(written: Strict, config: Strict) -> str:
@@ -180,8 +217,8 @@ def refuse_lost_weights(train: TrainConfig, folder: Path) -> None:
         )
 
 
-def _note_start(path: Path, device: torch.device, ranks: int) -> None:
-    """Add this start of the run to the list of where it was computed."""
+def _note_start(path: Path, device: torch.device, ranks: int, data: DataIdentity | None) -> None:
+    """Add this start of the run to the list of where it was computed, and on which data."""
     starts = json.loads(path.read_text("utf-8")) if path.exists() else []
     try:
         package = version("matryoshka-diffusion")
@@ -196,6 +233,7 @@ def _note_start(path: Path, device: torch.device, ranks: int) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "ranks": ranks,
         "threads": torch.get_num_threads(),
+        "data": data and data.model_dump(),
     }
     text = json.dumps([*starts, start], indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))

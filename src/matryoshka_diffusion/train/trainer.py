@@ -93,11 +93,13 @@ def train(
     sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
     world: World | None = None,
+    data_changed: bool = False,
 ) -> Path:
     """Train in a run folder, or continue the run there; return the folder of the finished model.
 
     All ranks of `world` call it. `encode` is for models with text, `base` for adapters
-    (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run.
+    (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run. With
+    `data_changed` the run goes on although its data is another one now.
 
     Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
     and the errors of `Trainer.resume` and `fit`.
@@ -105,7 +107,8 @@ def train(
     device, world = torch.device(device), world or World()
     with ExitStack() as ownership:
         world.once(lambda: ownership.enter_context(owned(folder)))
-        config = world.once(lambda: open_run(folder, config, device, world.size))
+        begin = partial(open_run, folder, config, device, world.size, data_changed=data_changed)
+        config = world.once(begin)
         trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
         trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
         weights = trainer.averaged()
