@@ -92,4 +92,5 @@ def _show(command: str, study: Study, trials: Sequence[Trial]) -> None:
 
 if __name__ == "__main__":
     with output():
-        sys.exit(main())
+        status = main()
+    sys.exit(status)

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from matryoshka_diffusion.cli.terminal import leads, one_line, output, say, show_warning
+from matryoshka_diffusion.cli.terminal import (
+    escape_unknown_letters,
+    leads,
+    one_line,
+    say,
+    show_warning,
+)
 
 GROUPS = {
     "train": ("train", "embed", "data", "demo"),
@@ -28,21 +34,19 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with output():
-        options = build_parser(arguments[:1]).parse_args(arguments)
-        options.arguments = arguments
-        warnings.showwarning = show_warning
-        try:
-            options.run(options)
-        except KeyboardInterrupt:
-            return say("interrupted", 130)
-        except BrokenPipeError:
+    escape_unknown_letters()
+    options = build_parser(arguments[:1]).parse_args(arguments)
+    options.arguments = arguments
+    warnings.showwarning = show_warning
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return say("interrupted", 130)
+    except Exception as error:
+        if options.debug:
             raise
-        except Exception as error:
-            if options.debug:
-                raise
-            return _report(error)
-        return 0
+        return _report(error)
+    return 0
 
 
 def _report(error: Exception) -> int:

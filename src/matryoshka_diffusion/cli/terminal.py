@@ -13,25 +13,28 @@ LOG_SECONDS = 30.0
 """Time between two lines of progress in a log, which is not a terminal."""
 
 
-@contextmanager
-def output() -> Iterator[None]:
-    """Print letters that an encoding lacks as escapes, and end quietly if nobody reads any more."""
+def escape_unknown_letters() -> None:
+    """Let stdout and stderr print letters that their encoding lacks, such as cp1252, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # such as cp1252 of Windows
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def output() -> Iterator[None]:
+    """Print results to stdout; end the process quietly if nobody reads them, as after `| head`."""
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # `mdm info | head`
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
         raise SystemExit(141) from None  # as a shell reports SIGPIPE
 
 
 def show(text: str) -> None:
     """Print a result to stdout."""
-    print(_printable(text), flush=True)
+    with output():
+        print(_printable(text))
 
 
 def say(text: str, status: int = 0) -> int:
