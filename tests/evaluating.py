@@ -151,10 +151,10 @@ def make_run(
         write_snapshot(folder / "ema", tracks.state(), images_seen)
 
 
-def make_videos(folder: Path, shown: Any) -> str:
+def make_videos(folder: Path, images: Any) -> str:
     """Clips (n, f, h, w, c) as files that lose nothing; their folder."""
     folder.mkdir()
-    for number, clip in enumerate(shown):
+    for number, clip in enumerate(images):
         first, *others = map(Image.fromarray, clip)
         path = folder / f"{number:03d}.webp"
         first.save(path, save_all=True, append_images=others, lossless=True, duration=100)
@@ -247,8 +247,8 @@ def narrow(patch: pytest.MonkeyPatch) -> None:
 
 def measured(folder: Path, **options: Any) -> Any:
     """Measure a few samples of a model."""
-    given = {"source": source(), "n": SAMPLES, "networks": looks(), "batch_size": BATCHED}
-    return evaluate(model(), ("fd", "agreement"), folder=folder, **(given | options))
+    defaults = {"source": source(), "n": SAMPLES, "networks": looks(), "batch_size": BATCHED}
+    return evaluate(model(), ("fd", "agreement"), folder=folder, **(defaults | options))
 
 
 CLIPS = ("fd", "fd-frames", "motion", "agreement", "retrieval")
@@ -256,21 +256,21 @@ CLIPS = ("fd", "fd-frames", "motion", "agreement", "retrieval")
 
 def measured_clips(folder: Path, **options: Any) -> Any:
     """Measure a few clips of a model."""
-    given = {"source": clips(), "n": 10, "networks": looks(), "batch_size": BATCHED}
-    return evaluate(model("text", FRAMES), CLIPS, folder=folder, **(given | options))
+    defaults = {"source": clips(), "n": 10, "networks": looks(), "batch_size": BATCHED}
+    return evaluate(model("text", FRAMES), CLIPS, folder=folder, **(defaults | options))
 
 
 def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
     from matryoshka_diffusion.train.distributed import joined
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         if what == "tiny" and kill_at and done >= int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with joined(torch.device("cpu"), "ddp", 30) as world:
         for measure in (measured, measured_clips):
-            measure(Path(folder), world=world, progress=told)
+            measure(Path(folder), world=world, progress=report)
 
 
 assert BATCH != BATCHED, "references and samples are cut into different batches"

@@ -78,13 +78,13 @@ def test_sample_writes_images_a_grid_and_all_levels_with_their_settings(model, t
 
 def test_info_shows_presets_and_runs(model, capsys):
     assert run("info", "cc12m-64") == 0
-    shown = capsys.readouterr().out
-    assert "437.2 M parameters" in shown
-    assert re.search(r"^1 +64x64 +256 512 768 +2 2 2 +0 1 5 +408,864,771 +368\.\d\d", shown, re.M)
+    output = capsys.readouterr().out
+    assert "437.2 M parameters" in output
+    assert re.search(r"^1 +64x64 +256 512 768 +2 2 2 +0 1 5 +408,864,771 +368\.\d\d", output, re.M)
     assert run("info", model) == 0
-    shown = capsys.readouterr().out
-    assert "2 classes" in shown
-    assert "stage 2: 2 levels, 24 images, batch 4, lr 0.01, mix 0.5/0.5" in shown
+    output = capsys.readouterr().out
+    assert "2 classes" in output
+    assert "stage 2: 2 levels, 24 images, batch 4, lr 0.01, mix 0.5/0.5" in output
 
 
 def test_data_check_lists_bad_files(tmp_path, capsys):
@@ -93,15 +93,15 @@ def test_data_check_lists_bad_files(tmp_path, capsys):
     (tmp_path / "torn.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     assert run("data", "check", tmp_path, "--set", "data.max_bad_fraction=0.5") == 0
     assert run("data", "check", tmp_path) == 1
-    shown = capsys.readouterr()
-    assert "torn.png" in shown.out
-    check_message(shown.err, "1 of 4 files", "data.max_bad_fraction")
+    output = capsys.readouterr()
+    assert "torn.png" in output.out
+    check_message(output.err, "1 of 4 files", "data.max_bad_fraction")
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")
     assert run("data", "check", tmp_path) == 1
-    shown = capsys.readouterr()
-    assert "bad files 4" in shown.out
-    check_message(shown.err, str(tmp_path))
+    output = capsys.readouterr()
+    assert "bad files 4" in output.out
+    check_message(output.err, str(tmp_path))
 
 
 def test_growing_without_freezing_or_ramp_can_be_explicit(model, tmp_path):
@@ -149,8 +149,10 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
         "    except SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'PIL', 'tqdm') if m in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.splitlines()[-1] == "[]"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.splitlines()[-1] == "[]"
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -200,6 +202,19 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
         ("eval empty", 1, "empty"),
         ("eval MODEL -n -5", 2, "'-5'"),
         ("plot empty", 2, "empty"),
+        ("eval MODEL", 2, "give -n"),
+        ("eval MODEL --metrics fdi", 2, "'fdi'"),
+        ("eval MODEL --protocol coco", 2, "'coco'"),
+        ("eval MODEL -n 4 --clip c", 2, "--clip PATH"),
+        ("eval MODEL -n 4 --inception i", 2, "fid,kid,is,prdc,fid-frames"),
+        ("compare a.npz b.npz --metrics fd,is50k", 2, "(--metrics fd,is)"),
+        ("compare a.npz b.npz --fvd i3d.pt", 2, "--fvd PATH"),
+        ("compare a.npz b.npz --side 32", 2, "omit --side"),
+        ("compare images MODEL/model --side 16", 2, "not images: mdm eval"),
+        ("sweep MODEL -n 4", 2, "name what to try"),
+        ("sweep MODEL --steps 10,2.5", 2, "'2.5'"),
+        ("sweep MODEL --cfg 1:3", 2, "FIRST:LAST:STEP"),
+        ("sweep MODEL --sampler ddim,euler", 2, "'euler'"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(
@@ -210,7 +225,7 @@ def test_bad_input_is_one_line_and_a_status(
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
     save_png(np.zeros((64, 64, 3), np.uint8), Path("images/0.png"), None)
-    assert run(*[model if word == "MODEL" else word for word in words.split()]) == status
+    assert run(*words.replace("MODEL", str(model)).split()) == status
     check_message(capsys.readouterr().err, message)
     assert sorted(os.listdir()) == ["empty", "full", "images"], "nothing is begun"
 
@@ -255,14 +270,14 @@ def test_a_damaged_file_is_one_line_without_traceback(
     Path(file).write_bytes(DAMAGE[damage])
     for words in COMMANDS[file]:
         status = run(*words.split())
-        shown = capsys.readouterr()
+        output = capsys.readouterr()
         if (file, damage) in TOLERATED:
             assert status == 0
             continue
         assert status in (1, 2)
-        check_message(shown.err)
-        assert Path(file).name in shown.out + shown.err
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", shown.out + shown.err)
+        check_message(output.err)
+        assert Path(file).name in output.out + output.err
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", output.out + output.err)
 
 
 def test_other_packages_errors_are_one_line(monkeypatch, capsys):
@@ -300,10 +315,10 @@ def test_control_characters_are_escaped(capsys):
     text = "\x1b[31mred\x07 \udcff\u202e naïve 苹果"
     terminal.say(f"{text}\n\r")
     terminal.show(f"{text}\nsecond line")
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     escaped = r"\x1b[31mred\x07 \udcff\u202e naïve 苹果"
-    assert shown.err == f"mdm: {escaped}\n"
-    assert shown.out == f"{escaped}\nsecond line\n"
+    assert output.err == f"mdm: {escaped}\n"
+    assert output.out == f"{escaped}\nsecond line\n"
 
 
 def test_letters_that_an_encoding_lacks_are_escaped(monkeypatch, tmp_path):
@@ -333,8 +348,8 @@ def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch, capsys):
 
     assert work() == "", "quick work needs none"
     monkeypatch.setattr(terminal, "LOG_SECONDS", 0.0)
-    shown = work()
-    assert all(f"mdm: {title}: 2 of 2" in shown for title in ("one", "two"))
+    output = work()
+    assert all(f"mdm: {title}: 2 of 2" in output for title in ("one", "two"))
     monkeypatch.setenv("RANK", "1")
     assert work() == ""
     terminal.say("mine")

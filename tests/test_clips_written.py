@@ -86,12 +86,12 @@ def psnr(a, b):
 def test_a_clip_comes_back_with_its_frames_its_times_and_its_settings(suffix, fps, tmp_path):
     clip, path = smooth(), tmp_path / f"new/clip{suffix}"
     clips.save_clip(clip, path, fps, SETTINGS)
-    found = decode(path)
+    decoded = decode(path)
     unit = {".mp4": 1e-5, ".webp": 1e-3, ".gif": 1e-2}[suffix]
-    assert found.frames.shape == clip.shape
-    np.testing.assert_allclose(found.begins, np.arange(6) / fps, rtol=0, atol=0.51 * unit)
-    assert found.seconds == pytest.approx(6 / fps, abs=0.51 * unit)
-    assert found.settings == SETTINGS
+    assert decoded.frames.shape == clip.shape
+    np.testing.assert_allclose(decoded.begins, np.arange(6) / fps, rtol=0, atol=0.51 * unit)
+    assert decoded.seconds == pytest.approx(6 / fps, abs=0.51 * unit)
+    assert decoded.settings == SETTINGS
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -120,10 +120,10 @@ def test_a_folder_of_frames_is_no_video(tmp_path):
 def test_any_size_and_a_single_frame(suffix, frames, height, width, tmp_path):
     clip = smooth(frames, height, width)
     clips.save_clip(clip, tmp_path / f"a{suffix}", 8.0, None)
-    found = decode(tmp_path / f"a{suffix}")
-    assert found.frames.shape == clip.shape
-    assert found.settings is None
-    assert psnr(clip, found.frames) > 35
+    decoded = decode(tmp_path / f"a{suffix}")
+    assert decoded.frames.shape == clip.shape
+    assert decoded.settings is None
+    assert psnr(clip, decoded.frames) > 35
 
 
 def test_an_mp4_loses_little_and_keeps_colours(tmp_path):
@@ -173,10 +173,10 @@ def test_a_gif_of_256_colours_loses_nothing_and_does_not_flicker(tmp_path):
     clip = smooth(4, 32, 32)
     clip[:, :16] = clip[0, :16]
     clips.save_clip(clip, tmp_path / "a.gif", 8.0, None)
-    found = decode(tmp_path / "a.gif").frames
-    assert psnr(clip, found) > 28
-    assert (found[:, :16] == found[0, :16]).all()
-    assert (found[:, 16:] != found[0, 16:]).any()
+    decoded = decode(tmp_path / "a.gif").frames
+    assert psnr(clip, decoded) > 28
+    assert (decoded[:, :16] == decoded[0, :16]).all()
+    assert (decoded[:, 16:] != decoded[0, 16:]).any()
 
 
 def test_frames_are_encoded_one_by_one(tmp_path):

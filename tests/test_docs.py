@@ -139,15 +139,15 @@ def commands(text: str, *, python: bool = False) -> list[list[str]]:
 
     With `python`, a ```python block is a command, too: the words `python`, `-c` and its text.
     """
-    found = []
+    result = []
     for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if kind == "sh":
             lines = block.replace("\\\n", " ").splitlines()
             split = [shlex.split(line, comments=True) for line in lines]
-            found += [words for words in split if words and words[0] in ("mdm", "torchrun")]
+            result += [words for words in split if words and words[0] in ("mdm", "torchrun")]
         elif python:
-            found.append(["python", "-c", block])
-    return found
+            result.append(["python", "-c", block])
+    return result
 
 
 def smaller(words: Sequence[str]) -> list[str]:
@@ -485,9 +485,9 @@ def test_make_goals_in_the_documents_exist():
     goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for name in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        shown = set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE))
-        assert shown
-        assert shown <= goals, name
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE))
+        assert named
+        assert named <= goals, name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -517,8 +517,8 @@ def test_every_page_is_listed_in_the_readme():
 
 
 def test_every_command_of_a_document_can_be_shrunk():
-    found = [words for path in DOCUMENTS for words in commands(read(path.name))]
-    assert len([smaller(words) for words in found]) > 100
+    all_words = [words for path in DOCUMENTS for words in commands(read(path.name))]
+    assert len([smaller(words) for words in all_words]) > 100
     with pytest.raises(LookupError):
         smaller(["mdm", "train", "mystery"])
 

@@ -69,9 +69,9 @@ def distance(look: Any, *sides: Any) -> float:
     return frechet_distance(*(Moments.of(look(frames(side))) for side in sides))
 
 
-def frames(shown: Any) -> Any:
+def frames(images: Any) -> Any:
     """All frames of all clips as pictures."""
-    return shown.reshape(-1, *shown.shape[-3:])
+    return images.reshape(-1, *images.shape[-3:])
 
 
 # --- done in any way, the numbers are the same -------------------------------------------------
@@ -79,8 +79,8 @@ def frames(shown: Any) -> Any:
 
 def test_streamed_numbers_are_those_of_all_samples_in_memory(whole):
     tiny, known, look = model(), source(), Look("EffNetLite0")
-    asked = in_turn(tiny.config, known).of(range(SAMPLES))
-    samples = tiny.sample(**asked, seed=SEED, batch_size=BATCHED)
+    conditions = in_turn(tiny.config, known).of(range(SAMPLES))
+    samples = tiny.sample(**conditions, seed=SEED, batch_size=BATCHED)
     fd, agreement = whole[1]
     expected = distance(look, all_pictures(known), samples.pictures)
     assert fd.value == pytest.approx(expected, rel=1e-9)
@@ -133,10 +133,10 @@ def test_what_is_known_is_not_made_again(tmp_path):
     assert networks["EffNetLite0"].seen == seen
     measured(tmp_path, networks=networks, n=24)  # another batch, and nothing of the reference
     assert networks["EffNetLite0"].seen == seen + BATCHED
-    told = []
-    measured(tmp_path, networks=networks, n=30, progress=lambda *now: told.append(now))
-    assert told[-1] == ("tiny", 6, 6)
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    calls = []
+    measured(tmp_path, networks=networks, n=30, progress=lambda *now: calls.append(now))
+    assert calls[-1] == ("tiny", 6, 6)
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
 
 
 def test_moments_of_a_reference_are_taken_once_and_damaged_files_are_named(tmp_path, monkeypatch):
@@ -224,36 +224,36 @@ def few(monkeypatch):
 
 @pytest.mark.usefixtures("few")
 def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
-    asked = [name for name, one in METRICS.items() if "clips" not in one.needs]
+    conditions = [name for name, one in METRICS.items() if "clips" not in one.needs]
     options = {"source": source(), "n": 30, "networks": looks(), "folder": tmp_path}
-    found = evaluate(model("text"), asked, **options)
-    assert {one.metric.split(" [")[0] for one in found} == {
+    number = evaluate(model("text"), conditions, **options)
+    assert {one.metric.split(" [")[0] for one in number} == {
         *("FD-EffNetLite0", "FID-30", "KID", "KD-EffNetLite0", "IS"),
         *(f"{kind}-{network}" for kind in OVERLAP for network in ("Inception", "EffNetLite0")),
         *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement"),
     }
-    assert {one.key for one in found} == set(asked)
-    assert all(np.isfinite(one.value) for one in found)
-    better = {one.key for one in found if one.higher_is_better}
+    assert {one.key for one in number} == set(conditions)
+    assert all(np.isfinite(one.value) for one in number)
+    better = {one.key for one in number if one.higher_is_better}
     assert better == {"is", "prdc", "prdc-fd", "clip", "retrieval"}
-    biased = next(one for one in found if one.key == "is")
+    biased = next(one for one in number if one.key == "is")
     assert biased.metric == "IS [3 samples a split < 1,008 classes: biased low]"
 
 
 def test_retrieval_is_that_of_the_samples_in_memory(tmp_path):
     tiny, known = model("text"), source()
-    [found] = evaluate(tiny, "retrieval", source=known, folder=tmp_path)
-    asked = retrieval_captions(tiny.config, known)
-    samples = tiny.sample(asked.captions(40), seed=SEED).pictures
-    known_averages, prompted = averages(all_pictures(known)), np.array(asked.pictures)
+    [number] = evaluate(tiny, "retrieval", source=known, folder=tmp_path)
+    conditions = retrieval_captions(tiny.config, known)
+    samples = tiny.sample(conditions.captions(40), seed=SEED).pictures
+    known_averages, prompted = averages(all_pictures(known)), np.array(conditions.pictures)
     expected = prompt_retrieval(averages(samples), prompted, known_averages)
-    assert found.value == expected.first
-    assert found.others == {"among the five nearest": expected.among_five}
-    assert found.sentence().startswith("prompt retrieval of 40 samples to 40 images: 0.")
+    assert number.value == expected.first
+    assert number.others == {"among the five nearest": expected.among_five}
+    assert number.sentence().startswith("prompt retrieval of 40 samples to 40 images: 0.")
 
 
-def cosines(look: Any, shown: Any, captions: Any) -> Any:
-    images, texts = look(shown).astype(np.float64), look.texts(captions).astype(np.float64)
+def cosines(look: Any, array: Any, captions: Any) -> Any:
+    images, texts = look(array).astype(np.float64), look.texts(captions).astype(np.float64)
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     return (images * texts).sum(1) / lengths
 
@@ -261,16 +261,16 @@ def cosines(look: Any, shown: Any, captions: Any) -> Any:
 def test_the_clip_score_is_of_each_sample_and_its_own_caption(tmp_path):
     tiny, known = model("text"), source()
     options = {"source": known, "networks": looks(), "folder": tmp_path, "batch_size": 4}
-    [found] = evaluate(tiny, "clip", n=10, **options)
+    [number] = evaluate(tiny, "clip", n=10, **options)
     captions = in_turn(tiny.config, known).captions(10)
     expected = cosines(Look("CLIP"), tiny.sample(captions, seed=SEED).pictures, captions)
-    assert found.value == pytest.approx(100 * expected.mean(), rel=1e-6)
+    assert number.value == pytest.approx(100 * expected.mean(), rel=1e-6)
 
 
 def test_weights_without_averaging_are_named_in_the_number(tmp_path):
     options = {"source": source(), "n": 4, "networks": looks(), "folder": tmp_path}
-    [found] = evaluate(model(ema_decay=0.0), "fd", **options)
-    assert found.metric.startswith("FD-EffNetLite0 [no EMA; n = 4 <= 6 features")
+    [number] = evaluate(model(ema_decay=0.0), "fd", **options)
+    assert number.metric.startswith("FD-EffNetLite0 [no EMA; n = 4 <= 6 features")
     plain = model(ema_decay=0.0)
     afterwards = Matryoshka(plain.net, average_of(plain.config, 0.08))
     averaged = [one.describe({})["averaged"] for one in (plain, model(), afterwards)]
@@ -287,23 +287,23 @@ class Certain(Look):
         return features
 
 
-def set_of(shown: Any, root: Path, name: str, **options: Any) -> PictureSet:
+def set_of(images: Any, root: Path, name: str, **options: Any) -> PictureSet:
     """Images in memory as a set that is read a batch at a time."""
 
     def make(rows: range, progress: Any) -> PictureBatch:
-        return PictureBatch([shown[rows.start : rows.stop]], [SIDE] * len(rows))
+        return PictureBatch([images[rows.start : rows.stop]], [SIDE] * len(rows))
 
-    length = shown.shape[1] if shown.ndim == 5 else None
-    about = functools.partial(dict, pictures=hashlib.sha256(shown.tobytes()).hexdigest())
-    return PictureSet(name, len(shown), SIDE, length, root, about, make, BATCHED, **options)
+    length = images.shape[1] if images.ndim == 5 else None
+    about = functools.partial(dict, pictures=hashlib.sha256(images.tobytes()).hexdigest())
+    return PictureSet(name, len(images), SIDE, length, root, about, make, BATCHED, **options)
 
 
 def test_the_inception_score_of_pictures_that_are_sorted_by_class_knows_all_classes(tmp_path):
     shades = np.arange(4, dtype=np.uint8).repeat(100)[:, None, None, None]
-    shown = np.broadcast_to(shades, (400, 2, 2, 3))
+    images = np.broadcast_to(shades, (400, 2, 2, 3))
     networks = {"Inception": Certain("Inception")}
-    [found] = measure(set_of(shown, tmp_path, "sorted"), None, ["is"], networks, Result(""))
-    assert found.value == pytest.approx(4.0, rel=0.05), "1 in splits of one class each"
+    [number] = measure(set_of(images, tmp_path, "sorted"), None, ["is"], networks, Result(""))
+    assert number.value == pytest.approx(4.0, rel=0.05), "1 in splits of one class each"
 
 
 # --- clips -------------------------------------------------------------------------------------
@@ -329,10 +329,10 @@ def compared(tmp_path):
 
 def test_the_distance_per_frame_is_that_of_all_frames_as_pictures(compared):
     made, real, networks = clips(), clips(14, seed=1, top=200), looks()
-    [found] = compared("fd", made, real, networks)
-    assert found.value == pytest.approx(distance(Look(""), real, made), rel=1e-9)
-    assert found.metric == "FD-EffNetLite0 [frames of clips, 10 x 3]"
-    assert found.sentence().startswith(f"{found.metric} of 10 clips to 14 clips: ")
+    [number] = compared("fd", made, real, networks)
+    assert number.value == pytest.approx(distance(Look(""), real, made), rel=1e-9)
+    assert number.metric == "FD-EffNetLite0 [frames of clips, 10 x 3]"
+    assert number.sentence().startswith(f"{number.metric} of 10 clips to 14 clips: ")
     seen = networks["EffNetLite0"].seen
     compared("fd-frames,prdc-fd", made, real, networks)
     assert networks["EffNetLite0"].seen == seen == 24 * FRAMES, "the same features"
@@ -346,28 +346,28 @@ def test_the_distance_of_each_frame_shows_where_clips_go_astray(compared):
     made = real.copy()
     made[:, 1] //= 2
     made[:, 2] //= 4
-    [found] = compared("fd-frames", made, real)
+    [number] = compared("fd-frames", made, real)
     expected = [distance(look, real[:, t], made[:, t]) for t in range(FRAMES)]
-    assert list(found.others) == ["frame 0", "frame 1", "frame 2"]
-    np.testing.assert_allclose(list(found.others.values()), expected, rtol=1e-9, atol=1e-12)
+    assert list(number.others) == ["frame 0", "frame 1", "frame 2"]
+    np.testing.assert_allclose(list(number.others.values()), expected, rtol=1e-9, atol=1e-12)
     assert expected[0] < 1e-9 < expected[1] < expected[2]
-    assert found.value == pytest.approx(np.mean(expected))
-    assert found.metric.startswith("FD-EffNetLite0-by-frame [frames of clips, 14 x 3]")
+    assert number.value == pytest.approx(np.mean(expected))
+    assert number.metric.startswith("FD-EffNetLite0-by-frame [frames of clips, 14 x 3]")
 
 
 def test_the_distance_between_clips_is_that_of_their_features(compared, tmp_path):
     evaluating.make_video_net(tmp_path / "i3d.pt")
     networks = find_networks(["fvd"], fvd=tmp_path / "i3d.pt", frames=FRAMES)
     made, real = clips(), clips(14, seed=1, top=200)
-    [found] = compared("fvd", made, real, networks)
+    [number] = compared("fvd", made, real, networks)
     net = VideoNet(tmp_path / "i3d.pt", FRAMES)
     expected = frechet_distance(*(Moments.of(net(side)) for side in (real, made)))
-    assert found.value == pytest.approx(expected, rel=1e-6)
-    assert found.metric == (
+    assert number.value == pytest.approx(expected, rel=1e-6)
+    assert number.metric == (
         f"FVD-10-3f [weights {net.weights[:8]}, taken for the I3D of Kinetics-400; resize inside "
         "the TorchScript file to 224x224; n = 10 <= 400 features: rank-deficient]"
     )
-    assert (found.extractor, found.extractor_weights) == ("I3D", net.weights)
+    assert (number.extractor, number.extractor_weights) == ("I3D", net.weights)
     other = {VIDEO: Look("Video")}
     assert compared("fvd", made, real, other)[0].metric.startswith("FD-Video-01234567-10-3f [")
 
@@ -375,11 +375,11 @@ def test_the_distance_between_clips_is_that_of_their_features(compared, tmp_path
 def test_motion_is_that_of_the_clips_in_memory(compared):
     made, real = clips(), clips(14, seed=1)
     made[:5] = made[:5, :1]
-    [found] = compared("motion", made, real)
+    [number] = compared("motion", made, real)
     expected = compare_motion(motion(real), motion(made))
-    assert found.value == expected.distance
-    assert found.others == {"ratio": expected.ratio, "slight": 0.5, "slight real": 0.0}
-    assert found.sentence().startswith("motion distance-3f of 10 clips to 14 clips: ")
+    assert number.value == expected.distance
+    assert number.others == {"ratio": expected.ratio, "slight": 0.5, "slight real": 0.0}
+    assert number.sentence().startswith("motion distance-3f of 10 clips to 14 clips: ")
     with pytest.raises(ValueError, match="none of the real clips moves"):
         compared("motion", made, real[:, :1].repeat(FRAMES, 1)[:9])
 
@@ -387,10 +387,10 @@ def test_motion_is_that_of_the_clips_in_memory(compared):
 def test_each_frame_is_scored_by_the_caption_of_its_clip(tmp_path):
     made, captions = clips(), [f"clip {n}" for n in range(COUNT)]
     samples = set_of(made, tmp_path, "made", captions=captions)
-    [found] = measure(samples, None, ["clip"], looks(), Result(of="made"))
+    [number] = measure(samples, None, ["clip"], looks(), Result(of="made"))
     expected = cosines(Look("CLIP"), frames(made), np.repeat(captions, FRAMES).tolist())
-    assert found.value == pytest.approx(100 * expected.mean(), rel=1e-6)
-    assert found.metric == "CLIP-tiny [frames of clips, 10 x 3]"
+    assert number.value == pytest.approx(100 * expected.mean(), rel=1e-6)
+    assert number.metric == "CLIP-tiny [frames of clips, 10 x 3]"
 
 
 def test_clips_of_the_same_pictures_in_another_order_are_other_clips(compared):
@@ -402,14 +402,14 @@ def test_clips_of_the_same_pictures_in_another_order_are_other_clips(compared):
 
 @pytest.mark.usefixtures("few")
 def test_clips_that_stand_still_are_as_many_samples_as_pictures(tmp_path):
-    def found(folder: Path, *shown: Any) -> Any:
-        made, real = (set_of(one, folder, f"set {n}") for n, one in enumerate(shown))
+    def number(folder: Path, *images: Any) -> Any:
+        made, real = (set_of(one, folder, f"set {n}") for n, one in enumerate(images))
         names = ["kid", "kd", "cmmd", "prdc", "prdc-fd"]
         return measure(made, Reference("real", real), names, looks(), Result(""))
 
     made, real = clips(10, 1), clips(14, 1, seed=1)
-    pictures = found(tmp_path / "pictures", made[:, 0], real[:, 0])
-    still = found(tmp_path / "clips", made.repeat(FRAMES, 1), real.repeat(FRAMES, 1))
+    pictures = number(tmp_path / "pictures", made[:, 0], real[:, 0])
+    still = number(tmp_path / "clips", made.repeat(FRAMES, 1), real.repeat(FRAMES, 1))
     assert [one.value for one in still] == [one.value for one in pictures]
     assert all("one frame of each clip" in one.metric for one in still)
 
@@ -455,9 +455,9 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(metrics, changes, me
     if kind == "one level":
         tiny.net.levels, config = tiny.net.levels[:1], tiny.net.config
         tiny.net.config = tiny.model = config.model_copy(update={"levels": config.levels[:1]})
-    given = {"source": source(), "n": SAMPLES, "networks": looks(), "folder": tmp_path}
+    defaults = {"source": source(), "n": SAMPLES, "networks": looks(), "folder": tmp_path}
     with pytest.raises(UsageError, match=message):
-        evaluate(tiny, metrics, **(given | changes))
+        evaluate(tiny, metrics, **(defaults | changes))
     assert not list(tmp_path.iterdir())
 
 
@@ -502,8 +502,8 @@ def test_names_of_metrics_are_parsed():
 def test_the_published_cmmd_says_whose_weights_it_takes(compared):
     clip = Look("CLIP")
     clip.variant = "ViT-L/14-336"
-    [found] = compared("cmmd", clips()[:, 0], clips()[:, 0], {"CLIP": clip})
-    assert found.metric == "CMMD [CLIP weights 01234567, taken for those of OpenAI]"
+    [number] = compared("cmmd", clips()[:, 0], clips()[:, 0], {"CLIP": clip})
+    assert number.metric == "CMMD [CLIP weights 01234567, taken for those of OpenAI]"
 
 
 def test_results_are_lines_of_json_also_after_a_torn_one(whole, tmp_path):

@@ -9,61 +9,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+import evaluating
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import models as cli_models
-from matryoshka_diffusion.config import ConfigError, LevelConfig
+from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.draw import clips, gallery, grid
-from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.trainer import View
 from test_clips_written import decode
-from tiny_run import tiny_config
 
-FRAMES = 4
+FRAMES = evaluating.FRAMES
 LOADED = functools.cache(Matryoshka.load)
 
 
-def run_folder(folder, finest):
-    """Write an untrained model of cats and dogs with this finest level."""
-    config = tiny_config(dropout=0.0)
-    levels = (config.model.levels[0], finest)
-    nest = config.model.model_copy(update={"text": None, "classes": 2, "levels": levels})
-    data = config.data.model_copy(update={"classes": ("cat", "dog")})
-    sampling = config.sampling.model_copy(update={"steps": 1})
-    changed = {"model": nest, "encoder": None, "data": data, "sampling": sampling}
-    config = config.model_copy(update=changed)
-    net = NestedUNet(nest, seed=3)
-    for name, weight in net.named_parameters():
-        if name.endswith("head.weight"):  # zero at first
-            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    export_weights(folder / "model", net.state_dict(), config)
+def saved(folder, frames=None):
+    """Write an untrained model of cats and dogs; with frames, one of clips."""
+    trained = evaluating.model("classes", frames)
+    export_weights(folder / "model", trained.net.state_dict(), trained.config)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """8 and 16 pixels."""
-    finest = LevelConfig(side=16, widths=(32, 32), blocks=(1, 1), attention=(0, 0))
-    return run_folder(tmp_path_factory.mktemp("pictures"), finest)
+    return saved(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A picture of 8 pixels, and 4 frames of the same size."""
-    finest = LevelConfig(
-        side=8,
-        frames=FRAMES,
-        widths=(32, 32, 32),
-        blocks=(1, 1, 1),
-        attention=(0, 0, 0),
-        halve_frames=(True, True),
-    )
-    return run_folder(tmp_path_factory.mktemp("videos"), finest)
+    return saved(tmp_path_factory.mktemp("videos"), FRAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -98,25 +75,25 @@ def read_png(path):
 def test_one_sample_in_a_file_is_the_clip_itself(videos, suffix, fps, tmp_path, capsys):
     out = tmp_path / f"new/out{suffix}"
     assert draw(videos, "-o", out, "--seed", 7, *(() if fps == 8.0 else ("--fps", fps))) == 0
-    found = decode(out)
-    assert found.seconds == pytest.approx(FRAMES / fps)
-    settings = found.settings
+    decoded = decode(out)
+    assert decoded.seconds == pytest.approx(FRAMES / fps)
+    settings = decoded.settings
     assert (settings["captions"], settings["seeds"], settings["fps"]) == (["dog"], [7], fps)
     drawn = samples_of(videos, seed=7).levels[-1][0]
-    assert found.frames.shape == drawn.shape
+    assert decoded.frames.shape == drawn.shape
     assert (drawn[1:] != drawn[:-1]).any(axis=(1, 2, 3)).all()
     if suffix == ".webp":
-        np.testing.assert_array_equal(found.frames, drawn)
+        np.testing.assert_array_equal(decoded.frames, drawn)
     assert names(out.parent) == [out.name]
     assert str(out) in capsys.readouterr().out
 
 
 def test_several_samples_in_a_file_are_a_grid_that_moves(videos, tmp_path):
     assert draw(videos, "--class", "cat", "-n", 2, "-o", tmp_path / "out.webp") == 0
-    found = decode(tmp_path / "out.webp").frames
+    decoded = decode(tmp_path / "out.webp").frames
     clips_of = samples_of(videos, ["dog", "cat"], n=2).levels[-1]
-    assert len(found) == FRAMES
-    for frame, page in enumerate(found):
+    assert len(decoded) == FRAMES
+    for frame, page in enumerate(decoded):
         dogs, cats = np.split(clips_of[:, frame], 2)
         expected = grid.grid([list(dogs), list(cats)], captions=["dog", "cat"])
         np.testing.assert_array_equal(page, np.asarray(expected))
@@ -137,18 +114,18 @@ def test_a_folder_has_each_clip_and_sheets_of_the_first(videos, tmp_path, monkey
     sheets = ["grid.webp", "levels.webp", "strip.png"]
     assert names(out) == [*(f"00{n}-dog.webp" for n in range(3)), *sheets]
     assert set(sheets) <= set(grid.SHEETS)
-    found = decode(out / "001-dog.webp")
+    decoded = decode(out / "001-dog.webp")
     first = samples_of(videos, n=2)
-    np.testing.assert_array_equal(found.frames, first.levels[-1][1])
-    assert found.settings["seeds"] == [1]
+    np.testing.assert_array_equal(decoded.frames, first.levels[-1][1])
+    assert decoded.settings["seeds"] == [1]
     for name, pages in (("grid", gallery.grid_of(first)), ("levels", gallery.levels(first))):
-        found = decode(out / f"{name}.webp")
-        np.testing.assert_array_equal(found.frames, np.stack([np.asarray(x) for x in pages]))
-        assert found.settings["seeds"] == [0, 1]
+        decoded = decode(out / f"{name}.webp")
+        np.testing.assert_array_equal(decoded.frames, np.stack([np.asarray(x) for x in pages]))
+        assert decoded.settings["seeds"] == [0, 1]
     assert read_png(out / "strip.png")[1]["seeds"] == [0, 1]
-    told = capsys.readouterr().out
-    assert "3 clips" in told
-    assert f"first 2 together in {out / 'grid.webp'}" in told
+    output = capsys.readouterr().out
+    assert "3 clips" in output
+    assert f"first 2 together in {out / 'grid.webp'}" in output
 
 
 def test_the_largest_sheet_fits_into_a_webp():
@@ -180,10 +157,10 @@ def test_previews_of_clips_move(videos, tmp_path):
     view = View(trained.config, tmp_path, 1234, lambda: trained.net)
     path = Preview({"classes": [0, 1]}, None, "cpu")(view)
     assert path == tmp_path / "previews" / "0000001234.webp"
-    found = decode(path)
-    assert len(found.frames) == FRAMES
-    assert found.seconds == pytest.approx(FRAMES / 8)
-    assert found.settings["images_seen"] == 1234
+    decoded = decode(path)
+    assert len(decoded.frames) == FRAMES
+    assert decoded.seconds == pytest.approx(FRAMES / 8)
+    assert decoded.settings["images_seen"] == 1234
 
 
 # --- images ------------------------------------------------------------------------------------

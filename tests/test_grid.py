@@ -40,10 +40,10 @@ def numbered(frames, side, base):
 
 def test_images_of_every_level_have_the_same_size():
     image = grid.grid([[plain(RED, 16), plain(GREEN, 32), plain(BLUE, 64)]], cell=128)
-    found = [boxes(image, colour) for colour in (RED, GREEN, BLUE)]
-    assert {(right - left, low - top) for left, top, right, low in found} == {(128, 128)}
-    assert [box[0] for box in found] == sorted(box[0] for box in found)
-    assert len({box[1] for box in found}) == 1
+    places = [boxes(image, colour) for colour in (RED, GREEN, BLUE)]
+    assert {(right - left, low - top) for left, top, right, low in places} == {(128, 128)}
+    assert [box[0] for box in places] == sorted(box[0] for box in places)
+    assert len({box[1] for box in places}) == 1
 
 
 @pytest.mark.parametrize("captions", [None, ["one", "two"]])
@@ -129,8 +129,8 @@ def test_a_grid_refuses_lists_that_do_not_fit(rows, options, message):
 
 def test_each_moment_has_the_frame_of_every_level():
     levels = [STILL, numbered(2, 4, 100), numbered(4, 8, 200)]
-    shown = [[int(level[0, 0, 0, 0]) for level in moment] for moment in grid.moments(levels)]
-    assert shown == [[250, 100, 200], [250, 100, 201], [250, 101, 202], [250, 101, 203]]
+    values = [[int(level[0, 0, 0, 0]) for level in moment] for moment in grid.moments(levels)]
+    assert values == [[250, 100, 200], [250, 100, 201], [250, 101, 202], [250, 101, 203]]
     assert len(list(grid.moments([STILL, STILL]))) == 1
 
 
@@ -150,12 +150,12 @@ def test_a_sheet_has_a_page_for_every_moment():
 
 
 @pytest.mark.parametrize(
-    ("frames", "shown"), [(1, [0]), (8, range(8)), (9, [0, 2, 4, 6, 8]), (16, range(0, 16, 2))]
+    ("frames", "values"), [(1, [0]), (8, range(8)), (9, [0, 2, 4, 6, 8]), (16, range(0, 16, 2))]
 )
-def test_a_film_strip_has_every_kth_frame_of_each_clip(frames, shown):
+def test_a_film_strip_has_every_kth_frame_of_each_clip(frames, values):
     image = grid.strip(numbered(frames, 4, 100), ["one", "two"])
-    found = {frame: count(image, (100 + frame, 1, 1)) for frame in range(frames)}
-    assert found == {frame: 128 * 128 * (frame in shown) for frame in range(frames)}
+    counts = [count(image, (100 + frame, 1, 1)) for frame in range(frames)]
+    assert counts == [128 * 128 * (frame in values) for frame in range(frames)]
 
 
 def test_one_page_is_a_png_and_several_are_an_animation(tmp_path):
@@ -169,13 +169,13 @@ def test_one_page_is_a_png_and_several_are_an_animation(tmp_path):
     drawn = grid.pages([numbered(3, 4, 100)])
     path = clips.save_pages(drawn, tmp_path / "v1.5", 4.0, settings)
     assert path == tmp_path / "v1.5.webp"
-    found = decode(path)
-    np.testing.assert_array_equal(found.frames, np.stack([np.asarray(page) for page in drawn]))
-    assert (found.settings, found.seconds) == (settings, 0.75)
+    decoded = decode(path)
+    np.testing.assert_array_equal(decoded.frames, np.stack([np.asarray(page) for page in drawn]))
+    assert (decoded.settings, decoded.seconds) == (settings, 0.75)
     # A run whose clips are faster than a WebP can be has previews all the same.
-    found = decode(clips.save_pages(drawn, tmp_path / "b", 1000.0, None))
-    assert found.seconds == pytest.approx(3 / 90, abs=0.001)
-    assert np.diff([*found.begins, found.seconds]).min() > 0.0105, "browsers show 10 ms as 100"
+    decoded = decode(clips.save_pages(drawn, tmp_path / "b", 1000.0, None))
+    assert decoded.seconds == pytest.approx(3 / 90, abs=0.001)
+    assert np.diff([*decoded.begins, decoded.seconds]).min() > 0.0105, "browsers show 10 ms as 100"
 
 
 # --- PNG files ---------------------------------------------------------------------------------

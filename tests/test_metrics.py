@@ -147,9 +147,9 @@ def normal(a, b):
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
     x, y = random(0).normal(size=(9, 4)), random(1).normal(0.5, 1.5, (9, 4))
     within = pairs(cubic, x, x, itself=False) + pairs(cubic, y, y, itself=False)
-    found = kernel_distance(x, y, subsets=1, size=9)
-    assert found.mean == pytest.approx(within - 2.0 * pairs(cubic, x, y, itself=True), rel=1e-10)
-    assert found.std == 0.0
+    result = kernel_distance(x, y, subsets=1, size=9)
+    assert result.mean == pytest.approx(within - 2.0 * pairs(cubic, x, y, itself=True), rel=1e-10)
+    assert result.std == 0.0
 
 
 def test_cmmd_is_a_thousand_times_the_biased_sum_over_pairs():
@@ -187,10 +187,10 @@ def test_overlap_is_counted_ball_by_ball(k, open_k):
     inside = [[distance(y, x) < r for y in made] for x, r in balls(real, open_k)]
     density = sum(map(sum, inside)) / (open_k * len(made))
     coverage = sum(map(any, inside)) / len(real)
-    found = overlap(real, made, closed_k=k, open_k=open_k)
-    assert found == pytest.approx((share(real, made), share(made, real), density, coverage))
-    assert min(found) > 0.0
-    assert max(found.precision, found.recall, found.coverage) < 1.0
+    result = overlap(real, made, closed_k=k, open_k=open_k)
+    assert result == pytest.approx((share(real, made), share(made, real), density, coverage))
+    assert min(result) > 0.0
+    assert max(result.precision, result.recall, result.coverage) < 1.0
 
 
 def test_equal_sets_overlap_wholly_and_distant_ones_not_at_all():
@@ -207,11 +207,11 @@ def test_all_pairs_never_lie_in_memory_and_blocks_change_nothing(metric, monkeyp
     whole = metric(real, made)
     monkeypatch.setattr(formulas, "BLOCK_PAIRS", 10 * n)
     tracemalloc.start()
-    found = metric(real, made)
+    result = metric(real, made)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * n * n / 10
-    assert found == (pytest.approx(whole, rel=1e-11) if metric is cmmd else whole)
+    assert result == (pytest.approx(whole, rel=1e-11) if metric is cmmd else whole)
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,8 @@ def retrieved(samples, prompted, training):
     ],
 )
 def test_shares_of_first_places_and_of_places_among_five(samples, prompted, training, expected):
-    found = retrieved(flat(*samples), prompted, flat(*training))
-    assert tuple(found) == expected
+    result = retrieved(flat(*samples), prompted, flat(*training))
+    assert tuple(result) == expected
 
 
 def test_perfect_samples_are_all_retrieved_and_compared_at_16_pixels():
@@ -429,15 +429,15 @@ class Bytes(nn.Module):
         net = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
         self.net = net.eval().requires_grad_(False)
 
-    def forward(self, shown):
-        return self.net(shown.double() / 64.0)
+    def forward(self, images):
+        return self.net(images.double() / 64.0)
 
 
 def contrasts(count, low, high, seed):
     """Pictures of their own contrast each, so that features vary from picture to picture."""
     tops = random(seed).integers(low, high, (count, 1, 1, 3))
-    shown = (random(seed + 9).random((count, 8, 8, 3)) * tops).astype(np.uint8)
-    return torch.from_numpy(shown).permute(0, 3, 1, 2)
+    images = (random(seed + 9).random((count, 8, 8, 3)) * tops).astype(np.uint8)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")

@@ -130,9 +130,9 @@ def test_grey_counts_as_three_equal_channels(effnet, inception, clip, video):
 
 
 def test_features_do_not_depend_on_the_batch(effnet, video):
-    for network, shown in ((effnet, noise(6)), (video, clips(6))):
-        alone = np.concatenate([network(shown[n : n + 1]) for n in range(6)])
-        np.testing.assert_allclose(network(shown), alone, rtol=1e-4, atol=1e-5)
+    for network, images in ((effnet, noise(6)), (video, clips(6))):
+        alone = np.concatenate([network(images[n : n + 1]) for n in range(6)])
+        np.testing.assert_allclose(network(images), alone, rtol=1e-4, atol=1e-5)
         assert len(np.unique(alone, axis=0)) == 6
 
 
@@ -297,9 +297,9 @@ def test_both_kinds_of_files_and_the_network_by_hand_agree(net, inception, tmp_p
 def test_probabilities_leave_the_bias_out(net, inception):
     features = np.random.default_rng(1).gamma(1.0, 1.0, (5, WIDTH)).astype(np.float32)
     expected = F.linear(torch.from_numpy(features).double(), net.fc.weight.double()).softmax(1)
-    found = inception.probabilities(features)
-    assert found.shape == (5, CLASSES)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-9)
+    result = inception.probabilities(features)
+    assert result.shape == (5, CLASSES)
+    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-9)
 
 
 def tf1_pixel_by_pixel(picture, side):
@@ -320,8 +320,8 @@ def tf1_pixel_by_pixel(picture, side):
 @pytest.mark.parametrize(("height", "width", "side"), [(5, 7, 13), (31, 17, 9), (26, 13, 13)])
 def test_resizing_is_tensorflow_ones(height, width, side):
     picture = np.random.default_rng(2).integers(0, 256, (height, width)).astype(float)
-    found = tf1_bilinear(torch.from_numpy(picture)[None, None], side)[0, 0]
-    np.testing.assert_allclose(found.numpy(), tf1_pixel_by_pixel(picture, side), atol=1e-9)
+    result = tf1_bilinear(torch.from_numpy(picture)[None, None], side)[0, 0]
+    np.testing.assert_allclose(result.numpy(), tf1_pixel_by_pixel(picture, side), atol=1e-9)
     x = as_rgb(noise(1, height, width=width), "it")
     single, double = tf1_bilinear(x.float(), 299), tf1_bilinear(x.double(), 299)
     assert (single.double() - double).abs().max() < 0.01  # of 255
@@ -433,11 +433,11 @@ def test_pictures_are_prepared_as_the_folder_says(clip, theirs, tiny_clip, tmp_p
     half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5], "resample": 2}
     size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
     other = CLIP(copied(tiny_clip, tmp_path / "other", **half, **size))
-    shown = noise(2, side=50, width=60)
-    pixels = transformers.CLIPImageProcessorPil(**half, **size)(list(shown), return_tensors="pt")
+    images = noise(2, side=50, width=60)
+    pixels = transformers.CLIPImageProcessorPil(**half, **size)(list(images), return_tensors="pt")
     with torch.no_grad():
         expected = theirs.get_image_features(**pixels).pooler_output
-    np.testing.assert_array_equal(other(shown), expected.numpy())
+    np.testing.assert_array_equal(other(images), expected.numpy())
     assert other.variant == f"ViT-24/8-32-{other.weights[:8]}", "no CLIP of OpenAI"
     assert other.resize != clip.resize, "features are kept under this name"
     usual = CLIP(copied(tiny_clip, tmp_path / "usual", size=32, crop_size=32, resample=3))
@@ -503,13 +503,13 @@ def test_i3d_is_given_bytes_and_any_other_network_224_pixels_in_minus_one_to_one
     save_scripted(Asked(), tmp_path / "asked.pt")
     save_scripted(Corner(), tmp_path / "corner.pt")
     asked, corner = (VideoNet(tmp_path / f"{name}.pt", FRAMES) for name in ("asked", "corner"))
-    shown = clips()
-    first, last = shown[:, 0, 0, 0], shown[:, -1, -1, -1]
-    np.testing.assert_array_equal(asked(shown), np.hstack([np.ones((3, 3)), first, last]))
-    large = tf1_bilinear(torch.from_numpy(shown[:, -1]).permute(0, 3, 1, 2).float(), VIDEO_SIDE)
+    images = clips()
+    first, last = images[:, 0, 0, 0], images[:, -1, -1, -1]
+    np.testing.assert_array_equal(asked(images), np.hstack([np.ones((3, 3)), first, last]))
+    large = tf1_bilinear(torch.from_numpy(images[:, -1]).permute(0, 3, 1, 2).float(), VIDEO_SIDE)
     pixels = np.hstack([first, large[:, :, -1, -1].numpy()]) / 127.5 - 1.0
     sizes = np.broadcast_to([FRAMES, VIDEO_SIDE, VIDEO_SIDE], (3, 3))
-    np.testing.assert_allclose(corner(shown), np.hstack([sizes, pixels]), atol=1e-6)
+    np.testing.assert_allclose(corner(images), np.hstack([sizes, pixels]), atol=1e-6)
     assert corner.resize == "TensorFlow 1 bilinear to 224x224"
     assert (corner.name, corner.width, corner.frames) == ("Video", 9, FRAMES)
 

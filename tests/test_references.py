@@ -46,9 +46,9 @@ def is_config_key(name: str, model: type[BaseModel] = RunConfig) -> bool:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_in_the_documents_exist(document):
     dotted = set(DOTTED.findall(read(document)))
-    found = [name for name in dotted if not name.endswith((".py", ".md", ".toml"))]
-    assert len(found) >= 5
-    assert not [name for name in found if not is_python_name(name) and not is_config_key(name)]
+    names = [name for name in dotted if not name.endswith((".py", ".md", ".toml"))]
+    assert len(names) >= 5
+    assert not [name for name in names if not is_python_name(name) and not is_config_key(name)]
 
 
 def test_links_to_modules_lead_to_what_they_are_called():
@@ -61,9 +61,9 @@ def test_links_to_modules_lead_to_what_they_are_called():
 
 
 def test_presets_in_the_documents_exist():
-    found = set(re.findall(r"`((?:cc12m|imagenet|released)-[\w-]+)`", read("paper-to-code.md")))
-    assert found
-    assert found <= set(PRESETS)
+    names = set(re.findall(r"`((?:cc12m|imagenet|released)-[\w-]+)`", read("paper-to-code.md")))
+    assert names
+    assert names <= set(PRESETS)
 
 
 def test_the_tests_that_show_the_promises_exist():

@@ -208,8 +208,8 @@ def test_a_trial_is_trained_once_measured_and_sampled(small_trial, tmp_path, mon
     sampled = replace(small_trial, name="emoji/mdm/0/ddim-10", settings=how)
     assert work([sampled, small_trial], results, runs), "samples need no result of their run"
     assert len([*runs.glob("runs/emoji/mdm/*")]) == 1, "one training"
-    found, _ = read_results(results, [small_trial, sampled])
-    trial, drawn = found["emoji", "mdm"]["0"], found["emoji", "mdm/ddim-10"]["0"]
+    result, _ = read_results(results, [small_trial, sampled])
+    trial, drawn = result["emoji", "mdm"]["0"], result["emoji", "mdm/ddim-10"]["0"]
     (point,) = trial["points"]  # at a tenth of the compute it has one level
     assert (point["share"], point["images"]) == (1.0, small_trial.config.train.images)
     assert trial["seconds"] > 0
@@ -220,9 +220,9 @@ def test_a_trial_is_trained_once_measured_and_sampled(small_trial, tmp_path, mon
     assert trial["metric"].startswith(f"{NAME} [n = 4 <="), "the product's own name and its flag"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
     assert str(tmp_path) not in json.dumps(drawn), "its place is private"
-    (path,) = draw_all(found, tmp_path / "plots")
+    (path,) = draw_all(result, tmp_path / "plots")
     assert path.name == "e-solvers.png"
-    assert tables(found).splitlines()[-1].startswith("| ddim-10 |")
+    assert tables(result).splitlines()[-1].startswith("| ddim-10 |")
     # A kill while a hook writes leaves weights without a config, before the step's checkpoint.
     (folder,) = runs.glob("runs/emoji/mdm/*/run")
     weights = (folder / "points" / "1" / "model.safetensors").read_bytes()
@@ -256,11 +256,11 @@ def test_a_cascade_is_trained_and_sampled_with_both_networks(small_trial, tmp_pa
     upsampler = changed(one, **large, sampling__coarse_noise=0.3)
     base = changed(one, model__levels=[inner])
     trial = Trial("emoji/cascade/0", upsampler, points=(0.25, 1.0), base=base, samples=4)
-    found = run(trial, tmp_path / "work")
-    assert [point["share"] for point in found["points"]] == [1.0]
-    assert len(found["parameters"]) == 2
-    assert (found["held_out_loss"], found["codec_flops"]) == (None, 0.0)
-    assert found["config"]["sampling"]["base"]["path"].startswith("runs/emoji/cascade/0-")
+    result = run(trial, tmp_path / "work")
+    assert [point["share"] for point in result["points"]] == [1.0]
+    assert len(result["parameters"]) == 2
+    assert (result["held_out_loss"], result["codec_flops"]) == (None, 0.0)
+    assert result["config"]["sampling"]["base"]["path"].startswith("runs/emoji/cascade/0-")
     noised = replace(trial, name="emoji/cascade/0/noise-1", settings={"coarse_noise": 1.0})
     assert run(noised, tmp_path / "work")["settings"]["coarse_noise"] == 1.0
     assert all(len(model.resolutions) == 2 for model in models), "the base's and its own"
@@ -278,9 +278,9 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path, monkeypatc
         sampling__threshold=["none"],
         codec={"factor": 4},
     )
-    found = run(Trial("emoji/latent/0", on_codes, codec=codec, samples=4), tmp_path / "work")
-    assert found["config"]["codec"]["path"] == "codecs/emoji/codec"
-    assert found["codec_flops"] > 0
+    result = run(Trial("emoji/latent/0", on_codes, codec=codec, samples=4), tmp_path / "work")
+    assert result["config"]["codec"]["path"] == "codecs/emoji/codec"
+    assert result["codec_flops"] > 0
 
 
 # --- tables and figures --------------------------------------------------------------------------
