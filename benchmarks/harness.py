@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,16 @@ def machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "matryoshka-diffusion": version("matryoshka-diffusion"),
+        "matryoshka-diffusion": package_version(),
     }
+
+
+def package_version() -> str:
+    """The version that is installed; "" where the package runs from its source."""
+    try:
+        return version("matryoshka-diffusion")
+    except PackageNotFoundError:
+        return ""
 
 
 def cpu_model() -> str:
@@ -155,11 +163,13 @@ def kind_of(processor: str) -> str:
 
 def commit() -> str:
     """The commit that was measured, marked where files differ from it; "" outside git."""
+    return output_of("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, run in the checkout; "" if it fails or is not there."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

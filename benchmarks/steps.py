@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn.costs import kept_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import resolutions_of
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import autocast
 from matryoshka_diffusion.train.stages import Step
@@ -23,7 +24,7 @@ WORDS = 8
 
 
 class Noise:
-    """A loader of pictures of noise, for any model."""
+    """A loader of pictures or clips of noise, for any model."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -31,12 +32,13 @@ class Noise:
     def batch(self, ids: range) -> Batch:
         model, count = self.config.model, len(ids)
         draw = torch.Generator().manual_seed(ids.start)
-        side = model.levels[-1].side
+        finest = resolutions_of(model)[-1]
+        shape = finest.shape(model.channels)
         return Batch(
-            picture=torch.rand(count, model.channels, side, side, generator=draw) * 2 - 1,
+            picture=torch.rand(count, *shape, generator=draw) * 2 - 1,
             captions=("",) * count,
             labels=torch.zeros(count, dtype=torch.long) if model.classes else None,
-            original_side=torch.full((count,), float(side)),
+            original_side=torch.full((count,), float(finest.height)),
             ids=torch.tensor(ids),
             keys=tuple(str(n) for n in ids),
         )
@@ -64,20 +66,27 @@ class Repeated(NamedTuple):
         return kept_bytes(trainer.net, forward)
 
 
-def trainer(name: str, batch: int, device: torch.device, **train: Any) -> Repeated:
-    """The trainer of a preset with all its levels; every row has them all.
+def trainer(
+    run: str | RunConfig,
+    batch: int,
+    device: torch.device,
+    base: Mapping[str, Tensor] | None = None,
+    **train: Any,
+) -> Repeated:
+    """The trainer of a run, or of a preset by name, with all its levels; every row has them all.
 
-    `train` changes its training: precision, layout, recompute, compile.
+    `train` changes its training: precision, layout, recompute, compile. `base` are the weights
+    under adapters.
     """
-    config = preset(name)
+    config = preset(run) if isinstance(run, str) else run
     settings = {"precision": "fp32", "layout": "nchw"} | train
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
-    trainer = Trainer(diffusion(config), device, images_seen=config.train.images)
+    trainer = Trainer(diffusion(config, base), device, images_seen=config.train.images)
     step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)
-    return Repeated(trainer, Feed(config, Noise(config), _encoder(config), device)(step))
+    return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step))
 
 
-def _encoder(config: RunConfig) -> Callable[[Sequence[str]], list[Tensor]] | None:
+def features(config: RunConfig) -> Callable[[Sequence[str]], list[Tensor]] | None:
     """Features of noise for a model with text."""
     text = config.model.text
     if text is None:

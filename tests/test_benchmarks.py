@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
-from benchmarks import files_touched, harness, resume
+from benchmarks import families, files_touched, first_gpu, harness, resume
 from benchmarks.step_time import largest_batch
 
 import recordings
@@ -31,7 +32,9 @@ SCRIPTS = {
 
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
-    assert scripts - {"harness", "steps", "files_touched"} == set(SCRIPTS)
+    shared = {"harness", "steps", "meter", "blocks", "families"}
+    own_tests = {"files_touched", "first_gpu"}
+    assert scripts - shared - own_tests == set(SCRIPTS)
 
 
 @pytest.mark.parametrize(("loss", "status"), [(0.5, 0), (0.25, 1)])
@@ -77,6 +80,34 @@ def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys):
     assert all(math.isfinite(x) and x > 0 for x in numbers)
     shown = capsys.readouterr().out
     assert all(str(key) in shown for key in told["rows"][0])
+
+
+def test_all_sections_for_a_gpu_run_on_tiny_networks(tmp_path, monkeypatch):
+    config = families.tiny("tiny")
+    monkeypatch.setattr(families, "FAMILIES", {"tiny": partial(families.try_family, config)})
+    path = first_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--commit", "abc"])
+    content = json.loads(path.read_text("utf-8"))
+    assert content["commit"] == "abc"
+    assert content["machine"]["torch"] == str(torch.__version__)
+    sections = content["sections"]
+    assert list(sections) == list(first_gpu.SECTIONS)
+    assert not [name for name, found in sections.items() if "error" in json.dumps(found)]
+    assert sections["smoke"]["tiny bf16"] == "ok"
+    assert sections["steps"]["tiny"]["as it is"]["images/s"] > 0
+    assert sections["runs"]["bf16, resumed: largest difference of a weight"] == 0.0
+
+
+def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fail(bench: first_gpu.Bench) -> first_gpu.Numbers:
+        raise RuntimeError("mixed devices")
+
+    sections = {"first": (fail, 0.0), "second": (lambda bench: {"x": 1}, 0.0), "long": (fail, 1e3)}
+    monkeypatch.setattr(first_gpu, "SECTIONS", sections)
+    path = first_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--seconds", "500"])
+    found = json.loads(path.read_text("utf-8"))["sections"]
+    assert "mixed devices" in found["first"]["error"]
+    assert found["second"]["x"] == 1
+    assert found["long"] == {"skipped": "no time left"}
 
 
 def test_variants_take_turns_and_the_first_round_does_not_count():
