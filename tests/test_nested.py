@@ -10,6 +10,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CoarseConfig, LevelConfig, MicroConfig, ModelConfig
+from matryoshka_diffusion.nn import layers, temporal
 from matryoshka_diffusion.nn.layers import shuffle, sinusoid, unshuffle
 from matryoshka_diffusion.nn.level import Level
 from matryoshka_diffusion.nn.nested import (
@@ -213,6 +214,26 @@ MASK = torch.arange(5).expand(ROWS, -1) < 3
 
 def text_net(**changes: Any) -> NestedUNet:
     return awake(1, text=TEXT.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_fused_attention_of_gpus_may_take_all_queries_keys_and_values(clips, monkeypatch):
+    """It needs the numbers of a head side by side. The meta device takes the path of GPUs."""
+    strides: list[int] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        strides.extend(x.stride(-1) for x in (q, k, v))
+        return torch.empty_like(q)
+
+    for module in (layers, temporal):
+        monkeypatch.setattr(module, "attend", attend)
+    for form in (torch.contiguous_format, torch.channels_last):
+        with torch.device("meta"):
+            net = NestedUNet(nest(clips=clips, text=TEXT)).to(memory_format=form)
+            z = tuple(torch.empty_like(level) for level in noisy(net.config, 1))
+            net(z, torch.empty(1), Conditioning(tokens=torch.empty(1, 5, 12)))
+    assert strides
+    assert {*strides} == {1}
 
 
 @pytest.mark.parametrize("layers", [0, 2])

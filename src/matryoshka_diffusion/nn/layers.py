@@ -110,7 +110,7 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b n"] | None,
     ) -> Float[Tensor, "b c y x"]:
         """`mask` is True for the tokens to attend to; without it these are all."""
-        positions = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)
+        positions = innermost(self.qkv(self.norm(h)).flatten(2).transpose(1, 2))
         q, k, v = (split_heads(part, self.heads) for part in positions.chunk(3, dim=2))
         attended = attend(q, k, v, None)
         if tokens is not None and self.text_kv is not None and self.text_norm is not None:
@@ -155,6 +155,16 @@ class TextLayer(nn.Module):
         attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(attended)
         return tokens + self.down(F.gelu(self.up(self.norm2(tokens))))
+
+
+def innermost(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    """The same numbers with channels innermost in memory, except on a CPU.
+
+    Fused attention of GPUs needs that: without it torch computes and keeps all logits in float32.
+    On a CPU another order selects another kernel, and then trained runs would not resume to the
+    same bits.
+    """
+    return x if x.device.type == "cpu" else x.contiguous()
 
 
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n w"]:

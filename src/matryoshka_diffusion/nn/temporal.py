@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from matryoshka_diffusion.nn.layers import (
     attend,
+    innermost,
     norm,
     sinusoid,
     split_heads,
@@ -52,7 +53,7 @@ class FrameAttention(nn.Module):
     def _attend(self, qkv: Float[Tensor, "s f k"]) -> Float[Tensor, "s f c"]:
         """Attend, on a CPU in float32: short sequences take 2 to 8 times as long in bfloat16."""
         if qkv.device.type != "cpu":
-            return self._mix(qkv)
+            return self._mix(innermost(qkv))
         with without_autocast(qkv.device):
             return self._mix(qkv.to(torch.promote_types(qkv.dtype, torch.float32)))
 
