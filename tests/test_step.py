@@ -294,6 +294,11 @@ def test_automatic_precision_and_layout_follow_the_device(monkeypatch):
     assert layouts == ["nchw", "channels_last", "nchw", "nchw"]
 
 
+def test_float32_convolutions_are_float32_on_a_gpu():
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("precision", HALVES)
 def test_norms_compute_in_float32(precision):
     """In half precision the mean of values around 300 would be off by about their spread of 2."""

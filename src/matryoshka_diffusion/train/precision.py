@@ -28,6 +28,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROWTH_INTERVAL = 2_000
 """Steps without an overflow after which the loss scale is doubled."""
 
+# By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32) where the GPU can,
+# while torch's matrix products do not. Here fp32 means float32 on every device.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
     """Replace `auto` by bf16 where the hardware multiplies bf16, else by fp32.
