@@ -191,7 +191,9 @@ def matryoshka_loss(
         per_level.append(error.sum() / max(counts[level], 1))
         per_example[:rows] = per_example[:rows] + process.level_weights[level] * error
     losses = torch.stack(per_level)
-    return Loss(losses @ losses.new_tensor(process.level_weights), losses, per_example)
+    # Filled on the device: to copy a list there, the host would wait for all that runs on it.
+    weights = torch.stack([losses.new_full((), weight) for weight in process.level_weights])
+    return Loss(losses @ weights, losses, per_example)
 
 
 def _log_x_error(kind: Prediction, log_snr: Tensor) -> Tensor:
