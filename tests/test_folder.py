@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.config import ConfigError, Crop, DataConfig
 from matryoshka_diffusion.data import decoded, image
 from matryoshka_diffusion.data.augment import Cut
+from matryoshka_diffusion.data.check import describe, refuse_lost
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.files import UnreadableError
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.runs.prepare import complete
 from picturing import COLOURS, noise, opened, reasons, save
 
 
@@ -76,13 +80,12 @@ def test_bad_captions_are_listed_with_reasons(tmp_path):
         (tmp_path / f"{name}.txt").write_bytes(text)
     (tmp_path / "g.txt").mkdir()
     source = opened(tmp_path, 1.0)
-    assert source.keys == ["a.png"]
+    assert source.captions == [("good",), ("UTF-16",)]
     assert {path: reason.split(",")[0] for path, reason in reasons(source).items()} == {
         "b.png": "its caption is not UTF-8",
         "c.png": "its caption is empty",
         "d.png": "d.txt is longer than 65",
         "e.png": "it has no caption",
-        "f.png": "its caption is not UTF-8",
         "g.png": "it has no caption",
     }
 
@@ -125,6 +128,179 @@ def test_unusable_metadata_files_are_errors(tmp_path, text, reason):
         (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(ValueError, match=reason):
         opened(tmp_path, 1.0)
+
+
+TWO = {"a.png": "one", "b.png": "two"}
+
+
+def table(*rows: tuple[str, str], sign: str = ",") -> str:
+    return "\n".join(sign.join(row) for row in (("file_name", "text"), *rows))
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        *(({f"a{end}": "one", f"b{end}": "two"}, {}) for end in (".caption", ".TXT", ".png.txt")),
+        ({"a.json": '{"prompt": "one"}', "b.json": '{"Caption": "two", "id": 7}'}, {}),
+        (
+            {
+                "metadata.jsonl": '{"image": "a.png", "prompt": "one"}\n'
+                '{"file": "b.png", "text": "two"}'
+            },
+            {},
+        ),
+        *(({"Metadata.csv": table(*TWO.items(), sign=sign)}, {}) for sign in (", ", ";", "\t")),
+        ({"metadata.csv": "\ufeff" + table(*TWO.items())}, {}),
+        ({"metadata.csv": table(*TWO.items()).encode("utf-16")}, {}),
+        ({"a.txt": "one", "b.txt": "\n\x0btwo\u2028"}, {}),
+        (
+            {"a.txt": "x", "b.txt": "y", "a.tags": "one", "b.tags": "two"},
+            {"caption_suffixes": (".tags",)},
+        ),
+        (
+            {"metadata.csv": "file_name,text,words\na.png,x,one\nb.png,y,two"},
+            {"columns": {"caption": "words"}},
+        ),
+    ],
+)
+def test_usual_spellings_are_understood(tmp_path, files, options):
+    for name in TWO:
+        save(tmp_path / name)
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    source = opened(tmp_path, **options)
+    assert dict(zip(source.keys, source.captions or (), strict=True)) == {
+        name: (text,) for name, text in TWO.items()
+    }
+    refuse_lost(source, DataConfig(source="folder", **options))
+
+
+def test_names_match_in_other_forms_of_unicode_and_with_separators_of_windows(tmp_path):
+    for name in ("caf\u00e9.png", "nai\u0308ve.png", "sub/u\u0308.png", "x.png"):
+        save(tmp_path / name)
+    rows = [("cafe\u0301.png", "one"), ("sub\\\u00fc.png", "three"), ("x.png", "four")]
+    (tmp_path / "metadata.csv").write_text(table(*rows), "utf-8")
+    (tmp_path / "na\u00efve.txt").write_text("two")
+    assert [texts for (texts,) in opened(tmp_path).captions or ()] == [
+        "one",
+        "two",
+        "three",
+        "four",
+    ]
+
+
+def test_lines_are_alternatives_or_one_caption_or_nothing(tmp_path):
+    save(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "a.txt").write_text("A cat.\r\n\r\n- mood: calm\x85\u2028still\n")
+    for captions, expected in (
+        ("lines", [("A cat.", "- mood: calm still")]),
+        ("whole", [("A cat. - mood: calm still",)]),
+        ("none", None),
+    ):
+        source = opened(tmp_path, captions=captions)
+        assert source.captions == expected
+        assert source.classes == (() if expected else ("cat",))
+
+
+def test_a_line_with_more_or_fewer_fields_is_bad(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    text = table(("a.png", "an apple, red"), ("b.png", '"a pear, green"')) + "\nc.png\n"
+    (tmp_path / "metadata.csv").write_text(text)
+    source = opened(tmp_path, 1.0)
+    assert source.captions == [("a pear, green",)]
+    assert {key: "quotes" in reason for key, reason in reasons(source).items()} == {
+        "a.png": True,
+        "c.png": True,
+    }
+
+
+def test_classes_come_from_records_too_and_in_the_order_of_numbers_or_the_wanted_one(tmp_path):
+    for name in ("10/a.png", "9/b.png", "2/c.png"):
+        save(tmp_path / "numbers" / name)
+    assert opened(tmp_path / "numbers").classes == ("2", "9", "10")
+    wanted = ("10", "9", "2")
+    source = opened(tmp_path / "numbers", classes=wanted)
+    assert (source.classes, [source[n].label for n in range(3)]) == (wanted, [0, 2, 1])
+    data = DataConfig(source="folder", path=str(tmp_path / "numbers"), classes=("10", "9", "x"))
+    config = preset("folder-64").model_copy(update={"data": data})
+    with pytest.raises(ConfigError, match=r"data\.classes .*x.*2, 9, 10"):
+        complete(config, opened(tmp_path / "numbers"))
+    rows = [
+        {"file_name": f"{name}/{file}.png", "label": label}
+        for name, file, label in (("10", "a", "owl"), ("9", "b", "cat"), ("2", "c", "owl"))
+    ]
+    (tmp_path / "numbers" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert opened(tmp_path / "numbers").classes == ("cat", "owl")
+
+
+def test_links_are_followed_once_and_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+    for name in ("cat/a.png", "dog/b.png"):
+        save(tmp_path / "store" / name)
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "store" / "dog" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "self").symlink_to("self")
+    source = opened(tmp_path / "set", 0.4)
+    assert source.keys == ["cat/a.png", "dog/b.png"]
+    assert [file.path for file in source.bad] == ["self"]
+    assert [(x.count, x.example) for x in source.unused] == [(1, "dog/up")]
+    whole = os.scandir
+
+    def refused(path):
+        if Path(path).name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UnreadableError, match="set/dog: Permission denied"):
+        opened(tmp_path / "set", 0.4)
+
+
+@pytest.mark.parametrize("inside", ["train/metadata.csv", "metadata.csv", None])
+def test_splits_are_no_classes(tmp_path, inside):
+    for name in ("train/x/a.png", "test/x/b.png"):
+        save(tmp_path / name)
+    if inside:
+        rows = [(f"{part}/x/{name}.png", part) for part, name in (("train", "a"), ("test", "b"))]
+        rows = [("x/a.png", "train")] if "/" in inside else rows
+        (tmp_path / inside).write_text(table(*rows))
+    with pytest.raises(ConfigError, match=r"data\.split.* test, train"):
+        opened(tmp_path)
+    source = opened(tmp_path, split="train")
+    assert source.keys == ["train/x/a.png"]
+    assert (source.captions, source.classes) == (([("train",)], ()) if inside else (None, ("x",)))
+    if not inside:
+        assert opened(tmp_path, split="all").classes == ("test", "train")
+        assert opened(tmp_path / "train").classes == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("files", "kinds", "lost"),
+    [
+        ({"notes.md": "", "a.npy": "", "b.npy": ""}, {".md files": 1, ".npy files": 2}, ""),
+        ({"captions.json": "{}"}, {"captions.json": 1}, "data.captions=none"),
+        ({"a.json": '{"boxes": []}'}, {".json files": 1, "keys or columns": 1}, ""),
+        ({"a.json": '{"prompt": "x", "captions": "y"}'}, {".json files": 1}, "columns.caption="),
+        ({"a.json": '{"label": [1]}'}, {".json files": 1}, "columns.label="),
+        ({"a.txt": "x", "a.caption": "y"}, {".caption files": 1}, ""),
+    ],
+)
+def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, kinds, lost):
+    save(tmp_path / "a.png")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    source = opened(tmp_path)
+    counts = {one.kind: one.count for one in source.unused}
+    assert kinds.items() <= counts.items()
+    for one in source.unused:
+        assert one.example in describe(source)
+    if lost:
+        with pytest.raises(ConfigError, match=lost):
+            refuse_lost(source, DataConfig(source="folder"))
+    ignored = {"captions": "none", "columns": {"label": ""}} if lost else {}
+    refuse_lost(source, DataConfig(source="folder", **ignored))
 
 
 # --- bad files ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import struct
@@ -16,14 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded, remote, shards, tar
-from matryoshka_diffusion.data.check import describe
+from matryoshka_diffusion.data.check import describe, refuse_lost
 from matryoshka_diffusion.data.image import PICTURES
-from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.data.source import Source, kind_of
 from matryoshka_diffusion.files import MissingExtra, UnreadableError
 from picturing import COLOURS, Parts, encode, reasons, write_tar
 from picturing import opened as opened_kind
 
+DATA = DataConfig(source="shards")
 STANDS_IN = "stands in for it"
 
 
@@ -131,6 +134,76 @@ def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp
         write_tar(tmp_path / folder / "0.tar", captioned(1))
     source = opened(f"{tmp_path}/*/0.tar")
     assert source.keys == [f"{tmp_path}/{folder}/0.tar:00000" for folder in "ab"]
+
+
+def test_brackets_and_braces_in_a_path_that_exists_are_letters(tmp_path):
+    folder = tmp_path / "[v2] {0..1}"
+    for n in range(2):
+        write_tar(folder / f"{n}.tar", captioned(1, n))
+    for name in ("", "0.tar", "*.tar", "{0..1}.tar", "[01].tar"):
+        assert len(opened(folder / name)) == (1 if name == "0.tar" else 2)
+
+
+# --- captions in tables, and names of other kinds ----------------------------------------------
+
+
+def test_tables_of_captions_are_those_of_the_released_trainer(tmp_path):
+    for n in range(2):
+        names = [f"{n}{m}.jpg" for m in range(3)]
+        parts = [(name, encode(COLOURS[n], form="JPEG")) for name in names]
+        write_tar(tmp_path / f"images_{n}.tar", parts)
+        rows = [f'images_{n}.tar\t{name}\t"a ""{name}"", first"' for name in names[:2]]
+        rows.append(f"images_{n}.tar\t{names[0]}\tanother")
+        (tmp_path / f"images_{n}.tsv").write_text("\n".join(["tar\tfile\tcaption", *rows]))
+    (tmp_path / "training.tsv").write_text("filename\nimages_0.tsv\nimages_1.tsv\n")
+    texts = [[(f'a "{n}0.jpg", first', "another"), (f'a "{n}1.jpg", first',)] for n in range(2)]
+    for name, expected in (
+        ("training.tsv", [*texts[0], *texts[1]]),
+        ("", [*texts[0], *texts[1]]),
+        ("images_1.tsv", texts[1]),
+        ("images_1.tar", texts[1]),
+    ):
+        path = str(tmp_path / name)
+        assert kind_of(path) == "shards"
+        source = opened(path)
+        assert source.captions == expected
+        assert "samples that the .tsv does not name" in [one.kind for one in source.unused]
+    (tmp_path / "images_1.tsv").write_text("tar\tfile\tcaption\nimages_1.tar\tgone.jpg\tx")
+    with pytest.raises(ValueError, match=r"gone: its \.tsv names it"):
+        opened(tmp_path / "images_1.tsv")
+    (tmp_path / "images_1.tsv").write_text("name\tcaption\nx\ty")
+    with pytest.raises(ValueError, match=r"images_1\.tsv needs the columns tar, file and caption"):
+        opened(tmp_path / "training.tsv")
+
+
+def test_members_that_are_no_sample_are_counted_and_can_be_named(tmp_path):
+    parts = [(f"{n}.in.png", encode()) for n in range(3)]
+    parts += [(f"{n}.out.txt", b"a cat") for n in range(3)]
+    path = write_tar(tmp_path / "s.tar", [*sorted(parts), ("x.png", encode()), ("x.npy", b"")])
+    source = opened(path)
+    assert {(one.kind, one.count, one.example) for one in source.unused} == {
+        (".npy members", 1, "x.npy"),
+        (".png members with further dots", 3, "0.in.png"),
+        (".txt members with further dots", 3, "0.out.txt"),
+    }
+    with pytest.raises(ConfigError, match=r"0\.out\.txt.*data\.captions=none"):
+        refuse_lost(source, DATA)
+    named = {"columns": {"image": "in.png"}, "caption_suffixes": (".out.txt",)}
+    assert opened(path, **named).captions == [("a cat",)] * 3
+    with pytest.raises(ValueError, match=r"holds no sample.*3, such as 0\.in\.png"):
+        opened(write_tar(tmp_path / "t.tar", sorted(parts)))
+
+
+def test_records_give_captions_and_classes_by_their_usual_names(tmp_path):
+    records = {"a": {"label": 1, "prompt": "x"}, "b": {"label": 0.0, "Captions": ["y", "z"]}}
+    parts: Parts = []
+    for key, record in records.items():
+        parts += [(f"{key}.png", encode()), (f"{key}.json", json.dumps(record).encode())]
+    source = opened(write_tar(tmp_path / "s.tar", parts))
+    assert source.captions == [("x",), ("y", "z")]
+    assert [source[n].label for n in range(2)] == [1, 0]
+    parts = [(name.replace("json", "caption"), data) for name, data in parts]
+    assert opened(write_tar(tmp_path / "t.tar", parts)).captions is not None
 
 
 # --- the index ---------------------------------------------------------------------------------
@@ -457,9 +530,9 @@ def test_random_damage_never_raises_anything_but_our_errors(tmp_path):
             assert 0 <= member.start <= len(damaged)
             assert member.flaw or member.start + member.size <= len(damaged)
         with open(path, "rb") as file:
-            list(shards._samples(file, len(damaged), PICTURES))
+            list(shards._ShardReader(file, DATA, PICTURES).samples(len(damaged)))
         if number % 30 == 0:
-            shards.shards(str(path))
+            shards.shards(str(path), DATA)
 
 
 def test_huge_pictures_inside_are_refused_before_they_are_decoded(tmp_path):
@@ -468,7 +541,7 @@ def test_huge_pictures_inside_are_refused_before_they_are_decoded(tmp_path):
     parts = [("bomb.png", bomb), ("a.png", encode())]
     assert opened(write_tar(tmp_path / "s.tar", parts), 1.0).keys == ["s.tar:a"]
     path = write_tar(tmp_path / "t.tar", [("large.png", bytes(101))])
-    [large] = shards.shards(str(path), PICTURES._replace(max_bytes=100)).samples
+    [large] = shards.shards(str(path), DATA, PICTURES._replace(max_bytes=100)).samples
     assert large.flaw == "its picture is too large"
 
 

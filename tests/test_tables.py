@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded, tables
+from matryoshka_diffusion.data.check import refuse_lost
 from matryoshka_diffusion.data.loader import Loader
-from matryoshka_diffusion.data.source import Source, open_source
+from matryoshka_diffusion.data.source import Source, kind_of, open_source
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.runs import prepare as job
 from picturing import COLOURS, noise, opened, reasons
@@ -92,6 +94,7 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
         (numbers, {"huggingface": "{"}, ("0", "1", "2"), [2, 0, 2]),
         ({"image": pictures, "cls": ["owl", "cat", "owl"]}, None, ("cat", "owl"), [1, 0, 1]),
         ({"image": pictures, "cls": [True, False, True]}, None, ("0", "1"), [1, 0, 1]),
+        ({"image": pictures, "label": [1.0, 0.0, 1.0]}, None, ("0", "1"), [1, 0, 1]),
     ):
         source = parquet(write(tmp_path / "p.parquet", columns, metadata=metadata))
         assert source.classes == classes
@@ -100,8 +103,58 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
         assert found is not None
         assert found.dtype == torch.int64
     write(tmp_path / "q.parquet", {"image": pictures[:1], "label": ["cat"]})
-    with pytest.raises(ValueError, match="numbers in some of the rows and words in others"):
+    with pytest.raises(ValueError, match=r"numbers in some .* and words in others"):
         parquet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "captions"),
+    [
+        ({"prompt": ["a", "b"]}, {}, [("a",), ("b",)]),
+        ({"TEXT": ["a", "b"], "URL": ["", ""]}, {}, [("a",), ("b",)]),
+        ({"caption_1": ["b", "d"], "caption_0": ["a", None]}, {}, [("a", "b"), ("d",)]),
+        ({"text": ["a", "b"], "prompt": ["", ""]}, {}, [("a",), ("b",)]),
+        ({"text": ["", ""], "x": ["a", "b"]}, {"columns": {"caption": "x"}}, [("a",), ("b",)]),
+        ({"text": ["", ""]}, {"captions": "none"}, None),
+        ({"prompt": ["a", "b"], "title_text": ["", ""], "Description": ["", ""]}, {}, "caption"),
+        ({"caption": pa.array([None, None], pa.string())}, {}, "caption"),
+        ({"fine_label": [1, 0], "coarse_label": [0, 0]}, {}, None),
+        ({"label": [[0, 1], [1, 0]]}, {}, "label"),
+        ({"label": [0.5, 1.0]}, {}, "label"),
+        ({"coarse_label": [0, 1]}, {}, "label"),
+        ({"label": [[0, 1], [1, 0]]}, {"columns": {"label": ""}}, None),
+        ({"words": ["a", "b"]}, {"columns": {"caption": "text"}}, ConfigError),
+    ],
+)
+def test_columns_are_understood_chosen_or_named_when_lost(tmp_path, columns, options, captions):
+    path = write(tmp_path / "p.parquet", {"Image": [encode(0), encode(1)], **columns})
+    data = DataConfig(source="parquet", path=str(path), max_bad_fraction=0.0, **options)
+    if captions is ConfigError:
+        with pytest.raises(ConfigError, match=r"data\.columns\.caption is text.*Image, words"):
+            open_source(data, 16)
+        return
+    source = open_source(data, 16)
+    if isinstance(captions, str):
+        with pytest.raises(ConfigError, match=rf"{captions}.*data\.c(olumns|aptions)"):
+            refuse_lost(source, data)
+    else:
+        refuse_lost(source, data)
+        assert source.captions == captions
+        assert source.classes == (("0", "1") if "fine_label" in columns else ())
+
+
+def test_files_of_several_splits_are_not_mixed_and_sub_folders_are_read(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}-0-of-1.parquet", {"image": [encode(len(split))]})
+    (tmp_path / "README.md").touch()
+    assert kind_of(str(tmp_path)) == "parquet"
+    for split, keys in (("train", ["train"]), ("all", ["test", "train"])):
+        source = opened(tmp_path, kind="parquet", split=split)
+        assert source.keys == [f"{key}-0-of-1.parquet:0" for key in keys]
+        assert "README.md" in [one.example for one in source.unused]
+    with pytest.raises(ConfigError, match=r"data\.split.* test, train"):
+        parquet(tmp_path)
+    assert len(parquet(f"{tmp_path}/data/train-*.parquet")) == 1
 
 
 def test_bad_rows_are_attributed(tmp_path):
@@ -270,8 +323,20 @@ def test_splits_are_chosen_by_name(tmp_path, datasets):
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     for split, expected in (("", [0]), ("@test", [1])):
         assert colours(opened(f"hf:{tmp_path}/saved{split}", kind="datasets")) == expected
-    with pytest.raises(ValueError, match="its splits are train, test"):
+    with pytest.raises(ConfigError, match="has the splits train, test"):
         opened(f"hf:{tmp_path}/saved@validation", kind="datasets")
+    with pytest.raises(ConfigError, match=r"data\.split is test"):
+        opened(f"hf:{tmp_path}/saved@train", kind="datasets", split="test")
+    assert colours(opened(f"hf:{tmp_path}/saved", kind="datasets", split="test")) == [1]
+    splits["train"].save_to_disk(str(tmp_path / "one"))
+    assert colours(opened(f"hf:{tmp_path}/one", kind="datasets")) == [0]
+    with pytest.raises(ConfigError, match=r"one holds one data set.*omit @test"):
+        opened(f"hf:{tmp_path}/one@test", kind="datasets")
+
+
+def test_a_clone_from_the_hub_is_read(tmp_path, datasets):
+    write(tmp_path / "clone" / "data" / "train-00000-of-00001.parquet", {"image": [encode(2)]})
+    assert colours(opened(f"hf:{tmp_path}/clone", kind="datasets")) == [2]
 
 
 def test_a_picture_beside_the_table_is_read_and_a_bad_row_attributed(

@@ -37,6 +37,7 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 AverageLength = Annotated[float, Field(gt=0.0, lt=UNIFORM)]
 Fps = Annotated[float, Field(ge=SLOWEST_FPS, le=FASTEST_FPS)]
 Name = Annotated[str, AfterValidator(_not_none)]
+Suffix = Annotated[str, Field(pattern=r"^\.[^/]+$")]  # such as .txt
 
 Prediction = Literal["x0", "eps", "v"]
 WeightingName = Literal["eps", "v", "v_clipped", "min_snr", "sigmoid"]
@@ -44,6 +45,7 @@ Threshold = Literal["none", "clip", "dynamic"]
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m"]
 GridName = Literal["trailing", "log-snr", "released"]
 Pixels = Literal["symmetric", "released"]
+Captions = Literal["lines", "whole", "none"]
 Crop = Literal["centre", "random"]
 ClipStart = Literal["start", "fixed", "random"]
 ImageSource = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
@@ -90,13 +92,25 @@ class DataIdentity(Strict):
     conditions: str  # hash of their captions and labels
 
 
+class ColumnsConfig(Strict):
+    """Columns of a table or keys of JSON, by name; None: the usual names, "": none."""
+
+    image: str | None = None  # or the column of file names; in shards, the suffix of images
+    caption: str | None = None
+    label: str | None = None
+
+
 class DataConfig(Strict):
     """The source of images or videos. A clip is every `frame_stride`-th frame of a video."""
 
     source: SourceName
     path: Name | None = None  # folder, pattern of shards or parquet files, or hf:NAME
     side: Count | None = None  # of the images that D^r makes the levels of; None: the finest side
-    classes: tuple[str, ...] = ()  # class names of the data; a run fills them in
+    split: Name | None = None  # part of the data that is read; "all": everything
+    columns: ColumnsConfig = ColumnsConfig()
+    captions: Captions = "lines"  # of a text file: one a line, or one in the whole file
+    caption_suffixes: tuple[Suffix, ...] = ()  # beside images; empty: .txt, .caption or .json
+    classes: tuple[str, ...] = ()  # class names in order; empty: the data's, which a run fills in
     identity: DataIdentity | None = None  # of the data; a run fills it in
     crop: Crop = "centre"  # of the square; random: another place each time
     flip: bool = False

@@ -217,7 +217,7 @@ def embed(options: argparse.Namespace) -> None:
 
 def data_check(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.data.bad import NoneUsable
-    from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad
+    from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad, refuse_lost
     from matryoshka_diffusion.draw.grid import save_png
     from matryoshka_diffusion.runs import prepare
 
@@ -228,11 +228,13 @@ def data_check(options: argparse.Namespace) -> None:
         source = prepare.open_source(config.data, config.data_side, config.data_frames)
         show(describe(source))
     except NoneUsable as error:
-        show(describe_bad(error.bad))
+        if error.bad:
+            show(describe_bad(error.bad))
         raise
     if options.sheet is not None:
         save_png(contact_sheet(source), options.sheet, None)
         show(f"contact sheet: {options.sheet}")
+    refuse_lost(source, config.data)
     bad, total = len(source.bad), source.total
     if bad > allowed * total:
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data.bad import BadFile, listed
 from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.draw.grid import grid
@@ -16,12 +17,13 @@ _COLUMNS, _CELL, _STILLS = 8, 96, 4
 
 
 def summary(source: Source) -> str:
-    """One line: number, size and conditions of the samples."""
+    """Number, size and conditions of the samples, and what the data set holds besides."""
     conditions = f"{len(source.classes)} classes" if source.classes else "no captions, no classes"
     if source.captions:
         conditions = "captions"
     bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
-    return f"{source.name}: {len(source):,} {_noun(source)} of {source.side} px, {conditions}{bad}"
+    line = f"{source.name}: {len(source):,} {_noun(source)} of {source.side} px, {conditions}{bad}"
+    return "\n".join([line, *describe_unused(source)])
 
 
 def describe(source: Source) -> str:
@@ -46,7 +48,33 @@ def describe(source: Source) -> str:
     first = ", ".join(f'"{text[:60]}"' for text in distinct[:3])
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"
     lines.append(f"  captions  {some if captions else 'none'}")
-    return "\n".join([*lines, describe_bad(source.bad)])
+    return "\n".join([*lines, *describe_unused(source), describe_bad(source.bad)])
+
+
+def describe_unused(source: Source) -> list[str]:
+    """Report of what is in the data set and not used; no line if there is nothing."""
+    return [] if not source.unused else ["\n    ".join(["  not used", *listed(source.unused)])]
+
+
+def refuse_lost(source: Source, data: DataConfig) -> None:
+    """Raise ConfigError if what is not used looks like captions or classes, and there are none."""
+    columns, none = data.columns, "nothing else gives them"
+    lost = {
+        "caption": not source.captions and data.captions != "none" and columns.caption != "",
+        "label": not (source.captions or source.classes) and columns.label != "",
+    }
+    for role, option in (("caption", "captions"), ("label", "classes")):
+        if lost[role] and (seen := [one for one in source.unused if one.role == role]):
+            without = "data.captions=none" if role == "caption" else "data.columns.label=''"
+            raise ConfigError(
+                f"{source.name} may have {option} that are not used, and {none}: "
+                f'{"; ".join(listed(seen, 5))}; --set "{without}" goes on without'
+            )
+        if lost[role] and (name := getattr(columns, role)) is not None:
+            raise ConfigError(
+                f"data.columns.{role} is {name}, and {source.name} has no {option} of that name: "
+                "correct it, or omit it"
+            )
 
 
 def describe_bad(bad: Sequence[BadFile]) -> str:

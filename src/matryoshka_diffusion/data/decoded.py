@@ -13,17 +13,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from matryoshka_diffusion.config import Crop
+from matryoshka_diffusion.config import Crop, DataConfig
 from matryoshka_diffusion.data.augment import Cut, cut_square
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.source import Picture, Sample, Source
+from matryoshka_diffusion.data.spellings import Unused
 from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
 
 CACHED_PICTURES = 20_000
@@ -42,7 +43,8 @@ class Catalogue:
     state: str  # changes when the set does
     samples: Sequence[Sample]  # all of them, with a flaw if unusable
     load: Callable[[int], bytes | Path]  # the file of sample n; any thread may call it
-    classes: tuple[str, ...] = ()  # names; empty if the set has numbers only
+    classes: tuple[str, ...] = ()  # names of numbers; empty if the samples have names, or none
+    unused: tuple[Unused, ...] = ()  # other things in the data set
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,27 @@ def picture_decoder(side: int, crop: Crop) -> Decoder:
     return Decoder(decode, side, None, f"{side}, {crop}", CACHED_PICTURES)
 
 
-def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: float) -> Source:
+def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> Source:
     """Open the usable samples of a catalogue, in its order; NoneUsable if it has none.
 
     Too many bad ones are a ValueError: now, or for a set that is decoded on demand while reading.
     """
-    name = catalogue.name
+    name, max_bad_fraction = catalogue.name, data.max_bad_fraction
     if not catalogue.samples:
-        raise NoneUsable(f"{name} holds no sample: name other data (--data, data.path)", ())
-    samples = _with_flaws(catalogue.samples, len(catalogue.classes) or MAX_CLASSES)
+        seen = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
+        message = f"{name} holds no sample: name other data (--data, data.path){seen}"
+        raise NoneUsable(message, ())
+    samples, classes = _numbered(catalogue, data.classes)
+    samples = _with_flaws(samples, len(classes) or MAX_CLASSES)
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
     quarantine = Quarantine(name, bad, len(samples), max_bad_fraction)
     quarantine.check()
     rows = [n for n, sample in enumerate(samples) if not sample.flaw]
     usable = [samples[row] for row in rows]
-    labels = [sample.label for sample in usable if sample.label is not None]
+    labels = [int(sample.label) for sample in usable if sample.label is not None]
     numbers = tuple(map(str, range(max(labels, default=-1) + 1)))
+    if len(data.classes) == len(numbers):
+        numbers = data.classes
 
     def decode(n: int, start: float | None = None) -> Picture:
         return decoder.decode(catalogue.load(rows[n]), usable[n].key, start)
@@ -96,8 +103,9 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
         quarantine,
         decoder.side,
         frames=decoder.frames,
-        classes=(catalogue.classes or numbers) if labels else (),
+        classes=(classes or numbers) if labels else (),
         threads=THREADS,
+        unused=catalogue.unused,
     )
     if len(usable) > decoder.cached:
         return source
@@ -129,6 +137,32 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, max_bad_fraction: flo
     return replace(source, read=read_decoded, quarantine=quarantine, threads=1).part(good)
 
 
+def _numbered(
+    catalogue: Catalogue, wanted: tuple[str, ...]
+) -> tuple[Sequence[Sample], tuple[str, ...]]:
+    """Samples with numbers for classes, and the names of these in order; () without any names.
+
+    The order is `wanted` if these are the same names, that of the catalogue, or the sorted one,
+    in which numbers are sorted as numbers.
+    """
+    labels = {sample.label for sample in catalogue.samples} - {None}
+    words = {label for label in labels if isinstance(label, str)}
+    if words and len(words) < len(labels):
+        raise ValueError(
+            f"{catalogue.name}: classes are numbers in some of the samples and words in others"
+        )
+    are_numbers = all(map(str.isdecimal, words))
+    names = sorted(words, key=lambda word: (int(word) if are_numbers else 0, word))
+    if not (there := names or catalogue.classes if labels else ()):
+        return catalogue.samples, ()
+    order = wanted if {*wanted} == {*there} else tuple(there)
+    places: dict[Any, Any] = {name: place for place, name in enumerate(order)}
+    if not words:
+        places = {number: places[name] for number, name in enumerate(catalogue.classes)}
+    samples = [one._replace(label=places.get(one.label, one.label)) for one in catalogue.samples]
+    return samples, order
+
+
 def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
     """Samples, with a flaw where one lacks what others have, or has an impossible class.
 
@@ -143,7 +177,7 @@ def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
             return "it has no caption, although others have one"
         if labelled and sample.label is None:
             return "it has no class, although others have one"
-        if sample.label is not None and not 0 <= sample.label < classes:
+        if sample.label is not None and not 0 <= int(sample.label) < classes:
             return f"its class {sample.label} is not one of {classes:,}"
         return ""
 

@@ -1,65 +1,88 @@
 """Folders of images or videos that the user brings: with captions, with classes, or with neither.
 
-- Captions: `metadata.jsonl` or `metadata.csv` in the folder (`file_name`, and `text` or
-  `caption`), or `NAME.txt` beside `NAME.png` with one caption a line. They win over sub-folders.
-- Classes: the sorted names of the sub-folders; files may lie deeper inside them.
+- Captions: `metadata.jsonl` or `metadata.csv` in any folder, for the files below it (`file_name`,
+  and `text` or `caption`), or `NAME.txt` beside `NAME.png` with one caption a line.
+- Classes: `label` in these; or else the names of the sub-folders, where files may lie deeper.
 - Neither: files that lie directly in the folder.
+
+Other usual spellings (`spellings.py`) are understood, and what is not used is counted.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.config import ConfigError, DataConfig, UsageError
 from matryoshka_diffusion.data.bad import BadFile, PictureError, some
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.image import PICTURES, SUFFIXES, Kind, read_picture
 from matryoshka_diffusion.data.source import Sample
+from matryoshka_diffusion.data.spellings import (
+    FILE,
+    LABEL,
+    MAX_BYTES,
+    MAX_TEXT_BYTES,
+    METADATA,
+    SPLITS,
+    TEXT,
+    Reader,
+    Tally,
+    Words,
+    captions_in,
+    clean,
+    decoded,
+    find_columns,
+    json_object,
+    lines,
+    read_table,
+    suffixes_of,
+)
 from matryoshka_diffusion.draw.grid import SHEETS
-
-METADATA = ("metadata.jsonl", "metadata.csv")
-MAX_SIDECAR_BYTES = 65_536
+from matryoshka_diffusion.files import unreadable
 
 _ACCEPTED = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
 
 
-def folder(path: Path, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue:
+def folder(path: Path, data: DataConfig, kind: Kind = PICTURES, noun: str = "folder") -> Catalogue:
     """Files of that kind under `path`, in the order of their paths."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name {_ACCEPTED} (--data, data.path)")
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file of no known kind: name {_ACCEPTED}")
-    names, flaws = _find(path, kind)
+    tally = Tally()
+    every, others, flaws = _find(path, kind, tally)
+    prefix = _split_folder(path, every, data)
+    names = [name for name in every if name.startswith(prefix)]
+    flaws = {name: flaw for name, flaw in flaws.items() if name.startswith(prefix)}
     if not names:
         bad = some([BadFile(*item) for item in sorted(flaws.items())])
         raise ValueError(f"{path} holds no {kind.noun}{bad}: {forms(kind)}")
-    captions = _find_captions(path, names, flaws)
-    tops = {name: name.split("/")[0] for name in names if "/" in name and captions is None}
-    classes = tuple(sorted(set(tops.values())))
-    if classes:
-        flaws |= {name: "it is not in a class sub-folder" for name in names if name not in tops}
-    numbers = {top: number for number, top in enumerate(classes)}
+    others = [name for name in others if name.startswith(prefix) or "/" not in name]
+    words = _read_words(path, every, names, others, data, flaws, tally)
+    if words is None:
+        parts = {name: name.removeprefix(prefix).split("/") for name in names}
+        words = {name: Words((), tops[0]) for name, tops in parts.items() if len(tops) > 1}
+        if words:
+            stray = (name for name in names if name not in words)
+            flaws |= dict.fromkeys(stray, "it is not in a class sub-folder")
     keys = sorted({*names, *flaws})  # among them lines of a metadata file
-    samples = [
-        Sample(n, (captions or {}).get(n, ()), numbers.get(tops.get(n, "")), flaw=flaws.get(n, ""))
-        for n in keys
-    ]
-    state = state_of(path, names)
-    return Catalogue(f"{noun} {path}", state, samples, lambda n: path / keys[n], classes)
+    samples = [Sample(key, *words.get(key, Words()), flaw=flaws.get(key, "")) for key in keys]
+    name, unused = f"{noun} {path / prefix}", tally.unused("keys or columns")
+    return Catalogue(name, state_of(path, names), samples, lambda n: path / keys[n], unused=unused)
 
 
 def holds(path: Path, suffixes: frozenset[str]) -> bool:
     """Test if a file with one of these suffixes lies in the folder or deeper."""
-    return any(file.suffix.lower() in suffixes for file in _files_in(path))
+    return any(_suffix(name) in suffixes for name, _ in _files_in(path))
 
 
 def forms(kind: Kind) -> str:
@@ -78,121 +101,214 @@ def state_of(path: Path, names: Sequence[str]) -> str:
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
-def _find(path: Path, kind: Kind) -> tuple[list[str], dict[str, str]]:
-    """Sorted paths of such files inside the folder, and the flaws of those that are refused."""
-    names, flaws = [], {}
-    for file in _files_in(path):
-        name, suffix = file.relative_to(path).as_posix(), file.suffix.lower()
+def _find(path: Path, kind: Kind, tally: Tally) -> tuple[list[str], list[str], dict[str, str]]:
+    """Sorted paths of such files inside the folder and of all others; the flaws of refused ones."""
+    names, others, flaws = [], [], {}
+    repeats: list[str] = []
+    for name, entry in _files_in(path, repeats.append):
+        suffix = _suffix(name)
         if suffix in kind.others:
-            flaws[name] = f"{file.suffix} is not read: make it {kind.formats}"
-        elif suffix in kind.suffixes and not file.is_file():
+            flaws[name] = f"{suffix} is not read: make it {kind.formats}"
+        elif (entry.is_symlink() or suffix in kind.suffixes) and not os.path.isfile(entry):
             flaws[name] = "it is a broken link or no regular file"
-        elif suffix in kind.suffixes:
-            names.append(PurePosixPath(name))
-    previews = {name for name in names if name.suffix.lower() in kind.previews}
-    whole = {name.with_suffix("") for name in names if name not in previews}
-    kept = (name for name in names if name not in previews or name.with_suffix("") not in whole)
-    return sorted(map(str, kept)), flaws
+        else:
+            (names if suffix in kind.suffixes else others).append(name)
+    for name in repeats:
+        tally.add("links to folders that are read already", name)
+    whole = {_stem(name) for name in names if _suffix(name) not in kind.previews}
+    previews = {name for name in names if _suffix(name) in kind.previews and _stem(name) in whole}
+    for name in sorted(previews):
+        tally.add(f"animations beside a {kind.noun}", name)
+    return sorted({*names} - previews), sorted(others), flaws
 
 
-def _files_in(path: Path) -> Iterator[Path]:
-    """All files in the folder or deeper, except hidden ones (such as `._*` from a Mac)."""
-    for here, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(here, name) for name in files if not name.startswith("."))
+def _split_folder(path: Path, names: Sequence[str], data: DataConfig) -> str:
+    """Folder of the split that is read, with a slash; empty if the folder has no splits."""
+    tops = sorted({name.split("/")[0] if "/" in name else "" for name in names})
+    are_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
+    if data.split == "all" or (data.split is None and not are_splits):
+        return ""
+    split = tops[0] if data.split is None and len(tops) == 1 else data.split
+    if not split or split not in tops:
+        raise ConfigError(
+            f"data.split is {split or 'not set'}, and {path} has the folders "
+            f"{', '.join(filter(None, tops)) or 'of no split'}: --set data.split=NAME reads one of "
+            "them, as --data with its path does; data.split=all takes them for classes"
+        )
+    return f"{split}/"
 
 
-# --- captions --------------------------------------------------------------------------------
+def _files_in(
+    path: Path, repeat: Callable[[str], object] = lambda name: None
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files in the folder or deeper with their names, except hidden ones (such as `._*` of Macs).
 
-
-def clean(texts: Sequence[str]) -> tuple[str, ...]:
-    """Captions in `texts` with single blanks between words. Raises PictureError without any."""
-    captions = tuple(" ".join(text.split()) for text in texts if text.strip())
-    if not captions:
-        raise PictureError("its caption is empty")
-    if any("\ud800" <= character <= "\udfff" for text in captions for character in text):
-        raise PictureError("its caption is not UTF-8")
-    return captions
-
-
-def lines(data: bytes) -> list[str]:
-    """Lines of a text file; bytes that are not UTF-8 become surrogates, for `clean` to refuse."""
-    return data.decode("utf-8-sig", "surrogateescape").splitlines()
-
-
-def texts_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Texts of a JSON object or a table row under `text` or `caption`: one or several."""
-    texts = row.get("text", row.get("caption"))
-    texts = texts if isinstance(texts, list) else [texts]
-    return tuple(text for text in texts if isinstance(text, str))
-
-
-def _find_captions(
-    path: Path, names: Sequence[str], flaws: dict[str, str]
-) -> dict[str, tuple[str, ...]] | None:
-    """Captions of the files `names`; None if the folder holds no captions at all.
-
-    The metadata file wins over text files. Reasons why a file, or a line such as
-    "metadata.csv:7", cannot be used are added to `flaws`.
+    Links are followed, but no folder is read twice: `repeat` is called with the other ways to it.
+    Raises UnreadableError for a folder that cannot be read.
     """
-    metadata = [path / name for name in METADATA if (path / name).is_file()]
-    if len(metadata) > 1:
-        raise ValueError(f"{path} has both {' and '.join(METADATA)}: keep one of them")
-    captions: dict[str, tuple[str, ...]] = {}
-
-    def add(name: str, row: Mapping[str, Any] | None) -> None:
+    folders, links, visited = [""], [], set()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
         try:
-            texts = _sidecar((path / name).with_suffix(".txt")) if row is None else texts_of(row)
-            captions[name] = captions.get(name, ()) + clean(texts)
+            status = os.stat(path / here)
+            if (place := (status.st_dev, status.st_ino)) in visited:
+                repeat(here)
+                continue
+            visited.add(place)
+            entries = sorted(os.scandir(path / here), key=lambda entry: entry.name)
+        except OSError as error:
+            raise unreadable(path / here, error) from error
+        for entry in entries:
+            name = f"{here}/{entry.name}" if here else entry.name
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            else:
+                yield name, entry
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+# --- captions and classes --------------------------------------------------------------------
+
+
+def _read_words(
+    path: Path,
+    every: Sequence[str],
+    names: Sequence[str],
+    others: Sequence[str],
+    data: DataConfig,
+    flaws: dict[str, str],
+    tally: Tally,
+) -> dict[str, Words] | None:
+    """Captions and classes of the files `names` among `every`; None if none are described.
+
+    A metadata file wins over text files. Reasons why a file, or a line such as "metadata.csv:7",
+    cannot be used are added to `flaws`; `others` without a use are counted in `tally`.
+    """
+    words: dict[str, Words] = {}
+    reader, wanted, used = Reader(data, tally), {*names}, set()
+
+    def add(name: str, file: str, read: Callable[[], Words]) -> None:
+        try:
+            new = read()
+            if new == Words() and (data.captions == "none" or _suffix(file) == ".json"):
+                return
+            texts = clean(new.captions) if new.captions or new.label is None else ()
+            words[name] = Words(words.get(name, Words()).captions + texts, new.label)
         except PictureError as error:
             flaws[name] = str(error)
+        used.add(file)
 
-    known = frozenset(names)
-    for line, row in _rows(metadata[0]) if metadata else ():
-        file = row.get("file_name") if isinstance(row, Mapping) else None
-        name = PurePosixPath(file).as_posix() if isinstance(file, str) else ""  # of "./a.png" too
-        if name in known:
-            add(name, row)
-        else:
-            flaws[f"{metadata[0].name}:{line}"] = "it does not name a file of the folder"
-    sidecars = [n for n in names if (path / n).with_suffix(".txt").is_file()]
-    for name in sidecars:
-        if name not in captions and name not in flaws:
-            add(name, None)
-    return captions if metadata or sidecars else None
+    for file, line, row, target, flaw in _metadata(path, every, others, data):
+        if target is None:
+            keys = f" (its keys: {', '.join(row)})" if not find_columns(FILE, row, data) else ""
+            flaws[f"{file}:{line}"] = flaw or f"it does not name a file of the folder{keys}"
+            used.add(file)
+        elif target in wanted and flaw:
+            flaws[target] = f"{file}:{line}: {flaw}"
+            used.add(file)
+        elif target in wanted:
+            add(target, file, lambda row=row: reader.read(row, find_columns(FILE, row, data)))
+    for name, file in _sidecars(names, others, data):
+        if name not in words and name not in flaws:
+            add(name, file, lambda file=file: _read_sidecar(path / file, reader))
+    for file in others:
+        if file not in used:
+            tally.add_file(file)
+    return words if used else None
 
 
-def _sidecar(path: Path) -> list[str]:
+def _metadata(
+    path: Path, every: Sequence[str], others: Sequence[str], data: DataConfig
+) -> Iterator[tuple[str, int, Mapping[str, Any], str | None, str]]:
+    """Rows of all metadata files: file, line, row, the name that it describes, and its flaw."""
+    files = {name: PurePosixPath(name).parent for name in others if _base(name) in METADATA}
+    known = {normalize("NFC", name): name for name in every} | {name: name for name in every}
+    for file, parent in files.items():
+        if several := [name for name in files if files[name] == parent and name != file]:
+            raise ValueError(f"{path} has both {file} and {several[0]}: keep one of them")
+        for line, row, flaw in _rows(path / file, data):
+            columns = find_columns(FILE, row, data)
+            text = row[columns[0]] if columns else None
+            targets = (text, text.replace("\\", "/")) if isinstance(text, str) else ()
+            paths = [(parent / target).as_posix() for target in targets]  # "./a.png" is a.png
+            found = [
+                known[p] for name in paths for p in (name, normalize("NFC", name)) if p in known
+            ]
+            yield file, line, row, next(iter(found), None), flaw
+
+
+def _base(name: str) -> str:
+    return PurePosixPath(name).name.lower()
+
+
+def _sidecars(
+    names: Sequence[str], others: Sequence[str], data: DataConfig
+) -> Iterator[tuple[str, str]]:
+    """Files of `names` with the file of captions beside them: NAME.txt or NAME.png.txt."""
+    suffixes = suffixes_of(data)
+    beside: dict[str, str] = {}
+    for file in others:
+        for suffix in suffixes:
+            if file.lower().endswith(suffix.lower()):
+                stem = normalize("NFC", file[: -len(suffix)])
+                beside.setdefault(f"{stem}{suffix}", file)
+    for name in names:
+        stems = [normalize("NFC", start) for start in (_stem(name), name)]
+        keys = (f"{stem}{suffix}" for suffix in suffixes for stem in stems)
+        if file := next((beside[key] for key in keys if key in beside), None):
+            yield name, file
+
+
+def _read_sidecar(path: Path, reader: Reader) -> Words:
+    is_json = path.suffix.lower() == ".json"
+    most = MAX_BYTES.get(path.suffix.lower(), MAX_TEXT_BYTES)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_SIDECAR_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise PictureError(f"{path.name} cannot be read ({error.strerror})") from error
-    if len(data) > MAX_SIDECAR_BYTES:
-        raise PictureError(f"{path.name} is longer than {MAX_SIDECAR_BYTES:,} bytes")
-    return lines(data)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and rows; bytes that are not UTF-8 become surrogates, for `clean` to refuse."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, line in enumerate(file if path.suffix == ".jsonl" else (), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                row = None
-            if line.strip():
-                yield number, row
-        if path.suffix == ".jsonl":
-            return
-        table = csv.DictReader(file)
+    if is_json:  # most hold something else
         try:
-            columns = set(table.fieldnames or ())
-            if "file_name" not in columns or not columns & {"text", "caption"}:
-                raise ValueError(f"{path} needs the columns file_name and text (or caption)")
-            yield from ((table.line_num, row) for row in table)
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {table.line_num}: {error}") from error
+            return reader.read(json_object(data))
+        except PictureError:
+            return Words()
+    if len(data) > most:
+        raise PictureError(f"{path.name} is longer than {most:,} bytes")
+    return Words(captions_in(data, reader.data))
+
+
+def _rows(path: Path, data: DataConfig) -> Iterator[tuple[int, Mapping[str, Any], str]]:
+    """Line numbers, rows, and the flaws of lines that cannot be used."""
+    content = path.read_bytes()
+    if path.suffix.lower() == ".csv":
+        names, rows = read_table(str(path), decoded(content))
+        words = [*find_columns(TEXT, names, data), *find_columns(LABEL, names, data)]
+        if not find_columns(FILE, names, data) or not (words or data.captions == "none"):
+            raise ValueError(
+                f"{path} needs the columns file_name and text (or caption, or label), and has "
+                f"{', '.join(names)}: rename them, or set data.columns.image (of file names) and "
+                "data.columns.caption"
+            )
+        yield from rows
+        return
+    for number, line in enumerate(lines(content), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = line
+        if isinstance(row, Mapping):
+            yield number, row, ""
+        elif line.strip():
+            yield number, {}, "it is no JSON object"
 
 
 # --- small images for an upsampler -----------------------------------------------------------

@@ -12,54 +12,144 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import THREADS, Catalogue
-from matryoshka_diffusion.data.folder import MAX_SIDECAR_BYTES, clean, lines, texts_of
 from matryoshka_diffusion.data.image import PICTURES, Kind
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.remote import attempt, opened, read_range, state_of
 from matryoshka_diffusion.data.source import Sample
+from matryoshka_diffusion.data.spellings import (
+    CAPTION,
+    CAPTION_SUFFIXES,
+    FILE,
+    MAX_BYTES,
+    MAX_TEXT_BYTES,
+    SPLITS,
+    Reader,
+    Tally,
+    captions_in,
+    clean,
+    decoded,
+    find_columns,
+    json_object,
+    read_table,
+    suffixes_of,
+)
 from matryoshka_diffusion.data.tar import Member, members, read_at
 from matryoshka_diffusion.files import cache_folder, digest, write_atomically
 
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_VERSION = 5  # of the index; raise it when the same shard would be indexed in another way
-_MAX_BYTES = {".txt": MAX_SIDECAR_BYTES, ".json": 2**20, ".cls": 64}  # of what describes an image
+_VERSION = 6  # of the index; raise it when the same shard would be indexed in another way
+_SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./]|$)")
+_SIDES = ("original_width", "original_height")  # in .json
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
 
-def shards(pattern: str, kind: Kind = PICTURES) -> Catalogue:
-    """Samples of all shards that `pattern` stands for (see `expand`), in their order."""
+def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
+    """Samples of all shards that `pattern` stands for (see `expand`), in their order.
+
+    A file `NAME.tsv` has captions for shards that have none: its columns are tar, file and caption,
+    or it lists such files under filename.
+    """
     from tqdm import tqdm
 
-    paths = expand(pattern, ".tar")
+    tally = Tally()
+    lists = _read_lists(expand(pattern, ".tsv"), data) if pattern.endswith(".tsv") else {}
+    paths = [*lists] or of_split(pattern, expand(pattern, ".tar"), data)
     for path in paths:
         if not path.endswith(".tar"):
             raise ValueError(f"{path}: decompress it, shards are plain .tar files")
 
-    def index(path: str) -> tuple[str, list[tuple[Sample, int]]]:
+    def index(path: str) -> tuple[str, _Index]:
         state = state_of(path)
-        return state, _index(path, state, kind)
+        return state, _index(path, state, data, kind)
 
     results = look_ahead(index, paths, workers=THREADS, depth=4 * THREADS)
     bar = tqdm(results, "indexing shards", len(paths), unit=" shards", leave=False, disable=None)
-    states, samples, places = [], [], []
-    for path, name, (state, found) in zip(paths, short_names(paths), bar, strict=True):
+    states, samples, places, used = [], [], [], {*paths}
+    for path, name, (state, (rows, shard_tally)) in zip(
+        paths, short_names(paths), bar, strict=True
+    ):
         states.append(f"{path} {state}")
-        samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in found]
-        places += [(path, sample.offset, size) for sample, size in found]
+        tally.merge(shard_tally)
+        beside = f"{path.removesuffix('.tar')}.tsv"
+        if path in lists:
+            rows = _captioned(rows, lists[path], tally)
+        elif (
+            data.captions != "none"
+            and not any(x.captions for x, _ in rows)
+            and os.path.isfile(beside)
+        ):
+            rows = _captioned(rows, _read_lists([beside], data).get(path, {}), tally)
+            used.add(beside)
+        samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in rows]
+        places += [(path, sample.offset, size) for sample, size in rows]
 
     def load(n: int) -> bytes:
         path, start, size = places[n]
         return read_range(path, start, size)
 
-    return Catalogue(f"shards {pattern}", "\n".join(states), samples, load)
+    count_others(pattern, used, tally)
+    unused = tally.unused("keys of .json")
+    return Catalogue(f"shards {pattern}", "\n".join(states), samples, load, unused=unused)
+
+
+# --- lists of captions -----------------------------------------------------------------------
+
+_Captions = dict[str, list[str]]  # by key
+
+
+def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
+    """Captions by shard, from tables of tar, file and caption, and from those that tables list."""
+    lists: dict[str, _Captions] = {}
+    for path in paths:
+        with opened(path, int(state_of(path).split()[0])) as file:
+            names, rows = read_table(path, decoded(file.read()))
+        files, captions = find_columns(FILE, names, data), find_columns(CAPTION, names, data)
+        if not files or ("tar" in names and not captions and data.captions != "none"):
+            raise ValueError(
+                f"{path} needs the columns tar, file and caption, or filename in a list of such "
+                f"tables, and has {', '.join(names)}"
+            )
+        for line, row, flaw in rows:
+            if flaw:
+                raise ValueError(f"{path}, line {line}: {flaw}")
+            place = row.get("tar", row[files[0]])
+            place = place if "://" in place else os.path.join(os.path.dirname(path), place)
+            if "tar" not in names:
+                for shard, texts in _read_lists([place], data).items():
+                    lists.setdefault(shard, {}).update(texts)
+                continue
+            key = _split(row[files[0]].removeprefix("./"))[0]
+            lists.setdefault(place, {}).setdefault(key, []).extend(row[name] for name in captions)
+    return lists
+
+
+def _captioned(
+    rows: Sequence[tuple[Sample, int]], captions: _Captions, tally: Tally
+) -> list[tuple[Sample, int]]:
+    """Samples with the captions of a table; those that it does not name are left out."""
+    samples, absent = [], dict(captions)
+    for sample, size in rows:
+        texts = absent.pop(sample.key, None)
+        if texts is None and not sample.flaw:
+            tally.add("samples that the .tsv does not name", sample.key)
+            continue
+        try:
+            sample = sample._replace(captions=clean(texts) if texts else ())
+        except PictureError as error:
+            sample = sample._replace(flaw=sample.flaw or str(error))
+        samples.append((sample, size))
+    flaw = "its .tsv names it, and the shard has no such sample"
+    return [*samples, *((Sample(key, flaw=flaw), 0) for key in absent)]
 
 
 # --- files here and elsewhere ----------------------------------------------------------------
@@ -69,9 +159,27 @@ def expand(pattern: str, suffix: str) -> list[str]:
     """Paths that a pattern stands for, or the files of a folder that end in `suffix`, in order.
 
     `{00..12}` counts, with the zeros of its first number, and may occur several times; `*`, `?`
-    and `[...]` match what exists. Raises FileNotFoundError or, for senseless ranges, ValueError.
+    and `[...]` match what exists. In the path of a file or folder that exists, they are letters.
+    Raises FileNotFoundError or, for senseless ranges, ValueError.
     """
-    names = [pattern]
+    if os.path.isdir(pattern):
+        place = glob.escape(pattern)
+        inside = (glob.glob(f"{place}/{deeper}*{suffix}") for deeper in ("", "*/"))
+        paths = sorted(next(filter(None, inside), ()))
+    elif os.path.exists(pattern):
+        paths = [pattern]
+    else:
+        there = next((f"{x}/" for x in Path(pattern).parents if x.is_dir()), "")
+        there = "" if "://" in pattern or not pattern.startswith(there) else there
+        paths = [path for name in _counted(pattern, there) for path in _existing(name, there)]
+    if not paths:
+        raise FileNotFoundError(f"{pattern}: no {suffix} file is there")
+    return paths
+
+
+def _counted(pattern: str, there: str) -> list[str]:
+    """Names for all the numbers in a pattern, whose start `there` is the path of a folder."""
+    names = [pattern.removeprefix(there)]
     while (match := _RANGE.search(names[0])) is not None:
         first, last = int(match[1]), int(match[2])
         count = last - first + 1
@@ -79,24 +187,52 @@ def expand(pattern: str, suffix: str) -> list[str]:
             raise ValueError(f"{pattern}: {match[0]} is no range, or gives too many names")
         numbers = [f"{n:0{len(match[1])}}" for n in range(first, last + 1)]
         names = [name.replace(match[0], n, 1) for name in names for n in numbers]
-    paths = [path for name in names for path in _existing(name, suffix)]
-    if not paths:
-        raise FileNotFoundError(f"{pattern}: no {suffix} file is there")
-    return paths
+    return [f"{there}{name}" for name in names]
 
 
-def _existing(path: str, suffix: str) -> list[str]:
-    if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), f"*{suffix}")))
-    if not glob.has_magic(path):
+def _existing(path: str, there: str) -> list[str]:
+    rest = path.removeprefix(there)
+    if not glob.has_magic(rest):
         return [path]
     if "://" not in path:
-        return sorted(glob.glob(path))
+        return sorted(glob.glob(f"{glob.escape(there)}{rest}"))
     return attempt(path, _matches)
 
 
 def _matches(system: Any, pattern: str) -> list[str]:
     return [system.unstrip_protocol(name) for name in sorted(system.glob(pattern))]
+
+
+def of_split(pattern: str, paths: Sequence[str], data: DataConfig) -> list[str]:
+    """Files of the split `data.split`, or all where they belong to one split or to none.
+
+    A split is a word in the name of a file, or of a folder below the one that `pattern` names.
+    Raises ConfigError.
+    """
+    start = pattern if os.path.isdir(pattern) else ""
+    names = [path.removeprefix(start) if start else os.path.basename(path) for path in paths]
+    matches = [_SPLIT.search(name.lower()) for name in names]
+    splits = [None if match is None else match[1] for match in matches]
+    there = sorted({*filter(None, splits)})
+    if data.split == "all" or (data.split is None and len(there) < 2):
+        return [*paths]
+    if data.split not in there:
+        raise ConfigError(
+            f"data.split is {data.split or 'not set'}, and the files of {pattern} are of the "
+            f"splits {', '.join(there) or '(none)'}: --set data.split=NAME reads one of them, "
+            "data.split=all reads everything"
+        )
+    return [path for path, split in zip(paths, splits, strict=True) if split == data.split]
+
+
+def count_others(pattern: str, used: Collection[str], tally: Tally) -> None:
+    """Count the files beside those `used` of the folder that `pattern` names, if it does."""
+    if os.path.isdir(pattern):
+        for folder in sorted({pattern, *map(os.path.dirname, used)}):
+            for name in sorted(os.listdir(folder)):
+                path = os.path.join(folder, name)
+                if path not in used and not name.startswith(".") and os.path.isfile(path):
+                    tally.add_file(os.path.relpath(path, pattern))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -108,90 +244,122 @@ def short_names(paths: Sequence[str]) -> list[str]:
 # --- the index -------------------------------------------------------------------------------
 
 
-def _index(path: str, state: str, kind: Kind) -> list[tuple[Sample, int]]:
-    """Samples of a shard in order, and the sizes of their files; bad samples have a flaw.
+class _Index(NamedTuple):
+    """Samples of a shard in order, with the sizes of their files, and what has no use."""
 
-    A sample's `offset` is where its file begins, or where the flaw is.
-    """
-    cache = cache_folder("shards") / f"{digest(f'{kind.noun}s of {path}')}.json"
+    samples: list[tuple[Sample, int]]  # a flawed sample's `offset` is where the flaw is
+    tally: Tally
+
+
+def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
+    settings = data.model_dump_json(include={"columns", "captions", "caption_suffixes"})
+    cache = cache_folder("shards") / f"{digest(f'{kind.noun}s of {path}, {settings}')}.json"
     try:
-        version, cached_state, rows = json.loads(cache.read_bytes())
+        version, cached_state, rows, *tally = json.loads(cache.read_bytes())
         if (version, cached_state) == (_VERSION, state):
-            return [
+            samples = [
                 (Sample(key, tuple(captions), label, side, flaw, int(offset)), int(size))
                 for (key, captions, label, side, flaw, offset), size in rows
             ]
+            return _Index(samples, Tally(*map(dict, tally)))
     except (OSError, ValueError, TypeError):
         pass  # there is no index yet, or it is damaged
     size = int(state.split()[0])
     with opened(path, size) as file:
-        found = list(_samples(file, size, kind))
-    text = json.dumps([_VERSION, state, found]).encode()
+        reader = _ShardReader(file, data, kind)
+        samples = list(reader.samples(size))
+    tally = reader.tally
+    text = json.dumps([_VERSION, state, samples, tally.files, tally.names]).encode()
     write_atomically(cache, lambda file: file.write(text), needed=len(text))
-    return found
+    return _Index(samples, tally)
 
 
-def _samples(file: Any, size: int, kind: Kind) -> Iterator[tuple[Sample, int]]:
-    keys: set[str] = set()
-    used = kind.suffixes | kind.others | _MAX_BYTES.keys()
+class _ShardReader:
+    """Reader of the samples of one open shard; `tally` has what it holds besides."""
 
-    def is_used(member: Member) -> bool:
-        hidden = member.name.rpartition("/")[2].startswith(".")
-        return bool(member.flaw) or (_split(member.name)[1] in used and not hidden)
+    def __init__(self, file: Any, data: DataConfig, kind: Kind) -> None:
+        self.tally = Tally()
+        self._file, self._data, self._kind = file, data, kind
+        self._records = Reader(data, self.tally)
+        self._images, self._previews = kind.suffixes - kind.previews, kind.previews
+        if data.columns.image is not None:  # the suffix of a sample's image
+            self._images, self._previews = frozenset({f".{data.columns.image}"}), frozenset()
+        self._texts = [one for one in suffixes_of(data) if one != ".json"]
 
-    def key_of(member: Member) -> str:  # a member that has lost its name is a sample of its own
-        return _split(member.name)[0] or f"byte {member.start}"
+    def samples(self, size: int) -> Iterator[tuple[Sample, int]]:
+        """Samples in order; bad ones have a flaw."""
+        keys: set[str] = set()
+        for key, group in groupby(filter(self._is_used, members(self._file, size)), _key):
+            parts = list(group)
+            try:
+                if key in keys:
+                    raise PictureError("its key was used before: its members lie side by side")
+                yield self._sample(key, parts)
+            except PictureError as error:
+                yield Sample(key, flaw=str(error), offset=parts[0].start), 0
+            keys.add(key)
 
-    for key, group in groupby(filter(is_used, members(file, size)), key_of):
-        parts = list(group)
-        try:
-            if key in keys:
-                raise PictureError("its key was used before: members of a sample lie side by side")
-            yield _sample(file, key, parts, kind)
-        except PictureError as error:
-            yield Sample(key, flaw=str(error), offset=parts[0].start), 0
-        keys.add(key)
+    def _is_used(self, member: Member) -> bool:
+        if member.flaw:
+            return True
+        suffix = _split(member.name)[1]
+        used = suffix in (*self._texts, ".json", ".cls")
+        if used or suffix in self._images | self._previews | self._kind.others:
+            return not _is_hidden(member)
+        if not _is_hidden(member):
+            last, dotted = f".{suffix.rpartition('.')[2]}", suffix.count(".") > 1
+            noun = f"{last} members" if suffix else "members without a suffix"
+            if dotted and last in self._images | self._previews | {*CAPTION_SUFFIXES}:
+                option = "columns.image" if last in self._images else "caption_suffixes"
+                role = "" if last in self._images | self._previews else CAPTION.option
+                remedy = (
+                    "a key ends at the first dot of a name: rename them, or name the rest "
+                    f"(--set data.{option}=...)"
+                )
+                self.tally.add(f"{noun} with further dots", member.name, role, remedy)
+            else:
+                self.tally.add(noun, member.name)
+        return False
 
+    def _sample(self, key: str, parts: Sequence[Member]) -> tuple[Sample, int]:
+        """Sample from its members, and the size of its file. Raises PictureError."""
+        kind = self._kind
+        for part in parts:
+            if part.flaw:
+                raise PictureError(part.flaw)
+        picture = _only(parts, self._images, kind.noun) or _only(parts, self._previews, kind.noun)
+        if picture is None:
+            raise PictureError(f"it has no {kind.formats} {kind.noun}")
+        if not 0 < picture.size <= kind.max_bytes:
+            raise PictureError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
+        data = self._small(parts, ".json")
+        record = {} if data is None else json_object(data)
+        words = self._records.read(record, _SIDES)
+        files = (text for suffix in self._texts if (text := self._small(parts, suffix)) is not None)
+        text = next(files, None)
+        has_number = self._data.columns.label in (None, "cls")
+        label = self._small(parts, ".cls") if has_number else None
+        if label is not None and not label.strip().isdigit():
+            raise PictureError("its .cls is no whole number")
+        sides: list[Any] = [record.get(name) for name in _SIDES]
+        known = all(isinstance(side, int) and 0 < side <= _MAX_ORIGINAL for side in sides)
+        texts = words.captions if ".json" in suffixes_of(self._data) else ()
+        texts = texts if text is None else captions_in(text, self._data)
+        sample = Sample(
+            key=key,
+            captions=clean(texts) if texts or text is not None else (),
+            label=words.label if label is None else int(label),
+            original_side=min(sides) if known else None,
+            offset=picture.start,
+        )
+        return sample, picture.size
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and suffix: `a.b/c.seg.png` is `a.b/c` and `.seg.png`."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
-
-
-def _sample(file: Any, key: str, parts: Sequence[Member], kind: Kind) -> tuple[Sample, int]:
-    """Sample from its members, and the size of its file. Raises PictureError."""
-    for part in parts:
-        if part.flaw:
-            raise PictureError(part.flaw)
-    whole = _only(parts, kind.suffixes - kind.previews, kind.noun)
-    picture = whole or _only(parts, kind.previews, kind.noun)
-    if picture is None:
-        raise PictureError(f"it has no {kind.formats} {kind.noun}")
-    if not 0 < picture.size <= kind.max_bytes:
-        raise PictureError(f"its {kind.noun} is {'too large' if picture.size else 'empty'}")
-    data, text = _small(file, parts, ".json"), _small(file, parts, ".txt")
-    try:
-        record = {} if data is None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PictureError("its .json is damaged or not UTF-8") from error
-    if not isinstance(record, dict):
-        raise PictureError("its .json is no object with names")
-    texts = texts_of(record) if text is None else lines(text)
-    label = _small(file, parts, ".cls")
-    if label is not None and not label.strip().isdigit():
-        raise PictureError("its .cls is no whole number")
-    sides: list[Any] = [record.get(name) for name in ("original_width", "original_height")]
-    known = all(isinstance(side, int) and 0 < side <= _MAX_ORIGINAL for side in sides)
-    sample = Sample(
-        key=key,
-        captions=clean(texts) if texts or text is not None else (),
-        label=None if label is None else int(label),
-        original_side=min(sides) if known else None,
-        offset=picture.start,
-    )
-    return sample, picture.size
+    def _small(self, parts: Sequence[Member], suffix: str) -> bytes | None:
+        member = _only(parts, frozenset({suffix}), suffix)
+        most = MAX_BYTES.get(suffix, MAX_TEXT_BYTES)
+        if member is not None and member.size > most:
+            raise PictureError(f"{suffix} is longer than {most:,} bytes")
+        return None if member is None else read_at(self._file, member.start, member.size)
 
 
 def _only(parts: Sequence[Member], suffixes: frozenset[str], noun: str) -> Member | None:
@@ -201,8 +369,17 @@ def _only(parts: Sequence[Member], suffixes: frozenset[str], noun: str) -> Membe
     return found[0] if found else None
 
 
-def _small(file: Any, parts: Sequence[Member], suffix: str) -> bytes | None:
-    member, most = _only(parts, frozenset({suffix}), suffix), _MAX_BYTES[suffix]
-    if member is not None and member.size > most:
-        raise PictureError(f"{suffix} is longer than {most:,} bytes")
-    return None if member is None else read_at(file, member.start, member.size)
+def _key(member: Member) -> str:
+    """Key of a member's sample; a member that has lost its name is a sample of its own."""
+    return _split(member.name)[0] or f"byte {member.start}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix: `a.b/c.seg.png` is `a.b/c` and `.seg.png`."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
+
+
+def _is_hidden(member: Member) -> bool:
+    return member.name.rpartition("/")[2].startswith(".")

@@ -25,6 +25,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
+from matryoshka_diffusion.data.spellings import Unused
 from matryoshka_diffusion.files import fraction
 
 HUGGING_FACE = "hf:"
@@ -32,7 +33,7 @@ PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no
 
 _FRAMES_IN_MEMORY = 64
 _SHARD = re.compile(
-    r"\.(tar(\.(?!parquet)\w+)?|tgz)$"
+    r"\.(tar(\.(?!parquet)\w+)?|tgz|tsv)$"
 )  # compressed ones too: shards.py says what to do
 
 
@@ -41,7 +42,7 @@ class Sample(NamedTuple):
 
     key: str  # stable between runs: a path in a folder, SHARD:KEY or FILE:ROW elsewhere
     captions: tuple[str, ...] = ()  # alternatives
-    label: int | None = None  # index into the classes
+    label: int | str | None = None  # index into the classes; in a catalogue also a name
     original_side: int | None = None  # shorter side in pixels before the set was made, if recorded
     flaw: str = ""  # the reason why it cannot be used
     offset: int | None = None  # its place in the shard, in bytes
@@ -81,6 +82,7 @@ class Source:
     channels: int = 3  # 1 for grey, 3 for colour
     classes: tuple[str, ...] = ()  # names; empty without labels
     threads: int = 1  # samples that are read at the same time
+    unused: tuple[Unused, ...] = ()  # other things in the data set
 
     @cached_property
     def keys(self) -> list[str]:
@@ -134,7 +136,8 @@ class Source:
                 self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
             side = sample.original_side or picture.original_side
-            return Example(picture.pixels, sample.captions, sample.label, sample.key, side)
+            label = None if sample.label is None else int(sample.label)
+            return Example(picture.pixels, sample.captions, label, sample.key, side)
         raise ValueError(f"{self.name}: not one of {len(self):,} samples can be read")
 
 
@@ -220,7 +223,7 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
     if source == "openmoji":
         if path is not None:
             raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
-        return open_catalogue(emoji.openmoji(side), picture_decoder(side, "centre"), 0.0)
+        return open_catalogue(emoji.openmoji(side), picture_decoder(side, "centre"), config)
     if source == "fashion-mnist":
         return fashion_mnist.fashion_mnist(side, None if path is None else _expanded(path))
     if path is None:
@@ -231,11 +234,11 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         own = f"give a folder ({folder.forms(image.PICTURES)}), or tar shards, parquet or hf:NAME"
         raise ConfigError(f"data.path is not set: {remedy.get(source, own)} with --data")
     catalogues: dict[str, Callable[[], Any]] = {
-        "folder": lambda: folder.folder(_expanded(path)),
-        "shards": lambda: shards.shards(absolute(path)),
-        "parquet": lambda: tables.parquet(absolute(path)),
-        "datasets": lambda: tables.hugging_face(absolute(path)),
-        "clips": lambda: video.videos(absolute(path)),
+        "folder": lambda: folder.folder(_expanded(path), config),
+        "shards": lambda: shards.shards(absolute(path), config),
+        "parquet": lambda: tables.parquet(absolute(path), config),
+        "datasets": lambda: tables.hugging_face(absolute(path), config),
+        "clips": lambda: video.videos(absolute(path), config),
         "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
     }
     if source in VIDEO_SOURCES:
@@ -243,7 +246,7 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
     else:
         decoder = picture_decoder(side, config.crop)
     try:
-        return open_catalogue(catalogues[source](), decoder, config.max_bad_fraction)
+        return open_catalogue(catalogues[source](), decoder, config)
     except NoneUsable as error:
         if source != "clips" or frames is None:
             raise
@@ -285,7 +288,8 @@ def kind_of(path: str) -> SourceName:
             return "folder"
         if holds(folder, CONTAINERS):
             return "clips"
-        names = os.listdir(folder)
+        inside = (name for name in folder.glob("*/*") if not name.parent.name.startswith("."))
+        names = [*os.listdir(folder), *(name.name for name in inside)]
     if any(_SHARD.search(name) for name in names):
         return "shards"
     return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"

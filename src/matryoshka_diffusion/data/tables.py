@@ -11,103 +11,107 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
-from matryoshka_diffusion.data.folder import clean
 from matryoshka_diffusion.data.remote import opened, state_of
-from matryoshka_diffusion.data.shards import expand, short_names
+from matryoshka_diffusion.data.shards import count_others, expand, of_split, short_names
 from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
+from matryoshka_diffusion.data.spellings import (
+    CAPTION,
+    LABEL,
+    PICTURE,
+    LabelError,
+    Tally,
+    clean,
+    find_columns,
+    label_of,
+    texts,
+)
 from matryoshka_diffusion.files import UnreadableError, require
 
-PICTURE = ("image", "picture", "photo", "img", "jpg", "jpeg", "png", "webp")
-CAPTION = ("caption", "text")
-LABEL = ("label", "cls")
 DEFAULT_SPLIT = "train"
 
 _GROUPS_KEPT = 2
 _LARGE_GROUP = 200  # pictures, on average
 _SMALL, _MAX_RATIO = 2**28, 32  # bytes that any file may unpack to, and how often its own size
+_SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 
 
 class _Columns(NamedTuple):
-    """Names of the columns that are read; None where the table has no such column."""
+    """Names of the columns that are read."""
 
     picture: str
-    caption: str | None
-    label: str | None
+    captions: tuple[str, ...]  # alternatives
+    labels: tuple[str, ...]  # one or none
 
     @property
     def words(self) -> list[str]:
-        return [name for name in self[1:] if name is not None]
+        """Columns of captions and classes."""
+        return [*self.captions, *self.labels]
 
 
-def _columns(names: Sequence[str], where: str) -> _Columns:
-    """Columns of a table by their names. Raises ValueError without a column of images."""
-    picture, caption, label = (
-        next((name for name in wanted if name in names), None)
-        for wanted in (PICTURE, CAPTION, LABEL)
-    )
-    if picture is None:
-        raise ValueError(
-            f"{where}: no column with pictures among {', '.join(names)}: "
-            f"call it {' or '.join(PICTURE[:2])}"
+def _columns(types: Mapping[str, object], data: DataConfig, where: str, tally: Tally) -> _Columns:
+    """Columns of a table by their names; the other ones are tallied with their types.
+
+    Raises ConfigError without a column of images, or without one that `data.columns` names.
+    """
+    for option, name in data.columns.model_dump().items():
+        if name and name not in types:
+            raise ConfigError(
+                f"data.columns.{option} is {name}, and {where} has {', '.join(types)}"
+            )
+    pictures = find_columns(PICTURE, types, data)
+    if not pictures:
+        raise ConfigError(
+            f"{where}: no column with pictures among {', '.join(types)}: "
+            f"call it {' or '.join(PICTURE.usual[:2])}, or --set data.columns.image=NAME"
         )
-    return _Columns(picture, caption, label)
+    columns = _Columns(
+        pictures[0], find_columns(CAPTION, types, data), find_columns(LABEL, types, data)
+    )
+    used = {columns.picture, *columns.words}
+    tally.names |= {name: str(kind) for name, kind in types.items() if name not in used}
+    return columns
 
 
-class _Row(NamedTuple):
-    """A row without its image. A class is a number or a name."""
+def _rows(table: Any, columns: _Columns, tally: Tally) -> list[Sample]:
+    """Samples in a pyarrow table, without keys; a caption that makes no sense is a flaw of its row.
 
-    captions: tuple[str, ...] = ()
-    label: int | str | None = None
-    flaw: str = ""
-
-
-def _rows(table: Any, columns: _Columns) -> list[_Row]:
-    """Rows of a pyarrow table; a value that makes no sense is a flaw of its row."""
-    rows, nothing = [], [None] * table.num_rows
-    cells = (nothing if name is None else table.column(name) for name in columns[1:])
-    for pair in zip(*cells, strict=True):
+    A column of classes that holds something else, or a column without a value, is tallied.
+    """
+    rows, count, other = [], len(columns.captions), None
+    for cells in zip(*map(table.column, columns.words), strict=True):
+        label = None
         try:
-            text, label = (None if cell is None else cell.as_py() for cell in pair)
-            texts: list[Any] = text if isinstance(text, list) else [text]
-            if text is not None and not all(isinstance(one, str) for one in texts):
-                raise PictureError("its caption is no text")
-            captions = () if text is None else clean(texts)
-            label = int(label) if isinstance(label, int) else label  # yes and no are 1 and 0
-            row = _Row(captions, label if isinstance(label, int | str) else None)
+            values = [cell.as_py() for cell in cells]
+            captions = [text for value in values[:count] for text in texts(value)]
+            label = label_of(values[count]) if columns.labels else None
+            rows.append(Sample("", clean(captions) if captions else (), label))
         except UnicodeDecodeError:
-            row = _Row(flaw="its caption or class is not UTF-8")
+            rows.append(Sample("", flaw="its caption or class is not UTF-8"))
         except PictureError as error:
-            row = _Row(flaw=str(error))
-        rows.append(row)
+            rows.append(Sample("", flaw=str(error)))
+        except LabelError as error:
+            other = str(error)
+            rows.append(Sample("", clean(captions) if captions else ()))
+    if other is not None:
+        (name,) = columns.labels
+        remedy = "classes are whole numbers or words: --set data.columns.label=NAME reads others"
+        example = f"{other} ({table.column(name).type})"
+        tally.add(f"values of the column {name}", example, LABEL.option, remedy, count=len(rows))
+        rows = [row._replace(label=None) for row in rows]
+    for name in columns.words:
+        if table.column(name).null_count == table.num_rows:
+            role = CAPTION if name in columns.captions else LABEL
+            tally.add(f"values of the column {name}", "null", role.option, count=len(rows))
     return rows
-
-
-def _catalogue(
-    name: str,
-    state: str,
-    keys: Iterable[str],
-    rows: Sequence[_Row],
-    names: Sequence[str],
-    load: Callable[[int], bytes | Path],
-) -> Catalogue:
-    """Catalogue of rows, with `names` of classes from the table or, sorted, from its words."""
-    words = tuple(sorted({row.label for row in rows if isinstance(row.label, str)}))
-    if words and any(isinstance(row.label, int) for row in rows):
-        raise ValueError("classes are numbers in some of the rows and words in others")
-    numbers: dict[Any, Any] = {word: number for number, word in enumerate(words)}
-    samples = [
-        Sample(key, row.captions, numbers.get(row.label, row.label), flaw=row.flaw)
-        for key, row in zip(keys, rows, strict=True)
-    ]
-    return Catalogue(name, state, samples, load, words or tuple(names))
 
 
 def _bytes(value: Any) -> bytes:
@@ -121,14 +125,14 @@ def _bytes(value: Any) -> bytes:
 # --- parquet ---------------------------------------------------------------------------------
 
 
-def parquet(pattern: str) -> Catalogue:
+def parquet(pattern: str, data: DataConfig) -> Catalogue:
     """Rows of all parquet files that `pattern` stands for (see `shards.expand`), in their order."""
-    paths = expand(pattern, ".parquet")
-    files = [_File(path) for path in paths]
-    rows, keys, places = [], [], []
+    tally = Tally()
+    paths = of_split(pattern, expand(pattern, ".parquet"), data)
+    files = [_File(path, data, tally) for path in paths]
+    samples, places = [], []
     for name, file in zip(short_names(paths), files, strict=True):
-        rows += file.rows()
-        keys += [f"{name}:{row}" for row in range(len(rows) - len(keys))]
+        samples += [sample._replace(key=f"{name}:{row}") for row, sample in enumerate(file.rows())]
         for group in range(file.metadata.num_row_groups):
             places += [(file, group, n) for n in range(file.metadata.row_group(group).num_rows)]
     lock = threading.Lock()
@@ -150,32 +154,37 @@ def parquet(pattern: str) -> Catalogue:
             "few dozen rows (row_group_size=64), or use shards",
             stacklevel=4,
         )
+    count_others(pattern, paths, tally)
     state = "\n".join(f"{file.path} {file.state}" for file in files)
-    return _catalogue(f"parquet {pattern}", state, keys, rows, files[0].class_names(), load)
+    names = files[0].class_names()
+    return Catalogue(f"parquet {pattern}", state, samples, load, names, tally.unused())
 
 
 class _File:
     """One parquet file: its footer is read once, its groups when they are wanted."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, data: DataConfig, tally: Tally) -> None:
         self.path, self.state = path, state_of(path)
         self._size = int(self.state.split()[0])
         self.metadata: Any = None
         self._parquet = require("pyarrow.parquet", "parquet", "reading parquet files")
         self.metadata = self._whole(lambda file: file.metadata)
         self._schema = self.metadata.schema.to_arrow_schema()
-        self._columns = _columns(self._schema.names, path)
-        kind = str(self._schema.field(self._columns.picture).type)
-        if "binary" not in kind:  # binary, large_binary, struct<bytes: binary, path: string>
+        types = {field.name: field.type for field in self._schema}
+        self._columns, self._tally = _columns(types, data, path, tally), tally
+        kind = str(types[self._columns.picture])
+        # binary, large_binary, struct<bytes: binary, path: string>
+        if "binary" not in kind or "list" in kind:
             raise ValueError(f"{path}: column {self._columns.picture} holds {kind}, not bytes")
 
-    def rows(self) -> list[_Row]:
-        """Captions and classes."""
-        words = self._columns.words
-        if not words:
-            return [_Row()] * self.metadata.num_rows
+    def rows(self) -> list[Sample]:
+        """Samples with captions and classes, without keys."""
+        if not (words := self._columns.words):
+            return [Sample("")] * self.metadata.num_rows
         groups = range(self.metadata.num_row_groups)
-        return self._whole(lambda file: _rows(self._table(file, words, groups), self._columns))
+        return self._whole(
+            lambda file: _rows(self._table(file, words, groups), self._columns, self._tally)
+        )
 
     def pictures(self, group: int) -> Any:
         """Images of a row group, a pyarrow array; a PictureError if the group is damaged."""
@@ -224,32 +233,33 @@ class _File:
                     raise  # the disk or the connection, not the data
                 raise ValueError(str(error) or type(error).__name__) from error
 
-    def class_names(self) -> Sequence[str]:
+    def class_names(self) -> tuple[str, ...]:
         """Names of the classes, if `datasets` wrote the file and knew them."""
         try:
             about = json.loads((self._schema.metadata or {})[b"huggingface"])
-            names = about["info"]["features"][self._columns.label]["names"]
-        except (KeyError, TypeError, ValueError):
+            names = about["info"]["features"][self._columns.labels[0]]["names"]
+        except (LookupError, TypeError, ValueError):
             return ()
-        return [str(name) for name in names]
+        return tuple(map(str, names))
 
 
 # --- Hugging Face ----------------------------------------------------------------------------
 
 
-def hugging_face(address: str) -> Catalogue:
+def hugging_face(address: str, data: DataConfig) -> Catalogue:
     """Data set `hf:NAME`, `hf:/saved/folder` or either with `@SPLIT` (default "train")."""
-    name = address.removeprefix(HUGGING_FACE)
+    name, tally = address.removeprefix(HUGGING_FACE), Tally()
     datasets = require("datasets", "datasets", "reading Hugging Face data sets")
-    table = _opened(datasets, name)
-    columns = _columns(table.column_names, name)
+    table = _opened(datasets, name, data)
+    types = {field.name: field.type for field in table.features.arrow_schema}
+    columns = _columns(types, data, name, tally)
     if isinstance(table.features[columns.picture], datasets.Image):  # our own decoder has bounds
         table = table.cast_column(columns.picture, datasets.Image(decode=False))
-    rows = [_Row()] * table.num_rows
-    if columns.words:
-        rows = _rows(table.select_columns(columns.words).with_format("arrow")[:], columns)
-    names = getattr(table.features.get(columns.label), "names", None) or ()
-    keys = [f"{name}:{row}" for row in range(table.num_rows)]
+    rows = [Sample("")] * table.num_rows
+    if words := columns.words:
+        rows = _rows(table.select_columns(words).with_format("arrow")[:], columns, tally)
+    samples = [row._replace(key=f"{name}:{n}") for n, row in enumerate(rows)]
+    names = [getattr(table.features[label], "names", None) or () for label in columns.labels]
     pictures = table.select_columns([columns.picture])
 
     def load(n: int) -> bytes | Path:
@@ -260,19 +270,30 @@ def hugging_face(address: str) -> Catalogue:
             return path
         return _bytes(value)
 
-    return _catalogue(f"datasets {name}", str(table._fingerprint), keys, rows, names, load)
+    state, classes = str(table._fingerprint), tuple(name for some in names for name in some)
+    return Catalogue(f"datasets {name}", state, samples, load, classes, tally.unused())
 
 
-def _opened(datasets: Any, name: str) -> Any:
+def _opened(datasets: Any, name: str, data: DataConfig) -> Any:
     place, split = split_of(name)
-    split = split or DEFAULT_SPLIT
-    if not os.path.isdir(place):
-        return datasets.load_dataset(place, split=split)
+    if split and data.split not in (None, split):
+        raise ConfigError(
+            f"data.split is {data.split}, but --data names @{split}: omit one of them"
+        )
+    split = split or data.split
+    is_saved = any((Path(place) / file).exists() for file in _SAVED)
+    if not is_saved:  # on the hub, or a clone of what is there
+        return datasets.load_dataset(place, split=split or DEFAULT_SPLIT)
     saved = datasets.load_from_disk(place)
     if not isinstance(saved, datasets.DatasetDict):
+        if split not in (None, there := saved.split and str(saved.split)):
+            raise ConfigError(
+                f"{place} holds one data set, {f'the split {there}' if there else 'of no split'}, "
+                f"and not {split}: omit @{split} (or data.split)"
+            )
         return saved
-    if split not in saved:
-        raise ValueError(f"{name}: its splits are {', '.join(saved)}: add @ and one of them")
+    if (split := split or DEFAULT_SPLIT) not in saved:
+        raise ConfigError(f"{place} has the splits {', '.join(saved)}: add @ and one of them")
     return saved[split]
 
 

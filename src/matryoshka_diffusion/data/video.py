@@ -323,14 +323,14 @@ def _end_of_boxes(file: Any, size: int, deadline: Deadline) -> int:
     return end
 
 
-def videos(path: str) -> Catalogue:
+def videos(path: str, data: DataConfig) -> Catalogue:
     """Videos in a folder, or in shards, which may have animations beside them."""
     pyav()  # now and not after hours, when the first video is decoded
     place = Path(path)
     is_folder = "://" not in path and place.is_dir()
     if is_folder and (holds(place, CONTAINERS) or not any(place.glob("*.tar"))):
-        return folder(place, VIDEOS, "clips")
-    return shards(path, VIDEOS)
+        return folder(place, data, VIDEOS, "clips")
+    return shards(path, data, VIDEOS)
 
 
 def choose(video: Video, data: DataConfig, length: int, start: float) -> list[int]:

@@ -6,7 +6,6 @@ evaluation with 1,000.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from matryoshka_diffusion.cascade import Model
-from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.folder import clean, lines, texts_of
+from matryoshka_diffusion.config import DataConfig, RunConfig, UsageError
 from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.data.spellings import Reader, Tally, clean, decoded, lines, read_table
 from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.models.find import Progress
@@ -157,16 +156,19 @@ def read_captions(path: Path) -> list[str]:
             annotations = sorted(json.loads(data)["annotations"], key=lambda one: int(one["id"]))
             texts = [str(annotation["caption"]) for annotation in annotations]
         elif path.suffix in (".jsonl", ".csv"):
-            rows = (json.loads(line) for line in lines(data) if line.strip())
-            rows = csv.DictReader(lines(data)) if path.suffix == ".csv" else rows
+            if path.suffix == ".csv":
+                rows = [row for _, row, _ in read_table(str(path), decoded(data))[1]]
+            else:
+                rows = [json.loads(line) for line in lines(data) if line.strip()]
+            read = Reader(DataConfig(source="folder"), Tally()).read
             # Several texts in a row are alternatives, of which one is enough.
-            texts = [text for row in rows if isinstance(row, dict) for text in texts_of(row)[:1]]
+            texts = [text for row in rows if isinstance(row, dict) for text in read(row)[0][:1]]
         else:
             texts = lines(data)
         captions = [clean([text])[0] for text in texts if text.strip()]
         if not captions:
             raise ValueError("there are none")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(
             f"{path}: its captions cannot be read ({type(error).__name__}: {error}); give a .json "
             "of COCO annotations such as captions_val2014.json, a .jsonl or .csv with text or "

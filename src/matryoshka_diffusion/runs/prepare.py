@@ -35,6 +35,8 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import assignment, changed, load_config, override
+from matryoshka_diffusion.data.bad import listed
+from matryoshka_diffusion.data.check import refuse_lost
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import (
     Source,
@@ -186,11 +188,13 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     Raises:
         ConfigError: model and data disagree on channels, frames, classes or captions.
     """
+    refuse_lost(source, config.data)
     model, classes = config.model, len(source.classes)
     counts = {"channels": (model.channels, source.channels), "classes": (model.classes, classes)}
     for key, (wanted, there) in counts.items():
         if wanted != there and (model.classes if key == "classes" else config.codec is None):
-            raise ConfigError(_mismatch(f"model.{key}", wanted, source.name, there))
+            seen = _seen(source) if key == "classes" else ""
+            raise ConfigError(f"{_mismatch(f'model.{key}', wanted, source.name, there)}{seen}")
     if source.frames != config.data_frames:
         frames = (config.data_frames, source.frames)
         kinds = ["images" if n is None else f"clips of {n} frames" for n in frames]
@@ -199,7 +203,13 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     if model.text is not None and not source.captions:
         raise ConfigError(
             f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
-            "file NAME.* or a metadata.jsonl"
+            f"file NAME.* or a metadata.jsonl{_seen(source)}"
+        )
+    if config.data.classes and config.data.classes != source.classes:
+        names = (", ".join(listed(names, 5)) for names in (config.data.classes, source.classes))
+        raise ConfigError(
+            f"data.classes is {next(names)}, and the classes of {source.name} are "
+            f"{next(names) or 'none'}: name the same ones, or set data.classes=[] for a new run"
         )
     changes: dict[str, Any] = {"data.classes": source.classes, "data.identity": identity(source)}
     if model.text is None and not model.classes and (source.captions or classes):
@@ -211,6 +221,11 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         else:
             changes["model.classes"] = classes
     return changed(config, changes.items(), where="completed config")
+
+
+def _seen(source: Source) -> str:
+    """Text such as ' (not used: ...)' for errors about captions or classes that are missing."""
+    return f" (not used: {'; '.join(map(str, source.unused))})" if source.unused else ""
 
 
 def _mismatch(key: str, wanted: int, name: str, there: int) -> str:
