@@ -30,14 +30,14 @@ from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.presets import PRESETS, preset
-from matryoshka_diffusion.presets.baselines import BASELINES
+from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
 from matryoshka_diffusion.train.checkpoint import load_network
 from matryoshka_diffusion.train.stages import learning_rate
 from matryoshka_diffusion.train.trainer import train
+from nests import wake
 
 COMPARED = {
     "openmoji": tuple(BASELINES),
@@ -88,20 +88,6 @@ def _shrunk_level(level: LevelConfig, divisor: int) -> LevelConfig:
     )
 
 
-def revalidated(run: RunConfig) -> RunConfig:
-    return from_yaml(to_yaml(run))
-
-
-def woken(net: NestedUNet) -> NestedUNet:
-    """Zero-initialised parameters get values, so that gradients reach what lies behind them."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1, generator=generator)
-    return net
-
-
 def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditioning]:
     """Images, noise and conditions, of which one row is dropped where rows may be."""
     generator = torch.Generator().manual_seed(1)
@@ -129,10 +115,10 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
 def test_every_preset_survives_yaml_and_every_parameter_learns(name: str):
     run = run_of(name)
     assert run.name == name
-    assert revalidated(run) == run
+    assert from_yaml(to_yaml(run)) == run
     assert run.train.stages[-1].levels == len(run.model.levels)
-    model = revalidated(run.model_copy(update={"model": shrunk(run.model)})).model
-    net = woken(NestedUNet(model))
+    model = from_yaml(to_yaml(run.model_copy(update={"model": shrunk(run.model)}))).model
+    net = wake(NestedUNet(model))
     x, noise, cond = batch(model)
     process = Process.from_config(run.process, model)
     times = torch.tensor([0.1, 0.5], dtype=torch.float64)
@@ -166,7 +152,8 @@ def short(run: RunConfig) -> RunConfig:
     )
     often = {"log_every_images": 1, "checkpoint_every_images": ROWS, "warmup_images": ROWS}
     learning = run.train.model_copy(update={"stages": stages, "init_levels": 0, **often})
-    return revalidated(run.model_copy(update={"model": shrunk(run.model), "train": learning}))
+    run = run.model_copy(update={"model": shrunk(run.model), "train": learning})
+    return from_yaml(to_yaml(run))
 
 
 class Smooth:
@@ -222,10 +209,10 @@ def test_a_shrunk_preset_trains_grows_and_samples(
     net = load_network(config.model, weights, where=name)
     model = Matryoshka(net, config, encoder=words if encode else None)
     prompts, classes = "picture 1" if encode else None, 0 if config.model.classes else None
-    given, coarse = None, config.model.coarse
+    image, coarse = None, config.model.coarse
     if coarse is not None:
-        given = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
-    samples = model.sample(prompts, classes=classes, coarse=given, steps=1)
+        image = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
+    samples = model.sample(prompts, classes=classes, coarse=image, steps=1)
     sides = [level.side * config.pixels_per_side for level in config.model.levels]
     assert [tuple(level.shape[-3:-1]) for level in samples.levels] == [(s, s) for s in sides]
 
@@ -267,8 +254,8 @@ def test_the_papers_models_have_their_size(name: str, count: float, error: float
 )
 def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
     half = torch.tensor([0.5], dtype=torch.float64)
-    found = [float(schedule.log_snr(half)) for schedule in build_schedules(run_of(name).model)]
-    assert found == pytest.approx([base + shift for shift in levels], abs=1e-3)
+    half_way = [float(schedule.log_snr(half)) for schedule in build_schedules(run_of(name).model)]
+    assert half_way == pytest.approx([base + shift for shift in levels], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["openmoji", "fashion-mnist", "openmoji-codes", "openmoji-simple"])
@@ -337,8 +324,8 @@ def test_times_of_augmentation_in_the_signal_that_is_left(name: str, t: float, r
     assert model.coarse is not None
     times = torch.tensor([t], dtype=torch.float64)
     averaged = (model.levels[0].side / model.coarse.side) ** 2
-    found = averaged * build_schedules(model)[0].log_snr(times).exp().item()
-    assert found == pytest.approx(ratio, rel=0.05)
+    signal = averaged * build_schedules(model)[0].log_snr(times).exp().item()
+    assert signal == pytest.approx(ratio, rel=0.05)
 
 
 def test_the_parts_of_a_nest_are_not_changed_by_being_a_baseline():
