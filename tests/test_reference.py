@@ -29,7 +29,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.models.released import load_released
-from matryoshka_diffusion.models.released_keys import convert_state_dict
+from matryoshka_diffusion.models.released_names import convert_state_dict
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid

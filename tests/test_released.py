@@ -296,10 +296,10 @@ def test_nothing_that_a_file_names_is_called(evil, place, tmp_path, monkeypatch,
     ):
         assert mdm(*arguments) == (0 if fits else 1), arguments
         assert not canary.exists()
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
     if evil is not EvilState:
-        assert (str(canary) in told.out) == fits, "info shows what the file asks for"
+        assert (str(canary) in output.out) == fits, "info shows what the file asks for"
     torch.load(path, weights_only=False)
     assert canary.is_dir(), "the canary can sing"
 
@@ -429,29 +429,29 @@ def test_a_conversion_is_the_same_network_or_leaves_nothing(tmp_path):
     with pytest.raises(BrokenFile, match="damaged"):
         convert(read_released(tmp_path / "x.pth"), tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
-    told = []
+    output = []
     released = read_released(FILE)
-    convert(released, tmp_path / "out", progress=lambda *numbers: told.append(numbers))
+    convert(released, tmp_path / "out", progress=lambda *numbers: output.append(numbers))
     model, (net, _) = Matryoshka.load(tmp_path / "out"), load_released(FILE)
     for name, value in net.state_dict().items():
         assert torch.equal(value, model.net.state_dict()[name])
-    assert told[-1][0] == told[-1][1] == sum(4 * p.numel() for p in net.parameters())
+    assert output[-1][0] == output[-1][1] == sum(4 * p.numel() for p in net.parameters())
     assert (model.config.data.pixels, model.config.sampling.grid) == ("released", "released")
 
 
 def test_a_released_file_is_sampled_from_at_once(tiny_t5, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
     assert mdm("info", FILE) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^2 +32x32 +32 32 +1 1 +0 0", shown, re.M)
-    assert "text_model: google/flan-t5-xl" in shown
+    output = capsys.readouterr().out
+    assert re.search(r"^2 +32x32 +32 32 +1 1 +0 0", output, re.M)
+    assert "text_model: google/flan-t5-xl" in output
     encoder, common = ("--text-encoder", tiny_t5), ("-p", "a jay", "--steps", "2", "--cfg", "2")
     assert mdm("convert", FILE, "-o", tmp_path / "model", *encoder) == 0
     assert mdm("sample", FILE, *encoder, *common, "-o", tmp_path / "one") == 0
-    (kept,) = (tmp_path / "cache" / "released").glob("*/model.safetensors")
-    written = kept.stat().st_mtime_ns
+    (cached,) = (tmp_path / "cache" / "released").glob("*/model.safetensors")
+    written = cached.stat().st_mtime_ns
     assert mdm("sample", FILE, *encoder, *common, "-o", tmp_path / "two") == 0
-    assert kept.stat().st_mtime_ns == written, "it is converted once"
+    assert cached.stat().st_mtime_ns == written, "it is converted once"
     assert mdm("sample", tmp_path / "model", *common, "-o", tmp_path / "three") == 0
     pictures = [(tmp_path / n / "grid.png").read_bytes() for n in ("one", "two", "three")]
     assert len(set(pictures)) == 1

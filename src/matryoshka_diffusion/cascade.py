@@ -253,10 +253,10 @@ def check_pair(base: RunConfig, upsampler: RunConfig, *, levels: int | None = No
             f"{here} is {coarse.side}{unfinished * (reached < last)}"
         )
     for path in ("model.channels", "model.classes", "data.classes", "encoder"):
-        theirs, ours = (attrgetter(path)(config) for config in (base, upsampler))
-        if reason is None and theirs != ours:
+        base_value, value = (attrgetter(path)(config) for config in (base, upsampler))
+        if reason is None and base_value != value:
             reason = (
-                f"{path} of {there} is {theirs!r}, that of {here} is {ours!r}; they must be "
+                f"{path} of {there} is {base_value!r}, that of {here} is {value!r}; they must be "
                 "equal, since both sample under the same conditions"
             )
     if reason is not None:

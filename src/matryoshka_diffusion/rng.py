@@ -70,5 +70,5 @@ def choose(total: int, count: int, purpose: str) -> Int[np.ndarray, " n"]:
         True
     """
     if count > total:
-        raise ValueError(f"cannot choose {count} of {total} pictures")
+        raise ValueError(f"cannot choose {count} of {total} images")
     return np.sort(stream(0, f"choose {purpose}").permutation(total)[:count])

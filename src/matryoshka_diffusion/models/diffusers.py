@@ -274,8 +274,8 @@ class MDMPipeline(DiffusionPipeline):
         for name, new in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
             if name in settings:
                 raise TypeError(f"{name} is no argument of the pipeline: use {new}")
-        ours = {"steps": num_inference_steps, "guidance": guidance_scale}
-        settings |= {name: value for name, value in ours.items() if value is not None}
+        values = {"steps": num_inference_steps, "guidance": guidance_scale}
+        settings |= {name: value for name, value in values.items() if value is not None}
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: set at least 1")
 
@@ -318,9 +318,11 @@ class MDMPipeline(DiffusionPipeline):
 
 def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
     """Continue sampling from a callback's latents. Raises `ValueError` if the shapes differ."""
-    shapes, theirs = ([tuple(z.shape) for z in pyramid] for pyramid in (state.z, latents))
-    if shapes != theirs:
-        raise ValueError(f"the callback's latents are of shapes {theirs}, the sampler's {shapes}")
+    shapes, new_shapes = ([tuple(z.shape) for z in pyramid] for pyramid in (state.z, latents))
+    if shapes != new_shapes:
+        raise ValueError(
+            f"the callback's latents are of shapes {new_shapes}, the sampler's {shapes}"
+        )
     for own, new in zip(state.z, latents, strict=True):
         own.copy_(new)
 
@@ -352,10 +354,10 @@ def seeds_of(
     """
 
     def seed(one: torch.Generator) -> int:
-        made_with, state = one.initial_seed(), one.get_state()
-        drawn = int(torch.randint(2**63 - 1, (), generator=one, device=one.device))
-        fresh = torch.Generator(one.device).manual_seed(made_with).get_state()
-        return made_with if generator is not None and torch.equal(state, fresh) else drawn
+        first, state = one.initial_seed(), one.get_state()
+        draw = int(torch.randint(2**63 - 1, (), generator=one, device=one.device))
+        fresh = torch.Generator(one.device).manual_seed(first).get_state()
+        return first if generator is not None and torch.equal(state, fresh) else draw
 
     if generator is None or isinstance(generator, torch.Generator):
         first = seed(generator or torch.default_generator)

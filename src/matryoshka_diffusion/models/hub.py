@@ -102,8 +102,8 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
     """Text of a repository's `README.md`: what the model is and how it is called."""
     model = config.model
     task, condition, call = None, "nothing", ""
-    one, many = "picture", "images"
-    result = "pictures  # uint8, (pictures, height, width, channels)"
+    one, many = "image", "images"
+    result = "pictures  # uint8, (images, height, width, channels)"
     clips = model.levels[-1].frames is not None
     if clips:
         one, many = "clip", "clips"

@@ -23,8 +23,7 @@ from torch import Tensor
 from matryoshka_diffusion.config import ConfigError, ModelConfig, RunConfig
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.files import cache_folder, digest, write_atomically
-from matryoshka_diffusion.models.released_config import run_config
-from matryoshka_diffusion.models.released_keys import INNER, convert_state_dict
+from matryoshka_diffusion.models.released_names import INNER, convert_state_dict, run_config
 from matryoshka_diffusion.models.released_pickle import (
     BrokenFile,
     Record,
@@ -185,9 +184,9 @@ def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path)
 
 
-def _check_type(name: str, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise BrokenFile(f"{short(name)} is {short(found)}, not {wanted}")
+def _check_type(name: str, dtype: str, expected: str) -> None:
+    if dtype != expected:
+        raise BrokenFile(f"{short(name)} is {short(dtype)}, not {expected}")
 
 
 @contextlib.contextmanager

@@ -206,8 +206,8 @@ def in_walk_order(net: NestedUNet) -> list[nn.Parameter]:
     parts = ("conditioner", "time", "micro", "stem", "encoder", "inward", "outward")  # then others
 
     def place(name: str) -> tuple[int, int]:
-        met = [parts.index(part) for part in name.split(".") if part in parts]
-        return level_of(name), met[0] if met else len(parts)
+        order = [parts.index(part) for part in name.split(".") if part in parts]
+        return level_of(name), order[0] if order else len(parts)
 
     named = sorted(net.named_parameters(), key=lambda item: place(item[0]))
     return [parameter for _, parameter in named]
