@@ -28,7 +28,6 @@ from matryoshka_diffusion.config import (
     DataConfig,
     RunConfig,
 )
-from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import cache_folder, require, write_atomically
@@ -222,21 +221,8 @@ def check_codec(config: CodecConfig, folder: Path, name: str) -> str:
     return key
 
 
-def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
-    """The config of the model in `folder`, with the codec beside its weights if there is one."""
-    own = folder / OWN
-    return _with_path(config, str(own.resolve())) if config.codec and own.is_dir() else config
-
-
-def moved_codec(config: RunConfig, run: Path) -> RunConfig:
-    """The config of a checkpoint, with the codec of its run, or at the place that the run names."""
-    if config.codec is not None and (run / "config.yaml").is_file():
-        present = load_config(run / "config.yaml").codec
-        config = _with_path(config, present and present.path)
-    return with_own_codec(config, run)
-
-
-def _with_path(config: RunConfig, path: str | None) -> RunConfig:
+def with_codec_path(config: RunConfig, path: str | None) -> RunConfig:
+    """The config of a model on latents with another `codec.path`."""
     assert config.codec is not None
     return config.model_copy(update={"codec": config.codec.model_copy(update={"path": path})})
 
@@ -268,7 +254,7 @@ def carry_codec(config: RunConfig, folder: Path) -> RunConfig:
         with open(origin / name, "rb") as source:
             size = (origin / name).stat().st_size
             write_atomically(folder / OWN / name, partial(shutil.copyfileobj, source), needed=size)
-    return _with_path(config, None)
+    return with_codec_path(config, None)
 
 
 def _is_codec(folder: Path) -> bool:

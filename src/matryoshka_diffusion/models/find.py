@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion.codec import moved_codec, refuse_codec, with_own_codec
+from matryoshka_diffusion.codec import OWN, refuse_codec, with_codec_path
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.nn.nested import present_name
@@ -44,8 +44,8 @@ def find_model(
         if any((folder / name).is_file() for name in WEIGHTS):
             weights, config = _read_model(folder)
             return weights, with_own_codec(moved_codec(config, path), folder)
-    refuse_codec(path)
     if path.is_dir():
+        refuse_codec(path)
         newest = checkpoint.newest(path / "checkpoints")
         if newest is None:
             raise FileNotFoundError(
@@ -95,6 +95,20 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
     return config.model_copy(update={"encoder": config.encoder.model_copy(update={"path": path})})
 
 
+def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of the model in `folder`, with the codec beside its weights if there is one."""
+    own = folder / OWN
+    return with_codec_path(config, str(own.resolve())) if config.codec and own.is_dir() else config
+
+
+def moved_codec(config: RunConfig, run: Path) -> RunConfig:
+    """The config of a checkpoint, with the codec of its run, or at the place that the run names."""
+    if config.codec is not None and (run / "config.yaml").is_file():
+        present = load_config(run / "config.yaml").codec
+        config = with_codec_path(config, present and present.path)
+    return with_own_codec(config, run)
+
+
 def count_levels(weights: Mapping[str, Tensor]) -> int:
     """The number of levels in weights; a run that still grows has not reached all.
 
@@ -132,9 +146,9 @@ def merge_adapters(
 
 
 def _model_folder(path: Path) -> Path:
-    """The folder of a weights file of ours; any other path as it is."""
-    ours = path.name in WEIGHTS and path.with_name("config.json").is_file()
-    return path.parent if ours else path
+    """The folder of a model folder's weights file; any other path as it is."""
+    has_config = path.name in WEIGHTS and path.with_name("config.json").is_file()
+    return path.parent if has_config else path
 
 
 def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
@@ -149,12 +163,12 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
     try:
         weights = {present_name(name): value for name, value in load_file(file).items()}
         with safe_open(file, "pt") as opened:
-            found = json.loads((opened.metadata() or {}).get("lora", "{}"))
+            metadata = json.loads((opened.metadata() or {}).get("lora", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
     expected = json.loads((checkpoint.lora_metadata(config) or {}).get("lora", "{}"))
     for name, value in expected.items():
-        theirs = found.get(name) if isinstance(found, dict) else None
-        if theirs != value and name != "base_model":  # which may have moved
-            raise ConfigError(f"{file}: {name} is {theirs} in it, {value} in config.json")
+        other = metadata.get(name) if isinstance(metadata, dict) else None
+        if other != value and name != "base_model":  # which may have moved
+            raise ConfigError(f"{file}: {name} is {other} in it, {value} in config.json")
     return merge_adapters(weights, with_own_codec(config, folder), where=str(file))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from matryoshka_diffusion.codec import carry_codec, with_own_codec
+from matryoshka_diffusion.codec import carry_codec
 from matryoshka_diffusion.config import UNIFORM, RunConfig, UsageError
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.files import refuse_full
-from matryoshka_diffusion.models.find import Progress, find_model, with_encoder
+from matryoshka_diffusion.models.find import Progress, find_model, with_encoder, with_own_codec
 from matryoshka_diffusion.models.released import convert, read_released
 from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.checkpoint import export_weights

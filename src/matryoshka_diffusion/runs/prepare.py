@@ -19,7 +19,6 @@ from matryoshka_diffusion.codec import (
     load_autoencoder,
     read_code_shape,
     store_codes,
-    with_own_codec,
 )
 from matryoshka_diffusion.config import (
     CodecRunConfig,
@@ -53,6 +52,7 @@ from matryoshka_diffusion.models.find import (
     find_model,
     read_config,
     with_encoder,
+    with_own_codec,
 )
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
