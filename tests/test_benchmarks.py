@@ -68,18 +68,18 @@ def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys):
     common = ["--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
     words = [*SCRIPTS[name], *common]
     path = script.main(words)
-    told = json.loads(path.read_text("utf-8"))
+    written = json.loads(path.read_text("utf-8"))
     assert path.name == f"{name}-{harness.kind_of(harness.cpu_model())}.json"
-    assert told["benchmark"] == name
-    assert told["command"] == " ".join([f"python -m benchmarks.{name}", *words])
-    assert {"commit", "date", "machine", "rows"} <= told.keys()
-    assert told["machine"]["threads"] == 1
-    assert told["machine"]["torch"] == str(torch.__version__)
-    numbers = [x for row in told["rows"] for x in row.values() if isinstance(x, int | float)]
+    assert written["benchmark"] == name
+    assert written["command"] == " ".join([f"python -m benchmarks.{name}", *words])
+    assert {"commit", "date", "machine", "rows"} <= written.keys()
+    assert written["machine"]["threads"] == 1
+    assert written["machine"]["torch"] == str(torch.__version__)
+    numbers = [x for row in written["rows"] for x in row.values() if isinstance(x, int | float)]
     assert numbers
     assert all(math.isfinite(x) and x > 0 for x in numbers)
-    shown = capsys.readouterr().out
-    assert all(str(key) in shown for key in told["rows"][0])
+    output = capsys.readouterr().out
+    assert all(str(key) in output for key in written["rows"][0])
 
 
 def test_all_sections_for_a_gpu_run_on_tiny_networks(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.runs import prepare as job
-from matryoshka_diffusion.samplers import SeededNoise, ddim, last, trailing_grid
+from matryoshka_diffusion.samplers import ddim, last, trailing_grid
 from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma
 from matryoshka_diffusion.train.checkpoint import export_weights, fingerprint
 from oracle import moments, no_noise, small_world
@@ -85,22 +85,22 @@ def test_ideal_networks_draw_the_data_whatever_the_noise_between_them(t_noise: f
     units[1:].fill_diagonal_(1.0)
     start, added, noise = (part[:, None, None] for part in units.split(sizes, dim=1))
 
-    def drawn(mean: Tensor, covariance: Tensor, z: Tensor) -> Tensor:
+    def sample_from(mean: Tensor, covariance: Tensor, z: Tensor) -> Tensor:
         """What a sampler makes of z where the posterior mean under N(mean, covariance) is known."""
 
         def denoise(z: Pyramid, t: Tensor) -> Pyramid:
             alpha, sigma = alpha_sigma(schedule.log_snr(t[:1]))
-            seen = alpha**2 * covariance + sigma**2 * torch.eye(len(covariance)).double()
+            spread = alpha**2 * covariance + sigma**2 * torch.eye(len(covariance)).double()
             offset = z[0].flatten(1) - alpha * mean
-            x = mean + alpha * offset @ torch.linalg.solve(seen, covariance)
+            x = mean + alpha * offset @ torch.linalg.solve(spread, covariance)
             return (x.view_as(z[0]),)
 
         times = trailing_grid(200, schedule)
         return last(ddim(denoise, (z,), (schedule,), times, noise=no_noise)).z[0]
 
-    coarse = drawn(pool @ world.mean, pool @ world.covariance @ pool.T, start)
+    coarse = sample_from(pool @ world.mean, pool @ world.covariance @ pool.T, start)
     t = torch.full((rows,), t_noise, dtype=torch.float64)
-    seen = augment_coarse(coarse, t, added, schedule).flatten(1)
+    observed = augment_coarse(coarse, t, added, schedule).flatten(1)
     # y = B x + sigma eps, with B from the same function: of unit vectors, without noise.
     eye = torch.eye(2, dtype=torch.float64)[:, None, None]
     zeros = torch.zeros(2, 1, 1, 4, dtype=torch.float64)
@@ -109,11 +109,11 @@ def test_ideal_networks_draw_the_data_whatever_the_noise_between_them(t_noise: f
     b = enlarge @ pool
     spread = b @ world.covariance @ b.T + sigma**2 * torch.eye(4).double()
     gain = world.covariance @ b.T @ torch.linalg.pinv(spread, rtol=1e-9)
-    given = world.covariance - gain @ b @ world.covariance
-    mean = world.mean + (seen - b @ world.mean) @ gain.T
-    found_mean, found = moments(drawn(mean, given, noise))
-    torch.testing.assert_close(found_mean, world.mean, rtol=0, atol=2e-3)
-    assert (found - world.covariance).norm() < 0.04 * world.covariance.norm()
+    posterior = world.covariance - gain @ b @ world.covariance
+    mean = world.mean + (observed - b @ world.mean) @ gain.T
+    mean_of_draws, covariance_of_draws = moments(sample_from(mean, posterior, noise))
+    torch.testing.assert_close(mean_of_draws, world.mean, rtol=0, atol=2e-3)
+    assert (covariance_of_draws - world.covariance).norm() < 0.04 * world.covariance.norm()
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -147,15 +147,6 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(cascade):
     assert len(np.unique(together.pictures, axis=0)) == 16
 
 
-def test_base_and_upsampler_draw_different_noise():
-    sides = [Resolution(8, 8)]
-    base = SeededNoise([7], sides)
-    upsampler = SeededNoise([7], sides, family="upsample")
-    draws = [base.start()[0], upsampler.start()[0], upsampler("coarse", 0, 0)]
-    for i, one in enumerate(draws):
-        assert not any(torch.equal(one, other) for other in draws[i + 1 :])
-
-
 def test_settings_reach_the_part_that_they_are_for(cascade):
     plain = cascade.sample("red", steps=2)
     noisier = cascade.sample("red", steps=2, coarse_noise=0.9)
@@ -170,8 +161,8 @@ def test_settings_reach_the_part_that_they_are_for(cascade):
         cascade.sample("red", guidance=(1.0, 2.0, 3.0))
     assert cascade.idle({"rescale": 0.7, "eta": 0.5}) == {"eta"}, "the base is guided"
     for guidance, idle in (((1.0, 1.0), {"rescale"}), ((1.0, 3.0), set()), ((3.0, 1.0), set())):
-        given = {"guidance": guidance, "rescale": 0.7, "sampler": "ddim", "eta": 0.5}
-        assert cascade.idle(given) == idle
+        settings = {"guidance": guidance, "rescale": 0.7, "sampler": "ddim", "eta": 0.5}
+        assert cascade.idle(settings) == idle
 
 
 @pytest.mark.parametrize(
@@ -203,14 +194,14 @@ def test_each_picture_remembers_its_own_part_of_what_the_base_was_asked(cascade,
 
 
 def test_a_number_says_how_each_of_both_was_sampled(cascade, tmp_path):
-    shown = Conditions("of red", "red", "prompts", lambda i: "red")
-    options = {"n": 1, "conditions": shown, "folder": tmp_path, "steps": 1}
+    conditions = Conditions("of red", "red", "prompts", lambda i: "red")
+    options = {"n": 1, "conditions": conditions, "folder": tmp_path, "steps": 1}
     weak, strong = (
         evaluate(cascade, "agreement", guidance=weights, **options)[0]
         for weights in ((1.0, 3.0), (5.0, 3.0))
     )
-    kept = json.loads(json.dumps(strong.record()))["sampling"]
-    assert (kept["guidance"], kept["base"]["guidance"]) == ([3.0], [5.0])
+    settings = json.loads(json.dumps(strong.record()))["sampling"]
+    assert (settings["guidance"], settings["base"]["guidance"]) == ([3.0], [5.0])
     assert "coarse_noise 0.3, base (sampler dpmpp-2m, steps 1, " in strong.provenance()
     assert ", guidance 5, rescale 0, " in strong.provenance()
     assert ", guidance 1, rescale 0, " in weak.provenance()
@@ -289,11 +280,11 @@ def test_weights_are_averages_if_those_of_both_networks_are(averaged):
 
 
 def test_each_sample_enlarges_one_of_the_own_pictures():
-    for pictures, prompts, n, wanted in ((1, 2, 2, [0] * 4), (3, 1, 2, [0, 0, 1, 1, 2, 2])):
+    for pictures, prompts, n, numbers in ((1, 2, 2, [0] * 4), (3, 1, 2, [0, 0, 1, 1, 2, 2])):
         small = np.arange(pictures, dtype=np.uint8)[:, None, None, None]
         coarse, per_prompt = for_each(small, prompts, n)
-        assert coarse.flatten().tolist() == wanted
-        assert per_prompt * prompts == len(wanted), "as many as the model makes"
+        assert coarse.flatten().tolist() == numbers
+        assert per_prompt * prompts == len(numbers), "as many as the model makes"
     with pytest.raises(UsageError, match="3 pictures for 2 prompts"):
         for_each(np.zeros((3, 8, 8, 3), np.uint8), 2, 1)
 
@@ -332,8 +323,8 @@ def test_training_notes_which_base_the_upsampler_is_for(runs, monkeypatch, capsy
     assert cli.main(again) == 0
     model = open_model(trained)
     assert isinstance(model, Cascade)
-    noted = model.config.sampling.base
-    assert noted == BaseConfig(
+    base = model.config.sampling.base
+    assert base == BaseConfig(
         path=str((runs / "base").resolve()), hash=fingerprint(model.base.net.state_dict())
     )
     assert sorted(path.name for path in (runs / "trained" / "previews").iterdir())
@@ -356,7 +347,7 @@ def test_training_notes_which_base_the_upsampler_is_for(runs, monkeypatch, capsy
     monkeypatch.chdir(runs)
     assert cli.main(again) == 0
     assert cli.main([*again[:3], "base", *again[4:]]) == 0, "named as it was, by another path"
-    assert Matryoshka.load(trained).config.sampling.base == noted
+    assert Matryoshka.load(trained).config.sampling.base == base
     assert cli.main([*again[:3], "moved", *again[4:]]) == 2
     assert "holds a run of another config: sampling.base.path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"sampling\.base\.path: .* is not there .*--base RUN"):
@@ -372,9 +363,9 @@ def test_a_base_that_does_not_fit_is_refused_before_training(runs):
     wrong = changed(plain(upsampler_config()), "data", path=str(runs))
     (runs / "up.yaml").write_text(to_yaml(wrong))
     save_png(np.zeros((16, 16, 3), np.uint8), runs / "0.png", None)
-    found = job.find_config(str(runs / "up.yaml"), None, small, base=str(runs / "base"))
+    config = job.find_config(str(runs / "up.yaml"), None, small, base=str(runs / "base"))
     with pytest.raises(ConfigError, match=r"8 pixels, but model\.coarse"):
-        job.prepare(changed(found, "data", max_bad_fraction=1.0))
+        job.prepare(changed(config, "data", max_bad_fraction=1.0))
     with pytest.raises(ConfigError, match=r"sampling\.base .* omit"):
         job.find_config("openmoji", None, [], base="openmoji")
 

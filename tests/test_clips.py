@@ -77,10 +77,10 @@ def test_bad_videos_are_counted_and_too_many_are_an_error(tmp_path):
     assert source.keys == ["cat/a.mp4", "cat/b.gif", "dog/c.avi"]
     assert source.classes == ("cat", "dog")
     assert [numbers(source[n].picture) for n in range(3)] == [[0, 2, 4, 6]] * 3
-    found = reasons(source)
-    assert found["cat/short.mp4"] == "it has 3 frames, a clip needs 7"
-    assert found["dog/cut.mp4"].startswith("truncated: it has")
-    assert found["dog/old.wmv"].startswith(".wmv is not read: make it MP4")
+    reasons_by_name = reasons(source)
+    assert reasons_by_name["cat/short.mp4"] == "it has 3 frames, a clip needs 7"
+    assert reasons_by_name["dog/cut.mp4"].startswith("truncated: it has")
+    assert reasons_by_name["dog/old.wmv"].startswith(".wmv is not read: make it MP4")
     with pytest.raises(ValueError, match="files cannot be used"):
         opened(tmp_path, clip="start")
 
@@ -97,9 +97,9 @@ def test_reports_speak_of_clips(folder, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert cli.main([*words, "--set", "data.source=clips"]) == 1
-    said = capsys.readouterr()
-    assert "1.webp: it has 2 frames, a clip needs 61" in said.out
-    assert "1 of 3 files are bad" in said.err
+    output = capsys.readouterr()
+    assert "1.webp: it has 2 frames, a clip needs 61" in output.out
+    assert "1 of 3 files are bad" in output.err
     assert (tmp_path / "sheet.png").is_file()
 
 
@@ -201,12 +201,12 @@ def test_a_clip_begins_where_the_config_says(tmp_path):
     fixed = {n: opened(tmp_path, clip="fixed")[n].picture.tobytes() for n in range(4)}
     assert len(set(fixed.values())) > 1
     assert fixed == {n: opened(tmp_path)[n].picture.tobytes() for n in range(4)}
-    drawn = beginnings("random", (0, 120))
-    assert set(drawn) == set(range(17))  # of 23 frames, 17 have 6 after them
+    draws = beginnings("random", (0, 120))
+    assert set(draws) == set(range(17))  # of 23 frames, 17 have 6 after them
     assert (
-        beginnings("random", (13, 50), (0, 5), (50, 120)) == drawn[13:50] + drawn[:5] + drawn[50:]
+        beginnings("random", (13, 50), (0, 5), (50, 120)) == draws[13:50] + draws[:5] + draws[50:]
     )
-    assert beginnings("random", (0, 120), seed=1) != drawn
+    assert beginnings("random", (0, 120), seed=1) != draws
 
 
 def test_all_frames_are_mirrored_and_cut_alike(folder):
@@ -236,8 +236,7 @@ def test_shards_hold_clips(folder, tmp_path, clip):
     source = opened(write_tar(tmp_path / "a.tar", members), clip=clip, max_bad_fraction=0.5)
     assert source.keys == [f"a.tar:{number}" for number in range(4)]
     assert source.captions == [(f"clip {number}",) for number in range(4)]
-    found = [file.reason[:18] for file in source.bad]
-    assert found == ["it has no MP4, WEB", "its video is empty"]
+    assert [file.reason[:18] for file in source.bad] == ["it has no MP4, WEB", "its video is empty"]
     cuts = [Cut(start=0.4 if clip == "random" else None)] * 4
     same = opened(folder, clip=clip).many(range(4), cuts)
     for a, b in zip(source.many(range(4), cuts), same, strict=True):
@@ -347,19 +346,19 @@ def test_a_folder_of_videos_is_recognised(tmp_path):
     for hidden in ("._a.png", ".thumbnails/a.png"):  # as training passes it over, too
         (tmp_path / "videos" / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / "videos" / hidden).touch()
-    found = with_source(override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"']))
-    assert found.data.source == "clips"
+    config = override(preset("folder-64"), [f'data.path="{tmp_path / "videos"}"'])
+    assert with_source(config).data.source == "clips"
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "source"),
     [("", "clips"), ("a.tar", "clips"), ("a.parquet", "parquet"), ("hf:a", "datasets")],
 )
-def test_a_model_of_clips_looks_for_videos(tmp_path, name, found):
+def test_a_model_of_clips_looks_for_videos(tmp_path, name, source):
     animate(tmp_path / "a.gif", steps(2))  # of which a model of pictures would take none
     path = name if name.startswith("hf:") else str(tmp_path / name)
     config = override(preset("folder-64"), [f"data.path={json.dumps(path)}"])
-    assert with_source(of_frames(config, 16)).data.source == found
+    assert with_source(of_frames(config, 16)).data.source == source
 
 
 def test_clips_without_pyav_name_the_extra_before_anything_is_read(folder, monkeypatch):

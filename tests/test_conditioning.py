@@ -40,14 +40,14 @@ def test_rows_are_cut_from_every_tensor_and_the_original_stays(selection):
 
 
 def test_drops_add_up_until_null_hides_every_row():
-    for kept in ("labels", "tokens"):
-        cond = Conditioning(**{kept: getattr(full(), kept)})
+    for name in ("labels", "tokens"):
+        cond = Conditioning(**{name: getattr(full(), name)})
         once = cond.drop(torch.tensor([True, False, False, False]))
         twice = once.drop(torch.tensor([False, False, True, False]))
         assert cond.dropped is None
         assert tensors(twice)["dropped"].tolist() == [True, False, True, False]
         assert tensors(cond.null())["dropped"].tolist() == [True] * ROWS
-        assert getattr(cond.null(), kept) is getattr(cond, kept)
+        assert getattr(cond.null(), name) is getattr(cond, name)
     with pytest.raises(ValueError, match="nothing to guide by"):
         Conditioning(micro={"scale": torch.ones(2)}).null()
 
@@ -56,10 +56,10 @@ def test_texts_become_equally_long_and_lose_what_is_padding_everywhere():
     long, short = full(), Conditioning(tokens=torch.ones(ROWS, 2, 2))
     same, padded = equally_long(long, short)
     assert same is long
-    found = tensors(padded)
-    assert found["tokens"].shape == (ROWS, 3, 2)
-    assert not found["tokens"][:, 2].any()
-    assert found["mask"].tolist() == [[True, True, False]] * ROWS
+    result = tensors(padded)
+    assert result["tokens"].shape == (ROWS, 3, 2)
+    assert not result["tokens"][:, 2].any()
+    assert result["mask"].tolist() == [[True, True, False]] * ROWS
     trimmed = tensors(padded.trimmed())
     assert torch.equal(trimmed["tokens"], tensors(short)["tokens"])
     assert trimmed["mask"].all()

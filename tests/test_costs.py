@@ -34,8 +34,8 @@ from tiny_run import TinyPictures, encode, tiny_config
 def test_activations_are_those_of_real_tensors(levels):
     model = tiny_config(dropout=0.0).model.first(levels)
     net = NestedUNet(model)
-    kept = []
-    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    tensors = []
+    with saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):
         outputs = net(
             tuple(torch.zeros(1, *each.shape(3)) for each in resolutions_of(model)),
             torch.ones(1),
@@ -43,7 +43,7 @@ def test_activations_are_those_of_real_tensors(levels):
         )
     assert outputs
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     real = sum(size for address, size in storages.items() if address not in weights)
     # Attention keeps other helpers on a CPU than where there are only shapes.
     assert activation_bytes(model, levels) == pytest.approx(real, rel=0.05)
@@ -144,9 +144,9 @@ def test_a_dry_run_counts_for_gpus_precision_and_recomputing():
     def memory(*settings: str, **machine: Any) -> float:
         """GB on each of several devices in the second stage."""
         line = describe_plan(override(run, list(settings)), gpus=4, **machine).splitlines()[-2]
-        found = re.search(r"([\d.]+) GB on each of 4", line)
-        assert found, line
-        return float(found[1])
+        match = re.search(r"([\d.]+) GB on each of 4", line)
+        assert match, line
+        return float(match[1])
 
     whole = memory()
     assert memory("train.recompute=[1]") < whole < memory("train.precision=fp32")

@@ -90,8 +90,8 @@ def test_sampling_from_a_network_builds_no_graph():
 
 def test_guidance_leads_away_from_the_unconditional_estimate():
     torch.testing.assert_close(guide(3.0, 0.5)[0], led(3.0, 0.5))
-    found, calls = guide(1.0, 1.0, rescale=0.7)
-    assert found is WITH
+    result, calls = guide(1.0, 1.0, rescale=0.7)
+    assert result is WITH
     assert calls == ["with"], "weight 1 needs no second estimate"
 
 
@@ -108,15 +108,15 @@ def test_the_interval_is_in_each_levels_own_log_snr(
     interval: tuple[float, float], active: tuple[float, float]
 ):
     assert active_weights(HALF[:1], SCHEDULES, (3.0, 3.0), interval) == active
-    found, calls = guide(3.0, 3.0, interval=interval)
+    result, calls = guide(3.0, 3.0, interval=interval)
     assert len(calls) == 1 + (active != (1.0, 1.0))
-    torch.testing.assert_close(found, led(*active))
+    torch.testing.assert_close(result, led(*active))
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_rescale_brings_back_the_conditional_spread(share: float):
-    found, _ = guide(5.0, 5.0, rescale=share)
-    for before, after, c in zip(led(5.0, 5.0), found, WITH, strict=True):
+    result, _ = guide(5.0, 5.0, rescale=share)
+    for before, after, c in zip(led(5.0, 5.0), result, WITH, strict=True):
         old, new, conditional = (x.flatten(1).std(1) for x in (before, after, c))
         torch.testing.assert_close(new, (1 - share) * old + share * conditional)
 
@@ -128,8 +128,8 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
         network_denoiser(lambda z, t, cond, answer=answer: answer, prediction)
         for answer in (led(4.0, 4.0), WITH, WITHOUT)
     )
-    found = Guided(plain, null, SCHEDULES, (4.0, 4.0))(Z, HALF)
-    torch.testing.assert_close(found, guided(Z, HALF))
+    result = Guided(plain, null, SCHEDULES, (4.0, 4.0))(Z, HALF)
+    torch.testing.assert_close(result, guided(Z, HALF))
 
 
 # --- thresholds ----------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
 @pytest.mark.parametrize("name", ["clip", "dynamic"])
 def test_every_level_has_its_own_threshold_and_every_image_its_own_range(name: Threshold):
     wild = tuple(level * torch.tensor([3.0, 5.0, 20.0]).view(3, 1, 1, 1) for level in Z)
-    untouched, found = Thresholded(lambda z, t: wild, ("none", name))(Z, HALF)
+    untouched, result = Thresholded(lambda z, t: wild, ("none", name))(Z, HALF)
     assert torch.equal(untouched, wild[0])
-    assert found.abs().max() <= 1.0
-    torch.testing.assert_close(found[:1], THRESHOLDS[name](wild[1][:1]))
+    assert result.abs().max() <= 1.0
+    torch.testing.assert_close(result[:1], THRESHOLDS[name](wild[1][:1]))
 
 
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 1000.0))

@@ -92,9 +92,9 @@ def test_diffuse_is_clean_at_time_zero_keeps_precision_and_takes_ragged_pyramids
     rows = (4, 3, 0)
     whole = diffuse(x, noise, TIMES, SCHEDULES)
     part = diffuse(ragged(x, rows), ragged(noise, rows), TIMES, SCHEDULES)
-    for found, expected in zip(part, ragged(whole, rows), strict=True):
-        assert torch.equal(found, expected)
-        assert found.dtype == torch.float32
+    for result, expected in zip(part, ragged(whole, rows), strict=True):
+        assert torch.equal(result, expected)
+        assert result.dtype == torch.float32
 
 
 @pytest.mark.parametrize("t", [0.0, 0.2, 1.0])
@@ -102,12 +102,12 @@ def test_a_coarse_image_is_enlarged_and_noised_by_the_schedule_of_its_level(t: f
     coarse = torch.full((4000, 1, 1, 1), 0.6)
     noise = torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     times = torch.full((4000,), t, dtype=torch.float64)
-    found = augment_coarse(coarse, times, noise, SCHEDULES[2])
+    result = augment_coarse(coarse, times, noise, SCHEDULES[2])
     alpha, sigma = (part.item() for part in alpha_sigma(SCHEDULES[2].log_snr(times[:1])))
-    assert found.mean().item() == pytest.approx(0.6 * alpha, abs=0.03)
-    assert found.std().item() == pytest.approx(sigma, abs=0.03)
+    assert result.mean().item() == pytest.approx(0.6 * alpha, abs=0.03)
+    assert result.std().item() == pytest.approx(sigma, abs=0.03)
     if t == 0.0:
-        assert torch.equal(found, up_sample(coarse, Resolution(2, 2)))
+        assert torch.equal(result, up_sample(coarse, Resolution(2, 2)))
 
 
 # --- conversions ---------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def test_a_right_prediction_converts_to_the_image_and_back(
     for x_r, noise_r, z_r, schedule in zip(x, noise, z, SCHEDULES, strict=True):
         log_snr = schedule.log_snr(rows)
         target = prediction_target(prediction, x_r, noise_r, log_snr)
-        found = to_x0(prediction, target, z_r, log_snr)
-        torch.testing.assert_close(found, x_r)
-        back = to_noise(found, z_r, log_snr)
+        result = to_x0(prediction, target, z_r, log_snr)
+        torch.testing.assert_close(result, x_r)
+        back = to_noise(result, z_r, log_snr)
         torch.testing.assert_close(back, noise_r, rtol=1e-5, atol=1e-7)
 
 
@@ -159,9 +159,9 @@ def test_weights_are_those_of_the_squared_x_error(prediction: Prediction, name: 
         expected = (weight * (x_hat - X[level]).square().mean((1, 2, 3))).mean()
         torch.testing.assert_close(loss.per_level[level], expected)
         if name in ("eps", "v"):  # which are named after the plain squared error of that kind
-            found = prediction_target(name, x_hat, to_noise(x_hat, z[level], log_snr), log_snr)
+            result = prediction_target(name, x_hat, to_noise(x_hat, z[level], log_snr), log_snr)
             target = prediction_target(name, X[level], NOISE[level], log_snr)
-            torch.testing.assert_close(loss.per_level[level], (found - target).square().mean())
+            torch.testing.assert_close(loss.per_level[level], (result - target).square().mean())
     assert loss_of(X, process("x0", name)).total == 0
 
 
@@ -216,17 +216,17 @@ def test_micro_batches_add_up_to_the_batch(cut: int):
     total = parts[0].total + parts[1].total
     torch.testing.assert_close(total, whole.total)
     torch.testing.assert_close(parts[0].per_level + parts[1].per_level, whole.per_level)
-    for found, want in zip(torch.autograd.grad(total, answer), expected, strict=True):
-        torch.testing.assert_close(found, want)
+    for result, want in zip(torch.autograd.grad(total, answer), expected, strict=True):
+        torch.testing.assert_close(result, want)
 
 
 def test_the_loss_has_the_precision_of_the_images():
     """bf16 predictions are compared in float32: their error is not rounded again."""
     x, noise, _ = SINGLE
     answer = tuple(level.bfloat16() for level in PREDICTED)
-    found = loss_of(answer, process(), x, noise).total
-    assert found.dtype == torch.float32
-    assert torch.equal(found, loss_of(tuple(y.float() for y in answer), process(), x, noise).total)
+    result = loss_of(answer, process(), x, noise).total
+    assert result.dtype == torch.float32
+    assert torch.equal(result, loss_of(tuple(y.float() for y in answer), process(), x, noise).total)
 
 
 # --- from a config -------------------------------------------------------------------------------

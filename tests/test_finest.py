@@ -52,12 +52,12 @@ def test_a_network_that_is_right_on_the_finest_level_only_samples_as_the_oracle(
     noise, times = UnitNoise(world.resolutions, steps=0), trailing_grid(20, world.schedules[0])
     alone = NetworkDenoiser(finest_only, process, Conditioning())
 
-    def drawn(denoise) -> Pyramid:
+    def draws(denoise) -> Pyramid:
         return last(sampler(denoise, noise.start(), world.schedules, times, noise=no_noise)).z
 
-    for found, truth in zip(drawn(Pooled(alone, FINEST)), drawn(world), strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
-    _, covariance = moments(drawn(alone)[-1])
+    for result, truth in zip(draws(Pooled(alone, FINEST)), draws(world), strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-9, atol=1e-9)
+    _, covariance = moments(draws(alone)[-1])
     assert (covariance - world.covariance).norm() > 0.5 * world.covariance.norm(), (
         "without the wrapper they are not"
     )

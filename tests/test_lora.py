@@ -45,11 +45,11 @@ EVERYWHERE = LoraConfig(rank=2, maps="all")
 
 def net(seed: int = 0) -> NestedUNet:
     """A network without zeros in it, so that every adapter matters."""
-    made = NestedUNet(tiny_config(dropout=0.0).model)
+    network = NestedUNet(tiny_config(dropout=0.0).model)
     generator = torch.Generator().manual_seed(seed)
-    for value in made.parameters():
+    for value in network.parameters():
         nn.init.normal_(value, std=0.1, generator=generator)
-    return made
+    return network
 
 
 def predict(network: NestedUNet) -> Pyramid:
@@ -91,14 +91,14 @@ def test_a_merged_network_computes_what_the_adapted_one_does(lora):
 
 def test_only_the_chosen_levels_and_maps_have_adapters():
     def adapted(lora: LoraConfig) -> set[str]:
-        made = attach(net(), lora)
-        assert learnt_parameters(made).keys() == {
+        network = attach(net(), lora)
+        assert learnt_parameters(network).keys() == {
             f"{name}.{part}.weight"
-            for name, module in made.named_modules()
+            for name, module in network.named_modules()
             if isinstance(module, Adapted)
             for part in ("down", "up")
         }
-        return {name for name, module in made.named_modules() if isinstance(module, Adapted)}
+        return {name for name, module in network.named_modules() if isinstance(module, Adapted)}
 
     attention = adapted(LoraConfig(rank=2))
     assert {name.rsplit(".", 1)[1] for name in attention} == {"qkv", "text_kv", "out"}

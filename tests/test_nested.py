@@ -101,9 +101,9 @@ def test_growing_keeps_the_coarse_predictions_bit_for_bit(
     grown = grow(net, nest(large, **shared), seed=9)
     assert not grown.training
     z = noisy(grown.config)
-    found = run(grown, cond, z=z)
-    assert [y.shape for y in found] == [level.shape for level in z]
-    assert equal(found[:small], run(net, cond, z=z[:small]))
+    result = run(grown, cond, z=z)
+    assert [y.shape for y in result] == [level.shape for level in z]
+    assert equal(result[:small], run(net, cond, z=z[:small]))
     before, after = net.state_dict(), grown.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     new = {".".join(key.split(".")[:2]) for key in after.keys() - before.keys()}
@@ -240,9 +240,9 @@ def test_fused_attention_of_gpus_may_take_all_queries_keys_and_values(clips, mon
 def test_padding_is_invisible_where_attention_is_masked(layers: int):
     net = text_net(layers=layers)
     padded = torch.where(MASK[:, :, None], words(), words(seed=2))
-    found = run(net, Conditioning(tokens=words(), mask=MASK))
-    torch.testing.assert_close(found, run(net, Conditioning(tokens=padded, mask=MASK)))
-    torch.testing.assert_close(found, run(net, Conditioning(tokens=words()[:, :3])))
+    result = run(net, Conditioning(tokens=words(), mask=MASK))
+    torch.testing.assert_close(result, run(net, Conditioning(tokens=padded, mask=MASK)))
+    torch.testing.assert_close(result, run(net, Conditioning(tokens=words()[:, :3])))
 
 
 def test_padding_is_seen_where_attention_is_not_masked():
@@ -259,8 +259,8 @@ def test_a_dropped_row_shows_neither_its_text_nor_its_label():
     one = Conditioning(LABELS, words())
     two = Conditioning(torch.tensor([2, 1, 0, 1]), words(seed=2))
     dropped = torch.tensor([True, False, True, False])
-    found = run(net, one.drop(dropped))
-    for a, b, whole in zip(found, run(net, two.drop(dropped)), run(net, one), strict=True):
+    result = run(net, one.drop(dropped))
+    for a, b, whole in zip(result, run(net, two.drop(dropped)), run(net, one), strict=True):
         assert torch.equal(a[dropped], b[dropped])
         assert not torch.isclose(a[~dropped], b[~dropped]).all(3).any()
         torch.testing.assert_close(a[~dropped], whole[~dropped])

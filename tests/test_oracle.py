@@ -40,8 +40,8 @@ def covariance_error(
     return relative(covariance, world.covariance)
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def relative(result: Tensor, truth: Tensor) -> float:
+    return float((result - truth).norm() / truth.norm())
 
 
 # --- the oracle itself --------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
     noise = UnitNoise(world.resolutions, steps=0)
     times = trailing_grid(10, world.schedules[0])
     z = last(sampler(world, noise.start(), world.schedules, times, noise=noise)).z
-    for found, pooled in zip(z, world.pyramid(z[-1].flatten(1)), strict=True):
-        torch.testing.assert_close(found, pooled)
+    for result, pooled in zip(z, world.pyramid(z[-1].flatten(1)), strict=True):
+        torch.testing.assert_close(result, pooled)
 
 
 # --- the loss -----------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ def test_the_loss_at_the_oracle_is_its_closed_form_minimum(
             / len(pool)
             for pool, schedule in zip(world.pools, world.schedules, strict=True)
         ]
-        found = expected_loss(world, world.as_network(prediction), process, t)
-        torch.testing.assert_close(found, torch.cat(minimum), rtol=1e-6, atol=1e-12)
+        result = expected_loss(world, world.as_network(prediction), process, t)
+        torch.testing.assert_close(result, torch.cat(minimum), rtol=1e-6, atol=1e-12)
 
 
 @every_world

@@ -37,8 +37,8 @@ def image(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_down_sampling_averages_each_window(height, width, up, across, rows, channels):
     x = image(rows, channels, height * up, width * across)
     windows = x.reshape(rows, channels, height, up, width, across)
-    found = down_sample(x, Resolution(height, width))
-    torch.testing.assert_close(found, windows.mean(dim=(3, 5)))
+    result = down_sample(x, Resolution(height, width))
+    torch.testing.assert_close(result, windows.mean(dim=(3, 5)))
     assert down_sample(x, resolution_of(x)) is x
 
 
@@ -54,8 +54,8 @@ def test_down_sampling_in_two_steps_is_down_sampling_in_one(coarse, first, secon
 def test_down_sampling_a_clip_keeps_first_frames_and_averages_each(frames, fewer, side, up, rows):
     x = image(rows, 2, frames * fewer, side * up, side * up)
     expected = [down_sample(x[:, :, n * fewer], Resolution(side, side)) for n in range(frames)]
-    found = down_sample(x, Resolution(side, side, frames))
-    assert torch.equal(found, torch.stack(expected, dim=2))
+    result = down_sample(x, Resolution(side, side, frames))
+    assert torch.equal(result, torch.stack(expected, dim=2))
     assert torch.equal(down_sample(x, Resolution(side, side)), expected[0])
 
 

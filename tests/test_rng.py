@@ -37,12 +37,12 @@ def test_these_numbers_never_change_and_touch_no_global_generator():
     """Old runs must resume and old seeds must draw the same images in later versions."""
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     assert rng.stream(7, "purpose", 1, 2, 3).integers(0, 1000, 4).tolist() == [8, 177, 350, 359]
-    drawn = {
+    draws = {
         (-0.126223, 0.090302): rng.normal(7, "purpose", 1, shape=(2,)),
         (0.206396, 0.386266): rng.uniform(7, "purpose", [1, 2]),
         (0.342772, 0.724738): rng.stratified(7, "purpose", torch.tensor([0, 1])),
     }
-    for expected, numbers in drawn.items():
+    for expected, numbers in draws.items():
         assert numbers.tolist() == pytest.approx(expected, abs=1e-6)
     assert rng.choose(1904, 5, "sheet").tolist() == [165, 284, 1043, 1222, 1712]
     assert torch.equal(torch.get_rng_state(), torch_state)

@@ -87,13 +87,13 @@ def test_one_level_follows_diffusers_step_by_step(
 ):
     """Step k adds what diffusers draws at step k from a generator of seed 2."""
     generator = torch.Generator().manual_seed(2)
-    drawn = [torch.randn(START.shape, generator=generator) for _ in range(steps)]
+    draws = [torch.randn(START.shape, generator=generator) for _ in range(steps)]
     model = nest(1, schedule="squared-cosine")
     process = Process.from_config(ProcessConfig(prediction=prediction), model)
     denoise = NetworkDenoiser(network, process, Conditioning())
     times = trailing_grid(steps, process.schedules[0])
     states = SAMPLERS[sampler](
-        denoise, (START,), process.schedules, times, noise=lambda _, step, level: drawn[step - 1]
+        denoise, (START,), process.schedules, times, noise=lambda _, step, level: draws[step - 1]
     )
     theirs = their_trajectory(sampler, steps, prediction)
     for state, expected in zip(states, theirs, strict=True):
@@ -128,14 +128,14 @@ def test_states_have_step_time_latents_and_estimate_and_cost_a_call_each(sampler
 
     states = sampler(denoise, noise.start(), LEVELS, trailing_grid(5, LEVELS[0]), noise=noise)
     assert times == [], "a sampler works only for the next state"
-    found = [next(states), next(states)]
+    result = [next(states), next(states)]
     assert times == pytest.approx([1.0, 0.8])
-    found += states
+    result += states
     assert times == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    assert [state.step for state in found] == [1, 2, 3, 4, 5]
-    assert [state.t for state in found] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-    assert [level.shape for level in found[0].z] == [(1, 3, 2, 2), (1, 3, 4, 4)]
-    torch.testing.assert_close(found[-1].z, found[-1].x)  # at t = 0 the latent is the estimate
+    assert [state.step for state in result] == [1, 2, 3, 4, 5]
+    assert [state.t for state in result] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert [level.shape for level in result[0].z] == [(1, 3, 2, 2), (1, 3, 4, 4)]
+    torch.testing.assert_close(result[-1].z, result[-1].x)  # at t = 0 the latent is the estimate
 
 
 @every_sampler
@@ -173,15 +173,15 @@ def test_a_samples_noise_depends_on_its_seed_only():
 
 
 def test_noise_differs_by_seed_purpose_step_level_and_family():
-    drawn = [
+    draws = [
         noise(purpose, step, level)[row].flatten()
-        for family in ("sample", "upsampler")
+        for family in ("sample", "upsample")
         for noise in [SeededNoise([1, 2], (Resolution(8, 8),) * 2, family=family)]
-        for purpose, step in (("start", 0), ("step", 0), ("step", 1))
+        for purpose, step in (("start", 0), ("coarse", 0), ("step", 0), ("step", 1))
         for level in range(2)
         for row in range(2)
     ]
-    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))
     assert correlation.abs().max() < 0.3
 
 

@@ -66,9 +66,9 @@ def truncated_cosine() -> np.ndarray:
 @pytest.mark.parametrize("closed_form", [squared_cosine, linear_beta, truncated_cosine])
 def test_tables_are_exact_at_their_nodes(closed_form: Callable, dtype: torch.dtype):
     schedule = ALL[closed_form.__name__.replace("_", "-")]
-    found = torch.sigmoid(schedule.log_snr(NODES.to(dtype))).double()
+    result = torch.sigmoid(schedule.log_snr(NODES.to(dtype))).double()
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    np.testing.assert_allclose(found.numpy(), closed_form(), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(result.numpy(), closed_form(), rtol=0, atol=tolerance)
 
 
 def test_a_table_is_linear_in_log_snr_between_nodes_and_in_variance_before_the_first():
@@ -133,8 +133,8 @@ def test_the_rate_is_the_slope(schedule: NoiseSchedule):
 
 @every_schedule
 def test_time_of_is_the_inverse(schedule: NoiseSchedule):
-    found = time_of(schedule, schedule.log_snr(TIMES))
-    torch.testing.assert_close(found, TIMES, rtol=1e-7, atol=0)
+    result = time_of(schedule, schedule.log_snr(TIMES))
+    torch.testing.assert_close(result, TIMES, rtol=1e-7, atol=0)
     beyond = time_of(schedule, times(math.inf, -80.0))
     torch.testing.assert_close(beyond, times(0.0, 1.0))
 

@@ -30,14 +30,14 @@ def test_it_is_small_and_halved():
 
 def test_it_was_made_by_the_preset_run_longer_and_says_where_it_comes_from(model):
     """Nothing but the lengths of the stages differs, and no folder of another computer is in it."""
-    made, named = model.config, preset("openmoji")
-    stages, wanted = (
+    shipped, source_preset = model.config, preset("openmoji")
+    stages, expected = (
         [stage.model_copy(update={"images": 1}) for stage in config.train.stages]
-        for config in (made, named)
+        for config in (shipped, source_preset)
     )
-    assert stages == wanted
+    assert stages == expected
     for part in ("model", "process", "sampling", "data", "encoder"):
-        assert getattr(made, part) == getattr(named, part)
+        assert getattr(shipped, part) == getattr(source_preset, part)
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     for word in ("OpenMoji", "CC BY-SA 4.0", "seed 0", "mdm train openmoji", "commit", "retrieval"):
         assert word in notice, word
@@ -47,9 +47,9 @@ def test_it_draws_what_it_is_asked_for(model):
     source = open_source(model.config.data, 64)
     places = {text: index for index in range(len(source)) for text in source[index].captions}
     prompts = SHEET_PROMPTS[:12]
-    found = prompt_retrieval(
+    retrieval = prompt_retrieval(
         averages(model.sample(prompts).pictures),
         np.array([places[name] for name in prompts]),
         averages(np.stack([source[index].picture for index in range(len(source))])),
     )
-    assert found.first >= 0.75, found
+    assert retrieval.first >= 0.75, retrieval

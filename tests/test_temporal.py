@@ -93,24 +93,24 @@ def test_a_level_without_temporal_layers_treats_each_frame_as_an_image():
     still = awake(LevelConfig(side=8, **fields))
     still.load_state_dict(moving.state_dict())
     (clip,) = clips(moving)
-    (found,) = run(moving, WORDS, z=(clip,))
+    (result,) = run(moving, WORDS, z=(clip,))
     (shuffled,) = run(moving, WORDS, z=(clip[:, :, SHUFFLED],))
-    torch.testing.assert_close(shuffled, found[:, :, SHUFFLED])
+    torch.testing.assert_close(shuffled, result[:, :, SHUFFLED])
     for frame in range(FRAMES):
         (alone,) = run(still, WORDS, z=(clip[:, :, frame],))
-        torch.testing.assert_close(found[:, :, frame], alone)
+        torch.testing.assert_close(result[:, :, frame], alone)
 
 
 def test_frames_see_each_other_in_order_and_clips_do_not():
     net = awake(PICTURE, MOVING)
     image, clip = clips(net)
-    found = run(net, WORDS, z=(image, clip))
+    result = run(net, WORDS, z=(image, clip))
     alone = run(net, WORDS.rows(slice(1)), z=(image[:1], clip[:1]))
-    for whole, one in zip(found, alone, strict=True):
+    for whole, one in zip(result, alone, strict=True):
         torch.testing.assert_close(whole[:1], one)
     still, shuffled = run(net, WORDS, z=(image, clip[:, :, SHUFFLED]))
-    assert not torch.allclose(shuffled, found[1][:, :, SHUFFLED], atol=1e-3)
-    assert not torch.equal(still, found[0])
+    assert not torch.allclose(shuffled, result[1][:, :, SHUFFLED], atol=1e-3)
+    assert not torch.equal(still, result[0])
     grown = grow(inside(net, 1), net.config)  # which has learnt nothing of the clip
     assert equal(run(grown, WORDS, z=(image, clip))[:1], run(grown, WORDS, z=(image, -clip))[:1])
 
@@ -189,9 +189,9 @@ def test_resampled_frames_are_convolutions_around_every_other_one_or_each_one_tw
     clips = h.unflatten(0, (2, FRAMES)).transpose(1, 2)
     step = 2 if kind is DownFrames else 1
     clips = clips if kind is DownFrames else clips.repeat_interleave(2, dim=2)
-    found = layer(h).unflatten(0, (2, -1))
-    assert found.shape[1] == clips.shape[2] // step
+    result = layer(h).unflatten(0, (2, -1))
+    assert result.shape[1] == clips.shape[2] // step
     for clip in range(2):
-        for frame in range(found.shape[1]):
+        for frame in range(result.shape[1]):
             expected = by_hand(layer, clips[clip], step * frame)
-            torch.testing.assert_close(found[clip, frame], expected)
+            torch.testing.assert_close(result[clip, frame], expected)

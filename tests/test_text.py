@@ -21,7 +21,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 from matryoshka_diffusion.cli.main import main as cli
@@ -33,33 +33,17 @@ from matryoshka_diffusion.text import feature_cache
 from matryoshka_diffusion.text.encoder import HiddenStates, T5States, load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from ranks import fork
+from tiny_models import make_t5, save_tokenizer
 
 CAPTIONS = ["red apple", "", "a green apple on the table"]
-
-
-def tokenizer(end: bool = True) -> transformers.PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", "red", "green", "apple", "a", "on", "the", "table", "doll"]
-    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    if end:
-        core.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>" if end else None}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+WORDS = ("red", "green", "apple", "a", "on", "the", "table", "doll")
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    """A two-layer T5 with random weights, saved as any T5 is."""
+    """The folder of a T5 with random weights that knows the words of `CAPTIONS`."""
     folder = tmp_path_factory.mktemp("t5")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.T5Config(
-            vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
-        )
-        transformers.T5EncoderModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    make_t5(folder, WORDS)
     return folder
 
 
@@ -111,7 +95,8 @@ def test_minilm_understands_words():
 
 def test_t5_is_transformers_own(t5_folder):
     model = transformers.T5EncoderModel.from_pretrained(t5_folder).eval()
-    tokens = transformers.AutoTokenizer.from_pretrained(t5_folder)("red apple", return_tensors="pt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5_folder)
+    tokens = tokenizer("red apple</s>", return_tensors="pt")
     expected = model(input_ids=tokens["input_ids"]).last_hidden_state[0]
     torch.testing.assert_close(t5(t5_folder)(["red apple"])[0], expected)
 
@@ -157,11 +142,9 @@ def test_the_key_goes_with_model_and_tokenizer_not_with_their_place(t5_folder, t
     key = t5(t5_folder).key
     assert key == t5(t5_copy).key
     assert key != t5(t5_folder, max_tokens=31).key
-    changed = tokenizer()
-    changed.add_tokens(["Matryoshka"])
-    changed.save_pretrained(t5_copy)
+    save_tokenizer(t5_copy, ("</s>", "<pad>", "<unk>", *WORDS), pad_token="<pad>", eos_token="</s>")
     assert key != t5(t5_copy).key
-    tokenizer().save_pretrained(t5_copy)
+    shutil.copytree(t5_folder, t5_copy, dirs_exist_ok=True)
     model = transformers.T5EncoderModel.from_pretrained(t5_copy)
     with torch.no_grad():
         dict(model.named_parameters())["encoder.final_layer_norm.weight"][0] += 1e-3
@@ -292,7 +275,7 @@ def test_the_code_in_a_folder_is_neither_run_nor_offered(name, place, t5_copy, m
 
 
 def test_what_an_encoder_cannot_do_is_refused(t5_copy):
-    tokenizer(end=False).save_pretrained(t5_copy)
+    save_tokenizer(t5_copy, ("<pad>", "<unk>", *WORDS), pad_token="<pad>")
     with pytest.raises(ValueError, match="'' has no token at all"):
         t5(t5_copy)
     with pytest.raises(ConfigError, match=r"encoder\.max_tokens is 513, but minilm takes 512"):

@@ -59,12 +59,12 @@ def test_a_sample_has_the_same_coarse_image_in_any_batch_and_on_any_rank():
 def test_the_coarse_image_is_the_small_image_under_noise_of_its_own():
     config = upsampler_config(max_noise=0.5)
     inputs = inputs_of(0, 400, config)
-    found, t = coarse_of(inputs)
+    image, t = coarse_of(inputs)
     assert t.max() <= 0.5
     assert t.mean().item() == pytest.approx(0.25, abs=0.02)
     alpha, sigma = alpha_sigma(build_schedules(config.model)[0].log_snr(t.double()))
     up = up_sample(down_sample(inputs.x[0], Resolution(8, 8)), Resolution(16, 16))
-    noise = (found - alpha.float().view(-1, 1, 1, 1) * up) / sigma.float().view(-1, 1, 1, 1)
+    noise = (image - alpha.float().view(-1, 1, 1, 1) * up) / sigma.float().view(-1, 1, 1, 1)
     clear = t > 0.05  # dividing by less would show how float32 rounds
     assert noise[clear].std().item() == pytest.approx(1.0, abs=0.02)
     both = torch.stack([noise[clear].flatten(), inputs.noise[0][clear].flatten()])

@@ -16,7 +16,7 @@ def make_t5(folder: Path, words: Sequence[str]) -> None:
     words = ("<pad>", "</s>", "<unk>", *words)
     config = transformers.T5Config(vocab_size=len(words), d_model=24, d_kv=4, d_ff=32, num_layers=2)
     _save(transformers.T5EncoderModel, config, folder)
-    _save_tokenizer(folder, words, pad_token="<pad>", eos_token="</s>")
+    save_tokenizer(folder, words, pad_token="<pad>", eos_token="</s>")
 
 
 def make_clip(folder: Path, words: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def make_clip(folder: Path, words: Sequence[str]) -> None:
         single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )
     names = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>"}
-    _save_tokenizer(folder, words, processor, **names)
+    save_tokenizer(folder, words, processor, **names)
 
 
 def make_codec(
@@ -75,9 +75,7 @@ def _save(model: Any, config: Any, folder: Path) -> None:
         model(config).save_pretrained(folder)
 
 
-def _save_tokenizer(
-    folder: Path, words: Sequence[str], processor: Any = None, **names: str
-) -> None:
+def save_tokenizer(folder: Path, words: Sequence[str], processor: Any = None, **names: str) -> None:
     """Save a tokenizer for which every word is a token."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
