@@ -20,10 +20,9 @@ from matryoshka_diffusion.train.distributed import (
     RanksDiffer,
     World,
     compare_data,
-    compare_ranks,
     rank_device,
 )
-from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.inputs import Feed, compare_ranks
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import step_at
 from ranks import SETTINGS, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
@@ -220,9 +219,7 @@ def test_ranks_of_different_runs_or_data_are_refused():
     config = tiny_config(**SETTINGS)
     inputs = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 0))
     with pytest.raises(RanksDiffer, match=r"rank 1 .*another config"):
-        compare_ranks(
-            world_of(("other", (99,), ["-"])), config, inputs.step, inputs.ids, inputs.noise[0]
-        )
+        compare_ranks(world_of(("other", (99,), ["-"])), config, inputs)
     compare_data(world_of(), ["a", "b"])
     with pytest.raises(RanksDiffer, match=r"rank 1 .*other data.*3 images and 2"):
         compare_data(world_of((3, "-")), ["a", "b"])

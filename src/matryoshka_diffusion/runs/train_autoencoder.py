@@ -103,17 +103,8 @@ def train_codec(
 def reconstruction(config: CodecRunConfig, colours: int) -> Recipe[AutoencoderKL]:
     """Recipe of an autoencoder of images with `colours` channels: one stage of one level."""
     stage = StageConfig(levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr)
-    train = TrainConfig(
-        stages=(stage,),
-        seed=config.seed,
-        precision="fp32",
-        layout="nchw",
-        warmup_images=config.warmup_images,
-        decay_share=config.decay_share,
-        clip_norm=config.clip_norm,
-        log_every_images=config.log_every_images,
-        checkpoint_every_images=config.checkpoint_every_images,
-    )
+    same = config.model_dump(include=CodecRunConfig.model_fields.keys() & TrainConfig.model_fields)
+    train = TrainConfig(stages=(stage,), precision="fp32", layout="nchw", **same)
 
     def loss(net: AutoencoderKL, inputs: Inputs) -> Loss:
         total = codec_loss(net, inputs.x[0], inputs.noise[0], config)

@@ -23,11 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from matryoshka_diffusion.config import CodecRunConfig, RunConfig, UsageError
-from matryoshka_diffusion.configfile import to_yaml
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.nn.level import Block
 from matryoshka_diffusion.train.signals import DeadRank, Pulse, handled, open_store
-from matryoshka_diffusion.train.stages import Step
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
@@ -313,32 +311,6 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
 class RanksDiffer(RuntimeError):
     """The ranks do not work on the same run, or two of them work on the same samples."""
-
-
-def compare_ranks(
-    world: World, config: RunConfig | CodecRunConfig, step: Step, ids: Sequence[int], noise: Tensor
-) -> None:
-    """Raise RanksDiffer unless config and step are equal, samples and noise different.
-
-    Two ranks with the same sample would count its gradient twice.
-    """
-    run = hashlib.sha256(f"{to_yaml(config)}{step}".encode()).hexdigest()
-    digests = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest() for row in noise]
-    owner: dict[object, int] = {}
-    for rank, (its_run, its_ids, its_noise) in enumerate(world.gather((run, tuple(ids), digests))):
-        if rank == 0:
-            run = its_run
-        if its_run != run:
-            raise RanksDiffer(
-                f"rank {rank} was started with another config or checkpoint than rank 0: give "
-                "every rank the same command and a run folder that all of them see"
-            )
-        for item in (*its_ids, *its_noise):
-            if owner.setdefault(item, rank) != rank:
-                raise RanksDiffer(
-                    f"ranks {owner[item]} and {rank} were given the same sample or noise ({item}): "
-                    "every rank needs a number of its own (RANK)"
-                )
 
 
 def compare_data(world: World, keys: Sequence[str]) -> None:

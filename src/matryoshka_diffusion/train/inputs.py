@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning, pad
-from matryoshka_diffusion.config import CoarseConfig, RunConfig
+from matryoshka_diffusion.config import CoarseConfig, CodecRunConfig, RunConfig
+from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.pyramid import (
@@ -24,7 +26,7 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.train.distributed import RanksDiffer, World
 from matryoshka_diffusion.train.stages import Step
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
@@ -59,6 +61,30 @@ class Inputs:
         x, noise = (tuple(level[rows] for level in levels) for levels in (self.x, self.noise))
         ids, keys, t, cond = self.ids[rows], self.keys[rows], self.t[rows], self.cond.rows(rows)
         return Inputs(self.step, x, noise, t, cond, ids, keys)
+
+
+def compare_ranks(world: World, config: RunConfig | CodecRunConfig, inputs: Inputs) -> None:
+    """Raise RanksDiffer unless config and step are equal, samples and noise different.
+
+    Two ranks with the same sample would count its gradient twice.
+    """
+    run = hashlib.sha256(f"{to_yaml(config)}{inputs.step}".encode()).hexdigest()
+    digests = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in inputs.noise[0]]
+    owner: dict[object, int] = {}
+    for rank, (its_run, its_ids, its_noise) in enumerate(world.gather((run, inputs.ids, digests))):
+        if rank == 0:
+            run = its_run
+        if its_run != run:
+            raise RanksDiffer(
+                f"rank {rank} was started with another config or checkpoint than rank 0: give "
+                "every rank the same command and a run folder that all of them see"
+            )
+        for item in (*its_ids, *its_noise):
+            if owner.setdefault(item, rank) != rank:
+                raise RanksDiffer(
+                    f"ranks {owner[item]} and {rank} were given the same sample or noise ({item}): "
+                    "every rank needs a number of its own (RANK)"
+                )
 
 
 class Feed:

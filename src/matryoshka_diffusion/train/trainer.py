@@ -29,14 +29,13 @@ from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.distributed import (
     World,
-    compare_ranks,
     fill,
     gathered,
     micro_batch,
     shared,
     whole,
 )
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
@@ -189,7 +188,7 @@ class Trainer(Generic[Net]):
             NotFinite: the loss has not been finite for many steps.
             UnreadableError: the data cannot be read; what was learnt is saved.
         """
-        train, interrupts, first = self.train, Interrupts(), True
+        train, interrupts = self.train, Interrupts()
 
         def single_threaded(step: Step) -> Inputs:
             torch.set_num_threads(1)  # of this thread, so that the network keeps its own
@@ -200,35 +199,27 @@ class Trainer(Generic[Net]):
         ahead = look_ahead(single_threaded, todo, workers=1, depth=2)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
             inputs, wait, error = _fetched(ahead)
+            if inputs is not None:
+                compare_ranks(self.world, self.recipe.config, inputs)
             while inputs is not None:
                 step, began = inputs.step, time.perf_counter()
-                if first:
-                    compare_ranks(self.world, self.recipe.config, step, inputs.ids, inputs.noise[0])
-                    first = False
                 self.grow(len(step.rows))
                 outcome = self.step(inputs)
                 log.add(Entry(step, outcome, wait, time.perf_counter() - began))
-                if step.ends_stage or step.passes(train.log_every_images):
-                    log.close_line(**self.counts())
-                ends = step.end == train.images
-                if ends or step.passes(train.ema_snapshot_interval):
-                    tracks = gathered(self.tracks.state(), self.world)
-                    self.world.once(partial(write_snapshot, folder / "ema", tracks, step.end))
-                due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
-                if due:
-                    self._call(due, folder, log)
+                self._report(step, folder, hooks, log)
                 inputs, wait, error = _fetched(ahead)
                 # A signal may come at any time: read it once for all ranks, so they stop together.
                 signal = self.world.highest(_NO_INPUTS if error else interrupts.received)
+                ends = step.end == train.images
                 if signal or ends or step.passes(train.checkpoint_every_images):
                     path = self.save(folder, log)
                 if signal:
                     stop = f"stopped at {step.end:,} of {train.images:,} images and saved {path}"
                     stop = f"{stop}; the same command continues from there"
-                    if signal == _NO_INPUTS:
-                        reason = error or "the data of another rank cannot be read"
-                        raise UnreadableError(f"{reason}; {stop}")
-                    raise Stopped(stop, signal)
+                    if signal != _NO_INPUTS:
+                        raise Stopped(stop, signal)
+                    reason = error or "the data of another rank cannot be read"
+                    raise UnreadableError(f"{reason}; {stop}")
             if error is not None:
                 raise error
 
@@ -381,6 +372,18 @@ class Trainer(Generic[Net]):
         path = checkpoint.save(folder / "checkpoints", self.snapshot(), keep=keep, world=self.world)
         self.quarantine.check()  # the bad samples of all ranks together may be too many
         return path
+
+    def _report(self, step: Step, folder: Path, hooks: Sequence[Hook], log: Log) -> None:
+        """Write the line of metrics, the averages and what hooks make, where they are due."""
+        train, ends = self.train, step.end == self.train.images
+        if step.ends_stage or step.passes(train.log_every_images):
+            log.close_line(**self.counts())
+        if ends or step.passes(train.ema_snapshot_interval):
+            tracks = gathered(self.tracks.state(), self.world)
+            self.world.once(partial(write_snapshot, folder / "ema", tracks, step.end))
+        due = [hook for every, hook in hooks if every and (ends or step.passes(every))]
+        if due:
+            self._call(due, folder, log)
 
     def _call(self, hooks: Sequence[Callable[[View], object]], folder: Path, log: Log) -> None:
         """Call hooks on rank 0; if one fails, save before its error goes on."""
