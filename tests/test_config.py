@@ -280,6 +280,12 @@ def test_several_problems_are_said_together_up_to_three():
     assert str(error.value).count(";") == 2
 
 
+def bomb(line: str) -> str:
+    """Eleven lines that each name the one before eight times."""
+    lines = (f"a{n}: &a{n} {line.format(', '.join([f'*a{n - 1}'] * 8))}" for n in range(1, 12))
+    return "\n".join(["a0: &a0 {a: 1}", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -292,6 +298,8 @@ def test_several_problems_are_said_together_up_to_three():
         ("a: !!python/object:os.system x", "constructor"),
         ("a: &a [*a]", "contains itself"),
         ("[" * 900, "recursion"),
+        (bomb("[{}]"), "aliases"),
+        (bomb("{{<<: [{}]}}"), "aliases"),
     ],
 )
 def test_bad_yaml_is_an_error_with_its_origin(text, message):
@@ -299,3 +307,11 @@ def test_bad_yaml_is_an_error_with_its_origin(text, message):
         from_yaml(text, where="run.yaml")
     assert str(error.value).startswith("run.yaml: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_value_may_be_written_once_and_named_again():
+    stage = "{levels: 1, images: 100, batch_size: 10, lr: 0.001}"
+    again = "{<<: *s, images: 50}"
+    text = dump({**PLAIN, "train": {}}).replace("train: {}", "")
+    run = from_yaml(f"{text}\ntrain:\n  stages: [&s {stage}, *s, {again}]\n")
+    assert [one.images for one in run.train.stages] == [100, 100, 50]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML, SafeConstructor, ScalarNode, YAMLError
+from ruamel.yaml import YAML, Node, SafeConstructor, ScalarNode, YAMLError
+from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError
 
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, RunConfig
@@ -24,6 +25,8 @@ from matryoshka_diffusion.config import CodecRunConfig, ConfigError, RunConfig
 Config = TypeVar("Config", RunConfig, CodecRunConfig)
 Changes = Iterable[tuple[str, Any]]
 """Pairs of a path such as "train.stages[0].lr" and its new value, applied in order."""
+MOST_REPEATED = 100_000
+"""Values that the aliases of a file may add, since ten lines of them can stand for billions."""
 
 
 def to_yaml(config: RunConfig | CodecRunConfig) -> str:
@@ -53,8 +56,8 @@ def from_dict(
         return kind.model_validate(_tuples(data))
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error, kind)}") from error
-    except RecursionError as error:  # a YAML alias can stand inside its own anchor
-        raise ConfigError(f"{where}: a value contains itself") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: values are nested too deeply") from error
 
 
 def from_yaml(text: str, kind: type[Config] = RunConfig, *, where: str = "config") -> Config:
@@ -97,6 +100,26 @@ def changed(config: Config, changes: Changes, *, where: str = "config") -> Confi
 
 class _Constructor(SafeConstructor):
     """Safe values only, and 08 as text: earlier versions wrote a class of this name so."""
+
+    def construct_document(self, node: Node) -> Any:
+        sizes: dict[int, int] = {}
+        if _size(node, sizes) - len(sizes) > MOST_REPEATED:
+            reason = f"its aliases stand for more than {MOST_REPEATED:,} values: write them out"
+            raise ConstructorError(problem=reason)
+        return super().construct_document(node)
+
+
+def _size(node: Node, sizes: dict[int, int]) -> int:
+    """The number of values in a YAML node with every alias written out; notes it in `sizes`."""
+    if (size := sizes.get(id(node))) is not None:
+        if not size:  # it is being counted
+            raise ConstructorError(problem="a value contains itself", problem_mark=node.start_mark)
+        return size
+    sizes[id(node)] = 0
+    parts = () if isinstance(node, ScalarNode) else node.value
+    entries = (entry for part in parts for entry in (part if isinstance(part, tuple) else (part,)))
+    sizes[id(node)] = size = 1 + sum(_size(entry, sizes) for entry in entries)
+    return size
 
 
 def _read_integer(constructor: SafeConstructor, node: ScalarNode) -> int | str:
