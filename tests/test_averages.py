@@ -155,13 +155,6 @@ def test_the_fit_is_as_far_from_the_profile_as_it_says(length):
     assert factors.sum() == pytest.approx(1.0, abs=1e-9)
 
 
-def test_a_length_that_was_tracked_is_that_track():
-    profiles = [Profile(exponent(track), age) for age in (10, 20, 30) for track in LENGTHS]
-    factors, error = fit(profiles, Profile(exponent(0.05), 30))
-    np.testing.assert_allclose(factors, [0, 0, 0, 0, 1, 0], atol=1e-8)
-    assert error < 1e-6
-
-
 # --- tracks ------------------------------------------------------------------------------------
 
 

@@ -374,7 +374,8 @@ def test_a_moved_codec_is_named_in_the_config_or_lies_in_the_run(finished, half_
     shutil.move(moved, run / "codec")
     own = str(run / "codec")
     assert path_of(Matryoshka.load(run).config) == path_of(job.find_config(str(run))) == own
-    assert averaged(run, 0.05, Matryoshka.load(run)).codec is not None, "kept without a folder"
+    model: Any = averaged(run, 0.05, Matryoshka.load(run))
+    assert model.codec is not None, "kept without a folder"
 
 
 def test_a_run_goes_on_with_a_codec_that_has_moved(half_way, tmp_path):
