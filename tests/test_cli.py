@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from matryoshka_diffusion.cli import eval as cli_eval
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import options as cli_options
 from matryoshka_diffusion.cli import terminal
 from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
+from matryoshka_diffusion.eval.evaluate import PROTOCOLS
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
 from matryoshka_diffusion.train.checkpoint import export_weights
@@ -125,6 +127,7 @@ def test_the_choices_are_those_of_the_library():
     assert set(cli_options.SAMPLERS) == set(SAMPLERS)
     assert set(cli_options.GRIDS) == set(GRIDS)
     assert set(cli_options.THRESHOLDS) == set(THRESHOLDS)
+    assert set(cli_eval.PROTOCOLS) == set(PROTOCOLS)
 
 
 def options_of(parser, name="mdm"):

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageSequence
 from PIL.ExifTags import Base
 
-from matryoshka_diffusion.config import DataConfig, UsageError
-from matryoshka_diffusion.data.source import open_source
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.video import open_video
 from matryoshka_diffusion.draw import clips
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
@@ -107,12 +106,6 @@ def test_our_own_reader_finds_every_frame_also_equal_ones(suffix, tmp_path):
     assert psnr(clip, np.stack(frames)) > 28
     if suffix == ".webp":
         np.testing.assert_array_equal(frames, clip)
-
-
-def test_a_folder_of_frames_is_no_video(tmp_path):
-    clips.save_clip(smooth(2, 16, 16), tmp_path / "a", 8.0, None)
-    with pytest.raises(ValueError, match="no video"):
-        open_source(DataConfig(source="clips", path=str(tmp_path)), 16, 2)
 
 
 @pytest.mark.parametrize("suffix", clips.SUFFIXES)
@@ -209,14 +202,6 @@ def test_a_clip_appears_whole_or_not_at_all(name, tmp_path):
     with pytest.raises(OSError, match=f"file/{name}"):
         clips.save_clip(smooth(1), tmp_path / "file" / name, 8.0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_folder_with_files_stays(tmp_path):
-    (tmp_path / "a").mkdir()
-    clips.save_clip(smooth(1), tmp_path / "a", 8.0, None)
-    with pytest.raises(OSError, match=r"cannot write .*a"):
-        clips.save_clip(smooth(2), tmp_path / "a", 8.0, None)
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "0000.png"]
 
 
 @pytest.mark.parametrize(

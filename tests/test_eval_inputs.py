@@ -22,12 +22,10 @@ from evaluating import (
     model,
     source,
 )
-from matryoshka_diffusion.cli import eval as cli_eval
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
-from matryoshka_diffusion.eval import evaluate as evaluation
 from matryoshka_diffusion.eval import result
 from matryoshka_diffusion.eval.evaluate import compare, evaluate, find_networks, plan
 from matryoshka_diffusion.eval.metric import MOTION
@@ -276,14 +274,6 @@ def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
     np.savez(tmp_path / "large.npz", pictures(8, side=32))
     with pytest.raises(UsageError, match="32 pixels a side, the samples have 16"):
         compare(equal, str(tmp_path / "large.npz"), ["fd"], looks())
-
-
-def test_sheets_beside_samples_are_no_samples(tmp_path):
-    made = folder_of(tmp_path / "made", pictures(8))
-    for name in ("grid.png", "levels.png"):
-        save_png(pictures(1, side=64)[0], tmp_path / "made" / name, None)
-    [number] = compare(made, made, ["fd"], looks())
-    assert (number.n, number.reference_count, number.metric) == (8, 8, "FD-EffNetLite0")
 
 
 def test_two_sets_need_what_their_metrics_need(captioned, tmp_path):
@@ -571,7 +561,3 @@ def test_compare_measures_two_folders(tmp_path, capsys):
     assert cli.main(["compare", *names]) == 0
     assert "of 8 samples to 8 images: " in capsys.readouterr().out
     assert not (tmp_path / "a" / "eval").exists(), "the reader's pictures are left alone"
-
-
-def test_the_protocols_of_the_command_are_those_of_the_library():
-    assert set(cli_eval.PROTOCOLS) == set(evaluation.PROTOCOLS)

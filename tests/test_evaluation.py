@@ -188,19 +188,6 @@ def test_other_weights_and_text_encoders_have_a_folder_of_their_own(tmp_path):
     assert {one.get("encoder") for one in about} >= {"words", "other weights"}
 
 
-def test_samples_of_earlier_rules_are_drawn_anew_and_references_are_kept(tmp_path, monkeypatch):
-    """Labels were once taken for names: what was drawn for them is known by `samples`."""
-    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
-    networks = looks()
-    measured(tmp_path / "eval", networks=networks, n=BATCHED)
-    [about] = (json.loads(path.read_text()) for path in tmp_path.glob("eval/*/about.json"))
-    assert about["samples"] >= 2, "1 was before labels were indices"
-    seen = networks["EffNetLite0"].seen
-    monkeypatch.setattr(feature_store, "SAMPLES", about["samples"] + 1)
-    measured(tmp_path / "eval", networks=networks, n=BATCHED)
-    assert networks["EffNetLite0"].seen == seen + BATCHED
-
-
 def test_a_reference_whose_pictures_change_is_looked_at_again(tmp_path):
     array = np.full((40, 16, 16, 3), 9, np.uint8)
     before = measured(tmp_path, source=source(array=array))

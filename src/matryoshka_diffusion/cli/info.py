@@ -131,7 +131,7 @@ def _about(config: RunConfig) -> list[str]:
     process, train, lines = config.process, config.train, []
     if config.codec is not None:
         lines.append(
-            f"levels are codes of images of {config.data_side} px, {config.codec.factor} times "
+            f"levels are latents of images of {config.data_side} px, {config.codec.factor} times "
             f"smaller along each side, by {config.codec.path or 'a codec to be given (--codec)'}"
         )
     weighting = ", ".join(weighting.name for weighting in process.weighting)

@@ -181,7 +181,7 @@ def add_commands(commands: Any) -> None:
     add = command.add_argument
     add("model", metavar="RUN", help=MODEL)
     finer = command.add_mutually_exclusive_group(required=True)
-    finer.add_argument("--to", type=positive, metavar="SIDE", help="side in pixels, or codes")
+    finer.add_argument("--to", type=positive, metavar="SIDE", help="side in pixels, or latents")
     finer.add_argument("--frames", type=positive, metavar="N", help="frames, at the same side")
     add("--data", metavar="DATA", help="data to train on (RUN's own)")
     add("--out", type=Path, required=True, metavar="RUN", help="the new run")

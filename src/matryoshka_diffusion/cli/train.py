@@ -277,7 +277,7 @@ def add_commands(commands: Any) -> None:
     add_shared(command, "--base")
     text = "train only adapters of this rank around it"
     add("--lora", type=positive, metavar="RANK", help=text)
-    text = "train on codes of this autoencoder (diffusers' AutoencoderKL)"
+    text = "train on latents of this autoencoder (diffusers' AutoencoderKL)"
     add("--codec", metavar="PATH", help=text)
     text = "go on although the data of the run is not what it was"
     add("--data-changed", action="store_true", help=text)
