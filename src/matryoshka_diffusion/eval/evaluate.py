@@ -30,7 +30,7 @@ from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
-from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.train.distributed import ALONE, World
 
 SEED = 1_000_000
 """Seed of sample 0: far from the seeds that people try, so that nobody tunes on them."""
@@ -41,7 +41,6 @@ PROTOCOLS = {"coco30k": (("fid", "clip"), 30_000), "imagenet50k": (("fid",), 50_
 HELD_OUT = "held-out"
 Report = Callable[[str, int, int], None]
 """Called with (what is measured, images done, images in all)."""
-_ALONE = World()
 
 
 def evaluate(
@@ -57,7 +56,7 @@ def evaluate(
     folder: Path | None = None,
     seed: int = SEED,
     batch_size: int | None = None,
-    world: World = _ALONE,
+    world: World = ALONE,
     progress: Report | None = None,
     **settings: Any,
 ) -> list[Result]:
@@ -134,7 +133,7 @@ def measure(
     networks: Networks,
     about: Result,
     *,
-    world: World = _ALONE,
+    world: World = ALONE,
     progress: Report | None = None,
 ) -> list[Result]:
     """Measure a set of images; a collective. `about` says whose they are."""
@@ -275,7 +274,7 @@ def compare(
     side: int | None = None,
     frames: int | None = None,
     frame_stride: int | None = None,
-    world: World = _ALONE,
+    world: World = ALONE,
     progress: Report | None = None,
 ) -> list[Result]:
     """Measure the images of `first` as if they were samples, against those of `second`.

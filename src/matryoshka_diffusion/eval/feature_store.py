@@ -29,15 +29,13 @@ from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
-from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.train.distributed import ALONE, World
 
 FORMAT = 1
 """Version of the columns: raise it when they hold other numbers of the same images."""
 
 SAMPLES = 2
 """Version of the samples: raise it when the same settings give other samples."""
-
-_ALONE = World()
 
 
 class PictureBatch(NamedTuple):
@@ -112,7 +110,7 @@ class PictureSet:
         return self.root / digest(json.dumps(self.about, sort_keys=True))[:16]
 
     def fill(
-        self, columns: Sequence[Column], *, world: World = _ALONE, progress: Progress | None = None
+        self, columns: Sequence[Column], *, world: World = ALONE, progress: Progress | None = None
     ) -> None:
         """Make what is missing of the columns; a collective.
 

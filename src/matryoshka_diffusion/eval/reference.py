@@ -44,7 +44,7 @@ from matryoshka_diffusion.metrics.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.sampling import BATCH
-from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.train.distributed import ALONE, World
 
 MAX_ENLARGED = 0.05
 """Largest share of images below the compared side in a reference."""
@@ -63,7 +63,7 @@ class Reference:
     foreign: bool = False  # images that may have been resized, not the model's own data
 
     def flag(
-        self, side: int, what: str, *, world: World | None = None, progress: Progress | None = None
+        self, side: int, what: str, *, world: World = ALONE, progress: Progress | None = None
     ) -> str | None:
         """The remark on how these images, called `what`, came to `side` pixels; a collective.
 
@@ -78,7 +78,7 @@ class Reference:
             )
         if not self.foreign:
             return None
-        self.pictures.fill([ORIGINAL_SIDES], world=world or World(), progress=progress)
+        self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
         sides = self.pictures.all(ORIGINAL_SIDES)
         small = sides[sides < side]
         if len(small) > MAX_ENLARGED * len(sides):

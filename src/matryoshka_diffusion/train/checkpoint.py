@@ -31,7 +31,7 @@ from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
 from matryoshka_diffusion.nn.lora import attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name, present_name
-from matryoshka_diffusion.train.distributed import World, is_sharded, local
+from matryoshka_diffusion.train.distributed import ALONE, World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")
@@ -64,13 +64,12 @@ class Snapshot:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World | None = None) -> Path:
+def save(folder: Path, snapshot: Snapshot, *, keep: int, world: World = ALONE) -> Path:
     """Add a checkpoint to `folder`, then remove the oldest until `keep` are left.
 
     All ranks of `world` call it: each writes its own shards, rank 0 all the rest. An OSError names
     the path, the reason and the bytes needed; nothing is left of that checkpoint.
     """
-    world = world or World()
     target = folder / f"{snapshot.state['images_seen']:010d}"
     unique = world.once(lambda: secrets.token_hex(4))
     temporary = folder / f".{target.name}.{unique}.tmp"

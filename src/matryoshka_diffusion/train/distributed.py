@@ -127,6 +127,10 @@ class World:
             self.pulse.wait_for(f"{event} of rank {rank}")
 
 
+ALONE = World()
+"""World of a process that trains alone."""
+
+
 def _portable(error: Exception) -> Exception:
     """Return the error, or one with the same text if it cannot be sent."""
     try:
@@ -230,7 +234,7 @@ def joined(device: torch.device, parallel: Parallel, seconds: int) -> Iterator[W
     environment = os.environ
     size = int(environment.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ALONE
         return
     rank, backend = int(environment["RANK"]), "gloo"
     if device.type == "cuda":

@@ -26,7 +26,7 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.distributed import RanksDiffer, World
+from matryoshka_diffusion.train.distributed import ALONE, RanksDiffer, World
 from matryoshka_diffusion.train.stages import Step
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
@@ -100,10 +100,10 @@ class Feed:
         loader: Batches,
         encode: Encode | None = None,
         device: torch.device | str = "cpu",
-        world: World | None = None,
+        world: World = ALONE,
     ) -> None:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
-        self._world, self._seed = world or World(), config.train.seed
+        self._world, self._seed = world, config.train.seed
         self._micro = config.model.micro_names
         if unknown := self._micro - {"scale"}:
             raise ValueError(

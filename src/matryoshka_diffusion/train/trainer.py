@@ -28,6 +28,7 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
 from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
 from matryoshka_diffusion.train.distributed import (
+    ALONE,
     World,
     fill,
     gathered,
@@ -91,7 +92,7 @@ def train(
     hooks: Sequence[Hook] = (),
     sinks: Sequence[OpenSink] = (),
     device: torch.device | str = "cpu",
-    world: World | None = None,
+    world: World = ALONE,
     data_changed: bool = False,
 ) -> Path:
     """Train in a run folder, or continue the run there; return the folder of the finished model.
@@ -103,7 +104,7 @@ def train(
     Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
     and the errors of `Trainer.resume` and `fit`.
     """
-    device, world = torch.device(device), world or World()
+    device = torch.device(device)
     with ExitStack() as ownership:
         world.once(lambda: ownership.enter_context(owned(folder)))
         begin = partial(open_run, folder, config, device, world.size, data_changed=data_changed)
@@ -138,10 +139,10 @@ class Trainer(Generic[Net]):
         recipe: Recipe[Net],
         device: torch.device | str = "cpu",
         images_seen: int = 0,
-        world: World | None = None,
+        world: World = ALONE,
     ) -> None:
         self.recipe, self.train = recipe, recipe.train
-        self.device, self.world = torch.device(device), world or World()
+        self.device, self.world = torch.device(device), world
         self.quarantine = Quarantine()
         self.progress = Progress(images_seen, scale=LossScale.initial(self.train.precision))
         self._began = time.monotonic()
@@ -155,14 +156,14 @@ class Trainer(Generic[Net]):
         recipe: Recipe[Net],
         folder: Path,
         device: torch.device | str = "cpu",
-        world: World | None = None,
+        world: World = ALONE,
         quarantine: Quarantine | None = None,
     ) -> Trainer[Net]:
         """Continue from the newest checkpoint in a run folder, or begin if there never was one.
 
         Raises CheckpointError if the checkpoints cannot be used or are missing.
         """
-        path = (world or World()).once(lambda: checkpoint.newest(folder / "checkpoints"))
+        path = world.once(lambda: checkpoint.newest(folder / "checkpoints"))
         snapshot = None if path is None else checkpoint.read(path)
         if snapshot is None:
             refuse_lost_weights(recipe.train, folder)
