@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,39 @@ def png_bytes(width, height, rows: bytes, depth=8, colour=2, extra: bytes = b"")
         chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def icc_profile(space: str, gamma: float, primaries: Sequence[Sequence[float]] = ()) -> bytes:
+    """ICC profile of a display: one gamma for all channels, `primaries` in XYZ under D50."""
+
+    def fixed(*numbers: float) -> bytes:
+        return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    d50 = fixed(0.9642, 1.0, 0.8249)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + d50}
+    tags |= (
+        {b"kTRC": curve} if space == "GRAY" else dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    )
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    for name, colour in zip(names, primaries, strict=False):
+        tags[name] = b"XYZ \0\0\0\0" + fixed(*colour)
+    start, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, start, len(data))
+        start += len(data)
+    head = struct.pack(
+        ">II4s4s4s4s12x4s28x",
+        start,
+        0,
+        b"\2\x40\0\0",
+        b"mntr",
+        f"{space:4}".encode(),
+        b"XYZ ",
+        b"acsp",
+    )
+    return (head + d50 + bytes(48)) + table + b"".join(tags.values())
+
+
+ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+"""Primaries of a wider space, whose gamma is 2.2."""

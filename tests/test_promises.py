@@ -21,7 +21,6 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.data import decoded
-from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import open_source
@@ -123,8 +122,7 @@ def test_no_chunk_of_a_png_unpacks_beyond_bounds(tmp_path, kind, head):
     path = tmp_path / "a.png"
     path.write_bytes(png_bytes(16, 16, bytes(16 * 49), extra=bomb))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(PictureError, match="corrupt"):
-        read_picture(path, 16)
+    assert not read_picture(path, 16).pixels.any()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 

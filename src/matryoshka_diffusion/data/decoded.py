@@ -32,7 +32,7 @@ CACHED_PICTURES = 20_000
 THREADS = min(os.cpu_count() or 1, 8)
 MAX_CLASSES = 100_000
 
-_VERSION = 3  # raise it when the same file decodes to other bytes, or is stored in another way
+_VERSION = 4  # raise it when the same file decodes to other bytes, or is stored in another way
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
 Pillow's limits bound the text and colour profiles in a file. An animation gives its first frame.
+Of what a file holds beside its pixels, orientation and colour profile are used; no fault of it, or
+of the rest, makes an image bad.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.colour import to_srgb
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import unreadable
 
@@ -63,6 +66,17 @@ VIDEOS = Kind(
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """Longest side that is kept around the middle, in units of the shorter one; bounds panoramas."""
 
+_PNG, _ANCILLARY = b"\x89PNG\r\n\x1a\n", 0x20
+_KEPT = (b"tRNS", b"eXIf", b"iCCP")  # ancillary chunks that an image's look depends on
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError)
 _DAMAGED += (struct.error, zlib.error)  # Pillow parses files with these, and with slices
@@ -111,13 +125,88 @@ def read_picture(file: Path | bytes, side: int, crop: Crop = "centre") -> Pictur
     Raises as `opened` does.
     """
     with opened(file, PICTURES) as stream:
-        image = Image.open(stream, formats=FORMATS)
-        judge(*image.size)
-        original_side = min(image.size)
-        image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        return Picture(resized(upright, side, REACH[crop]), original_side)
+        try:
+            return _decoded(stream, side, crop)
+        except PictureError:
+            raise
+        except _DAMAGED:
+            plain = _without_metadata(stream)
+            if plain is None:
+                raise
+            return _decoded(plain, side, crop)
+
+
+def _decoded(stream: Any, side: int, crop: Crop) -> Picture:
+    image = Image.open(stream, formats=FORMATS)
+    judge(*image.size)
+    original_side = min(image.size)
+    image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
+    clear = image.info.get("transparency")
+    if image.format == "PNG" and clear is not None:
+        image.info["transparency"] = _as_pixel(clear, image.mode, _depth(stream))
+    image.load()
+    return Picture(resized(upright(image), side, REACH[crop]), original_side)
+
+
+def _depth(stream: Any) -> int:
+    """Bits of a PNG's numbers, from its header; the place in the stream stays."""
+    place = stream.tell()
+    stream.seek(24)
+    depth = stream.read(1)[0]
+    stream.seek(place)
+    return depth
+
+
+def _as_pixel(clear: Any, mode: str, depth: int) -> Any:
+    """A PNG's transparent colour as Pillow's pixels have it: scaled to 8 bits as they are."""
+    if mode == "RGB" and depth == 16:
+        return tuple(number >> 8 for number in clear)
+    return clear * 255 // (2**depth - 1) if mode == "L" and depth in (2, 4) else clear
+
+
+def _without_metadata(stream: Any) -> io.BytesIO | None:
+    """A PNG without the chunks that pixels do not need, except a whole profile; None for others.
+
+    Pillow refuses a file for a chunk that is damaged, or that unpacks to more than 1 MiB.
+    """
+    stream.seek(0)
+    if (signature := stream.read(8)) != _PNG:
+        return None
+    plain = io.BytesIO()
+    plain.write(signature)
+    while len(head := stream.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind[0] & _ANCILLARY and kind not in _KEPT:
+            stream.seek(length + 4, io.SEEK_CUR)
+            continue
+        body = stream.read(length + 4)
+        if kind != b"iCCP" or _is_small_profile(body[:-4], kind, body[-4:]):
+            plain.write(head + body)
+    plain.seek(0)
+    return plain
+
+
+def _is_small_profile(data: bytes, kind: bytes, checksum: bytes) -> bool:
+    """True for an undamaged iCCP chunk that Pillow unpacks."""
+    packed = data.partition(b"\0")[2]
+    try:
+        unpacker = zlib.decompressobj()
+        unpacker.decompress(packed[1:], PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return False
+    whole = zlib.crc32(kind + data).to_bytes(4, "big") == checksum and packed[:1] == b"\0"
+    return whole and not unpacker.unconsumed_tail
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Image turned as its EXIF or XMP data says. Nothing else of these is used: it may be bad."""
+    orientation = None
+    with suppress(*_DAMAGED):
+        image.getexif()
+    with suppress(*_DAMAGED):  # the part that was read before a fault
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -136,18 +225,25 @@ def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w
 
     Resized with Lanczos, which averages over the whole area of a new pixel at any ratio; a box
     filter weighs source pixels unevenly unless the ratio is whole. 16 bits are scaled to 8 (not
-    clipped), transparency becomes white.
+    clipped), transparency becomes white, colours become sRGB.
     """
-    edge = min(image.size)
+    edge, mode = min(image.size), image.mode
     width, height = (min(length, reach * edge) for length in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     box = (left, top, left + width, top + height)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-        grey = np.asarray(image).astype(np.float32) / 257.0
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
+    if mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
+        values = np.asarray(image)
+        grey = (values.astype(np.float32) / 257.0).round().clip(0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        image = Image.fromarray(grey)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.getchannel(0) if mode in ("L", "LA") else image.convert("RGB")
+    elif mode not in ("L", "CMYK") or (mode == "CMYK" and not profile):
+        image = image.convert("RGB")
     size = (round(side * width / edge), round(side * height / edge))
-    lanczos = Image.Resampling.LANCZOS
-    return np.asarray(image.convert("RGB").resize(size, lanczos, box, reducing_gap=3.0))
+    small = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    return np.asarray(to_srgb(small, profile))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from PIL import Image, ImageOps
+from PIL import Image
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
@@ -30,6 +30,7 @@ from matryoshka_diffusion.data.image import (
     opened,
     resized,
     unknown,
+    upright,
 )
 from matryoshka_diffusion.data.shards import shards
 from matryoshka_diffusion.data.source import Picture
@@ -40,7 +41,7 @@ MAX_FRAMES = 100_000  # of a video: an hour at 25 frames per second
 MAX_SECONDS = 60.0  # of a processor for one clip; most take some hundredths of a second
 CACHED_BYTES = 2**30  # of the largest set of clips that is decoded into the cache
 
-_VERSION = 3  # raise it when the same file would give another clip
+_VERSION = 4  # raise it when the same file would give another clip
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"})
 
 
@@ -100,7 +101,7 @@ class Animation:
         for number, image in enumerate(self._all(max(wanted) + 1)):
             if number in wanted:
                 judge(*image.size, MAX_PIXELS)
-                yield number, ImageOps.exif_transpose(image)
+                yield number, upright(image)
 
     def _all(self, count: int) -> Iterator[Image.Image]:
         for number in range(count):
