@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -195,3 +196,12 @@ class Feed:
             number = f"at least {known}" if known else "none"
             raise ValueError(f"model.classes is {classes}, but the data has {number}")
         return batch.labels
+
+
+def fetched(ahead: Iterator[Inputs]) -> tuple[Inputs | None, float, OSError | None]:
+    """Next inputs, the seconds until they came, and the system's error in their place."""
+    began = time.perf_counter()
+    try:
+        return next(ahead, None), time.perf_counter() - began, None
+    except OSError as error:
+        return None, 0.0, error

@@ -36,7 +36,7 @@ from matryoshka_diffusion.train.distributed import (
     shared,
     whole,
 )
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks, fetched
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
@@ -119,15 +119,6 @@ def train(
 _NO_INPUTS = 1_000  # in the place of a signal's number, above all of them
 
 
-def _fetched(ahead: Iterator[Inputs]) -> tuple[Inputs | None, float, OSError | None]:
-    """Next inputs, the seconds until they came, and the system's error in their place."""
-    began = time.perf_counter()
-    try:
-        return next(ahead, None), time.perf_counter() - began, None
-    except OSError as error:
-        return None, 0.0, error
-
-
 class Trainer(Generic[Net]):
     """The network `net`, its averages `ema` and `tracks`, the optimizer, and the place in the run.
 
@@ -199,7 +190,7 @@ class Trainer(Generic[Net]):
         # One thread makes the inputs of the next steps while the network works on this one.
         ahead = look_ahead(single_threaded, todo, workers=1, depth=2)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
-            inputs, wait, error = _fetched(ahead)
+            inputs, wait, error = fetched(ahead)
             if inputs is not None:
                 compare_ranks(self.world, self.recipe.config, inputs)
             while inputs is not None:
@@ -208,7 +199,7 @@ class Trainer(Generic[Net]):
                 outcome = self.step(inputs)
                 log.add(Entry(step, outcome, wait, time.perf_counter() - began))
                 self._report(step, folder, hooks, log)
-                inputs, wait, error = _fetched(ahead)
+                inputs, wait, error = fetched(ahead)
                 # A signal may come at any time: read it once for all ranks, so they stop together.
                 signal = self.world.highest(_NO_INPUTS if error else interrupts.received)
                 ends = step.end == train.images
