@@ -333,6 +333,13 @@ def ramps(count):
     return np.broadcast_to(np.array(moving, np.uint8)[:, :, None, :, None], shape)
 
 
+def with_prompts(path):
+    """Two files of prompts."""
+    (path / "prompts.txt").write_text("red apple\numbrella\n")
+    lines = [{"prompt": "red apple", "seed": 7}, {"prompt": "umbrella", "guidance": 1.5}]
+    (path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
 PREPARED = {
     "data.md": with_forms,
     "evaluation.md": with_measured,
@@ -340,6 +347,7 @@ PREPARED = {
     "growing.md": with_shards,
     "many-gpus.md": with_shards,
     "released-checkpoints.md": with_releases,
+    "sampling.md": with_prompts,
     "video.md": with_emoji,
 }
 
@@ -359,7 +367,13 @@ def bash_blocks(document: str) -> list[str]:
 def all_commands():
     """Yield the commands of all documents; those of pages are slow and run by `make pages`."""
     for path in DOCUMENTS:
-        python = path.name in ("README.md", "evaluation.md", "growing.md", "video.md")
+        python = path.name in (
+            "README.md",
+            "evaluation.md",
+            "growing.md",
+            "sampling.md",
+            "video.md",
+        )
         marks = () if path.name == "README.md" else pytest.mark.pages
         for words in commands(read(path.name), python=python):
             label = words[:1] if words[0] == "python" else words

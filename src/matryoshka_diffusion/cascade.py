@@ -80,7 +80,7 @@ class Cascade:
         classes: str | int | Sequence[str | int] | None = None,
         negative: str | None = None,
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         progress: Progress | None = None,
         **settings: Any,

@@ -169,14 +169,14 @@ class Matryoshka(DiffusionModel):
         negative: str | None = None,
         coarse: UInt8[np.ndarray, "n s s c"] | None = None,
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw `n` images for each prompt or class (`n` in all if there is neither).
 
-        Image i of the result has the seed `seed + i`.
+        Image i of the result has the seed `seed + i`, or `seed[i]` if each has its own.
 
         Args:
             negative: a prompt to guide away from; by default the null or the empty prompt.
@@ -193,7 +193,10 @@ class Matryoshka(DiffusionModel):
         """
         sampling = self.sampling(settings)
         captions, cond = self.condition(prompts, classes, n)
-        seeds = tuple(range(seed, seed + len(captions)))
+        count = len(captions)
+        seeds = tuple(range(seed, seed + count) if isinstance(seed, int) else seed)
+        if len(seeds) != count:
+            raise UsageError(f"seed has {len(seeds)} numbers for {count} samples: give one each")
         cond = self.with_coarse(cond, coarse, seeds, sampling)
         parts: list[list[UInt8[Tensor, "b ... c"]]] = []
         batch_size = batch_size or batch_of(self.resolutions[-1].frames)

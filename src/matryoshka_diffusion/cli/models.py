@@ -55,6 +55,9 @@ def sample(options: argparse.Namespace) -> None:
     # Without a prompt or class, every class is drawn.
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
     gallery.check(options.out, options.clips, subject, count, options.n)
+    if options.prompts is not None:
+        _draw_prompts(model, options, settings)
+        return
     coarse: dict[str, Any] = {}
     n = options.n
     if options.coarse is not None:
@@ -74,6 +77,33 @@ def sample(options: argparse.Namespace) -> None:
     drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
     out = options.out or gallery.default_folder(options.model, samples.captions[0], options.seed)
     show(gallery.save(drawn, out, options.clips))
+
+
+def _draw_prompts(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Draw the prompts of a file into the folder --out, or go on there."""
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.runs.draw_prompts import draw_requests, read_requests
+
+    for name in ("prompt", "classes", "negative", "coarse"):
+        if getattr(options, name) is not None:
+            option = {"classes": "class"}.get(name, name)
+            raise UsageError(f"--{option}: the lines of --prompts say what is drawn; omit one")
+    if options.out is None:
+        raise UsageError("--prompts: give the folder with -o; the same command goes on there")
+    requests = read_requests(options.prompts, options.n, options.seed)
+    with Bar("sampling") as bar:
+        drawn = draw_requests(
+            model,
+            requests,
+            options.out,
+            form=options.clips,
+            batch_size=options.batch_size,
+            progress=bar,
+            **settings,
+        )
+    there = len(requests) - drawn
+    earlier = f", {there:,} of them drawn earlier" if there else ""
+    show(f"{len(requests):,} images in {options.out}{earlier}")
 
 
 def _coarse_images(path: Path, config: Any, count: int, n: int) -> tuple[Any, int]:
@@ -161,6 +191,8 @@ def add_commands(commands: Any) -> None:
     add = command.add_argument
     add("model", metavar="RUN", help=MODEL)
     add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    text = "draw each line of a file (.jsonl: with its own seed, guidance, negative), into -o"
+    add("--prompts", type=Path, metavar="FILE", help=text)
     add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
     add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
     add("-n", type=positive, default=1, help="samples for each prompt or class")

@@ -167,23 +167,31 @@ def save(samples: Gallery, out: Path, form: ClipForm | None = None) -> str:
     count, kind = len(samples.captions), "clip" if samples.moves else "image"
     line = f"{count} {kind}{'s' * (count > 1)} in {out}"
     if _is_file(out):
-        _save_file(samples, out)
+        save_file(samples, out)
         return line
-    suffix = CLIP_FORMS[form or "webp"] if samples.moves else ".png"
     for i, caption in enumerate(samples.captions):
-        name = "-".join(filter(None, (f"{i:03d}", _slug(caption))))
-        _save_file(samples.part(slice(i, i + 1)), out / f"{name}{suffix}")
+        name = file_name(i, caption, form, moves=samples.moves)
+        save_file(samples.part(slice(i, i + 1)), out / name)
     sheets = samples.part(slice(ON_SHEETS)) if samples.moves else samples
     settings, fps = sheets.settings, sheets.settings["fps"]
     if samples.moves:
-        _save_file(sheets, out / f"{grid.STRIP}.png")
+        save_file(sheets, out / f"{grid.STRIP}.png")
     clips.save_pages(levels(sheets), out / grid.LEVELS, fps, settings)
     together = clips.save_pages(grid_of(sheets), out / grid.GRID, fps, settings)
     first = "" if len(sheets.captions) == count else f"the first {ON_SHEETS} "
     return f"{line}, {first}together in {together}"
 
 
-def _save_file(samples: Gallery, out: Path) -> None:
+def file_name(
+    number: int, caption: str, form: ClipForm | None, *, moves: bool, digits: int = 3
+) -> str:
+    """Name of the file of one sample, such as 000-red-apple.png; `moves` is for clips."""
+    name = "-".join(filter(None, (f"{number:0{digits}d}", _slug(caption))))
+    return name + (CLIP_FORMS[form or "webp"] if moves else ".png")
+
+
+def save_file(samples: Gallery, out: Path) -> None:
+    """Write samples into one file, whose suffix decides the form."""
     finest, only = samples.levels[-1], len(samples.captions) == 1
     if out.suffix.lower() in clips.FASTEST:
         cell = max(CELL, finest.shape[-2])  # no pixel is averaged away

@@ -64,8 +64,12 @@ def owned(folder: Path, config: str = "config.yaml") -> Iterator[None]:
         write_atomically(folder / OWNER, lambda file: file.write(json.dumps(owner).encode()))
         yield
     finally:
-        with suppress(OSError):
-            (folder / OWNER).unlink(missing_ok=True)
+        if lock.lock_counter == 1:
+            with suppress(OSError):
+                (folder / OWNER).unlink(missing_ok=True)
+                if os.listdir(folder) == [LOCK]:  # nothing was begun, so nothing is left
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
         lock.release()
 
 
