@@ -33,6 +33,7 @@ from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.samplers import SAMPLERS
 from matryoshka_diffusion.train.checkpoint import fingerprint
 from matryoshka_diffusion.train.precision import Precision, resolve_layout
+from matryoshka_diffusion.train.step import Stepped
 
 ROWS = 3
 
@@ -65,7 +66,10 @@ class Codes:
 
 
 def try_family(config: RunConfig, device: torch.device, precision: Precision) -> None:
-    """Take three steps, then draw samples with every sampler; raises if one is not finite."""
+    """Take steps until one changes the weights, then draw samples with every sampler.
+
+    The first steps in fp16 may be skipped. Raises if that goes on, or if a sample is not finite.
+    """
     base = None
     if config.train.lora is not None:
         base = NestedUNet(config.model).state_dict()
@@ -73,8 +77,8 @@ def try_family(config: RunConfig, device: torch.device, precision: Precision) ->
         config = config.model_copy(update={"train": config.train.model_copy(update={"lora": lora})})
     layout = resolve_layout("auto", device)
     repeated = trainer(config, ROWS, device, base, precision=precision, layout=layout)
-    for _ in range(3):
-        repeated.step()
+    while not isinstance(repeated.trainer.step(repeated.inputs), Stepped):
+        pass
     text = config.model.text
     model = Matryoshka(
         repeated.trainer.net,

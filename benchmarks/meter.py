@@ -118,7 +118,7 @@ def contiguous_heads() -> Iterator[None]:
 
 
 @contextmanager
-def flag(backend: Any, name: str, value: bool) -> Iterator[None]:
+def flag(backend: Any, name: str, value: Any) -> Iterator[None]:
     """A setting of torch's, put back after."""
     before = getattr(backend, name)
     setattr(backend, name, value)
