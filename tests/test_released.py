@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.conditioning import Conditioning
+from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.draw.grid import save_png
+from matryoshka_diffusion.files import BrokenFile
 from matryoshka_diffusion.models.released import convert, load_released, read_released
-from matryoshka_diffusion.models.released_pickle import BrokenFile, Record, plain, read_pickle
+from matryoshka_diffusion.models.released_pickle import Record, plain, read_pickle
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 
@@ -79,6 +81,15 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: weights.read(name) for name in weights.like}
 
 
+class Zeros:
+    """A text encoder of one token each."""
+
+    key, width = "zeros", 24
+
+    def __call__(self, captions):
+        return [torch.zeros(1, 24) for _ in captions]
+
+
 def mdm(*arguments) -> int:
     return cli.main([str(word) for word in arguments])
 
@@ -128,6 +139,67 @@ def test_the_three_released_models_are_recognised_by_their_keys(side):
     assert text.features == 512
 
 
+@pytest.mark.parametrize("form", [".pth", ".safetensors", ""])
+@pytest.mark.parametrize(
+    ("prefix", "dtype"),
+    [("module.", torch.float16), ("_orig_mod.", torch.bfloat16), ("module._orig_mod.", None)],
+)
+def test_weights_of_wrapped_networks_and_of_other_floats_are_read(prefix, dtype, form, tmp_path):
+    state = {
+        f"{prefix}{name}": value.to(dtype or torch.float64) for name, value in tensors().items()
+    }
+    path = tmp_path / f"x{form}"
+    if form == ".safetensors":
+        save_file(state, path)
+    elif form:
+        torch.save(state, path)
+    expected = load_released(FILE)[0].state_dict()
+    net = load_released(path if form else state, CONFIG)[0]
+    for name, value in net.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name].to(dtype or torch.float64).float())
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "resolutions", "micro"),
+    [
+        (None, None, [32, 16], [{}, {}]),
+        (None, "scale:16", None, [{"scale": (16.0, None)}, {}]),
+        (
+            "scale:8,watermark_score:0.1",
+            "scale:16",
+            [32, 16],
+            [{"scale": (16.0, None)}, {"scale": (8.0, None), "watermark_score": (None, 0.1)}],
+        ),
+    ],
+)
+def test_networks_have_any_number_of_micro_conditions(outer, inner, resolutions, micro):
+    unet = {**CONFIG["unet_config"], "micro_conditioning": outer}
+    unet["inner_config"] = {**unet["inner_config"], "micro_conditioning": inner}
+    state = tensors()
+    for level, conditions in zip(("inner_unet.", ""), micro, strict=True):
+        if "scale" not in conditions:
+            for name in [name for name in state if name.startswith(f"{level}cond_layers.scale")]:
+                del state[name]
+        for name in [name for name in state if name.startswith(f"{level}cond_layers.scale")]:
+            if "watermark_score" in conditions:
+                state[name.replace("scale", "watermark_score")] = 2 * state[name]
+    settings = {"unet_config": unet, **({"resolutions": resolutions} if resolutions else {})}
+    run = read_released(state, settings).config
+    assert [level.side for level in run.model.levels] == [16, 32]
+    assert micro == [
+        {one.name: (one.ceiling, one.usual) for one in level.micro} for level in run.model.levels
+    ]
+    net, _ = load_released(state, settings)
+    assert net.config == run.model
+    _, cond = Matryoshka(net, run, encoder=Zeros()).condition("a", None, 1)
+    values = {"scale": 32.0, "watermark_score": 0.1}
+    expected = {name: values[name] for level in micro for name in level}
+    assert {name: value.item() for name, value in cond.micro.items()} == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="resolutions is missing"):
+        read_released(state, {"unet_config": unet["inner_config"] | {"micro_conditioning": None}})
+
+
 SQUARED = ("squared-cosine", "v", "eps", "clip", 1.0)
 
 
@@ -165,6 +237,8 @@ def test_the_process_follows_the_run_configuration(change, place, expected):
         ({"resolutions": [32, 0]}, "no run configuration"),
         ({"unet_config": {"temporal_mode": True}}, "temporal_mode is True"),
         ({"unet_config": {"micro_conditioning": "scale:9999999999999"}}, "micro_conditioning"),
+        ({"unet_config": {"micro_conditioning": "scale:8,scale:16"}}, "micro_conditioning"),
+        ({"unet_config": {"micro_conditioning": "score:nan"}}, "micro_conditioning"),
         ({"unet_config": {"temporal_dim": 10**30}}, "unet_config holds a number"),
         ({"unet_config": {"resolution_channels": [33, 32]}}, "multiple of"),
         ({"unet_config": {"resnet_config": {"num_groups_norm": 16}}}, "num_groups_norm is 16"),
@@ -190,7 +264,8 @@ def test_a_configuration_that_no_released_model_has_is_one_short_error(change, k
         (lambda s: s.pop("conv_in.bias"), "levels.1.stem.bias is missing"),
         (lambda s: s.update(surprise=torch.zeros(3)), "surprise"),
         (lambda s: s.update({"conv_in.bias": torch.zeros(33)}), r"is \(33,\)"),
-        (lambda s: s.update({"conv_in.bias": torch.zeros(32).half()}), "HalfStorage"),
+        (lambda s: s.update({"conv_in.bias": torch.zeros(32, dtype=torch.int32)}), "IntStorage"),
+        (lambda s: s.update({"module.conv_in.bias": torch.zeros(32)}), "several keys"),
         (lambda s: s.update({"conv_in.bias": 3}), "conv_in.bias"),
         (lambda s: s.clear(), "no state_dict"),
         (lambda s: s.update(dict.fromkeys(map(str, range(30)), torch.zeros(90_000))), "more than"),

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import secrets
 import shutil
@@ -14,12 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from matryoshka_diffusion.config import ConfigError
 
 _STALE_SECONDS = 3600.0
 _DIGITS = 13  # a float holds 13 hexadecimal digits exactly
+
+
+class BrokenFile(ValueError):
+    """A file that is not what its name says; the message says what is wrong."""
 
 
 class MissingExtra(ImportError):
@@ -33,6 +38,19 @@ class UnreadableError(OSError):
 def unreadable(path: Path | str, error: OSError) -> UnreadableError:
     """Make the error that names an unreadable file, whatever its content is for."""
     return UnreadableError(error.errno, f"cannot read {path}: {error.strerror}")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        BrokenFile: it is no JSON, or nested too deeply; names the path.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path}: no valid JSON ({error})") from error
 
 
 # --- writing -----------------------------------------------------------------------------------

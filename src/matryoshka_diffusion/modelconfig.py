@@ -44,6 +44,7 @@ class MicroConfig(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-z_]+$")]
     ceiling: Positive | None = None  # clamps the value (released `scale:64`); None: times 1000
+    usual: float | None = None  # of samples (released `aesthetic_score:0.5`); None: their side
 
 
 class LevelConfig(Strict):
@@ -168,7 +169,12 @@ class ModelConfig(Strict):
     @property
     def micro_names(self) -> frozenset[str]:
         """The micro-conditions of all levels."""
-        return frozenset(micro.name for level in self.levels for micro in level.micro)
+        return frozenset(self.usual_micro)
+
+    @property
+    def usual_micro(self) -> dict[str, float | None]:
+        """The values that samples have for the micro-conditions of all levels; None: their side."""
+        return {micro.name: micro.usual for level in self.levels for micro in level.micro}
 
     def first(self, levels: int) -> ModelConfig:
         """The nest of the first `levels` levels."""

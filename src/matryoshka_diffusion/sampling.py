@@ -241,8 +241,10 @@ class DiffusionModel:
             captions = tuple(names[label] if names else str(label) for label in labels)
             conditions = {"labels": torch.tensor(labels)}
         # Ask for images that were at least as large as the finest level before resizing.
-        side = torch.full((len(captions),), float(self.picture_side))
-        micro = {name: side.clone() for name in self.model.micro_names}
+        micro = {
+            name: torch.full((len(captions),), float(self.picture_side if usual is None else usual))
+            for name, usual in self.model.usual_micro.items()
+        }
         return captions, Conditioning(**conditions, micro=micro)
 
     def with_coarse(

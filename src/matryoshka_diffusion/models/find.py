@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_diffusion.codec import OWN, refuse_codec, with_codec_path
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
+from matryoshka_diffusion.files import BrokenFile, read_json
 from matryoshka_diffusion.nn.nested import present_name
+from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import active_model
 
@@ -154,18 +154,16 @@ def _model_folder(path: Path) -> Path:
 def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
     path = folder / "config.json"
     try:
-        config = from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        config = from_dict(read_json(path), where=str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing beside the weights") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: no valid JSON ({error})") from error
     file = folder / checkpoint.weights_file(config)
+    stored, about = read_weights(file)
+    weights = {present_name(name): value for name, value in stored.items()}
     try:
-        weights = {present_name(name): value for name, value in load_file(file).items()}
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("lora", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+        metadata = json.loads(about.get("lora", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{file}: its metadata lora is no valid JSON ({error})") from error
     expected = json.loads((checkpoint.lora_metadata(config) or {}).get("lora", "{}"))
     for name, value in expected.items():
         other = metadata.get(name) if isinstance(metadata, dict) else None

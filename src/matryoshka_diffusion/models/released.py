@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import ConfigError, ModelConfig, RunConfig
 from matryoshka_diffusion.diffusion import Process
-from matryoshka_diffusion.files import cache_folder, digest, write_atomically
+from matryoshka_diffusion.files import BrokenFile, cache_folder, digest, write_atomically
 from matryoshka_diffusion.models.released_names import INNER, convert_state_dict, run_config
 from matryoshka_diffusion.models.released_pickle import (
-    BrokenFile,
     Record,
     TensorRecord,
     plain,
@@ -34,19 +34,27 @@ from matryoshka_diffusion.models.released_pickle import (
 )
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.tensorfile import FLOATS, LARGEST_HEADER, check_header, not_floats
 from matryoshka_diffusion.train.checkpoint import MODEL, check_same, load_network
 
-LARGEST_HEADER = 4 * 2**20
-"""Bytes of a file's description of its tensors."""
 MOST_ENTRIES = 20_000
 MOST_LAYERS = 2_000
 FORM = 1
 """Version of the conversion: raise it when its result changes, so that caches are made anew."""
+STORAGES = {
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+}
+"""Types of weights in a `.pth`. All become float32, as the released networks compute."""
+_WRAPPED = re.compile(r"(module\.|_orig_mod\.)+")
+"""What DistributedDataParallel and torch.compile put before the names of a network."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """float32 tensors of a file, of which the shapes are known before the numbers are read.
+    """Tensors of a file, as float32; their shapes are known before the numbers are read.
 
     Attributes:
         like: empty tensors on the meta device, by name.
@@ -100,7 +108,7 @@ def load_released(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or is something else, the configuration cannot be used, or
-            a key is missing, left over, or of another shape or type than float32.
+            a key is missing, left over or of another shape, or numbers are no floats.
     """
     released = read_released(weights, config, text_dim=text_dim)
     model = released.config.model
@@ -150,7 +158,10 @@ def _match(like: Mapping[str, Tensor], model: ModelConfig, where: str) -> dict[s
     if layers > max(MOST_LAYERS, len(like)):  # a network that a hostile file made up
         raise BrokenFile(f"{where}: its configuration has {layers:,} layers")
     try:
-        keys = convert_state_dict({key: key for key in like}, model)
+        names = {_WRAPPED.sub("", key): key for key in like}
+        if len(names) < len(like):
+            raise ValueError("several keys are the same but for module. or _orig_mod. before them")
+        keys = convert_state_dict(names, model)
         with torch.device("meta"):
             expected = NestedUNet(model).state_dict()
         check_same(expected, {name: like[key] for name, key in keys.items()}, where=where)
@@ -174,19 +185,15 @@ def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
     """
     if isinstance(weights, Mapping):
         for name, value in weights.items():
-            _check_type(name, str(value.dtype), "torch.float32")
-        like = {name: value.to("meta") for name, value in weights.items()}
-        return Weights(like, lambda name: weights[name].detach().clone())
+            if value.dtype not in FLOATS.values():
+                raise BrokenFile(f"{short(name)} is {not_floats(value.dtype)}")
+        like = {name: value.to("meta", torch.float32) for name, value in weights.items()}
+        return Weights(like, lambda name: weights[name].detach().to(torch.float32, copy=True))
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with _clear_errors(path):
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path)
-
-
-def _check_type(name: str, dtype: str, expected: str) -> None:
-    if dtype != expected:
-        raise BrokenFile(f"{short(name)} is {short(dtype)}, not {expected}")
 
 
 @contextlib.contextmanager
@@ -207,10 +214,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    with open(path, "rb") as file:
-        (header,) = struct.unpack("<Q", file.read(8))
-    if header > LARGEST_HEADER:
-        raise BrokenFile(f"it is no safetensors file, or its header of {header:,} is too large")
+    check_header(path)
     opened = safe_open(path, framework="pt")
     names = opened.keys()
     if not 0 < len(names) <= MOST_ENTRIES:
@@ -218,9 +222,10 @@ def _open_safetensors(path: Path) -> Weights:
     like = {}
     for name in names:
         tensor = opened.get_slice(name)
-        _check_type(name, tensor.get_dtype(), "F32")
+        if tensor.get_dtype() not in FLOATS:
+            raise BrokenFile(f"{short(name)} is {not_floats(tensor.get_dtype())}")
         like[name] = torch.empty(tensor.get_shape(), device="meta")
-    return Weights(like, opened.get_tensor)
+    return Weights(like, lambda name: opened.get_tensor(name).float())
 
 
 def _open_pth(path: Path) -> Weights:
@@ -247,8 +252,9 @@ def _open_pth(path: Path) -> Weights:
             data = bytearray(archive.read(entry(f"data/{record.storage.key}")))
         if not data:
             return torch.empty(record.shape)
-        flat = torch.frombuffer(data, dtype=torch.float32, count=len(data) // 4)
-        return flat.as_strided(record.shape, record.stride, record.offset).contiguous()
+        dtype = STORAGES[record.storage.type]
+        flat = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+        return flat.as_strided(record.shape, record.stride, record.offset).float().contiguous()
 
     if entry("data.pkl").file_size > LARGEST_HEADER:
         raise BrokenFile("data.pkl is too large")
@@ -259,18 +265,21 @@ def _open_pth(path: Path) -> Weights:
     records: Any = tree.get("state_dict", tree) if isinstance(tree, dict) else None
     if not isinstance(records, dict) or not records:
         raise BrokenFile("it holds no state_dict: a mapping from names to tensors")
-    like = {}
+    like, total = {}, 0
     for name, record in records.items():
         if not isinstance(name, str) or not isinstance(record, TensorRecord):
             raise BrokenFile(f"its state_dict has {short(name)}, which is no tensor with a name")
-        _check_type(name, record.storage.type, "torch.FloatStorage")
+        dtype = STORAGES.get(record.storage.type)
+        if dtype is None:
+            kind = short(record.storage.type)
+            raise BrokenFile(f"{short(name)} is of {kind}: weights are float16, bfloat16, float32")
         steps = zip(record.shape, record.stride, strict=True)
         numel = math.prod(record.shape)
         last = record.offset + (1 + sum((n - 1) * step for n, step in steps) if numel else 0)
-        if max(last, numel) > entry(f"data/{record.storage.key}").file_size // 4:
+        if max(last, numel) > entry(f"data/{record.storage.key}").file_size // dtype.itemsize:
             raise BrokenFile(f"{short(name)} needs more numbers than the file holds")
         like[name] = torch.empty(record.shape, device="meta")
-    total = sum(tensor.nbytes for tensor in like.values())
+        total += numel * dtype.itemsize
     if total > size:  # tensors that share storages: a small file could stand for any amount
         raise BrokenFile(f"its tensors have {total:,} bytes, more than the file")
     args = tree.get("args")

@@ -7,7 +7,7 @@ is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -61,8 +61,8 @@ def run_config(settings: Mapping[str, Any], *, text_dim: int) -> RunConfig:
 
     Args:
         settings: a mapping with `unet_config`. `diffusion_config` decides the process (by default
-            that of the released models), `resolutions`, finest first, the sides (by default the
-            ceilings of the `scale` micro-conditions).
+            that of the released models), `resolutions`, finest first, the sides (by default those
+            that the `scale` micro-conditions name).
         text_dim: width of the text features where `unet_config` does not say it.
 
     Raises:
@@ -86,7 +86,7 @@ def _translate(settings: Mapping[str, Any], text_dim: int) -> RunConfig:
     diffusion = settings.get("diffusion_config") or {}
     sampler = diffusion.get("sampler_config") or {}
     _refuse_others(diffusion, sampler)
-    sides = settings.get("resolutions") or [_scale(unet)[1] for unet in nest]
+    sides = settings.get("resolutions") or _sides(nest)
     power = 2.0 if sides[0] == 1024 else 1.0  # of the released model of this side
     power = settings.get("schedule_shifted_power", power)
     power = sampler.get("schedule_shifted_power", power) * bool(
@@ -153,7 +153,6 @@ def _nest(unet: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _level(
     unet: Mapping[str, Any], side: int, ratio: float, power: float, *, innermost: bool
 ) -> LevelConfig:
-    name, ceiling = _scale(unet)
     normalised = not innermost and not unet["skip_normalization"]
     return LevelConfig(
         side=side,
@@ -164,18 +163,39 @@ def _level(
         dropout=float(unet["resnet_config"].get("dropout") or 0.0),
         middle=not unet["skip_mid_blocks"],
         input_scaling="std" if normalised else "none",
-        micro=(MicroConfig(name=name, ceiling=float(ceiling)),),
+        micro=_micro(unet),
         shift_ratio=ratio,
         shift_power=power,
     )
 
 
-def _scale(unet: Mapping[str, Any]) -> tuple[str, int]:
-    """Name and ceiling of the micro-condition, such as `scale:64`."""
-    name, ceiling = unet["micro_conditioning"].split(":")
-    if not 0 < int(ceiling[:6]) <= _LARGEST or len(ceiling) > 6:
-        raise ConfigError(f"micro_conditioning is {short(unet['micro_conditioning'])}")
-    return name, int(ceiling)
+def _micro(unet: Mapping[str, Any]) -> tuple[MicroConfig, ...]:
+    """Micro-conditions of a network: `scale:64,aesthetic_score:0.5`, or null for none.
+
+    The number of `scale` is its ceiling, that of any other is the value that samples have.
+    """
+    text = unet["micro_conditioning"] or ""
+    conditions: dict[str, MicroConfig] = {}
+    for entry in text.split(",") if text else ():
+        name, number = entry.split(":")
+        value = float(number)
+        if name in conditions or not abs(value) <= _LARGEST:
+            raise ConfigError(f"micro_conditioning is {short(text)}")
+        ceiling, usual = (value, None) if name == "scale" else (None, value)
+        conditions[name] = MicroConfig(name=name, ceiling=ceiling, usual=usual)
+    return tuple(conditions.values())
+
+
+def _sides(nest: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Sides of the levels, finest first: that of `scale`, or what fits around the coarser level."""
+    sides: list[int] = []
+    for unet in reversed(nest):
+        scale = [micro.ceiling for micro in _micro(unet) if micro.ceiling is not None]
+        if not scale and not sides:
+            raise ConfigError("resolutions is missing: add the sides of the levels, finest first")
+        around = sides[0] * 2 ** (len(unet["resolution_channels"]) - 1) if sides else 0
+        sides.insert(0, int(scale[0]) if scale else around)
+    return sides
 
 
 def _refuse_others(*parts: Mapping[str, Any]) -> None:

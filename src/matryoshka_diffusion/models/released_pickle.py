@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.files import BrokenFile
+
 LARGEST_PICKLE = 4 * 2**20
 """Bytes. The released checkpoints, with all their state, have less than one million."""
 MOST_STEPS = 400_000
@@ -23,10 +25,6 @@ LARGEST_COUNT = 2**48
 HIGHEST_RANK = 8
 MOST_SHOWN = 100_000
 """Values and letters of what is converted for people or for a configuration."""
-
-
-class BrokenFile(ValueError):
-    """A file that is not what its name says; the message says what is wrong."""
 
 
 class Symbol(NamedTuple):

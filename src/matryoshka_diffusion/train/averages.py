@@ -17,7 +17,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -255,10 +254,7 @@ class _Snapshot(NamedTuple):
 
 
 def _opened(path: Path) -> _Snapshot:
-    try:
-        tensors = Stored([path])
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from error
+    tensors = Stored([path])
     tracks = sorted({float(key.split("/")[0]) for key in tensors})
     start = f"{tracks[0]}/ages/"
     names = [key.removeprefix(start) for key in tensors if key.startswith(start)]

@@ -24,13 +24,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import sync_folder, write_atomically
 from matryoshka_diffusion.nn.lora import attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name, present_name
+from matryoshka_diffusion.tensorfile import FLOATS, not_floats, open_tensors
 from matryoshka_diffusion.train.distributed import ALONE, World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -40,6 +40,7 @@ FILES = (*(f"{name}.safetensors" for name in TENSORS), STATE)
 PARTS = (*TENSORS, "tracks")
 """`tracks` is there if the run keeps any."""
 MODEL, LORA = "model.safetensors", "lora.safetensors"
+_FLOATS = {*FLOATS, *FLOATS.values()}
 
 
 class CheckpointError(ValueError):
@@ -209,22 +210,24 @@ class Stored(Mapping[str, Tensor]):
     """Tensors in safetensors files, each read on access and put together of its pieces.
 
     So restoring a run takes the memory of the run and of one tensor, not that of the files too.
-    Names that version 0.1.0 wrote become today's.
+    Names that version 0.1.0 wrote become today's. `types` are the tensors' types in the files.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._pieces: dict[str, list[tuple[Path, str, list[int]]]] = {}
+        self.types: dict[str, str] = {}
         for path in files:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
                     piece = (path, name, file.get_slice(name).get_shape())
                     self._pieces.setdefault(present_name(name), []).append(piece)
+                    self.types[present_name(name)] = file.get_slice(name).get_dtype()
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = []
         for path, stored, _ in self._pieces[name]:
             # Pages of an open file count as memory once they were read, so it is closed again.
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 pieces.append(file.get_tensor(stored))
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
 
@@ -270,10 +273,16 @@ def _flaw(path: Path) -> str | None:
 def check_same(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str
 ) -> None:
-    """Raise CheckpointError with the first differences unless names and shapes are equal."""
+    """Raise CheckpointError with the first differences unless names and shapes are equal.
+
+    Where a float is expected, any type of float will do, and no integers.
+    """
 
     def shape(name: str) -> torch.Size:
         return tensors.shape(name) if isinstance(tensors, Stored) else tensors[name].shape
+
+    def dtype(name: str) -> object:
+        return tensors.types[name] if isinstance(tensors, Stored) else tensors[name].dtype
 
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not in the network" for name in tensors if name not in expected]
@@ -281,6 +290,11 @@ def check_same(
         f"{name} is {tuple(shape(name))}, the network's {tuple(value.shape)}"
         for name, value in expected.items()
         if name in tensors and shape(name) != value.shape
+    ]
+    problems += [
+        f"{name} is {not_floats(dtype(name))}"
+        for name, value in expected.items()
+        if name in tensors and value.is_floating_point() and dtype(name) not in _FLOATS
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -1,0 +1,69 @@
+"""Safetensors files, opened only after their header is judged by its length.
+
+The reader of safetensors parses a header of any length: 73 MB of it take 1.3 GB of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from matryoshka_diffusion.files import BrokenFile
+
+LARGEST_HEADER = 8 * 2**20
+"""Bytes of a file's description of its tensors: about 60,000 of them."""
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Types of weights by their names in a file; a cast of any other type would change the network."""
+
+
+def check_header(path: Path) -> None:
+    """Raise `BrokenFile` with the path unless a file begins as a safetensors file does."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, LARGEST_HEADER):
+        raise BrokenFile(
+            f"{path}: damaged or no safetensors file (a header of {header:,} bytes; the file has "
+            f"{size:,}, and {LARGEST_HEADER:,} are allowed): copy or download it again"
+        )
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a file as `safetensors.safe_open` does. Raises `BrokenFile` if it is damaged."""
+    check_header(path)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise BrokenFile(f"{path}: damaged or no safetensors file ({error})") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a file by name, and its metadata.
+
+    Raises:
+        BrokenFile: it is damaged, or a tensor is of a type that no weights have.
+    """
+    with open_tensors(path) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        for name, value in weights.items():
+            if value.dtype not in FLOATS.values():
+                raise BrokenFile(f"{path}: {name} is {not_floats(value.dtype)}")
+        return weights, file.metadata() or {}
+
+
+def not_floats(dtype: object) -> str:
+    """Describe a type that weights may not have, and the remedy."""
+    return f"{str(dtype).removeprefix('torch.')}: weights are {', '.join(FLOATS)}; save it as one"
