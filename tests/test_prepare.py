@@ -13,8 +13,9 @@ import torch
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import ConfigError, UsageError
+from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import override, to_yaml
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
@@ -84,6 +85,29 @@ def test_a_bare_model_takes_the_conditions_that_its_data_has(tmp_path, kind):
     assert completed.data.classes == (("cat", "dog") if kind == "classes" else ())
     assert completed.sampling.guidance == ((1.0,) if kind == "none" else (2.0,))
     assert job.complete(completed, source) == completed
+
+
+@pytest.mark.parametrize("by_preset", [False, True])
+def test_tuning_matches_classes_by_name(tmp_path, by_preset):
+    learnt = job.find_config("folder-64", None, ["model.classes=2", "data.classes=[owl, cat]"])
+    export_weights(tmp_path / "model", NestedUNet(learnt.model).state_dict(), learnt)
+    model = str(tmp_path / "model")
+
+    def tuned(*classes: str) -> tuple[RunConfig, Source]:
+        folder = str(photos(tmp_path / "-".join(classes), classes=classes))
+        if by_preset:
+            config = job.find_config("folder-64", folder, ["model.classes=2"], init=model)
+        else:
+            config = job.find_config(model, folder)
+        source = job.open_source(config.data, 64)
+        return job.complete(config, source), source
+
+    config, source = tuned("cat", "owl")
+    assert config.data.classes == source.classes == ("owl", "cat")
+    labels = {source[n].key.split("/")[0]: source[n].label for n in range(4)}
+    assert labels == {"owl": 0, "cat": 1}
+    with pytest.raises(ConfigError, match=r"is owl, cat, .* apple, pear: .*data\.classes=\[\]"):
+        tuned("apple", "pear")
 
 
 def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):

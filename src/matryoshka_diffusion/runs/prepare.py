@@ -109,6 +109,7 @@ def find_config(
         before["train.lora"] = {"rank": lora}
     if init is not None:
         after["train.init"] = _absolute_if_here(init)
+        before["data.classes"] = config.data.classes or _classes_of(init)
     if base is not None:
         after["sampling.base"] = {"path": _absolute_if_here(base)}
     assigned = [assignment(text) for text in assignments]
@@ -151,9 +152,19 @@ def _tuning(model: Path, lr: float) -> RunConfig:
     )
     # Kept is what the model depends on; the user names the new data.
     kept = {"side", "pixels", "frame_stride", "fps", "clip", "clip_frames"}
+    kept |= {"classes"} if config.model.classes else set()
     data = DataConfig(source="folder", **config.data.model_dump(include=kept))
     update = {"name": f"{config.name}-tuned", "train": train, "data": data}
     return config.model_copy(update=update)
+
+
+def _classes_of(model: str) -> tuple[str, ...]:
+    """Names of a model's classes; a run that starts from it keeps their order."""
+    try:
+        config = read_config(model)
+    except FileNotFoundError:  # a run that has begun does without its model
+        return ()
+    return config.data.classes if config.model.classes else ()
 
 
 def _absolute_if_here(model: str) -> str:
