@@ -230,6 +230,19 @@ def test_codes_are_stored_once_and_survive_the_process(tiny_codec, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+def test_a_flipped_byte_of_a_code_is_noticed_and_mended(tiny_codec, tmp_path):
+    x = pictures(3)
+    cached(tiny_codec(), tmp_path).add(list(x))
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    cache = cached(tiny_codec(), tmp_path)
+    with pytest.warns(UserWarning, match="an entry is corrupt and is made again"):
+        codes = cache.encode(x)
+    assert torch.equal(codes, torch.cat([cache.codec.encode(one) for one in x.split(1)]))
+    assert path.read_bytes() == whole
+
+
 def test_pictures_of_other_numbers_or_shapes_are_other_pictures(tiny_codec, tmp_path):
     cache = cached(tiny_codec(), tmp_path)
     x = pictures(1)

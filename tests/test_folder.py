@@ -432,3 +432,21 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
         source = opened(tmp_path / "set")
     assert (source[0].picture == first).all()
     assert source[0].original_side == 20
+
+
+def test_a_flipped_byte_in_the_cache_is_noticed_and_mended(tmp_path, cache):
+    for n in range(3):
+        save(tmp_path / "set" / f"{n}.png", noise(20, 30, seed=n))
+    first = [example.picture for example in opened(tmp_path / "set").many(range(3))]
+    files = [next(cache.rglob(f"*.{suffix}")) for suffix in ("bin", "json")]
+    for file, step in zip(files, (97, 11), strict=True):
+        whole = file.read_bytes()
+        for place in range(0, len(whole), step):
+            data = bytearray(whole)
+            data[place] ^= 1 << place % 8
+            file.write_bytes(data)
+            with pytest.warns(UserWarning, match=r"\.bin.* corrupt and is made again"):
+                found = opened(tmp_path / "set").many(range(3))
+            assert all((one.picture == x).all() for one, x in zip(found, first, strict=True))
+            assert [one.original_side for one in found] == [20] * 3
+            assert file.read_bytes() == whole

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,9 +147,16 @@ def test_the_key_goes_with_model_and_tokenizer_not_with_their_place(t5_folder, t
     assert key != t5(t5_copy).key
     shutil.copytree(t5_folder, t5_copy, dirs_exist_ok=True)
     model = transformers.T5EncoderModel.from_pretrained(t5_copy)
-    with torch.no_grad():
-        dict(model.named_parameters())["encoder.final_layer_norm.weight"][0] += 1e-3
-    model.save_pretrained(t5_copy)
+    weights = dict(model.named_parameters())
+    for name in ("shared.weight", "encoder.final_layer_norm.weight"):
+        with torch.no_grad():
+            weights[name].view(-1)[-1] += 1e-3
+        model.save_pretrained(t5_copy)
+        assert key != (key := t5(t5_copy).key)
+    about = json.loads((t5_copy / "tokenizer.json").read_text("utf-8"))
+    words = about["model"]["vocab"]
+    words["red"], words["green"] = words["green"], words["red"]
+    (t5_copy / "tokenizer.json").write_text(json.dumps(about), "utf-8")
     assert key != t5(t5_copy).key
 
 
@@ -434,6 +442,29 @@ def test_a_corrupt_chunk_is_made_again_with_a_warning(tmp_path, damage):
     assert right(["a", "keep", "b"], cache(["a", "keep", "b"]))
     assert sorted(encoder.encoded) == ["a", "b"]
     assert broken.read_bytes() == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flipped_byte_of_a_chunk_is_noticed_and_mended(tmp_path, dtype):
+    captions = ["a", "bb", ""]
+    filled(tmp_path, captions, dtype)
+    (chunk,) = chunks(tmp_path)
+    whole = chunk.read_bytes()
+    for place in range(0, len(whole), 5):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        chunk.write_bytes(data)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = FeatureCache(Counting(dtype), tmp_path)
+            assert right(captions, cache(captions))
+            cache.add(captions)
+        encoder = Counting(dtype)
+        assert right(captions, FeatureCache(encoder, tmp_path)(captions))
+        assert encoder.encoded == []
+        if not caught:  # a blank of the header's padding, or a name of no meaning
+            assert place < 8 + int.from_bytes(whole[:8], "little")
+        chunk.write_bytes(whole)
 
 
 def test_a_chunk_that_another_process_removes_is_passed_over(tmp_path, monkeypatch):

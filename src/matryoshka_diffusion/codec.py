@@ -303,7 +303,7 @@ class CodeCache:
         """Codes, with the same bits whether they are stored or computed."""
         places = self.store.find([content_digest(picture) for picture in pictures]).tolist()
         codes = [
-            self.codec.encode(picture) if place < 0 else self._read(place, picture.shape[-2])
+            self.codec.encode(picture) if place < 0 else self._read(place, picture)
             for picture, place in zip(pictures.split(1), places, strict=True)
         ]
         return torch.cat(codes)
@@ -338,9 +338,11 @@ class CodeCache:
         torch.set_num_threads(1)
         return self.codec.encode(picture[None])[0].flatten(1).T.contiguous()
 
-    def _read(self, place: int, height: int) -> Float[Tensor, "1 k y x"]:
-        rows = self.store.read(place)
-        return rows.T.contiguous().unflatten(1, (height // self.codec.factor, -1))[None]
+    def _read(self, place: int, picture: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 k y x"]:
+        if (rows := self.store.read(place)) is None:
+            rows = self._encode_alone(picture[0])
+            self.store.mend(place, rows)
+        return rows.T.contiguous().unflatten(1, (picture.shape[-2] // self.codec.factor, -1))[None]
 
 
 def content_digest(picture: Float[Tensor, "..."]) -> str:

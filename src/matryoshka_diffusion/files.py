@@ -203,6 +203,19 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def sealed(text: str) -> bytes:
+    """Text behind its hash, for a file of a cache."""
+    return f"{digest(text)}\n{text}".encode()
+
+
+def unsealed(data: bytes) -> str:
+    """Text that `sealed` wrote. Raises ValueError if any byte has changed."""
+    seal, _, text = data.decode().partition("\n")
+    if digest(text) != seal:
+        raise ValueError("its hash is another one")
+    return text
+
+
 def fraction(text: str) -> float:
     """Hash text to a number in [0, 1)."""
     return int(digest(text)[:_DIGITS], 16) / 16**_DIGITS

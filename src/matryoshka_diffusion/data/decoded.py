@@ -10,7 +10,9 @@ import json
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,14 +27,21 @@ from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.source import Picture, Sample, Source
 from matryoshka_diffusion.data.spellings import Unused
-from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
+from matryoshka_diffusion.files import (
+    cache_folder,
+    digest,
+    remove_stale,
+    sealed,
+    unsealed,
+    write_atomically,
+)
 
 CACHED_PICTURES = 20_000
 """Largest set of images that is decoded into the cache; at 256 pixels a side it takes 4 GB."""
 THREADS = min(os.cpu_count() or 1, 8)
 MAX_CLASSES = 100_000
 
-_VERSION = 4  # raise it when the same file decodes to other bytes, or is stored in another way
+_VERSION = 5  # raise it when the same file decodes to other bytes, or is stored in another way
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +139,12 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
 
     def read_decoded(n: int, cut: Cut) -> Picture:
         note = notes[n]
-        picture = pixels[offsets[n] : offsets[n + 1]].reshape(note.shape)
+        stored = pixels[offsets[n] : offsets[n + 1]]
+        if zlib.crc32(stored.data) == note.checksum:
+            picture = stored.reshape(note.shape)
+        else:
+            picture = decode(n).pixels
+            _mend(path.with_suffix(".bin"), int(offsets[n]), picture.tobytes(), note.checksum)
         return Picture(np.array(cut_square(picture, cut.place)), note.original_side)
 
     good = [n for n, note in enumerate(notes) if not note.reason]
@@ -188,10 +202,11 @@ def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
 
 
 class _Note(NamedTuple):
-    """Result for one file: its shape, or the reason why it is bad."""
+    """Result for one file: its shape and a checksum of its bytes, or the reason why it is bad."""
 
     shape: tuple[int, ...]
     original_side: int
+    checksum: int = 0
     reason: str = ""
 
 
@@ -204,8 +219,8 @@ def _stored(path: Path, count: int) -> _Stored | None:
     if not binary.exists():
         return None
     try:
-        rows = json.loads(notes_file.read_bytes())
-        notes = [_Note(tuple(shape), int(side), str(reason)) for shape, side, reason in rows]
+        rows = json.loads(unsealed(notes_file.read_bytes()))
+        notes = [_Note(tuple(shape), *rest) for shape, *rest in rows]
         size = sum(math.prod(note.shape) for note in notes)
         if len(notes) == count and size == binary.stat().st_size:
             mapped = np.memmap(binary, np.uint8, "r") if size else np.empty(0, np.uint8)
@@ -216,6 +231,15 @@ def _stored(path: Path, count: int) -> _Stored | None:
     return None
 
 
+def _mend(binary: Path, start: int, data: bytes, checksum: int) -> None:
+    """Write an entry anew in which a byte has changed; any process writes the same bytes."""
+    warnings.warn(f"{binary}: the entry at byte {start} is corrupt and is made again", stacklevel=4)
+    if zlib.crc32(data) == checksum:  # else its file has changed just now
+        with suppress(OSError), open(binary, "r+b") as file:  # the cache may be read-only
+            file.seek(start)
+            file.write(data)
+
+
 def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) -> None:
     """Decode all samples. The notes are written first, so they exist wherever the bytes do."""
     from tqdm import tqdm
@@ -224,8 +248,9 @@ def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) ->
         try:
             pixels, original_side = decode(n)
         except PictureError as error:
-            return b"", _Note((0,), 0, str(error))
-        return pixels.tobytes(), _Note(pixels.shape, original_side)
+            return b"", _Note((0,), 0, reason=str(error))
+        data = pixels.tobytes()
+        return data, _Note(pixels.shape, original_side, zlib.crc32(data))
 
     def write(file: BinaryIO) -> None:
         notes = []
@@ -234,7 +259,7 @@ def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) ->
         for data, note in tqdm(results, desc=title, total=len(source), unit=unit, disable=None):
             file.write(data)
             notes.append(note)
-        text = json.dumps(notes).encode()
+        text = sealed(json.dumps(notes))
         write_atomically(path.with_suffix(".json"), lambda file: file.write(text))
 
     needed = len(source) * (source.frames or 1) * source.side**2 * source.channels

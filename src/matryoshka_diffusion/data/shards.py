@@ -42,7 +42,7 @@ from matryoshka_diffusion.data.spellings import (
     suffixes_of,
 )
 from matryoshka_diffusion.data.tar import Member, members, read_at
-from matryoshka_diffusion.files import cache_folder, digest, write_atomically
+from matryoshka_diffusion.files import cache_folder, digest, sealed, unsealed, write_atomically
 
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
@@ -255,7 +255,7 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
     settings = data.model_dump_json(include={"columns", "captions", "caption_suffixes"})
     cache = cache_folder("shards") / f"{digest(f'{kind.noun}s of {path}, {settings}')}.json"
     try:
-        version, cached_state, rows, *tally = json.loads(cache.read_bytes())
+        version, cached_state, rows, *tally = json.loads(unsealed(cache.read_bytes()))
         if (version, cached_state) == (_VERSION, state):
             samples = [
                 (Sample(key, tuple(captions), label, side, flaw, int(offset)), int(size))
@@ -269,8 +269,8 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
         reader = _ShardReader(file, data, kind)
         samples = list(reader.samples(size))
     tally = reader.tally
-    text = json.dumps([_VERSION, state, samples, tally.files, tally.names]).encode()
-    write_atomically(cache, lambda file: file.write(text), needed=len(text))
+    data = sealed(json.dumps([_VERSION, state, samples, tally.files, tally.names]))
+    write_atomically(cache, lambda file: file.write(data), needed=len(data))
     return _Index(samples, tally)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,8 @@ from matryoshka_diffusion.text.encoder import HiddenStates
 Progress = Callable[[int, int], None]
 """Called with captions done and captions to do."""
 
-CAPTION_OVERHEAD_BYTES = 44
-"""Bytes beside the features of a caption: its digest in JSON, and an offset."""
+CAPTION_OVERHEAD_BYTES = 52
+"""Bytes beside the features of a caption: its digest in JSON, an offset and a checksum."""
 
 _BATCH = 64
 _LOOKUP = 65_536
@@ -40,17 +42,18 @@ _NAME = "S16"  # digests as bytes, which numpy sorts and searches
 class RaggedStore:
     """Arrays of (n, width) numbers in `dtype`, n differing, found by text: a folder of safetensors.
 
-    A file holds `values` (all rows of its entries, one after the other) and `offsets`, and the
-    digests of its texts as JSON in the header. It is written whole, named by its content and never
-    changed, so several processes may fill one folder. Values are mapped into memory; the index,
-    made from the headers, takes 36 bytes an entry.
+    A file holds `values` (all rows of its entries, one after the other), `offsets` and `checksums`,
+    and the digests of its texts as JSON in the header, behind a hash of all but the values. It is
+    written whole, named by its content and changed by `mend` alone, so several processes may fill
+    one folder. Values are mapped into memory; the index, made from the headers, takes 44 bytes an
+    entry.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
         self.folder, self.width, self.dtype = folder, width, dtype
         self._paths: list[Path] = []
         self._values: dict[int, Any] = {}
-        self._index = _Index(*(np.empty(0, kind) for kind in (_NAME, "i4", "i8", "i8")))
+        self._index = _Index(*(np.empty(0, kind) for kind in (_NAME, "i4", "i8", "i8", "i8")))
         self._new: list[_Index] = []
         for path in sorted(folder.glob("*.safetensors")):
             self._add_to_index(path)
@@ -74,23 +77,46 @@ class RaggedStore:
         places[places == len(index.names)] = 0
         return np.where(index.names[places] == names, places, -1)
 
-    def read(self, place: int) -> Float[Tensor, "n d"]:
-        """The entry at a place that `find` returned, in float32."""
+    def read(self, place: int) -> Float[Tensor, "n d"] | None:
+        """The entry at a place that `find` returned, in float32; None if a byte has changed."""
         index = self._sorted_index()
         file = int(index.files[place])
         if file not in self._values:
             self._values[file] = safe_open(self._paths[file], "pt").get_slice("values")
-        return self._values[file][int(index.begins[place]) : int(index.ends[place])].float()
+        rows = self._values[file][int(index.begins[place]) : int(index.ends[place])]
+        return rows.float() if _checksum(rows) == index.checksums[place] else None
 
     def write(self, texts: Sequence[str], arrays: Sequence[Float[Tensor, "_ d"]]) -> None:
         """Add a file. Raises OSError with the path and, on a full disk, the bytes needed."""
         lengths = torch.tensor([0, *(len(array) for array in arrays)])
-        tensors = {"values": torch.cat(list(arrays)).to(self.dtype), "offsets": lengths.cumsum(0)}
+        entries = [array.to(self.dtype) for array in arrays]
+        tensors = {"values": torch.cat(entries), "offsets": lengths.cumsum(0)}
+        tensors["checksums"] = torch.tensor(list(map(_checksum, entries)))
         names = [digest(text) for text in texts]
-        data = save(tensors, {"captions": json.dumps(names)})
         path = self.folder / f"{digest(' '.join(names))}.safetensors"
-        write_atomically(path, lambda file: file.write(data), needed=len(data))
+        self._write(path, tensors, json.dumps(names))
         self._add_to_index(path)
+
+    def mend(self, place: int, array: Float[Tensor, "n d"]) -> None:
+        """Make an entry anew that `read` refused."""
+        index = self._sorted_index()
+        file, begin, end = (int(column[place]) for column in index[1:4])
+        path, entry = self._paths[file], array.to(self.dtype)
+        warnings.warn(f"{path}: an entry is corrupt and is made again", stacklevel=4)
+        with suppress(OSError, SafetensorError):  # of a read-only or vanished file
+            with safe_open(path, "pt") as old:
+                tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
+                names = old.metadata()["captions"].partition("\n")[2]
+            tensors["values"][begin:end] = entry
+            number = int(torch.searchsorted(tensors["offsets"], begin, right=True)) - 1
+            tensors["checksums"][number] = _checksum(entry)
+            self._write(path, tensors, names)
+            index.checksums[place] = _checksum(entry)
+            self._values.pop(file, None)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], names: str) -> None:
+        data = save(tensors, {"captions": f"{_seal(names, tensors)}\n{names}"})
+        write_atomically(path, lambda file: file.write(data), needed=len(data))
 
     def tidy(self) -> None:
         """Remove temporary files of processes that were killed long ago."""
@@ -111,8 +137,12 @@ class RaggedStore:
 
     def _index_of(self, path: Path) -> _Index:
         with safe_open(path, "pt") as file:
-            names = json.loads(file.metadata()["captions"])
-            offsets = file.get_tensor("offsets").numpy()
+            seal, _, about = file.metadata()["captions"].partition("\n")
+            names = json.loads(about)
+            small = {name: file.get_tensor(name) for name in ("offsets", "checksums")}
+            if _seal(about, small) != seal:
+                raise ValueError("its seal is broken")
+            offsets, checksums = (tensor.numpy() for tensor in small.values())
             values = file.get_slice("values")
             if values.get_shape() != [offsets[-1], self.width]:
                 raise ValueError("its values have another shape")
@@ -122,7 +152,7 @@ class RaggedStore:
                 raise ValueError("it has not as many entries as names")
         digests = np.frombuffer(bytes.fromhex("".join(names)), _NAME)
         number = np.full(len(names), len(self._paths), "i4")
-        return _Index(digests, number, offsets[:-1], offsets[1:])
+        return _Index(digests, number, offsets[:-1], offsets[1:], checksums)
 
     def _sorted_index(self) -> _Index:
         """The index in the order of its names, sorted when it is used after a change."""
@@ -141,6 +171,17 @@ class _Index(NamedTuple):
     files: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
+    checksums: np.ndarray
+
+
+def _checksum(rows: Tensor) -> int:
+    """CRC-32 of an entry's numbers as they are stored."""
+    return zlib.crc32(rows.contiguous().view(torch.uint8).numpy().data)
+
+
+def _seal(names: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of everything in a file but its values."""
+    return digest(names + str([tensors[name].tolist() for name in ("offsets", "checksums")]))
 
 
 class Estimate(NamedTuple):
@@ -178,9 +219,12 @@ class FeatureCache:
         """Features of each caption in float32; each different one is read or encoded once."""
         unique = list(dict.fromkeys(captions))
         places = dict(zip(unique, self.store.find(unique).tolist(), strict=True))
-        missing = [caption for caption, place in places.items() if place < 0]
-        features = dict(zip(missing, self.encoder(missing), strict=True)) if missing else {}
-        features |= {text: self.store.read(place) for text, place in places.items() if place >= 0}
+        stored = {text: self.store.read(place) for text, place in places.items() if place >= 0}
+        features = {text: entry for text, entry in stored.items() if entry is not None}
+        missing = [text for text in unique if text not in features]
+        features |= dict(zip(missing, self.encoder(missing), strict=True)) if missing else {}
+        for text in stored.keys() & missing:
+            self.store.mend(places[text], features[text])
         return [features[caption] for caption in captions]
 
     def estimate(self, captions: Sequence[str]) -> Estimate:
