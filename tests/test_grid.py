@@ -115,7 +115,7 @@ def test_blocks_stand_side_by_side_and_empty_cells_stay_empty():
         ([[plain(RED)]], {"captions": ["a", "b"]}, "captions has 2"),
         ([[plain(RED)]], {"marks": []}, "marks has 0"),
         ([[plain(RED)]], {"columns_titles": ["a", "b"]}, "columns_titles has 2"),
-        ([[np.zeros((4, 4, 2), np.uint8)]], {}, r"\(4, 4, 2\)"),
+        ([[np.zeros((4, 4, 5), np.uint8)]], {}, r"\(4, 4, 5\)"),
         ([[np.zeros((0, 4, 3), np.uint8)]], {}, r"\(0, 4, 3\)"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_config_that_cannot_be_is_refused(trained, name, changes, message):
 def test_a_bare_model_takes_the_conditions_that_its_data_has(tmp_path, kind):
     kinds = {"classes": {"classes": ("cat", "dog")}, "text": {"captions": ("a cat", "a dog")}}
     config = job.find_config("folder-64", str(photos(tmp_path, **kinds.get(kind, {}))))
-    source = job.open_source(config.data, 64)
+    source = job.open_data(config)
     completed = job.complete(config, source)
     assert (completed.model.text is not None) == (kind == "text")
     assert completed.model.classes == (2 if kind == "classes" else 0)
@@ -113,15 +113,15 @@ def test_tuning_matches_classes_by_name(tmp_path, by_preset):
 def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
     folder = str(photos(tmp_path, classes=("cat", "dog")))
     chosen = job.find_config("folder-64", folder, ["sampling.guidance=[4.0]"])
-    assert job.complete(chosen, job.open_source(chosen.data, 64)).sampling.guidance == (4.0,)
+    assert job.complete(chosen, job.open_data(chosen)).sampling.guidance == (4.0,)
     for name, change, message in (
         ("folder-64", ["model.classes=3"], r"add --set model\.classes=2"),
-        ("folder-64", ["model.channels=1"], r"add --set model\.channels=3"),
+        ("folder-64", ["model.channels=5"], r"model\.channels is 5: .*4 \(colour and opacity\)"),
         ("cc12m-64", [], "no captions"),
     ):
         config = job.find_config(name, folder, change)
         with pytest.raises(ConfigError, match=message):
-            job.complete(config, job.open_source(config.data, 64))
+            job.complete(config, job.open_data(config))
 
 
 def test_an_encoder_of_another_width_is_refused(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded, fashion_mnist
-from matryoshka_diffusion.data.check import contact_sheet, describe
+from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.source import Source, absolute, kind_of, open_source
 from matryoshka_diffusion.runs import prepare as job
-from picturing import COLOURS, noise, opened, save, write_tar
+from picturing import COLOURS, encode, noise, opened, save, write_tar
 
 # --- OpenMoji ----------------------------------------------------------------------------------
 
@@ -166,6 +166,27 @@ def test_names_from_elsewhere_stay_and_paths_become_absolute(tmp_path, monkeypat
     assert absolute("hf:a/b@train") == "hf:a/b@train"
     assert absolute("hf:saved@test") == f"hf:{here}/saved@test"
     assert absolute("hf:saved") == f"hf:{here}/saved"
+
+
+@pytest.mark.parametrize(
+    ("channels", "words", "expected"),
+    [
+        (1, "channel, grey\n", ([165], [9])),  # red at half opacity on white
+        (2, "channels, grey with opacity", ([76, 128], [9, 255])),
+        (3, "channels\n", ([255, 127, 127], [9, 9, 9])),
+        (4, "channels, colour with opacity", ([255, 0, 0, 128], [9, 9, 9, 255])),
+    ],
+)
+def test_the_model_decides_on_grey_colour_and_opacity(tmp_path, channels, words, expected):
+    (tmp_path / "a.png").write_bytes(encode((255, 0, 0, 128), mode="RGBA"))
+    (tmp_path / "b.png").write_bytes(encode(9, mode="L"))
+    source = open_source(DataConfig(source="folder", path=str(tmp_path)), 16, channels=channels)
+    for n, pixel in enumerate(expected):
+        np.testing.assert_allclose(source[n].picture[8, 8], pixel, atol=1)
+    assert f"{channels} {words}" in describe(source)
+    assert f"16 px{words.removeprefix('channels').removeprefix('channel')}".strip() in summary(
+        source
+    )
 
 
 # --- reports -----------------------------------------------------------------------------------

@@ -297,6 +297,11 @@ class RunConfig(Strict):
         return self.data.side or self.model.levels[-1].side * self.pixels_per_side
 
     @property
+    def data_channels(self) -> int:
+        """Channels of the images that the levels are made of; a codec takes colour."""
+        return self.model.channels if self.codec is None else 3
+
+    @property
     def data_frames(self) -> int | None:
         """Frames of the clips that the levels are made of; None for images."""
         return self.model.levels[-1].frames

@@ -100,7 +100,7 @@ def _plan(config: Any, gpus: int | None, parallel: str | None) -> None:
 
     source = None
     if config.data.path is not None or config.data.source in PACKAGED:
-        source = prepare.open_source(config.data, config.data_side, config.data_frames)
+        source = prepare.open_data(config)
         config = prepare.complete(config, source)
     images = None if source is None else len(source)
     gpus = gpus if gpus and gpus > 1 else 8  # as many as most machines for this have
@@ -225,7 +225,7 @@ def data_check(options: argparse.Namespace) -> None:
     everything = [*options.set, "data.max_bad_fraction=1.0"]
     config = prepare.find_config(options.preset, options.data, everything)
     try:
-        source = prepare.open_source(config.data, config.data_side, config.data_frames)
+        source = prepare.open_data(config)
         show(describe(source))
     except NoneUsable as error:
         if error.bad:
@@ -254,7 +254,7 @@ def demo(options: argparse.Namespace) -> None:
     config = prepare.find_config("openmoji", None, options.set)
     finished = _train(config, options.out, device)
     model = Matryoshka.load(finished, device=device)
-    source = prepare.open_source(model.config.data, model.picture_side)
+    source = prepare.open_data(model.config)
     with Bar("24 prompts", " steps") as bar:
         page = demo_sheet(model, source, progress=bar)
     path = options.out / "sheet.png"

@@ -22,7 +22,8 @@ def summary(source: Source) -> str:
     if source.captions:
         conditions = "captions"
     bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
-    line = f"{source.name}: {len(source):,} {_noun(source)} of {source.side} px, {conditions}{bad}"
+    side = f"{source.side} px{_colours(source)}"
+    line = f"{source.name}: {len(source):,} {_noun(source)} of {side}, {conditions}{bad}"
     return "\n".join([line, *describe_unused(source)])
 
 
@@ -38,7 +39,8 @@ def describe(source: Source) -> str:
     remark = f", {smaller:,} of them below {source.side} px" if smaller else ""
     lines = [
         f"{source.name}: {len(source):,} {_noun(source)}",
-        f"  side      {source.side} px, {source.channels} channel{'s' * (source.channels > 1)}",
+        f"  side      {source.side} px, {source.channels} channel{'s' * (source.channels > 1)}"
+        f"{_colours(source)}",
         f"  originals {min(sides):,} to {max(sides):,} px on the shorter side{remark}",
     ]
     if source.classes:
@@ -103,6 +105,13 @@ def contact_sheet(source: Source, count: int = 64) -> Image:
     stills = [still for frames in pictures for still in frames]
     rows = [stills[start : start + _COLUMNS] for start in range(0, len(stills), _COLUMNS)]
     return grid(rows, title=title, cell=_CELL)
+
+
+def _colours(source: Source) -> str:
+    """Words for images that are not read in colour."""
+    return {1: ", grey", 2: ", grey with opacity", 4: ", colour with opacity"}.get(
+        source.channels, ""
+    )
 
 
 def _noun(source: Source) -> str:

@@ -65,15 +65,17 @@ class Decoder:
     frames: int | None  # of a clip; None for images
     options: str  # everything that the result depends on, for the names of caches
     cached: int  # samples of the largest set that is decoded into the cache
+    channels: int = 3
 
 
-def picture_decoder(side: int, crop: Crop) -> Decoder:
+def picture_decoder(side: int, crop: Crop, channels: int = 3) -> Decoder:
     """Decoder of images."""
 
     def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
-        return read_picture(file, side, crop)
+        return read_picture(file, side, crop, channels)
 
-    return Decoder(decode, side, None, f"{side}, {crop}", CACHED_PICTURES)
+    options = f"{side}, {crop}" + (f", {channels} channels" if channels != 3 else "")
+    return Decoder(decode, side, None, options, CACHED_PICTURES, channels)
 
 
 def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> Source:
@@ -112,6 +114,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         quarantine,
         decoder.side,
         frames=decoder.frames,
+        channels=decoder.channels,
         classes=(classes or numbers) if labels else (),
         threads=THREADS,
         unused=catalogue.unused,

@@ -19,7 +19,6 @@ from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from matryoshka_diffusion.config import ConfigError, DataConfig, UsageError
 from matryoshka_diffusion.data.bad import BadFile, PictureError, some
@@ -329,14 +328,14 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
     images = []
     for file in files:
         try:
-            pixels, original_side = read_picture(file, side, "random")  # which cuts nothing off
+            # The crop "random" cuts nothing off.
+            pixels, original_side = read_picture(file, side, "random", channels)
         except PictureError as error:
             raise UsageError(f"{file}: {error}") from error
         if pixels.shape[:2] != (side, side) or original_side != side:
             wanted = f"{side}x{side} pixels"
             raise UsageError(f"{file}: the upsampler takes pictures of exactly {wanted}")
-        grey = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-        images.append(pixels if channels == 3 else grey)
+        images.append(pixels)
     return np.stack(images)
 
 

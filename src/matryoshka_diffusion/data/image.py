@@ -63,6 +63,8 @@ VIDEOS = Kind(
     2**29,
     previews=ANIMATIONS,
 )
+CHANNELS = (1, 2, 3, 4)
+"""Of decoded images: grey, grey and opacity, colour, colour and opacity."""
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """Longest side that is kept around the middle, in units of the shorter one; bounds panoramas."""
 
@@ -118,25 +120,28 @@ def unknown(kind: Kind) -> PictureError:
     return PictureError(f"not {kind.formats}, or damaged at its start")
 
 
-def read_picture(file: Path | bytes, side: int, crop: Crop = "centre") -> Picture:
+def read_picture(
+    file: Path | bytes, side: int, crop: Crop = "centre", channels: int = 3
+) -> Picture:
     """Decode a file or its bytes, turn it upright, and resize its shorter side to `side`.
 
-    The crop "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
+    The image has the number of `channels` (one of `CHANNELS`), whatever the file has. The crop "centre"
+    keeps the middle square; "random" keeps the longer side, up to `REACH`.
     Raises as `opened` does.
     """
     with opened(file, PICTURES) as stream:
         try:
-            return _decoded(stream, side, crop)
+            return _decoded(stream, side, crop, channels)
         except PictureError:
             raise
         except _DAMAGED:
             plain = _without_metadata(stream)
             if plain is None:
                 raise
-            return _decoded(plain, side, crop)
+            return _decoded(plain, side, crop, channels)
 
 
-def _decoded(stream: Any, side: int, crop: Crop) -> Picture:
+def _decoded(stream: Any, side: int, crop: Crop, channels: int) -> Picture:
     image = Image.open(stream, formats=FORMATS)
     judge(*image.size)
     original_side = min(image.size)
@@ -145,7 +150,7 @@ def _decoded(stream: Any, side: int, crop: Crop) -> Picture:
     if image.format == "PNG" and clear is not None:
         image.info["transparency"] = _as_pixel(clear, image.mode, _depth(stream))
     image.load()
-    return Picture(resized(upright(image), side, REACH[crop]), original_side)
+    return Picture(resized(upright(image), side, REACH[crop], channels), original_side)
 
 
 def _depth(stream: Any) -> int:
@@ -220,12 +225,14 @@ def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
         )
 
 
-def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Middle of an image as RGB: the shorter side is `side`, the longer one at most `reach` sides.
+def resized(
+    image: Image.Image, side: int, reach: int, channels: int = 3
+) -> UInt8[np.ndarray, "h w {channels}"]:
+    """Middle of an image: the shorter side is `side`, the longer one at most `reach` sides.
 
     Resized with Lanczos, which averages over the whole area of a new pixel at any ratio; a box
     filter weighs source pixels unevenly unless the ratio is whole. 16 bits are scaled to 8 (not
-    clipped), transparency becomes white, colours become sRGB.
+    clipped). Transparency becomes white unless `channels` has it; colours become sRGB.
     """
     edge, mode = min(image.size), image.mode
     width, height = (min(length, reach * edge) for length in image.size)
@@ -238,6 +245,8 @@ def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w
         if isinstance(clear, int):
             grey[values == clear] = 255
         image = Image.fromarray(grey)
+    elif image.has_transparency_data and channels in (2, 4):
+        image = image.convert("RGBA")
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -246,4 +255,9 @@ def resized(image: Image.Image, side: int, reach: int) -> UInt8[np.ndarray, "h w
         image = image.convert("RGB")
     size = (round(side * width / edge), round(side * height / edge))
     small = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    return np.asarray(to_srgb(small, profile))
+    opacity = small.getchannel("A") if small.mode == "RGBA" else 255
+    result = to_srgb(small.convert("RGB") if small.mode == "RGBA" else small, profile)
+    result = result.convert("L") if channels < 3 else result
+    if channels in (2, 4):
+        result.putalpha(opacity)
+    return np.asarray(result).reshape(result.height, result.width, channels)

@@ -79,7 +79,7 @@ class Source:
     quarantine: Quarantine  # samples that are left out, also those found bad on reading
     side: int  # height and width in pixels
     frames: int | None = None  # of each clip; None for images
-    channels: int = 3  # 1 for grey, 3 for colour
+    channels: int = 3  # as in `image.CHANNELS`
     classes: tuple[str, ...] = ()  # names; empty without labels
     threads: int = 1  # samples that are read at the same time
     unused: tuple[Unused, ...] = ()  # other things in the data set
@@ -205,8 +205,13 @@ def identity(source: Source) -> DataIdentity:
 # --- from a config to a source ---------------------------------------------------------------
 
 
-def open_source(config: DataConfig, side: int, frames: int | None = None) -> Source:
+def open_source(
+    config: DataConfig, side: int, frames: int | None = None, channels: int = 3
+) -> Source:
     """Open the data that `config` names, at the finest level's `side`; videos as clips of `frames`.
+
+    Images and videos get the number of `channels`, whatever their files have: grey, colour, or
+    either with opacity (`image.CHANNELS`). Fashion-MNIST is always grey.
 
     Without `frames`, a video gives the first frame of its clip. A source of images gives images in
     either case. The first call for a set and side may take long: it decodes into the cache.
@@ -220,10 +225,15 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
     path, source = config.path, config.source
+    if channels not in image.CHANNELS:
+        forms = "1 (grey), 2 (grey and opacity), 3 (colour) or 4 (colour and opacity)"
+        raise ConfigError(f"model.channels is {channels}: pictures have {forms}")
     if source == "openmoji":
         if path is not None:
             raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
-        return open_catalogue(emoji.openmoji(side), picture_decoder(side, "centre"), config)
+        return open_catalogue(
+            emoji.openmoji(side), picture_decoder(side, "centre", channels), config
+        )
     if source == "fashion-mnist":
         return fashion_mnist.fashion_mnist(side, None if path is None else _expanded(path))
     if path is None:
@@ -242,9 +252,9 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
         "fluent-emoji": lambda: emoji.fluent_emoji(_expanded(path), config, frames),
     }
     if source in VIDEO_SOURCES:
-        decoder = video.clip_decoder(config, side, frames)
+        decoder = video.clip_decoder(config, side, frames, channels)
     else:
-        decoder = picture_decoder(side, config.crop)
+        decoder = picture_decoder(side, config.crop, channels)
     try:
         return open_catalogue(catalogues[source](), decoder, config)
     except NoneUsable as error:
@@ -252,6 +262,11 @@ def open_source(config: DataConfig, side: int, frames: int | None = None) -> Sou
             raise
         why = f"clips of {frames} frames, as the model's finest level has them, are made of videos"
         raise NoneUsable(f"{error}; {why}", error.bad) from error
+
+
+def open_data(config: RunConfig) -> Source:
+    """Open the data of a run, as its levels are made of it. See `open_source`."""
+    return open_source(config.data, config.data_side, config.data_frames, config.data_channels)
 
 
 # --- from a path to a kind of source ---------------------------------------------------------

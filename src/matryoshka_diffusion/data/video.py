@@ -360,7 +360,7 @@ def resampled(times: Times, fps: float) -> Sequence[int]:
     return np.searchsorted(middles, np.arange(count) / fps, side="left").tolist()
 
 
-def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
+def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int = 3) -> Decoder:
     """Decoder of clips of `frames`, or of their first frames as images without `frames`."""
     length = frames or data.clip_frames
 
@@ -372,7 +372,7 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
             small, original_side = {}, 0
             for number, image in video.frames(sorted(set(numbers))):
                 original_side = min(image.size)
-                small[number] = resized(image, side, REACH[data.crop])
+                small[number] = resized(image, side, REACH[data.crop], channels)
         if len({pixels.shape for pixels in small.values()}) > 1:
             raise PictureError("its frames change their shape")
         clip = np.stack([small[number] for number in numbers])
@@ -382,4 +382,5 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None) -> Decoder:
     cached = CACHED_BYTES // (length * side**2 * REACH[data.crop] * 3)
     options = (side, data.crop, frames, length, data.frame_stride, data.fps, data.clip)
     name = f"{', '.join(map(str, options))}, version {_VERSION}"
-    return Decoder(decode, side, frames, name, cached if data.clip != "random" else 0)
+    name += f", {channels} channels" if channels != 3 else ""
+    return Decoder(decode, side, frames, name, cached if data.clip != "random" else 0, channels)

@@ -169,7 +169,10 @@ def _paste(
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     left, top = ((cell - side) // 2 for side in size)
-    page.paste(image.resize(size, resample), (corner[0] + left, corner[1] + top))
+    small, place = image.resize(size, resample), (corner[0] + left, corner[1] + top)
+    if small.mode in ("LA", "RGBA"):
+        page.paste("white", (*place, place[0] + size[0], place[1] + size[1]))
+    page.paste(small, place, small if small.mode in ("LA", "RGBA") else None)
 
 
 # --- grids of levels and of clips --------------------------------------------------------------
@@ -224,14 +227,16 @@ def strip(
 
 
 def to_image(picture: UInt8[np.ndarray, "..."]) -> Image.Image:
-    """Convert a uint8 array (h, w, 3), (h, w, 1) or (h, w) to a Pillow image in colour or grey.
+    """Convert a uint8 array (h, w) or (h, w, c) to a Pillow image in grey (c = 1) or colour (3).
+
+    With another channel (c = 2 or 4), which is opacity, the image has it.
 
     Raises:
         ValueError: another shape, or no pixels.
     """
     channels = picture.shape[2:]
-    if picture.ndim < 2 or channels not in ((), (1,), (3,)) or not picture.size:
-        raise ValueError(f"an image is (h, w), (h, w, 1) or (h, w, 3), not {picture.shape}")
+    if picture.ndim < 2 or channels not in ((), (1,), (2,), (3,), (4,)) or not picture.size:
+        raise ValueError(f"an image is (h, w) or (h, w, 1 to 4), not {picture.shape}")
     return Image.fromarray(np.ascontiguousarray(picture[..., 0] if channels == (1,) else picture))
 
 

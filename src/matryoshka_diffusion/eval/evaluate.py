@@ -206,7 +206,9 @@ def plan(
     ):
         # Training may take another clip of a video each time; evaluation always takes one.
         data = references.fixed_clips(config.data)
-        whole = open_source(data, config.data_side, frames and config.data_frames)
+        whole = open_source(
+            data, config.data_side, frames and config.data_frames, config.data_channels
+        )
         if (whole.side, whole.frames) != (side, frames):
             whole = references.shrunk(whole, side, frames)
         source, held_out = split(whole, config.data.held_out)

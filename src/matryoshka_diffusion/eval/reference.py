@@ -156,7 +156,8 @@ def fields_like(data: DataConfig, name: str) -> dict[str, Any]:
     cut = {"frame_stride", "fps", "clip", "clip_frames"}
     fields = fixed_clips(data).model_dump(include=cut)
     if data.path is not None and absolute(name) == absolute(data.path):
-        fields["source"] = sourced(data).source
+        read = {"split", "columns", "captions", "caption_suffixes"}
+        fields |= {"source": sourced(data).source, **data.model_dump(include=read)}
     return fields
 
 

@@ -41,7 +41,7 @@ from matryoshka_diffusion.data.source import (
     Source,
     absolute,
     identity,
-    open_source,
+    open_data,
     sourced,
     split,
     with_source,
@@ -276,7 +276,7 @@ def prepare(
             does not fit, or the codec is not for this model.
         ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
     """
-    source = open_source(config.data, config.data_side, config.data_frames)
+    source = open_data(config)
     config = complete(config, source)
     if config.sampling.base is not None:
         from matryoshka_diffusion.cascade import note_base
@@ -320,7 +320,7 @@ def captions_to_embed(
         UsageError: there is no text.
         ValueError, OSError, MissingExtra: as `prepare`.
     """
-    source = open_source(config.data, config.data_side, config.data_frames)
+    source = open_data(config)
     config = complete(config, source)
     if config.encoder is None:
         raise UsageError(f"{config.name} on {source.name} has no text: there is nothing to embed")
