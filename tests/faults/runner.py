@@ -39,6 +39,7 @@ SCENARIOS: dict[str, tuple[int, Scenario]] = {
     "NaN and Inf in some steps": (8, nonfinite.skipped),
     "NaN in every step": (8, nonfinite.bounded),
     "two processes in one folder": (19, rivals.two_processes),
+    "data that changes between two starts": (20, rivals.other_data),
     "kill -9 at random times": (2, kills.at_random),
 }
 """Number of the promise and function. The last takes the rest of the time."""
