@@ -125,7 +125,8 @@ def read_picture(
 ) -> Picture:
     """Decode a file or its bytes, turn it upright, and resize its shorter side to `side`.
 
-    The image has the number of `channels` (one of `CHANNELS`), whatever the file has. The crop "centre"
+    The image has the number of `channels` (one of `CHANNELS`), whatever the file has. The crop
+    "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
     keeps the middle square; "random" keeps the longer side, up to `REACH`.
     Raises as `opened` does.
     """
