@@ -240,3 +240,8 @@ def test_a_folder_without_whole_snapshots_is_refused(tmp_path):
         synthesise(tmp_path, 0.1)
     with pytest.raises(ValueError, match="between 0 and"):
         synthesise(tmp_path, 0.5)
+    state = PowerEma(torch.nn.Linear(2, 1), [0.05, 0.1]).state()
+    for lost in state:
+        write_snapshot(tmp_path, {key: state[key] for key in state if key != lost}, 4)
+        with pytest.raises(ValueError, match=rf"0000000004\.safetensors: {lost}"):
+            synthesise(tmp_path, 0.1)

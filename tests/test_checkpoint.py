@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from matryoshka_diffusion.configfile import from_dict
+from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train.checkpoint import (
     FILES,
     MANIFEST,
     CheckpointError,
     Snapshot,
+    Stored,
     check_same,
     export_weights,
     load_weights,
@@ -35,7 +39,7 @@ def snapshot(images_seen: int) -> Snapshot:
     generator = torch.Generator().manual_seed(images_seen)
     weights = {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.zeros(3)}
     return Snapshot(
-        state={"images_seen": images_seen, "steps": 7, "seconds": 0.1},
+        state={"images_seen": images_seen, "steps": 7, "seconds": 0.1, "config": {}},
         weights=weights,
         ema={name: value + 1 for name, value in weights.items()},
         optimizer={"a.weight.step": torch.tensor(7.0), "a.weight.exp_avg": torch.ones(3, 4)},
@@ -77,7 +81,11 @@ def test_a_tensor_is_read_on_access_and_belongs_to_the_caller(tmp_path):
 
 def test_tensors_of_any_layout_are_saved(tmp_path):
     weights = {"w": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)}
-    path = save(tmp_path, Snapshot({"images_seen": 1}, weights, {"w": weights["w"].mT}, {}), keep=1)
+    path = save(
+        tmp_path,
+        replace(snapshot(1), weights=weights, ema={"w": weights["w"].mT}, optimizer={}),
+        keep=1,
+    )
     assert torch.equal(read(path).weights["w"], weights["w"])
     assert torch.equal(read(path).ema["w"], weights["w"].mT)
 
@@ -115,6 +123,39 @@ def test_a_torn_checkpoint_is_ignored(tmp_path, name, damage):
     assert save(tmp_path, snapshot(16), keep=2) == torn
     assert newest(tmp_path) == torn
     assert_equal(read(torn), snapshot(16))
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (lambda state: [], "dictionary"),
+        (lambda state: {}, "images_seen"),
+        (lambda state: state | {"images_seen": -5}, "images_seen"),
+        (lambda state: state | {"images_seen": "8"}, "images_seen"),
+        (lambda state: state | {"images_seen": 16}, "images_seen"),
+        (lambda state: state | {"images_seen": 10**30}, "images_seen"),
+        (lambda state: state | {"steps": 7.5}, "steps"),
+        (lambda state: state | {"skipped": None}, "skipped"),
+        (lambda state: state | {"seconds": float("nan")}, "seconds"),
+        (lambda state: state | {"scale": {"factor": 0.0}}, "scale.factor"),
+        (lambda state: state | {"scale": 2.0}, "scale"),
+        (lambda state: state | {"config": []}, "config"),
+        (lambda state: state | {"bad": [["a.png", 3]]}, "bad"),
+        (lambda state: state | {"bad": {}}, "bad"),
+        (lambda state: state | {"step": 7}, "step"),
+    ],
+)
+def test_a_state_that_is_none_is_named_although_its_manifest_fits(edit, key, tmp_path):
+    path = save(tmp_path, snapshot(8), keep=1) / "state.json"
+    data = json.dumps(edit(json.loads(path.read_bytes()))).encode()
+    path.write_bytes(data)
+    manifest = json.loads((path.parent / MANIFEST).read_bytes())
+    manifest[path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
+    assert newest(tmp_path) == path.parent
+    with pytest.raises(CheckpointError, match=f"{path}: .*{key}.*remove {path.parent}") as error:
+        read(path.parent)
+    assert "\n" not in str(error.value)
 
 
 def test_a_torn_checkpoint_never_displaces_a_complete_one(tmp_path):
@@ -196,6 +237,19 @@ def test_any_failure_of_the_disk_names_path_and_reason(tmp_path, monkeypatch, co
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/checkpoints/0000000008"):
         save(tmp_path / "file" / "checkpoints", snapshot(8), keep=1)
+
+
+def test_integers_are_no_weights_and_floats_of_any_size_are(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        load_weights(net, {name: x.to(dtype) for name, x in net.state_dict().items()}, where="a")
+    integers = {name: x.to(torch.int32) for name, x in net.state_dict().items()}
+    save_file(integers, tmp_path / "x.safetensors")
+    for weights in (integers, Stored([tmp_path / "x.safetensors"])):
+        with pytest.raises(CheckpointError, match=r"here .*weight is [iI]"):
+            load_weights(net, weights, where="here")
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*int32"):
+        read_weights(tmp_path / "x.safetensors")
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing():

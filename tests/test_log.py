@@ -46,6 +46,11 @@ def test_metrics_beyond_the_checkpoint_are_cut(tmp_path):
     path.write_text(within + '{"images_seen": 12}\n{"images_se')  # killed while writing
     cut_metrics(path, 8)
     assert path.read_text() == within
+    damaged = ("[]", "1", '{"images_seen": "4"}', "{}", "[" * 10_000, "\0")
+    path.write_text("\n".join([*damaged, within]))
+    with pytest.warns(UserWarning, match=f"{path}: 6 damaged"):
+        cut_metrics(path, 8)
+    assert path.read_text() == within
 
 
 def log(folder, images_seen=0):

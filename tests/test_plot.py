@@ -57,7 +57,14 @@ def test_runs_are_drawn_into_one_image(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("metrics", "message"),
-    [(None, "no run folder"), ("", "nothing"), ("{}\n", "line 1"), ("\0\n", "line 1")],
+    [
+        (None, "no run folder"),
+        ("", "nothing"),
+        ("{}\n", "line 1"),
+        ("\0\n", "line 1"),
+        ("[]\n", "line 1"),
+        ('{"images_seen": "4"}\n', "line 1"),
+    ],
 )
 def test_a_folder_without_curves_is_refused(run, metrics, message, tmp_path):
     path = run / "metrics.jsonl"

@@ -289,6 +289,15 @@ def test_what_is_automatic_is_decided_once(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "environment.json").read_text("utf-8"))) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10_000, b"\xff"])
+def test_a_file_that_only_informs_stops_no_run(content, tmp_path):
+    path = tmp_path / "environment.json"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{path} is damaged"):
+        open_run(tmp_path, tiny_config(), CPU)
+    assert len(json.loads(path.read_bytes())) == 1
+
+
 def test_a_folder_of_something_else_is_not_trained_in(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match=r"no run.*another --out"):

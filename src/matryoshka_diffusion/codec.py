@@ -30,7 +30,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.source import Source
-from matryoshka_diffusion.files import cache_folder, require, write_atomically
+from matryoshka_diffusion.files import cache_folder, read_json, require, write_atomically
 from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.text.feature_cache import RaggedStore
 
@@ -264,7 +264,7 @@ def _is_codec(folder: Path) -> bool:
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Settings in a folder; empty if there are none or they cannot be read."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+        settings = read_json(folder / SETTINGS)
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

@@ -31,8 +31,9 @@ class Curves(NamedTuple):
         """(images seen, value) for each line that has a value; `level` picks from a list."""
         values = [(line["images_seen"], line.get(key)) for line in self.lines]
         if level is not None:
-            values = [(n, list_[level]) for n, list_ in values if list_ and level < len(list_)]
-        return [(n, value) for n, value in values if value is not None]
+            lists = [(n, value) for n, value in values if isinstance(value, list)]
+            values = [(n, losses[level]) for n, losses in lists if level < len(losses)]
+        return [(n, value) for n, value in values if isinstance(value, int | float)]
 
 
 def read_curves(run: Path) -> Curves:
@@ -49,7 +50,7 @@ def read_curves(run: Path) -> Curves:
         if text.endswith(b"\n"):  # a run may be writing its last line
             try:
                 lines.append(json.loads(text))
-                lines[-1]["images_seen"]
+                lines[-1]["images_seen"] + 0  # a number
             except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number} is damaged: remove it") from error
     if not lines:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from matryoshka_diffusion.config import UNIFORM, RunConfig
-from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.files import BrokenFile, write_atomically
 from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train.checkpoint import Stored
 from matryoshka_diffusion.train.distributed import fill, local
@@ -255,7 +255,14 @@ class _Snapshot(NamedTuple):
 
 def _opened(path: Path) -> _Snapshot:
     tensors = Stored([path])
-    tracks = sorted({float(key.split("/")[0]) for key in tensors})
-    start = f"{tracks[0]}/ages/"
-    names = [key.removeprefix(start) for key in tensors if key.startswith(start)]
-    return _Snapshot(tensors, tracks, {name: int(tensors[start + name]) for name in names})
+    try:
+        tracks = sorted({float(key.split("/", 2)[0]) for key in tensors})
+        names = sorted({key.split("/", 2)[2] for key in tensors})
+    except (ValueError, LookupError) as error:
+        raise BrokenFile(f"{path}: no snapshot of averages ({error})") from error
+    for kind in ("ages", "weights"):
+        for key in (f"{track}/{kind}/{name}" for track in tracks for name in names):
+            if key not in tensors:
+                raise BrokenFile(f"{path}: {key} is missing: remove the file to do without it")
+    ages = {name: int(tensors[f"{tracks[0]}/ages/{name}"]) for name in names}
+    return _Snapshot(tensors, tracks, ages)

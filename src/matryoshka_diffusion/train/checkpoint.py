@@ -20,14 +20,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
-from matryoshka_diffusion.files import sync_folder, write_atomically
+from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write_atomically
+from matryoshka_diffusion.modelconfig import Natural, Strict
 from matryoshka_diffusion.nn.lora import attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name, present_name
 from matryoshka_diffusion.tensorfile import FLOATS, not_floats, open_tensors
@@ -41,6 +43,8 @@ PARTS = (*TENSORS, "tracks")
 """`tracks` is there if the run keeps any."""
 MODEL, LORA = "model.safetensors", "lora.safetensors"
 _FLOATS = {*FLOATS, *FLOATS.values()}
+_MOST = 2**53
+"""The largest count that a float holds."""
 
 
 class CheckpointError(ValueError):
@@ -178,6 +182,53 @@ def lora_metadata(config: RunConfig) -> dict[str, str] | None:
 # --- reading -----------------------------------------------------------------------------------
 
 
+class _Scale(Strict):
+    """`precision.LossScale` in a file."""
+
+    factor: Annotated[float, Field(ge=1.0)]
+    growth: Annotated[float, Field(ge=1.0)]
+    good_steps: Natural
+
+
+class _State(Strict):
+    """The content of `state.json`. Checkpoints of earlier versions lack what has a default."""
+
+    images_seen: Annotated[Natural, Field(le=_MOST)]
+    steps: Annotated[Natural, Field(le=_MOST)]
+    skipped: Natural = 0
+    skipped_in_a_row: Natural = 0
+    scale: _Scale | None = None
+    seconds: Annotated[float, Field(ge=0.0)]
+    config: dict[str, Any]
+    bad: list[Any] = Field(default_factory=list)
+
+    def problems(self) -> Iterator[str]:
+        for row in self.bad:  # a name that is no Unicode is no text for pydantic
+            kinds = (str, str, int | None)
+            if not isinstance(row, list) or not all(map(isinstance, row, kinds)) or len(row) != 3:
+                yield "bad: a row is not [path, reason, offset]"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read `state.json` of the checkpoint in the folder `path`."""
+    remedy = f"remove {path} to go on from an older checkpoint"
+    try:
+        state = read_json(path / STATE)
+        images_seen = _State.model_validate(state).images_seen
+    except BrokenFile as error:
+        raise CheckpointError(f"{error}; {remedy}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path / STATE}: {key}: {first['msg']}; {remedy}") from error
+    if path.name.isdigit() and images_seen != int(path.name):
+        raise CheckpointError(
+            f"{path / STATE}: images_seen is {images_seen:,}, and the folder's name says another "
+            f"number; {remedy}"
+        )
+    return state
+
+
 def newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in `folder`; None if none was ever begun there.
 
@@ -197,13 +248,17 @@ def newest(folder: Path) -> Path | None:
 
 
 def read(path: Path) -> Snapshot:
-    """Read a complete checkpoint. Tensors are read on access, on the CPU."""
-    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    """Read a complete checkpoint. Tensors are read on access, on the CPU.
+
+    Raises:
+        CheckpointError, BrokenFile: its state is not that of a run, or its files are damaged.
+    """
+    manifest = read_json(path / MANIFEST)
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])
         for name in PARTS
     }
-    return Snapshot(state=json.loads((path / STATE).read_text("utf-8")), **tensors)
+    return Snapshot(state=_read_state(path), **tensors)
 
 
 class Stored(Mapping[str, Tensor]):
@@ -251,7 +306,7 @@ def _newest_first(folder: Path) -> list[Path]:
 def _flaw(path: Path) -> str | None:
     """Say why the checkpoint is not complete; None if it is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        manifest = read_json(path / MANIFEST)
         for name in dict.fromkeys([*FILES, *manifest]):
             with open(path / name, "rb") as file:
                 digest = hashlib.sha256()

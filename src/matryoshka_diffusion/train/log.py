@@ -165,17 +165,22 @@ class Log:
 
 
 def cut_metrics(path: Path, images_seen: int) -> None:
-    """Remove the lines beyond `images_seen`, and one that a kill cut short."""
+    """Remove the lines beyond `images_seen`, one that a kill cut short, and damaged ones."""
+    damaged = 0
 
     def is_within(line: bytes) -> bool:
+        nonlocal damaged
         try:
             return json.loads(line)["images_seen"] <= images_seen
-        except ValueError:
+        except (ValueError, TypeError, LookupError, RecursionError):
+            damaged += line.endswith(b"\n")
             return False
 
     if path.exists():
         kept = b"".join(filter(is_within, path.read_bytes().splitlines(keepends=True)))
         write_atomically(path, lambda file: file.write(kept))
+    if damaged:
+        warnings.warn(f"{path}: {damaged} damaged lines were removed", stacklevel=2)
 
 
 def progress_bar(train: TrainConfig, images_seen: int) -> Any:

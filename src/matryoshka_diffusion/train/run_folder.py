@@ -29,7 +29,7 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import load_config, to_yaml
-from matryoshka_diffusion.files import write_atomically
+from matryoshka_diffusion.files import BrokenFile, read_json, write_atomically
 from matryoshka_diffusion.train.checkpoint import CheckpointError
 from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
 
@@ -213,8 +213,8 @@ def refuse_lost_weights(train: TrainConfig, folder: Path) -> None:
             f"{folder} begins from trained weights, but its first checkpoint is missing: remove it "
             "and begin it again (mdm grow, or mdm train with --init)"
         )
-    text = path.read_text("utf-8") if path.exists() else ""
-    logged = max(map(int, re.findall(r'"images_seen": (\d+)', text)), default=0)
+    text = path.read_bytes() if path.exists() else b""
+    logged = max(map(int, re.findall(rb'"images_seen": (\d{1,18})', text)), default=0)
     if logged >= 2 * train.checkpoint_every_images:  # one may have been in the making
         raise CheckpointError(
             f"{folder} has metrics of a run, but its checkpoints are gone: remove it to start over"
@@ -223,7 +223,15 @@ def refuse_lost_weights(train: TrainConfig, folder: Path) -> None:
 
 def _note_start(path: Path, device: torch.device, ranks: int, data: DataIdentity | None) -> None:
     """Add this start of the run to the list of where it was computed, and on which data."""
-    starts = json.loads(path.read_text("utf-8")) if path.exists() else []
+    starts: Any = []
+    if path.exists():
+        try:
+            starts = read_json(path)
+        except BrokenFile:
+            starts = None
+        if not isinstance(starts, list):
+            warnings.warn(f"{path} is damaged: it is written anew", stacklevel=2)
+            starts = []
     try:
         package = version("matryoshka-diffusion")
     except PackageNotFoundError:  # run from its source
