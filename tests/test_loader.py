@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.config import ConfigError, DataConfig, MixedData
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
+from matryoshka_diffusion.data.mix import turn
+from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.pyramid import to_float, to_uint8
 from picturing import SIDE, noise, opened, save, toy, write_tar
 
@@ -64,6 +66,48 @@ def test_any_split_of_a_span_gives_the_same_samples(count, seed, first, spans):
     parts = [other.batch(ids) for ids in reversed(ranges)][::-1]
     assert joined([whole]) == joined(parts)
     assert whole.ids.tolist() == list(range(first, first + sum(spans)))
+
+
+@given(shares=st.lists(st.floats(0.01, 10.0), min_size=1, max_size=5), first=st.integers(0, 10**12))
+def test_parts_take_turns_by_their_shares(shares, first):
+    turns = [turn(n, shares) for n in range(first, first + 50)]
+    seen = {}
+    for part, count in turns:
+        assert count == seen.get(part, count - 1) + 1  # no sample twice, none left out
+        seen[part] = count
+    for part, count in seen.items():
+        assert (
+            abs(count - (first + 50) * shares[part] / sum(shares)) < len(shares) + 1 + first / 10**7
+        )
+
+
+def test_a_mix_gives_each_part_its_share_and_reads_each_in_its_own_order(tmp_path):
+    for name, count in (("a/cat", 4), ("a/dog", 3), ("b/owl", 2), ("b/cat", 1)):
+        for n in range(count):
+            save(tmp_path / name / f"{n}.png", noise(SIDE, seed=ord(name[2]) + n))
+    mix = [{"path": str(tmp_path / "a"), "share": 7}, {"path": str(tmp_path / "b"), "share": 3}]
+    data = DataConfig(source="folder", mix=tuple(MixedData(**part) for part in mix))
+    source = open_source(data, SIDE)
+    assert source.classes == ("cat", "dog", "owl")
+    assert source.keys[6:] == ["0:dog/2.png", "1:cat/0.png", "1:owl/0.png", "1:owl/1.png"]
+    batch = Loader(source, 0).batch(range(20))
+    keys = [*batch.keys]
+    for part, share, size in ((0, 14, 7), (1, 6, 3)):
+        given = [key for key in keys if key.startswith(f"{part}:")]
+        assert len(given) == share
+        assert len({*given[:size]}) == len({*given[size : 2 * size]}) == size
+    assert batch.labels is not None
+    for key, label in zip(keys, batch.labels, strict=True):
+        assert source.classes[label] == key[2:5]
+    alone = Loader(opened(tmp_path / "a"), 0).batch(range(14))
+    ours = [n for n, key in enumerate(keys) if key.startswith("0:")]
+    assert torch.equal(batch.picture[ours], alone.picture)
+    pieces = [Loader(source, 0).batch(ids).keys for ids in (range(3), range(3, 20))]
+    assert [*pieces[0], *pieces[1]] == keys
+    for path in (tmp_path / "a").rglob("*.png"):
+        path.with_suffix(".txt").write_text("a cat")
+    with pytest.raises(ConfigError, match=r"data\.mix: folder .*/b has no captions"):
+        open_source(data, SIDE)
 
 
 def test_every_epoch_is_another_permutation():

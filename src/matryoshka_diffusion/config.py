@@ -100,16 +100,28 @@ class ColumnsConfig(Strict):
     label: str | None = None
 
 
-class DataConfig(Strict):
-    """The source of images or videos. A clip is every `frame_stride`-th frame of a video."""
+class DataPlace(Strict):
+    """The place of images or videos, and the names in it."""
 
-    source: SourceName
+    source: SourceName = "folder"
     path: Name | None = None  # folder, pattern of shards or parquet files, or hf:NAME
-    side: Count | None = None  # of the images that D^r makes the levels of; None: the finest side
     split: Name | None = None  # part of the data that is read; "all": everything
     columns: ColumnsConfig = ColumnsConfig()
     captions: Captions = "lines"  # of a text file: one a line, or one in the whole file
     caption_suffixes: tuple[Suffix, ...] = ()  # beside images; empty: .txt, .caption or .json
+
+
+class MixedData(DataPlace):
+    """One of several data sets of a run; `share` is relative to those of the others."""
+
+    share: Positive
+
+
+class DataConfig(DataPlace):
+    """The source of images or videos. A clip is every `frame_stride`-th frame of a video."""
+
+    mix: tuple[MixedData, ...] = ()  # several data sets in place of the one at `path`
+    side: Count | None = None  # of the images that D^r makes the levels of; None: the finest side
     classes: tuple[str, ...] = ()  # class names in order; empty: the data's, which a run fills in
     identity: DataIdentity | None = None  # of the data; a run fills it in
     crop: Crop = "centre"  # of the square; random: another place each time
@@ -122,6 +134,10 @@ class DataConfig(Strict):
     fps: Positive | None = None  # frames per second before the stride; None: the video's own
     clip: ClipStart = "random"  # its start: the video's, one for each video, another each time
     clip_frames: Count = 16  # for a model of images, which takes the clip's first frame
+
+    def problems(self) -> Iterator[str]:
+        if self.mix and self.path is not None:
+            yield "path and mix both name data: omit one of them"
 
 
 class CodecConfig(Strict):

@@ -99,7 +99,7 @@ def _plan(config: Any, gpus: int | None, parallel: str | None) -> None:
     from matryoshka_diffusion.runs import prepare
 
     source = None
-    if config.data.path is not None or config.data.source in PACKAGED:
+    if config.data.path is not None or config.data.mix or config.data.source in PACKAGED:
         source = prepare.open_data(config)
         config = prepare.complete(config, source)
     images = None if source is None else len(source)

@@ -26,7 +26,7 @@ from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Qua
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.source import Picture, Sample, Source
-from matryoshka_diffusion.data.spellings import Unused
+from matryoshka_diffusion.data.spellings import Unused, sorted_classes
 from matryoshka_diffusion.files import (
     cache_folder,
     digest,
@@ -159,8 +159,7 @@ def _numbered(
 ) -> tuple[Sequence[Sample], tuple[str, ...]]:
     """Samples with numbers for classes, and the names of these in order; () without any names.
 
-    The order is `wanted` if these are the same names, that of the catalogue, or the sorted one,
-    in which numbers are sorted as numbers.
+    The order is `wanted` if these are the same names, that of the catalogue, or the sorted one.
     """
     labels = {sample.label for sample in catalogue.samples} - {None}
     words = {label for label in labels if isinstance(label, str)}
@@ -168,11 +167,9 @@ def _numbered(
         raise ValueError(
             f"{catalogue.name}: classes are numbers in some of the samples and words in others"
         )
-    are_numbers = all(map(str.isdecimal, words))
-    names = sorted(words, key=lambda word: (int(word) if are_numbers else 0, word))
-    if not (there := names or catalogue.classes if labels else ()):
+    if not (there := sorted_classes(words) or catalogue.classes if labels else ()):
         return catalogue.samples, ()
-    order = wanted if {*wanted} == {*there} else tuple(there)
+    order = wanted if {*wanted} == {*there} else there
     places: dict[Any, Any] = {name: place for place, name in enumerate(order)}
     if not words:
         places = {number: places[name] for number, name in enumerate(catalogue.classes)}

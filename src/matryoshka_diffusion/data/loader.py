@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import ClipStart, Crop, DataConfig, Pixels
 from matryoshka_diffusion.data.augment import CENTRE, Cut, augmented, draw_augmentation
+from matryoshka_diffusion.data.mix import turn
 from matryoshka_diffusion.data.source import Example, Source
 from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.rng import stream
@@ -43,7 +44,10 @@ class Batch:
 
 @dataclass(eq=False)
 class Loader:
-    """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation."""
+    """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation.
+
+    The data sets of a mix take turns by their shares, and each has epochs of its own.
+    """
 
     source: Source
     seed: int
@@ -60,8 +64,7 @@ class Loader:
 
     def batch(self, ids: range) -> Batch:
         """Samples with these global numbers n."""
-        size = len(self.source)
-        indices = [int(_permutation(self.seed, n // size, size)[n % size]) for n in ids]
+        indices = [self._index(n) for n in ids]
         examples = self.source.many(indices, [self._cut(n) for n in ids])
         pictures = list(map(self._flipped, examples, ids))
         numbers = None
@@ -79,6 +82,21 @@ class Loader:
             augment=numbers,
         )
 
+    @cached_property
+    def _parts(self) -> list[np.ndarray]:
+        """Indices of the samples of each data set of a mix."""
+        numbers = np.array([sample.part for sample in self.source.samples])
+        parts = [np.flatnonzero(numbers == part) for part in range(len(self.source.shares))]
+        if empty := [part for part, rows in enumerate(parts) if not len(rows)]:
+            raise ValueError(f"data.mix[{empty[0]}] has no sample to train on: omit it")
+        return parts
+
+    def _index(self, n: int) -> int:
+        part, count = turn(n, self.source.shares)
+        epoch, place = divmod(count, len(self._parts[part]))
+        order = _permutation(self.seed, epoch, part, len(self._parts[part]))
+        return int(self._parts[part][order[place]])
+
     def _cut(self, n: int) -> Cut:
         place = CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
         return Cut(place, stream(self.seed, "clip", n).random() if self.clip == "random" else None)
@@ -94,9 +112,9 @@ class Loader:
         return example.picture[..., ::-1, :] if mirrored else example.picture
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return stream(seed, "order", epoch).permutation(size)
+@lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, part: int, size: int) -> np.ndarray:
+    return stream(seed, "order", epoch, part).permutation(size)
 
 
 def look_ahead(

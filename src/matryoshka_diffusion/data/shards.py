@@ -258,19 +258,19 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
         version, cached_state, rows, *tally = json.loads(unsealed(cache.read_bytes()))
         if (version, cached_state) == (_VERSION, state):
             samples = [
-                (Sample(key, tuple(captions), label, side, flaw, int(offset)), int(size))
-                for (key, captions, label, side, flaw, offset), size in rows
+                (Sample(*row)._replace(captions=tuple(row[1]), offset=int(row[5])), int(size))
+                for row, size in rows
             ]
             return _Index(samples, Tally(*map(dict, tally)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, IndexError):
         pass  # there is no index yet, or it is damaged
     size = int(state.split()[0])
     with opened(path, size) as file:
         reader = _ShardReader(file, data, kind)
         samples = list(reader.samples(size))
     tally = reader.tally
-    data = sealed(json.dumps([_VERSION, state, samples, tally.files, tally.names]))
-    write_atomically(cache, lambda file: file.write(data), needed=len(data))
+    content = sealed(json.dumps([_VERSION, state, samples, tally.files, tally.names]))
+    write_atomically(cache, lambda file: file.write(content), needed=len(content))
     return _Index(samples, tally)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +20,7 @@ from matryoshka_diffusion.config import (
     ConfigError,
     DataConfig,
     DataIdentity,
+    DataPlace,
     RunConfig,
     SourceName,
 )
@@ -30,6 +31,8 @@ from matryoshka_diffusion.files import fraction
 
 HUGGING_FACE = "hf:"
 PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no path
+
+Place = TypeVar("Place", bound=DataPlace)
 
 _FRAMES_IN_MEMORY = 64
 _SHARD = re.compile(
@@ -46,6 +49,7 @@ class Sample(NamedTuple):
     original_side: int | None = None  # shorter side in pixels before the set was made, if recorded
     flaw: str = ""  # the reason why it cannot be used
     offset: int | None = None  # its place in the shard, in bytes
+    part: int = 0  # number of its data set where there are several
 
 
 class Picture(NamedTuple):
@@ -83,6 +87,7 @@ class Source:
     classes: tuple[str, ...] = ()  # names; empty without labels
     threads: int = 1  # samples that are read at the same time
     unused: tuple[Unused, ...] = ()  # other things in the data set
+    shares: tuple[float, ...] = (1.0,)  # of the parts of a mix, as a run draws from them
 
     @cached_property
     def keys(self) -> list[str]:
@@ -224,6 +229,13 @@ def open_source(
     from matryoshka_diffusion.data import emoji, fashion_mnist, folder, image, shards, tables, video
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
+    if config.mix:
+        from matryoshka_diffusion.data.mix import mixed
+
+        names, alone = DataPlace.model_fields, {"mix": (), "classes": ()}
+        places = [{name: getattr(part, name) for name in names} for part in config.mix]
+        parts = [config.model_copy(update={**place, **alone}) for place in places]
+        return mixed([open_source(part, side, frames, channels) for part in parts], config)
     path, source = config.path, config.source
     if channels not in image.CHANNELS:
         forms = "1 (grey), 2 (grey and opacity), 3 (colour) or 4 (colour and opacity)"
@@ -283,11 +295,21 @@ def sourced(data: DataConfig, *, clips: bool = False) -> DataConfig:
 
     For a model of `clips`, folders and shards are read as videos.
     """
-    if data.source != "folder" or data.path is None:
-        return data
-    kind = kind_of(data.path)
+    if data.mix:
+        parts = [
+            part.model_copy(update={"path": part.path and absolute(part.path)}) for part in data.mix
+        ]
+        mix = tuple(_recognised(part, clips) for part in parts)
+        return data.model_copy(update={"mix": mix, "source": mix[0].source})
+    return _recognised(data, clips)
+
+
+def _recognised(place: Place, clips: bool) -> Place:
+    if place.source != "folder" or place.path is None:
+        return place
+    kind = kind_of(place.path)
     source: SourceName = "clips" if clips and kind in ("folder", "shards") else kind
-    return data.model_copy(update={"source": source})
+    return place.model_copy(update={"source": source})
 
 
 def kind_of(path: str) -> SourceName:

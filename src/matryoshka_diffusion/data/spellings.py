@@ -133,6 +133,13 @@ def texts(value: object) -> list[str]:
     return values
 
 
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in order; if all are numbers, as numbers."""
+    names = {*names}
+    are_numbers = all(map(str.isdecimal, names))
+    return tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))
+
+
 class LabelError(ValueError):
     """A value that is no class."""
 

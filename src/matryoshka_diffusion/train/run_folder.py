@@ -178,7 +178,9 @@ def continued_data(
                 "with this one (mdm train --data-changed)"
             )
         warnings.warn(f"{folder} goes on with other data: {other}", stacklevel=2)
-    place = {"path": data.path, "source": data.source, "identity": data.identity}
+    place: dict[str, Any] = {"path": data.path, "source": data.source, "identity": data.identity}
+    if [part.share for part in written.mix] == [part.share for part in data.mix]:
+        place["mix"] = data.mix
     return written.model_copy(update=place)
 
 
