@@ -30,7 +30,7 @@ from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import HeldOutLoss
-from matryoshka_diffusion.runs.prepare import Job, open_source, prepare
+from matryoshka_diffusion.runs.prepare import Job, open_data, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import View, train
@@ -228,7 +228,7 @@ def _distance(model: Model, trial: Trial, job: Job, **settings: Any) -> Result:
 
     It falls with that number.
     """
-    whole = open_source(job.config.data, job.config.data_side)
+    whole = open_data(job.config)
     return evaluate(model, "fd", source=whole, n=trial.samples, **settings)[0]
 
 

@@ -229,7 +229,8 @@ def test_fused_attention_of_gpus_may_take_all_queries_keys_and_values(clips, mon
         monkeypatch.setattr(module, "attend", attend)
     for form in (torch.contiguous_format, torch.channels_last):
         with torch.device("meta"):
-            net = NestedUNet(nest(clips=clips, text=TEXT)).to(memory_format=form)
+            net = NestedUNet(nest(clips=clips, text=TEXT))
+            net = net.to(memory_format=form)  # pyright: ignore[reportCallIssue]
             z = tuple(torch.empty_like(level) for level in noisy(net.config, 1))
             net(z, torch.empty(1), Conditioning(tokens=torch.empty(1, 5, 12)))
     assert strides

@@ -99,7 +99,7 @@ def test_tuning_matches_classes_by_name(tmp_path, by_preset):
             config = job.find_config("folder-64", folder, ["model.classes=2"], init=model)
         else:
             config = job.find_config(model, folder)
-        source = job.open_source(config.data, 64)
+        source = job.open_data(config)
         return job.complete(config, source), source
 
     config, source = tuned("cat", "owl")

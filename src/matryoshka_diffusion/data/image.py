@@ -127,7 +127,6 @@ def read_picture(
 
     The image has the number of `channels` (one of `CHANNELS`), whatever the file has. The crop
     "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
-    keeps the middle square; "random" keeps the longer side, up to `REACH`.
     Raises as `opened` does.
     """
     with opened(file, PICTURES) as stream:
