@@ -528,7 +528,8 @@ def kept(run: Path) -> list[dict[str, Any]]:
 
 def test_networks_are_read_from_the_files_that_are_named(run, tmp_path, tiny_clip, capsys):
     make_inception(tmp_path / "inception.pt")
-    files = ["--inception", str(tmp_path / "inception.pt"), "--clip", str(tiny_clip)]
+    files = ["--inception", str(tmp_path / "inception.pt"), "--trust-torchscript"]
+    files += ["--clip", str(tiny_clip)]
     arguments = ["eval", str(run), "-n", "12", "--steps", "1", "--metrics"]
     assert cli.main([*arguments, "is,cmmd", *files]) == 0
     assert capsys.readouterr().out.startswith("IS [1 samples a split < 1,008 classes: biased low]")

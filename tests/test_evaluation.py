@@ -344,10 +344,12 @@ def test_the_distance_of_each_frame_shows_where_clips_go_astray(compared):
 
 def test_the_distance_between_clips_is_that_of_their_features(compared, tmp_path):
     evaluating.make_video_net(tmp_path / "i3d.pt")
-    networks = find_networks(["fvd"], fvd=tmp_path / "i3d.pt", frames=FRAMES)
+    networks = find_networks(
+        ["fvd"], fvd=tmp_path / "i3d.pt", frames=FRAMES, trust_torchscript=True
+    )
     made, real = clips(), clips(14, seed=1, top=200)
     [number] = compared("fvd", made, real, networks)
-    net = VideoNet(tmp_path / "i3d.pt", FRAMES)
+    net = VideoNet(tmp_path / "i3d.pt", FRAMES, trust_torchscript=True)
     expected = frechet_distance(*(Moments.of(net(side)) for side in (real, made)))
     assert number.value == pytest.approx(expected, rel=1e-6)
     assert number.metric == (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluating import make_video_net, save_scripted
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.metrics.inception import CLASSES, WIDTH, FIDInception, Inception
 from matryoshka_diffusion.metrics.networks import (
@@ -93,7 +94,7 @@ def i3d(tmp_path_factory):
 def video(i3d):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as the deprecation of TorchScript
-        return VideoNet(i3d, FRAMES)
+        return VideoNet(i3d, FRAMES, trust_torchscript=True)
 
 
 # --- all of them -------------------------------------------------------------------------------
@@ -285,7 +286,10 @@ def scripted(path, layers, output):
 
 
 def test_both_kinds_of_files_and_the_network_by_hand_agree(net, inception, tmp_path):
-    file = Inception(scripted(tmp_path / "inception.pt", ByHand(net.state_dict()), net.fc))
+    file = Inception(
+        scripted(tmp_path / "inception.pt", ByHand(net.state_dict()), net.fc),
+        trust_torchscript=True,
+    )
     pictures = noise(1, side=299)
     features = inception(pictures)
     assert features.std() > 0.1
@@ -352,6 +356,7 @@ class Trap:
         ({"fc.weight": torch.zeros(1000, 2048)}, r"Missing key.*Conv2d_1a_3x3"),
         ({"AuxLogits.fc.bias": torch.zeros(1)}, r"AuxLogits.fc.bias"),
         ({"fc.weight": Trap()}, "no file of tensors"),
+        ({"fc.weight": torch.zeros(1008, 2048, dtype=torch.int32)}, "fc.weight is int32"),
     ],
 )
 def test_a_file_that_is_no_inception_is_named(content, problem, net, tmp_path, monkeypatch):
@@ -382,11 +387,13 @@ class Mean(nn.Module):
 
 def test_torchscript_that_is_no_inception_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(1, 5\)"):
-        Inception(scripted(tmp_path / "other.pt", Mean(5), nn.Identity()))
+        Inception(scripted(tmp_path / "other.pt", Mean(5), nn.Identity()), trust_torchscript=True)
     save_scripted(nn.Linear(2, 2), tmp_path / "linear.pt")
     with pytest.raises(ValueError, match="no FID Inception"):
-        Inception(tmp_path / "linear.pt")
-    headless = Inception(scripted(tmp_path / "features.pt", Mean(2048), nn.Identity()))
+        Inception(tmp_path / "linear.pt", trust_torchscript=True)
+    headless = Inception(
+        scripted(tmp_path / "features.pt", Mean(2048), nn.Identity()), trust_torchscript=True
+    )
     features = headless(noise(2, side=16))
     assert features.shape == (2, 2048)
     with pytest.raises(ValueError, match="no weight of 1008x2048"):
@@ -502,7 +509,10 @@ class Corner(nn.Module):
 def test_i3d_is_given_bytes_and_any_other_network_224_pixels_in_minus_one_to_one(tmp_path):
     save_scripted(Asked(), tmp_path / "asked.pt")
     save_scripted(Corner(), tmp_path / "corner.pt")
-    asked, corner = (VideoNet(tmp_path / f"{name}.pt", FRAMES) for name in ("asked", "corner"))
+    asked, corner = (
+        VideoNet(tmp_path / f"{name}.pt", FRAMES, trust_torchscript=True)
+        for name in ("asked", "corner")
+    )
     images = clips()
     first, last = images[:, 0, 0, 0], images[:, -1, -1, -1]
     np.testing.assert_array_equal(asked(images), np.hstack([np.ones((3, 3)), first, last]))
@@ -546,4 +556,23 @@ def test_files_that_are_no_network_of_clips_are_refused(content, message, tmp_pa
     elif content is not None:
         save_scripted(content(), path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        VideoNet(path, FRAMES)
+        VideoNet(path, FRAMES, trust_torchscript=True)
+
+
+@pytest.mark.parametrize("make", [Inception, VideoNet])
+@pytest.mark.parametrize(
+    ("name", "consent", "remedy"),
+    [
+        ("net.pt", {}, "--trust-torchscript"),
+        ("net.bin", {}, "--trust-torchscript"),
+        ("pt_inception-2015.pth", {}, "read as data"),
+        ("pt_inception-2015.pth", {"trust_torchscript": True}, "read as data"),
+    ],
+)
+def test_no_program_runs_without_consent_and_none_of_a_pth(
+    make, name, consent, remedy, tmp_path, monkeypatch
+):
+    save_scripted(Map(), tmp_path / name)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("a program was run"))
+    with pytest.raises(UsageError, match=f"{name}: .*{remedy}"):
+        make(tmp_path / name, **consent)

@@ -17,15 +17,21 @@ import torch
 
 from faults import shards
 from faults.product import CONFIG
+from matryoshka_diffusion import tensorfile
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.config import DataConfig, EncoderConfig
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import open_source
+from matryoshka_diffusion.metrics.inception import Inception
+from matryoshka_diffusion.metrics.networks import CLIP
+from matryoshka_diffusion.models.diffusers import MDMPipeline
 from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.models.released import load_released
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
 from picturing import chunk, noise, png_bytes, save
 from ranks import fork
@@ -177,6 +183,26 @@ def test_damaged_model_folders_give_clean_errors_and_take_little(tmp_path):
     net = text_model()
     checkpoint.export_weights(tmp_path / "model", net.net.state_dict(), net.config)
     assert fork(load_damaged, tmp_path / "model") == 7
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Matryoshka.load,
+        lambda folder: load_released(folder / "model.safetensors"),
+        lambda folder: checkpoint.Stored([folder / "model.safetensors"]),
+        lambda folder: Inception(folder / "model.safetensors"),
+        lambda folder: CLIP(folder),
+        lambda folder: load_encoder(EncoderConfig(name="t5", path=str(folder))),
+        lambda folder: MDMPipeline.from_pretrained(folder.parent),
+    ],
+)
+def test_no_header_of_a_model_is_read_before_its_length_is_judged(read, tmp_path, monkeypatch):
+    net = text_model()
+    checkpoint.export_weights(tmp_path / "model", net.net.state_dict(), net.config)
+    monkeypatch.setattr(tensorfile, "LARGEST_HEADER", 64)
+    with pytest.raises((ValueError, OSError), match=r"model\.safetensors: .*header"):
+        read(tmp_path / "model")
 
 
 # --- same seed, same picture -------------------------------------------------------------------

@@ -32,6 +32,7 @@ from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import cache_folder, read_json, require, write_atomically
 from matryoshka_diffusion.pyramid import to_float
+from matryoshka_diffusion.tensorfile import check_header
 from matryoshka_diffusion.text.feature_cache import RaggedStore
 
 SETTINGS, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -142,6 +143,7 @@ def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> A
         )
     key = check_codec(config.codec, folder, config.name)
     diffusers = require("diffusers", "diffusers", "a codec")
+    check_header(folder / WEIGHTS)
     model, report = diffusers.AutoencoderKL.from_pretrained(
         str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
     )

@@ -147,6 +147,7 @@ def _networks(options: argparse.Namespace, frames: int | None) -> Any:
     from matryoshka_diffusion.eval.evaluate import find_networks
 
     files = {name: getattr(options, name) for name in ("inception", "clip", "fvd")}
+    files["trust_torchscript"] = options.trust_torchscript
     return lambda metrics: find_networks(metrics, options.device, frames=frames, **files)
 
 
@@ -201,6 +202,8 @@ def _add_metrics(command: argparse.ArgumentParser, default: str | None) -> None:
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
     command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")
     command.add_argument("--fvd", type=Path, metavar="FILE", help="TorchScript network of clips")
+    text = "run the program in a TorchScript file of --inception or --fvd"
+    command.add_argument("--trust-torchscript", action="store_true", help=text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -352,15 +352,18 @@ def find_networks(
     clip: str | Path | None = None,
     fvd: str | Path | None = None,
     frames: int | None = None,
+    trust_torchscript: bool = False,
 ) -> Networks:
     """Load the networks that the metrics look through, from files; FVD's for clips of `frames`.
 
-    Raises `UsageError` if a file is missing, or if none of the metrics looks through it.
+    Raises `UsageError` if a file is missing, if none of the metrics looks through it, or if it is
+    a TorchScript program and `trust_torchscript` does not let it run.
     """
+    trust = {"trust_torchscript": trust_torchscript}
     files = {
-        INCEPTION: ("inception", inception, lambda path: Inception(path, device)),
+        INCEPTION: ("inception", inception, lambda path: Inception(path, device, **trust)),
         CLIP.name: ("clip", clip, lambda path: CLIP(path, device)),
-        VIDEO: ("fvd", fvd, lambda path: VideoNet(path, frames or FRAMES, device)),
+        VIDEO: ("fvd", fvd, lambda path: VideoNet(path, frames or FRAMES, device, **trust)),
     }
     metrics = list(metrics)
     needed = {METRICS[name].network for name in metrics}

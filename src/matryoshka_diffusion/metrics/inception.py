@@ -7,7 +7,7 @@ The weights cannot be shipped. Two files of them are in use, both made from Tens
   same keys as safetensors). It is read as data: nothing in it is run. Resizing and scaling are
   those of the TensorFlow graph, by which ADM's references were made.
 - `inception-2015-12-05.pt`, the TorchScript archive of StyleGAN and EDM, which resizes and scales
-  inside. Loading it runs the program in it, so load one only from a source that you trust.
+  inside. Loading it runs the program in it, which takes your consent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
@@ -33,9 +32,11 @@ from matryoshka_diffusion.metrics.networks import (
     is_torchscript,
     load_torchscript,
     reason_of,
+    refuse_untrusted,
     tf1_bilinear,
     weights_hash,
 )
+from matryoshka_diffusion.tensorfile import FLOATS, not_floats, open_tensors
 
 WIDTH = 2048
 CLASSES = 1008
@@ -188,16 +189,29 @@ class Inception:
     name = "Inception"
     width = WIDTH
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        """Load a weights file of either kind. Raises `FileNotFoundError`, or `ValueError`."""
+    def __init__(
+        self,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        trust_torchscript: bool = False,
+    ) -> None:
+        """Load a weights file of either kind.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it holds something else.
+            UsageError: it is a program, and `trust_torchscript` does not let it run.
+        """
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {_EXPECTED}")
+        if is_program := is_torchscript(path):
+            refuse_untrusted(path, trust_torchscript)
         self.weights = weights_hash(path)
         self._path, self._device = path, torch.device(device)
         self._features: Callable[[Tensor], Tensor]
         try:
-            if is_torchscript(path):
+            if is_program:
                 net = load_torchscript(path, self._device)
                 self._features = partial(net, return_features=True)
                 self.resize = f"inside the TorchScript file to {SIDE}x{SIDE}"
@@ -245,14 +259,18 @@ class Inception:
 
 def _ported(path: Path, device: torch.device) -> FIDInception:
     if path.suffix == ".safetensors":
-        state: Any = safetensors.torch.load_file(path, device=str(device))
+        with open_tensors(path) as file:
+            state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     else:
         state = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("it holds no state dict (tensors by name)")
+    for name, value in state.items():
+        if value.dtype not in FLOATS.values() and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{name} is {not_floats(value.dtype)}")
     # Built on `meta`: its usual initialisation would draw from torch's global generator.
     with torch.device("meta"):
         net = FIDInception()
     # A plain dict has no version, so the counters that training leaves may be there or not.
     net.load_state_dict(dict(state), assign=True)
-    return net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False).float().to(device)

@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.files import digest, require
 from matryoshka_diffusion.metrics.formulas import comparable, unit
+from matryoshka_diffusion.tensorfile import check_header
 
 
 @runtime_checkable
@@ -83,6 +85,23 @@ def is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+def refuse_untrusted(path: Path, trusted: bool) -> None:
+    """Raise `UsageError` unless the program in a TorchScript file may run. One of a .pth never may.
+
+    A `.pth` is read as data, so a program in one is not what its user expects.
+    """
+    if path.suffix == ".pth":
+        raise UsageError(
+            f"{path}: a .pth is read as data, and this one is or should be a TorchScript program, "
+            "which is not run: name a file of weights, or a .pt that you trust"
+        )
+    if not trusted:
+        raise UsageError(
+            f"{path}: a TorchScript file is a program, and loading it runs it: if you trust its "
+            "source, add --trust-torchscript (in Python trust_torchscript=True)"
+        )
 
 
 def load_torchscript(path: Path, device: torch.device) -> Any:
@@ -192,6 +211,8 @@ class CLIP:
                 "it: config.json, model.safetensors and the tokenizer's files"
             )
         try:
+            for file in files:
+                check_header(file)
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -285,15 +306,22 @@ class VideoNet:
     """
 
     def __init__(
-        self, path: str | Path, frames: int = FRAMES, device: torch.device | str = "cpu"
+        self,
+        path: str | Path,
+        frames: int = FRAMES,
+        device: torch.device | str = "cpu",
+        *,
+        trust_torchscript: bool = False,
     ) -> None:
         """Load a file and probe it with one black clip.
 
-        Raises `FileNotFoundError`, or `ValueError` if it is no TorchScript or fails on the probe.
+        Raises `FileNotFoundError`, `UsageError` unless the program in the file may run, or
+        `ValueError` if it is no TorchScript or fails on the probe.
         """
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {_EXPECTED}")
+        refuse_untrusted(path, trust_torchscript)
         self._device, self.frames, self.weights = torch.device(device), frames, weights_hash(path)
         try:
             self._net = load_torchscript(path, self._device)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
@@ -28,6 +28,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
+from matryoshka_diffusion.tensorfile import check_header, open_tensors
 from matryoshka_diffusion.text.encoder import load_encoder, states_of
 from matryoshka_diffusion.train.checkpoint import load_weights
 
@@ -204,6 +205,8 @@ class MDMPipeline(DiffusionPipeline):
                 f"{folder}: no such folder; a model on the hub has to be fetched first, as "
                 "huggingface_hub.snapshot_download does"
             )
+        for path in folder.glob("*/*.safetensors"):
+            check_header(path)
         try:
             pipe = super().from_pretrained(folder, **(options | {"use_safetensors": True}))
         except (RuntimeError, SafetensorError) as error:  # of transformers, about weights
@@ -375,7 +378,7 @@ def check_encoder(text_encoder: PreTrainedModel) -> None:
     folder = Path(str(text_encoder.name_or_path))
     saved: set[str] = set()
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             saved.update(file.keys())
     state = text_encoder.state_dict(keep_vars=True)
     loaded = {id(state[name]) for name in saved & state.keys()}  # tied weights have several names

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import package_folder, require
+from matryoshka_diffusion.tensorfile import check_header
 
 _BATCH = 64
 _SENTENCE = "Matryoshka: a doll in a doll, 3 levels deep."
@@ -228,6 +229,8 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
         "local_files_only": local,
         "trust_remote_code": False,  # unset, transformers asks on a terminal
     }
+    for file in folder.glob("*.safetensors") if local else ():
+        check_header(file)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model, report = getattr(transformers, model_class).from_pretrained(

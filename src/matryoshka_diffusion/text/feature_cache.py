@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from matryoshka_diffusion.files import cache_folder, digest, remove_stale, write_atomically
+from matryoshka_diffusion.tensorfile import open_tensors
 from matryoshka_diffusion.text.encoder import HiddenStates
 
 Progress = Callable[[int, int], None]
@@ -129,14 +130,14 @@ class RaggedStore:
             self._new.append(self._index_of(path))
         except FileNotFoundError:
             return
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             warnings.warn(f"{path} is corrupt and is made again ({error})", stacklevel=4)
             path.unlink(missing_ok=True)
         else:
             self._paths.append(path)
 
     def _index_of(self, path: Path) -> _Index:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             seal, _, about = file.metadata()["captions"].partition("\n")
             names = json.loads(about)
             small = {name: file.get_tensor(name) for name in ("offsets", "checksums")}
