@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,66 +14,10 @@ from matryoshka_diffusion.data import decoded, remote
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import UnreadableError
 from picturing import COLOURS, encode, opened, write_tar
+from serving import KINDS, Server
 
 COUNT = 12
 FORMS: tuple[SourceName, ...] = ("shards", "parquet")
-
-
-class Server:
-    """Files of a folder over HTTP; `fault(number, method)` says how a request goes wrong."""
-
-    def __init__(self, folder: Path) -> None:
-        self.fault: Callable[[int, str], str | int] = lambda number, method: ""
-        self.requests: Counter[str] = Counter()
-        server, lock = self, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.answer(b"")
-
-            def do_GET(self) -> None:
-                self.answer(None)
-
-            def answer(self, body: bytes | None) -> None:
-                with lock:
-                    server.requests[self.command] += 1
-                    fault = server.fault(server.requests.total(), self.command)
-                path = folder / self.path[1:]
-                if fault == "silent":
-                    time.sleep(1.0)
-                    self.close_connection = True
-                    return
-                if isinstance(fault, int) or not path.exists():
-                    self.send_response(fault if isinstance(fault, int) else 404)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                data, part = path.read_bytes(), self.headers.get("Range")
-                self.send_response(206 if part and fault != "whole" else 200)
-                if part and fault != "whole":
-                    first, last = part.removeprefix("bytes=").split("-")
-                    data = data[int(first) : int(last) + 1]
-                if fault == "short":
-                    data = data[: len(data) // 2]
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("Last-Modified", "Sun, 29 Nov 2026 12:00:00 GMT")
-                self.end_headers()
-                if body is None:
-                    self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-                self.close_connection = fault == "cut"
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -106,7 +46,7 @@ def is_whole(source: Source) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("fault", [503, 500, 429, 408, "cut", "short", "whole", "silent"])
+@pytest.mark.parametrize("fault", [503, 500, 429, 408, *KINDS])
 def test_a_failure_that_passes_is_not_seen(server, form, fault):
     """Every third request for bytes fails, those of one read never twice."""
     server.fault = lambda number, method: fault if method == "GET" and number % 3 == 0 else ""

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -152,6 +153,19 @@ def name_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
+def unsynced_folders(code: str) -> None:
+    """Refuse fsync of every folder with an error of that name."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            tell(f"{code} at fsync {name_of(descriptor)}")
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        real(descriptor)
+
+    os.fsync = fsync
+
+
 # --- numbers -----------------------------------------------------------------------------------
 
 
@@ -267,10 +281,18 @@ def on_demand(at_least: int) -> None:
     decoded.CACHED_PICTURES = at_least
 
 
+def impatient(seconds: float) -> None:
+    """Wait that long before each new attempt to reach a server."""
+    from matryoshka_diffusion.data import remote
+
+    remote.WAITS = (seconds,) * len(remote.WAITS)
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     "disk": lambda plan: Disk(**plan).install(),
     "ranks": lambda plans: bring(plans.get(os.environ["RANK"], {})),  # rank -> its faults
     **{f.__name__: f for f in (poison, overflow, hold, record, on_demand, pids, same_rows, learnt)},
+    **{f.__name__: f for f in (unsynced_folders, impatient)},
 }
 
 

@@ -80,8 +80,18 @@ def small(shop: Workshop, result: Result, until: float) -> None:
     before = full.kept()
     _judge(result, full, before, "ENOSPC", OF_A_CHECKPOINT, text)
     result.expect(full.newest() > 0, f"{full.folder}: no checkpoint fitted")
-    _judge(result, readonly, before, "EROFS", "environment.json", rest.split("--- repaired")[0])
+    _judge(result, readonly, before, "EROFS", r"\.lock", rest.split("--- repaired")[0])
     shop.compare(result, repaired)
+
+
+def unsynced(shop: Workshop, result: Result, until: float) -> None:
+    """A file system that refuses to sync folders, as some network and FUSE systems do."""
+    for code in ("EINVAL", "ENOTSUP"):
+        run = shop.run("unsynced")
+        ended = run.go(unsynced_folders=code)
+        result.expect(ended.status == 0, f"{run.folder}: {ended}", "refused folders")
+        result.expect(bool(ended.fault), f"{run.folder}: no folder was synced")
+        shop.compare(result, run)
 
 
 def _judge(

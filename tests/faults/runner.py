@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from faults import data, disk, kills, nonfinite, ranks, rivals
+from faults import data, disk, kills, nonfinite, ranks, rivals, servers
 from faults.product import Workshop, prepare
 from faults.report import Result, table
 
@@ -40,6 +40,8 @@ SCENARIOS: dict[str, tuple[int, Scenario]] = {
     "NaN in every step": (8, nonfinite.bounded),
     "two processes in one folder": (19, rivals.two_processes),
     "data that changes between two starts": (20, rivals.other_data),
+    "folders that cannot be synced": (3, disk.unsynced),
+    "a server that fails": (22, servers.failing),
     "kill -9 at random times": (2, kills.at_random),
 }
 """Number of the promise and function. The last takes the rest of the time."""
