@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import CoarseConfig, LevelConfig, MicroConfig, ModelConfig
 from matryoshka_diffusion.nn import layers, temporal
-from matryoshka_diffusion.nn.layers import shuffle, sinusoid, unshuffle
+from matryoshka_diffusion.nn.layers import shapes_only, shuffle, sinusoid, unshuffle
 from matryoshka_diffusion.nn.level import Level
 from matryoshka_diffusion.nn.nested import (
     NestedUNet,
@@ -56,6 +57,32 @@ def test_a_prediction_has_the_shape_of_its_level_and_starts_at_zero(depth: int, 
     assert not any(y.any() for y in run(net))
     sides = (8, 16, 32)[:depth]
     assert [y.shape for y in run(wake(net))] == [(ROWS, channels, side, side) for side in sides]
+
+
+class Changes(TorchDispatchMode):
+    """The names of torch's operations that write into a tensor that was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [func.__name__] * func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
+
+
+@every_kind
+def test_a_network_of_shapes_only_has_all_shapes_and_is_never_filled(
+    shared: dict[str, Any], cond: Conditioning
+):
+    config = nest(2, **shared, augment=True)
+    with Changes() as changes, shapes_only():
+        net = NestedUNet(config)
+    assert not changes.names
+    assert all(parameter.is_meta for parameter in net.parameters())
+    filled = NestedUNet(config).state_dict()
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in filled.items()}
 
 
 def test_patches_fold_pixels_into_channels_and_back():

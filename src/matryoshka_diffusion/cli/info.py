@@ -59,11 +59,12 @@ def describe(config: RunConfig) -> str:
     import torch
 
     from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
+    from matryoshka_diffusion.nn.layers import shapes_only
     from matryoshka_diffusion.nn.nested import NestedUNet, level_of
     from matryoshka_diffusion.schedule import build_schedules
 
     model = config.model
-    with torch.device("meta"):
+    with shapes_only():
         net = NestedUNet(model)
     shared = count_parameters(net.conditioner)
     parameters = Counter({0: -shared})
@@ -202,16 +203,15 @@ def describe_plan(
         gpus: number of GPUs to state the memory for, besides one.
         shards: whether each GPU holds a share of the weights (FSDP2).
     """
-    import torch
-
     from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops, training_bytes
+    from matryoshka_diffusion.nn.layers import shapes_only
     from matryoshka_diffusion.nn.lora import attach
     from matryoshka_diffusion.nn.nested import NestedUNet
 
     train, precision = config.train, "fp32" if config.train.precision == "fp32" else "bf16"
     lines = [describe(config)]
     for place, stage in enumerate(train.stages, start=1):
-        with torch.device("meta"):
+        with shapes_only():
             net = NestedUNet(config.model.first(stage.levels))
             if train.lora is not None:
                 attach(net, train.lora)

@@ -32,6 +32,7 @@ from matryoshka_diffusion.models.released_pickle import (
     read_pickle,
     short,
 )
+from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.tensorfile import FLOATS, LARGEST_HEADER, check_header, not_floats
@@ -162,7 +163,7 @@ def _match(like: Mapping[str, Tensor], model: ModelConfig, where: str) -> dict[s
         if len(names) < len(like):
             raise ValueError("several keys are the same but for module. or _orig_mod. before them")
         keys = convert_state_dict(names, model)
-        with torch.device("meta"):
+        with shapes_only():
             expected = NestedUNet(model).state_dict()
         check_same(expected, {name: like[key] for name, key in keys.items()}, where=where)
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:

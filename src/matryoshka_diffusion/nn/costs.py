@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig
+from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 
@@ -73,7 +74,7 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
 def _one_image(
     model: ModelConfig, tokens: int = TEXT_TOKENS
 ) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
-    with torch.device("meta"):
+    with shapes_only():
         net = NestedUNet(model)
         z = tuple(torch.empty(1, *each.shape(model.channels)) for each in resolutions_of(model))
         first = z[0] if model.coarse else None

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 GROUPS = 32
 """Groups of every group normalisation. Widths are multiples of it."""
+FILLS = frozenset(("fill_", "zero_", "normal_", "uniform_", "kaiming_uniform_"))
+"""Names of the functions of torch that give weights their first values."""
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build modules whose weights have shapes and no numbers: on `meta`, and never filled.
+
+    torch would run its initialisers on `meta`, too. They change nothing there, but they import
+    torch's compiler, which takes more than a second.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave tensors as they are where torch would fill them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -54,6 +54,7 @@ from matryoshka_diffusion.models.find import (
     with_encoder,
     with_own_codec,
 )
+from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import CODECS, preset
@@ -385,7 +386,7 @@ def _with_adapted(config: RunConfig) -> tuple[RunConfig, dict[str, Tensor] | Non
     for name in ModelConfig.model_fields:
         if getattr(theirs, name) != getattr(ours, name):
             raise ConfigError(f"train.init: model.{name} of {train.init} is not that of this run")
-    with torch.device("meta"):  # refuses a model that cannot be adapted before a run begins
+    with shapes_only():  # refuses a model that cannot be adapted before a run begins
         attach(NestedUNet(ours), train.lora)
     lora = train.lora.model_copy(update={"base": train.lora.base or fingerprint(weights)})
     train = train.model_copy(update={"lora": lora})

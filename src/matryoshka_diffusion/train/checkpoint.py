@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import ModelConfig, RunConfig, TrainConfig
 from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write_atomically
 from matryoshka_diffusion.modelconfig import Natural, Strict
+from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name, present_name
 from matryoshka_diffusion.tensorfile import FLOATS, not_floats, open_tensors
@@ -370,7 +371,7 @@ def load_network(model: ModelConfig, weights: Mapping[str, Tensor], *, where: st
 
     Raises CheckpointError if they do not fit.
     """
-    with torch.device("meta"):
+    with shapes_only():
         net = NestedUNet(model)
     check_same(net.state_dict(), weights, where=where)
     net.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
