@@ -108,7 +108,7 @@ def same(output, samples):
 
 def test_an_export_makes_the_pictures_of_the_native_sampler(model, pipe):
     native = model.sample(PROMPTS, n=2, seed=7)
-    output = pipe(PROMPTS, num_images_per_prompt=2, generator=seed(7))
+    output = pipe(PROMPTS, num_images_per_prompt=2, generator=seed(7), height=16, width=16)
     assert same(output, native)
     assert output.images is output.levels[-1]
     assert [image.size for image in output.levels[0]] == [(8, 8)] * 4
@@ -400,7 +400,10 @@ def test_a_missing_package_names_its_extra(monkeypatch, package):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": []}, "needs a prompt"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": None}, "needs a prompt"),
+        ({"prompt": "a", "height": 8}, "height is 8.* 16 "),
+        ({"prompt": "a", "width": 32}, "width is 32"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type 'jpg'"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt"),

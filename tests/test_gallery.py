@@ -214,6 +214,7 @@ def undrawn(monkeypatch):
         ("videos", ["-o", "file"], "file is a file, not a folder"),
         ("videos", ["-o", "full", "--clips", "png"], "full is not empty"),
         ("pictures", ["-o", "locked/new/a.png"], "locked: give another folder"),
+        ("pictures", [], "nothing can be written in"),
     ],
 )
 def test_a_bad_destination_is_refused(
@@ -225,7 +226,7 @@ def test_a_bad_destination_is_refused(
     Path("locked").mkdir()
     Path("full/mine").mkdir(parents=True)
     free = os.access
-    locked = tmp_path / "locked"  # for root, too
+    locked = tmp_path / "locked" if arguments else model  # for root, too
     monkeypatch.setattr(os, "access", lambda path, mode: path != locked and free(path, mode))
     assert draw(model, *arguments) == 2
     assert message in capsys.readouterr().err

@@ -13,6 +13,7 @@ from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.sampling import listed
 from matryoshka_diffusion.train.checkpoint import export_weights
 from tiny_run import encode, tiny_config, with_frames
 
@@ -192,6 +193,15 @@ def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
         (class_model, {"classes": "cow"}, "unknown class 'cow'; there are: cat, dog, eel"),
         (class_model, {"classes": 3}, "unknown class 3"),
         (class_model, {"classes": "²"}, "unknown class"),
+        (class_model, {"classes": []}, "classes is empty"),
+        (text_model, {"prompts": []}, "prompts is empty"),
+        (class_model, {"n": 0}, "n is 0"),
+        (class_model, {"n": -1}, "n is -1"),
+        (class_model, {"n": 99_999_999_999_999}, r"-n\).*--seed"),
+        (text_model, {"prompts": "a", "n": 99_999_999_999_999}, r"-n\).*--seed"),
+        (class_model, {"batch_size": 0}, "batch_size is 0"),
+        (class_model, {"steps": 10**14}, "sampling.steps"),
+        (class_model, {"steps": 1001, "grid": "released"}, "1,001.*trailing"),
         (text_model, {"prompts": "a \ud800"}, "not UTF-8"),
         (text_model, {"prompts": "a", "negative": "b", "guidance": 1.0}, "needs guidance"),
         (class_model, {"negative": "b", "guidance": 2.0}, "takes no negative prompt: it takes cl"),
@@ -212,6 +222,13 @@ def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
 def test_what_cannot_be_asked_for_is_said(make, arguments, message):
     with pytest.raises(UsageError, match=message):
         make().sample(**arguments)
+
+
+@pytest.mark.parametrize("value", [["a", None], ("a", ["b"]), 5, 0.5, [b"a"]])
+def test_what_is_no_text_is_named_with_its_place(value):
+    """Past the checks of types, which only the tests have."""
+    with pytest.raises(UsageError, match=r"prompts\[[01]\] is .*text"):
+        listed("prompts", value, str)
 
 
 def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):

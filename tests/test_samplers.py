@@ -218,7 +218,7 @@ def test_the_same_picture_alone_and_in_a_batch_of_sixteen(sampler: Callable):
 @every_schedule
 @every_grid
 def test_grids_fall_from_noise_to_clean(name: str, grid: Callable):
-    for steps in (1, 2, 10, 250):
+    for steps in (1, 2, 10, 250, 1000):
         times = grid(steps, SCHEDULES[name]())
         assert times.dtype == torch.float64
         assert times.shape == (steps + 1,)

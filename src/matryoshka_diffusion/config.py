@@ -267,7 +267,7 @@ class SamplingConfig(Strict):
     """Sampling defaults; `guidance` and `threshold` have one entry, or one for each level."""
 
     sampler: SamplerName = "dpmpp-2m"
-    steps: Count = 25
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 25
     grid: GridName = "trailing"
     guidance: tuple[float, ...] = (1.0,)
     guidance_interval: tuple[float, float] | None = None  # of the log-SNR
@@ -288,6 +288,11 @@ class SamplingConfig(Strict):
     def problems(self) -> Iterator[str]:
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
             yield "guidance_interval needs a lower log-SNR before a higher one"
+        if self.grid == "released" and self.steps > 1_000:
+            yield (
+                f"steps is {self.steps:,}, and the grid released has 1,000 times: take fewer "
+                "steps, or the grid trailing"
+            )
 
 
 class RunConfig(Strict):

@@ -184,6 +184,14 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise _missing(module, extra, purpose, "" if absent else f" ({error})") from error
 
 
+def memory_bytes() -> int:
+    """Memory of this machine in bytes; 64 GiB where the system does not say it (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**36
+
+
 def package_folder(module: str, extra: str, purpose: str) -> Path:
     """Find the folder of an optional package without running its code. Raises `MissingExtra`."""
     spec = importlib.util.find_spec(module)

@@ -191,6 +191,8 @@ class Matryoshka(DiffusionModel):
             UsageError: a prompt for a model without text, an unknown class or setting, and so on.
             ValueError: a sample holds NaN; names its seed.
         """
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}: give a whole number from 1 on, or None")
         sampling = self.sampling(settings)
         captions, cond = self.condition(prompts, classes, n)
         count = len(captions)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, 
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
+from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
@@ -26,6 +29,9 @@ PER_LEVEL = ("guidance", "threshold")
 UNBOUNDED = (-float("inf"), float("inf"))
 BATCH = 64
 """Images, or frames of clips, that are sampled together unless a batch size is set."""
+
+
+_CLASS = (str, Integral)
 
 
 def batch_of(frames: int | None) -> int:
@@ -216,8 +222,13 @@ class DiffusionModel:
         """Captions and conditions of `n` samples for every prompt or class.
 
         Raises:
-            UsageError: a prompt for a model without text, an unknown class, no prompt at all.
+            UsageError: a prompt for a model without text, an unknown class, no prompt at all, or
+                more samples than the memory of this machine can hold.
         """
+        if not isinstance(n, Integral) or n < 1:
+            raise UsageError(f"n is {n!r}: give a whole number from 1 on (-n)")
+        prompts, classes = listed("prompts", prompts, str), listed("classes", classes, _CLASS)
+        self._refuse_more_than_fit(n * len(prompts or classes or range(self.model.classes or 1)))
         if prompts is not None and self.model.text is None:
             raise self._takes("no prompts")
         if classes is not None and not self.model.classes:
@@ -225,8 +236,7 @@ class DiffusionModel:
         conditions: dict[str, Any] = {}
         captions = ("",) * n
         if self.model.text is not None:
-            prompts = [prompts] if isinstance(prompts, str) else prompts
-            if not prompts:
+            if prompts is None:
                 raise UsageError(f"{self.config.name} needs a prompt: add one (-p)")
             if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
                 raise UsageError("a prompt is not UTF-8")
@@ -246,6 +256,19 @@ class DiffusionModel:
             for name, usual in self.model.usual_micro.items()
         }
         return captions, Conditioning(**conditions, micro=micro)
+
+    def _refuse_more_than_fit(self, count: int) -> None:
+        """Raise UsageError if the bytes of `count` samples and of their text exceed the memory."""
+        shapes = [grid.shape(self.model.channels) for grid in self.resolutions]
+        each = sum(map(math.prod, shapes)) * self.config.pixels_per_side**2
+        each += 0 if self.model.text is None else 4 * self.model.text.features  # of one token
+        needed, memory = count * each, memory_bytes()
+        if needed > memory:
+            raise UsageError(
+                f"{count:,} samples take {needed / 1e9:,.1f} GB or more, and this machine has "
+                f"{memory / 1e9:,.1f} GB: draw fewer at a time (-n), the next ones with another "
+                "seed (--seed)"
+            )
 
     def with_coarse(
         self,
@@ -300,7 +323,7 @@ class DiffusionModel:
         tokens, mask = pad([self._features_alone[one] for one in texts])
         return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
 
-    def _labels(self, classes: str | int | Sequence[str | int] | None) -> list[int]:
+    def _labels(self, classes: Sequence[str | int] | None) -> list[int]:
         """Indices of classes by name or number; all classes if there is none.
 
         A string is first read as a name ("1" may be one), then as an index. An `int` is an index.
@@ -318,9 +341,28 @@ class DiffusionModel:
 
         if classes is None:
             return list(range(count))
-        return [label(one) for one in ([classes] if isinstance(classes, str | int) else classes)]
+        return [label(one) for one in classes]
 
     def _takes(self, refused: str) -> UsageError:
         takes = "takes prompts (-p)" if self.model.text is not None else "is unconditional"
         takes = "takes classes (--class)" if self.model.classes else takes
         return UsageError(f"{self.config.name} takes {refused}: it {takes}")
+
+
+def listed(name: str, value: Any, kinds: Any) -> list[Any] | None:
+    """One value or several as a list; None stays None.
+
+    Raises:
+        UsageError: the list is empty, or an entry is of another type.
+    """
+    if value is None:
+        return None
+    one = isinstance(value, str) or not isinstance(value, Iterable)
+    values = [value] if one else [*value]
+    if not values:
+        raise UsageError(f"{name} is empty: name at least one, or omit it")
+    for place, entry in enumerate(values):
+        if not isinstance(entry, kinds):
+            kind = "text" if kinds is str else "a name or a number"
+            raise UsageError(f"{name}[{place}] is {entry!r}: give {kind}")
+    return values

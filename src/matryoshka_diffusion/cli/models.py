@@ -54,7 +54,8 @@ def sample(options: argparse.Namespace) -> None:
     )
     # Without a prompt or class, every class is drawn.
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
-    gallery.check(options.out, options.clips, subject, count, options.n)
+    place = options.out or gallery.default_folder(options.model, "", options.seed)
+    gallery.check(place, options.clips, subject, count, options.n)
     if options.prompts is not None:
         _draw_prompts(model, options, settings)
         return

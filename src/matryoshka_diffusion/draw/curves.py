@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def read_curves(run: Path) -> Curves:
         if text.endswith(b"\n"):  # a run may be writing its last line
             try:
                 lines.append(json.loads(text))
-                lines[-1]["images_seen"] + 0  # a number
+                math.isfinite(lines[-1]["images_seen"])  # a number
             except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number} is damaged: remove it") from error
     if not lines:

@@ -80,11 +80,11 @@ def default_folder(run: str, caption: str, seed: int) -> Path:
     return next(root / name for name in names if not (root / name).exists())
 
 
-def check(out: Path | None, form: ClipForm | None, model: Subject, count: int, n: int) -> None:
+def check(out: Path, form: ClipForm | None, model: Subject, count: int, n: int) -> None:
     """Refuse a destination that `save` cannot write, before anything is drawn.
 
     Args:
-        out: a folder, or a file by its suffix; None is `default_folder`.
+        out: a folder, or a file by its suffix.
         form: the form of clips in a folder, None for WebP.
         count: number of captions or classes.
         n: samples of each caption or class.
@@ -95,10 +95,9 @@ def check(out: Path | None, form: ClipForm | None, model: Subject, count: int, n
         ConfigError: `form` is "png", and the folder is not empty.
         MissingExtra: an MP4, and no package that writes it.
     """
-    file = out if out is not None and _is_file(out) else None
+    file = out if _is_file(out) else None
     moves = file is not None and file.suffix.lower() in clips.SUFFIXES
-    if out is not None:
-        _refuse_unwritable(out if file is None else out.parent)
+    _refuse_unwritable(out if file is None else out.parent)
     if file is not None and form is not None:
         raise UsageError(f"--clips {form} is for a folder, and -o {out} is a file: omit one")
     if model.frames is None:
@@ -107,9 +106,9 @@ def check(out: Path | None, form: ClipForm | None, model: Subject, count: int, n
             raise UsageError(f"{option}: {model.name} draws images: give a folder or a .png")
         return
     if file is None:
-        in_folder = (out or Path("samples")) / f"clip{CLIP_FORMS[form or 'webp']}"
+        in_folder = out / f"clip{CLIP_FORMS[form or 'webp']}"
         clips.check_clip(in_folder, model.fps)
-        if form == "png" and out is not None:
+        if form == "png":
             refuse_full(out)
     elif moves:
         clips.check_clip(file, model.fps)

@@ -235,6 +235,8 @@ class MDMPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         *,
         class_labels: str | int | Sequence[str | int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -250,6 +252,7 @@ class MDMPipeline(DiffusionPipeline):
 
         Args (None is as in the exported run):
             class_labels: names or numbers, for a model of classes; by default all classes.
+            height, width: the size of the finest images in pixels; the model has no other.
             guidance_scale: one number, or one for each level.
             negative_prompt: what guidance leads away from: one text, or one for each prompt.
             generator: see `seeds_of`. An image depends on its seed, not on its batch.
@@ -283,6 +286,11 @@ class MDMPipeline(DiffusionPipeline):
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: set at least 1")
 
         model = self._model()
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels not in (None, model.picture_side):
+                raise ValueError(
+                    f"{name} is {pixels}: the model draws {model.picture_side} pixels: omit it"
+                )
         sampling = model.sampling(settings)
         captions, cond = model.condition(prompt, class_labels, num_images_per_prompt)
         negative = negative_prompt
