@@ -190,6 +190,29 @@ def test_text_and_profiles_of_a_png_never_condemn_its_pixels(tmp_path, metadata)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # its remarks on damaged EXIF data
+@pytest.mark.parametrize(
+    ("marker", "data"),
+    [
+        (0xE0, b"JFIF\0"),
+        (0xEE, b"Adobe"),
+        (0xED, b"Photoshop 3.0\0" + b"8BIM\3\xed\xff\xff\xff\xff\xff"),
+        (0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff" + bytes(20)),
+        (0xE2, b"ICC_PROFILE\0\3\x09half"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe"),
+        (0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff"),
+    ],
+    ids=range(7),
+)
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_segments_of_a_jpeg_never_condemn_its_pixels(tmp_path, marker, data, mode):
+    Image.new("RGB", (24, 24), RED).convert(mode).save(tmp_path / "a", "JPEG", quality=100)
+    whole = (tmp_path / "a").read_bytes()
+    segment = struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+    (tmp_path / "a").write_bytes(whole[:2] + segment + whole[2:])
+    assert middle(tmp_path / "a") == pytest.approx(RED, abs=4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # its remarks on damaged EXIF data
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_of_exif_only_the_orientation_counts(tmp_path, form):
     """A signed resolution with a divisor of zero, which Pillow can read and not write."""

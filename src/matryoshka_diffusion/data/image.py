@@ -70,6 +70,9 @@ REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 
 _PNG, _ANCILLARY = b"\x89PNG\r\n\x1a\n", 0x20
 _KEPT = (b"tRNS", b"eXIf", b"iCCP")  # ancillary chunks that an image's look depends on
+_APPLICATIONS, _COMMENT, _START_OF_SCAN = range(0xE0, 0xF0), 0xFE, 0xDA  # JPEG markers
+_KEPT_SEGMENTS = (b"Exif\0\0", b"ICC_PROFILE\0", b"Adobe")
+_ADOBE_BYTES = 12  # of the segment that tells the kind of colours
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -170,15 +173,38 @@ def _as_pixel(clear: Any, mode: str, depth: int) -> Any:
 
 
 def _without_metadata(stream: Any) -> io.BytesIO | None:
-    """A PNG without the chunks that pixels do not need, except a whole profile; None for others.
+    """A PNG or JPEG without what its look does not depend on; None for other files."""
+    stream.seek(0)
+    if (signature := stream.read(8)) == _PNG:
+        return _plain_png(stream)
+    return _plain_jpeg(stream) if signature[:3] == b"\xff\xd8\xff" else None
+
+
+def _plain_jpeg(stream: Any) -> io.BytesIO:
+    """A JPEG without the segments of applications, except whole ones that its look depends on."""
+    plain = io.BytesIO()
+    stream.seek(0)
+    plain.write(stream.read(2))
+    while len(head := stream.read(4)) == 4:
+        length = int.from_bytes(head[2:], "big")
+        if head[0] != 0xFF or head[1] == _START_OF_SCAN or length < 2:
+            break
+        body = stream.read(length - 2)
+        is_kept = body.startswith(_KEPT_SEGMENTS) and len(body) >= _ADOBE_BYTES
+        if is_kept or not (head[1] in _APPLICATIONS or head[1] == _COMMENT):
+            plain.write(head + body)
+    plain.write(head + stream.read())
+    plain.seek(0)
+    return plain
+
+
+def _plain_png(stream: Any) -> io.BytesIO:
+    """A PNG without the chunks that pixels do not need, except a whole profile and orientation.
 
     Pillow refuses a file for a chunk that is damaged, or that unpacks to more than 1 MiB.
     """
-    stream.seek(0)
-    if (signature := stream.read(8)) != _PNG:
-        return None
     plain = io.BytesIO()
-    plain.write(signature)
+    plain.write(_PNG)
     while len(head := stream.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if kind[0] & _ANCILLARY and kind not in _KEPT:
