@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -309,7 +310,7 @@ def test_debug_shows_the_traceback(tmp_path):
 # --- the terminal ------------------------------------------------------------------------------
 
 
-def test_control_characters_are_escaped(capsys):
+def test_control_characters_are_escaped(capsys, monkeypatch):
     text = "\x1b[31mred\x07 \udcff\u202e naïve 苹果"
     terminal.say(f"{text}\n\r")
     terminal.show(f"{text}\nsecond line")
@@ -317,6 +318,50 @@ def test_control_characters_are_escaped(capsys):
     escaped = r"\x1b[31mred\x07 \udcff\u202e naïve 苹果"
     assert output.err == f"mdm: {escaped}\n"
     assert output.out == f"{escaped}\nsecond line\n"
+    monkeypatch.setattr(terminal, "LOG_SECONDS", 0.0)
+    with terminal.Bar(text) as bar:
+        bar(1, 2)
+        bar(2, 2)
+    terminal.show_traceback(ValueError, ValueError(text), None)
+    assert capsys.readouterr().err.count(escaped) > 1
+
+
+HOSTILE = "\x1b]52;c;cm0=\x07\x9b31m\u202e\x7f\nmdm: all is well"
+
+
+@pytest.mark.parametrize("kind", ["class", "file", "caption", "member", "name"])
+def test_no_name_or_caption_steers_the_terminal(kind, model, tmp_path, monkeypatch, capsys):
+    """Names of classes, files and tar members, captions, and names of models."""
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path / "cache"))
+    data, picture = tmp_path / "data", tmp_path / "0.png"
+    save_png(np.zeros((64, 64, 3), np.uint8), picture, None)
+    words = ["data", "check", data]
+    if kind == "class":
+        shutil.copytree(picture.parent, data / HOSTILE, ignore=lambda *_: ["data"])
+    elif kind == "file":
+        data.mkdir()
+        shutil.copy(picture, data)
+        (data / f"{HOSTILE}.png").write_bytes(b"no picture")
+    elif kind == "caption":
+        data.mkdir()
+        shutil.copy(picture, data)
+        record = json.dumps({"file_name": "0.png", "text": HOSTILE})
+        (data / "metadata.jsonl").write_text(f"{record}\n")
+    elif kind == "member":
+        words = ["data", "check", tmp_path / "a.tar"]
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            archive.add(picture, "0.png")
+            archive.add(__file__, f"{HOSTILE}.png")
+    else:
+        shutil.copytree(model, data)
+        config = json.loads((data / "model" / "config.json").read_bytes())
+        (data / "model" / "config.json").write_text(json.dumps(config | {"name": HOSTILE}))
+        words = ["info", data]
+    run(*words)
+    output = "".join(capsys.readouterr())
+    assert r"\x1b]52;c;cm0=\x07\x9b31m\u202e\x7f" in output
+    assert all(x.isprintable() or x == "\n" for x in output)
+    assert kind == "name" or "mdm: all is well" not in output.splitlines()
 
 
 def test_letters_that_an_encoding_lacks_are_escaped(monkeypatch, tmp_path):

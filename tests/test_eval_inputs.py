@@ -204,6 +204,13 @@ def test_pictures_of_an_npz_are_read_a_batch_at_a_time(save, tmp_path):
     for rows in (range(64, 100), range(5)):
         images = again.make(rows, lambda done, total: None).pictures
         np.testing.assert_array_equal(images, real[rows.start : rows.stop])
+    data = bytearray((tmp_path / "real.npz").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    (tmp_path / "real.npz").write_bytes(data)
+    damaged = open_npz(tmp_path / "real.npz").pictures
+    assert damaged is not None
+    with pytest.raises(UsageError, match=r"real\.npz: arr_0 is damaged"):
+        damaged.make(range(100), lambda done, total: None)
 
 
 def test_moments_win_over_the_pictures_beside_them(tmp_path):

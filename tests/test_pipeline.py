@@ -13,7 +13,7 @@ from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.sampling import listed
+from matryoshka_diffusion.sampling import entries_of
 from matryoshka_diffusion.train.checkpoint import export_weights
 from tiny_run import encode, tiny_config, with_frames
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_asked_for_is_said(make, arguments, message):
 def test_what_is_no_text_is_named_with_its_place(value):
     """Past the checks of types, which only the tests have."""
     with pytest.raises(UsageError, match=r"prompts\[[01]\] is .*text"):
-        listed("prompts", value, str)
+        entries_of("prompts", value, str)
 
 
 def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):

@@ -157,6 +157,12 @@ def test_bad_files_of_a_folder_are_listed_too_and_a_good_set_has_no_list(tmp_pat
     assert not (tmp_path / "bad.jsonl").exists()
     Quarantine("set", [BadFile("caf\udce9.png", "broken")]).write(tmp_path / "bad.jsonl")
     assert listed(tmp_path)[0].startswith("caf")  # a name that is no Unicode
+    names = ["a\x9b31m\x7f\u202e.png", "苹果.png"]
+    Quarantine("set", [BadFile(name, "broken") for name in names]).write(tmp_path / "bad.jsonl")
+    assert listed(tmp_path) == names
+    text = (tmp_path / "bad.jsonl").read_text("utf-8")
+    assert names[1] in text
+    assert all(x.isprintable() or x == "\n" for x in text)
 
 
 def test_what_is_restored_is_neither_read_nor_told_again(shard):

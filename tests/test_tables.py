@@ -315,6 +315,24 @@ def test_a_saved_data_set_is_read(tmp_path, datasets):
     assert source.keys[1] == f"{tmp_path / 'saved'}:1"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "{}"),
+        ("state.json", "[]"),
+        ("state.json", '{"_data_files": [1]}'),
+        ("state.json", "[" * 5_000),
+        ("dataset_info.json", "[]"),
+        ("data-00000-of-00001.arrow", "no arrow"),
+    ],
+)
+def test_a_saved_data_set_that_is_damaged_is_named(file, content, tmp_path, datasets):
+    datasets.Dataset.from_dict({"png": [encode(0)]}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/saved is damaged"):
+        opened(f"hf:{tmp_path}/saved", kind="datasets")
+
+
 def test_splits_are_chosen_by_name(tmp_path, datasets):
     splits = {
         name: datasets.Dataset.from_dict({"png": [encode(n)]})

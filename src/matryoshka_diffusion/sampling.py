@@ -227,7 +227,10 @@ class DiffusionModel:
         """
         if not isinstance(n, Integral) or n < 1:
             raise UsageError(f"n is {n!r}: give a whole number from 1 on (-n)")
-        prompts, classes = listed("prompts", prompts, str), listed("classes", classes, _CLASS)
+        prompts, classes = (
+            entries_of("prompts", prompts, str),
+            entries_of("classes", classes, _CLASS),
+        )
         self._refuse_more_than_fit(n * len(prompts or classes or range(self.model.classes or 1)))
         if prompts is not None and self.model.text is None:
             raise self._takes("no prompts")
@@ -349,7 +352,7 @@ class DiffusionModel:
         return UsageError(f"{self.config.name} takes {refused}: it {takes}")
 
 
-def listed(name: str, value: Any, kinds: Any) -> list[Any] | None:
+def entries_of(name: str, value: Any, kinds: Any) -> list[Any] | None:
     """One value or several as a list; None stays None.
 
     Raises:

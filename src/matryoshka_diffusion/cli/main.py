@@ -8,6 +8,7 @@ SIGUSR1 and saved.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from matryoshka_diffusion.cli.terminal import (
     leads,
     one_line,
     say,
+    show_traceback,
     show_warning,
 )
 
@@ -37,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_unknown_letters()
     options = build_parser(arguments[:1]).parse_args(arguments)
     options.arguments = arguments
-    warnings.showwarning = show_warning
+    warnings.showwarning, sys.excepthook = show_warning, show_traceback
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # whose reports have names from files
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ def output() -> Iterator[None]:
 def show(text: str) -> None:
     """Print a result to stdout."""
     with output():
-        print(_printable(text))
+        print(printable(text))
 
 
 def say(text: str, status: int = 0) -> int:
@@ -42,7 +43,7 @@ def say(text: str, status: int = 0) -> int:
     text = text if text.startswith("mdm") else f"mdm: {text}"
     if not leads():
         text = text.replace("mdm: ", f"mdm: rank {os.environ['RANK']}: ", 1)
-    text = _printable(" ".join(text.split()))
+    text = printable(" ".join(text.split()))
     if "tqdm" in sys.modules:  # a bar may be on the screen
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:
@@ -67,9 +68,14 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape control characters, which could steer a terminal."""
     return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
+
+
+def show_traceback(*error: Any) -> None:
+    """Replace `sys.excepthook`: messages may hold names and texts from files."""
+    print(end=printable("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 class Bar:
@@ -101,7 +107,7 @@ class Bar:
             log: dict[str, Any] = {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
             log["bar_format"] = "mdm: {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
             log = {} if sys.stderr.isatty() else log
-            self._bar = tqdm(total=total, desc=self._title, **log, **self._options)
+            self._bar = tqdm(total=total, desc=printable(self._title), **log, **self._options)
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)

@@ -37,9 +37,14 @@ class NoneUsable(ValueError):
 
 
 def listed(items: Sequence[object], most: int = 20) -> list[str]:
-    """Texts of the first items, and how many more there are."""
+    """Texts of the first items, each on one line, and how many more there are."""
     more = [f"and {len(items) - most:,} more"] if len(items) > most else []
-    return [*map(str, items[:most]), *more]
+    return [*(on_one_line(str(item)) for item in items[:most]), *more]
+
+
+def on_one_line(text: str) -> str:
+    """Text with its line breaks as `\\n`, so that no name looks like a line of a report."""
+    return "\\n".join(text.splitlines())
 
 
 def some(bad: Sequence[BadFile]) -> str:
@@ -118,7 +123,9 @@ class Quarantine:
 
     def write(self, path: Path) -> None:
         """List all bad samples in a file, a JSON object a line; write none without any."""
-        text = "".join(f"{json.dumps(file._asdict(), ensure_ascii=False)}\n" for file in self.bad)
-        if text:
-            data = text.encode("utf-8", "backslashreplace")
+        rows = (json.dumps(file._asdict(), ensure_ascii=False) for file in self.bad)
+        if text := "".join(f"{row}\n" for row in rows):
+            # Control characters of names are escaped, because people read the file in a terminal.
+            shown = (x if x.isprintable() or x == "\n" else json.dumps(x)[1:-1] for x in text)
+            data = "".join(shown).encode()
             write_atomically(path, lambda file: file.write(data), needed=len(data))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
-from matryoshka_diffusion.data.bad import BadFile, listed
+from matryoshka_diffusion.data.bad import BadFile, listed, on_one_line
 from matryoshka_diffusion.data.source import Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 
@@ -47,7 +47,7 @@ def describe(source: Source) -> str:
         counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
         lines.append(f"  classes   {len(source.classes)}: {', '.join(listed(counts))}")
     distinct = list(dict.fromkeys(captions))
-    first = ", ".join(f'"{text[:60]}"' for text in distinct[:3])
+    first = ", ".join(f'"{on_one_line(text[:60])}"' for text in distinct[:3])
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"
     lines.append(f"  captions  {some if captions else 'none'}")
     return "\n".join([*lines, *describe_unused(source), describe_bad(source.bad)])

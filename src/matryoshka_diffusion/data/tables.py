@@ -284,7 +284,13 @@ def _opened(datasets: Any, name: str, data: DataConfig) -> Any:
     is_saved = any((Path(place) / file).exists() for file in _SAVED)
     if not is_saved:  # on the hub, or a clone of what is there
         return datasets.load_dataset(place, split=split or DEFAULT_SPLIT)
-    saved = datasets.load_from_disk(place)
+    try:
+        saved = datasets.load_from_disk(place)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{place} is damaged, or no data set that datasets saved ({reason})"
+        ) from error
     if not isinstance(saved, datasets.DatasetDict):
         if split not in (None, there := saved.split and str(saved.split)):
             raise ConfigError(

@@ -244,8 +244,11 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
 
     def make(rows: range, progress: Progress) -> PictureBatch:
         size = side * side * channels
-        file.seek(begin + rows.start * size)  # decompresses only what is skipped
-        data = np.frombuffer(file.read(len(rows) * size), np.uint8)
+        try:
+            file.seek(begin + rows.start * size)  # decompresses only what is skipped
+            data = np.frombuffer(file.read(len(rows) * size), np.uint8)
+        except (EOFError, *_NO_ARCHIVE) as error:
+            raise UsageError(f"{path}: arr_0 is damaged ({error}): fetch it again") from error
         return PictureBatch([data.reshape(len(rows), *shape[1:])], [side] * len(rows))
 
     root = cache_folder("references")
