@@ -219,6 +219,7 @@ def test_classes_come_from_records_too_and_in_the_order_of_numbers_or_the_wanted
     for name in ("10/a.png", "9/b.png", "2/c.png"):
         save(tmp_path / "numbers" / name)
     assert opened(tmp_path / "numbers").classes == ("2", "9", "10")
+    assert "the class with index 0 is 2" in describe(opened(tmp_path / "numbers"))
     wanted = ("10", "9", "2")
     source = opened(tmp_path / "numbers", classes=wanted)
     assert (source.classes, [source[n].label for n in range(3)]) == (wanted, [0, 2, 1])
@@ -281,6 +282,7 @@ def test_splits_are_no_classes(tmp_path, inside):
     [
         ({"notes.md": "", "a.npy": "", "b.npy": ""}, {".md files": 1, ".npy files": 2}, ""),
         ({"captions.json": "{}"}, {"captions.json": 1}, "data.captions=none"),
+        ({"Captions_val2014.json": "{}"}, {"captions_val2014.json": 1}, "metadata.jsonl"),
         ({"a.json": '{"boxes": []}'}, {".json files": 1, "keys or columns": 1}, ""),
         ({"a.json": '{"prompt": "x", "captions": "y"}'}, {".json files": 1}, "columns.caption="),
         ({"a.json": '{"label": [1]}'}, {".json files": 1}, "columns.label="),
@@ -300,7 +302,7 @@ def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, ki
         with pytest.raises(ConfigError, match=lost):
             refuse_lost(source, DataConfig(source="folder"))
     ignored = {"captions": "none", "columns": {"label": ""}} if lost else {}
-    refuse_lost(source, DataConfig(source="folder", **ignored))
+    refuse_lost(opened(tmp_path, **ignored), DataConfig(source="folder", **ignored))
 
 
 # --- bad files ---------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ def describe(source: Source) -> str:
     if source.classes:
         counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
         lines.append(f"  classes   {len(source.classes)}: {', '.join(listed(counts))}")
+        names, places = source.classes, tuple(map(str, range(len(source.classes))))
+        if names != places and all(map(str.isdecimal, names)):
+            lines.append(
+                f"            numbers are names here: the class with index 0 is {names[0]}"
+            )
     distinct = list(dict.fromkeys(captions))
     first = ", ".join(f'"{on_one_line(text[:60])}"' for text in distinct[:3])
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"
@@ -60,19 +65,18 @@ def describe_unused(source: Source) -> list[str]:
 
 def refuse_lost(source: Source, data: DataConfig) -> None:
     """Raise ConfigError if what is not used looks like captions or classes, and there are none."""
-    columns, none = data.columns, "nothing else gives them"
     lost = {
-        "caption": not source.captions and data.captions != "none" and columns.caption != "",
-        "label": not (source.captions or source.classes) and columns.label != "",
+        "caption": not source.captions,
+        "label": not (source.captions or source.classes),
     }
     for role, option in (("caption", "captions"), ("label", "classes")):
-        if lost[role] and (seen := [one for one in source.unused if one.role == role]):
+        if lost[role] and (unused := [one for one in source.unused if one.role == role]):
             without = "data.captions=none" if role == "caption" else "data.columns.label=''"
             raise ConfigError(
-                f"{source.name} may have {option} that are not used, and {none}: "
-                f'{"; ".join(listed(seen, 5))}; --set "{without}" goes on without'
+                f"{source.name} may have {option} that are not used, and nothing else gives them: "
+                f'{"; ".join(listed(unused, 5))}; --set "{without}" goes on without'
             )
-        if lost[role] and (name := getattr(columns, role)) is not None:
+        if lost[role] and (name := getattr(data.columns, role)):
             raise ConfigError(
                 f"data.columns.{role} is {name}, and {source.name} has no {option} of that name: "
                 "correct it, or omit it"

@@ -85,9 +85,12 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     """
     name, max_bad_fraction = catalogue.name, data.max_bad_fraction
     if not catalogue.samples:
-        seen = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
-        message = f"{name} holds no sample: name other data (--data, data.path){seen}"
+        unused = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
+        message = f"{name} holds no sample: name other data (--data, data.path){unused}"
         raise NoneUsable(message, ())
+    ignored = {"caption"} if data.captions == "none" or data.columns.caption == "" else set()
+    ignored |= {"label"} if data.columns.label == "" else set()
+    unused = [x._replace(role="") if x.role in ignored else x for x in catalogue.unused]
     samples, classes = _numbered(catalogue, data.classes)
     samples = _with_flaws(samples, len(classes) or MAX_CLASSES)
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
@@ -117,7 +120,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         channels=decoder.channels,
         classes=(classes or numbers) if labels else (),
         threads=THREADS,
-        unused=catalogue.unused,
+        unused=tuple(unused),
     )
     if len(usable) > decoder.cached:
         return source

@@ -201,15 +201,18 @@ def _read_words(
             if new == Words() and (data.captions == "none" or _suffix(file) == ".json"):
                 return
             texts = clean(new.captions) if new.captions or new.label is None else ()
-            words[name] = Words(words.get(name, Words()).captions + texts, new.label)
+            old = words.get(name, Words())
+            label = old.label if new.label is None else new.label
+            words[name] = Words(old.captions + texts, label)
         except PictureError as error:
             flaws[name] = str(error)
         used.add(file)
 
     for file, line, row, target, flaw in _metadata(path, every, others, data):
         if target is None:
-            keys = f" (its keys: {', '.join(row)})" if not find_columns(FILE, row, data) else ""
-            flaws[f"{file}:{line}"] = flaw or f"it does not name a file of the folder{keys}"
+            has_name = find_columns(FILE, row, data)
+            remedy = "" if has_name else f": name one of {', '.join(row)} with data.columns.image"
+            flaws[f"{file}:{line}"] = flaw or f"it does not name a file of the folder{remedy}"
             used.add(file)
         elif target in wanted and flaw:
             flaws[target] = f"{file}:{line}: {flaw}"
@@ -222,7 +225,7 @@ def _read_words(
     for file in others:
         if file not in used:
             tally.add_file(file)
-    return words if used else None
+    return words or None
 
 
 def _metadata(
@@ -237,12 +240,11 @@ def _metadata(
         for line, row, flaw in _rows(path / file, data):
             columns = find_columns(FILE, row, data)
             text = row[columns[0]] if columns else None
-            targets = (text, text.replace("\\", "/")) if isinstance(text, str) else ()
-            paths = [(parent / target).as_posix() for target in targets]  # "./a.png" is a.png
-            found = [
-                known[p] for name in paths for p in (name, normalize("NFC", name)) if p in known
-            ]
-            yield file, line, row, next(iter(found), None), flaw
+            spellings = (text, text.replace("\\", "/")) if isinstance(text, str) else ()
+            paths = [(parent / name).as_posix() for name in spellings]  # "./a.png" is a.png
+            forms = (form for name in paths for form in (name, normalize("NFC", name)))
+            target = next((known[form] for form in forms if form in known), None)
+            yield file, line, row, target, flaw
 
 
 def _base(name: str) -> str:

@@ -27,7 +27,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 _CONVERT = f'write them into {METADATA[0]}, a line {{"file_name": ..., "text": ...}} for each file'
-_METADATA_LIKE = re.compile(r"(metadata|captions?|prompts)\.(jsonl?|csv|tsv|txt|parquet)$")
+_METADATA_LIKE = re.compile(
+    r"(metadata|captions?|prompts?)([_.-].*)?\.(jsonl?|csv|tsv|txt|parquet)$"
+)
 _NUMBER = re.compile(r"[_.-]?(\d+)$")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 _NAMED = 5  # columns that a report names
@@ -215,8 +217,8 @@ def read_table(path: str, text: str) -> tuple[list[str], list[tuple[int, dict[st
 
 def captions_in(data: bytes, config: DataConfig) -> tuple[str, ...]:
     """Captions in a text file: its lines, or the whole of it."""
-    found = lines(data)
-    return (" ".join(found),) if config.captions == "whole" else tuple(found)
+    texts = lines(data)
+    return (" ".join(texts),) if config.captions == "whole" else tuple(texts)
 
 
 # --- what is not used ------------------------------------------------------------------------

@@ -157,7 +157,10 @@ def read_captions(path: Path) -> list[str]:
             texts = [str(annotation["caption"]) for annotation in annotations]
         elif path.suffix in (".jsonl", ".csv"):
             if path.suffix == ".csv":
-                rows = [row for _, row, _ in read_table(str(path), decoded(data))[1]]
+                table = read_table(str(path), decoded(data))[1]
+                if flaws := [f"line {line}: {flaw}" for line, _, flaw in table if flaw]:
+                    raise ValueError(flaws[0])
+                rows = [row for _, row, _ in table]
             else:
                 rows = [json.loads(line) for line in lines(data) if line.strip()]
             read = Reader(DataConfig(source="folder"), Tally()).read
