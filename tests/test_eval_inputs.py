@@ -110,6 +110,7 @@ def test_captions_of_a_file_are_read_in_its_order(name, text, tmp_path):
         ("a.json", b"[1", "COCO annotations"),
         ("a.jsonl", b'{"text": ', "jsonl"),
         ("a.csv", b"id,name\n1,x\n", "none"),
+        ("a.csv", b"id,caption\n1,red, or green\n", "line 2: it has 3 fields"),
         ("a.txt", b"\n \n", "none"),
         ("a.txt", b"caf\xe9\n", "not UTF-8"),
     ],

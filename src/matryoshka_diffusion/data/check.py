@@ -48,9 +48,7 @@ def describe(source: Source) -> str:
         lines.append(f"  classes   {len(source.classes)}: {', '.join(listed(counts))}")
         names, places = source.classes, tuple(map(str, range(len(source.classes))))
         if names != places and all(map(str.isdecimal, names)):
-            lines.append(
-                f"            numbers are names here: the class with index 0 is {names[0]}"
-            )
+            lines.append(f"            names, not indices: the class with index 0 is {names[0]}")
     distinct = list(dict.fromkeys(captions))
     first = ", ".join(f'"{on_one_line(text[:60])}"' for text in distinct[:3])
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"

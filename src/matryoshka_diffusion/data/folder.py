@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -233,7 +234,9 @@ def _metadata(
 ) -> Iterator[tuple[str, int, Mapping[str, Any], str | None, str]]:
     """Rows of all metadata files: file, line, row, the name that it describes, and its flaw."""
     files = {name: PurePosixPath(name).parent for name in others if _base(name) in METADATA}
-    known = {normalize("NFC", name): name for name in every} | {name: name for name in every}
+    stems = Counter(map(_stem, every))
+    known = {stem: name for name in every if stems[stem := _stem(name)] == 1}
+    known |= {normalize("NFC", name): name for name in every} | {name: name for name in every}
     for file, parent in files.items():
         if several := [name for name in files if files[name] == parent and name != file]:
             raise ValueError(f"{path} has both {file} and {several[0]}: keep one of them")

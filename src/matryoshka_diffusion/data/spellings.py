@@ -252,12 +252,18 @@ class Tally:
         self.files.setdefault(kind, [0, example, role, remedy])[0] += count
 
     def add_file(self, name: str) -> None:
-        """Count a file by the end of its name; one that is named as metadata is by itself."""
+        """Count a file by the end of its name; one that is named as metadata by itself.
+
+        Other data sets, and metadata of many images, may have captions.
+        """
         base = PurePosixPath(name).name.lower()
         suffix = PurePosixPath(base).suffix
         if _METADATA_LIKE.match(base):
             remedy = "no line of it is used" if base in METADATA else _CONVERT
             self.add(base, name, CAPTION.option, remedy)
+        elif suffix in (".tar", ".parquet"):
+            remedy = f"--data 'FOLDER/*{suffix}' reads them"
+            self.add(f"{suffix} files", name, CAPTION.option, remedy)
         else:
             self.add(f"{suffix} files" if suffix else "files without a suffix", name)
 
