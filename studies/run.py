@@ -32,8 +32,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_data, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
-from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.trainer import View, train
+from matryoshka_diffusion.train.weights import export_weights
 from studies.trials import (
     COMMON_WEIGHT,
     NEW,
@@ -145,7 +145,7 @@ def _train(trial: Trial, work: Path) -> Trained:
             if view.images_seen >= images and not (path / "config.json").exists():
                 net = view.averaged()
                 assert len(net.levels) == len(view.config.model.levels)
-                checkpoint.export_weights(path, net.state_dict(), view.config)
+                export_weights(path, net.state_dict(), view.config)
 
     with claimed(place / ".lock", wait=True):
         if trial.base is not None:

@@ -24,7 +24,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.sampling import BATCH
 from matryoshka_diffusion.train.averages import PowerEma, write_snapshot
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config
 
 SAMPLES, BATCHED, FRAMES = 22, 4, 2

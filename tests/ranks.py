@@ -25,11 +25,11 @@ from torch import nn
 
 from matryoshka_diffusion.config import LoraConfig, StageConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.checkpoint import fingerprint
 from matryoshka_diffusion.train.distributed import World, joined, local
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.step import Skipped
 from matryoshka_diffusion.train.trainer import Trainer, train
+from matryoshka_diffusion.train.weights import fingerprint
 from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent

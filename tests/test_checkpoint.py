@@ -25,13 +25,11 @@ from matryoshka_diffusion.train.checkpoint import (
     CheckpointError,
     Snapshot,
     Stored,
-    check_same,
-    export_weights,
-    load_weights,
     newest,
     read,
     save,
 )
+from matryoshka_diffusion.train.weights import check_same, export_weights, load_weights
 from tiny_run import there, tiny_config
 
 

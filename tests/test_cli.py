@@ -27,8 +27,8 @@ from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.eval.evaluate import PROTOCOLS
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
-from matryoshka_diffusion.train.checkpoint import export_weights
 from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import tiny_config
 
 

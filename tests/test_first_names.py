@@ -16,8 +16,9 @@ from matryoshka_diffusion.models.find import find_model, shipped_models
 from matryoshka_diffusion.nn.nested import old_name
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import synthesise
-from matryoshka_diffusion.train.checkpoint import fingerprint, newest
+from matryoshka_diffusion.train.checkpoint import newest
 from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.weights import fingerprint
 from test_upsampler import upsampler_config
 from tiny_run import TinyPictures, encode
 

@@ -14,7 +14,7 @@ from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.sampling import entries_of
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config, with_frames
 
 

@@ -25,10 +25,11 @@ from matryoshka_diffusion.presets import PRESETS, preset
 from matryoshka_diffusion.presets.paper import nest
 from matryoshka_diffusion.runs import grow
 from matryoshka_diffusion.runs import prepare as job
-from matryoshka_diffusion.train.checkpoint import export_weights, newest, read
+from matryoshka_diffusion.train.checkpoint import newest, read
 from matryoshka_diffusion.train.inputs import Feed
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import TinyPictures, encode, there, tiny_config
 
 

@@ -34,9 +34,9 @@ from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.checkpoint import load_network
 from matryoshka_diffusion.train.stages import learning_rate
 from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.train.weights import load_network
 from nests import wake
 
 COMPARED = {

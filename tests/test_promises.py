@@ -33,6 +33,7 @@ from matryoshka_diffusion.models.released import load_released
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.weights import export_weights
 from picturing import chunk, noise, png_bytes, save
 from ranks import fork
 from test_pipeline import text_model
@@ -181,7 +182,7 @@ def load_damaged(folder: Path) -> None:
 def test_damaged_model_folders_give_clean_errors_and_take_little(tmp_path):
     """In a process of its own, which an alarm ends if it hangs."""
     net = text_model()
-    checkpoint.export_weights(tmp_path / "model", net.net.state_dict(), net.config)
+    export_weights(tmp_path / "model", net.net.state_dict(), net.config)
     assert fork(load_damaged, tmp_path / "model") == 7
 
 
@@ -199,7 +200,7 @@ def test_damaged_model_folders_give_clean_errors_and_take_little(tmp_path):
 )
 def test_no_header_of_a_model_is_read_before_its_length_is_judged(read, tmp_path, monkeypatch):
     net = text_model()
-    checkpoint.export_weights(tmp_path / "model", net.net.state_dict(), net.config)
+    export_weights(tmp_path / "model", net.net.state_dict(), net.config)
     monkeypatch.setattr(tensorfile, "LARGEST_HEADER", 64)
     with pytest.raises((ValueError, OSError), match=r"model\.safetensors: .*header"):
         read(tmp_path / "model")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.train import distributed
-from matryoshka_diffusion.train.checkpoint import PARTS, load_network, newest, read
+from matryoshka_diffusion.train.checkpoint import PARTS, newest, read
 from matryoshka_diffusion.train.distributed import (
     RanksDiffer,
     World,
@@ -25,6 +25,7 @@ from matryoshka_diffusion.train.distributed import (
 from matryoshka_diffusion.train.inputs import Feed, compare_ranks
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import step_at
+from matryoshka_diffusion.train.weights import load_network
 from ranks import SETTINGS, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
 from tiny_run import TinyPictures, encode, metrics, there, tiny_config
 

@@ -33,7 +33,7 @@ from matryoshka_diffusion.models.find import (
 from matryoshka_diffusion.pipeline import Matryoshka, Samples
 from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.sampling import PER_LEVEL
-from matryoshka_diffusion.train.checkpoint import fingerprint
+from matryoshka_diffusion.train.weights import fingerprint
 
 
 class Cascade:

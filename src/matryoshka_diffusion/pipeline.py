@@ -27,8 +27,8 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.checkpoint import fingerprint, load_network
 from matryoshka_diffusion.train.precision import Precision
+from matryoshka_diffusion.train.weights import fingerprint, load_network
 
 
 @dataclass(frozen=True)

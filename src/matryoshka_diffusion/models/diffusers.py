@@ -30,7 +30,7 @@ from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.tensorfile import check_header, open_tensors
 from matryoshka_diffusion.text.encoder import load_encoder, states_of
-from matryoshka_diffusion.train.checkpoint import load_weights
+from matryoshka_diffusion.train.weights import load_weights
 
 for _package in ("diffusers", "transformers"):
     require(_package, "diffusers", "MDMPipeline")

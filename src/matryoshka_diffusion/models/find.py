@@ -16,10 +16,11 @@ from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import active_model
+from matryoshka_diffusion.train.weights import LORA, MODEL, lora_metadata, merge, weights_file
 
 Progress = Callable[[int, int], None]
 """Called with (amount done, amount in all)."""
-WEIGHTS = (checkpoint.MODEL, checkpoint.LORA)
+WEIGHTS = (MODEL, LORA)
 """Names of the weights file of a model folder: a whole model, or adapters."""
 
 
@@ -78,7 +79,7 @@ def read_config(run: str | Path) -> RunConfig:
 def shipped_models() -> dict[str, Path]:
     """Folders of the models inside the package, by name."""
     root = Path(__file__).with_name("shipped")
-    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{checkpoint.MODEL}"))}
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MODEL}"))}
 
 
 def with_encoder(config: RunConfig, path: str) -> RunConfig:
@@ -140,7 +141,7 @@ def merge_adapters(
             "correct train.init in the config beside the adapters"
         ) from error
     model = active_model(config, config.train.images)
-    whole = checkpoint.merge(model, config.train, base, weights, where=where)
+    whole = merge(model, config.train, base, weights, where=where)
     train = config.train.model_copy(update={"lora": None})
     return whole, config.model_copy(update={"train": train})
 
@@ -157,14 +158,14 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         config = from_dict(read_json(path), where=str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing beside the weights") from None
-    file = folder / checkpoint.weights_file(config)
+    file = folder / weights_file(config)
     stored, about = read_weights(file)
     weights = {present_name(name): value for name, value in stored.items()}
     try:
         metadata = json.loads(about.get("lora", "{}"))
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{file}: its metadata lora is no valid JSON ({error})") from error
-    expected = json.loads((checkpoint.lora_metadata(config) or {}).get("lora", "{}"))
+    expected = json.loads((lora_metadata(config) or {}).get("lora", "{}"))
     for name, value in expected.items():
         other = metadata.get(name) if isinstance(metadata, dict) else None
         if other != value and name != "base_model":  # which may have moved

@@ -14,7 +14,7 @@ from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.models.save import without_paths
-from matryoshka_diffusion.train.checkpoint import MODEL, export_weights
+from matryoshka_diffusion.train.weights import MODEL, export_weights
 
 FILES = (MODEL, "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
 """Files of a repository that a model needs; no other file is downloaded."""

@@ -14,7 +14,7 @@ from matryoshka_diffusion.files import refuse_full
 from matryoshka_diffusion.models.find import Progress, find_model, with_encoder, with_own_codec
 from matryoshka_diffusion.models.released import convert, read_released
 from matryoshka_diffusion.train.averages import average_of, synthesise
-from matryoshka_diffusion.train.checkpoint import export_weights
+from matryoshka_diffusion.train.weights import export_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -23,6 +23,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import PowerEma
 from matryoshka_diffusion.train.stages import active_model
+from matryoshka_diffusion.train.weights import load_network
 
 
 def grow_run(
@@ -70,7 +71,7 @@ def grow_run(
             f"(data.source={grown.data.source}): give videos with --data"
         )
     grown = with_source(grown)
-    small = checkpoint.load_network(config.model, weights, where=run)
+    small = load_network(config.model, weights, where=run)
     _begin(grown, grow(small, grown.model, seed=grown.train.seed), out)
     return grown
 
@@ -120,7 +121,7 @@ def warm_start(config: RunConfig, out: Path) -> None:
         raise ConfigError(
             f"train.init_levels is {config.train.init_levels}, but {init} has {levels}; omit it"
         )
-    small = checkpoint.load_network(old.model.first(levels), weights, where=init)
+    small = load_network(old.model.first(levels), weights, where=init)
     try:
         net = grow(small, active_model(config, 0), seed=config.train.seed)
     except ValueError as error:

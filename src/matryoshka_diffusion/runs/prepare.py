@@ -60,9 +60,9 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
-from matryoshka_diffusion.train.checkpoint import fingerprint
 from matryoshka_diffusion.train.precision import PrecisionSetting, resolve_precision
 from matryoshka_diffusion.train.stages import active_model
+from matryoshka_diffusion.train.weights import fingerprint
 
 MINILM_WIDTH = 384
 SMALL_BYTES = 2**30

@@ -26,7 +26,7 @@ from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
-from matryoshka_diffusion.train.checkpoint import Snapshot, check_same
+from matryoshka_diffusion.train.checkpoint import Snapshot
 from matryoshka_diffusion.train.distributed import (
     ALONE,
     World,
@@ -61,6 +61,7 @@ from matryoshka_diffusion.train.step import (
     set_learning_rate,
     torch_seeded,
 )
+from matryoshka_diffusion.train.weights import check_same, export_weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def train(
         trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
         trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
         weights = trainer.averaged()
-        world.once(lambda: checkpoint.export_weights(folder / "model", weights, config))
+        world.once(lambda: export_weights(folder / "model", weights, config))
     return folder / "model"
 
 
