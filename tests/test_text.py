@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -277,8 +276,13 @@ def test_the_code_in_a_folder_is_neither_run_nor_offered(name, place, t5_copy, m
     classes = {"AutoConfig": "own.A", "AutoModel": "own.B", "AutoTokenizer": ["own.C", "own.C"]}
     (t5_copy / place).write_text(json.dumps({**about, "auto_map": classes}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
-    with contextlib.suppress(OSError):
+    message = str(t5_copy)
+    try:
         load_encoder(EncoderConfig(name=name, path=str(t5_copy)))
+    except OSError as error:
+        message = str(error)
+    assert str(t5_copy) in message
+    assert "trust_remote_code" not in message
     assert not canary.exists()
 
 

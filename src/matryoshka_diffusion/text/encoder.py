@@ -238,6 +238,8 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:  # an advice that no option here follows
+            reason = "it needs code of its own, which is never run"
         raise OSError(f"cannot load {label} from {path}: {reason}; {remedy}") from error
     # transformers would go on with random weights; the pooler is not used here.
     if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
