@@ -248,10 +248,11 @@ def test_links_are_followed_once_and_an_unreadable_folder_is_an_error(tmp_path, 
     assert source.keys == ["cat/a.png", "dog/b.png"]
     assert [file.path for file in source.bad] == ["self"]
     assert [(x.count, x.example) for x in source.unused] == [(1, "dog/up")]
+    (tmp_path / "set" / "lost+found").mkdir()
     whole = os.scandir
 
     def refused(path):
-        if Path(path).name == "dog":
+        if Path(path).name in ("dog", "lost+found"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return whole(path)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
+from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data import decoded, fashion_mnist
 from matryoshka_diffusion.data.check import contact_sheet, describe, summary
 from matryoshka_diffusion.data.source import Source, absolute, kind_of, open_source
@@ -153,6 +154,12 @@ def test_what_a_path_names_is_recognised(tmp_path):
     assert kind_of("hf:somebody/something") == "datasets"
     shards = job.find_config("folder-64", str(tmp_path / "shards"), [])
     assert shards.data.source == "shards"
+    part = f"data.mix=[{{path: {tmp_path}/shards/../shards, share: 1}}]"
+    mixed = job.find_config("folder-64", None, [part])
+    assert [(x.source, x.path) for x in mixed.data.mix] == [("shards", str(tmp_path / "shards"))]
+    (tmp_path / "mixed.yaml").write_text(to_yaml(mixed))
+    other = job.find_config(str(tmp_path / "mixed.yaml"), str(tmp_path / "tables"), [])
+    assert (other.data.mix, other.data.path) == ((), str(tmp_path / "tables"))
     folder = job.find_config("folder-64", str(tmp_path / "cat"), [])
     assert folder.data == DataConfig(source="folder", path=str(tmp_path / "cat"), flip=True)
 

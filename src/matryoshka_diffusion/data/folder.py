@@ -49,6 +49,7 @@ from matryoshka_diffusion.data.spellings import (
 from matryoshka_diffusion.draw.grid import SHEETS
 from matryoshka_diffusion.files import unreadable
 
+_OF_THE_DISK = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # often unreadable
 _ACCEPTED = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
 
 
@@ -160,7 +161,7 @@ def _files_in(
             raise unreadable(path / here, error) from error
         for entry in entries:
             name = f"{here}/{entry.name}" if here else entry.name
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in _OF_THE_DISK:
                 continue
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)

@@ -62,7 +62,7 @@ def grow_run(
     if data is not None:
         if config.data.source != "fluent-emoji":  # else a copy of the same set
             changes.append(("data.source", "folder"))  # `with_source` finds what it is
-        changes += [("data.path", absolute(data)), ("data.identity", None)]
+        changes += [("data.mix", []), ("data.path", absolute(data)), ("data.identity", None)]
     changes += map(assignment, assignments)
     grown = changed(config, changes, where=f"{run} with a level of {level.size}")
     if grown.data_frames and grown.data.source not in VIDEO_SOURCES and data is None:

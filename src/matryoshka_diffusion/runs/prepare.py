@@ -105,7 +105,7 @@ def find_config(
         factor = read_code_shape(folder).factor if config.codec is None else config.codec.factor
         before["codec"] = {"path": str(folder), "factor": factor}
     if data is not None:
-        before["data.path"] = absolute(data)
+        before |= {"data.path": absolute(data), "data.mix": []}
     if lora is not None:
         before["train.lora"] = {"rank": lora}
     if init is not None:
