@@ -266,7 +266,7 @@ def test_a_file_of_adapters_that_does_not_fit_is_refused_with_what_differs(tuned
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"rank is 2 in it, 4 in config\.json"):
         find_model(tmp_path)
-    for foreign, error in (("[]", "rank is None in it"), ("{", "damaged")):
+    for foreign, error in (("[]", "rank is None in it"), ("{", "no valid JSON")):
         save_file(adapters, file, {"lora": foreign})
         with pytest.raises(ValueError, match=error):
             find_model(tmp_path)
