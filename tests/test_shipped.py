@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
+from matryoshka_diffusion import sampling
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.eval.prompts import SHEET_PROMPTS
 from matryoshka_diffusion.metrics.formulas import averages, prompt_retrieval
-from matryoshka_diffusion.models.find import shipped_models
+from matryoshka_diffusion.models.find import CAPTIONS, caption_features, shipped_models
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.text.encoder import load_encoder
 
 FOLDER = shipped_models()["openmoji"]
 LIMIT = 24 * 2**20
@@ -41,6 +47,54 @@ def test_it_was_made_by_the_preset_run_longer_and_says_where_it_comes_from(model
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     for word in ("OpenMoji", "CC BY-SA 4.0", "seed 0", "mdm train openmoji", "commit", "retrieval"):
         assert word in notice, word
+
+
+def test_stored_features_are_those_of_the_encoder_for_the_pictures_of_the_readme(model):
+    features = caption_features("openmoji")
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    recipe = makefile.partition("\nhero:")[2].partition("\n\n")[0]
+    prompts = [quoted or word for quoted, word in re.findall(r'-p (?:"(.+?)"|(\w+))', recipe)]
+    assert features.keys() == {*prompts, ""}
+    encoder = load_encoder(model.config.encoder)
+    with safe_open(FOLDER / CAPTIONS, "pt") as file:
+        assert file.metadata() == {"encoder": encoder.key}
+    for caption, stored in features.items():
+        torch.testing.assert_close(stored, encoder([caption])[0], atol=1e-5, rtol=0)
+
+
+def test_an_encoder_is_loaded_except_for_a_single_caption_with_stored_features(
+    monkeypatch, tmp_path
+):
+    def load(config, *_, **__):
+        raise FileNotFoundError(config.path or "the usual one")
+
+    monkeypatch.setattr(sampling, "load_encoder", load)
+    model = Matryoshka.load("openmoji")
+    model.sample("red apple", negative="", n=2, steps=1)
+    for prompts in ("a blue zebra", ["red apple", "sailboat"]):
+        with pytest.raises(FileNotFoundError, match="the usual one"):
+            model.sample(prompts, steps=1)
+    with pytest.raises(FileNotFoundError, match="another one"):
+        Matryoshka.load("openmoji", text_encoder="another one").sample("red apple", steps=1)
+    # A folder of that name goes first, and captions of one model say nothing about another.
+    (tmp_path / "openmoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not caption_features("openmoji")
+
+
+def test_an_encoder_that_is_there_encodes_all_captions(model):
+    encoded = []
+
+    class Encoder:
+        key, width = "zeros", 384
+
+        def __call__(self, captions):
+            encoded.extend(captions)
+            return [torch.zeros(3, self.width) for _ in captions]
+
+    Matryoshka(model.net, model.config, encoder=Encoder()).sample("red apple", steps=1)
+    Matryoshka.load("openmoji", encoder=Encoder()).sample("umbrella", steps=1)
+    assert encoded == ["red apple", "umbrella"]
 
 
 def test_it_draws_what_it_is_asked_for(model):

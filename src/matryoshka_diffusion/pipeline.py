@@ -18,6 +18,7 @@ from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.models.find import (
     Progress,
+    caption_features,
     count_levels,
     find_model,
     shipped_models,
@@ -120,11 +121,14 @@ class Matryoshka(DiffusionModel):
             ConfigError, ValueError: the weights do not fit the config.
         """
         weights, config = find_model(run, progress=progress)
+        features = caption_features(run) if text_encoder is None else {}
         if text_encoder is not None:
             config = with_encoder(config, text_encoder)
         model = config.model.first(count_levels(weights))
         net = load_network(model, weights, where=str(run))
-        return cls(net, config, encoder=encoder, device=device, precision=precision)
+        return cls(
+            net, config, encoder=encoder, features=features, device=device, precision=precision
+        )
 
     @classmethod
     def from_pretrained(

@@ -46,6 +46,7 @@ class DiffusionModel:
         model: the config of `net`; a run that still grows has fewer levels than `config.model`.
         config: the config of the run, with the sampling defaults.
         encoder: the text encoder; without one, `config.encoder` is loaded when it is needed.
+        features: features of captions by that encoder, which need not be loaded for one of these.
         precision: arithmetic of the network. Under bf16 an image depends slightly on its batch.
     """
 
@@ -56,6 +57,7 @@ class DiffusionModel:
         config: RunConfig,
         *,
         encoder: TextEncoder | None = None,
+        features: Mapping[str, Float[Tensor, "_ d"]] | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
     ) -> None:
@@ -64,6 +66,7 @@ class DiffusionModel:
         self.precision: Precision = precision
         self.process = Process.from_config(config.process, model)
         self._encoder = encoder
+        self._features = features or {}
         self._features_alone: dict[str, Tensor] = {}
 
     @property
@@ -83,6 +86,16 @@ class DiffusionModel:
             half = self.precision == "bf16"
             self._encoder = load_encoder(self.config.encoder, self.device, half=half)
         return self._encoder
+
+    def _encode(self, captions: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
+        """Features of each caption: of a single one, stored features unless an encoder is there.
+
+        Several captions are always encoded, because padding moves the last bits of the shorter
+        ones, and stored features have no padding.
+        """
+        if self._encoder is None and len(captions) == 1 and captions[0] in self._features:
+            return [self._features[captions[0]]]
+        return self.text_encoder()(captions)
 
     def sampling(self, settings: Mapping[str, Any]) -> SamplingConfig:
         """The sampling defaults of the run with some of them replaced.
@@ -245,7 +258,7 @@ class DiffusionModel:
                 raise UsageError("a prompt is not UTF-8")
             captions = tuple(prompt for prompt in prompts for _ in range(n))
             different = list(dict.fromkeys(captions))
-            features = dict(zip(different, self.text_encoder()(different), strict=True))
+            features = dict(zip(different, self._encode(different), strict=True))
             tokens, mask = pad([features[caption] for caption in captions])
             conditions = {"tokens": tokens, "mask": mask}
         elif self.model.classes:
@@ -322,7 +335,7 @@ class DiffusionModel:
         texts = [negative or ""] * rows if isinstance(negative, str | None) else negative
         # Features are kept, because every batch needs those of the empty caption.
         for one in set(texts) - self._features_alone.keys():
-            (self._features_alone[one],) = self.text_encoder()([one])
+            (self._features_alone[one],) = self._encode([one])
         tokens, mask = pad([self._features_alone[one] for one in texts])
         return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
 

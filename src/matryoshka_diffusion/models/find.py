@@ -22,6 +22,8 @@ Progress = Callable[[int, int], None]
 """Called with (amount done, amount in all)."""
 WEIGHTS = (MODEL, LORA)
 """Names of the weights file of a model folder: a whole model, or adapters."""
+CAPTIONS = "captions.safetensors"
+"""Features of some captions beside the weights of a shipped model, by caption."""
 
 
 def find_model(
@@ -80,6 +82,14 @@ def shipped_models() -> dict[str, Path]:
     """Folders of the models inside the package, by name."""
     root = Path(__file__).with_name("shipped")
     return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MODEL}"))}
+
+
+def caption_features(run: str | Path) -> dict[str, Tensor]:
+    """Stored features of captions of what `find_model` finds. Only shipped models have them."""
+    shipped = shipped_models().get(str(run))
+    if shipped is None or Path(run).exists() or not (shipped / CAPTIONS).is_file():
+        return {}
+    return read_weights(shipped / CAPTIONS)[0]
 
 
 def with_encoder(config: RunConfig, path: str) -> RunConfig:
