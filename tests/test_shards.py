@@ -195,15 +195,20 @@ def test_members_that_are_no_sample_are_counted_and_can_be_named(tmp_path):
 
 
 def test_records_give_captions_and_classes_by_their_usual_names(tmp_path):
-    records = {"a": {"label": 1, "prompt": "x"}, "b": {"label": 0.0, "Captions": ["y", "z"]}}
+    records = {
+        "a": {"label": 1, "prompt": "x"},
+        "b": {"label": 0.0, "Captions": ["y", "z"]},
+        "c": {"label": 1, "text": {"en": "of another type"}},
+    }
     parts: Parts = []
     for key, record in records.items():
         parts += [(f"{key}.png", encode()), (f"{key}.json", json.dumps(record).encode())]
-    source = opened(write_tar(tmp_path / "s.tar", parts))
+    source = opened(write_tar(tmp_path / "s.tar", parts), 0.4)
     assert source.captions == [("x",), ("y", "z")]
     assert [source[n].label for n in range(2)] == [1, 0]
-    parts = [(name.replace("json", "caption"), data) for name, data in parts]
-    assert opened(write_tar(tmp_path / "t.tar", parts)).captions is not None
+    assert list(reasons(source)) == ["s.tar:c"]
+    source = opened(write_tar(tmp_path / "t.tar", [*parts, ("c.caption", b"wins")]))
+    assert source.captions == [("x",), ("y", "z"), ("wins",)]
 
 
 # --- the index ---------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from matryoshka_diffusion.files import cache_folder, digest, sealed, unsealed, w
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_VERSION = 6  # of the index; raise it when the same shard would be indexed in another way
+_VERSION = 7  # of the index; raise it when the same shard would be indexed in another way
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./]|$)")
 _SIDES = ("original_width", "original_height")  # in .json
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
@@ -283,8 +283,10 @@ class _ShardReader:
         self._records = Reader(data, self.tally)
         self._images, self._previews = kind.suffixes - kind.previews, kind.previews
         if data.columns.image is not None:  # the suffix of a sample's image
-            self._images, self._previews = frozenset({f".{data.columns.image}"}), frozenset()
-        self._texts = [one for one in suffixes_of(data) if one != ".json"]
+            image = f".{data.columns.image.removeprefix('.').lower()}"
+            self._images, self._previews = frozenset({image}), frozenset()
+        self._texts = [one.lower() for one in suffixes_of(data) if one != ".json"]
+        self._used = self._images | self._previews | kind.others | {*self._texts, ".json", ".cls"}
 
     def samples(self, size: int) -> Iterator[tuple[Sample, int]]:
         """Samples in order; bad ones have a flaw."""
@@ -300,25 +302,23 @@ class _ShardReader:
             keys.add(key)
 
     def _is_used(self, member: Member) -> bool:
-        if member.flaw:
-            return True
+        """Test if a member belongs to a sample; count it if it does not."""
         suffix = _split(member.name)[1]
-        used = suffix in (*self._texts, ".json", ".cls")
-        if used or suffix in self._images | self._previews | self._kind.others:
-            return not _is_hidden(member)
-        if not _is_hidden(member):
-            last, dotted = f".{suffix.rpartition('.')[2]}", suffix.count(".") > 1
-            noun = f"{last} members" if suffix else "members without a suffix"
-            if dotted and last in self._images | self._previews | {*CAPTION_SUFFIXES}:
-                option = "columns.image" if last in self._images else "caption_suffixes"
-                role = "" if last in self._images | self._previews else CAPTION.option
-                remedy = (
-                    "a key ends at the first dot of a name: rename them, or name the rest "
-                    f"(--set data.{option}=...)"
-                )
-                self.tally.add(f"{noun} with further dots", member.name, role, remedy)
-            else:
-                self.tally.add(noun, member.name)
+        if member.flaw or suffix in self._used:
+            return bool(member.flaw) or not _is_hidden(member)
+        last = f".{suffix.rpartition('.')[2]}" if suffix else ""
+        kind = f"{last} members" if last else "members without a suffix"
+        options = dict.fromkeys(CAPTION_SUFFIXES, "caption_suffixes")
+        options |= dict.fromkeys(self._images | self._previews, "columns.image")
+        if _is_hidden(member):
+            return False
+        if suffix == last or last not in options:
+            self.tally.add(kind, member.name)
+            return False
+        role = CAPTION.option if last in CAPTION_SUFFIXES else ""
+        remedy = "a key ends at the first dot of a name: rename them, or name what follows"
+        remedy = f"{remedy} (--set data.{options[last]}=...)"
+        self.tally.add(f"{kind} with further dots", member.name, role, remedy)
         return False
 
     def _sample(self, key: str, parts: Sequence[Member]) -> tuple[Sample, int]:
@@ -363,10 +363,10 @@ class _ShardReader:
 
 
 def _only(parts: Sequence[Member], suffixes: frozenset[str], noun: str) -> Member | None:
-    found = [part for part in parts if _split(part.name)[1] in suffixes]
-    if len(found) > 1:
+    same = [part for part in parts if _split(part.name)[1] in suffixes]
+    if len(same) > 1:
         raise PictureError(f"it has more than one {noun}: its key may be there twice")
-    return found[0] if found else None
+    return same[0] if same else None
 
 
 def _key(member: Member) -> str:

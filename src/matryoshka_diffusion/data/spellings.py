@@ -101,17 +101,21 @@ class Reader:
     _known: set[tuple[str, ...]] = field(default_factory=set)  # keys of records before
 
     def read(self, record: Mapping[str, Any], passed: Sequence[str] = ()) -> Words:
-        """Words of a record, whose keys `passed` have another use. Raises PictureError."""
+        """Words of a record; its keys `passed` have another use. Other types give none."""
         captions = find_columns(TEXT, record, self.data)
         labels = find_columns(LABEL, record, self.data)
-        words = tuple(text for name in captions for text in texts(record[name]))
+        words, label = (), None
+        try:
+            words = tuple(text for name in captions for text in texts(record[name]))
+        except PictureError:
+            captions = ()
         try:
             label = next((label_of(record[name]) for name in labels), None)
         except LabelError:
-            label, labels = None, ()
-        if (keys := (*record, *labels)) not in self._known:
+            labels = ()
+        used = {*captions, *labels, *passed}
+        if (keys := (*record, *captions, *labels)) not in self._known:
             self._known.add(keys)
-            used = {*captions, *labels, *passed}
             self.tally.names |= {name: "" for name in record if name not in used}
         return Words(words, label)
 
