@@ -205,6 +205,8 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
         ("info empty", 1, "empty"),
         ("eval empty", 1, "empty"),
         ("eval MODEL -n -5", 2, "'-5'"),
+        ("eval MODEL -n 99999999999999 --metrics fd --ref images", 2, "10,000,000"),
+        ("sample MODEL -n 99999999999999", 2, "--seed"),
         ("plot empty", 2, "empty"),
         ("eval MODEL", 2, "give -n"),
         ("eval MODEL --metrics fdi", 2, "'fdi'"),

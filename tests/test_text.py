@@ -252,6 +252,9 @@ DAMAGES = {
     "truncated": lambda folder: os.truncate(folder / "model.safetensors", 1000),
     "config": lambda folder: (folder / "config.json").write_text("{"),
     "tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "add'),
+    "edited config": lambda folder: (folder / "config.json").write_text("[]"),
+    "edited tokenizer": lambda folder: (folder / "tokenizer.json").write_text("5"),
+    "edited settings": lambda folder: (folder / "tokenizer_config.json").write_text("null"),
     "pickle": pickle_weights,
     "missing key": drop_a_tensor,
 }

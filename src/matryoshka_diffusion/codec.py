@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion.config import (
@@ -30,7 +31,13 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.source import Source
-from matryoshka_diffusion.files import cache_folder, read_json, require, write_atomically
+from matryoshka_diffusion.files import (
+    FOREIGN_ERRORS,
+    cache_folder,
+    read_json,
+    require,
+    write_atomically,
+)
 from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.tensorfile import check_header
 from matryoshka_diffusion.text.feature_cache import RaggedStore
@@ -143,10 +150,16 @@ def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> A
         )
     key = check_codec(config.codec, folder, config.name)
     diffusers = require("diffusers", "diffusers", "a codec")
-    check_header(folder / WEIGHTS)
-    model, report = diffusers.AutoencoderKL.from_pretrained(
-        str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    try:
+        check_header(folder / WEIGHTS)
+        model, report = diffusers.AutoencoderKL.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, *FOREIGN_ERRORS) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(
+            f"codec.path: {folder} is no codec that can be loaded ({reason})"
+        ) from error
     # diffusers would only warn of missing or unused weights.
     if problems := {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}:
         raise ConfigError(f"codec.path: the weights in {folder} do not fit its config: {problems}")

@@ -27,6 +27,13 @@ class BrokenFile(ValueError):
     """A file that is not what its name says; the message says what is wrong."""
 
 
+FOREIGN_ERRORS = (
+    *(ValueError, LookupError, RuntimeError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, ImportError, MemoryError),
+)
+"""What other packages raise, besides OSError, for damaged or edited files of their formats."""
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

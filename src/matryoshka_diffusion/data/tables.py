@@ -34,7 +34,7 @@ from matryoshka_diffusion.data.spellings import (
     label_of,
     texts,
 )
-from matryoshka_diffusion.files import UnreadableError, require
+from matryoshka_diffusion.files import FOREIGN_ERRORS, UnreadableError, require
 
 DEFAULT_SPLIT = "train"
 
@@ -286,7 +286,7 @@ def _opened(datasets: Any, name: str, data: DataConfig) -> Any:
         return datasets.load_dataset(place, split=split or DEFAULT_SPLIT)
     try:
         saved = datasets.load_from_disk(place)
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except FOREIGN_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{place} is damaged, or no data set that datasets saved ({reason})"

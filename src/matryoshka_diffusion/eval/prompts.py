@@ -25,6 +25,7 @@ from matryoshka_diffusion.rng import choose, stream
 
 RETRIEVED = 128  # captions of a prompt retrieval
 
+MOST_SAMPLES = 10_000_000  # whose features lie in memory
 MAX_HASHED = 4096  # images of a source: reading all takes as long as measuring
 
 
@@ -51,9 +52,11 @@ class Conditions:
         return [self.at(row) for row in range(count)] if self.kind == "prompts" else []
 
     def check(self, n: int | None) -> int:
-        """The number of samples. Raises `UsageError` if it is unknown or above `limit`."""
+        """The number of samples. Raises `UsageError` if it is unknown or too large."""
         if n is None:
             raise UsageError("how many samples? give -n, or a metric such as fid50k that says so")
+        if n > MOST_SAMPLES:
+            raise UsageError(f"-n {n:,}: give at most {MOST_SAMPLES:,}")
         if self.limit is not None and self.limit < n:
             raise UsageError(
                 f"{self.name}: there are {self.limit:,} for {n:,} samples; give -n {self.limit}, "

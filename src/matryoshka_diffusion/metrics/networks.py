@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.files import digest, require
+from matryoshka_diffusion.files import FOREIGN_ERRORS, digest, require
 from matryoshka_diffusion.metrics.formulas import comparable, unit
 from matryoshka_diffusion.tensorfile import check_header
 
@@ -234,14 +234,7 @@ class CLIP:
             shape = self._prepare(np.zeros((1, 9, 8, 3), np.uint8), return_tensors="pt")
             if shape["pixel_values"].shape != (1, 3, vision.image_size, vision.image_size):
                 raise ValueError(f"{settings.name} makes other images than {square}")
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except (OSError, SafetensorError, *FOREIGN_ERRORS) as error:
             raise ValueError(f"cannot load CLIP from {folder}: {reason_of(error)}") from error
         self._model = model.eval().requires_grad_(False).float().to(device)
         self._device = torch.device(device)

@@ -193,8 +193,11 @@ def _open_weights(weights: str | Path | Mapping[str, Tensor]) -> Weights:
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    is_plain = path.suffix == ".safetensors"
+    if is_plain:
+        check_header(path)
     with _clear_errors(path):
-        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path)
+        return _open_safetensors(path) if is_plain else _open_pth(path)
 
 
 @contextlib.contextmanager
@@ -215,7 +218,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    check_header(path)
     opened = safe_open(path, framework="pt")
     names = opened.keys()
     if not 0 < len(names) <= MOST_ENTRIES:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
-from matryoshka_diffusion.files import package_folder, require
+from matryoshka_diffusion.files import FOREIGN_ERRORS, package_folder, require
 from matryoshka_diffusion.tensorfile import check_header
 
 _BATCH = 64
@@ -229,14 +229,14 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
         "local_files_only": local,
         "trust_remote_code": False,  # unset, transformers asks on a terminal
     }
-    for file in folder.glob("*.safetensors") if local else ():
-        check_header(file)
     try:
+        for file in folder.glob("*.safetensors") if local else ():
+            check_header(file)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model, report = getattr(transformers, model_class).from_pretrained(
             **source, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, SafetensorError, *FOREIGN_ERRORS) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:  # an advice that no option here follows
             reason = "it needs code of its own, which is never run"

@@ -145,7 +145,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = No
 # --- reading -----------------------------------------------------------------------------------
 
 
-class _Scale(Strict):
+class ScaleState(Strict):
     """`precision.LossScale` in a file."""
 
     factor: Annotated[float, Field(ge=1.0)]
@@ -153,14 +153,14 @@ class _Scale(Strict):
     good_steps: Natural
 
 
-class _State(Strict):
+class RunState(Strict):
     """The content of `state.json`. Checkpoints of earlier versions lack what has a default."""
 
     images_seen: Annotated[Natural, Field(le=_MOST)]
     steps: Annotated[Natural, Field(le=_MOST)]
     skipped: Natural = 0
     skipped_in_a_row: Natural = 0
-    scale: _Scale | None = None
+    scale: ScaleState | None = None
     seconds: Annotated[float, Field(ge=0.0)]
     config: dict[str, Any]
     bad: list[Any] = Field(default_factory=list)
@@ -169,7 +169,7 @@ class _State(Strict):
         for row in self.bad:  # a name that is no Unicode is no text for pydantic
             kinds = (str, str, int | None)
             if not isinstance(row, list) or not all(map(isinstance, row, kinds)) or len(row) != 3:
-                yield "bad: a row is not [path, reason, offset]"
+                yield "a row of bad is not [path, reason, offset]"
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -177,13 +177,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     remedy = f"remove {path} to go on from an older checkpoint"
     try:
         state = read_json(path / STATE)
-        images_seen = _State.model_validate(state).images_seen
+        images_seen = RunState.model_validate(state).images_seen
     except BrokenFile as error:
         raise CheckpointError(f"{error}; {remedy}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path / STATE}: {key}: {first['msg']}; {remedy}") from error
+        key = ".".join(map(str, first["loc"])) or "the state of a run"
+        message = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{path / STATE}: {key}: {message}; {remedy}") from error
     if path.name.isdigit() and images_seen != int(path.name):
         raise CheckpointError(
             f"{path / STATE}: images_seen is {images_seen:,}, and the folder's name says another "
