@@ -38,6 +38,7 @@ from matryoshka_diffusion.train.distributed import (
 )
 from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks, fetched
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
+from matryoshka_diffusion.train.memory import keep_freed_memory
 from matryoshka_diffusion.train.precision import LossScale, compile_network, placed
 from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
@@ -133,6 +134,7 @@ class Trainer(Generic[Net]):
         images_seen: int = 0,
         world: World = ALONE,
     ) -> None:
+        keep_freed_memory()
         self.recipe, self.train = recipe, recipe.train
         self.device, self.world = torch.device(device), world
         self.quarantine = Quarantine()
