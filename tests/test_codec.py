@@ -327,10 +327,7 @@ def test_the_command_trains_watches_draws_and_shares(tiny_codec, own_cache, tmp_
     assert [line["images_seen"] for line in lines if "held_out_loss_per_level" in line] == [8, 16]
     assert len(list((out / "previews").glob("*.png"))) == 2
     assert cli.main(["info", str(out)]) == 0
-    assert (
-        f"codes of images of 64 px, 4 times smaller along each side, by {tmp_path / 'there'}"
-        in (capsys.readouterr().out)
-    )
+    assert f"4 times smaller along each side, by {tmp_path / 'there'}" in capsys.readouterr().out
     assert cli.main(["sample", str(out), "-n", "2", "-o", str(tmp_path / "samples")]) == 0
 
     assert cli.main(["export", str(out), "-o", str(tmp_path / "shared")]) == 0

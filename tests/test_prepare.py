@@ -287,7 +287,7 @@ def test_every_presets_model_can_be_grown(name, times, tmp_path, monkeypatch):
     with torch.device("meta"):
         small = NestedUNet(config.model)
         monkeypatch.setattr(grow, "find_model", lambda run: (small.state_dict(), config))
-        monkeypatch.setattr(grow.checkpoint, "load_network", lambda *_, where: small)
+        monkeypatch.setattr(grow, "load_network", lambda *_, where: small)
         monkeypatch.setattr(grow, "_begin", lambda config, net, out: None)
         side = times * config.model.levels[-1].side
         grown = grow.grow_run(name, partial(grow.next_level, side=side), tmp_path / "x")
