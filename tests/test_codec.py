@@ -152,6 +152,8 @@ def test_a_codec_that_does_not_fit_is_refused(tiny_codec, tmp_path):
     other = damaged(folder, tmp_path / "other", settings={"_class_name": "VQModel"})
     fewer = damaged(folder, tmp_path / "fewer", weights=lambda w: dict([*w.items()][1:]))
     odd = damaged(folder, tmp_path / "odd", settings={"norm_num_groups": 0})
+    deep = damaged(folder, tmp_path / "deep", settings={"layers_per_block": 10**6})
+    text = damaged(folder, tmp_path / "text", settings={"scaling_factor": "x"})
     unknown = damaged(folder, tmp_path / "unknown", settings={"down_block_types": ["Nope"]})
     bare = damaged(folder, tmp_path / "bare", settings={"latent_channels": None})
     (tmp_path / "pickled").mkdir()
@@ -166,6 +168,8 @@ def test_a_codec_that_does_not_fit_is_refused(tiny_codec, tmp_path):
         (on_codes(folder, channels=3), r"model\.channels is 3, but .* have 4: add --set model\.ch"),
         (on_codes(fewer), r"codec\.path: the weights in .* do not fit .*missing_keys"),
         (on_codes(odd), r"codec\.path: .*odd is no codec"),
+        (on_codes(deep), r"codec\.path: .*layers_per_block is more than 1,000"),
+        (on_codes(text), r"codec\.path: .*text is no codec"),
         (on_codes(unknown), r"codec\.path: .*unknown is no codec"),
         (on_codes(bare), r"model\.channels is 4, but"),
     ):

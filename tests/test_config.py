@@ -237,6 +237,12 @@ UNEVEN = (
         (UNEVEN, r"model: levels\[1\]\.side 12 .*8"),
         ("model.levels[1].middle=true", r"model: levels\[1\]\.middle.* omit"),
         ("model.embedding=36", r"model\.embedding: .*multiple of 8"),
+        ("model.embedding=8000000000000", r"model\.embedding: .*65536"),
+        ("model.levels[0].widths=[32, 3200000000]", r"levels\[0\]\.widths\[1\]: .*65536"),
+        ("model.levels[0].blocks=[1000000, 1]", r"model: levels: 2,000,0\d\d layers"),
+        ("model.levels[0].attention=[0, 1000000]", r"model: levels: 3,000,0\d\d layers"),
+        ("model.text.layers=2000", r"model: levels: 2,0\d\d layers"),
+        ("sampling={grid: released, steps: 1001}", r"sampling: steps is 1,001.*trailing"),
         # stages
         ("train.stages=[]", r"train\.stages: .*at least 1"),
         ("train.stages[0].levels=3", r"train: stages .*shrink"),

@@ -92,6 +92,7 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
         (numbers, None, ("0", "1", "2"), [2, 0, 2]),
         (numbers, {"huggingface": json.dumps(about)}, ("cat", "dog", "owl"), [2, 0, 2]),
         (numbers, {"huggingface": "{"}, ("0", "1", "2"), [2, 0, 2]),
+        (numbers, {"huggingface": "[" * 10_000}, ("0", "1", "2"), [2, 0, 2]),
         ({"image": pictures, "cls": ["owl", "cat", "owl"]}, None, ("cat", "owl"), [1, 0, 1]),
         ({"image": pictures, "cls": [True, False, True]}, None, ("0", "1"), [1, 0, 1]),
         ({"image": pictures, "label": [1.0, 0.0, 1.0]}, None, ("0", "1"), [1, 0, 1]),

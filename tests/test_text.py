@@ -247,6 +247,11 @@ def pickle_weights(folder):
     torch.save({}, folder / "pytorch_model.bin")
 
 
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGES = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "truncated": lambda folder: os.truncate(folder / "model.safetensors", 1000),
@@ -255,6 +260,7 @@ DAMAGES = {
     "edited config": lambda folder: (folder / "config.json").write_text("[]"),
     "edited tokenizer": lambda folder: (folder / "tokenizer.json").write_text("5"),
     "edited settings": lambda folder: (folder / "tokenizer_config.json").write_text("null"),
+    "many layers": lambda folder: edit_config(folder, num_layers=10**6),
     "pickle": pickle_weights,
     "missing key": drop_a_tensor,
 }

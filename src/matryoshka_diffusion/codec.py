@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from matryoshka_diffusion.files import (
     write_atomically,
 )
 from matryoshka_diffusion.pyramid import to_float
-from matryoshka_diffusion.tensorfile import check_header
+from matryoshka_diffusion.tensorfile import check_folder
 from matryoshka_diffusion.text.feature_cache import RaggedStore
 
 SETTINGS, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -150,20 +151,28 @@ def load_autoencoder(config: RunConfig, device: torch.device | str = "cpu") -> A
         )
     key = check_codec(config.codec, folder, config.name)
     diffusers = require("diffusers", "diffusers", "a codec")
-    try:
-        check_header(folder / WEIGHTS)
+    with _named(folder):
+        check_folder(folder)
         model, report = diffusers.AutoencoderKL.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+    # diffusers would only warn of missing or unused weights.
+    if problems := {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}:
+        raise ConfigError(f"codec.path: the weights in {folder} do not fit its config: {problems}")
+    with _named(folder):
+        return Autoencoder(model, key, device)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Raise ConfigError with the folder of a codec for whatever diffusers raises about it."""
+    try:
+        yield
     except (OSError, SafetensorError, *FOREIGN_ERRORS) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
             f"codec.path: {folder} is no codec that can be loaded ({reason})"
         ) from error
-    # diffusers would only warn of missing or unused weights.
-    if problems := {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}:
-        raise ConfigError(f"codec.path: the weights in {folder} do not fit its config: {problems}")
-    return Autoencoder(model, key, device)
 
 
 # --- the folder of a codec -----------------------------------------------------------------------

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
-Width = Annotated[int, Field(gt=0, multiple_of=32)]
+LARGEST = 2**16  # channels or features; a config of a few bytes could ask for any number
+MOST_LAYERS = 2_000
+Width = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=32)]
 Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -92,6 +94,13 @@ class LevelConfig(Strict):
         """Frames of the features where the coarser level sits; 1 for images."""
         return self.frames_at(len(self.widths) - 1)
 
+    @property
+    def layers(self) -> int:
+        """Number of residual blocks and layers of attention, on the way down and up."""
+        frames = self.frame_attention or (0,) * len(self.widths)
+        parts = zip(self.blocks, self.attention, frames, strict=False)
+        return sum((2 * blocks + 1) * (1 + one + other) for blocks, one, other in parts)
+
     def stride(self, step: int) -> int:
         """The factor by which the step from this width to the next divides the side."""
         return 2 if (self.halve[step] if self.halve else self.frame_stride(step) == 1) else 1
@@ -129,8 +138,8 @@ class LevelConfig(Strict):
 class TextConfig(Strict):
     """The way of text features into the network: a projection, then layers of self-attention."""
 
-    features: Count
-    width: Count
+    features: Annotated[int, Field(gt=0, le=LARGEST)]
+    width: Annotated[int, Field(gt=0, le=LARGEST)]
     layers: Natural = 0
     heads: Count = 8
     masked: bool = True
@@ -156,13 +165,13 @@ class ModelConfig(Strict):
     """The nest: the levels from coarse to fine, and what they share."""
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
-    embedding: Annotated[int, Field(gt=0, multiple_of=8)]
+    embedding: Annotated[int, Field(gt=0, le=LARGEST, multiple_of=8)]
     channels: Count = 3
     schedule: ScheduleName = "cosine"
     time_input: Literal["step", "log-snr"] = "step"
     data_std: Positive = 0.5
     text: TextConfig | None = None
-    classes: Natural = 0
+    classes: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     augment: bool = False  # the network receives how `data.augment` transformed an image
     coarse: CoarseConfig | None = None  # of an upsampler, the second half of a cascade
 
@@ -181,6 +190,9 @@ class ModelConfig(Strict):
         return self.model_copy(update={"levels": self.levels[:levels]})
 
     def problems(self) -> Iterator[str]:
+        layers = sum(level.layers for level in self.levels) + (self.text.layers if self.text else 0)
+        if layers > MOST_LAYERS:
+            yield f"levels: {layers:,} layers, and at most {MOST_LAYERS:,} are built: take fewer"
         for index, (inner, outer) in enumerate(zip(self.levels, self.levels[1:], strict=False), 1):
             here = f"levels[{index}]"
             if outer.side < inner.side:

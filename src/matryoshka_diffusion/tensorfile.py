@@ -5,6 +5,7 @@ The reader of safetensors parses a header of any length: 73 MB of it take 1.3 GB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matryoshka_diffusion.files import BrokenFile
+from matryoshka_diffusion.files import BrokenFile, read_json
 
 LARGEST_HEADER = 8 * 2**20
 """Bytes of a file's description of its tensors: about 60,000 of them."""
+_MOST = {"layers": 1_000, "channels": 8_192}
+"""Largest numbers of settings with these words in their names."""
 FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -37,6 +40,25 @@ def check_header(path: Path) -> None:
             f"{path}: damaged or no safetensors file (a header of {header:,} bytes; the file has "
             f"{size:,}, and {LARGEST_HEADER:,} are allowed): copy or download it again"
         )
+
+
+def check_folder(folder: Path) -> None:
+    """Judge a model of transformers or diffusers before it is built: its headers and its depth.
+
+    Raises:
+        BrokenFile: a header is too long, or `config.json` asks for layers or channels without end.
+    """
+    for path in folder.glob("*.safetensors"):
+        check_header(path)
+    path = folder / "config.json"
+    settings = read_json(path) if path.is_file() else {}
+    whole = settings if isinstance(settings, dict) else {}
+    for part in (whole, *(value for value in whole.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            numbers = value if isinstance(value, list) else [value]
+            most = max((limit for word, limit in _MOST.items() if word in name), default=math.inf)
+            if any(isinstance(number, int) and number > most for number in numbers):
+                raise BrokenFile(f"{path}: {name} is more than {most:,}: it is no real model")
 
 
 @contextmanager

@@ -238,7 +238,7 @@ class _File:
         try:
             about = json.loads((self._schema.metadata or {})[b"huggingface"])
             names = about["info"]["features"][self._columns.labels[0]]["names"]
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, RecursionError):
             return ()
         return tuple(map(str, names))
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.files import FOREIGN_ERRORS, digest, require
 from matryoshka_diffusion.metrics.formulas import comparable, unit
-from matryoshka_diffusion.tensorfile import check_header
+from matryoshka_diffusion.tensorfile import check_folder
 
 
 @runtime_checkable
@@ -211,8 +211,7 @@ class CLIP:
                 "it: config.json, model.safetensors and the tokenizer's files"
             )
         try:
-            for file in files:
-                check_header(file)
+            check_folder(folder)
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

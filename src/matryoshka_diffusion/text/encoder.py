@@ -17,7 +17,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import FOREIGN_ERRORS, package_folder, require
-from matryoshka_diffusion.tensorfile import check_header
+from matryoshka_diffusion.tensorfile import check_folder
 
 _BATCH = 64
 _SENTENCE = "Matryoshka: a doll in a doll, 3 levels deep."
@@ -230,8 +230,8 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
         "trust_remote_code": False,  # unset, transformers asks on a terminal
     }
     try:
-        for file in folder.glob("*.safetensors") if local else ():
-            check_header(file)
+        if local:
+            check_folder(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model, report = getattr(transformers, model_class).from_pretrained(
             **source, use_safetensors=True, output_loading_info=True
