@@ -83,8 +83,9 @@ class TextTower(nn.Module):
             TextLayer(config.width, config.heads) for _ in range(config.layers)
         )
         self.pool = nn.Linear(config.width, embedding, bias=False)
-        null = nn.Parameter(torch.empty(config.features)) if config.learned_null else None
-        self.null = null if null is None else nn.init.normal_(null)
+        self.null = nn.Parameter(torch.empty(config.features)) if config.learned_null else None
+        if self.null is not None:  # diffusers replaces the initialisers by ones that return None
+            nn.init.normal_(self.null)
         # These two layers keep the variance of the features. Torch's default divides it by three
         # in each, and a caption would start much quieter than the time that it is added to.
         for linear in (self.project, self.pool):
