@@ -471,3 +471,11 @@ def test_parts_that_do_not_fit_are_refused(copy, file, damage):
     damaged(copy / file, damage)
     with pytest.raises((ValueError, OSError)):
         MDMPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "text_encoder/config.json"])
+@pytest.mark.parametrize("content", ["[]", "5", "[" * 10_000])
+def test_json_of_another_form_is_named(copy, file, content):
+    (copy / file).write_text(content)
+    with pytest.raises((ValueError, OSError), match=str(copy)):
+        MDMPipeline.from_pretrained(copy)

@@ -28,7 +28,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
-from matryoshka_diffusion.tensorfile import check_header, open_tensors
+from matryoshka_diffusion.tensorfile import check_folder, open_tensors
 from matryoshka_diffusion.text.encoder import load_encoder, states_of
 from matryoshka_diffusion.train.weights import load_weights
 
@@ -205,11 +205,11 @@ class MDMPipeline(DiffusionPipeline):
                 f"{folder}: no such folder; a model on the hub has to be fetched first, as "
                 "huggingface_hub.snapshot_download does"
             )
-        for path in folder.glob("*/*.safetensors"):
-            check_header(path)
         try:
+            for part in folder.iterdir():
+                check_folder(part)
             pipe = super().from_pretrained(folder, **(options | {"use_safetensors": True}))
-        except (RuntimeError, SafetensorError) as error:  # of transformers, about weights
+        except (RuntimeError, TypeError, AttributeError, LookupError, SafetensorError) as error:
             raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
         for weight in pipe.network.parameters():
             # A file's weights may lie at addresses for which kernels sum in another order.
