@@ -473,7 +473,9 @@ def test_parts_that_do_not_fit_are_refused(copy, file, damage):
         MDMPipeline.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("file", ["model_index.json", "text_encoder/config.json"])
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "text_encoder/config.json", "network/config.json"]
+)
 @pytest.mark.parametrize("content", ["[]", "5", "[" * 10_000])
 def test_json_of_another_form_is_named(copy, file, content):
     (copy / file).write_text(content)

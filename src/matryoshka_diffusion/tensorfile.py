@@ -46,14 +46,16 @@ def check_folder(folder: Path) -> None:
     """Judge a model of transformers or diffusers before it is built: its headers and its depth.
 
     Raises:
-        BrokenFile: a header is too long, or `config.json` asks for layers or channels without end.
+        BrokenFile: a header is too long, or `config.json` holds no settings, or asks for layers or
+            channels without end.
     """
     for path in folder.glob("*.safetensors"):
         check_header(path)
     path = folder / "config.json"
     settings = read_json(path) if path.is_file() else {}
-    whole = settings if isinstance(settings, dict) else {}
-    for part in (whole, *(value for value in whole.values() if isinstance(value, dict))):
+    if not isinstance(settings, dict):
+        raise BrokenFile(f"{path}: no settings of a model: copy or download it again")
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for name, value in part.items():
             numbers = value if isinstance(value, list) else [value]
             most = max((limit for word, limit in _MOST.items() if word in name), default=math.inf)
