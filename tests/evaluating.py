@@ -235,7 +235,7 @@ def narrow(patch: pytest.MonkeyPatch) -> None:
     """Let Inception be one of few features: a distance of 2,048 takes half a minute on one core."""
     patch.setattr("matryoshka_diffusion.eval.reference.WIDTH", WIDTH)
 
-    def stand_in(path: str, device: Any) -> Look:
+    def stand_in(path: str, device: Any, *, trust_torchscript: bool) -> Look:
         assert Path(path).is_file()
         return Look("Inception", WIDTH)
 
