@@ -19,7 +19,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, kind_of, open_source
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.runs import prepare as job
-from picturing import COLOURS, noise, opened, reasons
+from picturing import COLOURS, noise, opened, reasons, write_tar
 from picturing import encode as encode_colour
 
 pa = pytest.importorskip("pyarrow")
@@ -106,6 +106,22 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
     write(tmp_path / "q.parquet", {"image": pictures[:1], "label": ["cat"]})
     with pytest.raises(ValueError, match=r"numbers in some .* and words in others"):
         parquet(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "shards", "datasets"])
+def test_another_column_of_images_is_not_taken_from_the_cache_of_the_first(tmp_path, form):
+    columns = {"jpg": [encode(0)], "seg.png": [encode(1)]}
+    path = str(tmp_path / "p")
+    if form == "parquet":
+        write(tmp_path / "p", columns)
+    elif form == "shards":
+        write_tar(tmp_path / "p", [(f"a.{name}", data) for name, (data,) in columns.items()])
+        path = str((tmp_path / "p").rename(tmp_path / "p.tar"))
+    else:
+        pytest.importorskip("datasets").Dataset.from_dict(columns).save_to_disk(path)
+        path = f"hf:{path}"
+    for image, colour in ((None, 0), ("seg.png", 1), (None, 0)):
+        assert colours(opened(path, kind=form, columns={"image": image})) == [colour]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
 
     results = look_ahead(index, paths, workers=THREADS, depth=4 * THREADS)
     bar = tqdm(results, "indexing shards", len(paths), unit=" shards", leave=False, disable=None)
-    states, samples, places, used = [], [], [], {*paths}
+    states, samples, places, used = [f"images {data.columns.image}"], [], [], {*paths}
     for path, name, (state, (rows, shard_tally)) in zip(
         paths, short_names(paths), bar, strict=True
     ):

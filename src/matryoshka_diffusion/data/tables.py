@@ -155,7 +155,7 @@ def parquet(pattern: str, data: DataConfig) -> Catalogue:
             stacklevel=4,
         )
     count_others(pattern, paths, tally)
-    state = "\n".join(f"{file.path} {file.state}" for file in files)
+    state = "\n".join(f"{file.path} {file.state} {file.columns.picture}" for file in files)
     names = files[0].class_names()
     return Catalogue(f"parquet {pattern}", state, samples, load, names, tally.unused())
 
@@ -171,24 +171,24 @@ class _File:
         self.metadata = self._whole(lambda file: file.metadata)
         self._schema = self.metadata.schema.to_arrow_schema()
         types = {field.name: field.type for field in self._schema}
-        self._columns, self._tally = _columns(types, data, path, tally), tally
-        kind = str(types[self._columns.picture])
+        self.columns, self._tally = _columns(types, data, path, tally), tally
+        kind = str(types[self.columns.picture])
         # binary, large_binary, struct<bytes: binary, path: string>
         if "binary" not in kind or "list" in kind:
-            raise ValueError(f"{path}: column {self._columns.picture} holds {kind}, not bytes")
+            raise ValueError(f"{path}: column {self.columns.picture} holds {kind}, not bytes")
 
     def rows(self) -> list[Sample]:
         """Samples with captions and classes, without keys."""
-        if not (words := self._columns.words):
+        if not (words := self.columns.words):
             return [Sample("")] * self.metadata.num_rows
         groups = range(self.metadata.num_row_groups)
         return self._whole(
-            lambda file: _rows(self._table(file, words, groups), self._columns, self._tally)
+            lambda file: _rows(self._table(file, words, groups), self.columns, self._tally)
         )
 
     def pictures(self, group: int) -> Any:
         """Images of a row group, a pyarrow array; a PictureError if the group is damaged."""
-        columns = [self._columns.picture]
+        columns = [self.columns.picture]
         try:
             return self._read(lambda file: self._table(file, columns, [group]).column(0))
         except ValueError as error:
@@ -237,7 +237,7 @@ class _File:
         """Names of the classes, if `datasets` wrote the file and knew them."""
         try:
             about = json.loads((self._schema.metadata or {})[b"huggingface"])
-            names = about["info"]["features"][self._columns.labels[0]]["names"]
+            names = about["info"]["features"][self.columns.labels[0]]["names"]
         except (LookupError, TypeError, ValueError, RecursionError):
             return ()
         return tuple(map(str, names))
@@ -270,7 +270,8 @@ def hugging_face(address: str, data: DataConfig) -> Catalogue:
             return path
         return _bytes(value)
 
-    state, classes = str(table._fingerprint), tuple(name for some in names for name in some)
+    state = f"{table._fingerprint} {columns.picture}"
+    classes = tuple(name for some in names for name in some)
     return Catalogue(f"datasets {name}", state, samples, load, classes, tally.unused())
 
 
