@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec import WEIGHTS, fingerprint, load_autoencoder
@@ -161,6 +162,20 @@ def test_a_finished_training_is_left_as_it_is(trained, tmp_path):
     assert finish() == trained[1]._replace(folder=copy / "codec")
     changed = [file.name for file, data in before.items() if file.read_bytes() != data]
     assert changed == []
+
+
+def test_a_training_that_goes_on_after_its_end_replaces_its_codec(trained, tmp_path):
+    copy, _ = finished_again(trained, tmp_path)
+    longer = override(there(find_codec_run(str(copy), None, [])), ["images=176"])
+    (copy / "codec.yaml").write_text(to_yaml(longer))
+    result = train_codec(longer, copy)
+    (checkpoint,) = (copy / "checkpoints").glob("*176")
+    learnt = load_file(checkpoint / "weights.safetensors")
+    written = load_file(result.folder / WEIGHTS)
+    assert learnt.keys() == written.keys()
+    assert all(torch.equal(written[name], value) for name, value in learnt.items())
+    assert fingerprint(result.folder) != fingerprint(trained[0] / "codec")
+    assert [path.name for path in copy.glob(".codec*")] == []
 
 
 def test_a_codec_is_what_diffusers_would_write(trained, tmp_path):

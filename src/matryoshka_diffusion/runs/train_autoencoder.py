@@ -7,6 +7,7 @@ losses: enough for small, plain images. The loop is the one of every training (`
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,16 +230,20 @@ def psnr(original: UInt8[np.ndarray, "..."], copy: UInt8[np.ndarray, "..."]) -> 
 
 
 def _save(model: AutoencoderKL, folder: Path) -> None:
-    """Write the codec's folder as `save_pretrained` does, unless it is there already.
+    """Write the codec's folder as `save_pretrained` does, unless it holds these weights already.
 
     Scale and shift are measured anew by each start, maybe on another device, and models trained on
-    the codec know it by the hash of the first measurement. Raises OSError with the path.
+    the codec know it by the hash of the first measurement. A codec of other weights is replaced:
+    its training has gone on. Raises OSError with the path.
     """
-    if folder.exists():
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    weights, settings = safetensors.torch.save(state, {"format": "pt"}), model.to_json_string()
+    files = {WEIGHTS: weights, SETTINGS: settings.encode()}
+    whole_already = all((folder / name).is_file() for name in files)
+    if whole_already and (folder / WEIGHTS).read_bytes() == weights:
         return
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    settings = model.to_json_string().encode()
-    files = {WEIGHTS: safetensors.torch.save(weights, {"format": "pt"}), SETTINGS: settings}
     with whole_folder(folder) as whole:
         for name, data in files.items():
             write_atomically(whole / name, lambda file, data=data: file.write(data))
+        if folder.exists():
+            shutil.rmtree(folder)
