@@ -168,6 +168,8 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         config = from_dict(read_json(path), where=str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing beside the weights") from None
+    except BrokenFile as error:
+        raise ConfigError(str(error)) from error
     file = folder / weights_file(config)
     stored, about = read_weights(file)
     weights = {present_name(name): value for name, value in stored.items()}
