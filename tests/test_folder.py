@@ -290,12 +290,20 @@ def test_splits_are_no_classes(tmp_path, inside):
         ({"a.json": '{"prompt": "x", "captions": "y"}'}, {".json files": 1}, "columns.caption="),
         ({"a.json": '{"label": [1]}'}, {".json files": 1}, "columns.label="),
         ({"a.txt": "x", "a.caption": "y"}, {".caption files": 1}, ""),
+        ({"captions/a.txt": "x"}, {".txt files": 1}, "data.captions=none"),
+        ({"b.caption": "x", "README.txt": "x"}, {".caption files": 1}, "data.captions=none"),
+        ({"README.txt": "x", "LICENSE-2.0.txt": ""}, {"readme.txt": 1}, ""),
+        ({"a.prompt": "x"}, {".prompt files": 1}, r"data\.caption_suffixes=\[\.prompt\]"),
+        ({"labels.csv": "file,label\na.png,x"}, {"labels.csv": 1}, "columns.label=''"),
+        ({"labels_train.csv": ""}, {"labels_train.csv": 1}, "metadata.jsonl"),
     ],
 )
 def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, kinds, lost):
-    save(tmp_path / "a.png")
+    save(tmp_path / "images" / "a.png")
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        path = tmp_path / ("." if "/" in name else "images") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     source = opened(tmp_path)
     counts = {one.kind: one.count for one in source.unused}
     assert kinds.items() <= counts.items()

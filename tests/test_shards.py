@@ -194,6 +194,14 @@ def test_members_that_are_no_sample_are_counted_and_can_be_named(tmp_path):
         opened(write_tar(tmp_path / "t.tar", sorted(parts)))
 
 
+@pytest.mark.parametrize("suffix", [".prompt", ".text"])
+def test_members_with_a_suffix_of_captions_are_not_lost(tmp_path, suffix):
+    path = write_tar(tmp_path / "s.tar", [("a.png", encode()), (f"a{suffix}", b"a cat")])
+    with pytest.raises(ConfigError, match=rf"a\{suffix}.*caption_suffixes=\[\{suffix}\]"):
+        refuse_lost(opened(path), DATA)
+    assert opened(path, caption_suffixes=(suffix,)).captions == [("a cat",)]
+
+
 def test_records_give_captions_and_classes_by_their_usual_names(tmp_path):
     records = {
         "a": {"label": 1, "prompt": "x"},

@@ -135,6 +135,7 @@ def test_another_column_of_images_is_not_taken_from_the_cache_of_the_first(tmp_p
         ({"text": ["", ""]}, {"captions": "none"}, None),
         ({"prompt": ["a", "b"], "title_text": ["", ""], "Description": ["", ""]}, {}, "caption"),
         ({"caption": pa.array([None, None], pa.string())}, {}, "caption"),
+        ({"json": ['{"text": "a"}', ""]}, {}, "json"),
         ({"fine_label": [1, 0], "coarse_label": [0, 0]}, {}, None),
         ({"label": [[0, 1], [1, 0]]}, {}, "label"),
         ({"label": [0.5, 1.0]}, {}, "label"),

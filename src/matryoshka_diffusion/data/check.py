@@ -62,10 +62,13 @@ def describe_unused(source: Source) -> list[str]:
 
 
 def refuse_lost(source: Source, data: DataConfig) -> None:
-    """Raise ConfigError if what is not used looks like captions or classes, and there are none."""
+    """Raise ConfigError if what is not used looks like captions or classes, and there are none.
+
+    One class for all images tells nothing about any of them.
+    """
     lost = {
         "caption": not source.captions,
-        "label": not (source.captions or source.classes),
+        "label": not source.captions and len(source.classes) < 2,
     }
     for role, option in (("caption", "captions"), ("label", "classes")):
         if lost[role] and (unused := [one for one in source.unused if one.role == role]):

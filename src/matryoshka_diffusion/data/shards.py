@@ -47,7 +47,7 @@ from matryoshka_diffusion.files import cache_folder, digest, sealed, unsealed, w
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_VERSION = 7  # of the index; raise it when the same shard would be indexed in another way
+_VERSION = 8  # of the index; raise it when the same shard would be indexed in another way
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./]|$)")
 _SIDES = ("original_width", "original_height")  # in .json
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
@@ -313,7 +313,7 @@ class _ShardReader:
         if _is_hidden(member):
             return False
         if suffix == last or last not in options:
-            self.tally.add(kind, member.name)
+            self.tally.add_suffix(last, "members", member.name)
             return False
         role = CAPTION.option if last in CAPTION_SUFFIXES else ""
         remedy = "a key ends at the first dot of a name: rename them, or name what follows"

@@ -26,10 +26,12 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 """Files with captions or classes of many images, in any case of letters."""
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
-_CONVERT = f'write them into {METADATA[0]}, a line {{"file_name": ..., "text": ...}} for each file'
+_CONVERT = f'write them into {METADATA[0]}, lines of {{{{"file_name": ..., "{{}}": ...}}}}'
 _METADATA_LIKE = re.compile(
     r"(metadata|captions?|prompts?)([_.-].*)?\.(jsonl?|csv|tsv|txt|parquet)$"
 )
+_LABELS_LIKE = re.compile(r"(labels?|classes)([_.-].*)?\.(jsonl?|csv|tsv|txt|parquet)$")
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|credits|requirements)\b.*\.txt$")
 _NUMBER = re.compile(r"[_.-]?(\d+)$")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 _NAMED = 5  # columns that a report names
@@ -258,18 +260,39 @@ class Tally:
     def add_file(self, name: str) -> None:
         """Count a file by the end of its name; one that is named as metadata by itself.
 
-        Other data sets, and metadata of many images, may have captions.
+        Other data sets, metadata of many images, and texts without an image may have captions.
         """
         base = PurePosixPath(name).name.lower()
         suffix = PurePosixPath(base).suffix
         if _METADATA_LIKE.match(base):
-            remedy = "no line of it is used" if base in METADATA else _CONVERT
+            remedy = "no line of it is used" if base in METADATA else _CONVERT.format("text")
             self.add(base, name, CAPTION.option, remedy)
+        elif _LABELS_LIKE.match(base):
+            self.add(base, name, LABEL.option, _CONVERT.format("label"))
+        elif _ABOUT.match(base):
+            self.add(base, name)
         elif suffix in (".tar", ".parquet"):
             remedy = f"--data 'FOLDER/*{suffix}' reads them"
             self.add(f"{suffix} files", name, CAPTION.option, remedy)
         else:
-            self.add(f"{suffix} files" if suffix else "files without a suffix", name)
+            self.add_suffix(suffix, "files", name)
+
+    def add_suffix(self, suffix: str, noun: str, example: str) -> None:
+        """Count a file or member by its suffix, which may be that of captions or classes."""
+        kind = f"{suffix} {noun}" if suffix else f"{noun} without a suffix"
+        if suffix == ".json":
+            self.add(kind, example)  # most hold something else
+        elif suffix in CAPTION_SUFFIXES:
+            remedy = f"NAME{suffix} is read beside the image NAME.png"
+            self.add(kind, example, CAPTION.option, remedy)
+        elif (role := _role_of(suffix)) is not None:
+            reads = f'--set "data.caption_suffixes=[{suffix}]" reads NAME{suffix} beside NAME.png'
+            classes = "write whole numbers into NAME.cls"
+            classes = classes if noun == "members" else _CONVERT.format("label")
+            remedy = reads if role is CAPTION else classes
+            self.add(kind, example, role.option, remedy)
+        else:
+            self.add(kind, example)
 
     def merge(self, other: Tally) -> None:
         """Add the counts of another part."""
@@ -295,7 +318,12 @@ class Tally:
 
 
 def _role_of(name: str) -> Role | None:
-    """Role that a name may have, by any word in it: `caption_en`, `coarse_label`."""
+    """Role that a name may have, by any word in it: `caption_en`, `coarse_label`.
+
+    The record of an image, `json`, may have its caption.
+    """
     words = {*re.split(r"[\W_]+", _stem(name)), _stem(name)}
     roles = (CAPTION, LABEL)
+    if "json" in words:
+        return CAPTION
     return next((role for role in roles if words & role.others.union(role.usual)), None)
