@@ -117,6 +117,8 @@ def test_bad_metadata_lines_are_listed_with_their_numbers(tmp_path):
     [
         ("name,text\na.png,x\n", r"metadata\.csv needs the columns file_name and text"),
         ("file_name,words\na.png,x\n", r"metadata\.csv needs the columns file_name and text"),
+        ('file_name,text\nb.png,x\na.png,"6 feet\nc.png,y', r"metadata\.csv, line 3: .*quotes"),
+        ('file_name,text\na.png,"6\nb.png,"y"\n', r"metadata\.csv, line 2: .*quotes"),
         ("file_name,text\na.png," + "x" * 200_000, r"metadata\.csv, line \d+: field larger"),
         ("file_name,text\na.png,x\n", "has both"),
     ],

@@ -176,6 +176,26 @@ def test_tables_of_captions_are_those_of_the_released_trainer(tmp_path):
         opened(tmp_path / "training.tsv")
 
 
+@pytest.mark.parametrize("name", ["./s.tar", "/elsewhere/s.tar", "../gone/s.tar", "D:\\x\\s.tar"])
+@pytest.mark.parametrize("opens", ["s.tar", "s.tsv"])
+def test_a_table_from_another_place_serves_the_shard_beside_it(tmp_path, name, opens):
+    write_tar(tmp_path / "s.tar", [(f"{n}.png", encode()) for n in range(3)])
+    texts = ['6" of snow', '"a cat"', '"a" and "b"']
+    rows = [f"{name}\t./{n}.png\t{text}" for n, text in enumerate(texts)]
+    (tmp_path / "s.tsv").write_text("\n".join(["tar\tfile\tcaption", *rows]))
+    captions = opened(tmp_path / opens).captions
+    assert captions == [('6" of snow',), ("a cat",), ('"a" and "b"',)]
+
+
+@pytest.mark.parametrize("row", ["t.tar\t0.png\tx", "s.tar\tgone.png\tx", ""])
+def test_a_table_that_names_no_sample_of_its_shard_is_an_error(tmp_path, row):
+    write_tar(tmp_path / "s.tar", [("0.png", encode())])
+    write_tar(tmp_path / "t.tar", captioned(300))
+    (tmp_path / "s.tsv").write_text(f"tar\tfile\tcaption\n{row}")
+    with pytest.raises(ValueError, match=r"s\.tsv names no sample of .*s\.tar: .*rename"):
+        opened(tmp_path, 0.5)
+
+
 def test_members_that_are_no_sample_are_counted_and_can_be_named(tmp_path):
     parts = [(f"{n}.in.png", encode()) for n in range(3)]
     parts += [(f"{n}.out.txt", b"a cat") for n in range(3)]

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +89,13 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
             and not any(x.captions for x, _ in rows)
             and os.path.isfile(beside)
         ):
-            rows = _captioned(rows, _read_lists([beside], data).get(path, {}), tally)
+            rows = _captioned(rows, _beside(path, beside, data), tally)
             used.add(beside)
+            if not any(x.captions for x, _ in rows):
+                raise ValueError(
+                    f"{beside} names no sample of {path}: correct its columns tar and file, or "
+                    "rename it (data.captions=none does not read it)"
+                )
         samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in rows]
         places += [(path, sample.offset, size) for sample, size in rows]
 
@@ -111,6 +117,7 @@ def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
     """Captions by shard, from tables of tar, file and caption, and from those that tables list."""
     lists: dict[str, _Captions] = {}
     for path in paths:
+        placed = cache(partial(_placed, path))  # thousands of rows name the same shard
         with opened(path, int(state_of(path).split()[0])) as file:
             names, rows = read_table(path, decoded(file.read()))
         files, captions = find_columns(FILE, names, data), find_columns(CAPTION, names, data)
@@ -122,8 +129,7 @@ def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
         for line, row, flaw in rows:
             if flaw:
                 raise ValueError(f"{path}, line {line}: {flaw}")
-            place = row.get("tar", row[files[0]])
-            place = place if "://" in place else os.path.join(os.path.dirname(path), place)
+            place = placed(row.get("tar", row[files[0]]))
             if "tar" not in names:
                 for shard, texts in _read_lists([place], data).items():
                     lists.setdefault(shard, {}).update(texts)
@@ -131,6 +137,24 @@ def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
             key = _split(row[files[0]].removeprefix("./"))[0]
             lists.setdefault(place, {}).setdefault(key, []).extend(row[name] for name in captions)
     return lists
+
+
+def _placed(table: str, name: str) -> str:
+    """Path of a file that a table names; a name that leads nowhere is that of a file beside it."""
+    folder, base = os.path.dirname(table), re.split(r"[/\\]", name)[-1]
+    if "://" in name:
+        return name
+    if "://" in folder:
+        return f"{folder}/{base if os.path.isabs(name) else name.removeprefix('./')}"
+    path, beside = (os.path.normpath(os.path.join(folder, one)) for one in (name, base))
+    return beside if os.path.isfile(beside) and not os.path.exists(path) else path
+
+
+def _beside(path: str, table: str, data: DataConfig) -> _Captions:
+    """Captions of a shard in the table beside it; of another path, its last part has to agree."""
+    lists = _read_lists([table], data)
+    named = {os.path.basename(place): captions for place, captions in lists.items()}
+    return lists.get(path) or named.get(os.path.basename(path), {})
 
 
 def _captioned(

@@ -33,6 +33,7 @@ _METADATA_LIKE = re.compile(
 _LABELS_LIKE = re.compile(r"(labels?|classes)([_.-].*)?\.(jsonl?|csv|tsv|txt|parquet)$")
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|credits|requirements)\b.*\.txt$")
 _NUMBER = re.compile(r"[_.-]?(\d+)$")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 _NAMED = 5  # columns that a report names
 
@@ -200,17 +201,27 @@ def suffixes_of(data: DataConfig) -> tuple[str, ...]:
 def read_table(path: str, text: str) -> tuple[list[str], list[tuple[int, dict[str, str], str]]]:
     """Column names in the text of a CSV file, and its rows with their lines and flaws.
 
-    Its first line decides between commas, semicolons and tabs.
+    Its first line decides between commas, semicolons and tabs. In a `.tsv`, a line is a row, and
+    quotes are letters unless they enclose a whole field. Raises ValueError.
     """
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    is_tsv = path.lower().endswith(".tsv")
+    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
     file = io.StringIO(text, newline="")
-    table = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+    table = csv.reader(
+        file, delimiter=delimiter, skipinitialspace=True, quoting=quoting, strict=True
+    )
+    lines, start = [], 1
     try:
-        lines = [(table.line_num, row) for row in table if row]
+        for row in table:
+            if row:
+                lines.append((table.line_num, [*map(_unquoted, row)] if is_tsv else row))
+            start = table.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {table.line_num}: {error}") from error
+        raise ValueError(f"{path}, line {start}: {error}: check its quotes") from error
     names = [name.strip() for name in lines[0][1]] if lines else []
-    flaw = f"it has {{}} fields and the first line has {len(names)}: put quotes around its text"
+    remedy = "remove tabs from its text" if is_tsv else "put quotes around its text"
+    flaw = f"it has {{}} fields and the first line has {len(names)}: {remedy}"
     return names, [
         (
             line,
@@ -219,6 +230,11 @@ def read_table(path: str, text: str) -> tuple[list[str], list[tuple[int, dict[st
         )
         for line, row in lines[1:]
     ]
+
+
+def _unquoted(field: str) -> str:
+    match = _QUOTED.fullmatch(field)
+    return field if match is None else match[1].replace('""', '"')
 
 
 def captions_in(data: bytes, config: DataConfig) -> tuple[str, ...]:
