@@ -76,9 +76,12 @@ def test_a_job_that_was_stopped_draws_what_is_missing(model, tmp_path, monkeypat
         assert np.abs(whole[name].astype(int) - parts[name]).max() <= 1
     with pytest.raises(ConfigError, match="other sampling: give another -o"):
         draw_requests(loaded, requests, tmp_path / "parts", batch_size=3, steps=3)
-    with pytest.raises(ConfigError, match="other requests: give another -o"):
+    with pytest.raises(ConfigError, match=r"other requests \(image 0 is drawn\): give another -o"):
         draw_requests(loaded, requests[1:] + requests[:1], tmp_path / "parts", **options)
     assert draw_requests(loaded, [*requests, requests[0]], tmp_path / "parts", **options) == 1
+    (tmp_path / "parts" / "000001-dog.png").unlink()
+    changed = [requests[0], requests[1]._replace(seed=99), *requests[2:], requests[0]]
+    assert draw_requests(loaded, changed, tmp_path / "parts", **options) == 1
     assert "settings.json" in os.listdir(tmp_path / "parts")
 
 
@@ -91,7 +94,10 @@ def test_a_job_that_was_stopped_draws_what_is_missing(model, tmp_path, monkeypat
         ("a.jsonl", '["cat"]', ["line 1", "class"]),
         ("a.jsonl", '{"class": "cat", "sed": 1}', ["line 1", "'sed'", "seed"]),
         ("a.jsonl", '{"class": "cat", "seed": "1"}', ["line 1", "seed is '1'"]),
-        ("a.jsonl", '{"prompt": "cat"}', ["takes no prompts"]),
+        ("a.jsonl", '{"class": "cat"}\n{"prompt": "cat"}', ["line 2", "takes no prompts"]),
+        ("a.JSONL", '{"class": "cat", "guidance": [1, 2, 3]}', ["line 1", "guidance"]),
+        ("a.jsonl", '{"class": "cat", "guidance": NaN}', ["line 1", "guidance"]),
+        ("a.jsonl", '{"class": "cat", "negative": "dog"}', ["line 1", "needs guidance"]),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_is_drawn(model, tmp_path, name, text, parts):
@@ -99,7 +105,7 @@ def test_a_wrong_line_is_named_before_anything_is_drawn(model, tmp_path, name, t
     with pytest.raises(UsageError) as refused:
         draw_requests(Matryoshka.load(model), read_requests(tmp_path / name), tmp_path / "out")
     assert all(part in str(refused.value) for part in parts), refused.value
-    assert not images(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_that_the_lines_stand_for_are_refused(model, tmp_path, capsys):

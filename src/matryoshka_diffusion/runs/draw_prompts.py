@@ -36,6 +36,7 @@ class Request(NamedTuple):
     seed: int
     kind: Literal["prompts", "classes"] | None = None  # None: what the model takes
     own: tuple[tuple[str, Any], ...] = ()  # guidance and negative prompt, where a line has them
+    line: int = 0  # of the file, for messages
 
 
 def read_requests(path: Path, n: int = 1, seed: int = 0) -> list[Request]:
@@ -56,7 +57,7 @@ def read_requests(path: Path, n: int = 1, seed: int = 0) -> list[Request]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path}: it cannot be read as UTF-8 text ({error})") from error
     requests: list[Request] = []
-    plain = path.suffix != ".jsonl"
+    plain = path.suffix.lower() != ".jsonl"
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -66,7 +67,7 @@ def read_requests(path: Path, n: int = 1, seed: int = 0) -> list[Request]:
         first = int(entry.get("seed", seed + len(requests)))
         kind = None if plain else "classes" if "class" in entry else "prompts"
         subject = entry["class"] if kind == "classes" else entry["prompt"]
-        requests += [Request(subject, first + place, kind, own) for place in range(n)]
+        requests += [Request(subject, first + place, kind, own, number) for place in range(n)]
     if not requests:
         raise UsageError(f"--prompts {path}: it holds no line")
     return requests
@@ -108,10 +109,7 @@ def draw_requests(
         RunInUse: another process draws there.
         UsageError: a prompt or class that the model does not take.
     """
-    kinds = {request.kind or _kind(model) for request in requests}
-    if "classes" in kinds:  # refuse unknown ones before the first image, not hours later
-        first = model.base if isinstance(model, Cascade) else model
-        first.condition(None, [r.subject for r in requests if r.kind != "prompts"], 1)
+    _check(model, requests, settings)
     moves = model.resolutions[-1].frames is not None
     with owned(out, SETTINGS):
         _note(model, requests, out / SETTINGS, settings)
@@ -133,8 +131,31 @@ def draw_requests(
 
 
 def _kind(model: Model) -> Literal["prompts", "classes"]:
-    """What the lines of a plain file mean to a model."""
+    """Condition of a model that the lines of a plain file name."""
     return "classes" if model.config.model.classes else "prompts"
+
+
+def _check(model: Model, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
+    """Raise UsageError, with the line, for a request that the model cannot draw.
+
+    It comes before the first image, not hours later.
+    """
+    first, checked = model.base if isinstance(model, Cascade) else model, set()
+    for request in requests:
+        own, kind = dict(request.own), request.kind or _kind(model)
+        try:
+            if kind == "classes":
+                first.condition(None, [request.subject], 1)
+            elif model.config.model.text is None:  # else features would be made
+                first.condition([str(request.subject)], None, 1)
+            if (key := repr(request.own)) not in checked:
+                checked.add(key)
+                negative = own.pop("negative", None)
+                weights = model.sampling({**settings, **own}).guidance
+                if negative is not None and all(weight == 1.0 for weight in weights):
+                    raise UsageError("a negative prompt needs guidance")
+        except UsageError as error:
+            raise UsageError(f"--prompts, line {request.line}: {error}") from error
 
 
 def _note(
@@ -142,38 +163,37 @@ def _note(
 ) -> None:
     """Write down what the folder is drawn with, after comparing with what is written there.
 
-    Lines may have been added at the end of the file of prompts.
+    Lines that have no image yet may change, and lines may be added.
     """
-    written = None
+    description = json.loads(json.dumps(model.describe(dict(settings))))  # tuples become lists
+    lines = [digest(repr(request[:4]))[:12] for request in requests]
     if path.exists():
         try:
             written = json.loads(path.read_text("utf-8"))
-            count = int(written["images"])
+            others = [key for key in description if written[key] != description[key]]
+            before = [*map(str, written["requests"])]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}: damaged ({error}); give another -o") from error
-        now = _description(model, requests[:count], settings)
-        if others := [key for key in now if written.get(key) != now[key]]:
+        drawn = {name.name[:DIGITS] for name in path.parent.glob("[0-9]*")}
+        after = [*lines, *[""] * len(before)]
+        for place, line in enumerate(before):
+            if line != after[place] and f"{place:0{DIGITS}}" in drawn:
+                others.append(f"requests (image {place} is drawn)")
+                break
+        if others:
             raise ConfigError(
                 f"{path.parent} was begun with other {', '.join(others)}: give another -o, or the "
                 "file, model and options of then"
             )
-    text = json.dumps(_description(model, requests, settings), indent=1)
+    text = json.dumps({**description, "requests": lines}, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _description(
-    model: Model, requests: Sequence[Request], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All that images depend on, as JSON has it."""
-    lines = {"images": len(requests), "requests": digest(repr(list(requests)))}
-    return json.loads(json.dumps({**model.describe(dict(settings)), **lines}))
 
 
 def _batches(
     places: Sequence[int], requests: Sequence[Request], size: int
 ) -> Iterator[tuple[int, ...]]:
     """Split `places`, in order, into batches that the model can draw together."""
-    for _, group in itertools.groupby(places, key=lambda place: requests[place][2:]):
+    for _, group in itertools.groupby(places, key=lambda place: requests[place][2:4]):
         alike = tuple(group)
         for start in range(0, len(alike), size):
             yield alike[start : start + size]

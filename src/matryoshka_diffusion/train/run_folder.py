@@ -134,7 +134,7 @@ def _refuse_foreign(folder: Path, config: str) -> None:
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if any(path.is_file() for top in visible for path in (top, *top.rglob("*"))):
         raise ConfigError(
-            f"{folder} holds files but no run (there is no {config}): give another --out"
+            f"{folder} holds files of something else (there is no {config}): give another folder"
         )
 
 
