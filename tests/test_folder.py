@@ -318,6 +318,17 @@ def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, ki
     refuse_lost(opened(tmp_path, **ignored), DataConfig(source="folder", **ignored))
 
 
+@pytest.mark.parametrize(
+    ("file", "role"), [("a.txt", "label"), ("a.md", "label"), ("a.txt", "caption")]
+)
+def test_a_column_that_is_named_and_not_read_is_an_error(tmp_path, file, role):
+    save(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / file).write_text("x")
+    options = {"columns": {role: "kind"}}
+    with pytest.raises(ConfigError, match=rf"data\.columns\.{role} is kind.* omit it"):
+        refuse_lost(opened(tmp_path, **options), DataConfig(source="folder", **options))
+
+
 # --- bad files ---------------------------------------------------------------------------------
 
 

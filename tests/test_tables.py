@@ -141,6 +141,11 @@ def test_another_column_of_images_is_not_taken_from_the_cache_of_the_first(tmp_p
         ({"label": [0.5, 1.0]}, {}, "label"),
         ({"coarse_label": [0, 1]}, {}, "label"),
         ({"label": [[0, 1], [1, 0]]}, {"columns": {"label": ""}}, None),
+        (
+            {"text": ["a", "b"], "label": [0.5, 1]},
+            {"columns": {"label": "label"}},
+            "label is label",
+        ),
         ({"words": ["a", "b"]}, {"columns": {"caption": "text"}}, ConfigError),
     ],
 )

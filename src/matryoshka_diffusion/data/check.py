@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from matryoshka_diffusion.config import ConfigError, DataConfig
+from matryoshka_diffusion.config import ConfigError, DataConfig, DataPlace
 from matryoshka_diffusion.data.bad import BadFile, listed, on_one_line
-from matryoshka_diffusion.data.source import Source, read_all
+from matryoshka_diffusion.data.source import PACKAGED, Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 
+_WITHOUT_COLUMNS = (*PACKAGED, "fluent-emoji")  # sources whose captions have no names
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
 
 
@@ -62,26 +63,37 @@ def describe_unused(source: Source) -> list[str]:
 
 
 def refuse_lost(source: Source, data: DataConfig) -> None:
-    """Raise ConfigError if what is not used looks like captions or classes, and there are none.
+    """Raise ConfigError if captions or classes are lost: if a column that is named gives none.
 
-    One class for all images tells nothing about any of them.
+    Without such a name it is an error if what is not used looks like captions or classes, and there
+    are none. One class for all images tells nothing about any of them.
     """
     lost = {
         "caption": not source.captions,
         "label": not source.captions and len(source.classes) < 2,
     }
     for role, option in (("caption", "captions"), ("label", "classes")):
-        if lost[role] and (unused := [one for one in source.unused if one.role == role]):
+        unused = [one for one in source.unused if one.role == role]
+        items = "; ".join(listed(unused, 5))
+        places = [place for place in data.mix or [data] if getattr(place.columns, role)]
+        for place in places:
+            if not getattr(source, option) or place.source in _WITHOUT_COLUMNS:
+                raise ConfigError(
+                    f"{_key(data, place)}.columns.{role} is {getattr(place.columns, role)}, and "
+                    f"gives no {option} of {source.name}{items and f' ({items})'}: correct it, or "
+                    "omit it"
+                )
+        if lost[role] and unused and not places:
             without = "data.captions=none" if role == "caption" else "data.columns.label=''"
             raise ConfigError(
                 f"{source.name} may have {option} that are not used, and nothing else gives them: "
-                f'{"; ".join(listed(unused, 5))}; --set "{without}" goes on without'
+                f'{items}; --set "{without}" goes on without'
             )
-        if lost[role] and (name := getattr(data.columns, role)):
-            raise ConfigError(
-                f"data.columns.{role} is {name}, and {source.name} has no {option} of that name: "
-                "correct it, or omit it"
-            )
+
+
+def _key(data: DataConfig, place: DataPlace) -> str:
+    """Key of a place in the config: `data`, or a part of its mix."""
+    return f"data.mix[{data.mix.index(place)}]" if place in data.mix else "data"
 
 
 def describe_bad(bad: Sequence[BadFile]) -> str:

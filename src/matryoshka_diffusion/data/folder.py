@@ -70,6 +70,11 @@ def folder(path: Path, data: DataConfig, kind: Kind = PICTURES, noun: str = "fol
     others = [name for name in others if name.startswith(prefix) or "/" not in name]
     words = _read_words(path, every, names, others, data, flaws, tally)
     if words is None:
+        if data.columns.label:
+            raise ConfigError(
+                f"data.columns.label is {data.columns.label}, and nothing in {path} has classes of "
+                "that name: correct it, or omit it for the names of sub-folders"
+            )
         parts = {name: name.removeprefix(prefix).split("/") for name in names}
         words = {name: Words((), tops[0]) for name, tops in parts.items() if len(tops) > 1}
         if words:
