@@ -141,11 +141,12 @@ def test_a_config_whose_path_makes_no_sense_is_refused():
 def test_what_a_path_names_is_recognised(tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", [])
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "0.parquet").touch()
+    for name in ("0.parquet", "notes.tsv", "old.tar.gz", "._0.tar"):
+        (tmp_path / "tables" / name).touch()
     write_tar(tmp_path / "photos" / "old.tar", [])
     (tmp_path / "photos" / "cat").mkdir()
     (tmp_path / "photos" / "cat" / "a.JPG").touch()
-    names = ("shards", "shards/{0..9}.tar", "shards/0.tar", "shards/0.tar.gz")
+    names = ("shards", "shards/{0..9}.tar", "shards/0.tar", "shards/0.tar.gz", "list.tsv")
     expected = dict.fromkeys(names, "shards")
     expected |= {"tables": "parquet", "tables/*.parquet": "parquet"}
     expected |= {"photos": "folder", "nowhere": "folder"}

@@ -327,6 +327,7 @@ def kind_of(path: str) -> SourceName:
             return "clips"
         inside = (name for name in folder.glob("*/*") if not name.parent.name.startswith("."))
         names = [*os.listdir(folder), *(name.name for name in inside)]
+        names = [x for x in names if x.endswith((".tar", ".parquet")) and not x.startswith(".")]
     if any(_SHARD.search(name) for name in names):
         return "shards"
     return "parquet" if any(name.endswith(".parquet") for name in names) else "folder"
