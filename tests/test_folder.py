@@ -263,21 +263,23 @@ def test_links_are_followed_once_and_an_unreadable_folder_is_an_error(tmp_path, 
         opened(tmp_path / "set", 0.4)
 
 
+@pytest.mark.parametrize("beside", [(), ("logo.png",), ("extra/c.png",)])
 @pytest.mark.parametrize("inside", ["train/metadata.csv", "metadata.csv", None])
-def test_splits_are_no_classes(tmp_path, inside):
-    for name in ("train/x/a.png", "test/x/b.png"):
+def test_splits_are_no_classes(tmp_path, inside, beside):
+    for name in ("train/x/a.png", "test/x/b.png", *beside):
         save(tmp_path / name)
     if inside:
         rows = [(f"{part}/x/{name}.png", part) for part, name in (("train", "a"), ("test", "b"))]
         rows = [("x/a.png", "train")] if "/" in inside else rows
         (tmp_path / inside).write_text(table(*rows))
-    with pytest.raises(ConfigError, match=r"data\.split.* test, train"):
+    with pytest.raises(ConfigError, match=r"data\.split is not set.* test, train"):
         opened(tmp_path)
     source = opened(tmp_path, split="train")
     assert source.keys == ["train/x/a.png"]
     assert (source.captions, source.classes) == (([("train",)], ()) if inside else (None, ("x",)))
     if not inside:
-        assert opened(tmp_path, split="all").classes == ("test", "train")
+        names = {name.split("/")[0] for name in beside if "/" in name}
+        assert opened(tmp_path, 0.4, split="all").classes == (*sorted(names), "test", "train")
         assert opened(tmp_path / "train").classes == ("x",)
 
 

@@ -131,8 +131,9 @@ def _find(path: Path, kind: Kind, tally: Tally) -> tuple[list[str], list[str], d
 def _split_folder(path: Path, names: Sequence[str], data: DataConfig) -> str:
     """Folder of the split that is read, with a slash; empty if the folder has no splits."""
     tops = sorted({name.split("/")[0] if "/" in name else "" for name in names})
-    are_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
-    if data.split == "all" or (data.split is None and not are_splits):
+    splits = [top for top in tops if top.lower() in SPLITS]
+    has_splits = len(splits) > 1 or (splits == tops and len(tops) == 1)
+    if data.split == "all" or (data.split is None and not has_splits):
         return ""
     split = tops[0] if data.split is None and len(tops) == 1 else data.split
     if not split or split not in tops:
