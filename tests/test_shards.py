@@ -133,7 +133,9 @@ def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp
     for folder in ("a", "b"):
         write_tar(tmp_path / folder / "0.tar", captioned(1))
     source = opened(f"{tmp_path}/*/0.tar")
-    assert source.keys == [f"{tmp_path}/{folder}/0.tar:00000" for folder in "ab"]
+    assert source.keys == ["a/0.tar:00000", "b/0.tar:00000"]  # the same wherever the folder is
+    addresses = [f"s3://bucket/{folder}/0.tar" for folder in ("a", "b/c")]
+    assert shards.short_names(addresses) == ["a/0.tar", "b/c/0.tar"]
 
 
 def test_brackets_and_braces_in_a_path_that_exists_are_letters(tmp_path):

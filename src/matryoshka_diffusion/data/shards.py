@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache, partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,9 +260,17 @@ def count_others(pattern: str, used: Collection[str], tally: Tally) -> None:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """File names without their folders, or whole paths if those would not tell files apart."""
-    names = [os.path.basename(path) for path in paths]
-    return names if len(set(names)) == len(paths) else list(paths)
+    """File names; if these would not tell files apart, paths below the folder of all of them.
+
+    Keys of samples begin with them, so these stay the same when the folder moves.
+    """
+    parts = [path.split("/") for path in paths]
+    names = [part[-1] for part in parts]
+    if len(set(names)) == len(paths):
+        return names
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return ["/".join(part[common:]) for part in parts]
 
 
 # --- the index -------------------------------------------------------------------------------

@@ -258,7 +258,8 @@ def hugging_face(address: str, data: DataConfig) -> Catalogue:
     rows = [Sample("")] * table.num_rows
     if words := columns.words:
         rows = _rows(table.select_columns(words).with_format("arrow")[:], columns, tally)
-    samples = [row._replace(key=f"{name}:{n}") for n, row in enumerate(rows)]
+    short = os.path.basename(name) if os.path.isabs(name) else name  # a folder may move
+    samples = [row._replace(key=f"{short}:{n}") for n, row in enumerate(rows)]
     names = [getattr(table.features[label], "names", None) or () for label in columns.labels]
     pictures = table.select_columns([columns.picture])
 
