@@ -243,6 +243,16 @@ UNEVEN = (
         ("model.levels[0].attention=[0, 1000000]", r"model: levels: 3,000,0\d\d layers"),
         ("model.text.layers=2000", r"model: levels: 2,0\d\d layers"),
         ("sampling={grid: released, steps: 1001}", r"sampling: steps is 1,001.*trailing"),
+        # data
+        *(
+            (f"data={{mix: [{{path: a, share: 1}}], {text}}}", rf"data: {name} .*data\.mix\[N\]")
+            for name, text in (
+                ("split", "split: train"),
+                ("columns", "columns: {label: x}"),
+                ("captions", "captions: none"),
+                ("caption_suffixes", "caption_suffixes: [.x]"),
+            )
+        ),
         # stages
         ("train.stages=[]", r"train\.stages: .*at least 1"),
         ("train.stages[0].levels=3", r"train: stages .*shrink"),

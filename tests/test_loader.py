@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import ConfigError, DataConfig, MixedData
 from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data.check import refuse_lost
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.mix import turn
 from matryoshka_diffusion.data.source import open_source
@@ -106,8 +107,24 @@ def test_a_mix_gives_each_part_its_share_and_reads_each_in_its_own_order(tmp_pat
     assert [*pieces[0], *pieces[1]] == keys
     for path in (tmp_path / "a").rglob("*.png"):
         path.with_suffix(".txt").write_text("a cat")
-    with pytest.raises(ConfigError, match=r"data\.mix: folder .*/b has no captions"):
+    with pytest.raises(
+        ConfigError, match=r"mix\[1\]: .*/b has no captions.*mix\[0\]\.captions=none"
+    ):
         open_source(data, SIDE)
+    without = data.mix[0].model_copy(update={"captions": "none"})
+    part = data.model_copy(update={"mix": (without, data.mix[1])})
+    assert open_source(part, SIDE).classes == source.classes
+
+
+def test_lost_captions_of_a_part_name_its_key(tmp_path):
+    for name in "ab":
+        save(tmp_path / name / "0.png")
+    (tmp_path / "b" / "1.prompt").write_text("x")
+    mix = tuple(MixedData(path=str(tmp_path / name), share=1) for name in "ab")
+    data = DataConfig(mix=mix)
+    wanted = r'b.*"data\.mix\[1\]\.caption_suffixes=.*"data\.mix\[1\]\.captions=none"'
+    with pytest.raises(ConfigError, match=wanted):
+        refuse_lost(open_source(data, SIDE), data)
 
 
 def test_every_epoch_is_another_permutation():

@@ -138,6 +138,9 @@ class DataConfig(DataPlace):
     def problems(self) -> Iterator[str]:
         if self.mix and self.path is not None:
             yield "path and mix both name data: omit one of them"
+        for name in ("split", "columns", "captions", "caption_suffixes") if self.mix else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                yield f"{name} has no effect beside mix: set data.mix[N].{name} of each part"
 
 
 class CodecConfig(Strict):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from matryoshka_diffusion.config import ConfigError, DataConfig, DataPlace
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data.bad import BadFile, listed, on_one_line
+from matryoshka_diffusion.data.mix import key_of
 from matryoshka_diffusion.data.source import PACKAGED, Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 
@@ -75,25 +76,22 @@ def refuse_lost(source: Source, data: DataConfig) -> None:
     for role, option in (("caption", "captions"), ("label", "classes")):
         unused = [one for one in source.unused if one.role == role]
         items = "; ".join(listed(unused, 5))
-        places = [place for place in data.mix or [data] if getattr(place.columns, role)]
-        for place in places:
+        places = {key_of(n): part for n, part in enumerate(data.mix)} or {"data": data}
+        places = {key: one for key, one in places.items() if getattr(one.columns, role)}
+        for key, place in places.items():
             if not getattr(source, option) or place.source in _WITHOUT_COLUMNS:
                 raise ConfigError(
-                    f"{_key(data, place)}.columns.{role} is {getattr(place.columns, role)}, and "
+                    f"{key}.columns.{role} is {getattr(place.columns, role)}, and "
                     f"gives no {option} of {source.name}{items and f' ({items})'}: correct it, or "
                     "omit it"
                 )
         if lost[role] and unused and not places:
-            without = "data.captions=none" if role == "caption" else "data.columns.label=''"
+            without = "captions=none" if role == "caption" else "columns.label=''"
+            options = sorted({f'--set "{one.place}.{without}"' for one in unused})
             raise ConfigError(
                 f"{source.name} may have {option} that are not used, and nothing else gives them: "
-                f'{items}; --set "{without}" goes on without'
+                f"{items}; {' '.join(options)} goes on without"
             )
-
-
-def _key(data: DataConfig, place: DataPlace) -> str:
-    """Key of a place in the config: `data`, or a part of its mix."""
-    return f"data.mix[{data.mix.index(place)}]" if place in data.mix else "data"
 
 
 def describe_bad(bad: Sequence[BadFile]) -> str:

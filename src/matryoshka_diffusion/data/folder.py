@@ -76,7 +76,8 @@ def folder(path: Path, data: DataConfig, kind: Kind = PICTURES, noun: str = "fol
                 "that name: correct it, or omit it for the names of sub-folders"
             )
         parts = {name: name.removeprefix(prefix).split("/") for name in names}
-        words = {name: Words((), tops[0]) for name, tops in parts.items() if len(tops) > 1}
+        named = data.columns.label is None  # "": no classes
+        words = {name: Words((), top[0]) for name, top in parts.items() if named and len(top) > 1}
         if words:
             stray = (name for name in names if name not in words)
             flaws |= dict.fromkeys(stray, "it is not in a class sub-folder")

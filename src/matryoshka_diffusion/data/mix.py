@@ -35,21 +35,26 @@ def turn(n: int, shares: Sequence[float]) -> tuple[int, int]:
     return max(len(parts) - 1, 0), n
 
 
+def key_of(part: int) -> str:
+    """Key in the config of the part with this number."""
+    return f"data.mix[{part}]"
+
+
 def mixed(parts: Sequence[Source], data: DataConfig) -> Source:
     """One source of the samples of all parts. Keys begin with the number of the part.
 
     Classes are the same if their names are. Raises ConfigError if some parts have captions or
     classes and others do not.
     """
-    first = parts[0]
-    for part in parts[1:]:
-        for words in ("captions", "classes"):
-            if bool(getattr(first, words)) != bool(getattr(part, words)):
-                one, other = (part, first) if getattr(first, words) else (first, part)
-                raise ConfigError(
-                    f"data.mix: {one.name} has no {words}, and {other.name} has: give every part "
-                    "some, or ignore them (data.captions=none, data.columns.label='')"
-                )
+    for words, option in (("captions", "captions=none"), ("classes", "columns.label=''")):
+        have = [bool(getattr(part, words)) for part in parts]
+        if any(have) and not all(have):
+            bare = have.index(False)
+            ignored = (f'--set "{key_of(n)}.{option}"' for n, has in enumerate(have) if has)
+            raise ConfigError(
+                f"{key_of(bare)}: {parts[bare].name} has no {words}, and other parts have: give "
+                f"every part some, or ignore them ({' '.join(ignored)})"
+            )
     names = sorted_classes({name for part in parts for name in part.classes})
     names = data.classes if {*data.classes} == {*names} else names
     samples = [
@@ -79,11 +84,13 @@ def mixed(parts: Sequence[Source], data: DataConfig) -> Source:
         samples,
         read,
         Quarantine(name, bad, sum(part.total for part in parts), data.max_bad_fraction),
-        first.side,
-        frames=first.frames,
-        channels=first.channels,
+        parts[0].side,
+        frames=parts[0].frames,
+        channels=parts[0].channels,
         classes=names,
         threads=max(part.threads for part in parts),
-        unused=tuple(one for part in parts for one in part.unused),
+        unused=tuple(
+            one.below(key_of(number)) for number, part in enumerate(parts) for one in part.unused
+        ),
         shares=tuple(shares),
     )

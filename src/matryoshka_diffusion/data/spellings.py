@@ -254,6 +254,11 @@ class Unused(NamedTuple):
     example: str
     role: str = ""  # "caption" or "label" if it may be one
     remedy: str = ""
+    place: str = "data"  # key of its data set in the config
+
+    def below(self, place: str) -> Unused:
+        """The same in the data set of another key, which its remedy names."""
+        return self._replace(place=place, remedy=re.sub(r"\bdata\.", f"{place}.", self.remedy))
 
     def __str__(self) -> str:
         remedy = f"; {self.remedy}" if self.remedy else ""
