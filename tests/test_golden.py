@@ -27,6 +27,7 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("default:.* does not say which data")  # runs of its time did not
 def test_a_stopped_run_resumes_to_the_same_numbers(folders):
     assert mdm(["train", "run"]) == 0
     lines = map(json.loads, (folders / "run" / "metrics.jsonl").read_text().splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from faults.product import CONFIG
 from matryoshka_diffusion import tensorfile
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import DataConfig, EncoderConfig
-from matryoshka_diffusion.configfile import load_config
+from matryoshka_diffusion.configfile import changed, load_config, to_yaml
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.loader import Loader
@@ -38,7 +39,7 @@ from picturing import chunk, noise, png_bytes, save
 from ranks import fork
 from test_pipeline import text_model
 from test_released import Evil, tensors
-from tiny_run import digests
+from tiny_run import digests, there
 
 SHORT = "train.stages=[{levels: 1, images: 16, batch_size: 8, lr: 0.001}]"
 
@@ -114,6 +115,44 @@ def test_a_run_goes_on_with_its_own_data_wherever_that_is_and_with_no_other(tmp_
     first, *_, last = json.loads((run / "environment.json").read_text("utf-8"))
     assert (first["data"]["images"], last["data"]["images"]) == (8, 9)
     assert cli.main(go_on) == 0, "it is the data of the run now"
+
+
+@pytest.mark.filterwarnings("default:.* does not say which data")
+def test_checkpoints_know_the_data_where_the_config_does_not(tmp_path, capsys):
+    """As a config of an earlier version, or one from which somebody removed the identity."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for n in range(8):
+        save(data / f"class{n % 4}" / f"{n}.png", noise(16, seed=n))
+    words = ["--out", str(run), "--device", "cpu", "--set", SHORT]
+    assert cli.main(["train", str(CONFIG), "--data", str(data), *words]) == 0
+    config, go_on = run / "config.yaml", ["train", str(run), "--device", "cpu"]
+    forgetful = to_yaml(changed(load_config(config), [("data.identity", None)]))
+    save(data / "class1" / "9.png", noise(16, seed=9))
+    config.write_text(forgetful)
+    assert cli.main(go_on) == 2
+    assert re.search(r"other data: images is 8 there, 9 now", capsys.readouterr().err)
+    assert config.read_text() == forgetful
+    for path in (run / "checkpoints").glob("*"):
+        rewrite_state(path, lambda state: state["config"]["data"].pop("identity"))
+    assert cli.main(go_on) == 0
+    assert "does not say which data it was trained on" in capsys.readouterr().err
+    assert there(load_config(config).data.identity).images == 9
+    for path in (run / "checkpoints").glob("*"):
+        rewrite_state(path, lambda state: state["config"].clear())
+    assert cli.main(go_on) == 1
+    assert re.search(r"state\.json: config: .*remove .*checkpoints", capsys.readouterr().err)
+
+
+def rewrite_state(path, edit):
+    """Edit the state of a checkpoint in place, and its manifest, too."""
+    state = json.loads((path / checkpoint.STATE).read_bytes())
+    edit(state)
+    data = json.dumps(state).encode()
+    (path / checkpoint.STATE).write_bytes(data)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_bytes())
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest[checkpoint.STATE] = entry
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
 # --- decoding is bounded -----------------------------------------------------------------------

@@ -183,7 +183,7 @@ def _refuse_other(
     config: CodecRunConfig, written: CodecRunConfig, out: Path, data_changed: bool
 ) -> None:
     """Raise ConfigError unless `config` and its data are those of the training in `out`."""
-    data = continued_data(out, written.data, config.data, changed=data_changed)
+    data = continued_data(out, written, config, changed=data_changed)
     if changes := differences(written.model_copy(update={"data": data}), config):
         raise ConfigError(
             f"{out} holds the training of another codec: {changes}; give another --out, or drop "

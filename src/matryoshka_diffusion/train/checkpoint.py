@@ -27,6 +27,8 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from matryoshka_diffusion.config import CodecRunConfig, ConfigError, RunConfig
+from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write_atomically
 from matryoshka_diffusion.modelconfig import Natural, Strict
 from matryoshka_diffusion.nn.nested import present_name
@@ -172,9 +174,13 @@ class RunState(Strict):
                 yield "a row of bad is not [path, reason, offset]"
 
 
+def _remedy(path: Path) -> str:
+    return f"remove {path} to go on from an older checkpoint"
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     """Read `state.json` of the checkpoint in the folder `path`."""
-    remedy = f"remove {path} to go on from an older checkpoint"
+    remedy = _remedy(path)
     try:
         state = read_json(path / STATE)
         images_seen = RunState.model_validate(state).images_seen
@@ -211,18 +217,30 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def read(path: Path) -> Snapshot:
+def read(path: Path, kind: type[RunConfig | CodecRunConfig] | None = None) -> Snapshot:
     """Read a complete checkpoint. Tensors are read on access, on the CPU.
 
     Raises:
-        CheckpointError, BrokenFile: its state is not that of a run, or its files are damaged.
+        CheckpointError, BrokenFile: its state is not that of a run, its config is not of this
+            `kind`, or its files are damaged.
     """
     manifest = read_json(path / MANIFEST)
     tensors = {
         name: Stored([path / file for file in manifest if file.split(".")[0] == name])
         for name in PARTS
     }
-    return Snapshot(state=_read_state(path), **tensors)
+    state = _read_state(path)
+    if kind is not None:
+        parse_config(path, state, kind)
+    return Snapshot(state=state, **tensors)
+
+
+def parse_config(path: Path, state: Mapping[str, Any], kind: type[Any]) -> Any:
+    """Return the config in the state of the checkpoint `path`. Raises CheckpointError."""
+    try:
+        return from_dict(state["config"], kind, where=f"{path / STATE}: config")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {_remedy(path)}") from error
 
 
 class Stored(Mapping[str, Tensor]):

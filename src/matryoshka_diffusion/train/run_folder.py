@@ -28,8 +28,9 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.configfile import load_config, to_yaml
+from matryoshka_diffusion.configfile import Config, load_config, to_yaml
 from matryoshka_diffusion.files import BrokenFile, read_json, write_atomically
+from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.checkpoint import CheckpointError
 from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
 
@@ -109,7 +110,7 @@ def open_run(
     path = folder / "config.yaml"
     written = load_config(path) if path.exists() else None
     if written is not None:
-        data = continued_data(folder, written.data, config.data, changed=data_changed)
+        data = continued_data(folder, written, config, changed=data_changed)
         config = _continued(folder, written.model_copy(update={"data": data}), config)
     config = _with(
         config,
@@ -157,21 +158,22 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
     return written
 
 
-def continued_data(
-    folder: Path, written: DataConfig, data: DataConfig, *, changed: bool
-) -> DataConfig:
-    """Return the data section of a run's config, with the place and identity of its data today.
+def continued_data(folder: Path, run: Config, config: Config, *, changed: bool) -> DataConfig:
+    """Return the data section of the config of `run`, with the place and identity of its data now.
 
     Data with the same identity may have moved. Other data is accepted with a warning if `changed`.
 
     Raises:
         ConfigError: the data is another one.
+        CheckpointError: `run` has no identity of its data, and no checkpoint can be read.
     """
+    written, data = run.data, config.data
     if data.identity is None:  # a loader of the caller's own
         return written
-    if written.identity is None:  # the run was prepared, and has not begun
+    known = written.identity or _trained_on(folder, type(run))
+    if known is None:  # the run was prepared, and has not begun, or it is of an earlier version
         return written.model_copy(update={"identity": data.identity})
-    if other := differences(written.identity, data.identity):
+    if other := differences(known, data.identity):
         if not changed:
             raise ConfigError(
                 f"{folder} was trained on other data: {other}; name the data of the run, or go on "
@@ -182,6 +184,24 @@ def continued_data(
     if [part.share for part in written.mix] == [part.share for part in data.mix]:
         place["mix"] = data.mix
     return written.model_copy(update=place)
+
+
+def _trained_on(folder: Path, kind: type[Config]) -> DataIdentity | None:
+    """Return the identity of the data in the newest checkpoint; None before the first image.
+
+    Checkpoints of earlier versions have none either: a warning says so.
+    """
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None or not (state := checkpoint.read(path).state)["images_seen"]:
+        return None
+    known: DataIdentity | None = checkpoint.parse_config(path, state, kind).data.identity
+    if known is None:
+        warnings.warn(
+            f"{path} does not say which data it was trained on, so today's cannot be compared: "
+            "make sure that it is the same",
+            stacklevel=3,
+        )
+    return known
 
 
 def differences(written: Strict, config: Strict) -> str:

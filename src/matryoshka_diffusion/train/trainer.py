@@ -158,7 +158,7 @@ class Trainer(Generic[Net]):
         Raises CheckpointError if the checkpoints cannot be used or are missing.
         """
         path = world.once(lambda: checkpoint.newest(folder / "checkpoints"))
-        snapshot = None if path is None else checkpoint.read(path)
+        snapshot = None if path is None else checkpoint.read(path, type(recipe.config))
         if snapshot is None:
             refuse_lost_weights(recipe.train, folder)
         trainer = cls(recipe, device, snapshot.state["images_seen"] if snapshot else 0, world)
