@@ -85,7 +85,7 @@ class ProcessConfig(Strict):
 
 
 class DataIdentity(Strict):
-    """What a data set holds: the number of its images, and hashes of what the images are for."""
+    """Identity of a data set: the number of its images, and hashes of names and conditions."""
 
     images: Count
     keys: str  # hash of the names of all images, in order
