@@ -116,6 +116,23 @@ def test_a_mix_gives_each_part_its_share_and_reads_each_in_its_own_order(tmp_pat
     assert open_source(part, SIDE).classes == source.classes
 
 
+def test_what_stands_in_for_a_bad_sample_of_a_mix_is_of_its_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        save(tmp_path / f"{name}.png")
+    mix = tuple(MixedData(path=str(tmp_path / name), share=1) for name in "ab")
+    source = open_source(DataConfig(mix=mix, max_bad_fraction=1.0), SIDE)
+    for name in ("a/1", "b/1"):
+        (tmp_path / f"{name}.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="stands in"):
+        keys = [source[n].key for n in range(4)]
+    assert keys == ["0:0.png", "0:0.png", "1:0.png", "1:0.png"]
+    (tmp_path / "b" / "0.png").write_bytes(b"broken")
+    wanted = pytest.raises(ValueError, match=r"data\.mix\[1\]: .*not one of 2 samples")
+    with wanted, pytest.warns(UserWarning, match="stands in"):
+        open_source(DataConfig(mix=mix, max_bad_fraction=1.0), SIDE)[3]
+
+
 def test_lost_captions_of_a_part_name_its_key(tmp_path):
     for name in "ab":
         save(tmp_path / name / "0.png")

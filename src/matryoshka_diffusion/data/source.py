@@ -73,8 +73,9 @@ class Example(NamedTuple):
 class Source:
     """Square images, or clips of square frames, in a fixed order.
 
-    A sample that turns out bad on reading is replaced by the next good one. So the example at an
-    index depends on the data alone: not on earlier reads, nor on the number of threads.
+    A sample that turns out bad on reading is replaced by the next good one, in a mix by one of the
+    same part. So the example at an index depends on the data alone: not on earlier reads, nor on
+    the number of threads.
     """
 
     name: str  # for messages, such as "openmoji"
@@ -130,10 +131,11 @@ class Source:
         return replace(self, samples=samples, read=lambda n, cut: self.read(rows[n], cut))
 
     def _example(self, index: int, cut: Cut) -> Example:
+        part = self.samples[index].part
         for step in range(len(self)):
             n = (index + step) % len(self)
             sample = self.samples[n]
-            if sample.key in self.quarantine:
+            if sample.part != part or sample.key in self.quarantine:
                 continue
             try:
                 picture = self.read(n, cut)
@@ -143,7 +145,9 @@ class Source:
             side = sample.original_side or picture.original_side
             label = None if sample.label is None else int(sample.label)
             return Example(picture.pixels, sample.captions, label, sample.key, side)
-        raise ValueError(f"{self.name}: not one of {len(self):,} samples can be read")
+        count = sum(sample.part == part for sample in self.samples)
+        place = f"data.mix[{part}]: " if len(self.shares) > 1 else ""
+        raise ValueError(f"{place}{self.name}: not one of {count:,} samples can be read")
 
 
 def array_source(
