@@ -108,6 +108,22 @@ def test_classes_are_numbers_words_or_named_by_datasets(tmp_path):
         parquet(tmp_path)
 
 
+@pytest.mark.parametrize("form", ["parquet", "shards"])
+def test_files_in_sub_folders_beside_others_are_counted(tmp_path, form):
+    suffix = {"parquet": ".parquet", "shards": ".tar"}[form]
+    for folder in ("", "more", "more/still", ".hidden"):
+        if form == "parquet":
+            write(tmp_path / folder / "0.parquet", {"png": [encode(0)]})
+        else:
+            write_tar(tmp_path / folder / "0.tar", [("0.png", encode(0))])
+    source = opened(tmp_path, kind=form)
+    assert [(x.kind, x.count, x.example) for x in source.unused] == [
+        (f"{suffix} files", 2, f"more/0{suffix}")
+    ]
+    with pytest.raises(ConfigError, match=rf"2, such as more/0\{suffix}.*data\.captions=none"):
+        refuse_lost(source, DataConfig(source=form))
+
+
 @pytest.mark.parametrize("form", ["parquet", "shards", "datasets"])
 def test_another_column_of_images_is_not_taken_from_the_cache_of_the_first(tmp_path, form):
     columns = {"jpg": [encode(0)], "seg.png": [encode(1)]}

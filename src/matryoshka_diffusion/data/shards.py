@@ -250,13 +250,22 @@ def of_split(pattern: str, paths: Sequence[str], data: DataConfig) -> list[str]:
 
 
 def count_others(pattern: str, used: Collection[str], tally: Tally) -> None:
-    """Count the files beside those `used` of the folder that `pattern` names, if it does."""
-    if os.path.isdir(pattern):
-        for folder in sorted({pattern, *map(os.path.dirname, used)}):
-            for name in sorted(os.listdir(folder)):
-                path = os.path.join(folder, name)
-                if path not in used and not name.startswith(".") and os.path.isfile(path):
-                    tally.add_file(os.path.relpath(path, pattern))
+    """Count the files beside those `used` of the folder that `pattern` names, if it does.
+
+    Of its other sub-folders, shards and parquet files are counted: they may be meant, too.
+    """
+    if not os.path.isdir(pattern):
+        return
+    folders = {pattern, *map(os.path.dirname, used)}
+    paths = [os.path.join(folder, name) for folder in folders for name in os.listdir(folder)]
+    for folder, _, names in os.walk(pattern):
+        if folder not in folders:
+            data = (name for name in names if name.endswith((".tar", ".parquet")))
+            paths += [os.path.join(folder, name) for name in data]
+    for path in sorted({*paths} - {*used}):
+        name = os.path.relpath(path, pattern)
+        if "/." not in f"/{name}" and os.path.isfile(path):
+            tally.add_file(name)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
