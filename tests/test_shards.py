@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
-from matryoshka_diffusion.data import decoded, remote, shards, tar
+from matryoshka_diffusion.data import decoded, patterns, remote, shards, tar
 from matryoshka_diffusion.data.check import describe, refuse_lost
 from matryoshka_diffusion.data.image import PICTURES
 from matryoshka_diffusion.data.source import Source, kind_of
@@ -106,17 +106,17 @@ def test_long_names_and_folders_are_read(tmp_path, form):
 
 
 def test_patterns_count_with_zeros_in_several_places(tmp_path):
-    assert shards.expand(f"{tmp_path}/{{08..10}}-{{1..2}}.tar", ".tar") == [
+    assert patterns.expand(f"{tmp_path}/{{08..10}}-{{1..2}}.tar", ".tar") == [
         f"{tmp_path}/{n}.tar" for n in ("08-1", "08-2", "09-1", "09-2", "10-1", "10-2")
     ]
     for name in ("b.tar", "a.tar", "notes.txt", "._a.tar"):
         (tmp_path / name).touch()
     both = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
-    assert shards.expand(f"{tmp_path}/*.tar", ".tar") == both
-    assert shards.expand(str(tmp_path), ".tar") == both
+    assert patterns.expand(f"{tmp_path}/*.tar", ".tar") == both
+    assert patterns.expand(str(tmp_path), ".tar") == both
     for pattern in ("{5..1}.tar", "{0..99999999}.tar", "{0..9999}{0..9999}.tar"):
         with pytest.raises(ValueError, match="too many names"):
-            shards.expand(pattern, ".tar")
+            patterns.expand(pattern, ".tar")
 
 
 def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp_path):
@@ -135,7 +135,7 @@ def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp
     source = opened(f"{tmp_path}/*/0.tar")
     assert source.keys == ["a/0.tar:00000", "b/0.tar:00000"]  # the same wherever the folder is
     addresses = [f"s3://bucket/{folder}/0.tar" for folder in ("a", "b/c")]
-    assert shards.short_names(addresses) == ["a/0.tar", "b/c/0.tar"]
+    assert patterns.short_names(addresses) == ["a/0.tar", "b/c/0.tar"]
 
 
 def test_brackets_and_braces_in_a_path_that_exists_are_letters(tmp_path):

@@ -20,8 +20,8 @@ from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
+from matryoshka_diffusion.data.patterns import count_others, expand, of_split, short_names
 from matryoshka_diffusion.data.remote import opened, state_of
-from matryoshka_diffusion.data.shards import count_others, expand, of_split, short_names
 from matryoshka_diffusion.data.source import HUGGING_FACE, Sample
 from matryoshka_diffusion.data.spellings import (
     CAPTION,
@@ -126,7 +126,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def parquet(pattern: str, data: DataConfig) -> Catalogue:
-    """Rows of all parquet files that `pattern` stands for (see `shards.expand`), in their order."""
+    """Rows of the parquet files that `pattern` stands for (`patterns.expand`), in their order."""
     tally = Tally()
     paths = of_split(pattern, expand(pattern, ".parquet"), data)
     files = [_File(path, data, tally) for path in paths]
