@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import ConfigError, DataConfig, MixedData
-from matryoshka_diffusion.data import decoded
+from matryoshka_diffusion.data import decoded, loader
 from matryoshka_diffusion.data.check import refuse_lost
 from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
 from matryoshka_diffusion.data.mix import turn
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.pyramid import to_float, to_uint8
+from matryoshka_diffusion.rng import stream
 from picturing import SIDE, noise, opened, save, toy, write_tar
 
 WIDE, HIGH, SQUARE = SHAPES = ((SIDE, 40), (35, SIDE), (SIDE, SIDE))
@@ -114,6 +115,21 @@ def test_a_mix_gives_each_part_its_share_and_reads_each_in_its_own_order(tmp_pat
     without = data.mix[0].model_copy(update={"captions": "none"})
     part = data.model_copy(update={"mix": (without, data.mix[1])})
     assert open_source(part, SIDE).classes == source.classes
+
+
+def test_each_part_of_a_large_mix_is_shuffled_once_an_epoch(monkeypatch):
+    count, shuffled = 40, []
+
+    def counted(seed, *key):
+        shuffled.append(key)
+        return stream(seed, *key)
+
+    source = toy(3 * count)
+    samples = [sample._replace(part=n % count) for n, sample in enumerate(source.samples)]
+    monkeypatch.setattr(loader, "stream", counted)
+    Loader(replace(source, samples=samples, shares=(1 / count,) * count), 0).batch(range(6 * count))
+    orders = [key for key in shuffled if key[0] == "order"]
+    assert len(orders) == len({*orders}) == 2 * count
 
 
 def test_what_stands_in_for_a_bad_sample_of_a_mix_is_of_its_part(tmp_path, monkeypatch):

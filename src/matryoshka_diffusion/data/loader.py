@@ -28,6 +28,8 @@ from matryoshka_diffusion.rng import stream
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_ORDERS_KEPT = 4  # for each part: threads that look ahead may be in several epochs
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -94,8 +96,17 @@ class Loader:
     def _index(self, n: int) -> int:
         part, count = turn(n, self.source.shares)
         epoch, place = divmod(count, len(self._parts[part]))
-        order = _permutation(self.seed, epoch, part, len(self._parts[part]))
-        return int(self._parts[part][order[place]])
+        return int(self._parts[part][self._order(epoch, part)[place]])
+
+    @cached_property
+    def _order(self) -> Callable[[int, int], np.ndarray]:
+        """Order of a part in an epoch. The last orders of all parts are kept."""
+
+        @lru_cache(_ORDERS_KEPT * len(self.source.shares))
+        def order(epoch: int, part: int) -> np.ndarray:
+            return stream(self.seed, "order", epoch, part).permutation(len(self._parts[part]))
+
+        return order
 
     def _cut(self, n: int) -> Cut:
         place = CENTRE if self.crop == "centre" else stream(self.seed, "crop", n).random()
@@ -110,11 +121,6 @@ class Loader:
     def _flipped(self, example: Example, n: int) -> np.ndarray:
         mirrored = self.flip and stream(self.seed, "flip", n).random() < 0.5
         return example.picture[..., ::-1, :] if mirrored else example.picture
-
-
-@lru_cache(maxsize=16)
-def _permutation(seed: int, epoch: int, part: int, size: int) -> np.ndarray:
-    return stream(seed, "order", epoch, part).permutation(size)
 
 
 def look_ahead(
