@@ -609,6 +609,21 @@ def test_shards_elsewhere_are_read_by_ranges(elsewhere, monkeypatch, on_demand, 
     assert ranges == [("/bucket/1.tar", len(encode(COLOURS[4])))]
 
 
+@pytest.mark.parametrize("pattern", ["list.tsv", "?.tsv", "{0..1}.tsv"])
+@pytest.mark.parametrize("folder", ["", "./", "/of/another/machine/", "memory://bucket/"])
+def test_tables_of_shards_elsewhere_are_read_where_they_are_named(elsewhere, pattern, folder):
+    elsewhere.pipe_file("/bucket/list.tsv", b"filename\n0.tsv\n./1.tsv\n")
+    for n in range(2):
+        table = f"tar\tfile\tcaption\n{folder}{n}.tar\t{3 * n:05}.png\tof {n}"
+        elsewhere.pipe_file(f"/bucket/{n}.tsv", table.encode())
+    source = opened(f"memory://bucket/{pattern}")
+    assert dict(zip(source.keys, source.captions, strict=True)) == {
+        "0.tar:00000": ("of 0",),
+        "1.tar:00003": ("of 1",),
+    }
+    assert (source[1].picture == COLOURS[3]).all()
+
+
 def test_what_fails_elsewhere_names_the_address(elsewhere, monkeypatch, on_demand):
     with pytest.raises(OSError, match=r"memory://bucket/2\.tar: not found"):
         opened("memory://bucket/{0..2}.tar")

@@ -52,7 +52,7 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
     """Samples of all shards that `pattern` stands for (`patterns.expand`), in their order.
 
     A file `NAME.tsv` has captions for shards that have none: its columns are tar, file and caption,
-    or it lists such files under filename.
+    or it lists such files under filename. It lies beside a shard here, or `pattern` names it.
     """
     from tqdm import tqdm
 
@@ -81,7 +81,7 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
         elif (
             data.captions != "none"
             and not any(x.captions for x, _ in rows)
-            and os.path.isfile(beside)
+            and os.path.isfile(beside)  # not on a server: it would take a request for each shard
         ):
             rows = _captioned(rows, _beside(path, beside, data), tally)
             used.add(beside)
