@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec import WEIGHTS, fingerprint, load_autoencoder
 from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
-from matryoshka_diffusion.configfile import from_yaml, load_config, override, to_yaml
+from matryoshka_diffusion.configfile import changed, from_yaml, load_config, override, to_yaml
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.presets import CODECS, preset
@@ -268,6 +268,17 @@ def test_a_config_that_says_less_means_what_it_always_meant(tmp_path):
     assert load_config(tmp_path / "codec.yaml", CodecRunConfig) == CODECS["codec"]
     groups = {n: build(override(CODECS["codec"], [f"norm_groups={n}"]), 3) for n in (2, 4)}
     assert [m.config["norm_num_groups"] for m in groups.values()] == [2, 4]
+
+
+def test_named_data_replaces_a_mix(tmp_path):
+    parts = [{"path": str(tmp_path / name), "share": 1} for name in "ab"]
+    mixed = changed(CODECS["codec"], [("data.path", None), ("data.mix", parts)])
+    (tmp_path / "codec.yaml").write_text(to_yaml(mixed))
+    (tmp_path / "c").mkdir()
+    again = there(find_codec_run(str(tmp_path), str(tmp_path / "c"), []))
+    assert (again.data.path, again.data.mix) == (str(tmp_path / "c"), ())
+    kept = there(find_codec_run(str(tmp_path), None, ["lr=0.1"]))
+    assert kept.data.mix == mixed.data.mix
 
 
 def test_only_codecs_are_trained_as_such(tmp_path):

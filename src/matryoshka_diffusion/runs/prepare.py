@@ -33,7 +33,7 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     UsageError,
 )
-from matryoshka_diffusion.configfile import assignment, changed, load_config, override
+from matryoshka_diffusion.configfile import assignment, changed, load_config
 from matryoshka_diffusion.data.bad import listed
 from matryoshka_diffusion.data.check import refuse_lost
 from matryoshka_diffusion.data.loader import Loader
@@ -104,8 +104,7 @@ def find_config(
         folder = codec_folder(codec)
         factor = read_code_shape(folder).factor if config.codec is None else config.codec.factor
         before["codec"] = {"path": str(folder), "factor": factor}
-    if data is not None:
-        before |= {"data.path": absolute(data), "data.mix": []}
+    before |= _named_data(data)
     if lora is not None:
         before["train.lora"] = {"rank": lora}
     if init is not None:
@@ -119,6 +118,11 @@ def find_config(
     if config.train.averaged is not None:
         raise UsageError("train.averaged: only mdm ema sets it, for a model; omit it")
     return with_source(config)
+
+
+def _named_data(data: str | None) -> dict[str, Any]:
+    """The changes of a config by `--data`, which replaces a mix, too."""
+    return {} if data is None else {"data.path": absolute(data), "data.mix": []}
 
 
 def _named_config(name: str, as_: str | None, lr: float) -> RunConfig:
@@ -187,10 +191,8 @@ def find_codec_run(
     if not written.is_file() and name not in CODECS:
         return None
     config = load_config(written, CodecRunConfig) if written.is_file() else CODECS[name]
-    if data is not None:
-        update = {"path": absolute(data)}
-        config = config.model_copy(update={"data": config.data.model_copy(update=update)})
-    config = override(config, list(assignments))
+    changes = [*_named_data(data).items(), *map(assignment, assignments)]
+    config = changed(config, changes, where="--set" if assignments else name)
     return config.model_copy(update={"data": sourced(config.data)})
 
 
