@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,3 +114,28 @@ def test_the_wait_grows_or_is_what_the_server_asks_for(monkeypatch):
     ):
         remote.attempt("memory://a", busy)
     assert waits == [max(5.0, wait) for wait in remote.WAITS]
+
+
+@pytest.mark.filterwarnings("ignore:.*the next attempt is in")
+@pytest.mark.parametrize(("silence", "asked"), [(60.0, None), (0.1, "60"), (0.1, None)])
+def test_all_attempts_together_have_one_end(monkeypatch, silence, asked):
+    clock, begun = [0.0], []
+
+    class Failure(Exception):
+        status, message, headers = 503, "", {"Retry-After": asked} if asked else {}
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    def fail(system: object, inside: str) -> None:
+        begun.append(clock[0])
+        wait(silence)
+        raise Failure
+
+    fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=wait)
+    monkeypatch.setattr(remote, "time", fake)
+    with pytest.raises(UnreadableError, match="memory://a"):
+        remote.attempt("memory://a", fail)
+    assert len(begun) > 1
+    assert 60 <= begun[-1] <= remote.LAST_ATTEMPT_SECONDS
+    assert clock[0] <= 135

@@ -1,8 +1,8 @@
 """Parts of files, here or on a server, through fsspec.
 
 A fault of a server, or of the way to it, says nothing about the data. So a read is tried again
-for a minute, and is then an error of the system. fsspec itself repeats nothing over HTTP, and
-takes a whole file for the wanted part.
+for a minute, two if the server is silent, and is then an error of the system. fsspec itself
+repeats nothing over HTTP, and takes a whole file for the wanted part.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 SILENCE_SECONDS = 60.0
 """A server that sends nothing for so long has failed."""
 
+LAST_ATTEMPT_SECONDS = 75.0
+"""No attempt begins later after the first one, so a silent server costs about two minutes."""
+
 _LONGEST_WAIT = 60.0  # of those that a server may ask for
 _READ_AHEAD = 4 * 2**20
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -40,7 +43,7 @@ class _WrongPart(Exception):
 def read_range(path: str, start: int, length: int) -> bytes:
     """Read `length` bytes of a file from `start` on. A local file that ends earlier gives fewer.
 
-    Raises UnreadableError with the path once a server has failed for a minute.
+    Raises UnreadableError with the path once a server has failed for a minute or two.
     """
 
     def read(system: Any, inside: str) -> bytes:
@@ -91,6 +94,7 @@ def attempt(path: str, call: Callable[[Any, str], Result]) -> Result:
         UnreadableError: the failure lasts, or is final. It names the path.
         ValueError: the address is of an unknown kind.
     """
+    end = time.monotonic() + LAST_ATTEMPT_SECONDS
     for wait in (*WAITS, None):
         system = None
         try:
@@ -106,9 +110,10 @@ def attempt(path: str, call: Callable[[Any, str], Result]) -> Result:
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
             reason = cause if isinstance(cause, Exception) else error
             here = system is None or isinstance(system, LocalFileSystem)
-            if here or wait is None or not _may_pass(reason):
+            left = end - time.monotonic()
+            if here or wait is None or left <= 0 or not _may_pass(reason):
                 _fail(path, reason)
-            _wait(path, wait, reason)
+            _wait(path, wait, left, reason)
     raise AssertionError("unreachable")
 
 
@@ -185,14 +190,15 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, _FINAL)
 
 
-def _wait(path: str, seconds: float, error: Exception) -> None:
-    """Wait for as long as planned or as the server asks for; say so from the second time on."""
+def _wait(path: str, seconds: float, most: float, error: Exception) -> None:
+    """Wait as planned or as the server asks for, `most` at most; say so from the second time on."""
     asked = (getattr(error, "headers", None) or {}).get("Retry-After", "")
     if str(asked).isdigit():
         seconds = max(seconds, min(float(asked), _LONGEST_WAIT))
+    seconds = min(seconds, most)
     if seconds > WAITS[0]:
         warnings.warn(
-            f"{path}: {_reason(error)}; the next attempt is in {seconds:g} s", stacklevel=4
+            f"{path}: {_reason(error)}; the next attempt is in {seconds:.3g} s", stacklevel=4
         )
     time.sleep(seconds)
 
