@@ -138,6 +138,30 @@ def test_data_that_cannot_be_read_stops_a_run_and_costs_no_step(whole, tmp_path)
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
+@pytest.mark.parametrize("place", [0, 24])
+def test_a_stop_does_not_wait_for_data_that_does_not_come(tmp_path, place):
+    reached, release = threading.Event(), threading.Event()
+
+    class Stuck(TinyPictures):
+        def batch(self, ids: range) -> Batch:
+            if ids.start == place:
+                reached.wait(30 if place else 0)
+                os.kill(os.getpid(), signal.SIGTERM)
+                release.wait(30)
+            return super().batch(ids)
+
+    def note(view: View) -> None:
+        if view.images_seen == place:
+            reached.set()
+
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, loader=Stuck(), hooks=[(1, note)])
+    release.set()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    path = newest(tmp_path / "checkpoints")
+    assert int("0" if path is None else path.name) == place
+
+
 def train_and_wait(folder: str, place: int) -> None:
     """Train in a process of its own, which waits at its hooks after so many images."""
 

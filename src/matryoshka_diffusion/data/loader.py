@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -123,22 +124,41 @@ class Loader:
         return example.picture[..., ::-1, :] if mirrored else example.picture
 
 
+STOP_SECONDS = 2.0
+"""Patience with a result of `look_ahead` after a stop: longer than most reads take."""
+
+
 def look_ahead(
-    f: Callable[[Item], Result], items: Iterable[Item], *, workers: int, depth: int
+    f: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    depth: int,
+    stop: Callable[[], object] = lambda: False,
 ) -> Generator[Result, None, None]:
     """Compute `map(f, items)` in `workers` threads, in order, at most `depth` results ahead.
 
     An exception of `f` is raised at its place in the order. Closing the generator early drops
-    items that have not begun and waits for the rest, so no thread outlives it.
+    items that have not begun and waits for the rest, so no thread outlives it. Only where `stop()`
+    holds and a result takes seconds more, the results end there, and its thread is left alone.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="look-ahead")
+    pool, waits = ThreadPoolExecutor(workers, thread_name_prefix="look-ahead"), True
     waiting: deque[Future[Result]] = deque()
+    todo = iter(items)
     try:
-        for item in items:
-            waiting.append(pool.submit(f, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
+        while True:
+            for item in islice(todo, depth + 1 - len(waiting)):
+                waiting.append(pool.submit(f, item))
+            waits = not waiting or _is_done(waiting[0], stop)
+            if not waiting or not waits:
+                return
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=waits, cancel_futures=True)
+
+
+def _is_done(future: Future[Any], stop: Callable[[], object]) -> bool:
+    """Wait for a result; once `stop()` holds, for `STOP_SECONDS` more. False: it is not there."""
+    while not future.done() and not stop():
+        wait([future], timeout=0.2)
+    return bool(wait([future], timeout=STOP_SECONDS).done)

@@ -185,15 +185,18 @@ class Trainer(Generic[Net]):
         """
         train, interrupts = self.train, Interrupts()
 
-        def single_threaded(step: Step) -> Inputs:
+        def one_thread(step: Step) -> Inputs:
             torch.set_num_threads(1)  # of this thread, so that the network keeps its own
             return inputs_of(step)
 
         todo = steps(train, self.progress.images_seen)
         # One thread makes the inputs of the next steps while the network works on this one.
-        ahead = look_ahead(single_threaded, todo, workers=1, depth=2)
+        ahead = look_ahead(one_thread, todo, workers=1, depth=2, stop=lambda: interrupts.received)
         with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
             inputs, wait, error = fetched(ahead)
+            cut_off = inputs is None and error is None
+            if signal := self.world.highest(interrupts.received if cut_off else 0):
+                raise Stopped("stopped before the first step; the same command starts it", signal)
             if inputs is not None:
                 compare_ranks(self.world, self.recipe.config, inputs)
             while inputs is not None:
