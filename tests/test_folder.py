@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -326,7 +327,7 @@ def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, ki
 def test_a_column_that_is_named_and_not_read_is_an_error(tmp_path, file, role):
     save(tmp_path / "cat" / "a.png")
     (tmp_path / "cat" / file).write_text("x")
-    options = {"columns": {role: "kind"}}
+    options: dict[str, Any] = {"columns": {role: "kind"}}
     with pytest.raises(ConfigError, match=rf"data\.columns\.{role} is kind.* omit it"):
         refuse_lost(opened(tmp_path, **options), DataConfig(source="folder", **options))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka_diffusion.config import ScheduleName
+from matryoshka_diffusion.modelconfig import ScheduleName
 from matryoshka_diffusion.pyramid import Resolution, down_sample
 from matryoshka_diffusion.schedule import (
     SCHEDULES,

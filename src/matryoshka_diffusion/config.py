@@ -14,7 +14,6 @@ from matryoshka_diffusion.modelconfig import CoarseConfig as CoarseConfig
 from matryoshka_diffusion.modelconfig import Count, ModelConfig, Natural, Positive, Share, Strict
 from matryoshka_diffusion.modelconfig import LevelConfig as LevelConfig
 from matryoshka_diffusion.modelconfig import MicroConfig as MicroConfig
-from matryoshka_diffusion.modelconfig import ScheduleName as ScheduleName
 from matryoshka_diffusion.modelconfig import TextConfig as TextConfig
 
 UNIFORM = 12**-0.5  # length (0.2887) of a plain mean over a training: the bound of EMA lengths
@@ -85,7 +84,7 @@ class ProcessConfig(Strict):
 
 
 class DataIdentity(Strict):
-    """Identity of a data set: the number of its images, and hashes of names and conditions."""
+    """Identity of a data set."""
 
     images: Count
     keys: str  # hash of the names of all images, in order
