@@ -31,7 +31,7 @@ FOREIGN_ERRORS = (
     *(ValueError, LookupError, RuntimeError, TypeError, AttributeError),
     *(ArithmeticError, AssertionError, ImportError, MemoryError),
 )
-"""What other packages raise, besides OSError, for damaged or edited files of their formats."""
+"""Errors of other packages, besides OSError, for damaged or edited files of their formats."""
 
 
 class MissingExtra(ImportError):

@@ -126,6 +126,6 @@ class Quarantine:
         rows = (json.dumps(file._asdict(), ensure_ascii=False) for file in self.bad)
         if text := "".join(f"{row}\n" for row in rows):
             # Control characters of names are escaped, because people read the file in a terminal.
-            shown = (x if x.isprintable() or x == "\n" else json.dumps(x)[1:-1] for x in text)
-            data = "".join(shown).encode()
+            letters = (x if x.isprintable() or x == "\n" else json.dumps(x)[1:-1] for x in text)
+            data = "".join(letters).encode()
             write_atomically(path, lambda file: file.write(data), needed=len(data))

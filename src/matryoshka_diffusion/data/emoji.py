@@ -88,14 +88,14 @@ def _find(folder: Path, pattern: str, purpose: str) -> list[tuple[Path, tuple[st
     """Files of emoji in the folder and their captions, in the order of code points."""
     package = require("emoji", "openmoji", purpose)
     names = {_points(map(ord, text)): data["en"] for text, data in package.EMOJI_DATA.items()}
-    found = []
+    emoji = []
     for path in folder.glob(pattern):
         if not _NAME.fullmatch(path.stem):
             continue
         points = _points(int(part, 16) for part in re.split("[-_]", path.stem))
         if points in names and points[0] > 0xFF and not any(c in _SKIN_TONES for c in points):
-            found.append((points, path, _captions(names[points], points)))
-    return [(path, captions) for _, path, captions in sorted(found)]
+            emoji.append((points, path, _captions(names[points], points)))
+    return [(path, captions) for _, path, captions in sorted(emoji)]
 
 
 def _points(characters: Iterable[int]) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ VIDEOS = Kind(
     previews=ANIMATIONS,
 )
 CHANNELS = (1, 2, 3, 4)
-"""Of decoded images: grey, grey and opacity, colour, colour and opacity."""
+"""Numbers of channels of decoded images: grey, grey and opacity, colour, colour and opacity."""
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """Longest side that is kept around the middle, in units of the shorter one; bounds panoramas."""
 

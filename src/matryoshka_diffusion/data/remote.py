@@ -192,9 +192,9 @@ def _may_pass(error: Exception) -> bool:
 
 def _wait(path: str, seconds: float, most: float, error: Exception) -> None:
     """Wait as planned or as the server asks for, `most` at most; say so from the second time on."""
-    asked = (getattr(error, "headers", None) or {}).get("Retry-After", "")
-    if str(asked).isdigit():
-        seconds = max(seconds, min(float(asked), _LONGEST_WAIT))
+    delay = (getattr(error, "headers", None) or {}).get("Retry-After", "")
+    if str(delay).isdigit():
+        seconds = max(seconds, min(float(delay), _LONGEST_WAIT))
     seconds = min(seconds, most)
     if seconds > WAITS[0]:
         warnings.warn(

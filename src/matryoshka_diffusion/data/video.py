@@ -92,8 +92,8 @@ class Animation:
         _check_count(self.count)
 
     def times(self) -> Times:
-        shown = [image.info.get("duration", 0) / 1000 for image in self._all(self.count)]
-        ends = np.cumsum([0.0, *(x if x > _QUICKEST else _USUAL for x in shown)])
+        durations = [image.info.get("duration", 0) / 1000 for image in self._all(self.count)]
+        ends = np.cumsum([0.0, *(x if x > _QUICKEST else _USUAL for x in durations)])
         return Times(ends[:-1], float(ends[-1]))
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:

@@ -50,7 +50,7 @@ MAX_ENLARGED = 0.05
 """Largest share of images below the compared side in a reference."""
 
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What zipfile raises for damage, unknown compression and passwords."""
+"""Errors of zipfile for damage, unknown compression and passwords."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ STORAGES = {
 }
 """Types of weights in a `.pth`. All become float32, as the released networks compute."""
 _WRAPPED = re.compile(r"(module\.|_orig_mod\.)+")
-"""What DistributedDataParallel and torch.compile put before the names of a network."""
+"""Prefixes that DistributedDataParallel and torch.compile put before names of weights."""
 
 
 @dataclass(frozen=True)

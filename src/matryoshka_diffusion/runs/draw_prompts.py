@@ -27,6 +27,7 @@ KEYS: dict[str, Any] = {
 }
 """Keys of a JSON line and the types of their values."""
 DIGITS = 6
+"""Digits of an image's number in its file name."""
 
 
 class Request(NamedTuple):
