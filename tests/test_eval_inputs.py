@@ -39,6 +39,7 @@ from matryoshka_diffusion.eval.prompts import (
 from matryoshka_diffusion.eval.reference import open_npz
 from matryoshka_diffusion.metrics.formulas import Moments, compare_motion, frechet_distance, motion
 from matryoshka_diffusion.metrics.networks import weights_hash
+from picturing import encode, write_tar
 
 SIDE, FRAMES = 16, 3
 
@@ -261,27 +262,52 @@ def test_an_npz_that_is_something_else_is_refused(arrays, message, tmp_path):
     assert peak < 2**22, "nothing of another shape is unpacked"
 
 
-def test_pictures_of_another_resolution_are_flagged_or_refused(tmp_path):
+def test_pictures_of_another_size_are_flagged_or_refused(tmp_path):
     def made(name, *images):
         return folder_of(tmp_path / name, [one for part in images for one in part])
+
+    def flags(first, second, **options):
+        [number] = compare(first, second, ["fd"], looks(), **options)
+        return number.metric.partition("[")[2].rstrip("]")
 
     equal, large = made("equal", pictures()), made("large", pictures(side=32))
     few = made("few", pictures(23), pictures(1, side=12))
     mixed = made("mixed", pictures(39, side=32), pictures(1, side=12))
-    for second, flag in (
-        (large, "reference cut and shrunk to 16"),
-        (few, "reference 1 of 24 enlarged to 16"),
-        (mixed, "reference cut and shrunk to 16, 1 of 40 enlarged to 16"),
-    ):
-        [number] = compare(equal, second, ["fd"], looks())
-        assert flag in number.metric
-    [both] = compare(large, large, ["fd"], looks(), side=16)
-    assert "samples cut and shrunk to 16; " in both.metric
+    wide, tall = made("wide", pictures(side=32)[:, :16]), made("tall", pictures(40, 20)[:, :, 4:])
+    some = made("some", pictures(3), pictures(2, side=24)[:, :16])
+    assert flags(equal, equal) == ""
+    assert flags(equal, large) == "reference shrunk to 16"
+    assert flags(equal, few) == "reference 1 of 24 enlarged to 16"
+    assert flags(equal, mixed) == "reference 39 of 40 shrunk to 16, 1 of 40 enlarged to 16"
+    assert flags(equal, wide) == flags(equal, wide) == "reference cut to squares"
+    assert flags(equal, some) == "reference 2 of 5 cut to squares"
+    assert flags(large, tall, side=16) == "samples shrunk to 16; reference cut to squares"
+    assert flags(tall, equal) == "samples cut to squares"
+    assert flags(tall, wide, side=8) == (
+        "samples cut to squares, shrunk to 8; reference cut to squares, shrunk to 8"
+    )
     with pytest.raises(UsageError, match=r"8 of 8 images .*first one has 8"):
         compare(equal, made("small", pictures(side=8)), ["fd"], looks())
     np.savez(tmp_path / "large.npz", pictures(8, side=32))
     with pytest.raises(UsageError, match="32 pixels a side, the samples have 16"):
         compare(equal, str(tmp_path / "large.npz"), ["fd"], looks())
+
+
+def test_the_size_of_a_file_counts_and_not_the_one_that_a_set_records(tmp_path):
+    """Samples of 12 x 20 pixels, which were squares of 700 pixels before their set was made."""
+    equal = folder_of(tmp_path / "equal", pictures())
+    record = b'{"original_width": 700, "original_height": 700}'
+    for name, size, count in (("small", (20, 12), 1), ("wide", (32, 16), 8)):
+        parts = [(f"{n}.png", encode(size=size)) for n in range(count)]
+        parts += [(f"{n}.json", record) for n in range(count)]
+        parts += [(f"{n}.png", encode(size=(16, 16))) for n in range(count, 24)]
+        write_tar(tmp_path / f"{name}.tar", sorted(parts))
+    flags = [
+        compare(equal, str(tmp_path / f"{name}.tar"), ["fd"], looks())[0].metric
+        for name in ("small", "wide")
+    ]
+    assert "reference 1 of 24 cut to squares, 1 of 24 enlarged to 16]" in flags[0]
+    assert "reference 8 of 24 cut to squares]" in flags[1]
 
 
 def test_two_sets_need_what_their_metrics_need(captioned, tmp_path):
@@ -498,9 +524,10 @@ def test_two_sets_of_videos_are_compared_samples_frame_by_frame(tmp_path):
     assert moves.value == compare_motion(*map(motion, images)).distance
     assert fd.reference.endswith("real, frame stride 2, from a fixed place")
     assert (fd.n, fd.frames, fd.reference_count) == (10, FRAMES, 14)
-    [small] = compare(names[0], names[0], ["motion"], looks(), side=8, frames=2, frame_stride=1)
+    wide = make_videos(tmp_path / "wide", made.repeat(2, axis=3))
+    [small] = compare(names[0], wide, ["motion"], looks(), side=8, frames=2, frame_stride=1)
     assert small.metric == (
-        "motion distance-2f [samples cut and shrunk to 8; reference cut and shrunk to 8]"
+        "motion distance-2f [samples shrunk to 8; reference cut to squares, shrunk to 8]"
     )
 
 

@@ -278,7 +278,7 @@ def set_of(images: Any, root: Path, name: str, **options: Any) -> PictureSet:
     """Images in memory as a set that is read a batch at a time."""
 
     def make(rows: range, progress: Any) -> PictureBatch:
-        return PictureBatch([images[rows.start : rows.stop]], [SIDE] * len(rows))
+        return PictureBatch([images[rows.start : rows.stop]], [(SIDE, SIDE)] * len(rows))
 
     length = images.shape[1] if images.ndim == 5 else None
     about = functools.partial(dict, pictures=hashlib.sha256(images.tobytes()).hexdigest())

@@ -41,7 +41,7 @@ CACHED_PICTURES = 20_000
 THREADS = min(os.cpu_count() or 1, 8)
 MAX_CLASSES = 100_000
 
-_VERSION = 5  # raise it when the same file decodes to other bytes, or is stored in another way
+_VERSION = 6  # raise it when the same file decodes to other bytes, or is stored in another way
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +107,8 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         return decoder.decode(catalogue.load(rows[n]), usable[n].key, start)
 
     def read(n: int, cut: Cut) -> Picture:
-        pixels, original_side = decode(n, cut.start)
-        return Picture(cut_square(pixels, cut.place), original_side)
+        pixels, size = decode(n, cut.start)
+        return Picture(cut_square(pixels, cut.place), size)
 
     source = Source(
         name,
@@ -151,7 +151,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         else:
             picture = decode(n).pixels
             _mend(path.with_suffix(".bin"), int(offsets[n]), picture.tobytes(), note.checksum)
-        return Picture(np.array(cut_square(picture, cut.place)), note.original_side)
+        return Picture(np.array(cut_square(picture, cut.place)), note.size)
 
     good = [n for n, note in enumerate(notes) if not note.reason]
     return replace(source, read=read_decoded, quarantine=quarantine, threads=1).part(good)
@@ -208,7 +208,7 @@ class _Note(NamedTuple):
     """Result for one file: its shape and a checksum of its bytes, or the reason why it is bad."""
 
     shape: tuple[int, ...]
-    original_side: int
+    size: tuple[int, int]  # before resizing
     checksum: int = 0
     reason: str = ""
 
@@ -223,7 +223,7 @@ def _stored(path: Path, count: int) -> _Stored | None:
         return None
     try:
         rows = json.loads(unsealed(notes_file.read_bytes()))
-        notes = [_Note(tuple(shape), *rest) for shape, *rest in rows]
+        notes = [_Note(tuple(shape), tuple(size), *rest) for shape, size, *rest in rows]
         size = sum(math.prod(note.shape) for note in notes)
         if len(notes) == count and size == binary.stat().st_size:
             mapped = np.memmap(binary, np.uint8, "r") if size else np.empty(0, np.uint8)
@@ -249,11 +249,11 @@ def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) ->
 
     def one(n: int) -> tuple[bytes, _Note]:
         try:
-            pixels, original_side = decode(n)
+            pixels, size = decode(n)
         except PictureError as error:
-            return b"", _Note((0,), 0, reason=str(error))
+            return b"", _Note((0,), (0, 0), reason=str(error))
         data = pixels.tobytes()
-        return data, _Note(pixels.shape, original_side, zlib.crc32(data))
+        return data, _Note(pixels.shape, size, zlib.crc32(data))
 
     def write(file: BinaryIO) -> None:
         notes = []

@@ -342,10 +342,10 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
     for file in files:
         try:
             # The crop "random" cuts nothing off.
-            pixels, original_side = read_picture(file, side, "random", channels)
+            pixels, size = read_picture(file, side, "random", channels)
         except PictureError as error:
             raise UsageError(f"{file}: {error}") from error
-        if pixels.shape[:2] != (side, side) or original_side != side:
+        if size != (side, side):
             wanted = f"{side}x{side} pixels"
             raise UsageError(f"{file}: the upsampler takes pictures of exactly {wanted}")
         images.append(pixels)

@@ -146,14 +146,14 @@ def read_picture(
 
 def _decoded(stream: Any, side: int, crop: Crop, channels: int) -> Picture:
     image = Image.open(stream, formats=FORMATS)
-    judge(*image.size)
-    original_side = min(image.size)
+    size = image.size
+    judge(*size)
     image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
     clear = image.info.get("transparency")
     if image.format == "PNG" and clear is not None:
         image.info["transparency"] = _as_pixel(clear, image.mode, _depth(stream))
     image.load()
-    return Picture(resized(upright(image), side, REACH[crop], channels), original_side)
+    return Picture(resized(upright(image), side, REACH[crop], channels), size)
 
 
 def _depth(stream: Any) -> int:

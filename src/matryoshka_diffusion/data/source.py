@@ -53,10 +53,10 @@ class Sample(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A decoded image or clip, and its shorter side before resizing."""
+    """A decoded image or clip, and its width and height before cutting and resizing."""
 
     pixels: UInt8[np.ndarray, "*frames h w c"]
-    original_side: int
+    size: tuple[int, int]
 
 
 class Example(NamedTuple):
@@ -67,6 +67,7 @@ class Example(NamedTuple):
     label: int | None
     key: str
     original_side: int
+    size: tuple[int, int]  # of the file that was read
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +143,10 @@ class Source:
             except PictureError as error:
                 self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
-            side = sample.original_side or picture.original_side
+            side = sample.original_side or min(picture.size)
             label = None if sample.label is None else int(sample.label)
-            return Example(picture.pixels, sample.captions, label, sample.key, side)
+            facts = (sample.captions, label, sample.key, side, picture.size)
+            return Example(picture.pixels, *facts)
         count = sum(sample.part == part for sample in self.samples)
         place = f"data.mix[{part}]: " if len(self.shares) > 1 else ""
         raise ValueError(f"{place}{self.name}: not one of {count:,} samples can be read")
@@ -167,7 +169,7 @@ def array_source(
     return Source(
         name,
         [Sample(*row) for row in zip(keys, *columns, strict=True)],
-        lambda index, _: Picture(np.array(array[index]), side),
+        lambda index, _: Picture(np.array(array[index]), (side, side)),
         Quarantine(name, total=count),
         side,
         frames=frames[0] if frames else None,

@@ -369,14 +369,14 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int 
             start = 0.0 if data.clip == "start" else fraction(f"clip {key}")
         with open_video(file) as video:
             numbers = choose(video, data, length, start)[: frames or 1]
-            small, original_side = {}, 0
+            small, size = {}, (0, 0)
             for number, image in video.frames(sorted(set(numbers))):
-                original_side = min(image.size)
+                size = image.size
                 small[number] = resized(image, side, REACH[data.crop], channels)
         if len({pixels.shape for pixels in small.values()}) > 1:
             raise PictureError("its frames change their shape")
         clip = np.stack([small[number] for number in numbers])
-        return Picture(clip if frames else clip[0], original_side)
+        return Picture(clip if frames else clip[0], size)
 
     # By `length` for images too, so that bad files are found at the same time in both.
     cached = CACHED_BYTES // (length * side**2 * REACH[data.crop] * 3)

@@ -39,13 +39,13 @@ SAMPLES = 2
 
 
 class PictureBatch(NamedTuple):
-    """Images or clips to be measured: all levels, coarse to fine, and their sides before resizing.
+    """Images or clips to be measured: all levels, coarse to fine, and the sizes of their files.
 
-    Images of a source have one level, samples of a model have no sides.
+    Images of a source have one level, samples of a model have no files.
     """
 
     levels: Sequence[UInt8[np.ndarray, "b ... c"]]
-    original_sides: Sequence[int] = ()
+    sizes: Sequence[tuple[int, int]] = ()
 
     @property
     def pictures(self) -> UInt8[np.ndarray, "b *frames h w c"]:
@@ -60,7 +60,7 @@ class Column(NamedTuple):
     of: Callable[[PictureBatch], np.ndarray]
 
 
-ORIGINAL_SIDES = Column("original-sides", lambda batch: np.array(batch.original_sides, np.int64))
+SIZES = Column("sizes", lambda batch: np.array(batch.sizes, np.int64))
 
 
 def flat(rows: np.ndarray) -> np.ndarray:
@@ -241,7 +241,7 @@ def pictures_of(source: Source, root: Path) -> PictureSet:
     def make(rows: range, progress: Progress) -> PictureBatch:
         examples = source.many(list(rows))
         pictures = np.stack([example.picture for example in examples])
-        return PictureBatch([pictures], [example.original_side for example in examples])
+        return PictureBatch([pictures], [example.size for example in examples])
 
     shape = (len(source), source.side, source.frames)
     captions = [captions[0] for captions in source.captions or ()]

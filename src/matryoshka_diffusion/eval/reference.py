@@ -1,10 +1,10 @@
 """References of samples: real images, or the moments that ADM's .npz files hold.
 
 FID is defined between sets of one resolution. Images of a source are cropped to squares and resized
-to the side of the samples as training images are, and the name of the number says so unless they
-are the model's own data. A small share of them may be enlarged: published numbers on COCO resize
-every image of val2014, the few below 256 pixels as well. More than that is refused, and so is an
-.npz of another resolution.
+to the side of the samples as training images are, and the name of the number says how many of them,
+unless they are the model's own data. A small share of them may be enlarged: published numbers on
+COCO resize every image of val2014, the few below 256 pixels as well. More than that is refused, and
+so is an .npz of another resolution.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from matryoshka_diffusion.data.source import (
 from matryoshka_diffusion.draw.grid import SHEETS
 from matryoshka_diffusion.eval.feature_store import (
     FORMAT,
-    ORIGINAL_SIDES,
+    SIZES,
     PictureBatch,
     PictureSet,
     pictures_of,
@@ -78,8 +78,9 @@ class Reference:
             )
         if not self.foreign:
             return None
-        self.pictures.fill([ORIGINAL_SIDES], world=world, progress=progress)
-        sides = self.pictures.all(ORIGINAL_SIDES)
+        self.pictures.fill([SIZES], world=world, progress=progress)
+        sizes = self.pictures.all(SIZES)
+        sides = sizes.min(axis=1)
         small = sides[sides < side]
         if len(small) > MAX_ENLARGED * len(sides):
             raise UsageError(
@@ -87,9 +88,17 @@ class Reference:
                 f"{side} pixels a side that are compared (the first one has {small[0]}): remove "
                 f"them, or compare at a smaller side; at most {MAX_ENLARGED:.0%} may be enlarged"
             )
-        changes = [f"cut and shrunk to {side}"] if (sides > side).any() else []
-        changes += [f"{len(small):,} of {len(sides):,} enlarged to {side}"] if len(small) else []
-        return f"{what} {', '.join(changes)}" if changes else None
+        changes = {
+            "cut to squares": sizes.max(axis=1) > sides,
+            f"shrunk to {side}": sides > side,
+            f"enlarged to {side}": sides < side,
+        }
+        words = [
+            change if rows.all() else f"{rows.sum():,} of {len(rows):,} {change}"
+            for change, rows in changes.items()
+            if rows.any()
+        ]
+        return f"{what} {', '.join(words)}" if words else None
 
 
 def reference_of(source: Source, data: DataConfig, *, prefix: str = "") -> Reference:
@@ -249,7 +258,7 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
             data = np.frombuffer(file.read(len(rows) * size), np.uint8)
         except (EOFError, *_NO_ARCHIVE) as error:
             raise UsageError(f"{path}: arr_0 is damaged ({error}): fetch it again") from error
-        return PictureBatch([data.reshape(len(rows), *shape[1:])], [side] * len(rows))
+        return PictureBatch([data.reshape(len(rows), *shape[1:])], [(side, side)] * len(rows))
 
     root = cache_folder("references")
     return PictureSet(path.name, count, side, None, root, lambda: about, make, BATCH)
