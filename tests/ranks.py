@@ -23,14 +23,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from matryoshka_diffusion.config import LoraConfig, StageConfig
+from matryoshka_diffusion.config import DataConfig, LoraConfig, MixedData, RunConfig, StageConfig
+from matryoshka_diffusion.data.loader import Loader
+from matryoshka_diffusion.data.mix import mixed
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.train.distributed import World, joined, local
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.step import Skipped
 from matryoshka_diffusion.train.trainer import Trainer, train
 from matryoshka_diffusion.train.weights import fingerprint
-from tiny_run import TinyClips, TinyPictures, encode, tiny_config, tiny_video
+from picturing import toy
+from tiny_run import CAPTIONS, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
@@ -48,6 +51,8 @@ STAGES = (
     ),
 )
 SETTINGS: dict[str, Any] = {"stages": STAGES, "ema_power": (0.1,)}
+SHARES = (0.7, 0.3)
+"""Shares of the data sets of a mix."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["matryoshka_diffusion.train.trainer"])
 
@@ -168,7 +173,7 @@ def train_tiny(
         same_rows: True if every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
         kind: `adapters` trains only these, around a network of both levels; `clips` has clips in
-            the finer level.
+            the finer level; `mix` has two data sets.
         settings: of `train` in the config.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -214,14 +219,26 @@ def train_tiny(
         lora = LoraConfig(rank=4, base=fingerprint(base))
         plain = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
         settings |= {"stages": (plain,), "init": "base", "lora": lora}
-    make, loader = (tiny_video, TinyClips()) if kind == "clips" else (tiny_config, TinyPictures())
+    loader = TinyClips() if kind == "clips" else TinyPictures()
     loader.unreadable_at = unreadable_at
+    make = tiny_video if kind == "clips" else tiny_config
     config = make(dropout=0.0, **(SETTINGS | settings))
+    if kind == "mix":
+        config, loader = with_mix(config)
     try:
         train(config, loader, Path(folder), encode=encode, base=base, world=world)
     finally:
         Trainer.step = learn
         record.close()
+
+
+def with_mix(config: RunConfig) -> tuple[RunConfig, Loader]:
+    """The config with two data sets, of five images and of three, and their loader."""
+    mix = tuple(MixedData(path=str(n), share=share) for n, share in enumerate(SHARES))
+    data = DataConfig(source="folder", mix=mix, flip=True)
+    parts = [toy(count, 16, captions=[CAPTIONS[:3]] * count) for count in (5, 3)]
+    config = config.model_copy(update={"data": data})
+    return config, Loader.of(mixed(parts, data), config.train.seed, data)
 
 
 def seen(folder: Path) -> list[list[Any]]:

@@ -26,8 +26,8 @@ from matryoshka_diffusion.train.inputs import Feed, compare_ranks
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import step_at
 from matryoshka_diffusion.train.weights import load_network
-from ranks import SETTINGS, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
-from tiny_run import TinyPictures, encode, metrics, there, tiny_config
+from ranks import SETTINGS, SHARES, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
+from tiny_run import TinyPictures, digests, encode, metrics, there, tiny_config
 
 TRAIN = tiny_config(**SETTINGS).train
 FORMS = ("ddp", "fsdp")
@@ -66,6 +66,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs += [{"folder": place, "stop_at": 12, "stop_rank": 1, **CUT}]
         for job in jobs[-len(JOBS) - 1 :]:
             job["parallel"] = form
+    names = {"mix": {}, "mix-stopped": {"stop_at": 12, "stop_rank": 1}}
+    jobs += [{"folder": f"{folder}/{name}", "kind": "mix", **job} for name, job in names.items()]
+    jobs += [{"folder": f"{folder}/mix-stopped", "kind": "mix"}]
     assert not any(
         "views as outputs" in text for text in end_ranks(start_ranks(2, train_jobs, jobs))
     )
@@ -139,6 +142,19 @@ def test_a_run_goes_on_from_one_rank_to_two_and_back(alone, together, form):
     assert losses(folder) == pytest.approx(losses(alone / "plain"), rel=1e-5)
     starts = json.loads((folder / "environment.json").read_text("utf-8"))
     assert [start["ranks"] for start in starts] == [1, 2, 1]
+
+
+def test_a_run_on_a_mix_continues_bit_for_bit_on_two_ranks(together):
+    """Stopped at 12 of 21 images by a signal to one rank, when both sets are read again."""
+    whole, stopped = together / "mix", together / "mix-stopped"
+    assert len(json.loads((stopped / "environment.json").read_text("utf-8"))) == 2
+    assert digests(stopped) == digests(whole)
+    assert metrics(stopped) == metrics(whole)
+    assert seen(stopped) == seen(whole)
+    parts = [int(key.partition(":")[0]) for _, key, *_ in seen(whole)]
+    for count in range(1, len(parts) + 1):
+        given = parts[:count].count(0), parts[:count].count(1)
+        assert given == pytest.approx([count * share for share in SHARES], abs=1)
 
 
 # --- what can go wrong -------------------------------------------------------------------------
