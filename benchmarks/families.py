@@ -50,7 +50,7 @@ class Words:
         return [
             self.features
             if self.features is not None and caption
-            else normal(0, caption, shape=(WORDS, self.width))
+            else normal(caption, [(0,)], (WORDS, self.width))[0]
             for caption in captions
         ]
 

@@ -45,7 +45,7 @@ MUTATIONS = [
     Mutation("samplers.py", "ratio**2 * sigma_s**2\n", "ratio * sigma_s**2\n", "samplers oracle"),
     Mutation("samplers.py", "h / (2.0 * past)", "h / past", "samplers oracle"),
     Mutation("samplers.py", "1.0 / STEPS]", "2.0 / STEPS]", "samplers"),
-    Mutation("rng.py", "[0, *counters,", "[0, 0, *counters[1:],", "rng"),
+    Mutation("philox.py", "[*counters,", "[0, *counters[1:],", "rng"),
     Mutation("nn/nested.py", "outward(h[:", "outward(-h[:", NEST + " reference"),
     Mutation("nn/nested.py", '_seed(seed, "level", place)', '_seed(seed, "level")', NEST),
     Mutation("nn/nested.py", "2 * model.channels", "3 * model.channels", "upsampler nested"),

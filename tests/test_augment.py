@@ -170,7 +170,7 @@ def opened(net: NestedUNet) -> NestedUNet:
     """Network without zero layers, as after training; equal names have equal weights."""
     with torch.no_grad():
         for name, weight in net.named_parameters():
-            weight.add_(normal(0, name, shape=tuple(weight.shape)), alpha=0.05)
+            weight.add_(normal(name, [(0,)], tuple(weight.shape))[0], alpha=0.05)
     return net.eval()
 
 

@@ -26,6 +26,7 @@ SCRIPTS = {
     "optimizer": ["--model", "fashion-mnist"],
     "loading": [*SMALL, "--pictures", "4", "--sides", "40"],
     "sample_time": ["--steps", "1", "--counts", "1"],
+    "noise": ["--samples", "1"],
     "cold_start": ["--steps", "1", "--prompts", "umbrella"],
     "resume": ["--model", "fashion-mnist"],
 }

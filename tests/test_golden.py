@@ -1,4 +1,4 @@
-"""Folders that version 0.1.0 wrote open, resume and sample as they did then."""
+"""Folders that version 0.1.0 wrote open, resume and, with its noise, sample as they did then."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from matryoshka_diffusion import rng
 from matryoshka_diffusion.cli.main import main as mdm
+from matryoshka_diffusion.philox import Place
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 CLASSES = ("--class", "disk", "--class", "square", "-n", "2", "--seed", "3", "--steps", "4")
+
+
+def noise_of_then(places: list[Place], count: int, device: object) -> torch.Tensor:
+    """Normal numbers as they were drawn when the folders were written."""
+    rows = [place.generator().standard_normal(count, dtype=np.float32) for place in places]
+    return torch.from_numpy(np.stack(rows))
 
 
 @pytest.fixture
@@ -24,6 +33,7 @@ def folders(tmp_path, monkeypatch):
     with tarfile.open(GOLDEN / "folders.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rng, "normal_rows", noise_of_then)
     return tmp_path
 
 

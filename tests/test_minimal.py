@@ -58,7 +58,7 @@ def library_net(model: ModelConfig) -> NestedUNet:
     net = NestedUNet(model)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(net.named_parameters()):
-            draw = rng.normal(0, "test weights", number, shape=tuple(parameter.shape))
+            draw = rng.normal("test weights", [(0, number)], tuple(parameter.shape))[0]
             if name == "conditioner.label.weight":
                 parameter.copy_(draw)
             elif not parameter.any():
@@ -78,9 +78,9 @@ def nest(example: ModuleType, depth: int) -> Any:
 def batch(example: ModuleType, depth: int):
     """A pyramid, noise for it, labels (one hidden) and times, the same for both sides."""
     side = example.NEST[-1].side
-    images = rng.normal(0, "test images", shape=(5, 3, side, side)).clamp(-1, 1)
+    images = rng.normal("test images", [(0, n) for n in range(5)], (3, side, side)).clamp(-1, 1)
     x = build_pyramid(images, [Resolution(d.side, d.side) for d in example.NEST[:depth]])
-    noise = tuple(rng.normal(0, "test", r, shape=tuple(x_r.shape)) for r, x_r in enumerate(x))
+    noise = tuple(rng.normal("test", [(0, r)], tuple(x_r.shape))[0] for r, x_r in enumerate(x))
     labels = torch.tensor([0, 3, example.HIDDEN, 7, 11])
     return x, noise, labels, torch.tensor([0.001, 0.2, 0.5, 0.8, 1.0])
 

@@ -164,8 +164,8 @@ class Smooth:
 
     def batch(self, ids: range) -> Batch:
         side, channels = self.model.levels[-1].side, self.model.channels
-        coarse = [normal(0, "picture", n, shape=(channels, 2, 2)).clamp(-1, 1) for n in ids]
-        picture = torch.nn.functional.interpolate(torch.stack(coarse), size=(side, side))
+        coarse = normal("picture", [(0, n) for n in ids], (channels, 2, 2)).clamp(-1, 1)
+        picture = torch.nn.functional.interpolate(coarse, size=(side, side))
         frames = [picture.roll(n, dims=3) for n in range(self.model.levels[-1].frames or 0)]
         classes = self.model.classes
         return Batch(
@@ -185,7 +185,7 @@ class Words:
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         words = [(*caption.split(), "</s>") for caption in captions]
-        return [torch.stack([normal(0, word, shape=(24,)) for word in some]) for some in words]
+        return [torch.stack([normal(word, [(0,)], (24,))[0] for word in some]) for some in words]
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -38,7 +38,7 @@ def test_these_numbers_never_change_and_touch_no_global_generator():
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     assert rng.stream(7, "purpose", 1, 2, 3).integers(0, 1000, 4).tolist() == [8, 177, 350, 359]
     draws = {
-        (-0.126223, 0.090302): rng.normal(7, "purpose", 1, shape=(2,)),
+        (-1.658136, -1.114922): rng.normal("purpose", [(7, 1)], (2,))[0],
         (0.206396, 0.386266): rng.uniform(7, "purpose", [1, 2]),
         (0.342772, 0.724738): rng.stratified(7, "purpose", torch.tensor([0, 1])),
     }
@@ -50,7 +50,7 @@ def test_these_numbers_never_change_and_touch_no_global_generator():
 
 
 def test_normal_numbers_are_normal_and_uniform_ones_belong_to_their_id():
-    x = rng.normal(0, "x", 1, shape=(3, 100, 100))
+    x = rng.normal("x", [(0, 1)], (3, 100, 100))
     assert (float(x.mean()), float(x.std())) == pytest.approx((0.0, 1.0), abs=0.02)
     one = rng.uniform(3, "x", [5, 9, 7])
     assert rng.uniform(3, "x", [7, 5]).tolist() == [one[2], one[0]]

@@ -3,19 +3,20 @@
 Nothing in this project draws from a global generator. Each random quantity has a stream of its own
 by name and number. Resuming, evaluating, another batch size or another number of processes
 therefore cannot change a sample's numbers. The generator is Philox, which is counter-based: a new
-stream costs microseconds, and two streams never meet.
+stream costs microseconds, two streams never meet, and a GPU draws the same noise as a CPU.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from matryoshka_diffusion.philox import Place, normal_rows
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 """The golden ratio less one: the step of the sequence of `stratified`."""
@@ -28,18 +29,18 @@ def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
         >>> float(stream(0, "demo", 7).random()) == float(stream(0, "demo", 7).random())
         True
     """
-    assert len(counters) <= 3, "a Philox counter has four words and the first one counts draws"
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest()
-    # The low word advances while drawing, so the streams of different counters are disjoint.
-    counter = [0, *counters, *[0] * (3 - len(counters))]
-    bits = np.random.Philox(key=np.frombuffer(digest, np.uint64), counter=counter)
-    return np.random.Generator(bits)
+    return Place.of(seed, purpose, counters).generator()
 
 
-def normal(seed: int, purpose: str, *counters: int, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-    """Standard normal float32 numbers, drawn on the CPU so that all devices agree."""
-    draw = stream(seed, purpose, *counters).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(draw)
+def normal(
+    purpose: str,
+    places: Sequence[tuple[int, ...]],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, "b ..."]:
+    """Standard normal float32 numbers of a shape for each (seed, up to three counters)."""
+    streams = [Place.of(seed, purpose, counters) for seed, *counters in places]
+    return normal_rows(streams, math.prod(shape), device).unflatten(1, shape)
 
 
 def uniform(seed: int, purpose: str, ids: Iterable[int]) -> Float[Tensor, " b"]:

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matryoshka_diffusion import rng
 from matryoshka_diffusion.config import GridName, SamplerName
 from matryoshka_diffusion.denoiser import Denoiser
 from matryoshka_diffusion.diffusion import to_noise
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.schedule import STEPS, NoiseSchedule, alpha_sigma, time_of
 
 Schedules = Sequence[NoiseSchedule]
@@ -41,8 +41,8 @@ class State(NamedTuple):
 class SeededNoise:
     """Noise from each sample's own seed, so that the rest of the batch changes nothing.
 
-    It is drawn on the CPU: the same seed gives the same noise on every device. Each `family` has
-    its own streams, so an upsampler does not repeat the noise of its base.
+    The same seed gives the same noise on every device. Each `family` has its own streams, so an
+    upsampler does not repeat the noise of its base.
     """
 
     def __init__(
@@ -60,12 +60,8 @@ class SeededNoise:
 
     def __call__(self, purpose: str, step: int, level: int) -> Tensor:
         """Standard normal numbers, one row for each seed, in the shape of the level."""
-        shape = self.shapes[level]
-        rows = [
-            rng.normal(seed, f"{self.family} {purpose}", step, level, shape=shape)
-            for seed in self.seeds
-        ]
-        return torch.stack(rows).to(self.device)
+        places = [(seed, step, level) for seed in self.seeds]
+        return normal(f"{self.family} {purpose}", places, self.shapes[level], self.device)
 
     def start(self) -> Pyramid:
         """Pure noise on every level, the latents at t = 1."""

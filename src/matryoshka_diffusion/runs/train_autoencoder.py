@@ -125,11 +125,11 @@ def inputs_from(
     def inputs_of(step: Step) -> Inputs:
         ids = range(step.first, step.end)
         batch = loader.batch(ids)
-        noise = torch.stack([normal(config.seed, "codec", n, shape=shape) for n in ids])
+        noise = normal("codec", [(config.seed, n) for n in ids], shape, device)
         return Inputs(
             step=step,
             x=(batch.picture.to(device),),
-            noise=(noise.to(device),),
+            noise=(noise,),
             t=torch.zeros(len(ids), device=device),
             cond=Conditioning(),
             ids=tuple(ids),

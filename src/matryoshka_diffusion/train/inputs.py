@@ -126,12 +126,13 @@ class Feed:
         resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(n < step.first + count for n in ids) for count in step.rows]
-        x = ragged(build_pyramid(batch.picture, resolutions), rows)
+        picture = batch.picture.to(self._device)
+        x = ragged(build_pyramid(picture, resolutions), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
         inputs = Inputs(
             step=step,
-            x=tuple(level.to(self._device) for level in x),
-            noise=tuple(level.to(self._device) for level in noise),
+            x=x,
+            noise=tuple(noise),
             t=stratified(self._seed, "t", batch.ids).float().to(self._device),
             cond=self._conditions(batch).to(self._device),
             ids=tuple(batch.ids.tolist()),
@@ -141,9 +142,8 @@ class Feed:
 
     def _noise(self, purpose: str, ids: Sequence[int], like: Tensor, *level: int) -> Tensor:
         """Normal noise in the shape of `like`, a row for each sample number."""
-        shape = like.shape[1:]
-        rows = [normal(self._seed, purpose, n, *level, shape=shape) for n in ids]
-        return torch.stack(rows) if rows else torch.zeros_like(like)
+        places = [(self._seed, n, *level) for n in ids]
+        return normal(purpose, places, tuple(like.shape[1:]), like.device)
 
     def _conditions(self, batch: Batch) -> Conditioning:
         """Labels, text and micro-conditions. Some rows are hidden, because guidance needs a null.

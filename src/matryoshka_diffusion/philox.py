@@ -1,0 +1,154 @@
+"""Philox 4x64 with ten rounds, the counter-based generator of all random numbers.
+
+A block of four 64-bit words is a function of a key and a counter (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", 2011). A CPU takes the words from numpy. Any other device computes the
+same words with torch's operations, and nothing is copied there but keys and counters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product, starmap
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+LOW_HALF = 2**32 - 1
+PAIRS = 8
+"""Integers of 32 bits in a block."""
+CHUNK = 2**14
+"""Pairs of normal numbers that a CPU draws at a time: they stay in the cache of a core."""
+SERIAL = 2**19
+"""Fewer pairs are drawn by the calling thread alone: starting others would take longer."""
+
+
+class Place(NamedTuple):
+    """The key of a stream and the three words of its counter that stay: the first counts blocks."""
+
+    key: Int[np.ndarray, " 2"]
+    counters: Int[np.ndarray, " 3"]
+
+    @classmethod
+    def of(cls, seed: int, purpose: str, counters: Sequence[int]) -> Place:
+        """The stream of a seed, a purpose and up to three counters, by default zeros."""
+        assert len(counters) <= 3, "a Philox counter has four words and the first one counts blocks"
+        digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest()
+        padded = [*counters, *[0] * (3 - len(counters))]
+        return cls(np.frombuffer(digest, np.uint64), np.array(padded, np.uint64))
+
+    def state(self, block: int) -> dict[str, Any]:
+        """State of numpy's Philox just before a block of the stream, the first being 0."""
+        counter = np.array([block, *self.counters], np.uint64)
+        words = {"counter": counter, "key": self.key}
+        empty = {"buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        return {"bit_generator": "Philox", "state": words, **empty}
+
+    def generator(self) -> np.random.Generator:
+        """numpy's generator at the beginning of the stream."""
+        counter = np.array([0, *self.counters], np.uint64)
+        return np.random.Generator(np.random.Philox(key=self.key, counter=counter))
+
+
+def normal_rows(
+    places: Sequence[Place], count: int, device: torch.device | str
+) -> Float[Tensor, "b n"]:
+    """Draw `count` standard normal float32 numbers from the beginning of each stream.
+
+    A pair of numbers takes 32 bits for its radius, from the first half of the blocks, and 32 bits
+    for its angle, from the second half. All devices use the same bits; their logarithms, sines and
+    cosines may differ in the last digits.
+    """
+    half = -(-count // PAIRS // 2) * PAIRS
+    rows = torch.empty(len(places), 2, half, device=device)
+    fill = _fill_on_cpu if rows.device.type == "cpu" else fill_on_device
+    fill(rows, places)
+    return rows.flatten(1)[:, :count]
+
+
+def _fill_on_cpu(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
+    """Fill with normal numbers from numpy's words, on all cores if there are many."""
+    count, _, half = rows.shape
+    width, height = min(half, CHUNK), max(1, CHUNK // max(half, 1))
+
+    def fill(row: int, column: int) -> None:
+        chunk = rows[row : row + height, :, column : column + width]
+        words = np.empty((len(chunk), 2, chunk.shape[2] // 2), np.uint64)
+        source = np.random.Generator(np.random.Philox())
+        for place, parts in zip(places[row : row + height], words, strict=True):
+            for first, part in zip((column, half + column), parts, strict=True):
+                source.bit_generator.state = place.state(first // PAIRS)
+                part[:] = source.integers(0, 2**64 - 1, len(part), np.uint64, endpoint=True)
+        bits = torch.from_numpy(words.view(np.int32))
+        _box_muller(bits[:, 0], bits[:, 1], chunk.transpose(0, 1))
+
+    chunks = [*product(range(0, count, height), range(0, half, width or 1))]
+    if count * half < SERIAL:
+        list(starmap(fill, chunks))
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, *zip(*chunks, strict=True)))
+
+
+def fill_on_device(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
+    """Fill with normal numbers from words that the device computes."""
+    half = rows.shape[2]
+    bits = blocks(places, 2 * half // PAIRS, rows.device).flatten(1).view(torch.int32)
+    _box_muller(bits[:, :half], bits[:, half:], rows.transpose(0, 1))
+
+
+def _box_muller(
+    radii: Int[Tensor, "*b n"], angles: Int[Tensor, "*b n"], pairs: Float[Tensor, "2 *b n"]
+) -> None:
+    """Fill pairs of independent normal numbers r cos a and r sin a (Box and Muller, 1958).
+
+    The radius is r = sqrt(-2 log u) for u in (0, 1] from the low 31 bits of an int32, the angle a
+    is proportional to another int32. No number exceeds 6.7.
+    """
+    u = (radii & (2**31 - 1)).float().add_(0.5).mul_(2.0**-31)
+    radius = u.log_().mul_(-2.0).sqrt_()
+    angle = angles.float().mul_(2.0 * math.pi * 2.0**-32)
+    torch.mul(radius, angle.cos(), out=pairs[0])
+    torch.mul(radius, angle.sin_(), out=pairs[1])
+
+
+def blocks(places: Sequence[Place], count: int, device: torch.device | str) -> Int[Tensor, "b n 4"]:
+    """Compute the first blocks of each stream, with unsigned words in the bits of int64."""
+    fixed = np.array([(*place.key, *place.counters) for place in places], np.uint64)
+    table = torch.from_numpy(fixed.view(np.int64)).reshape(-1, 5, 1).transpose(0, 1).to(device)
+    key = table[:2]
+    first, second, third = table[2:].expand(-1, -1, count)
+    number = torch.arange(1, count + 1, device=device).expand_as(first)  # numpy begins with one
+    even, odd = torch.stack([number, second]), torch.stack([first, third])
+    multiplier, step = (
+        torch.stack([torch.full((1, 1), _signed(word), device=device) for word in words])
+        for words in (MULTIPLIERS, KEY_STEPS)
+    )
+    for _ in range(ROUNDS):
+        product = even * multiplier
+        even, odd = _high_word(even, multiplier).flip(0) ^ odd ^ key, product.flip(0)
+        key = key + step
+    return torch.stack([even[0], odd[0], even[1], odd[1]], dim=2)
+
+
+def _high_word(a: Int[Tensor, "..."], b: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The upper 64 bits of the unsigned product of 64-bit words, by halves of 32 bits."""
+    (a_low, a_high), (b_low, b_high) = ((x & LOW_HALF, (x >> 32) & LOW_HALF) for x in (a, b))
+    carry = ((a_low * b_low) >> 32) & LOW_HALF
+    middle = a_high * b_low + carry
+    other = a_low * b_high + (middle & LOW_HALF)
+    return a_high * b_high + ((middle >> 32) & LOW_HALF) + ((other >> 32) & LOW_HALF)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned word."""
+    return word - 2**64 if word >= 2**63 else word

@@ -1,0 +1,78 @@
+"""Noise is Philox's, the same on every device, and normal."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import special
+
+from matryoshka_diffusion import philox
+from matryoshka_diffusion.philox import Place, blocks, fill_on_device, normal_rows
+
+WORD = 2**64 - 1
+PLACES = [Place.of(seed, "noise", (row, 3)) for seed in (0, 1) for row in range(4)]
+
+counters = st.lists(st.integers(0, WORD), max_size=3)
+
+
+def numbers(places: list[Place], count: int) -> np.ndarray:
+    return normal_rows(places, count, "cpu").double().numpy()
+
+
+@given(st.lists(st.tuples(st.integers(0, WORD), counters), min_size=1, max_size=3))
+def test_a_device_computes_the_words_of_numpys_philox(rows):
+    places = [Place.of(seed, "x", own) for seed, own in rows]
+    words = blocks(places, 3, "cpu").flatten(1).numpy().view(np.uint64)
+    for row, place in zip(words, places, strict=True):
+        expected = place.generator().integers(0, WORD, 12, np.uint64, endpoint=True)
+        assert np.array_equal(row, expected)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 3 * philox.CHUNK + 5])
+def test_both_ways_to_draw_give_the_same_numbers(count, monkeypatch):
+    alone = normal_rows(PLACES, count, "cpu")
+    half = -(-count // 16) * 8
+    rows = torch.empty(len(PLACES), 2, half)
+    fill_on_device(rows, PLACES)
+    assert alone.shape == (len(PLACES), count)
+    torch.testing.assert_close(rows.flatten(1)[:, :count], alone, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(philox, "SERIAL", 0)  # draw with threads
+    assert torch.equal(normal_rows(PLACES, count, "cpu"), alone)
+    assert torch.equal(normal_rows(PLACES[3:], count, "cpu"), alone[3:]), "rows are independent"
+
+
+def test_no_rows_are_no_numbers():
+    assert normal_rows([], 5, "cpu").shape == (0, 5)
+    fill_on_device(torch.empty(0, 2, 8), [])
+
+
+def test_numbers_are_normal_and_independent():
+    """Moments within 4 standard errors; a Kolmogorov-Smirnov distance far below 1 % risk."""
+    x = numbers(PLACES, 250_000)
+    n = x.size
+    for order, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**order).mean() - moment) < 4 * math.sqrt(variance / n), order
+    ordered = np.sort(x.ravel())
+    normal = special.ndtr(ordered)
+    steps = np.arange(n + 1) / n
+    distance = max((steps[1:] - normal).max(), (normal - steps[:-1]).max())
+    assert distance * math.sqrt(n) < 1.63
+    assert 4.7 < ordered[-1] < 6.7
+    assert -6.7 < ordered[0] < -4.7
+
+
+def test_numbers_have_no_correlation_with_their_neighbours_nor_with_other_streams():
+    x = numbers(PLACES, 250_000)
+    bound = 4 / math.sqrt(x.shape[1])
+    half = x.shape[1] // 2
+    for lag in (1, 2, 7, 8, 16, philox.CHUNK, half):
+        assert (np.abs((x[:, lag:] * x[:, :-lag]).mean(1)) < 1.5 * bound).all(), lag
+        squares = (x[:, lag:] ** 2 - 1) * (x[:, :-lag] ** 2 - 1) / 2
+        assert (np.abs(squares.mean(1)) < 3 * bound).all(), lag
+    between = x @ x.T / x.shape[1] - np.diag((x**2).mean(1))
+    assert np.abs(between).max() < bound
