@@ -20,14 +20,14 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction
 from matryoshka_diffusion.diffusion import Network
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, build_pyramid
-from matryoshka_diffusion.schedule import NoiseSchedule, Shifted
+from matryoshka_diffusion.schedule import Instant, NoiseSchedule, Shifted
 
 
 @dataclass(frozen=True)
 class GaussianImages:
     """Images or clips of one channel, x ~ N(mean, covariance), with a schedule for each level.
 
-    Called with (z, t) it is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
+    It is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
     """
 
     mean: Tensor
@@ -58,7 +58,11 @@ class GaussianImages:
             precision = precision + schedule.log_snr(t).exp()[:, None, None] * (pool.T @ pool)
         return precision.inverse()
 
-    def __call__(self, z: Pyramid, t: Tensor) -> Pyramid:
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        return self.posterior_mean(z, torch.full((len(z[0]),), now.t, dtype=torch.float64))
+
+    def posterior_mean(self, z: Pyramid, t: Tensor) -> Pyramid:
+        """The estimate for rows that each have a time of their own."""
         times, which = t.unique(return_inverse=True)  # one solve for each time, however many rows
         evidence = (self.precision @ self.mean).expand(len(t), -1)
         for z_r, pool, schedule in zip(z, self.pools, self.schedules, strict=True):
@@ -74,7 +78,9 @@ class GaussianImages:
         def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
             return tuple(
                 prediction_of(prediction, x_r, z_r, schedule.log_snr(t))
-                for x_r, z_r, schedule in zip(self(z, t), z, self.schedules, strict=True)
+                for x_r, z_r, schedule in zip(
+                    self.posterior_mean(z, t), z, self.schedules, strict=True
+                )
             )
 
         return net

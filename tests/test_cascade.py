@@ -34,7 +34,7 @@ from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.samplers import ddim, last, trailing_grid
-from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma
+from matryoshka_diffusion.schedule import Cosine, Instant, Shifted, alpha_sigma
 from matryoshka_diffusion.train.weights import export_weights, fingerprint
 from oracle import moments, no_noise, small_world
 from test_pipeline import Words, randomised
@@ -88,8 +88,8 @@ def test_ideal_networks_draw_the_data_whatever_the_noise_between_them(t_noise: f
     def sample_from(mean: Tensor, covariance: Tensor, z: Tensor) -> Tensor:
         """What a sampler makes of z where the posterior mean under N(mean, covariance) is known."""
 
-        def denoise(z: Pyramid, t: Tensor) -> Pyramid:
-            alpha, sigma = alpha_sigma(schedule.log_snr(t[:1]))
+        def denoise(z: Pyramid, now: Instant) -> Pyramid:
+            alpha, sigma, _ = now.levels[0]
             spread = alpha**2 * covariance + sigma**2 * torch.eye(len(covariance)).double()
             offset = z[0].flatten(1) - alpha * mean
             x = mean + alpha * offset @ torch.linalg.solve(spread, covariance)

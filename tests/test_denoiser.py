@@ -22,11 +22,11 @@ from matryoshka_diffusion.denoiser import (
 )
 from matryoshka_diffusion.diffusion import Network, Process, diffuse, prediction_target
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.schedule import Cosine, Shifted
+from matryoshka_diffusion.schedule import Cosine, Shifted, instants
 
 SCHEDULES = (Cosine(), Shifted(Cosine(), 2.0, 2.0))
-HALF = torch.full((3,), 0.5, dtype=torch.float64)
-"""A time at which the levels have log-SNR 0 and -2 log 2."""
+[HALF] = instants(torch.tensor([0.5]), SCHEDULES)
+"""An instant at which the levels have log-SNR 0 and -2 log 2."""
 
 every_prediction = pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 
@@ -45,10 +45,10 @@ def guide(*weights: float, **options) -> tuple[Pyramid, list[str]]:
     calls: list[str] = []
 
     def estimate(name: str, answer: Pyramid):
-        return lambda z, t: calls.append(name) or answer
+        return lambda z, now: calls.append(name) or answer
 
     parts = (estimate("with", WITH), estimate("without", WITHOUT))
-    return Guided(*parts, SCHEDULES, weights, **options)(Z, HALF), calls
+    return Guided(*parts, weights, **options)(Z, HALF), calls
 
 
 def led(*weights: float) -> Pyramid:
@@ -65,8 +65,9 @@ def network_denoiser(net: Network, prediction: Prediction = "v") -> NetworkDenoi
 
 
 @every_prediction
-def test_a_right_prediction_becomes_the_image_on_every_level(prediction: Prediction):
-    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_a_right_prediction_becomes_the_image_on_every_level(prediction: Prediction, t: float):
+    rows = torch.full((3,), t, dtype=torch.float64)
 
     def net(z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
         assert t.dtype == torch.float32, "the network gets times in the precision of its input"
@@ -75,8 +76,9 @@ def test_a_right_prediction_becomes_the_image_on_every_level(prediction: Predict
             for x_r, noise_r, schedule in zip(WITH, WITHOUT, SCHEDULES, strict=True)
         )
 
-    z = diffuse(WITH, WITHOUT, t, SCHEDULES)
-    torch.testing.assert_close(network_denoiser(net, prediction)(z, t), WITH)
+    z = diffuse(WITH, WITHOUT, rows, SCHEDULES)
+    [now] = instants(rows[:1], SCHEDULES)
+    torch.testing.assert_close(network_denoiser(net, prediction)(z, now), WITH)
 
 
 def test_sampling_from_a_network_builds_no_graph():
@@ -107,7 +109,7 @@ def test_guidance_leads_away_from_the_unconditional_estimate():
 def test_the_interval_is_in_each_levels_own_log_snr(
     interval: tuple[float, float], active: tuple[float, float]
 ):
-    assert active_weights(HALF[:1], SCHEDULES, (3.0, 3.0), interval) == active
+    assert active_weights(HALF, (3.0, 3.0), interval) == active
     result, calls = guide(3.0, 3.0, interval=interval)
     assert len(calls) == 1 + (active != (1.0, 1.0))
     torch.testing.assert_close(result, led(*active))
@@ -128,7 +130,7 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
         network_denoiser(lambda z, t, cond, answer=answer: answer, prediction)
         for answer in (led(4.0, 4.0), WITH, WITHOUT)
     )
-    result = Guided(plain, null, SCHEDULES, (4.0, 4.0))(Z, HALF)
+    result = Guided(plain, null, (4.0, 4.0))(Z, HALF)
     torch.testing.assert_close(result, guided(Z, HALF))
 
 
@@ -138,7 +140,7 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
 @pytest.mark.parametrize("name", ["clip", "dynamic"])
 def test_every_level_has_its_own_threshold_and_every_image_its_own_range(name: Threshold):
     wild = tuple(level * torch.tensor([3.0, 5.0, 20.0]).view(3, 1, 1, 1) for level in Z)
-    untouched, result = Thresholded(lambda z, t: wild, ("none", name))(Z, HALF)
+    untouched, result = Thresholded(lambda z, now: wild, ("none", name))(Z, HALF)
     assert torch.equal(untouched, wild[0])
     assert result.abs().max() <= 1.0
     torch.testing.assert_close(result[:1], THRESHOLDS[name](wild[1][:1]))

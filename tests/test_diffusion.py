@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from matryoshka_diffusion.diffusion import (
     to_x0,
 )
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, ragged, up_sample
-from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, log_snr_rate
+from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, instants, log_snr_rate
 from nests import nest
 
 SIDES = (2, 4, 8)
@@ -52,6 +54,12 @@ WEIGHTS = (1.0, 4.0, 0.25)
 def process(prediction: Prediction = "x0", name: WeightingName = "v_clipped") -> Process:
     weighting = WeightingConfig(name=name, clip=10.0, gamma=5.0, bias=-0.5)
     return Process(SCHEDULES, prediction, (weighting,) * 3, WEIGHTS)
+
+
+def by_row(convert: Callable[..., Tensor], level: int, *inputs: Tensor) -> Tensor:
+    """Row n of the inputs, converted as at time n."""
+    rows = zip(instants(TIMES, SCHEDULES), *(x.split(1) for x in inputs), strict=True)
+    return torch.cat([convert(*own, now.levels[level]) for now, *own in rows])
 
 
 def loss_of(
@@ -119,12 +127,12 @@ def test_a_right_prediction_converts_to_the_image_and_back(
     x, noise = pyramid(seed), pyramid(seed + 1)
     rows = column(t).expand(4)
     z = diffuse(x, noise, rows, SCHEDULES)
-    for x_r, noise_r, z_r, schedule in zip(x, noise, z, SCHEDULES, strict=True):
-        log_snr = schedule.log_snr(rows)
-        target = prediction_target(prediction, x_r, noise_r, log_snr)
-        result = to_x0(prediction, target, z_r, log_snr)
+    [now] = instants(rows[:1], SCHEDULES)
+    for x_r, noise_r, z_r, schedule, level in zip(x, noise, z, SCHEDULES, now.levels, strict=True):
+        target = prediction_target(prediction, x_r, noise_r, schedule.log_snr(rows))
+        result = to_x0(prediction, target, z_r, level)
         torch.testing.assert_close(result, x_r)
-        back = to_noise(result, z_r, log_snr)
+        back = to_noise(result, z_r, level)
         torch.testing.assert_close(back, noise_r, rtol=1e-5, atol=1e-7)
 
 
@@ -153,11 +161,12 @@ def test_weights_are_those_of_the_squared_x_error(prediction: Prediction, name: 
             "min_snr": snr.clamp(max=5.0),
             "sigmoid": math.exp(-0.5) / (1 + math.exp(-0.5) / snr) * -log_snr_rate(schedule, TIMES),
         }[name]
-        x_hat = to_x0(prediction, PREDICTED[level], z[level], log_snr)
+        x_hat = by_row(partial(to_x0, prediction), level, PREDICTED[level], z[level])
         expected = (weight * (x_hat - X[level]).square().mean((1, 2, 3))).mean()
         torch.testing.assert_close(loss.per_level[level], expected)
         if name in ("eps", "v"):  # which are named after the plain squared error of that kind
-            result = prediction_target(name, x_hat, to_noise(x_hat, z[level], log_snr), log_snr)
+            noise_hat = by_row(to_noise, level, x_hat, z[level])
+            result = prediction_target(name, x_hat, noise_hat, log_snr)
             target = prediction_target(name, X[level], NOISE[level], log_snr)
             torch.testing.assert_close(loss.per_level[level], (result - target).square().mean())
     assert loss_of(X, process("x0", name)).total == 0

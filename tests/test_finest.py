@@ -14,7 +14,7 @@ from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, down_sample
 from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid
-from matryoshka_diffusion.schedule import Cosine
+from matryoshka_diffusion.schedule import Cosine, Instant
 from oracle import UnitNoise, moments, no_noise, small_world
 from test_pipeline import Words, randomised
 from tiny_run import tiny_config
@@ -65,9 +65,9 @@ def test_a_network_that_is_right_on_the_finest_level_only_samples_as_the_oracle(
 
 def test_levels_with_a_loss_keep_their_estimates():
     x = tuple(torch.randn(2, 3, side, side) for side in (4, 8))
-    t = torch.ones(2)
-    assert Pooled(lambda z, t: x, (False, False))(x, t) == x
-    coarse, fine = Pooled(lambda z, t: x, (True, False))(x, t)
+    now = Instant(1.0, ())
+    assert Pooled(lambda z, now: x, (False, False))(x, now) == x
+    coarse, fine = Pooled(lambda z, now: x, (True, False))(x, now)
     assert torch.equal(coarse, down_sample(x[1], Resolution(4, 4)))
     assert fine is x[1]
 

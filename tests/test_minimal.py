@@ -128,7 +128,6 @@ def test_the_same_weights_and_noise_give_the_library_s_images(example, library_n
     denoise = Guided(
         NetworkDenoiser(library_net, process, cond),
         NetworkDenoiser(library_net, process, cond.null()),
-        process.schedules,
         (guidance,) * 3,
     )
     denoise = Thresholded(denoise, ("clip",) * 3)

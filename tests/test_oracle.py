@@ -67,7 +67,7 @@ def test_the_posterior_mean_is_the_regression_of_x_on_all_levels(make: Callable)
         total = a @ world.covariance @ a.T + sigma.square().diag()
         gain = world.covariance @ a.T @ total.inverse()
         x = world.mean + gain @ (stacked(z)[row] - a @ world.mean)
-        torch.testing.assert_close(stacked(world(z, t))[row], pools @ x)
+        torch.testing.assert_close(stacked(world.posterior_mean(z, t))[row], pools @ x)
 
 
 # --- samplers -----------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_a_known_image_has_the_exact_marginals_at_every_step(sampler: str, make:
 
     run = ddpm if sampler == "ddpm" else ddim
     options = {} if "-" not in sampler else {"eta": float(sampler.rsplit("-", 1)[1])}
-    states = run(lambda z, t: images, start, world.schedules, times, noise=units, **options)
+    states = run(lambda z, now: images, start, world.schedules, times, noise=units, **options)
     for state, s in zip(states, times[1:], strict=True):
         for z_r, x_r, schedule in zip(state.z, images, world.schedules, strict=True):
             alpha, sigma = alpha_sigma(schedule.log_snr(s[None]))

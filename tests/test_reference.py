@@ -197,7 +197,7 @@ def replay(sampler: Callable, steps: int, guidance: float, threshold: Threshold,
         NetworkDenoiser(net, process, conditions(part, torch.full((2,), 32.0), rows))
         for rows in (slice(0, 2), slice(2, 4))
     )
-    guided = Guided(given, without, process.schedules, (guidance, guidance))
+    guided = Guided(given, without, (guidance, guidance))
     denoise = Thresholded(guided, (threshold, threshold))
     times = released_grid(steps, process.schedules[0])
     start = coarse_first(part, "noise_", 2)

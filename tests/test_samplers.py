@@ -27,7 +27,13 @@ from matryoshka_diffusion.samplers import (
     released_grid,
     trailing_grid,
 )
-from matryoshka_diffusion.schedule import SCHEDULES, Cosine, Shifted, squared_cosine_table
+from matryoshka_diffusion.schedule import (
+    SCHEDULES,
+    Cosine,
+    Instant,
+    Shifted,
+    squared_cosine_table,
+)
 from nests import nest, wake
 
 RESOLUTIONS = (Resolution(2, 2), Resolution(4, 4))
@@ -38,9 +44,9 @@ every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
-def shrink(z: Pyramid, t: Tensor) -> Pyramid:
+def shrink(z: Pyramid, now: Instant) -> Pyramid:
     """A denoiser that is not linear and depends on time."""
-    return tuple(torch.tanh(z_r * (1.0 - t.to(z_r).view(-1, 1, 1, 1))) for z_r in z)
+    return tuple(torch.tanh(z_r * (1.0 - now.t)) for z_r in z)
 
 
 # --- diffusers -----------------------------------------------------------------------------------
@@ -122,9 +128,9 @@ def test_states_have_step_time_latents_and_estimate_and_cost_a_call_each(sampler
     noise = SeededNoise([3], RESOLUTIONS)
     times: list[float] = []
 
-    def denoise(z: Pyramid, t: Tensor) -> Pyramid:
-        times.append(float(t[0]))
-        return shrink(z, t)
+    def denoise(z: Pyramid, now: Instant) -> Pyramid:
+        times.append(now.t)
+        return shrink(z, now)
 
     states = sampler(denoise, noise.start(), LEVELS, trailing_grid(5, LEVELS[0]), noise=noise)
     assert times == [], "a sampler works only for the next state"

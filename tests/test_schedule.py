@@ -20,6 +20,7 @@ from matryoshka_diffusion.schedule import (
     Table,
     alpha_sigma,
     build_schedules,
+    instants,
     log_snr_rate,
     time_of,
 )
@@ -84,6 +85,19 @@ def test_cosine_is_a_quarter_turn():
     alpha, sigma = alpha_sigma(Cosine(bound=60.0).log_snr(NODES[1:]))  # angle from 0 to pi / 2
     torch.testing.assert_close(alpha, torch.cos(NODES[1:] * math.pi / 2))
     torch.testing.assert_close(sigma, torch.sin(NODES[1:] * math.pi / 2))
+
+
+@every_schedule
+def test_instants_have_the_schedules_own_numbers_for_every_level(schedule: NoiseSchedule):
+    levels = (schedule, Shifted(schedule, 4.0, 2.0))
+    steps = instants(torch.tensor([1.0, 0.5, 0.0]), levels)
+    assert [now.t for now in steps] == [1.0, 0.5, 0.0]
+    for now in steps:
+        for own, (alpha, sigma, log_snr) in zip(levels, now.levels, strict=True):
+            exact = own.log_snr(times(now.t))
+            assert log_snr == pytest.approx(exact.item(), rel=1e-12)
+            expected = [part.item() for part in alpha_sigma(exact)]
+            assert [alpha, sigma] == pytest.approx(expected, rel=1e-12)
 
 
 # --- properties ----------------------------------------------------------------------------------

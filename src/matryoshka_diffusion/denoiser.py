@@ -1,6 +1,6 @@
 """Denoisers: estimates of the clean image, E[x | z_t], which are all that samplers see.
 
-A `Denoiser` maps a noisy pyramid and a time to an estimate of the clean pyramid. Guidance,
+A `Denoiser` maps a noisy pyramid and an instant to an estimate of the clean pyramid. Guidance,
 thresholds and untrained levels are denoisers that wrap another one.
 """
 
@@ -19,7 +19,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Threshold
 from matryoshka_diffusion.diffusion import Network, Process, to_x0
 from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
-from matryoshka_diffusion.schedule import NoiseSchedule, expand
+from matryoshka_diffusion.schedule import Instant, expand
 
 QUANTILE_LIMIT = 2**24
 """The most numbers a row may have for `torch.quantile`. Clips may have more."""
@@ -29,7 +29,7 @@ QUANTILE_LIMIT = 2**24
 class Denoiser(Protocol):
     """An estimate of x on every level. All levels of `z` have the same number of rows."""
 
-    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid: ...
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid: ...
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class NetworkDenoiser:
     cond: Conditioning
 
     @torch.no_grad()
-    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
-        predictions = self.net(z, t.to(z[0]), self.cond)
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        t = z[0].new_full((len(z[0]),), now.t)
+        predictions = self.net(z, t, self.cond)
         return tuple(
-            to_x0(self.process.prediction, predicted.to(z_r), z_r, schedule.log_snr(t))
-            for predicted, z_r, schedule in zip(predictions, z, self.process.schedules, strict=True)
+            to_x0(self.process.prediction, predicted.to(z_r), z_r, level)
+            for predicted, z_r, level in zip(predictions, z, now.levels, strict=True)
         )
 
 
@@ -58,26 +59,24 @@ class Guided:
     Attributes:
         conditional: estimates with conditions.
         unconditional: estimates without conditions. They are computed only if a weight is not 1.
-        schedules: the schedule of each level; the interval is in its log-SNR.
         weights: w of each level.
-        interval: log-SNRs (low, high) between which a level is guided (arXiv 2404.07724).
+        interval: log-SNRs (low, high) of a level between which it is guided (arXiv 2404.07724).
         rescale: how far the standard deviation of the guided estimate returns to that of the
             conditional one, from 0 to 1 (arXiv 2305.08891).
     """
 
     conditional: Denoiser
     unconditional: Denoiser
-    schedules: Sequence[NoiseSchedule]
     weights: Sequence[float]
     interval: tuple[float, float] = (-math.inf, math.inf)
     rescale: float = 0.0
 
-    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
-        weights = active_weights(t[:1], self.schedules, self.weights, self.interval)
-        conditional = self.conditional(z, t)
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        weights = active_weights(now, self.weights, self.interval)
+        conditional = self.conditional(z, now)
         if all(weight == 1.0 for weight in weights):
             return conditional
-        unconditional = self.unconditional(z, t)
+        unconditional = self.unconditional(z, now)
         return tuple(
             self._rescaled(u + weight * (c - u), c)
             for u, c, weight in zip(unconditional, conditional, weights, strict=True)
@@ -92,16 +91,13 @@ class Guided:
 
 
 def active_weights(
-    t: Float[Tensor, " 1"],
-    schedules: Sequence[NoiseSchedule],
-    weights: Sequence[float],
-    interval: tuple[float, float],
+    now: Instant, weights: Sequence[float], interval: tuple[float, float]
 ) -> tuple[float, ...]:
-    """The guidance weight of each level at one time: 1 outside of the interval of log-SNRs."""
+    """The guidance weight of each level at an instant: 1 outside of the interval of log-SNRs."""
     low, high = interval
     return tuple(
-        weight if low <= float(schedule.log_snr(t)) <= high else 1.0
-        for schedule, weight in zip(schedules, weights, strict=True)
+        weight if low <= level.log_snr <= high else 1.0
+        for level, weight in zip(now.levels, weights, strict=True)
     )
 
 
@@ -112,8 +108,8 @@ class Thresholded:
     denoiser: Denoiser
     thresholds: Sequence[Threshold]
 
-    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
-        estimates = self.denoiser(z, t)
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        estimates = self.denoiser(z, now)
         return tuple(
             THRESHOLDS[name](x) for name, x in zip(self.thresholds, estimates, strict=True)
         )
@@ -133,8 +129,8 @@ class Pooled:
     denoiser: Denoiser
     untrained: Sequence[bool]
 
-    def __call__(self, z: Pyramid, t: Float[Tensor, " b"]) -> Pyramid:
-        estimates = self.denoiser(z, t)
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        estimates = self.denoiser(z, now)
         return tuple(
             down_sample(estimates[-1], resolution_of(x)) if pooled else x
             for x, pooled in zip(estimates, self.untrained, strict=True)

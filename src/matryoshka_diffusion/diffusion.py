@@ -27,6 +27,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.pyramid import Pyramid, resolution_of, up_sample
 from matryoshka_diffusion.schedule import (
+    NoiseLevel,
     NoiseSchedule,
     alpha_sigma,
     build_schedules,
@@ -129,18 +130,18 @@ def prediction_target(kind: Prediction, x: Tensor, noise: Tensor, log_snr: Tenso
     return expand(alpha, x) * noise - expand(sigma, x) * x
 
 
-def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
     """The estimate of x that a prediction from z = alpha x + sigma eps implies."""
     if kind == "x0":
         return prediction
-    alpha, sigma = (expand(part, z) for part in alpha_sigma(log_snr))
-    return alpha * z - sigma * prediction if kind == "v" else (z - sigma * prediction) / alpha
+    if kind == "v":
+        return level.alpha * z - level.sigma * prediction
+    return (z - level.sigma * prediction) / level.alpha
 
 
-def to_noise(x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+def to_noise(x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
     """The noise in z = alpha x + sigma eps, if x is the image."""
-    alpha, sigma = (expand(part, z) for part in alpha_sigma(log_snr))
-    return (z - alpha * x) / sigma
+    return (z - level.alpha * x) / level.sigma
 
 
 # --- Eq. 3: the joint loss ---------------------------------------------------------------------

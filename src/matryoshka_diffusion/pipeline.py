@@ -27,6 +27,7 @@ from matryoshka_diffusion.models.find import (
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
+from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.precision import Precision
 from matryoshka_diffusion.train.weights import fingerprint, load_network
@@ -259,12 +260,11 @@ class Matryoshka(DiffusionModel):
         A step takes one, or two where a level is guided: its weight is not 1 and its log-SNR is
         inside the guidance interval.
         """
-        sampling, schedules = self.sampling(settings), self.process.schedules
+        sampling = self.sampling(settings)
         weights = per_level(sampling.guidance, len(self.model.levels))
         interval = sampling.guidance_interval or UNBOUNDED
-        active = [
-            active_weights(t[None], schedules, weights, interval) for t in self.times(sampling)[:-1]
-        ]
+        steps = instants(self.times(sampling)[:-1], self.process.schedules)
+        active = [active_weights(now, weights, interval) for now in steps]
         return sum(1 if all(weight == 1.0 for weight in step) else 2 for step in active)
 
 

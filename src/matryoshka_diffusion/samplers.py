@@ -7,6 +7,7 @@ and the present estimate of the images, so previews cost nothing.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -21,7 +22,7 @@ from matryoshka_diffusion.denoiser import Denoiser
 from matryoshka_diffusion.diffusion import to_noise
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.rng import normal
-from matryoshka_diffusion.schedule import STEPS, NoiseSchedule, alpha_sigma, time_of
+from matryoshka_diffusion.schedule import STEPS, Instant, NoiseSchedule, instants, time_of
 
 Schedules = Sequence[NoiseSchedule]
 Times = Float[Tensor, " n"]
@@ -112,18 +113,18 @@ def ddpm(
     With a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 (Eq. 1), it is a Gaussian with
     mean (a sigma_s^2 z + alpha_s v x) / sigma_t^2 and variance v sigma_s^2 / sigma_t^2.
     """
-    for step, (t, s) in enumerate(pairwise(times), start=1):
-        x = denoise(z, t.expand(len(z[0])))
+    for step, (now, then) in enumerate(pairwise(instants(times, schedules)), start=1):
+        x = denoise(z, now)
         following = []
-        for level, (z_r, x_r, schedule) in enumerate(zip(z, x, schedules, strict=True)):
-            alpha_t, sigma_t, alpha_s, sigma_s = _coefficients(schedule, t, s)
-            ratio = alpha_t / alpha_s
-            variance = sigma_t**2 - ratio**2 * sigma_s**2
-            mean = _mix(ratio * sigma_s**2 / sigma_t**2, z_r, alpha_s * variance / sigma_t**2, x_r)
-            spread = (variance * sigma_s**2 / sigma_t**2).clamp(min=0.0).sqrt()
-            following.append(_mix(1.0, mean, spread, noise("step", step, level)))
+        for level, (z_r, x_r, t, s) in enumerate(zip(z, x, now.levels, then.levels, strict=True)):
+            ratio = t.alpha / s.alpha
+            variance = t.sigma**2 - ratio**2 * s.sigma**2
+            kept, added = ratio * s.sigma**2 / t.sigma**2, s.alpha * variance / t.sigma**2
+            spread = math.sqrt(max(variance * s.sigma**2 / t.sigma**2, 0.0))
+            mean = kept * z_r + added * x_r
+            following.append(mean + spread * noise("step", step, level))
         z = tuple(following)
-        yield State(step, float(s), z, x)
+        yield State(step, then.t, z, x)
 
 
 def ddim(
@@ -139,22 +140,19 @@ def ddim(
 
     eta = 0 is deterministic. eta = 1 has the variance of ancestral sampling.
     """
-    for step, (t, s) in enumerate(pairwise(times), start=1):
-        rows = t.expand(len(z[0]))
-        x = denoise(z, rows)
+    for step, (now, then) in enumerate(pairwise(instants(times, schedules)), start=1):
+        x = denoise(z, now)
         following = []
-        for level, (z_r, x_r, schedule) in enumerate(zip(z, x, schedules, strict=True)):
-            alpha_t, sigma_t, alpha_s, sigma_s = _coefficients(schedule, t, s)
-            variance = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
-            renewed = eta * (variance.clamp(min=0.0)).sqrt() * sigma_s / sigma_t
-            kept = (sigma_s**2 - renewed**2).clamp(min=0.0).sqrt()
-            held = to_noise(x_r, z_r, schedule.log_snr(rows))
-            latent = _mix(alpha_s, x_r, kept, held)
+        for level, (z_r, x_r, t, s) in enumerate(zip(z, x, now.levels, then.levels, strict=True)):
+            variance = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+            renewed = eta * math.sqrt(max(variance, 0.0)) * s.sigma / t.sigma
+            kept = math.sqrt(max(s.sigma**2 - renewed**2, 0.0))
+            latent = s.alpha * x_r + kept * to_noise(x_r, z_r, t)
             if eta > 0.0:
-                latent = _mix(1.0, latent, renewed, noise("step", step, level))
+                latent = latent + renewed * noise("step", step, level)
             following.append(latent)
         z = tuple(following)
-        yield State(step, float(s), z, x)
+        yield State(step, then.t, z, x)
 
 
 def dpmpp_2m(
@@ -166,22 +164,20 @@ def dpmpp_2m(
     exactly, and the estimate is extrapolated linearly in l. The first step is of first order. So
     is the last one, which ends at infinite l. The solver is deterministic and ignores `noise`.
     """
-    previous_x: Pyramid | None = None
-    previous_t = torch.tensor(1.0, dtype=torch.float64)
-    for step, (t, s) in enumerate(pairwise(times), start=1):
-        x = denoise(z, t.expand(len(z[0])))
+    before: tuple[Instant, Pyramid] | None = None
+    for step, (now, then) in enumerate(pairwise(instants(times, schedules)), start=1):
+        x = denoise(z, now)
         following = []
-        for level, (z_r, x_r, schedule) in enumerate(zip(z, x, schedules, strict=True)):
-            _, sigma_t, alpha_s, sigma_s = _coefficients(schedule, t, s)
-            h = _half_log_snr(schedule, s) - _half_log_snr(schedule, t)
+        for level, (z_r, x_r, t, s) in enumerate(zip(z, x, now.levels, then.levels, strict=True)):
+            h = (s.log_snr - t.log_snr) / 2.0
             estimate = x_r
-            if previous_x is not None and torch.isfinite(h):
-                past = _half_log_snr(schedule, t) - _half_log_snr(schedule, previous_t)
+            if before is not None and math.isfinite(h):
+                past = (t.log_snr - before[0].levels[level].log_snr) / 2.0
                 lean = h / (2.0 * past)
-                estimate = _mix(1.0 + lean, x_r, -lean, previous_x[level])
-            following.append(_mix(sigma_s / sigma_t, z_r, -alpha_s * torch.expm1(-h), estimate))
-        z, previous_x, previous_t = tuple(following), x, t
-        yield State(step, float(s), z, x)
+                estimate = (1.0 + lean) * x_r - lean * before[1][level]
+            following.append(s.sigma / t.sigma * z_r - s.alpha * math.expm1(-h) * estimate)
+        z, before = tuple(following), (now, x)
+        yield State(step, then.t, z, x)
 
 
 SAMPLERS: dict[SamplerName, Callable[..., Iterator[State]]] = {
@@ -201,20 +197,3 @@ def last(states: Iterator[State]) -> State:
     if not final:
         raise ValueError("a time grid needs at least one step")
     return final[0]
-
-
-def _coefficients(
-    schedule: NoiseSchedule, t: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(alpha_t, sigma_t, alpha_s, sigma_s)."""
-    alpha, sigma = alpha_sigma(schedule.log_snr(torch.stack([t, s])))
-    return alpha[0], sigma[0], alpha[1], sigma[1]
-
-
-def _half_log_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    return schedule.log_snr(t[None])[0] / 2.0
-
-
-def _mix(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a x + b y in the precision of x. The coefficients are float64."""
-    return float(a) * x + float(b) * y

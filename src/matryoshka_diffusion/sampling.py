@@ -163,7 +163,6 @@ class DiffusionModel:
             denoise = Guided(
                 NetworkDenoiser(self._predict, self.process, cond),
                 NetworkDenoiser(self._predict, self.process, without),
-                self.process.schedules,
                 weights,
                 sampling.guidance_interval or UNBOUNDED,
                 sampling.rescale,

@@ -8,9 +8,10 @@ after f-DM) is then a subtraction. Times and log-SNRs always have the shape (b,)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from functools import lru_cache
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,36 @@ class NoiseSchedule(Protocol):
     def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """log(alpha_t^2 / sigma_t^2), in the precision of `t`."""
         ...
+
+
+class NoiseLevel(NamedTuple):
+    """The noise of one level of the pyramid at one time."""
+
+    alpha: float
+    sigma: float
+    log_snr: float
+
+
+class Instant(NamedTuple):
+    """One time for all rows, and the noise of every level then, coarse to fine.
+
+    All are numbers of the host, from float64. A GPU gets them with the operations that they are
+    for, so neither waits for the other, as it would for a tensor that is copied.
+    """
+
+    t: float
+    levels: tuple[NoiseLevel, ...]
+
+
+def instants(times: Float[Tensor, " n"], schedules: Sequence[NoiseSchedule]) -> list[Instant]:
+    """The instants of a time grid, for schedules from coarse to fine."""
+    times = times.double()
+    levels = []
+    for schedule in schedules:
+        log_snr = schedule.log_snr(times)
+        columns = (part.tolist() for part in (*alpha_sigma(log_snr), log_snr))
+        levels.append([NoiseLevel(*row) for row in zip(*columns, strict=True)])
+    return [Instant(t, tuple(row)) for t, *row in zip(times.tolist(), *levels, strict=True)]
 
 
 def alpha_sigma(log_snr: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
@@ -70,12 +101,20 @@ class Table:
 
     def log_snr(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Interpolated log-SNR."""
-        nodes = self.nodes.to(t)
+        nodes = _placed(self.nodes, t.device, t.dtype)
         position = t * len(nodes)
         lower = position.detach().floor().clamp(1, len(nodes) - 1)
         between = torch.lerp(nodes[lower.long() - 1], nodes[lower.long()], position - lower)
         variance = torch.sigmoid(-nodes[0]) * position.clamp(0, 1)
         return torch.where(position < 1, torch.log1p(-variance) - torch.log(variance), between)
+
+
+@lru_cache(maxsize=16)
+def _placed(
+    nodes: Float[Tensor, " n"], device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, " n"]:
+    """The nodes of a table on another device, copied there once: for a copy the host waits."""
+    return nodes.to(device, dtype)
 
 
 @dataclass(frozen=True)
