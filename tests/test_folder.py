@@ -321,6 +321,28 @@ def test_what_is_not_used_is_listed_and_no_condition_is_lost(tmp_path, files, ki
     refuse_lost(opened(tmp_path, **ignored), DataConfig(source="folder", **ignored))
 
 
+@pytest.mark.parametrize("name", ["dog/0_{}.txt", "texts/{}.caption"])
+def test_a_few_texts_without_an_image_are_no_captions_of_a_set_of_classes(tmp_path, name):
+    for key in ("cat/0", "cat/1", "dog/0", "dog/1"):
+        save(tmp_path / f"{key}.png")
+    (tmp_path / "texts").mkdir()
+    for count in (1, 2):
+        (tmp_path / name.format(count)).write_text("a cat")
+        source, data = opened(tmp_path), DataConfig(source="folder")
+        assert source.classes == ("cat", "dog")
+        [one] = source.unused
+        assert (one.count, one.example) == (count, name.format(1))
+        assert one.example in describe(source)
+        if count == 1:
+            refuse_lost(source, data)
+    with pytest.raises(ConfigError, match=r"may have captions .* 2, such as .*captions=none"):
+        refuse_lost(source, data)
+    (tmp_path / "captions.json").write_text("{}")
+    (tmp_path / name.format(2)).unlink()
+    with pytest.raises(ConfigError, match=r"captions\.json"):
+        refuse_lost(opened(tmp_path), data)
+
+
 @pytest.mark.parametrize(
     ("file", "role"), [("a.txt", "label"), ("a.md", "label"), ("a.txt", "caption")]
 )

@@ -10,6 +10,7 @@ import re
 import struct
 import tarfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -214,6 +215,20 @@ def test_members_that_are_no_sample_are_counted_and_can_be_named(tmp_path):
     assert opened(path, **named).captions == [("a cat",)] * 3
     with pytest.raises(ValueError, match=r"holds no sample.*3, such as 0\.in\.png"):
         opened(write_tar(tmp_path / "t.tar", sorted(parts)))
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_texts_of_no_sample_are_an_error_if_most_classes_would_lose_one(tmp_path, texts):
+    samples = [
+        (f"{n}{end}", data)
+        for n in "0123"
+        for end, data in ((".png", encode()), (".cls", n.encode()))
+    ]
+    others = [(f"{n}.out.txt", b"a cat") for n in range(texts)]
+    source = opened(write_tar(tmp_path / "s.tar", sorted([*samples, *others])))
+    assert (len(source), source.captions, len(source.classes)) == (4, None, 4)
+    with pytest.raises(ConfigError, match="may have captions") if texts > 1 else nullcontext():
+        refuse_lost(source, DATA)
 
 
 @pytest.mark.parametrize("suffix", [".prompt", ".text"])

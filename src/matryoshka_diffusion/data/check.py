@@ -16,6 +16,7 @@ from matryoshka_diffusion.draw.grid import grid
 
 _WITHOUT_COLUMNS = (*PACKAGED, "fluent-emoji")  # sources whose captions have no names
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
+_STRAY = 0.5  # texts for an image: with fewer, they are not the captions of a set of classes
 
 
 def summary(source: Source) -> str:
@@ -67,14 +68,21 @@ def refuse_lost(source: Source, data: DataConfig) -> None:
     """Raise ConfigError if captions or classes are lost: if a column that is named gives none.
 
     Without such a name it is an error if what is not used looks like captions or classes, and there
-    are none. One class for all images tells nothing about any of them.
+    are none. One class for all images tells nothing about any of them. Beside several classes, a
+    few texts without an image are no captions: they are only reported.
     """
+    classes = len(source.classes) > 1
     lost = {
         "caption": not source.captions,
-        "label": not source.captions and len(source.classes) < 2,
+        "label": not source.captions and not classes,
     }
     for role, option in (("caption", "captions"), ("label", "classes")):
-        unused = [one for one in source.unused if one.role == role]
+        unused = [
+            one
+            for one in source.unused
+            if one.role == role
+            and not (classes and one.is_each and one.count < _STRAY * len(source))
+        ]
         items = "; ".join(listed(unused, 5))
         places = {key_of(n): part for n, part in enumerate(data.mix)} or {"data": data}
         places = {key: one for key, one in places.items() if getattr(one.columns, role)}

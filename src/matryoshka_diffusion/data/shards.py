@@ -43,7 +43,7 @@ from matryoshka_diffusion.data.spellings import (
 from matryoshka_diffusion.data.tar import Member, members, read_at
 from matryoshka_diffusion.files import cache_folder, digest, sealed, unsealed, write_atomically
 
-_VERSION = 8  # of the index; raise it when the same shard would be indexed in another way
+_VERSION = 9  # of the index; raise it when the same shard would be indexed in another way
 _SIDES = ("original_width", "original_height")  # in .json
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
@@ -247,7 +247,7 @@ class _ShardReader:
         role = CAPTION.option if last in CAPTION_SUFFIXES else ""
         remedy = "a key ends at the first dot of a name: rename them, or name what follows"
         remedy = f"{remedy} (--set data.{options[last]}=...)"
-        self.tally.add(f"{kind} with further dots", member.name, role, remedy)
+        self.tally.add(f"{kind} with further dots", member.name, role, remedy, is_each=True)
         return False
 
     def _sample(self, key: str, parts: Sequence[Member]) -> tuple[Sample, int]:

@@ -254,6 +254,7 @@ class Unused(NamedTuple):
     example: str
     role: str = ""  # "caption" or "label" if it may be one
     remedy: str = ""
+    is_each: bool = False  # of files that describe an image each, not many
     place: str = "data"  # key of its data set in the config
 
     def below(self, place: str) -> Unused:
@@ -269,14 +270,21 @@ class Unused(NamedTuple):
 class Tally:
     """Files without use, and columns or keys without use, of one data set or of a part of it."""
 
-    files: dict[str, list[Any]] = field(default_factory=dict)  # kind: count, example, role, remedy
+    files: dict[str, list[Any]] = field(default_factory=dict)  # by kind: count, example, ...
     names: dict[str, str] = field(default_factory=dict)  # column or key: its type, or ""
 
     def add(
-        self, kind: str, example: str, role: str = "", remedy: str = "", count: int = 1
+        self,
+        kind: str,
+        example: str,
+        role: str = "",
+        remedy: str = "",
+        is_each: bool = False,
+        *,
+        count: int = 1,
     ) -> None:
-        """Count files of a kind."""
-        self.files.setdefault(kind, [0, example, role, remedy])[0] += count
+        """Count files of a kind. The first one is its example."""
+        self.files.setdefault(kind, [0, example, role, remedy, is_each])[0] += count
 
     def add_file(self, name: str) -> None:
         """Count a file by the end of its name; one that is named as metadata by itself.
@@ -305,13 +313,13 @@ class Tally:
             self.add(kind, example)  # most hold something else
         elif suffix in CAPTION_SUFFIXES:
             remedy = f"NAME{suffix} is read beside the image NAME.png"
-            self.add(kind, example, CAPTION.option, remedy)
+            self.add(kind, example, CAPTION.option, remedy, is_each=True)
         elif (role := _role_of(suffix)) is not None:
             reads = f'--set "data.caption_suffixes=[{suffix}]" reads NAME{suffix} beside NAME.png'
             classes = "write whole numbers into NAME.cls"
             classes = classes if noun == "members" else _CONVERT.format("label")
             remedy = reads if role is CAPTION else classes
-            self.add(kind, example, role.option, remedy)
+            self.add(kind, example, role.option, remedy, is_each=True)
         else:
             self.add(kind, example)
 
