@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shlex
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,7 +46,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options and set the number of threads."""
     words = sys.argv[1:] if arguments is None else arguments
-    values = options.parse_args(words, argparse.Namespace(words=tuple(words)))
+    values = options.parse_args(words, argparse.Namespace(words=tuple(words), began=Usage.now()))
     if values.threads is not None:
         torch.set_num_threads(values.threads)
     return values
@@ -88,12 +89,16 @@ def report(
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *values.words])
     print(f"{command}\n{here['processor']}, {here['threads']} threads\n")
     print(table(rows))
+    load = Usage.now().cores_of_others(values.began)
+    if load is not None:
+        print(f"\nOther processes kept {load:.1f} of {os.cpu_count()} cores busy.")
     content = {
         "benchmark": name,
         "command": command,
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": here,
+        "cores that others kept busy": load,
         **about,
         "rows": list(rows),
     }
@@ -118,6 +123,31 @@ def _text(value: object) -> str:
 
 
 # --- where it ran --------------------------------------------------------------------------------
+
+
+class Usage(NamedTuple):
+    """Seconds until now: of the clock, of all busy cores (None if unknown), of this process."""
+
+    clock: float
+    busy: float | None
+    own: float
+
+    @classmethod
+    def now(cls) -> Usage:
+        try:
+            line = Path("/proc/stat").read_text("utf-8").splitlines()[0]
+        except OSError:  # another system than Linux
+            return cls(time.monotonic(), None, 0.0)
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line.split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return cls(time.monotonic(), busy, sum(os.times()[:4]))
+
+    def cores_of_others(self, before: Usage) -> float | None:
+        """The number of cores that other processes kept busy since `before`, on average."""
+        if self.busy is None or before.busy is None:
+            return None
+        others = self.busy - before.busy - (self.own - before.own)
+        return max(0.0, others / (self.clock - before.clock))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

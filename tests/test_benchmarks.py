@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
 from functools import partial
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
-from benchmarks import families, files_touched, first_gpu, harness, resume
+from benchmarks import (
+    families,
+    files_touched,
+    first_gpu,
+    harness,
+    peer_networks,
+    peers,
+    resume,
+)
 from benchmarks.step_time import largest_batch
 
 import recordings
@@ -29,12 +39,13 @@ SCRIPTS = {
     "noise": ["--samples", "1"],
     "cold_start": ["--steps", "1", "--prompts", "umbrella"],
     "resume": ["--model", "fashion-mnist"],
+    "peers": ["--wider", "1", "--batch", "1", "--precisions", "fp32", "--steps", "1"],
 }
 
 
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
-    shared = {"harness", "steps", "meter", "blocks", "families"}
+    shared = {"harness", "steps", "meter", "blocks", "families", "peer_networks"}
     own_tests = {"files_touched", "first_gpu"}
     assert scripts - shared - own_tests == set(SCRIPTS)
 
@@ -130,6 +141,55 @@ def test_speed_is_taken_within_rounds():
 def test_the_largest_batch_is_found_by_doubling():
     assert largest_batch(lambda batch: batch <= 50) == 32
     assert largest_batch(lambda batch: False) == 0
+
+
+def test_cores_of_others_are_all_busy_ones_but_our_own():
+    before, after = harness.Usage(10.0, 100.0, 5.0), harness.Usage(20.0, 118.0, 13.0)
+    assert after.cores_of_others(before) == 1.0
+    assert after.cores_of_others(before._replace(busy=None)) is None
+
+
+@pytest.mark.parametrize("name", peer_networks.KINDS)
+def test_networks_of_other_libraries_have_the_nests_flops_and_evaluations(name, monkeypatch):
+    kind = peer_networks.KINDS[name]
+    if missing := kind.missing():
+        pytest.skip(f"not installed: {missing}")
+    task = peer_networks.Task(side=64, channels=3, evaluations=2, device=CPU)
+    for factor, widths in kind.widths.items():
+        flops = peers.nest_flops(peers.wider(factor))
+        assert peer_networks.forward_flops(kind, task, widths) == pytest.approx(flops, rel=0.05)
+    peer = kind.build(task, kind.widths[1])
+    forward = mock.Mock(wraps=peer.net.forward)
+    monkeypatch.setattr(peer.net, "forward", forward)
+    assert peer.sample(1).shape == (1, 3, 64, 64)
+    assert forward.call_count == task.evaluations
+
+
+def test_an_average_of_another_library_goes_on_following_the_weights():
+    task = peer_networks.Task(side=8, channels=3, evaluations=1, device=CPU)
+    schedule_only = peer_networks._of_diffusers(task, torch.nn.Linear(1, 1), lambda count: ())
+    net = torch.nn.Linear(1, 1)
+    update = schedule_only.average(net)
+    averaged = inspect.getclosurevars(update).nonlocals["ema"]
+    update()
+    before = averaged.shadow_params[0].clone()
+    with torch.no_grad():
+        net.weight += 1.0
+    update()
+    assert averaged.shadow_params[0] > before
+
+
+def test_a_module_is_imported_without_what_it_does_not_need(tmp_path, monkeypatch):
+    package = tmp_path / "peer_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import no_such_package")
+    (package / "part.py").write_text("WIDTH = 8")
+    source = "import no_such_package.images as images\nfrom peer_package.part import WIDTH"
+    (package / "whole.py").write_text(f"{source}\nDOUBLE = 2 * WIDTH")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    module = peer_networks.module_without("peer_package.whole", "no_such_package")
+    assert module.DOUBLE == 16
 
 
 def test_restoring_is_measured_where_it_happens(tmp_path):
