@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,23 @@ def test_drops_add_up_until_null_hides_every_row():
         assert getattr(cond.null(), name) is getattr(cond, name)
     with pytest.raises(ValueError, match="nothing to guide by"):
         Conditioning(micro={"scale": torch.ones(2)}).null()
+
+
+def test_conditions_that_follow_others_are_their_rows_in_turn():
+    cond = full()
+    hidden = tensors(cond.followed_by(cond.null()))
+    assert hidden["dropped"].tolist() == [False, True, False, False, True, True, True, True]
+    for name, x in tensors(cond).items():
+        assert name == "dropped" or torch.equal(hidden[name], torch.cat([x, x]))
+    assert Conditioning().followed_by(Conditioning()) == Conditioning()
+
+
+def test_a_mask_that_only_one_of_two_has_hides_nothing_of_the_other():
+    plain = replace(full(), mask=None, dropped=None)
+    first, second = full().followed_by(plain), plain.followed_by(full().null())
+    assert tensors(first)["mask"].tolist() == [[True, True, False]] * ROWS + [[True] * 3] * ROWS
+    assert tensors(second)["mask"].tolist() == [[True] * 3] * ROWS + [[True, True, False]] * ROWS
+    assert tensors(second)["dropped"].tolist() == [False] * ROWS + [True] * ROWS
 
 
 def test_texts_become_equally_long_and_lose_what_is_padding_everywhere():

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from matryoshka_diffusion.conditioning import equally_long
 from matryoshka_diffusion.config import UsageError
+from matryoshka_diffusion.denoiser import NetworkDenoiser
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.sampling import entries_of
+from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config, with_frames
+
+HALF = torch.tensor([0.5])
 
 
 class Words:
@@ -162,6 +167,23 @@ def test_a_network_without_a_null_is_guided_by_the_empty_caption():
     for prompt, same in (("red", False), ("", True)):
         guided = model.sample(prompt, guidance=4.0).pictures
         assert (guided == model.sample(prompt).pictures).all() == same
+
+
+@pytest.mark.parametrize("options", [{}, {"masked": False}, {"learned_null": False}])
+def test_one_call_for_both_halves_of_guidance_is_two_calls(options):
+    model = text_model(**options) if options else class_model()
+    words = (["red", "a green square"], None) if options else (None, ["cat", "dog"])
+    _, cond = model.condition(*words, 1)
+    sampling, [now] = model.sampling({"guidance": 3.0}), instants(HALF, model.process.schedules)
+    cond, without = equally_long(cond, model.unconditional(cond))
+    z = model.noise([1, 2], "cpu").start()
+    one, other = (
+        NetworkDenoiser(model.net, model.process, each)(z, now) for each in (cond, without)
+    )
+    together = model.denoiser(cond, sampling.model_copy(update={"threshold": ("none",)}))(z, now)
+    for c, u, guided in zip(one, other, together, strict=True):
+        assert (c - u).abs().max() > 0.01
+        torch.testing.assert_close(guided, u + 3.0 * (c - u), rtol=1e-4, atol=1e-5)
 
 
 def test_a_negative_prompt_takes_the_place_of_no_prompt():

@@ -194,10 +194,12 @@ def replay(sampler: Callable, steps: int, guidance: float, threshold: Threshold,
     net, part = network("nested32"), tensors("nested32.sampling")
     process = process_of(net.config, "v")
     without, given = (
-        NetworkDenoiser(net, process, conditions(part, torch.full((2,), 32.0), rows))
-        for rows in (slice(0, 2), slice(2, 4))
+        conditions(part, torch.full((2,), 32.0), rows) for rows in (slice(0, 2), slice(2, 4))
     )
-    guided = Guided(given, without, (guidance, guidance))
+    alone, both = (
+        NetworkDenoiser(net, process, cond) for cond in (given, given.followed_by(without))
+    )
+    guided = Guided(alone, both, (guidance, guidance))
     denoise = Thresholded(guided, (threshold, threshold))
     times = released_grid(steps, process.schedules[0])
     start = coarse_first(part, "noise_", 2)

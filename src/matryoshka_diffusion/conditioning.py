@@ -59,6 +59,24 @@ class Conditioning:
         """The conditions of some rows."""
         return self.map(lambda x: x[selection])
 
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """Conditions of twice the rows: these, then `other`, which has as many rows and tokens.
+
+        A mask, `augment` or `dropped` that only one of them has changes nothing in the other.
+        """
+
+        def joined(a: Tensor | None, b: Tensor | None, name: str) -> Tensor | None:
+            if (given := b if a is None else a) is None:
+                return None
+            filler = torch.ones_like(given) if name == "mask" else torch.zeros_like(given)
+            return torch.cat([filler if part is None else part for part in (a, b)])
+
+        tensors = {
+            name: joined(getattr(self, name), getattr(other, name), name) for name in TENSORS
+        }
+        micro = {name: torch.cat([x, other.micro[name]]) for name, x in self.micro.items()}
+        return Conditioning(**tensors, micro=micro)
+
     def trimmed(self) -> Conditioning:
         """The same conditions without the tokens that are padding in every row."""
         if self.tokens is None or self.mask is None:

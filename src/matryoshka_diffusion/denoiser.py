@@ -56,9 +56,12 @@ class Guided:
 
     The estimate of x is affine in the prediction, so guiding x0 is the same as guiding eps or v.
 
+    A guided step is one call with twice the rows. It was measured to be no slower than two calls,
+    and faster where batches are small: weights are read once, and a GPU gets its kernels once.
+
     Attributes:
-        conditional: estimates with conditions.
-        unconditional: estimates without conditions. They are computed only if a weight is not 1.
+        conditional: estimates with conditions, for where no weight differs from 1.
+        both: estimates of two copies of the rows, the first with and the second without conditions.
         weights: w of each level.
         interval: log-SNRs (low, high) of a level between which it is guided (arXiv 2404.07724).
         rescale: how far the standard deviation of the guided estimate returns to that of the
@@ -66,20 +69,20 @@ class Guided:
     """
 
     conditional: Denoiser
-    unconditional: Denoiser
+    both: Denoiser
     weights: Sequence[float]
     interval: tuple[float, float] = (-math.inf, math.inf)
     rescale: float = 0.0
 
     def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
         weights = active_weights(now, self.weights, self.interval)
-        conditional = self.conditional(z, now)
         if all(weight == 1.0 for weight in weights):
-            return conditional
-        unconditional = self.unconditional(z, now)
+            return self.conditional(z, now)
+        estimates = self.both(tuple(torch.cat([z_r, z_r]) for z_r in z), now)
+        pairs = (x.chunk(2) for x in estimates)
         return tuple(
             self._rescaled(u + weight * (c - u), c)
-            for u, c, weight in zip(unconditional, conditional, weights, strict=True)
+            for (c, u), weight in zip(pairs, weights, strict=True)
         )
 
     def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class DiffusionModel:
             cond, without = equally_long(cond, self.unconditional(cond, negative))
             denoise = Guided(
                 NetworkDenoiser(self._predict, self.process, cond),
-                NetworkDenoiser(self._predict, self.process, without),
+                NetworkDenoiser(self._predict, self.process, cond.followed_by(without)),
                 weights,
                 sampling.guidance_interval or UNBOUNDED,
                 sampling.rescale,
