@@ -17,6 +17,7 @@ from benchmarks import (
     files_touched,
     first_gpu,
     harness,
+    nests,
     peer_networks,
     peers,
     resume,
@@ -40,6 +41,7 @@ SCRIPTS = {
     "cold_start": ["--steps", "1", "--prompts", "umbrella"],
     "resume": ["--model", "fashion-mnist"],
     "peers": ["--wider", "1", "--batch", "1", "--precisions", "fp32", "--steps", "1"],
+    "nests": ["--levels", "1", "5", "--batch", "1", "--precisions", "fp32"],
 }
 
 
@@ -190,6 +192,14 @@ def test_a_module_is_imported_without_what_it_does_not_need(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "modules", sys.modules.copy())
     module = peer_networks.module_without("peer_package.whole", "no_such_package")
     assert module.DOUBLE == 16
+
+
+def test_nests_end_with_256_pixels_and_share_their_coarse_levels():
+    five = nests.nest(5).model
+    assert [level.side for level in five.levels] == [16, 32, 64, 128, 256]
+    assert five.first(3) == preset("openmoji").model
+    assert nests.nest(2).model == five.first(2)
+    assert [*five.problems()] == []
 
 
 def test_restoring_is_measured_where_it_happens(tmp_path):
