@@ -250,6 +250,7 @@ Damage = Callable[[dict[str, torch.Tensor], str], Any]
         ("weights", lambda tensors, name: tensors.pop(name), "missing"),
         ("ema", lambda tensors, name: tensors.update({f"{name}s": torch.zeros(1)}), "not in the"),
         ("optimizer", lambda tensors, name: tensors.update({name: torch.zeros(7, 7)}), r"\(7, 7\)"),
+        ("optimizer", lambda tensors, name: tensors.clear(), r"step is missing"),
     ],
 )
 def test_a_part_of_a_checkpoint_that_does_not_fit_is_refused_whole(

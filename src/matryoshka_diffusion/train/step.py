@@ -272,12 +272,15 @@ def load_moments(
         optimizer.state[parameter] = state
 
 
-def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes of the moments of `net`, for the parameters that `memory` knows at all."""
+def moment_shapes(net: nn.Module, memory: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
+    """Names and shapes of the moments of `net`, for the parameters that `memory` knows at all.
+
+    They are those of all parameters if it knows none after some steps: it was emptied.
+    """
     known = {key.rpartition(".")[0] for key in memory}
     return {
         f"{name}.{moment}": torch.empty(() if moment == "step" else value.shape, device="meta")
         for name, value in net.named_parameters()
-        if name in known
+        if name in known or (steps and not known)
         for moment in MOMENTS
     }

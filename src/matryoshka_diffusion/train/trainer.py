@@ -347,7 +347,7 @@ class Trainer(Generic[Net]):
         for part, expected in {
             "weights": live,
             "ema": live,
-            "optimizer": moment_shapes(self.net, memory),
+            "optimizer": moment_shapes(self.net, memory, snapshot.state["steps"]),
             "tracks": self.tracks.state(),
         }.items():
             check_same(expected, getattr(snapshot, part), where=f"{where}: {part}")
