@@ -190,6 +190,16 @@ def test_a_table_from_another_place_serves_the_shard_beside_it(tmp_path, name, o
     assert captions == [('6" of snow',), ("a cat",), ('"a" and "b"',)]
 
 
+def test_a_list_names_tables_and_neither_itself_nor_another_list(tmp_path):
+    write_tar(tmp_path / "s.tar", captioned(1))
+    names = {"a": "a", "b": "c", "c": "b"}
+    for name, other in names.items():
+        (tmp_path / f"{name}.tsv").write_text(f"filename\n{other}.tsv")
+    for name, other in names.items():
+        with pytest.raises(ValueError, match=rf"{name}\.tsv names .*{other}\.tsv, which is a list"):
+            opened(tmp_path / f"{name}.tsv")
+
+
 @pytest.mark.parametrize("row", ["t.tar\t0.png\tx", "s.tar\tgone.png\tx", ""])
 def test_a_table_that_names_no_sample_of_its_shard_is_an_error(tmp_path, row):
     write_tar(tmp_path / "s.tar", [("0.png", encode())])

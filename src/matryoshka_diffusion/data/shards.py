@@ -107,8 +107,13 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
 _Captions = dict[str, list[str]]  # by key
 
 
-def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
-    """Captions by shard, from tables of tar, file and caption, and from those that tables list."""
+def _read_lists(
+    paths: Sequence[str], data: DataConfig, list_path: str = ""
+) -> dict[str, _Captions]:
+    """Captions by shard, from tables of tar, file and caption, or from lists of such tables.
+
+    `list_path` is the list that names these tables: one that names lists could go on for ever.
+    """
     lists: dict[str, _Captions] = {}
     for path in paths:
         placed = cache(partial(_placed, path))  # thousands of rows name the same shard
@@ -120,16 +125,20 @@ def _read_lists(paths: Sequence[str], data: DataConfig) -> dict[str, _Captions]:
                 f"{path} needs the columns tar, file and caption, or filename in a list of such "
                 f"tables, and has {', '.join(names)}"
             )
+        if list_path and "tar" not in names:
+            raise ValueError(f"{list_path} names {path}, which is a list, too: name its tables")
+        tables: dict[str, None] = {}
         for line, row, flaw in rows:
             if flaw:
                 raise ValueError(f"{path}, line {line}: {flaw}")
             place = placed(row.get("tar", row[files[0]]))
             if "tar" not in names:
-                for shard, texts in _read_lists([place], data).items():
-                    lists.setdefault(shard, {}).update(texts)
+                tables[place] = None
                 continue
             key = _split(row[files[0]].removeprefix("./"))[0]
             lists.setdefault(place, {}).setdefault(key, []).extend(row[name] for name in captions)
+        for shard, texts in _read_lists([*tables], data, path).items():
+            lists.setdefault(shard, {}).update(texts)
     return lists
 
 
