@@ -241,6 +241,24 @@ def test_texts_of_no_sample_are_an_error_if_most_classes_would_lose_one(tmp_path
         refuse_lost(source, DATA)
 
 
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("metadata.json", r"NAME\.txt.*captions=none"),
+        ("set/Captions_val.json", r"NAME\.txt.*captions=none"),
+        ("labels.csv", r"NAME\.cls.*columns\.label=''"),
+        ("README.txt", ""),
+    ],
+)
+def test_members_about_many_images_are_no_samples_and_are_named(tmp_path, name, lost):
+    source = opened(write_tar(tmp_path / "s.tar", [("a.png", encode()), (name, b"{}")]))
+    assert (source.total, source.bad) == (1, ())
+    [one] = source.unused
+    assert (one.kind, one.count, one.example) == (Path(name).name.lower(), 1, name)
+    with pytest.raises(ConfigError, match=lost) if lost else nullcontext():
+        refuse_lost(source, DATA)
+
+
 @pytest.mark.parametrize("suffix", [".prompt", ".text"])
 def test_members_with_a_suffix_of_captions_are_not_lost(tmp_path, suffix):
     path = write_tar(tmp_path / "s.tar", [("a.png", encode()), (f"a{suffix}", b"a cat")])

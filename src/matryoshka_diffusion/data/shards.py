@@ -36,6 +36,7 @@ from matryoshka_diffusion.data.spellings import (
     clean,
     decoded,
     find_columns,
+    is_about_many,
     json_object,
     read_table,
     suffixes_of,
@@ -43,7 +44,7 @@ from matryoshka_diffusion.data.spellings import (
 from matryoshka_diffusion.data.tar import Member, members, read_at
 from matryoshka_diffusion.files import cache_folder, digest, sealed, unsealed, write_atomically
 
-_VERSION = 9  # of the index; raise it when the same shard would be indexed in another way
+_VERSION = 10  # of the index; raise it when the same shard would be indexed in another way
 _SIDES = ("original_width", "original_height")  # in .json
 _MAX_ORIGINAL = 10**6  # pixels a side; larger claims are not believed
 
@@ -56,7 +57,7 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
     """
     from tqdm import tqdm
 
-    tally = Tally()
+    tally = Tally(form="shards")
     lists = _read_lists(expand(pattern, ".tsv"), data) if pattern.endswith(".tsv") else {}
     paths = [*lists] or of_split(pattern, expand(pattern, ".tar"), data)
     for path in paths:
@@ -193,13 +194,13 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
     settings = data.model_dump_json(include={"columns", "captions", "caption_suffixes"})
     cache = cache_folder("shards") / f"{digest(f'{kind.noun}s of {path}, {settings}')}.json"
     try:
-        version, cached_state, rows, *tally = json.loads(unsealed(cache.read_bytes()))
+        version, cached_state, rows, files, names = json.loads(unsealed(cache.read_bytes()))
         if (version, cached_state) == (_VERSION, state):
             samples = [
                 (Sample(*row)._replace(captions=tuple(row[1]), offset=int(row[5])), int(size))
                 for row, size in rows
             ]
-            return _Index(samples, Tally(*map(dict, tally)))
+            return _Index(samples, Tally(dict(files), dict(names)))
     except (OSError, ValueError, TypeError, IndexError):
         pass  # there is no index yet, or it is damaged
     size = int(state.split()[0])
@@ -216,7 +217,7 @@ class _ShardReader:
     """Reader of the samples of one open shard; `tally` has what it holds besides."""
 
     def __init__(self, file: Any, data: DataConfig, kind: Kind) -> None:
-        self.tally = Tally()
+        self.tally = Tally(form="shards")
         self._file, self._data, self._kind = file, data, kind
         self._records = Reader(data, self.tally)
         self._images, self._previews = kind.suffixes - kind.previews, kind.previews
@@ -231,6 +232,10 @@ class _ShardReader:
         keys: set[str] = set()
         for key, group in groupby(filter(self._is_used, members(self._file, size)), _key):
             parts = list(group)
+            if all(map(self._is_about_many, parts)):
+                for part in parts:
+                    self.tally.add_file(part.name, "members")
+                continue
             try:
                 if key in keys:
                     raise PictureError("its key was used before: its members lie side by side")
@@ -251,13 +256,17 @@ class _ShardReader:
         if _is_hidden(member):
             return False
         if suffix == last or last not in options:
-            self.tally.add_suffix(last, "members", member.name)
+            self.tally.add_file(member.name, "members")
             return False
         role = CAPTION.option if last in CAPTION_SUFFIXES else ""
         remedy = "a key ends at the first dot of a name: rename them, or name what follows"
         remedy = f"{remedy} (--set data.{options[last]}=...)"
         self.tally.add(f"{kind} with further dots", member.name, role, remedy, is_each=True)
         return False
+
+    def _is_about_many(self, member: Member) -> bool:
+        """Test if a member is one such as `captions.json`, and no part of a sample."""
+        return not member.flaw and is_about_many(member.name)
 
     def _sample(self, key: str, parts: Sequence[Member]) -> tuple[Sample, int]:
         """Sample from its members, and the size of its file. Raises PictureError."""

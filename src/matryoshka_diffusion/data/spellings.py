@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
@@ -26,7 +26,13 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 """Files with captions or classes of many images, in any case of letters."""
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
-_CONVERT = f'write them into {METADATA[0]}, lines of {{{{"file_name": ..., "{{}}": ...}}}}'
+_CONVERT = {
+    "folder": f'write them into {METADATA[0]}, lines of {{{{"file_name": ..., "{{}}": ...}}}}',
+    "shards": "write them into members of the shard beside NAME.png: captions into NAME.txt, "
+    "classes as whole numbers into NAME.cls",
+    "table": "write them into a column {} of the table",
+}
+"""Remedies for captions or classes (text or label) in a file about many images, by `Tally.form`."""
 _METADATA_LIKE = re.compile(
     r"(metadata|captions?|prompts?)([_.-].*)?\.(jsonl?|csv|tsv|txt|parquet)$"
 )
@@ -272,6 +278,7 @@ class Tally:
 
     files: dict[str, list[Any]] = field(default_factory=dict)  # by kind: count, example, ...
     names: dict[str, str] = field(default_factory=dict)  # column or key: its type, or ""
+    form: Literal["folder", "shards", "table"] = "folder"
 
     def add(
         self,
@@ -286,27 +293,29 @@ class Tally:
         """Count files of a kind. The first one is its example."""
         self.files.setdefault(kind, [0, example, role, remedy, is_each])[0] += count
 
-    def add_file(self, name: str) -> None:
-        """Count a file by the end of its name; one that is named as metadata by itself.
+    def add_file(self, name: str, noun: str = "files") -> None:
+        """Count a file or member by the end of its name; one that is about many images by itself.
 
         Other data sets, metadata of many images, and texts without an image may have captions.
         """
+        convert = _CONVERT[self.form]
         base = PurePosixPath(name).name.lower()
         suffix = PurePosixPath(base).suffix
         if _METADATA_LIKE.match(base):
-            remedy = "no line of it is used" if base in METADATA else _CONVERT.format("text")
+            is_read = base in METADATA and self.form == "folder"
+            remedy = "no line of it is used" if is_read else convert.format("text")
             self.add(base, name, CAPTION.option, remedy)
         elif _LABELS_LIKE.match(base):
-            self.add(base, name, LABEL.option, _CONVERT.format("label"))
+            self.add(base, name, LABEL.option, convert.format("label"))
         elif _ABOUT.match(base):
             self.add(base, name)
-        elif suffix in (".tar", ".parquet"):
+        elif suffix in (".tar", ".parquet") and noun == "files":
             remedy = f"--data 'FOLDER/*{suffix}' reads them"
             self.add(f"{suffix} files", name, CAPTION.option, remedy)
         else:
-            self.add_suffix(suffix, "files", name)
+            self._add_suffix(suffix, noun, name)
 
-    def add_suffix(self, suffix: str, noun: str, example: str) -> None:
+    def _add_suffix(self, suffix: str, noun: str, example: str) -> None:
         """Count a file or member by its suffix, which may be that of captions or classes."""
         kind = f"{suffix} {noun}" if suffix else f"{noun} without a suffix"
         if suffix == ".json":
@@ -316,9 +325,7 @@ class Tally:
             self.add(kind, example, CAPTION.option, remedy, is_each=True)
         elif (role := _role_of(suffix)) is not None:
             reads = f'--set "data.caption_suffixes=[{suffix}]" reads NAME{suffix} beside NAME.png'
-            classes = "write whole numbers into NAME.cls"
-            classes = classes if noun == "members" else _CONVERT.format("label")
-            remedy = reads if role is CAPTION else classes
+            remedy = reads if role is CAPTION else _CONVERT[self.form].format("label")
             self.add(kind, example, role.option, remedy, is_each=True)
         else:
             self.add(kind, example)
@@ -344,6 +351,12 @@ class Tally:
                 entries.append(Unused(kind, count, example, role.option, remedy))
         files = (Unused(kind, *values) for kind, values in sorted(self.files.items()))
         return (*entries, *files)
+
+
+def is_about_many(name: str) -> bool:
+    """Test if a file is named as one that describes many images, or none."""
+    base = PurePosixPath(name).name.lower()
+    return any(pattern.match(base) for pattern in (_METADATA_LIKE, _LABELS_LIKE, _ABOUT))
 
 
 def _role_of(name: str) -> Role | None:

@@ -127,7 +127,7 @@ def _bytes(value: Any) -> bytes:
 
 def parquet(pattern: str, data: DataConfig) -> Catalogue:
     """Rows of the parquet files that `pattern` stands for (`patterns.expand`), in their order."""
-    tally = Tally()
+    tally = Tally(form="table")
     paths = of_split(pattern, expand(pattern, ".parquet"), data)
     files = [_File(path, data, tally) for path in paths]
     samples, places = [], []
@@ -248,7 +248,7 @@ class _File:
 
 def hugging_face(address: str, data: DataConfig) -> Catalogue:
     """Data set `hf:NAME`, `hf:/saved/folder` or either with `@SPLIT` (default "train")."""
-    name, tally = address.removeprefix(HUGGING_FACE), Tally()
+    name, tally = address.removeprefix(HUGGING_FACE), Tally(form="table")
     datasets = require("datasets", "datasets", "reading Hugging Face data sets")
     table = _opened(datasets, name, data)
     types = {field.name: field.type for field in table.features.arrow_schema}
