@@ -30,7 +30,7 @@ from matryoshka_diffusion.train.trainer import Trainer
 def run_config(name: str) -> RunConfig:
     """A preset as a run's folder has it."""
     config = preset(name)
-    decided = config.train.model_copy(update={"precision": "fp32", "layout": "nchw"})
+    decided = config.train.model_copy(update={"precision": "fp32", "layout": "nchw", "threads": 1})
     return config.model_copy(update={"train": decided})
 
 

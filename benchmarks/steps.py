@@ -79,7 +79,7 @@ def trainer(
     under adapters.
     """
     config = preset(run) if isinstance(run, str) else run
-    settings = {"precision": "fp32", "layout": "nchw"} | train
+    settings = {"precision": "fp32", "layout": "nchw", "threads": 1} | train
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
     trainer = Trainer(diffusion(config, base), device, images_seen=config.train.images)
     step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)

@@ -8,6 +8,7 @@ import math
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks import (
     peer_networks,
     peers,
     resume,
+    stages,
 )
 from benchmarks.step_time import largest_batch
 
@@ -48,7 +50,7 @@ SCRIPTS = {
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
     shared = {"harness", "steps", "meter", "blocks", "families", "peer_networks"}
-    own_tests = {"files_touched", "first_gpu"}
+    own_tests = {"files_touched", "first_gpu", "stages"}
     assert scripts - shared - own_tests == set(SCRIPTS)
 
 
@@ -95,6 +97,21 @@ def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys):
     assert all(math.isfinite(x) and x > 0 for x in numbers)
     output = capsys.readouterr().out
     assert all(str(key) in output for key in written["rows"][0])
+
+
+def test_speeds_of_stages_are_compared_with_the_first_package(tmp_path, monkeypatch):
+    """`mdm train openmoji` itself is run by the tests of the shipped presets."""
+    speeds = {"before": 40.0, "now": 60.0, stages.ONE: 50.0}
+
+    def measured(src: Path, stage: int, steps: int, threads: int | None) -> float:
+        name = "before" if src == tmp_path / "src" else stages.ONE if threads == 1 else "now"
+        return speeds[name] * (1 + stage)
+
+    monkeypatch.setattr(stages, "images_per_second", measured)
+    words = ["--before", str(tmp_path / "src"), "--busy", "--repeats", "2", "--out", str(tmp_path)]
+    rows = json.loads(stages.main(words).read_text("utf-8"))["rows"]
+    assert [row["speed"] for row in rows] == [1.0, 1.5, 1.25] * 3
+    assert [row["images/s"] for row in rows[3:6]] == [80.0, 120.0, 100.0]
 
 
 def test_all_sections_for_a_gpu_run_on_tiny_networks(tmp_path, monkeypatch):

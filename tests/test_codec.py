@@ -77,6 +77,7 @@ def on_codes(
             stages=(StageConfig(levels=2, images=16, batch_size=4, lr=1e-3),),
             precision="fp32",
             layout="nchw",
+            threads=1,
             log_every_images=1,
             preview_every_images=8,
         ),

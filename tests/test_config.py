@@ -20,6 +20,7 @@ from matryoshka_diffusion.configfile import (
     override,
     to_yaml,
 )
+from matryoshka_diffusion.modelconfig import MicroConfig
 
 PLAIN: dict[str, Any] = {
     "name": "tiny",
@@ -60,7 +61,7 @@ def nests(draw):
         stem = stem if index == 0 else stem * 2 ** (len(own) - 1)
         counts = st.lists(st.integers(0, 2), min_size=len(own), max_size=len(own)).map(tuple)
         patch = max(draw(st.sampled_from([1, 2])), levels[-1].patch if levels else 1)
-        micro = st.sampled_from([(), (cfg.MicroConfig(name="scale", ceiling=64.0),)])
+        micro = st.sampled_from([(), (MicroConfig(name="scale", ceiling=64.0),)])
         levels.append(
             cfg.LevelConfig(
                 side=stem * patch,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import CoarseConfig, LevelConfig, MicroConfig, ModelConfig
+from matryoshka_diffusion.modelconfig import CoarseConfig, LevelConfig, MicroConfig, ModelConfig
 from matryoshka_diffusion.nn import layers, temporal
 from matryoshka_diffusion.nn.layers import shapes_only, shuffle, sinusoid, unshuffle
 from matryoshka_diffusion.nn.level import Level

@@ -24,6 +24,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.train import trainer as trainer_module
 from matryoshka_diffusion.train.checkpoint import read, save
+from matryoshka_diffusion.train.gradient import resolve_threads
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import (
     DTYPES,
@@ -76,13 +77,14 @@ def inputs(first: int = 0, config: RunConfig | None = None) -> Inputs:
 # --- gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [2, 5])
-def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
+@pytest.mark.parametrize(("accumulate", "threads"), [(2, 1), (5, 1), (1, 2), (2, 3)])
+def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(accumulate, threads):
     stages = (StageConfig(levels=2, images=20, batch_size=5, lr=0.1, mix=(0.4, 0.6)),)
     gradients, outcomes = [], []
-    for count in (1, accumulate):
-        config = tiny_config(dropout=0.0, stages=stages, accumulate=count, clip_norm=1e9)
+    for parts in ({}, {"accumulate": accumulate, "threads": threads}):
+        config = tiny_config(dropout=0.0, stages=stages, clip_norm=1e9, **parts)
         trainer = Trainer(diffusion(config))
+        assert trainer.gradient.threads == parts.get("threads", 1)
         outcomes.append(trainer.step(inputs(0, config)))
         gradients.append({n: there(p.grad).clone() for n, p in trainer.net.named_parameters()})
     for name, whole in gradients[0].items():
@@ -91,6 +93,37 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
     torch.testing.assert_close(outcomes[1].per_level, outcomes[0].per_level, rtol=1e-6, atol=0)
     assert outcomes[1].loss == pytest.approx(outcomes[0].loss, rel=1e-6)
     assert outcomes[1].grad_norm == pytest.approx(outcomes[0].grad_norm, rel=1e-5)
+
+
+def test_threads_see_every_change_of_the_weights_and_repeat_their_bits():
+    """Three steps and a growth in between: a copy of the network with old weights would show."""
+    config = tiny_config(dropout=0.0, threads=2)
+    one, again = Trainer(diffusion(config)), Trainer(diffusion(config))
+    alone = Trainer(diffusion(tiny_config(dropout=0.0)))
+    for first in (12, 16, 20, 24):
+        batch = inputs(first, config)
+        for trainer in (one, again, alone):
+            trainer.grow(len(batch.step.rows))
+        losses = [trainer.step(batch).loss for trainer in (one, again, alone)]
+        assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-3)
+    for name, weight in one.net.state_dict().items():
+        assert torch.equal(weight, again.net.state_dict()[name])
+
+
+def test_threads_are_those_of_torch_on_a_cpu_with_rows_enough_for_each(monkeypatch):
+    def threads(device: torch.device = CPU, batch: int = 48, dropout: float = 0.0, **train: Any):
+        stages = (StageConfig(levels=1, images=96, batch_size=batch, lr=0.1),)
+        config = tiny_config(dropout=dropout, stages=stages, **{"threads": "auto", **train})
+        return resolve_threads(config.train.threads, config.train, config.model, device)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert threads() == 4
+    assert threads(batch=16) == 2
+    assert threads(accumulate=3) == 2
+    assert threads(batch=4) == 1
+    assert threads(threads=3) == 3
+    assert threads(GPU) == threads(dropout=0.1, threads=3) == threads(compile=True) == 1
+    assert threads(GPU, threads=2) == 2, "a run keeps what it began with"
 
 
 def test_gradients_are_clipped_to_the_norm():

@@ -18,7 +18,6 @@ from matryoshka_diffusion.config import (
     DataConfig,
     EncoderConfig,
     LevelConfig,
-    MicroConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
@@ -27,6 +26,7 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.files import UnreadableError
+from matryoshka_diffusion.modelconfig import MicroConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
@@ -50,6 +50,7 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
         ),
         "precision": "fp32",
         "layout": "nchw",
+        "threads": 1,
         "warmup_images": 8,
         "decay_share": 0.25,
         "weight_decay": 0.01,

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, Field
 from matryoshka_diffusion.modelconfig import CoarseConfig as CoarseConfig
 from matryoshka_diffusion.modelconfig import Count, ModelConfig, Natural, Positive, Share, Strict
 from matryoshka_diffusion.modelconfig import LevelConfig as LevelConfig
-from matryoshka_diffusion.modelconfig import MicroConfig as MicroConfig
 from matryoshka_diffusion.modelconfig import TextConfig as TextConfig
 
 UNIFORM = 12**-0.5  # length (0.2887) of a plain mean over a training: the bound of EMA lengths
@@ -205,6 +204,7 @@ class TrainConfig(Strict):
     decay_share: Share = 0.0
     clip_norm: Positive = 1.0
     accumulate: Count = 1
+    threads: Literal["auto"] | Count = "auto"  # on a CPU: parts of a step at a time
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"  # of features in memory
     recompute: tuple[Natural, ...] = ()  # levels to recompute in the backward pass: less memory

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 from matryoshka_diffusion.config import (
     ConfigError,
     LevelConfig,
-    MicroConfig,
     ModelConfig,
     RunConfig,
     TextConfig,
     WeightingConfig,
 )
+from matryoshka_diffusion.modelconfig import MicroConfig
 from matryoshka_diffusion.models.released_pickle import short
 from matryoshka_diffusion.presets import preset
 

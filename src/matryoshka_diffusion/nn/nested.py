@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import MicroConfig, ModelConfig
+from matryoshka_diffusion.modelconfig import MicroConfig, ModelConfig
 from matryoshka_diffusion.nn.conditioner import Conditioner, Context
 from matryoshka_diffusion.nn.layers import conv3, zero
 from matryoshka_diffusion.nn.level import Level

@@ -12,7 +12,6 @@ from matryoshka_diffusion.config import (
     DataConfig,
     EncoderConfig,
     LevelConfig,
-    MicroConfig,
     ModelConfig,
     ProcessConfig,
     RunConfig,
@@ -22,6 +21,7 @@ from matryoshka_diffusion.config import (
     TrainConfig,
     WeightingConfig,
 )
+from matryoshka_diffusion.modelconfig import MicroConfig
 
 # --- architectures (Appendix A) ----------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def reconstruction(config: CodecRunConfig, colours: int) -> Recipe[AutoencoderKL
     """Recipe of an autoencoder of images with `colours` channels: one stage of one level."""
     stage = StageConfig(levels=1, images=config.images, batch_size=config.batch_size, lr=config.lr)
     same = config.model_dump(include=CodecRunConfig.model_fields.keys() & TrainConfig.model_fields)
-    train = TrainConfig(stages=(stage,), precision="fp32", layout="nchw", **same)
+    train = TrainConfig(stages=(stage,), precision="fp32", layout="nchw", threads=1, **same)
 
     def loss(net: AutoencoderKL, inputs: Inputs) -> Loss:
         total = codec_loss(net, inputs.x[0], inputs.noise[0], config)

@@ -32,6 +32,7 @@ from matryoshka_diffusion.configfile import Config, load_config, to_yaml
 from matryoshka_diffusion.files import BrokenFile, read_json, write_atomically
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.checkpoint import CheckpointError
+from matryoshka_diffusion.train.gradient import resolve_threads
 from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -116,6 +117,7 @@ def open_run(
         config,
         precision=resolve_precision(config.train.precision, device),
         layout=resolve_layout(config.train.layout, device),
+        threads=resolve_threads(config.train.threads, config.train, config.model, device),
     )
     if config != written:  # new, prepared for a first start, or its codec has moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
@@ -148,7 +150,9 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
     old, new = written.codec, config.codec
     if old and new and old.weights and old.weights == new.weights:  # it may have moved
         written = written.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
-    auto = [key for key in ("precision", "layout") if getattr(config.train, key) == "auto"]
+    auto = [
+        key for key in ("precision", "layout", "threads") if getattr(config.train, key) == "auto"
+    ]
     config = _with(config, **{key: getattr(written.train, key) for key in auto})
     if changes := differences(written, config):
         raise ConfigError(

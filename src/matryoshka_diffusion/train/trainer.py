@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
-from matryoshka_diffusion.diffusion import Loss
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train import checkpoint
@@ -32,10 +31,9 @@ from matryoshka_diffusion.train.distributed import (
     World,
     fill,
     gathered,
-    micro_batch,
-    shared,
     whole,
 )
+from matryoshka_diffusion.train.gradient import Gradient, one_core
 from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks, fetched
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.memory import keep_freed_memory
@@ -60,7 +58,6 @@ from matryoshka_diffusion.train.step import (
     moment_shapes,
     moments,
     set_learning_rate,
-    torch_seeded,
 )
 from matryoshka_diffusion.train.weights import check_same, export_weights
 
@@ -192,7 +189,12 @@ class Trainer(Generic[Net]):
         todo = steps(train, self.progress.images_seen)
         # One thread makes the inputs of the next steps while the network works on this one.
         ahead = look_ahead(one_thread, todo, workers=1, depth=2, stop=lambda: interrupts.received)
-        with self._reporting(folder, sinks) as log, handled(interrupts.note), closing(ahead):
+        with (
+            self._reporting(folder, sinks) as log,
+            handled(interrupts.note),
+            closing(ahead),
+            one_core(self.gradient.threads > 1),
+        ):
             inputs, wait, error = fetched(ahead)
             cut_off = inputs is None and error is None
             if signal := self.world.highest(interrupts.received if cut_off else 0):
@@ -229,7 +231,7 @@ class Trainer(Generic[Net]):
         Raises NotFinite after `PATIENCE` skipped steps in a row.
         """
         step, progress = inputs.step, self.progress
-        loss = self._backward(inputs)
+        loss = self.gradient(inputs, progress.scale.factor)
         frozen = drop_gradients(self.net, lambda name: self.recipe.level_of(name) < step.frozen)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.train.clip_norm)
         sums = self.world.sum(torch.stack([whole(norm), loss.total, *loss.per_level]))
@@ -255,34 +257,6 @@ class Trainer(Generic[Net]):
             raise NotFinite(step, skipped)
         return skipped
 
-    def _backward(self, inputs: Inputs) -> Loss:
-        """Leave the gradient of the step's loss in the parameters; return this rank's part of it.
-
-        A rank's share goes through in `accumulate` parts, each divided by the counts of the whole
-        batch, so that the parts of all ranks add up to it.
-        """
-        step, world = inputs.step, self.world
-        self.net.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        scale = self.progress.scale.factor
-        num_parts = min(self.train.accumulate, step.count)
-        parts, per_example = [], torch.zeros_like(inputs.t)
-        for offset in range(num_parts):
-            part = inputs.rows(slice(offset, None, num_parts))
-            place = world.rank + offset * world.size  # of its first row in the batch
-            with micro_batch(self.shared, last=offset == num_parts - 1):
-                with torch_seeded(self.device, self.train.seed, "network", step.first, place):
-                    loss = self.recipe.loss(self.shared, part)
-                # DDP and FSDP average gradients; `world.size` makes it a sum.
-                (scale * world.size * loss.total).backward()
-            parts.append(Loss(*(value.detach() for value in loss)))
-            per_example[offset::num_parts] = parts[-1].per_example
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        for gradient in gradients if scale != 1.0 else ():
-            gradient.div_(scale)
-        totals, per_level = (torch.stack([part[n] for part in parts]).sum(0) for n in (0, 1))
-        return Loss(totals, per_level, per_example)
-
     # --- the network -----------------------------------------------------------------------
 
     def _build(self, levels: int, kept: Mapping[str, Tensor] | None = None) -> None:
@@ -295,7 +269,7 @@ class Trainer(Generic[Net]):
         self.net, self.levels = placed(net, self.device, layout), levels
         if self.train.compile:
             compile_network(self.net, self.device)
-        self.shared = shared(self.net, self.world, self.device)
+        self.gradient = Gradient(self.recipe, self.net, self.world, self.device)
         self.optimizer = build_optimizer(self.net, self.train)
         self._parameters = self.recipe.in_order(self.net)
 
