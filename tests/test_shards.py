@@ -120,6 +120,25 @@ def test_patterns_count_with_zeros_in_several_places(tmp_path):
             patterns.expand(pattern, ".tar")
 
 
+@pytest.mark.parametrize("pattern", ["*/*.tar", "*/0.tar", "", "{0..1}/*.tar"])
+def test_a_folder_behind_a_pattern_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, pattern):
+    """`glob` would pass it over."""
+    for name in ("0", "1", "lost+found"):
+        write_tar(tmp_path / name / "0.tar", captioned(1))
+
+    whole, place = os.scandir, f"{tmp_path}/{pattern}"
+
+    def refused(path):
+        if Path(path).name in ("1", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(path)
+
+    assert [Path(path).parent.name for path in patterns.expand(place, ".tar")] == ["0", "1"]
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UnreadableError, match=f"{tmp_path}/1: Permission denied"):
+        patterns.expand(place, ".tar")
+
+
 def test_missing_and_compressed_shards_are_errors_and_equal_names_told_apart(tmp_path):
     write_tar(tmp_path / "0.tar", captioned(1))
     write_tar(tmp_path / "none.tar", [])

@@ -25,6 +25,7 @@ from matryoshka_diffusion.config import ConfigError, DataConfig, UsageError
 from matryoshka_diffusion.data.bad import BadFile, PictureError, some
 from matryoshka_diffusion.data.decoded import Catalogue
 from matryoshka_diffusion.data.image import PICTURES, SUFFIXES, Kind, read_picture
+from matryoshka_diffusion.data.patterns import OF_THE_DISK
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.data.spellings import (
     FILE,
@@ -49,7 +50,6 @@ from matryoshka_diffusion.data.spellings import (
 from matryoshka_diffusion.draw.grid import SHEETS
 from matryoshka_diffusion.files import unreadable
 
-_OF_THE_DISK = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # often unreadable
 _ACCEPTED = "a folder of pictures, tar shards (.tar), parquet files (.parquet) or hf:NAME"
 
 
@@ -168,7 +168,7 @@ def _files_in(
             raise unreadable(path / here, error) from error
         for entry in entries:
             name = f"{here}/{entry.name}" if here else entry.name
-            if entry.name.startswith(".") or entry.name in _OF_THE_DISK:
+            if entry.name.startswith(".") or entry.name in OF_THE_DISK:
                 continue
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)

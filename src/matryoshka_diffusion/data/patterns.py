@@ -13,8 +13,11 @@ from typing import Any
 from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.data.remote import attempt
 from matryoshka_diffusion.data.spellings import SPLITS, Tally
+from matryoshka_diffusion.files import unreadable
 
 MAX_NAMES = 1_000_000  # from one pattern: more is a slip such as {0..99999999}
+
+OF_THE_DISK = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # often unreadable
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./]|$)")
@@ -28,9 +31,8 @@ def expand(pattern: str, suffix: str) -> list[str]:
     Raises FileNotFoundError or, for senseless ranges, ValueError.
     """
     if os.path.isdir(pattern):
-        place = glob.escape(pattern)
-        inside = (glob.glob(f"{place}/{deeper}*{suffix}") for deeper in ("", "*/"))
-        paths = sorted(next(filter(None, inside), ()))
+        inside = (_files(f"{pattern}/", f"{deeper}*{suffix}") for deeper in ("", "*/"))
+        paths = next(filter(None, inside), [])
     elif os.path.exists(pattern):
         paths = [pattern]
     else:
@@ -60,8 +62,28 @@ def _existing(path: str, there: str) -> list[str]:
     if not glob.has_magic(rest):
         return [path]
     if "://" not in path:
-        return sorted(glob.glob(f"{glob.escape(there)}{rest}"))
+        return _files(there, rest)
     return attempt(path, _matches)
+
+
+def _files(there: str, pattern: str) -> list[str]:
+    """Sorted paths that match a pattern below the folder `there`.
+
+    Raises UnreadableError for a folder on the way that cannot be read: `glob` passes it over.
+    """
+    paths = [there.rstrip("/") or there or "."]
+    for part in pattern.split("/"):
+        folders = [x for x in paths if os.path.isdir(x) and os.path.basename(x) not in OF_THE_DISK]
+        paths = [path for folder in folders for path in _matching(folder, part)]
+    return sorted(paths)
+
+
+def _matching(folder: str, part: str) -> list[str]:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return glob.glob(os.path.join(glob.escape(folder), part))
 
 
 def _matches(system: Any, pattern: str) -> list[str]:
