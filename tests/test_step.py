@@ -288,12 +288,13 @@ def test_decays_matrices_and_spares_vectors():
 def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step():
     small = linear(3, 3)
     optimizer = build_optimizer(small, tiny_config(weight_decay=0.0).train)
-    assert moment_shapes(small, moments(optimizer, small)) == {}
+    assert moment_shapes(small, moments(optimizer, small), 0) == {}
     for seed in range(10):
         one_step(small, optimizer, seed)
     memory = moments(optimizer, small)
     shapes = {name: value.shape for name, value in memory.items()}
-    assert {k: v.shape for k, v in moment_shapes(small, memory).items()} == shapes
+    assert {k: v.shape for k, v in moment_shapes(small, memory, 10).items()} == shapes
+    assert moment_shapes(small, {}, 10).keys() == shapes.keys(), "it was emptied"
     large = linear(3, 3, 3)
     large.load_state_dict(small.state_dict(), strict=False)
     grown = build_optimizer(large, tiny_config(weight_decay=0.0).train)
@@ -308,7 +309,7 @@ def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step(
     assert moments(grown, large)["1.weight.step"] == 1
     assert memory["0.weight.step"] == 10, "loading copies: what was saved does not move on"
     del memory["0.bias.exp_avg"]
-    assert "0.bias.exp_avg" in moment_shapes(small, memory), "all of a parameter or nothing"
+    assert "0.bias.exp_avg" in moment_shapes(small, memory, 10), "all of a parameter or nothing"
 
 
 # --- precision ---------------------------------------------------------------------------------
