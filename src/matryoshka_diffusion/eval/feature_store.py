@@ -2,15 +2,17 @@
 
 A folder belongs to one endless sequence of images and is named after everything that they depend
 on. A file holds one column (the features of one network, say) of one batch, and is whole or absent.
-Existing files are not made again, whoever made them. So an interrupted evaluation goes on, ranks
-share the work, and two commands that need the same samples draw them once. Results are read from
-the files in their order, so none of this changes a bit of them.
+Existing files are not made again, whoever made them, unless a byte has changed. So an interrupted
+evaluation goes on, ranks share the work, and two commands that need the same samples draw them
+once. Results are read from the files in their order, so none of this changes a bit of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +33,10 @@ from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.distributed import ALONE, World
 
-FORMAT = 1
-"""Version of the columns: raise it when they hold other numbers of the same images."""
+FORMAT = 2
+"""Version of the columns: raise it when they or their files hold other numbers of an image."""
+
+_CHECKSUM = "checksum"
 
 SAMPLES = 2
 """Version of the samples: raise it when the same settings give other samples."""
@@ -117,13 +121,14 @@ class PictureSet:
         `progress` is called with (images done, images that were missing). Raises `OSError` if a
         file cannot be written, or if ranks do not share the folder.
         """
-        missing = world.once(lambda: self._missing(columns))
+        missing = world.once(lambda: self._missing(columns, _is_whole))
         if missing:
             text = json.dumps(self.about, indent=1).encode()
-            world.once(lambda: _write(self.folder / "about.json", text))
+            path = self.folder / "about.json"
+            world.once(lambda: write_atomically(path, lambda file: file.write(text)))
             mine = [missing[place] for place in world.mine(range(len(missing)))]
             world.each(lambda: self._make(columns, mine, world, progress))
-        if missing and world.once(lambda: self._missing(columns)):
+        if missing and world.once(lambda: self._missing(columns, Path.is_file)):
             raise OSError(
                 f"{self.folder} lacks files that other ranks have written: put the run's folder "
                 "and MDM_CACHE into folders that all ranks share"
@@ -140,9 +145,9 @@ class PictureSet:
     def moments(self, column: Column) -> Moments:
         """Moments of a column, which are kept: a set that is often compared with is large."""
         path = self.folder / column.name / f"moments-{self.count:08d}.safetensors"
-        if not path.is_file():
+        if not _is_whole(path):
             moments = moments_of(self.stream(column))
-            _write(path, save({**vars(moments), "count": np.array(moments.count)}))
+            _write(path, {**vars(moments), "count": np.array(moments.count)})
         arrays = _load(path)
         return Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
 
@@ -155,9 +160,10 @@ class PictureSet:
         # that it is drawn with.
         return self.folder / column.name / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
-    def _missing(self, columns: Sequence[Column]) -> list[range]:
+    def _missing(self, columns: Sequence[Column], is_there: Callable[[Path], bool]) -> list[range]:
         def known(rows: range) -> bool:
-            return all(self._path(column, rows).is_file() for column in columns)
+            there = [is_there(self._path(column, rows)) for column in columns]
+            return all(there)
 
         return [rows for rows in self._batches() if not known(rows)]
 
@@ -180,20 +186,46 @@ class PictureSet:
             for column in columns:
                 path = self._path(column, rows)
                 if not path.is_file():
-                    _write(path, save({"values": np.ascontiguousarray(column.of(batch))}))
+                    _write(path, {"values": np.ascontiguousarray(column.of(batch))})
             report(1, 1)
             done += len(rows)
 
 
-def _write(path: Path, data: bytes) -> None:
-    write_atomically(path, lambda file: file.write(data))
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    data = save({**arrays, _CHECKSUM: np.array(_checksum(arrays))})
+    write_atomically(path, lambda file: file.write(data), needed=len(data))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
+    """Arrays in a file. Raises ValueError if a byte of it has changed."""
     try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it and repeat the command") from error
+        arrays = load(path.read_bytes())
+        if arrays.pop(_CHECKSUM).tolist() != _checksum(arrays):
+            raise ValueError("its checksum is another one")
+    except (SafetensorError, LookupError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); repeat the command") from error
+    return arrays
+
+
+def _is_whole(path: Path) -> bool:
+    """Test if a file is there; a damaged one is removed, with a warning."""
+    if not path.is_file():
+        return False
+    try:
+        _load(path)
+    except ValueError:
+        warnings.warn(f"{path} is corrupt and is made again", stacklevel=2)
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    checksum = 0
+    for name, array in sorted(arrays.items()):
+        checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    return checksum
 
 
 def samples_of(
