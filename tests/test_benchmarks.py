@@ -44,6 +44,7 @@ SCRIPTS = {
     "resume": ["--model", "fashion-mnist"],
     "peers": ["--wider", "1", "--batch", "1", "--precisions", "fp32", "--steps", "1"],
     "nests": ["--levels", "1", "5", "--batch", "1", "--precisions", "fp32"],
+    "scale": ["--shards", "2", "--rows", "200", "--stages", "open", "batch", "check"],
 }
 
 

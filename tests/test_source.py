@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,41 @@ def test_openmoji_without_its_packages_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "emoji", None)
     with pytest.raises(ImportError, match=r"emoji: pip install .*\[openmoji\]"):
         open_source(DataConfig(source="openmoji"), 16)
+
+
+# --- sets of millions --------------------------------------------------------------------------
+
+
+def write_captioned(path: Path, count: int) -> Path:
+    """A shard or a parquet file of one small picture, again and again with other captions."""
+    picture, captions = encode(size=(8, 8)), [f"picture {n}" for n in range(count)]
+    if path.suffix == ".tar":
+        members = ((f"{n}.png", picture, f"{n}.txt", text) for n, text in enumerate(captions))
+        return write_tar(
+            path, [part for a, b, c, d in members for part in ((a, b), (c, d.encode()))]
+        )
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = arrow.table({"image": [picture] * count, "caption": captions})
+    parquet.write_table(table, path, row_group_size=64)
+    return path
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.parquet"])
+def test_a_sample_that_is_not_decoded_yet_takes_400_bytes_at_most(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+    count, kind = 2_000, "shards" if name == "s.tar" else "parquet"
+    path = write_captioned(tmp_path / name, count)
+    opened(path, kind=kind)  # what is imported or indexed on the way is there from here on
+    tracemalloc.start()
+    try:
+        source = opened(path, kind=kind)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == count
+    assert kept / count < 400
+    assert source[count - 1].captions == (f"picture {count - 1}",)
 
 
 # --- Fashion-MNIST -----------------------------------------------------------------------------

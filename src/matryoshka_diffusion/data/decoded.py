@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 import zlib
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -96,15 +97,16 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
     quarantine = Quarantine(name, bad, len(samples), max_bad_fraction)
     quarantine.check()
-    rows = [n for n, sample in enumerate(samples) if not sample.flaw]
-    usable = [samples[row] for row in rows]
+    # A set may have millions of samples, so what is kept of each is small, and kept once.
+    rows = array("q", (n for n, sample in enumerate(samples) if not sample.flaw))
+    usable, load = [samples[row] for row in rows], catalogue.load
     labels = [int(sample.label) for sample in usable if sample.label is not None]
     numbers = tuple(map(str, range(max(labels, default=-1) + 1)))
     if len(data.classes) == len(numbers):
         numbers = data.classes
 
     def decode(n: int, start: float | None = None) -> Picture:
-        return decoder.decode(catalogue.load(rows[n]), usable[n].key, start)
+        return decoder.decode(load(rows[n]), usable[n].key, start)
 
     def read(n: int, cut: Cut) -> Picture:
         pixels, size = decode(n, cut.start)
@@ -198,7 +200,11 @@ def _with_flaws(samples: Sequence[Sample], classes: int) -> list[Sample]:
             return f"its class {sample.label} is not one of {classes:,}"
         return ""
 
-    return [sample if sample.flaw else sample._replace(flaw=flaw(sample)) for sample in samples]
+    def judged(sample: Sample) -> Sample:
+        reason = sample.flaw or flaw(sample)
+        return sample._replace(flaw=reason) if reason else sample
+
+    return [judged(sample) for sample in samples]
 
 
 # --- the cache -------------------------------------------------------------------------------

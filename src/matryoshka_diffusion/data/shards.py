@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
@@ -70,9 +71,10 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
 
     results = look_ahead(index, paths, workers=THREADS, depth=4 * THREADS)
     bar = tqdm(results, "indexing shards", len(paths), unit=" shards", leave=False, disable=None)
-    states, samples, places, used = [f"images {data.columns.image}"], [], [], {*paths}
-    for path, name, (state, (rows, shard_tally)) in zip(
-        paths, short_names(paths), bar, strict=True
+    states, samples, used = [f"images {data.columns.image}"], [], {*paths}
+    shard_of, starts, sizes = array("q"), array("q"), array("q")  # 24 bytes a sample
+    for number, (path, name, (state, (rows, shard_tally))) in enumerate(
+        zip(paths, short_names(paths), bar, strict=True)
     ):
         states.append(f"{path} {state}")
         tally.merge(shard_tally)
@@ -92,11 +94,12 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
                     "rename it (data.captions=none does not read it)"
                 )
         samples += [sample._replace(key=f"{name}:{sample.key}") for sample, _ in rows]
-        places += [(path, sample.offset, size) for sample, size in rows]
+        shard_of.extend(number for _ in rows)
+        starts.extend(sample.offset or 0 for sample, _ in rows)
+        sizes.extend(size for _, size in rows)
 
     def load(n: int) -> bytes:
-        path, start, size = places[n]
-        return read_range(path, start, size)
+        return read_range(paths[shard_of[n]], starts[n], sizes[n])
 
     count_others(pattern, used, tally)
     unused = tally.unused("keys of .json")
@@ -197,8 +200,8 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
         version, cached_state, rows, files, names = json.loads(unsealed(cache.read_bytes()))
         if (version, cached_state) == (_VERSION, state):
             samples = [
-                (Sample(*row)._replace(captions=tuple(row[1]), offset=int(row[5])), int(size))
-                for row, size in rows
+                (Sample(key, tuple(captions), label, side, flaw, int(offset), part), int(size))
+                for (key, captions, label, side, flaw, offset, part), size in rows
             ]
             return _Index(samples, Tally(dict(files), dict(names)))
     except (OSError, ValueError, TypeError, IndexError):

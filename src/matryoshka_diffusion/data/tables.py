@@ -11,8 +11,10 @@ import json
 import os
 import threading
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,28 +132,28 @@ def parquet(pattern: str, data: DataConfig) -> Catalogue:
     tally = Tally(form="table")
     paths = of_split(pattern, expand(pattern, ".parquet"), data)
     files = [_File(path, data, tally) for path in paths]
-    samples, places = [], []
+    samples = []
     for name, file in zip(short_names(paths), files, strict=True):
         samples += [sample._replace(key=f"{name}:{row}") for row, sample in enumerate(file.rows())]
-        for group in range(file.metadata.num_row_groups):
-            places += [(file, group, n) for n in range(file.metadata.row_group(group).num_rows)]
+    groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
+    starts = [0, *accumulate(file.metadata.row_group(group).num_rows for file, group in groups)]
     lock = threading.Lock()
     kept = lru_cache(_GROUPS_KEPT)(lambda file, group: file.pictures(group))
 
     def load(n: int) -> bytes:
-        file, group, row = places[n]
+        place = bisect_right(starts, n) - 1
         with lock:  # or every thread would read the same group
-            pictures = kept(file, group)
+            pictures = kept(*groups[place])
         if isinstance(pictures, PictureError):
             raise PictureError(*pictures.args)
-        return _bytes(pictures[row].as_py())
+        return _bytes(pictures[n - starts[place]].as_py())
 
-    groups = sum(file.metadata.num_row_groups for file in files)
-    if len(places) > max(decoded.CACHED_PICTURES, _LARGE_GROUP * groups):
+    if len(samples) > max(decoded.CACHED_PICTURES, _LARGE_GROUP * len(groups)):
+        average = len(samples) // len(groups)
         warnings.warn(
-            f"parquet {pattern}: its row groups have {len(places) // groups:,} pictures, and a run "
-            "reads a group for nearly every picture, since its order is random: write groups of a "
-            "few dozen rows (row_group_size=64), or use shards",
+            f"parquet {pattern}: its row groups have {average:,} pictures, and a run reads a group "
+            "for nearly every picture, since its order is random: write groups of a few dozen rows "
+            "(row_group_size=64), or use shards",
             stacklevel=4,
         )
     count_others(pattern, paths, tally)
