@@ -118,18 +118,18 @@ def tiny(name: str) -> RunConfig:
     return run.model_copy(update={"name": name, "model": model})
 
 
+CONFIGS: dict[str, RunConfig] = {
+    "nest": preset("folder-64"),
+    "text": preset("openmoji"),
+    "classes": preset("fashion-mnist"),
+    "video": preset("emoji-video"),
+    "latents": preset("openmoji", "latent"),
+    "nest of codes": preset("openmoji", "codes"),
+    "upsampler": preset("openmoji", "upsampler"),
+    "adapters": adapters("openmoji"),
+}
 FAMILIES: dict[str, Callable[[torch.device, Precision], None]] = {
-    name: partial(try_family, config)
-    for name, config in {
-        "nest": preset("folder-64"),
-        "text": preset("openmoji"),
-        "classes": preset("fashion-mnist"),
-        "video": preset("emoji-video"),
-        "latents": preset("openmoji", "latent"),
-        "nest of codes": preset("openmoji", "codes"),
-        "upsampler": preset("openmoji", "upsampler"),
-        "adapters": adapters("openmoji"),
-    }.items()
+    name: partial(try_family, config) for name, config in CONFIGS.items()
 }
 
 

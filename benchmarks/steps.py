@@ -86,13 +86,15 @@ def trainer(
     return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step))
 
 
-def features(config: RunConfig) -> Callable[[Sequence[str]], list[Tensor]] | None:
+def features(
+    config: RunConfig, tokens: int = WORDS
+) -> Callable[[Sequence[str]], list[Tensor]] | None:
     """Features of noise for a model with text."""
     text = config.model.text
     if text is None:
         return None
     width = text.features
-    return lambda captions: [torch.randn(WORDS, width) for _ in captions]
+    return lambda captions: [torch.randn(tokens, width) for _ in captions]
 
 
 def outer_levels(name: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from hypothesis import settings  # noqa: E402
 
 from tiny_models import make_clip, make_codec, make_t5  # noqa: E402
 
-collect_ignore = ["fake_gpu.py"]  # a process of its own (test_devices.py)
+collect_ignore = ["device_contracts.py"]  # a process of its own (test_devices.py)
 WORDS = ("a", "blue", "jay", "red", "apple", "on", "the")
 """The words that the tokenizers of `tiny_t5` and `tiny_clip` know."""
 

@@ -51,7 +51,7 @@ SCRIPTS = {
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
     shared = {"harness", "steps", "meter", "blocks", "families", "peer_networks"}
-    own_tests = {"files_touched", "first_gpu", "stages"}
+    own_tests = {"files_touched", "first_gpu", "stages", "fake_gpu", "tracer", "trace"}
     assert scripts - shared - own_tests == set(SCRIPTS)
 
 

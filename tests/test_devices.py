@@ -1,4 +1,4 @@
-"""What a GPU may be promised without one: no mixed devices, and one wait of the host a step."""
+"""What a GPU may be promised without one: devices, waits of the host, kernels, memory."""
 
 from __future__ import annotations
 
@@ -8,33 +8,102 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks.families import FAMILIES
 
 HERE = Path(__file__).parent
-
-
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or shutil.which("g++") is None or sys.platform != "linux",
     reason="needs a C++ compiler, and torch's build for CPUs",
 )
-def test_a_step_of_every_family_mixes_no_devices_and_waits_for_the_gpu_once(tmp_path):
-    place, library = Path(torch.__file__).parent, tmp_path / "fake_gpu.so"
-    include = [f"-I{place}/include", f"-I{place}/include/torch/csrc/api/include"]
-    link = [f"-L{place}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{place}/lib"]
-    source = str(HERE / "fake_gpu.cpp")
-    build = ["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", str(library), *include, *link]
-    subprocess.run(build, check=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    """What `device_contracts.py` saw, which changes torch: a process of its own."""
     paths = os.pathsep.join(map(str, (HERE.parent / "src", HERE.parent)))
+    script, folder = str(HERE / "device_contracts.py"), str(tmp_path_factory.mktemp("trace"))
     done = subprocess.run(
-        [sys.executable, str(HERE / "fake_gpu.py"), str(library)],
+        [sys.executable, script, folder],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    waits = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_of_every_family_mixes_no_devices_and_waits_for_the_gpu_once(results):
     once = ["trainer.py: norms, total, *per_level = sums.tolist()"]
-    assert waits == dict.fromkeys(FAMILIES, once)
+    steps = results["training"]
+    assert {name: steps[name]["waits"] for name in steps} == dict.fromkeys(FAMILIES, once)
+
+
+# --- the tracer, by hand -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ("add", [("add", 4 * (256 + 128 + 256), 0)]),
+        ("broadcast", [("add", 4 * (4 + 1 + 4), 0)]),
+        ("in place", [("add_", 4 * (256 + 256), 0)]),
+        ("views", []),
+        ("nothing", []),
+        ("product", [("mm", 2 * 3 * 16, 2 * 4**3)]),
+        ("norm", [("native_group_norm", 4 * (3 * 256 + 2 * 8 + 2 * 4), 0)]),
+    ],
+)
+def test_bytes_and_flops_are_those_of_the_tensors(results, case, kernels):
+    assert results["tracing"][case]["kernels"] == [list(kernel) for kernel in kernels]
+
+
+def test_a_convolution_adds_its_bias_by_itself_and_copies_what_lies_otherwise(results):
+    features, weight, flops = 2 * 256, 2 * 8 * 8 * 9, 2 * 2 * 8 * 8 * 9 * 16
+    convolution = ["convolution", 2 * features + weight, flops]
+    tracing = results["tracing"]
+    assert tracing["convolution"]["kernels"] == [["add bias", 2 * features, 0], convolution]
+    assert tracing["mixed layouts"]["kernels"] == [["transpose", 2 * features, 0], convolution]
+
+
+def test_kernels_of_the_backward_pass_have_the_place_of_the_forward_pass(results):
+    names = [kernel[0] for kernel in results["tracing"]["backward"]["kernels"]]
+    assert names == ["silu", "sum", "ones_like", "silu_backward"]
+    assert results["tracing"]["backward"]["places"][-1].endswith(" backward")
+
+
+def test_waits_and_copies_are_noticed(results):
+    tracing = results["tracing"]
+    noticed = {
+        name: (case["waits"], case["copies"]) for name, case in tracing.items() if name != "mixed"
+    }
+    size = 4 * 256
+    assert {name: value for name, value in noticed.items() if value != (0, {})} == {
+        "item": (1, {"D2H blocking": 4}),
+        "list": (1, {"D2H blocking": size}),
+        "to the GPU": (1, {"H2D blocking": 16}),
+        "pinned to the GPU": (0, {"H2D": 16}),
+        "from the GPU": (0, {"D2H": size}),
+    }
+    assert [name for name, case in tracing.items() if name != "mixed" and case["doubles"]] == [
+        "double"
+    ]
+    assert "expected all tensors on the GPU" in tracing["mixed"]
+
+
+def test_attention_is_fused_where_heads_lie_innermost(results):
+    tracing = results["tracing"]
+    assert tracing["attention"]["attention"] == ["cudnn"]
+    assert tracing["attention across"]["attention"] == ["math"]
+
+
+def test_the_script_writes_what_a_step_does(results):
+    script = results["script"]
+    *kinds, total = script["rows"]
+    assert total["kind"] == "all"
+    assert total["ms"] == pytest.approx(sum(row["ms"] for row in kinds))
+    assert script["images/s"] == pytest.approx(4e3 / total["ms"])
+    assert script["GB kept an image"] > 0

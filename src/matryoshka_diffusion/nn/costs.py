@@ -53,9 +53,17 @@ def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int]
 
 
 def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that `forward` keeps for its backward pass besides the weights of `net`.
+    """Bytes that `forward` keeps for its backward pass besides the weights of `net`."""
+    return sum(x.untyped_storage().nbytes() for x in kept_tensors(net, forward))
 
-    Each storage counts once, so two views of a tensor count once.
+
+def kept_tensors(
+    net: nn.Module, forward: Callable[[], object], note: Callable[[Tensor], None] = lambda x: None
+) -> list[Tensor]:
+    """Tensors that `forward` keeps for its backward pass besides the weights of `net`.
+
+    Each storage counts once, so two views of a tensor count once. `note` is called with each
+    tensor where it is kept.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
@@ -63,12 +71,13 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
     def keep(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in weights:
             kept[x.untyped_storage()._cdata] = x
+            note(x)
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
         outputs = forward()
         del outputs
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+    return list(kept.values())
 
 
 def _one_image(
