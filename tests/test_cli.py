@@ -317,7 +317,7 @@ def test_control_characters_are_escaped(capsys, monkeypatch):
     terminal.say(f"{text}\n\r")
     terminal.show(f"{text}\nsecond line")
     output = capsys.readouterr()
-    escaped = r"\x1b[31mred\x07 \udcff\u202e naïve 苹果"
+    escaped = r"\u001b[31mred\u0007 \udcff\u202e naïve 苹果"
     assert output.err == f"mdm: {escaped}\n"
     assert output.out == f"{escaped}\nsecond line\n"
     monkeypatch.setattr(terminal, "LOG_SECONDS", 0.0)
@@ -361,7 +361,7 @@ def test_no_name_or_caption_steers_the_terminal(kind, model, tmp_path, monkeypat
         words = ["info", data]
     run(*words)
     output = "".join(capsys.readouterr())
-    assert r"\x1b]52;c;cm0=\x07\x9b31m\u202e\x7f" in output
+    assert r"\u001b]52;c;cm0=\u0007\u009b31m\u202e\u007f" in output
     assert all(x.isprintable() or x == "\n" for x in output)
     assert kind == "name" or "mdm: all is well" not in output.splitlines()
 

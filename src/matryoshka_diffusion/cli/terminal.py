@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from matryoshka_diffusion.escape import printable
+
 LOG_SECONDS = 30.0
 """Time between two lines of progress in a log, which is not a terminal."""
 
@@ -66,11 +68,6 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def leads() -> bool:
     """True in the process that speaks for all ranks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def printable(text: str) -> str:
-    """Escape control characters, which could steer a terminal."""
-    return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
 
 
 def show_traceback(*error: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matryoshka_diffusion.escape import on_one_line, printable
 from matryoshka_diffusion.files import write_atomically
 
 
@@ -40,11 +41,6 @@ def listed(items: Sequence[object], most: int = 20) -> list[str]:
     """Texts of the first items, each on one line, and how many more there are."""
     more = [f"and {len(items) - most:,} more"] if len(items) > most else []
     return [*(on_one_line(str(item)) for item in items[:most]), *more]
-
-
-def on_one_line(text: str) -> str:
-    """Text with its line breaks as `\\n`, so that no name looks like a line of a report."""
-    return "\\n".join(text.splitlines())
 
 
 def some(bad: Sequence[BadFile]) -> str:
@@ -125,7 +121,5 @@ class Quarantine:
         """List all bad samples in a file, a JSON object a line; write none without any."""
         rows = (json.dumps(file._asdict(), ensure_ascii=False) for file in self.bad)
         if text := "".join(f"{row}\n" for row in rows):
-            # Control characters of names are escaped, because people read the file in a terminal.
-            letters = (x if x.isprintable() or x == "\n" else json.dumps(x)[1:-1] for x in text)
-            data = "".join(letters).encode()
+            data = printable(text).encode()  # people read the file in a terminal
             write_atomically(path, lambda file: file.write(data), needed=len(data))

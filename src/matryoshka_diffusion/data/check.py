@@ -9,10 +9,11 @@ import numpy as np
 from PIL.Image import Image
 
 from matryoshka_diffusion.config import ConfigError, DataConfig
-from matryoshka_diffusion.data.bad import BadFile, listed, on_one_line
+from matryoshka_diffusion.data.bad import BadFile, listed
 from matryoshka_diffusion.data.mix import key_of
 from matryoshka_diffusion.data.source import PACKAGED, Source, read_all
 from matryoshka_diffusion.draw.grid import grid
+from matryoshka_diffusion.escape import on_one_line
 
 _WITHOUT_COLUMNS = (*PACKAGED, "fluent-emoji")  # sources whose captions have no names
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
