@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROOT = Path(__file__).parent.parent
 Seconds = Mapping[str, Sequence[float]]
 
@@ -43,6 +44,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
+def add_clock(options: argparse.ArgumentParser) -> None:
+    """An option for machines on which other programs run: their turns are no CPU seconds."""
+    options.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: seconds of all threads (default wall)"
+    )
+
+
 def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options and set the number of threads."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -53,18 +61,21 @@ def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def take_turns(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
             synchronize(device)
-            began = time.perf_counter()
+            began = clock()
             run()
             synchronize(device)
             if turn > 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 

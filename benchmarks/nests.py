@@ -1,6 +1,7 @@
 """Time of a training step as a nest grows from one level to five, against its FLOPs.
 
-    python -m benchmarks.nests --threads 1
+    python -m benchmarks.nests --threads 1 --clock cpu       # on a busy machine
+    python -m benchmarks.nests --threads 2                   # on a quiet one
 
 The first three levels are those of `openmoji` (16, 32 and 64 pixels); two more, like its finest,
 lead to 256. FLOPs and seconds are relative to one level, and `time / FLOPs` says which of them
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import parse, parser, report, speed, take_turns
+from benchmarks.harness import CLOCKS, add_clock, parse, parser, report, speed, take_turns
 from benchmarks.steps import WORDS, trainer
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.nn.costs import forward_flops
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.add_argument("--levels", type=int, nargs="+", default=LEVELS, choices=LEVELS)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
+    add_clock(options)
     values = parse(options, arguments)
     device, least = torch.device(values.device), min(values.levels)
     configs = {levels: nest(levels) for levels in values.levels}
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for n, config in configs.items()
         for precision in values.precisions
     }
-    seconds = take_turns(variants, values.repeats, device)
+    seconds = take_turns(variants, values.repeats, device, CLOCKS[values.clock])
     rows = []
     for n, config in configs.items():
         row = {

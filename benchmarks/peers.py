@@ -2,7 +2,8 @@
 
     pip install -c constraints.txt -e '.[bench]'
     pip install -c constraints.txt --no-deps denoising-diffusion-pytorch imagen-pytorch
-    python -m benchmarks.peers --threads 1
+    python -m benchmarks.peers --threads 1 --clock cpu       # on a busy machine
+    python -m benchmarks.peers --threads 2                   # on a quiet one
 
 Without the two libraries, which ask for torchvision and do not need it here, the others are
 measured. The baseline is `openmoji` with three times its widths, because others are seldom as
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.families import Words
-from benchmarks.harness import parse, parser, report, speed, take_turns
+from benchmarks.harness import CLOCKS, add_clock, parse, parser, report, speed, take_turns
 from benchmarks.peer_networks import KINDS, TEXT_FEATURES, Peer, Task, forward_flops
 from benchmarks.steps import WORDS, Noise, Repeated, features, trainer
 from matryoshka_diffusion.config import RunConfig
@@ -133,7 +134,7 @@ def measure(config: RunConfig, task: Task, batch: int, values: Namespace) -> lis
             works[name] = peer_work(peer, task, batch, precision)
         for field in values.work:
             variants = {name: getattr(work, field) for name, work in works.items()}
-            seconds = take_turns(variants, values.repeats, task.device)
+            seconds = take_turns(variants, values.repeats, task.device, CLOCKS[values.clock])
             for name in works:
                 factor = speed(seconds, OURS, name)
                 row = {
@@ -159,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     add("--precisions", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
     add("--work", nargs="+", default=Work._fields, choices=Work._fields)
     add("--steps", type=int, default=5, help="network evaluations of a sample (default 5)")
+    add_clock(options)
     values = parse(options, arguments)
     missing = {name: kind.missing() for name, kind in KINDS.items() if kind.missing()}
     for name, packages in missing.items():

@@ -42,7 +42,18 @@ SCRIPTS = {
     "noise": ["--samples", "1"],
     "cold_start": ["--steps", "1", "--prompts", "umbrella"],
     "resume": ["--model", "fashion-mnist"],
-    "peers": ["--wider", "1", "--batch", "1", "--precisions", "fp32", "--steps", "1"],
+    "peers": [
+        "--wider",
+        "1",
+        "--batch",
+        "1",
+        "--precisions",
+        "fp32",
+        "--steps",
+        "1",
+        "--clock",
+        "cpu",
+    ],
     "nests": ["--levels", "1", "5", "--batch", "1", "--precisions", "fp32"],
     "scale": ["--shards", "2", "--rows", "200", "--stages", "open", "batch", "check"],
 }
@@ -149,6 +160,11 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
     seconds = harness.take_turns(variants, 2, CPU)
     assert calls == list("ababab")
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_turns_are_timed_by_the_clock_that_is_given():
+    ticks = iter([0.0, 10.0, 12.5])  # the round that does not count only begins
+    assert harness.take_turns({"": lambda: None}, 1, CPU, lambda: next(ticks)) == {"": [2.5]}
 
 
 def test_speed_is_taken_within_rounds():
