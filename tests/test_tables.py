@@ -305,6 +305,20 @@ def test_captions_are_the_same_however_parquet_stores_them(tmp_path):
         ]
 
 
+def test_captions_of_many_small_groups_are_read_many_at_a_time(tmp_path, monkeypatch):
+    """However many groups there are, a value is no larger than its part of one of them."""
+    monkeypatch.setattr(tables, "_SMALL", 2**20)
+    monkeypatch.setattr(tables, "_MAX_RATIO", 1)
+    columns = {"image": [encode(0)] * 3_000, "text": [f"picture {n}" for n in range(3_000)]}
+    file = tables._File(
+        str(write(tmp_path / "p.parquet", columns, group=64)), DataConfig(), tables.Tally()
+    )
+    groups = range(file.metadata.num_row_groups)
+    table = file._whole(lambda opened: file._table(opened, ["text"], groups))
+    assert table.column(0).to_pylist() == columns["text"]
+    assert table.column(0).num_chunks < 200
+
+
 def test_large_row_groups_of_a_large_set_are_warned_of(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(decoded, "CACHED_PICTURES", 100)
     for count, group, warned in ((600, 300, True), (600, 100, False), (90, 90, False)):

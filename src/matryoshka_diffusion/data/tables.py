@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -83,26 +84,26 @@ def _columns(types: Mapping[str, object], data: DataConfig, where: str, tally: T
     return columns
 
 
-def _rows(table: Any, columns: _Columns, tally: Tally) -> list[Sample]:
-    """Samples in a pyarrow table, without keys; a caption that makes no sense is a flaw of its row.
+def _rows(table: Any, columns: _Columns, tally: Tally, file: str) -> list[Sample]:
+    """Samples FILE:ROW in a pyarrow table; a caption that makes no sense is a flaw of its row.
 
     A column of classes that holds something else, or a column without a value, is tallied.
     """
     rows, count, other = [], len(columns.captions), None
-    for cells in zip(*map(table.column, columns.words), strict=True):
-        label = None
+    for row, cells in enumerate(zip(*map(table.column, columns.words), strict=True)):
+        key, label = f"{file}:{row}", None
         try:
             values = [cell.as_py() for cell in cells]
             captions = [text for value in values[:count] for text in texts(value)]
             label = label_of(values[count]) if columns.labels else None
-            rows.append(Sample("", clean(captions) if captions else (), label))
+            rows.append(Sample(key, clean(captions) if captions else (), label))
         except UnicodeDecodeError:
-            rows.append(Sample("", flaw="its caption or class is not UTF-8"))
+            rows.append(Sample(key, flaw="its caption or class is not UTF-8"))
         except PictureError as error:
-            rows.append(Sample("", flaw=str(error)))
+            rows.append(Sample(key, flaw=str(error)))
         except LabelError as error:
             other = str(error)
-            rows.append(Sample("", clean(captions) if captions else ()))
+            rows.append(Sample(key, clean(captions) if captions else ()))
     if other is not None:
         (name,) = columns.labels
         remedy = "classes are whole numbers or words: --set data.columns.label=NAME reads others"
@@ -134,7 +135,7 @@ def parquet(pattern: str, data: DataConfig) -> Catalogue:
     files = [_File(path, data, tally) for path in paths]
     samples = []
     for name, file in zip(short_names(paths), files, strict=True):
-        samples += [sample._replace(key=f"{name}:{row}") for row, sample in enumerate(file.rows())]
+        samples += file.rows(name)
     groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
     starts = [0, *accumulate(file.metadata.row_group(group).num_rows for file, group in groups)]
     lock = threading.Lock()
@@ -179,13 +180,13 @@ class _File:
         if "binary" not in kind or "list" in kind:
             raise ValueError(f"{path}: column {self.columns.picture} holds {kind}, not bytes")
 
-    def rows(self) -> list[Sample]:
-        """Samples with captions and classes, without keys."""
+    def rows(self, name: str) -> list[Sample]:
+        """Samples NAME:ROW with captions and classes."""
         if not (words := self.columns.words):
-            return [Sample("")] * self.metadata.num_rows
+            return [Sample(f"{name}:{row}") for row in range(self.metadata.num_rows)]
         groups = range(self.metadata.num_row_groups)
         return self._whole(
-            lambda file: _rows(self._table(file, words, groups), self.columns, self._tally)
+            lambda file: _rows(self._table(file, words, groups), self.columns, self._tally, name)
         )
 
     def pictures(self, group: int) -> Any:
@@ -201,15 +202,18 @@ class _File:
         """Columns of some row groups. Raises ValueError once they take more than the limit.
 
         A value that many rows repeat is stored once and is unpacked for each of them. No value is
-        larger than all that is stored, so as many rows are unpacked at a time as that allows.
+        larger than the part of its column in a group, so as many rows are unpacked at a time as
+        that allows.
         """
-        stored = 1
+        stored, largest = 1, Counter[str]()
         for group in map(self.metadata.row_group, groups):
-            for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema.split(".")[0] in columns:
-                    stored += column.total_uncompressed_size + 8 * column.num_values
+            for part in map(group.column, range(group.num_columns)):
+                if (path := part.path_in_schema).split(".")[0] in columns:
+                    size = part.total_uncompressed_size + 8 * part.num_values
+                    stored, largest[path] = stored + size, max(largest[path], size)
         limit, size, batches = max(_SMALL, _MAX_RATIO * self._size), stored, []
-        for batch in file.iter_batches(max(1, limit // (8 * stored)), groups, columns):
+        rows = max(1, limit // (8 * (1 + largest.total())))
+        for batch in file.iter_batches(rows, groups, columns):
             size += batch.nbytes
             if size > limit:
                 raise ValueError(f"{', '.join(columns)}: more than {limit:,} bytes when unpacked")
@@ -257,11 +261,12 @@ def hugging_face(address: str, data: DataConfig) -> Catalogue:
     columns = _columns(types, data, name, tally)
     if isinstance(table.features[columns.picture], datasets.Image):  # our own decoder has bounds
         table = table.cast_column(columns.picture, datasets.Image(decode=False))
-    rows = [Sample("")] * table.num_rows
-    if words := columns.words:
-        rows = _rows(table.select_columns(words).with_format("arrow")[:], columns, tally)
     short = os.path.basename(name) if os.path.isabs(name) else name  # a folder may move
-    samples = [row._replace(key=f"{short}:{n}") for n, row in enumerate(rows)]
+    if words := columns.words:
+        arrow = table.select_columns(words).with_format("arrow")[:]
+        samples = _rows(arrow, columns, tally, short)
+    else:
+        samples = [Sample(f"{short}:{row}") for row in range(table.num_rows)]
     names = [getattr(table.features[label], "names", None) or () for label in columns.labels]
     pictures = table.select_columns([columns.picture])
 
