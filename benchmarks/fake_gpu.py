@@ -85,7 +85,7 @@ def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> st
 def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """The operators that `F.scaled_dot_product_attention` calls on a GPU."""
     if q.device.type != "cuda":
-        return _on_cpu(q, k, v, attn_mask)
+        return _on_cpu(q, k, v, attn_mask=attn_mask)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     kernel = attention_kernel(q, k, v, attn_mask)

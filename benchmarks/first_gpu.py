@@ -149,7 +149,7 @@ def steps(bench: Bench) -> Numbers:
         repeated, row = _fitting(bench, name, batch)
         batch = len(repeated.inputs.ids)
         row |= {"batch": batch, "TFLOP": flops * batch / 1e12}
-        row["--dry-run's GB an image"] = activation_bytes(model, count) / 2e9
+        row["--dry-run's GB an image"] = activation_bytes(model, count, half=True) / 1e9
         row["kept GB an image"] = repeated.activation_bytes() / batch / 1e9
         row["waits"] = bench.meter.host_waits(repeated.step)
         row["kernels"] = bench.meter.kernels(repeated.step, top=14)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import ROOT, parse, report
 from benchmarks.steps import Noise, features
@@ -34,7 +34,7 @@ from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import rows_of_mix
 from matryoshka_diffusion.train import step as steps
 from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import PrecisionSetting, autocast
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import Trainer
 
@@ -63,29 +63,31 @@ def inputs(config: RunConfig, rows: Sequence[int], tokens: int = TEXT_TOKENS) ->
     return Feed(config, Noise(config), features(config, tokens), GPU)(step)
 
 
-def trainer(config: RunConfig) -> Trainer[Any]:
-    """A trainer with all levels on the fake GPU, with its moments."""
-    made = Trainer(steps.diffusion(config), GPU, images_seen=config.train.images)
+def trainer(config: RunConfig, *, grow: bool = False) -> Trainer[Any]:
+    """A trainer with all levels and their moments on the fake GPU; `grow` it to them at the end."""
+    images = 0 if grow else config.train.images
+    made = Trainer(steps.diffusion(config), GPU, images_seen=images)
     for parameter in made.net.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     made.optimizer.step()
+    made.grow(len(config.model.levels))
     return made
 
 
-def kept(trainer: Trainer[Any], inputs: Inputs) -> Kept:
+def kept(net: nn.Module, precision: PrecisionSetting, inputs: Inputs) -> Kept:
     """What a forward pass keeps."""
     image = max(x.numel() for x in inputs.x)
     places: dict[int, str] = {}
 
     def forward() -> object:
-        with autocast(trainer.train.precision, GPU):
-            return trainer.net(inputs.x, inputs.t, inputs.cond)
+        with autocast(precision, GPU):
+            return net(inputs.x, inputs.t, inputs.cond)
 
     def note(x: Tensor) -> None:
         places[x.untyped_storage()._cdata] = place()
 
-    tensors = kept_tensors(trainer.net, forward, note)
-    shapes = {p.shape for p in trainer.net.parameters()}
+    tensors = kept_tensors(net, forward, note)
+    shapes = {p.shape for p in net.parameters()}
     shapes |= {torch.Size(reversed(shape)) for shape in shapes if len(shape) == 2}
     weights = rows = 0
     floats: Counter[str] = Counter()
@@ -129,7 +131,8 @@ def trace(config: RunConfig, values: argparse.Namespace) -> Path:
     mix = config.train.stages[-1].mix
     rows = rows_of_mix(mix, 0, batch) if mix else (batch,) * levels
     learner, made = trainer(config), inputs(config, rows)
-    memory = kept(learner, inputs(config, (WHOLE,) * levels))
+    whole = inputs(config, (WHOLE,) * levels)
+    memory = kept(learner.net, config.train.precision, whole)
     with Tracer() as tracer:
         learner.step(made)
     kernels = tracer.kernels

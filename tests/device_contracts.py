@@ -22,10 +22,13 @@ from benchmarks.tracer import Tracer
 from torch import nn
 from torch.nn import functional as F
 
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.nn.costs import activation_bytes
+from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import step as steps
+from matryoshka_diffusion.train.precision import algorithms
 
 ROWS = (4, 3, 2)
 
@@ -36,21 +39,62 @@ def build(model: Any, train: Any, base: Any) -> nn.Module:
     return net if train.lora is None else attach(net, train.lora, train.seed)
 
 
-def step(config: RunConfig, **train: Any) -> dict[str, Any]:
-    """What one training step does."""
-    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    trainer = trace.trainer(config)
+def combinations() -> list[tuple[str, dict[str, Any]]]:
+    """Families in every precision, with settings so that each pair of values occurs."""
+    cases = []
+    for family, name in enumerate(CONFIGS):
+        for place, precision in enumerate(("bf16", "fp32", "fp16")):
+            settings = {
+                "precision": precision,
+                "layout": ("channels_last", "nchw")[(family + place) % 2],
+                "recompute": ((), (0,))[(family // 2 + place) % 2],
+                "accumulate": (1, 2)[(family // 4 + (place > 0)) % 2],
+                "deterministic": (family // 2 + family // 4 + place) % 2 == 1,
+                "grow": (family + family // 2 + (place > 1)) % 2 == 1,
+            }
+            cases.append((name, settings))
+    return cases
+
+
+def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What one training step does, perhaps the first one after growing."""
+    changes = {key: value for key, value in settings.items() if key != "grow"}
+    config = CONFIGS[name]
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    trainer = trace.trainer(config, grow=settings["grow"])
     inputs = trace.inputs(config, ROWS[: trainer.levels])
-    with Tracer() as tracer:
+    with Tracer() as tracer, algorithms(config.train):
         trainer.step(inputs)
-    return {"waits": tracer.waits, "kernels": len(tracer.kernels)}
+    return {
+        "family": name,
+        "settings": settings,
+        "waits": tracer.waits,
+        "copies": dict(tracer.copies),
+        "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
+        "doubles": dict(tracer.doubles),
+        "kernels": len(tracer.kernels),
+    }
 
 
-def training() -> dict[str, Any]:
-    """A step of every family."""
+def training() -> list[dict[str, Any]]:
+    """Steps of every family."""
     steps.build_network = build
-    change = {"precision": "bf16", "layout": "channels_last", "recompute": (0,)}
-    return {name: step(config, **change) for name, config in CONFIGS.items()}
+    return [step(name, settings) for name, settings in combinations()]
+
+
+def memory() -> dict[str, list[float]]:
+    """GB that an image keeps, traced and as `--dry-run` counts it on shapes."""
+    figures = {}
+    for name, recompute in (("cc12m-64", ()), ("cc12m-256", (1,)), ("cc12m-1024", ())):
+        config = preset(name)
+        levels = len(config.model.levels)
+        with shapes_only():
+            net = NestedUNet(config.model)
+        net.to_empty(device="cuda").recompute(recompute)
+        traced = trace.kept(net, "bf16", trace.inputs(config, (1,) * levels)).rows
+        counted = activation_bytes(config.model, levels, recompute, half=True)
+        figures[name] = [traced / 1e9, counted / 1e9]
+    return figures
 
 
 # --- what the tracer counts of operators that can be counted by hand ----------------------------
@@ -119,5 +163,5 @@ def script(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    results = {"training": training(), "tracing": tracing(), "script": script(Path(sys.argv[1]))}
-    print(json.dumps(results))
+    results = {"training": training(), "memory": memory(), "tracing": tracing()}
+    print(json.dumps(results | {"script": script(Path(sys.argv[1]))}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -36,10 +37,54 @@ def results(tmp_path_factory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_step_of_every_family_mixes_no_devices_and_waits_for_the_gpu_once(results):
-    once = ["trainer.py: norms, total, *per_level = sums.tolist()"]
-    steps = results["training"]
-    assert {name: steps[name]["waits"] for name in steps} == dict.fromkeys(FAMILIES, once)
+# --- training steps ------------------------------------------------------------------------------
+
+
+def test_every_pair_of_settings_occurs(results):
+    cases = [{"family": case["family"], **case["settings"]} for case in results["training"]]
+    for one, other in itertools.combinations(cases[0], 2):
+        values = [{repr(case[key]) for case in cases} for key in (one, other)]
+        pairs = {(repr(case[one]), repr(case[other])) for case in cases}
+        assert pairs == set(itertools.product(*values)), (one, other)
+    assert {case["family"] for case in cases} == set(FAMILIES)
+
+
+def test_a_step_waits_for_the_gpu_once_and_copies_nothing_to_it(results):
+    """No step raised, so none mixes devices."""
+    for case in results["training"]:
+        assert case["waits"] == ["trainer.py: norms, total, *per_level = sums.tolist()"], case
+        assert case["copies"].keys() == {"D2H blocking"}, case
+        assert case["doubles"] == {}, case
+
+
+def test_no_attention_keeps_its_logits(results):
+    for case in results["training"]:
+        assert "math" not in case["attention"], case
+    assert any("efficient" in case["attention"] for case in results["training"]), "in float32"
+
+
+KERNELS = {
+    "nest": 1325,
+    "text": 1724,
+    "classes": 1586,
+    "video": 3249,
+    "latents": 1685,
+    "nest of codes": 2905,
+    "upsampler": 2867,
+    "adapters": 2885,
+}
+"""Kernels of a step in bf16, in the settings that `device_contracts.py` combines with it."""
+
+
+def test_a_step_launches_no_more_kernels_than_it_did(results):
+    cases = [case for case in results["training"] if case["settings"]["precision"] == "bf16"]
+    kernels = {case["family"]: case["kernels"] for case in cases}
+    assert {name: count for name, count in kernels.items() if count > KERNELS[name]} == {}
+
+
+def test_dry_runs_count_the_memory_that_a_step_keeps(results):
+    for name, (traced, counted) in results["memory"].items():
+        assert counted == pytest.approx(traced, rel=0.02), name
 
 
 # --- the tracer, by hand -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -29,7 +30,9 @@ from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.precision import (
     DTYPES,
     GROWTH_INTERVAL,
+    WORKSPACE,
     LossScale,
+    algorithms,
     autocast,
     compile_network,
     resolve_layout,
@@ -331,6 +334,35 @@ def test_automatic_precision_and_layout_follow_the_device(monkeypatch):
 def test_float32_convolutions_are_float32_on_a_gpu():
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("before", [None, ":16:8"])
+def test_deterministic_algorithms_last_as_long_as_a_run(before, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    if before is None:
+        monkeypatch.delenv(WORKSPACE, raising=False)
+    else:
+        monkeypatch.setenv(WORKSPACE, before)
+    torch.use_deterministic_algorithms(False)
+    try:
+        with algorithms(tiny_config(deterministic=True).train):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.backends.cudnn.benchmark
+            assert os.environ[WORKSPACE] == ":4096:8"
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
+        assert os.environ.get(WORKSPACE) == before
+    finally:
+        torch.use_deterministic_algorithms(True)  # as in all tests
+
+
+@pytest.mark.parametrize(
+    ("batch", "mix", "tried"), [(8, (), True), (8, (0.5, 0.5), True), (8, (0.62, 0.2, 0.18), False)]
+)
+def test_cudnn_tries_its_algorithms_where_batches_have_few_shapes(batch, mix, tried):
+    stage = StageConfig(levels=len(mix) or 1, images=400, batch_size=batch, lr=0.1, mix=mix)
+    with algorithms(tiny_config().train.model_copy(update={"stages": (stage,)})):
+        assert torch.backends.cudnn.benchmark == tried
 
 
 @pytest.mark.parametrize("precision", HALVES)

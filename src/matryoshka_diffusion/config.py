@@ -72,9 +72,8 @@ class WeightingConfig(Strict):
 class ProcessConfig(Strict):
     """The prediction of the network, and the weights of its errors.
 
-    Tuples have one entry for all levels, or one for each. A level of weight 0 does not learn to
-    predict: it is an input of the finer levels, and samplers take D^r of the finest estimate in its
-    place (`denoiser.Pooled`).
+    Tuples have one entry for all levels, or one for each. A level of weight 0 learns only to help
+    the finer ones; samplers take D^r of the finest estimate in its place (`denoiser.Pooled`).
     """
 
     prediction: Prediction = "x0"
@@ -209,6 +208,7 @@ class TrainConfig(Strict):
     layout: Literal["auto", "nchw", "channels_last"] = "auto"  # of features in memory
     recompute: tuple[Natural, ...] = ()  # levels to recompute in the backward pass: less memory
     compile: bool = False
+    deterministic: bool = False  # on a GPU: the same bits in every run
     ema_decay: Share = 0.9999
     ema_power: tuple[AverageLength, ...] = ()  # further averages (docs/training.md)
     ema_snapshot_every_images: Count | None = None  # None: 32 snapshots in a run

@@ -196,7 +196,7 @@ def describe_plan(
     """Describe the nest and the costs of each stage: steps, arithmetic, memory and data.
 
     Memory is estimated: weights, gradients, moments and averages exactly, activations as
-    `costs.activation_bytes` counts them under `train.recompute`, halved unless in fp32.
+    `costs.activation_bytes` counts them under `train.recompute`.
 
     Args:
         images: number of training images, if known.
@@ -208,16 +208,15 @@ def describe_plan(
     from matryoshka_diffusion.nn.lora import attach
     from matryoshka_diffusion.nn.nested import NestedUNet
 
-    train, precision = config.train, "fp32" if config.train.precision == "fp32" else "bf16"
+    train, half = config.train, config.train.precision != "fp32"
     lines = [describe(config)]
     for place, stage in enumerate(train.stages, start=1):
         with shapes_only():
             net = NestedUNet(config.model.first(stage.levels))
             if train.lora is not None:
                 attach(net, train.lora)
-        fixed = training_bytes(net, len(train.ema_power))
-        each = activation_bytes(config.model, stage.levels, train.recompute)
-        each = each if precision == "fp32" else each // 2
+        fixed = training_bytes(net, len(train.ema_power), half=half)
+        each = activation_bytes(config.model, stage.levels, train.recompute, half=half)
         sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
         work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size / 1e12
         rows = -(-stage.batch_size // train.accumulate)
@@ -225,7 +224,8 @@ def describe_plan(
         lines += [
             f"stage {place}: {-(-stage.images // stage.batch_size):,} steps of "
             f"{stage.batch_size:,}, {_rounded(work)} TFLOP a step at most",
-            f"  memory in {precision}, about: {_gigabytes(fixed)} + {_gigabytes(each)} {sample}; "
+            f"  memory in {'bf16' if half else 'fp32'}, about: "
+            f"{_gigabytes(fixed)} + {_gigabytes(each)} {sample}; "
             f"{_gigabytes(fixed + rows * each)} on one device, {_gigabytes(share)} "
             f"on each of {gpus}{' with shards' if shards else ''}",
         ]

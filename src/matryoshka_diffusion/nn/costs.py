@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion.conditioning import Conditioning
@@ -15,6 +17,10 @@ from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 
+ATTENTION = "scaled_dot_product_attention"
+IN_HALF = ("conv2d", "linear", ATTENTION)
+IN_FLOAT32 = ("group_norm", "layer_norm", "interpolate")
+"""Names of functions that CUDA's autocast computes in half precision, and in float32."""
 TEXT_TOKENS = 64
 """Text tokens for which costs are counted."""
 
@@ -24,13 +30,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def training_bytes(net: nn.Module, tracks: int = 0) -> int:
-    """Bytes of a network in training, in float32, without those that depend on the batch.
+def training_bytes(net: nn.Module, tracks: int = 0, *, half: bool = False) -> int:
+    """Bytes of a network in training, without those that depend on the batch.
 
-    They are the weights and, for trained weights, gradient, two moments, EMA and further `tracks`.
+    They are the float32 weights, with `half` also autocast's copies of them, and, for trained
+    weights, gradient, two moments, EMA and further `tracks`.
     """
     learnt = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return 4 * count_parameters(net) + 4 * (4 + tracks) * learnt
+    return (6 if half else 4) * count_parameters(net) + 4 * (4 + tracks) * learnt
 
 
 def forward_flops(model: ModelConfig, levels: int, tokens: int = TEXT_TOKENS) -> int:
@@ -41,15 +48,59 @@ def forward_flops(model: ModelConfig, levels: int, tokens: int = TEXT_TOKENS) ->
     return counter.get_total_flops()
 
 
-def activation_bytes(model: ModelConfig, levels: int, recompute: Collection[int] = ()) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass, in float32.
+def activation_bytes(
+    model: ModelConfig, levels: int, recompute: Collection[int] = (), *, half: bool = False
+) -> int:
+    """Bytes that the forward pass of one image keeps for the backward pass.
 
-    In bf16 it is about half. Temporary memory of kernels is not counted, nor is the block that a
-    recomputed level computes again.
+    They are those of float32 everywhere, or with `half` those under a GPU's autocast. Temporary
+    memory of kernels is not counted, nor are half-precision copies of weights, nor is the block
+    that a recomputed level computes again.
     """
     net, z, t, cond = _one_image(model.first(levels))
     net.recompute(recompute)
-    return kept_bytes(net, lambda: net(z, t, cond))
+    if not half:
+        return kept_bytes(net, lambda: net(z, t, cond))
+    with _GpuAutocast(net) as autocast:
+        kept = kept_tensors(net, lambda: net(z, t, cond))
+    copies = {copy.untyped_storage()._cdata for copy in autocast.copies.values()}
+    storages = (x.untyped_storage() for x in kept)
+    return sum(storage.nbytes() for storage in storages if storage._cdata not in copies)
+
+
+class _GpuAutocast(TorchFunctionMode):
+    """CUDA's autocast and fused attention, for tensors that have shapes and no numbers.
+
+    Attributes:
+        copies: half-precision copies of weights, each made once.
+    """
+
+    def __init__(self, net: NestedUNet) -> None:
+        super().__init__()
+        self.copies: dict[Tensor, Tensor] = {}
+        self._floats = [level.head.weight for level in net.levels]  # without autocast
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in IN_HALF and not any(args[1] is weight for weight in self._floats):
+            args = [self._half(x) if isinstance(x, Tensor) else x for x in args]
+        elif name in IN_FLOAT32:
+            args = [x.float() if isinstance(x, Tensor) else x for x in args]
+        if name != ATTENTION:
+            return func(*args, **kwargs)
+        if (mask := kwargs["attn_mask"]) is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        bias = torch.zeros_like(mask, dtype=torch.bfloat16)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(*args, bias, True)[0]
+
+    def _half(self, x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            return x.bfloat16() if x.is_floating_point() else x
+        if x not in self.copies:
+            self.copies[x] = x.bfloat16()
+        return self.copies[x]
 
 
 def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:

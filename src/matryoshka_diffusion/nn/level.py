@@ -129,7 +129,8 @@ class Level(nn.Module):
         """`part(*inputs)`. A recomputed level keeps only the inputs for its backward pass."""
         if not self.recomputed:
             return part(*inputs)
-        return checkpoint(part, *inputs, use_reentrant=False)
+        draws = self.config.dropout > 0  # only dropout needs the state of random numbers again
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     def embed(self, t: Float[Tensor, " b"], context: Context) -> Float[Tensor, "b e"]:
         """Time, micro-conditions, label and pooled text as one vector, after its SiLU."""

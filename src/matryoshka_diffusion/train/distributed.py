@@ -153,7 +153,9 @@ def shared(net: nn.Module, world: World, device: torch.device) -> nn.Module:
     if world.size == 1:
         return net
     if world.parallel == "ddp":
-        return DistributedDataParallel(net, init_sync=False)  # the weights are the same already
+        # The weights are the same already. Gradients that are parts of the buckets in which they
+        # travel need no second copy. Every parameter is used in every step, also by no rows.
+        return DistributedDataParallel(net, init_sync=False, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

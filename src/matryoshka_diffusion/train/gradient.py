@@ -130,8 +130,9 @@ class Gradient(Generic[Net]):
             for gradient in gradients:
                 add = parameter.grad is not None
                 parameter.grad = parameter.grad.add_(gradient) if add else gradient
-            if parameter.grad is not None and scale != 1.0:
-                parameter.grad.div_(scale)
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if scale != 1.0 and gradients:
+            torch._foreach_div_(gradients, scale)
 
 
 def _twin(net: Net) -> Net:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
@@ -16,7 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.config import ConfigError, TrainConfig
+from matryoshka_diffusion.pyramid import rows_of_mix
 
 Net = TypeVar("Net", bound=nn.Module)
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -25,12 +27,47 @@ Layout = Literal["nchw", "channels_last"]
 LayoutSetting = Literal["auto", Layout]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 GROWTH_INTERVAL = 2_000
 """Steps without an overflow after which the loss scale is doubled."""
 
 # By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32) where the GPU can,
 # while torch's matrix products do not. Here fp32 means float32 on every device.
 torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def algorithms(train: TrainConfig) -> Iterator[None]:
+    """Choose how a GPU computes, and put everything back after.
+
+    With `train.deterministic` it takes algorithms that repeat their results, bit for bit. Otherwise
+    cuDNN tries its algorithms on every new shape of a convolution, which pays if shapes come
+    again: micro-batches of no more than two kinds.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get(WORKSPACE)
+    torch.backends.cudnn.benchmark = not train.deterministic and shapes_repeat(train)
+    if train.deterministic:
+        torch.use_deterministic_algorithms(True)
+        os.environ[WORKSPACE] = ":4096:8"  # cuBLAS reads it at its first product
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        if train.deterministic:
+            os.environ.pop(WORKSPACE)
+            os.environ |= {} if workspace is None else {WORKSPACE: workspace}
+
+
+def shapes_repeat(train: TrainConfig) -> bool:
+    """Whether at most two kinds of batches occur in each stage, counted by the rows of levels."""
+    for stage in train.stages:
+        size = stage.batch_size
+        firsts = range(0, min(stage.images, 32 * size), size)
+        if stage.mix and len({rows_of_mix(stage.mix, first, size) for first in firsts}) > 2:
+            return False
+    return True
 
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
