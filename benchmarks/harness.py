@@ -79,6 +79,16 @@ def take_turns(
     return seconds
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The clock for variants that compute in one thread on a CPU: that of the process.
+
+    It stands while the process waits for a core. Several threads wait for each other in loops,
+    which it would count, and a GPU computes by itself.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its work."""
     if device.type == "cuda":

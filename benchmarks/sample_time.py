@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import parse, parser, report, speed, take_turns
+from benchmarks.harness import clock_of, parse, parser, report, speed, take_turns
 from matryoshka_diffusion.pipeline import Matryoshka
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             precision: partial(model.sample, ["red apple"], n=count, steps=values.steps)
             for precision, model in models.items()
         }
-        seconds = take_turns(variants, values.repeats, device)
+        seconds = take_turns(variants, values.repeats, device, clock_of(device))
         for precision, run in variants.items():
             median = statistics.median(seconds[precision])
             row = {

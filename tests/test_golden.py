@@ -18,7 +18,20 @@ from matryoshka_diffusion.philox import Place
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
-CLASSES = ("--class", "disk", "--class", "square", "-n", "2", "--seed", "3", "--steps", "4")
+CLASSES = (
+    "--class",
+    "disk",
+    "--class",
+    "square",
+    "-n",
+    "2",
+    "--seed",
+    "3",
+    "--steps",
+    "4",
+    "--precision",
+    "fp32",
+)
 
 
 def noise_of_then(places: list[Place], count: int, device: object) -> torch.Tensor:

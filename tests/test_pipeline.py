@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka_diffusion.conditioning import equally_long
 from matryoshka_diffusion.config import UsageError
@@ -17,6 +19,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.sampling import entries_of
 from matryoshka_diffusion.schedule import instants
+from matryoshka_diffusion.train.precision import resolve_precision
 from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config, with_frames
 
@@ -94,6 +97,31 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler):
         assert np.abs(many[5].astype(int) - one[0]).max() <= 1
         assert np.abs(many.astype(int) - parts).max() <= 1
     assert len(np.unique(together.pictures, axis=0)) == 16
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each weight of a network is converted."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.names = {id(weight): name for name, weight in net.named_parameters()}
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and id(args[0]) in self.names:
+            self.counts[self.names[id(args[0])]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps_and_batches():
+    plain = text_model()
+    model = Matryoshka(plain.net, plain.config, encoder=Words(), precision="bf16")
+    with Casts(model.net) as casts:
+        model.sample("red", n=3, batch_size=2)
+    convolutions = {name for name, weight in model.net.named_parameters() if weight.ndim == 4}
+    heads = {f"levels.{level}.head.weight" for level in range(2)}
+    assert casts.counts.keys() >= convolutions - heads
+    assert set(casts.counts.values()) == {1}
 
 
 def test_every_level_comes_back_coarse_to_fine_with_captions_seeds_and_settings():
@@ -255,6 +283,7 @@ def test_what_is_no_text_is_named_with_its_place(value):
 
 def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):
     model = Matryoshka.load(exported)
+    assert model.precision == resolve_precision("auto", torch.device("cpu"))
     model._encoder = Words()
     assert model.sample("red", steps=2).pictures.shape == (1, 16, 16, 3)
     weights = exported / "model" / "model.safetensors"

@@ -24,12 +24,13 @@ from matryoshka_diffusion.models.find import (
     shipped_models,
     with_encoder,
 )
+from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.precision import Precision
+from matryoshka_diffusion.train.precision import PrecisionSetting
 from matryoshka_diffusion.train.weights import fingerprint, load_network
 
 
@@ -41,7 +42,8 @@ class Samples:
         levels: bytes of every level, coarse to fine; the last is the full resolution. A level with
             frames holds clips. Where levels are latents of a codec, each is decoded.
         captions: the prompt or class of each sample.
-        seeds: the seed of each sample, which alone or in any batch gives the same image.
+        seeds: the seed of each sample, which gives the same image alone and in any batch, in bf16
+            up to its rounding.
         settings: all that is needed to draw the samples again.
     """
 
@@ -77,8 +79,8 @@ class Samples:
 class Matryoshka(DiffusionModel):
     """A trained network with its process, text encoder, codec and sampling defaults.
 
-    It samples in float32 by default. In bf16, which is faster on some hardware, an image depends
-    slightly on its batch.
+    A loaded model samples in bf16 where the hardware multiplies it; an image then depends slightly
+    on its batch. In float32 (`precision="fp32"`) it is the same within one grey value.
 
     Example:
         >>> model = Matryoshka.load("openmoji")  # doctest: +SKIP
@@ -102,7 +104,7 @@ class Matryoshka(DiffusionModel):
         run: str | Path,
         *,
         device: torch.device | str = "cpu",
-        precision: Precision = "fp32",
+        precision: PrecisionSetting = "auto",
         text_encoder: str | None = None,
         encoder: TextEncoder | None = None,
         progress: Progress | None = None,
@@ -112,6 +114,7 @@ class Matryoshka(DiffusionModel):
         A path takes precedence over the name of a shipped model.
 
         Args:
+            precision: arithmetic of the network, see `DiffusionModel`.
             text_encoder: folder or hub id of a text encoder that replaces the one in the config.
             encoder: a text encoder that is loaded already.
             progress: called with (bytes done, bytes in all) while a released checkpoint is
@@ -205,22 +208,21 @@ class Matryoshka(DiffusionModel):
         if len(seeds) != count:
             raise UsageError(f"seed has {len(seeds)} numbers for {count} samples: give one each")
         cond = self.with_coarse(cond, coarse, seeds, sampling)
-        parts: list[list[UInt8[Tensor, "b ... c"]]] = []
         batch_size = batch_size or batch_of(self.resolutions[-1].frames)
         batches = self.batches(cond, len(seeds), batch_size)
-        for number, rows in enumerate(batches):
-            own_seeds = [seeds[row] for row in rows.tolist()]
-            state = None
-            for state in self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, negative):
-                if progress is not None:
-                    progress(number * sampling.steps + state.step, len(batches) * sampling.steps)
-            assert state is not None, "a config has at least one step"
-            refuse_nan(state.z, own_seeds)
-            # Bytes, so that no floats of earlier batches are kept.
-            decode = self.codec.decode if self.codec is not None else lambda level: level
-            pixels = self.config.data.pixels
-            images = (to_uint8(decode(level).cpu(), pixels) for level in state.z)
-            parts.append([image.movedim(1, -1) for image in images])
+        parts: list[list[UInt8[Tensor, "b ... c"]]] = []
+        # Autocast keeps the weights that it has cast until the end of the outermost context.
+        with without_autocast(self.device):
+            for number, rows in enumerate(batches):
+                own_seeds = [seeds[row] for row in rows.tolist()]
+                state = None
+                for state in self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, negative):
+                    if progress is not None:
+                        done = number * sampling.steps + state.step
+                        progress(done, len(batches) * sampling.steps)
+                assert state is not None, "a config has at least one step"
+                refuse_nan(state.z, own_seeds)
+                parts.append(self._pixels(state.z))
         order = torch.cat(batches).argsort()
         levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         record = {
@@ -232,6 +234,12 @@ class Matryoshka(DiffusionModel):
             **sampling.model_dump(mode="json"),
         }
         return Samples(levels, captions, seeds, record)
+
+    def _pixels(self, z: Pyramid) -> list[UInt8[Tensor, "b ... c"]]:
+        """Bytes of every level, so that no floats of earlier batches are kept."""
+        decode = self.codec.decode if self.codec is not None else lambda level: level
+        pixels = self.config.data.pixels
+        return [to_uint8(decode(level).cpu(), pixels).movedim(1, -1) for level in z]
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.

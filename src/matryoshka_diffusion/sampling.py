@@ -22,7 +22,12 @@ from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
-from matryoshka_diffusion.train.precision import Precision, autocast
+from matryoshka_diffusion.train.precision import (
+    Precision,
+    PrecisionSetting,
+    autocast,
+    resolve_precision,
+)
 
 PER_LEVEL = ("guidance", "threshold")
 """Sampling settings that take one value, or one for each level."""
@@ -47,7 +52,8 @@ class DiffusionModel:
         config: the config of the run, with the sampling defaults.
         encoder: the text encoder; without one, `config.encoder` is loaded when it is needed.
         features: features of captions by that encoder, which need not be loaded for one of these.
-        precision: arithmetic of the network. Under bf16 an image depends slightly on its batch.
+        precision: arithmetic of the network; `auto` is bf16 where the hardware multiplies it. Under
+            bf16 an image depends slightly on its batch.
     """
 
     def __init__(
@@ -59,11 +65,11 @@ class DiffusionModel:
         encoder: TextEncoder | None = None,
         features: Mapping[str, Float[Tensor, "_ d"]] | None = None,
         device: torch.device | str = "cpu",
-        precision: Precision = "fp32",
+        precision: PrecisionSetting = "fp32",
     ) -> None:
         self.net, self.model, self.config = net, model, config
         self.device = torch.device(device)
-        self.precision: Precision = precision
+        self.precision: Precision = resolve_precision(precision, self.device)
         self.process = Process.from_config(config.process, model)
         self._encoder = encoder
         self._features = features or {}

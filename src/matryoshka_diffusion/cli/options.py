@@ -19,7 +19,7 @@ GRIDS = ("trailing", "log-snr", "released")
 THRESHOLDS = ("none", "clip", "dynamic")
 DTYPES = ("fp32", "bf16")
 RANK_TIMEOUT = 60  # seconds
-PRECISION = "fp32"
+PRECISION = "auto"
 MODEL = "run folder, model folder, released .pth or shipped model"
 DATA = "folder, tar shards, parquet or hf:NAME"
 MODEL_FOLDER: dict[str, Any] = {
@@ -94,8 +94,8 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     add("--threshold", choices=THRESHOLDS, help="how estimates stay in the range of pixels")
     text = "samples at a time (64 images, or clips of 64 frames together)"
     add("--batch-size", type=positive, metavar="N", help=text)
-    text = f"of the network ({PRECISION})"
-    add("--precision", choices=DTYPES, default=PRECISION, help=text)
+    text = "of the network (auto: bf16 where the hardware multiplies it, else fp32)"
+    add("--precision", choices=(PRECISION, *DTYPES), default=PRECISION, help=text)
 
 
 # --- values ------------------------------------------------------------------------------------

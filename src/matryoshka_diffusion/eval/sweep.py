@@ -26,7 +26,7 @@ from matryoshka_diffusion.eval.result import Result, plain
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.models.save import average_model
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train.precision import Precision
+from matryoshka_diffusion.train.precision import PrecisionSetting
 
 EMA = "ema"  # the axis whose values are other weights, not sampling settings
 MAX_PROFILE_ERROR = 0.05  # of an average without a warning, as in `mdm ema`
@@ -94,7 +94,7 @@ def averaged(
     usual: Model,
     *,
     device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
+    precision: PrecisionSetting = "auto",
 ) -> Model:
     """Open the model that `mdm ema` writes: a run with the average of this length as its weights.
 

@@ -58,6 +58,8 @@ def preview_arguments(source: Source, config: RunConfig) -> dict[str, Any]:
 class Preview:
     """Hook that draws samples of every level, with the averaged weights and fixed seeds.
 
+    It computes in the precision of the training.
+
     Files are `previews/<images seen>.png` in the run's folder, or an animated `.webp` where a level
     has frames. Coarse images among `arguments` (of `Matryoshka.sample`) are drawn too.
     """
@@ -69,7 +71,12 @@ class Preview:
 
     def __call__(self, view: View) -> Path:
         model = Matryoshka(
-            view.averaged(), view.config, encoder=self.encoder, codec=self.codec, device=self.device
+            view.averaged(),
+            view.config,
+            encoder=self.encoder,
+            codec=self.codec,
+            device=self.device,
+            precision=view.config.train.precision,
         )
         samples = model.sample(**self.arguments)
         coarse = (self.arguments["coarse"],) if "coarse" in self.arguments else ()
