@@ -69,7 +69,10 @@ def test_a_job_that_was_stopped_draws_what_is_missing(model, tmp_path, monkeypat
         draw_requests(loaded, requests, tmp_path / "parts", **options)
     monkeypatch.undo()
     assert len(images(tmp_path / "parts")) == 4
+    stale = tmp_path / "parts" / ".000004-cat.png.0123abcd.tmp"  # kill -9 leaves it
+    stale.write_bytes(b"half an image")
     assert draw_requests(loaded, requests, tmp_path / "parts", **options) == 4
+    assert not stale.exists()
     whole, parts = images(tmp_path / "whole"), images(tmp_path / "parts")
     assert list(whole) == list(parts)
     for name in whole:  # batches are other ones, so sums round otherwise

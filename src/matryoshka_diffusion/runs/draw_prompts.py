@@ -114,6 +114,8 @@ def draw_requests(
     moves = model.resolutions[-1].frames is not None
     with owned(out, SETTINGS):
         _note(model, requests, out / SETTINGS, settings)
+        for stale in out.glob(".[0-9]*.tmp"):  # of a process that was killed while writing
+            stale.unlink()
         paths = [
             out / gallery.file_name(place, str(request.subject), form, moves=moves, digits=DIGITS)
             for place, request in enumerate(requests)
