@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from matryoshka_diffusion import denoiser
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction, Threshold, WeightingConfig
 from matryoshka_diffusion.denoiser import (
@@ -19,6 +18,7 @@ from matryoshka_diffusion.denoiser import (
     Thresholded,
     active_weights,
     dynamic_threshold,
+    upper_quantile,
 )
 from matryoshka_diffusion.diffusion import Network, Process, diffuse, prediction_target
 from matryoshka_diffusion.pyramid import Pyramid
@@ -161,9 +161,14 @@ def test_dynamic_thresholding_by_its_definition(seed: int, scale: float):
     torch.testing.assert_close(dynamic_threshold(x), expected)
 
 
-def test_dynamic_thresholding_of_more_numbers_than_torch_sorts(monkeypatch: pytest.MonkeyPatch):
-    """The quantile is then one of the numbers, next to the one between two of them."""
-    x = 3.0 * numbers(2, 3, 40, 40)
-    between = dynamic_threshold(x)
-    monkeypatch.setattr(denoiser, "QUANTILE_LIMIT", 100)
-    torch.testing.assert_close(dynamic_threshold(x), between, rtol=5e-3, atol=0.0)
+@given(
+    quantile=st.floats(0.0, 1.0),
+    count=st.integers(1, 300),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_upper_quantile_is_the_quantile(quantile: float, count: int, ties: bool, seed: int):
+    x = numbers(3, count, seed=seed)
+    x = x.round() if ties else x
+    expected = torch.quantile(x.double(), quantile, dim=1).float()
+    torch.testing.assert_close(upper_quantile(x, quantile), expected)

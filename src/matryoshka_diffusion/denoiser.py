@@ -21,9 +21,6 @@ from matryoshka_diffusion.diffusion import Network, Process, to_x0
 from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
 from matryoshka_diffusion.schedule import Instant, expand
 
-QUANTILE_LIMIT = 2**24
-"""The most numbers a row may have for `torch.quantile`. Clips may have more."""
-
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -147,14 +144,21 @@ def dynamic_threshold(
 
     Saturated pixels move inwards instead of being cut off (Saharia et al., 2022).
     """
-    sizes = x.abs().flatten(1).float()
-    count = sizes.shape[1]
-    if count <= QUANTILE_LIMIT:
-        extent = torch.quantile(sizes, quantile, dim=1)
-    else:  # the nearest number instead
-        extent = sizes.kthvalue(1 + round(quantile * (count - 1)), dim=1).values
+    extent = upper_quantile(x.abs().flatten(1).float(), quantile)
     extent = expand(extent.clamp(1.0, ceiling), x)
     return x.clamp(-extent, extent) / extent
+
+
+def upper_quantile(x: Float[Tensor, "b n"], quantile: float) -> Float[Tensor, " b"]:
+    """A quantile of each row, as `torch.quantile`, which sorts whole rows of at most 2^24 numbers.
+
+    It lies between two numbers of the row: the two least of those above the share of `quantile`.
+    """
+    place = quantile * (x.shape[1] - 1)
+    first = math.floor(place)
+    above = x.topk(x.shape[1] - first, dim=1, sorted=False).values
+    two = above.topk(min(2, above.shape[1]), dim=1, largest=False).values
+    return torch.lerp(two[:, 0], two[:, -1], place - first)
 
 
 THRESHOLDS: dict[Threshold, Callable[[Tensor], Tensor]] = {
