@@ -75,7 +75,7 @@ def try_family(config: RunConfig, device: torch.device, precision: Precision) ->
         base = NestedUNet(config.model).state_dict()
         lora = config.train.lora.model_copy(update={"base": fingerprint(base)})
         config = config.model_copy(update={"train": config.train.model_copy(update={"lora": lora})})
-    layout = resolve_layout("auto", device)
+    layout = resolve_layout("auto", device, precision)
     repeated = trainer(config, ROWS, device, base, precision=precision, layout=layout)
     while not isinstance(repeated.trainer.step(repeated.inputs), Stepped):
         pass

@@ -43,7 +43,7 @@ class Meter(NamedTuple):
     @property
     def layout(self) -> str:
         """The layout that a run has on this device."""
-        return resolve_layout("auto", self.device)
+        return resolve_layout("auto", self.device, "bf16")
 
     def seconds(self, run: Callable[[], object], repeats: int = 5) -> float:
         """Median seconds of a call; without a GPU one call is enough."""

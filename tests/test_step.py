@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, RunConfig, StageConfig
 from matryoshka_diffusion.nn.layers import attend, norm
+from matryoshka_diffusion.nn.level import Block, Up
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid
+from matryoshka_diffusion.train import precision as precision_module
 from matryoshka_diffusion.train import trainer as trainer_module
 from matryoshka_diffusion.train.checkpoint import read, save
 from matryoshka_diffusion.train.gradient import resolve_threads
@@ -327,8 +328,12 @@ def test_automatic_precision_and_layout_follow_the_device(monkeypatch):
         assert resolve_precision("fp32", CPU) == "fp32"
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert resolve_precision("auto", CPU) == "fp32"
-    layouts = [resolve_layout(name, place) for name in ("auto", "nchw") for place in (CPU, GPU)]
-    assert layouts == ["nchw", "channels_last", "nchw", "nchw"]
+    for compiled, layout in ((None, "nchw"), (object(), "channels_last")):
+        monkeypatch.setattr(precision_module, "library", lambda compiled=compiled: compiled)
+        assert resolve_layout("auto", CPU, "bf16") == layout
+        assert resolve_layout("auto", CPU, "fp32") == "nchw"
+        assert resolve_layout("auto", GPU, "fp32") == "channels_last"
+        assert resolve_layout("nchw", GPU, "bf16") == "nchw"
 
 
 def test_float32_convolutions_are_float32_on_a_gpu():
@@ -505,25 +510,23 @@ def test_the_scale_is_in_the_checkpoint_and_an_older_one_loads_without(tmp_path)
 # --- layout ------------------------------------------------------------------------------------
 
 
-def is_last(x: Tensor) -> bool:
-    kind = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=kind) and not x.is_contiguous()
-
-
-def test_all_that_is_as_large_as_the_weights_lies_as_the_features_do():
-    """Else each step would copy weights, or update averages one element at a time."""
+def test_features_keep_their_layout_and_what_is_as_large_as_weights_has_theirs():
+    """Else each block would copy features, and each step update averages one by one."""
     config = tiny_config(layout="channels_last")
     trainer = Trainer(diffusion(config))
-    seen: list[Pyramid] = []
+    seen: list[Tensor] = []
     trainer.grow(2)
-    trainer.net.register_forward_pre_hook(lambda _, values: seen.append(values[0]))
+    for module in trainer.net.modules():
+        if isinstance(module, Block | Up):
+            module.register_forward_hook(lambda *values: seen.append(values[2]))
     trainer.step(inputs(24, config))
-    assert all(map(is_last, seen[0]))
+    assert len(seen) > 4
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     name = "levels.1.stem.weight"
     weight = trainer.net.get_parameter(name)
     memory = trainer.optimizer.state[weight]
-    for value in (weight, trainer.ema.weights[name], there(weight.grad), memory["exp_avg"]):
-        assert is_last(value)
+    for value in (trainer.ema.weights[name], there(weight.grad), memory["exp_avg"]):
+        assert value.stride() == weight.stride()
 
 
 @pytest.mark.parametrize(("make", "loader"), [(tiny_config, TinyPictures), (tiny_video, TinyClips)])

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from matryoshka_diffusion.nn.norms import normalise
+
 GROUPS = 32
 """Groups of every group normalisation. Widths are multiples of it."""
 FILLS = frozenset(("fill_", "zero_", "normal_", "uniform_", "kaiming_uniform_"))
@@ -112,10 +114,10 @@ class ResidualBlock(nn.Module):
         self, h: Float[Tensor, "b inputs y x"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b outputs y x"]:
         """`embedding` is after its SiLU, which acts once for the whole level."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        out = self.conv1(F.silu(self.norm1(h)))
-        out = torch.addcmul(shift, self.norm2(out), 1 + scale)
-        return self.skip(h) + self.conv2(self.dropout(F.silu(out)))
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        out = self.conv1(normalise(self.norm1, h))
+        out = normalise(self.norm2, out, scale, shift)
+        return self.skip(h) + self.conv2(self.dropout(out))
 
 
 class Attention(nn.Module):
@@ -142,14 +144,16 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b n"] | None,
     ) -> Float[Tensor, "b c y x"]:
         """`mask` is True for the tokens to attend to; without it these are all."""
-        positions = innermost(self.qkv(self.norm(h)).flatten(2).transpose(1, 2))
+        qkv = self.qkv(normalise(self.norm, h, silu=False))
+        positions = innermost(qkv.flatten(2).transpose(1, 2))
         q, k, v = (split_heads(part, self.heads) for part in positions.chunk(3, dim=2))
         attended = attend(q, k, v, None)
         if tokens is not None and self.text_kv is not None and self.text_norm is not None:
             text = self.text_kv(self.text_norm(tokens))
             k, v = (split_heads(part, self.heads) for part in text.chunk(2, dim=2))
             attended = attended + attend(q, k, v, mask)
-        attended = attended.transpose(2, 3).flatten(1, 2).view_as(h)
+        attended = attended.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, h.shape[2:])
+        attended = attended.contiguous() if h.is_contiguous() else attended  # the layout of h
         return self.feed_forward(h + self.out(attended))
 
 
@@ -163,7 +167,7 @@ class _PixelMLP(nn.Module):
         self.down = nn.Conv2d(4 * width, width, 1)
 
     def forward(self, h: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
-        return h + self.down(F.gelu(self.up(self.norm(h))))
+        return h + self.down(F.gelu(self.up(normalise(self.norm, h, silu=False))))
 
 
 class TextLayer(nn.Module):
@@ -212,6 +216,11 @@ def attend(
 ) -> Float[Tensor, "b heads m w"]:
     """Softmax attention of each query over the keys at which `mask` is True."""
     allowed = None if mask is None else mask[:, None, None, :]
+    if q.device.type == "cpu":  # where plain products are several times as fast as fused attention
+        if allowed is not None:  # the function below takes numbers to add, no truth values
+            allowed = q.new_zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+        with without_autocast(q.device):  # logits stay float32
+            return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, allowed)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 

@@ -27,6 +27,7 @@ from matryoshka_diffusion.nn.layers import (
     without_autocast,
     zero,
 )
+from matryoshka_diffusion.nn.norms import normalise
 from matryoshka_diffusion.nn.temporal import DownFrames, FrameAttention, UpFrames
 from matryoshka_diffusion.pyramid import frames_as_rows, pad_rows, rows_as_frames
 from matryoshka_diffusion.schedule import NoiseSchedule, alpha_sigma, expand
@@ -123,7 +124,7 @@ class Level(nn.Module):
     def _predict(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n p y x"]:
         """The output layer in the precision of its weights: also under autocast it is float32."""
         with without_autocast(h.device):
-            return self.head(F.silu(self.norm(h.to(self.norm.weight.dtype))))
+            return self.head(normalise(self.norm, h.to(self.norm.weight.dtype)))
 
     def _run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """`part(*inputs)`. A recomputed level keeps only the inputs for its backward pass."""

@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from matryoshka_diffusion.config import ConfigError, TrainConfig
+from matryoshka_diffusion.nn.level import Level
+from matryoshka_diffusion.nn.norms import library
 from matryoshka_diffusion.pyramid import rows_of_mix
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -123,28 +125,36 @@ class LossScale:
         return LossScale(self.factor * self.growth, self.growth)
 
 
-def resolve_layout(setting: LayoutSetting, device: torch.device) -> Layout:
-    """Replace `auto` by channels last on GPUs, whose half-precision convolutions work on it.
+def resolve_layout(
+    setting: LayoutSetting, device: torch.device, precision: PrecisionSetting
+) -> Layout:
+    """Replace `auto` by channels last where half-precision convolutions work on it, else by NCHW.
 
-    Layouts differ in rounding and speed only. Measured on CPUs: NCHW is 1.4 times as fast in bf16
-    and about even in fp32 (docs/performance.md).
+    These are all GPUs, and CPUs in bf16 if norms can be compiled for that layout (`nn/norms.py`).
+    Layouts differ in rounding and speed only.
     """
-    automatic = "channels_last" if device.type == "cuda" else "nchw"
-    return automatic if setting == "auto" else setting
+    if setting != "auto":
+        return setting
+    fast = device.type == "cpu" and precision == "bf16" and library() is not None
+    return "channels_last" if fast or device.type == "cuda" else "nchw"
 
 
 def placed(net: Net, device: torch.device, layout: LayoutSetting) -> Net:
-    """Move a network to a device and into a layout, into which it then brings its input itself."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}  # images, clips
+    """Move a network to a device; with channels last, its stems bring features into that layout.
 
-    def bring(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = (level.contiguous(memory_format=formats[level.ndim]) for level in inputs[0])
-        return (tuple(x), *inputs[1:])
+    All operations keep it from there on. A CPU brings weights into an order of its own each time.
+    """
+
+    def bring(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].contiguous(memory_format=torch.channels_last),)
 
     net = net.to(device)
     if layout == "channels_last":
-        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        net.register_forward_pre_hook(bring)
+        if device.type != "cpu":
+            net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        for level in net.modules():
+            if isinstance(level, Level):
+                level.stem.register_forward_pre_hook(bring)
     return net
 
 

@@ -113,10 +113,11 @@ def open_run(
     if written is not None:
         data = continued_data(folder, written, config, changed=data_changed)
         config = _continued(folder, written.model_copy(update={"data": data}), config)
+    precision = resolve_precision(config.train.precision, device)
     config = _with(
         config,
-        precision=resolve_precision(config.train.precision, device),
-        layout=resolve_layout(config.train.layout, device),
+        precision=precision,
+        layout=resolve_layout(config.train.layout, device, precision),
         threads=resolve_threads(config.train.threads, config.train, config.model, device),
     )
     if config != written:  # new, prepared for a first start, or its codec has moved

@@ -1,0 +1,99 @@
+"""Normalisation in one go equals its definition, and so do its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from matryoshka_diffusion.nn import norms
+from matryoshka_diffusion.nn.norms import is_fused, library, normalise
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C compiler")
+
+
+def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+    return draw.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def norm_of(channels: int, groups: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, channels)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, channels))
+        norm.bias.copy_(torch.linspace(-1, 1, channels))
+    return norm
+
+
+def defined(norm: nn.GroupNorm, h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool):
+    out = norm(h)
+    if scale is not None and shift is not None:
+        out = out * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(out) if silu else out
+
+
+@needs_compiler
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("shape", [(3, 96, 5, 7), (2, 32, 1, 2), (1, 64, 8, 8)])
+def test_one_pass_equals_the_definition_in_float64(shape, modulated, silu):
+    rows, channels = shape[:2]
+    h, weights = features(shape), features(shape, 1)
+    pair = torch.randn(2, rows, channels, generator=torch.Generator().manual_seed(2)).bfloat16()
+    scale, shift = (*pair,) if modulated else (None, None)
+    assert is_fused(h)
+
+    def gradients(apply: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        exact = norm_of(channels, 32).to(kind)
+        inputs = [None if x is None else x.to(kind).requires_grad_() for x in (h, scale, shift)]
+        if kind == torch.bfloat16:
+            exact, inputs[0] = norm_of(channels, 32), h.detach().requires_grad_()
+        out = apply(exact, *inputs)
+        leaves = [x for x in (*inputs, *exact.parameters()) if x is not None]
+        return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+
+    made = gradients(partial(normalise, silu=silu), torch.bfloat16)
+    expected = gradients(partial(defined, silu=silu), torch.float64)
+    assert made[0].is_contiguous(memory_format=torch.channels_last)
+    for value, truth in zip(made, expected, strict=True):
+        assert value.shape == truth.shape
+        error = (value.detach().double() - truth.detach()).abs().max()
+        assert error < 2**-8 * truth.detach().abs().max()
+
+
+@needs_compiler
+def test_large_means_extremes_and_no_rows():
+    norm = norm_of(32, 32).requires_grad_(False)
+    far = (features((2, 32, 4, 4)).float() * 0.25 + 10).bfloat16()
+    far = far.contiguous(memory_format=torch.channels_last)
+    expected = norm.double()(far.double())
+    norm.float()
+    assert float((normalise(norm, far, silu=False).double() - expected).abs().max()) < 0.02
+    assert normalise(norm, features((0, 32, 4, 4))).shape == (0, 32, 4, 4)
+    flat = torch.zeros_like(far)
+    assert torch.equal(normalise(norm, flat, silu=False)[0, :, 0, 0], norm.bias.bfloat16())
+    for extreme in (200.0, -200.0):  # far beyond the range of exp
+        shift = torch.full((2, 32), extreme)
+        silu = normalise(norm, flat, torch.zeros(2, 32), shift)
+        assert float(silu.min()) == pytest.approx(max(extreme, 0.0), abs=2.0)
+    far[0, 3, 1, 1] = math.nan
+    assert normalise(norm, far)[0, 3].isnan().all(), "a broken step is noticed"
+    assert normalise(norm, far)[1].isfinite().all()
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert library.__wrapped__() is None
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("MDM_CACHE", str(tmp_path))
+    assert library.__wrapped__() is None
+    monkeypatch.setattr(norms, "library", lambda: None)
+    norm, h, scale = norm_of(32, 32).bfloat16(), features((2, 32, 4, 4)), features((2, 32, 1, 1))
+    pair = scale.flatten(1), scale.flatten(1)
+    out = normalise(norm, h, *pair)
+    torch.testing.assert_close(out, defined(norm, h, *pair, silu=True), rtol=0.02, atol=0.02)
