@@ -132,7 +132,7 @@ class Gradient(Generic[Net]):
                 parameter.grad = parameter.grad.add_(gradient) if add else gradient
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         if scale != 1.0 and gradients:
-            torch._foreach_div_(gradients, scale)
+            torch._foreach_div_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _twin(net: Net) -> Net:
