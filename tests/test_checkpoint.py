@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from matryoshka_diffusion.configfile import from_dict
+from matryoshka_diffusion.files import BrokenFile
 from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train.checkpoint import (
     FILES,
@@ -73,8 +74,21 @@ def test_a_tensor_is_read_on_access_and_belongs_to_the_caller(tmp_path):
     with pytest.raises(KeyError, match="no such name"):
         weights["no such name"]
     (path / "weights.safetensors").unlink()
+    assert "a.weight" in weights
+    assert "no such name" not in weights
     with pytest.raises(FileNotFoundError):
         weights["a.weight"]
+
+
+def test_a_file_that_ends_too_early_or_holds_other_types_is_damaged(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for value in (torch.ones(3, 4), torch.ones(2, dtype=torch.float8_e4m3fn)):
+        save_file({"a": value}, path)
+        stored = Stored([path])
+        if value.dtype == torch.float32:
+            os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(BrokenFile, match=str(path)):
+            stored["a"]
 
 
 def test_tensors_of_any_layout_are_saved(tmp_path):

@@ -5,11 +5,12 @@ The reader of safetensors parses a header of any length: 73 MB of it take 1.3 GB
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ FLOATS = {
     "F64": torch.float64,
 }
 """Types of weights by their names in a file; a cast of any other type would change the network."""
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def check_header(path: Path) -> None:
@@ -72,6 +74,54 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise BrokenFile(f"{path}: damaged or no safetensors file ({error})") from error
+
+
+class Place(NamedTuple):
+    """Place of a tensor in a file: the bytes from `begin` to `end`, and what they mean."""
+
+    path: Path
+    dtype: str
+    shape: torch.Size
+    begin: int
+    end: int
+
+    def read(self) -> Tensor:
+        """Read the tensor into memory of its own, and no other byte of the file.
+
+        Raises `BrokenFile` if the file ends too early, or if the type is neither one of weights nor
+        one of counts.
+        """
+        dtype = (FLOATS | _INTEGERS).get(self.dtype)
+        if dtype is None:
+            raise BrokenFile(f"{self.path}: holds {not_floats(self.dtype)}")
+        value = torch.empty(self.shape, dtype=dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.begin)
+            count = file.readinto(value.reshape(-1).view(torch.uint8).numpy())
+        if count != self.end - self.begin:
+            raise BrokenFile(f"{self.path}: ends too early: copy or download it again")
+        return value
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Find every tensor of a file by name, without reading any. Raises `BrokenFile`.
+
+    `safe_open` would parse the whole description for each tensor that is read alone, or keep the
+    pages of all of them in memory.
+    """
+    with open_tensors(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return {
+        name: Place(
+            path,
+            entry["dtype"],
+            torch.Size(entry["shape"]),
+            *(8 + length + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in entries.items()
+    }
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,7 +32,7 @@ from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write_atomically
 from matryoshka_diffusion.modelconfig import Natural, Strict
 from matryoshka_diffusion.nn.nested import present_name
-from matryoshka_diffusion.tensorfile import FLOATS, open_tensors
+from matryoshka_diffusion.tensorfile import FLOATS, Place, places
 from matryoshka_diffusion.train.distributed import ALONE, World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -251,22 +251,18 @@ class Stored(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._pieces: dict[str, list[tuple[Path, str, list[int]]]] = {}
-        self.types: dict[str, str] = {}
+        self._pieces: dict[str, list[Place]] = {}
         for path in files:
-            with open_tensors(path) as file:
-                for name in file.keys():  # noqa: SIM118, it is no mapping
-                    piece = (path, name, file.get_slice(name).get_shape())
-                    self._pieces.setdefault(present_name(name), []).append(piece)
-                    self.types[present_name(name)] = file.get_slice(name).get_dtype()
+            for name, piece in places(path).items():
+                self._pieces.setdefault(present_name(name), []).append(piece)
+        self.types = {name: pieces[-1].dtype for name, pieces in self._pieces.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        pieces = []
-        for path, stored, _ in self._pieces[name]:
-            # Pages of an open file count as memory once they were read, so it is closed again.
-            with open_tensors(path) as file:
-                pieces.append(file.get_tensor(stored))
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+        pieces = [piece.read() for piece in self._pieces[name]]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pieces  # a Mapping would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -276,7 +272,7 @@ class Stored(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor, without reading it."""
-        first, *rest = (shape for *_, shape in self._pieces[name])
+        first, *rest = (piece.shape for piece in self._pieces[name])
         return torch.Size([first[0] + sum(shape[0] for shape in rest), *first[1:]] if first else [])
 
 
