@@ -183,7 +183,8 @@ def resume(
 
 def _train(data: Path, run: Path, device: torch.device, precision: Precision, images: int) -> None:
     half = images // 2
-    stage = f"{{levels: 3, images: {images}, batch_size: 16, lr: 0.001, mix: [0.4, 0.1, 0.5]}}"
+    rows = min(half, 16)
+    stage = f"{{levels: 3, images: {images}, batch_size: {rows}, lr: 1e-3, mix: [0.4, 0.1, 0.5]}}"
     settings = {
         "stages": f"[{stage}]",
         "precision": precision,

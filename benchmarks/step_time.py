@@ -97,10 +97,10 @@ def _rows(
     seconds = take_turns({key: each.step for key, each in trainers.items()}, repeats, device)
     synchronize(device)
     model = preset(name).model
-    rows = []
+    image_flops, rows = 3 * forward_flops(model, len(model.levels)), []
     for key, each in trainers.items():
         median, batch = statistics.median(seconds[key]), len(each.inputs.ids)
-        flops = 3 * forward_flops(model, len(model.levels)) * batch / median
+        flops = image_flops * batch / median
         row = {
             "model": name,
             "variant": key,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from benchmarks import (
+    cold_start,
     families,
     files_touched,
     first_gpu,
@@ -27,21 +32,23 @@ from benchmarks import (
 from benchmarks.step_time import largest_batch
 
 import recordings
+from matryoshka_diffusion.cli.main import main as mdm
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
+from ranks import start
 
 CPU = torch.device("cpu")
-SMALL = ["--model", "fashion-mnist", "--batch", "2"]
+SMALL = ["--model", "tiny", "--batch", "2"]
 SCRIPTS = {
     "step_time": [*SMALL, "--fp16"],
     "memory": SMALL,
-    "optimizer": ["--model", "fashion-mnist"],
+    "optimizer": ["--model", "tiny"],
     "loading": [*SMALL, "--pictures", "4", "--sides", "40"],
     "sample_time": ["--steps", "1", "--counts", "1"],
     "noise": ["--samples", "1"],
     "cold_start": ["--steps", "1", "--prompts", "umbrella"],
-    "resume": ["--model", "fashion-mnist"],
+    "resume": ["--model", "tiny"],
     "peers": [
         "--wider",
         "1",
@@ -90,8 +97,48 @@ def test_files_count_when_a_function_in_them_is_called():
     assert watch.take().called == []
 
 
+def main_of(name: str, words: Sequence[str], output: Path) -> None:
+    """Run a benchmark with its output in a file."""
+    preset_is_tiny(pytest.MonkeyPatch())
+    with open(output, "w", encoding="utf-8") as file, redirect_stdout(file):
+        import_module(f"benchmarks.{name}").main(words)
+
+
+def preset_is_tiny(patch: pytest.MonkeyPatch) -> None:
+    for name in ("steps", "step_time", "optimizer", "loading", "resume"):
+        patch.setattr(f"benchmarks.{name}.preset", families.tiny)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Presets are tiny, and no process imports torch for itself."""
+
+    def child(command: list[str], *, env: Mapping[str, str] | None = None, **_: object) -> object:
+        python, _, module, *words = command
+        output, changed = tmp_path / "output", dict((env or {}).items() - os.environ.items())
+        status, errors = start(main_of, module.split(".")[1], words, output, **changed).end()
+        assert (python, status) == (sys.executable, 0), errors
+        return SimpleNamespace(stdout=output.read_text("utf-8"))
+
+    def cpu_seconds(words: Sequence[str], *_: object) -> float:
+        monkeypatch.chdir(tmp_path)
+        assert words[0] == "-c" or mdm(words[2:]) == 0
+        return 1.0
+
+    preset_is_tiny(monkeypatch)
+    for name in ("resume", "scale"):
+        monkeypatch.setattr(f"benchmarks.{name}.subprocess", SimpleNamespace(run=child, PIPE=None))
+    monkeypatch.setattr(cold_start, "cpu_seconds", cpu_seconds)
+
+
+def test_cpu_time_of_a_process_is_measured_and_its_failure_told():
+    assert cold_start.cpu_seconds(["-c", "sum(range(10**6))"], Path(), 1) > 0
+    with pytest.raises(SystemExit, match="no such thing"):
+        cold_start.cpu_seconds(["-c", "raise OSError('no such thing')"], Path(), 1)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys):
+def test_a_script_runs_and_writes_what_it_found(name, tmp_path, capsys, small):
     script = import_module(f"benchmarks.{name}")
     assert f"python -m benchmarks.{name}" in (script.__doc__ or "")
     common = ["--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
@@ -236,8 +283,7 @@ def test_nests_end_with_256_pixels_and_share_their_coarse_levels():
     assert [*five.problems()] == []
 
 
-def test_restoring_is_measured_where_it_happens(tmp_path):
-    size = resume.write(resume.run_config("fashion-mnist"), tmp_path)
-    count = count_parameters(NestedUNet(preset("fashion-mnist").model))
-    assert size == pytest.approx(4 * 4 * count, rel=1e-3), "weights, average and two moments"
-    assert resume.restore("fashion-mnist", tmp_path) > size
+def test_the_state_of_a_checkpoint_is_weights_average_and_two_moments(tmp_path, small):
+    size = resume.write(resume.run_config("tiny"), tmp_path)
+    count = count_parameters(NestedUNet(families.tiny("tiny").model))
+    assert size == pytest.approx(4 * 4 * count, rel=1e-3)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,21 +25,27 @@ from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import learning_rate
 from tiny_run import tiny_config
 
-ALL = all_trials()
-TRIALS = {trial.name: trial for trial in ALL}
-RUNS = [trial for trial in TRIALS.values() if trial.settings is None]
+
+@cache
+def trials() -> dict[str, Trial]:
+    """All trials by name. To count their FLOPs takes seconds."""
+    return {trial.name: trial for trial in all_trials()}
+
+
+def trainings() -> list[Trial]:
+    return [trial for trial in trials().values() if trial.settings is None]
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(TRIALS) == len(ALL) == 200
-    for trial in RUNS:
+    assert len(trials()) == 200
+    for trial in trainings():
         pictures, _, seed = trial.name.split("/")
         assert sum(map(total_flops, trial.parts)) == pytest.approx(SETS[pictures].flops, rel=0.01)
         assert {part.train.seed for part in trial.parts} == {int(seed)}
 
 
 def test_a_variant_differs_from_the_base_in_what_its_name_says():
-    configs = {name: trial.config for name, trial in TRIALS.items()}
+    configs = {name: trial.config for name, trial in trials().items()}
     base, other = configs["emoji/mdm/0"], configs["emoji/eps-eps/0"]
     assert (other.process.prediction, other.process.weighting[0].name) == ("eps", "eps")
     assert other.model_copy(update={"process": base.process, "name": base.name}) == base
@@ -52,7 +59,7 @@ def test_a_variant_differs_from_the_base_in_what_its_name_says():
 
 @pytest.mark.parametrize("name", ["mdm", "joint", "coarse-0.75", "cascade", "latent"])
 def test_the_rate_decays_in_the_last_stage_alone(name):
-    for part in TRIALS[f"fashion/{name}/0"].parts:
+    for part in trials()[f"fashion/{name}/0"].parts:
         train, last = part.train, part.train.stages[-1]
         start, rate, batch = train.images - round(DECAY * last.images), last.lr, last.batch_size
         assert learning_rate(train, start - batch, batch) == pytest.approx(rate, rel=0.01)
@@ -61,14 +68,14 @@ def test_the_rate_decays_in_the_last_stage_alone(name):
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():
-    for trial in RUNS:
+    for trial in trainings():
         points, config = measured_at(trial), trial.config
         *earlier, last = [stage.images for stage in config.train.stages]
         assert points[1.0] == config.train.images
         assert min(points.values()) - sum(earlier) >= 0.09 * last
         if not earlier and trial.base is None:
             assert points.keys() == set(trial.points), "nothing comes before"
-    config = TRIALS["emoji/mdm/0"].config
+    config = trials()["emoji/mdm/0"].config
     half = images_at(config, total_flops(config) / 2)
     assert half == pytest.approx(config.train.stages[0].images, rel=1e-3)
 
@@ -112,7 +119,7 @@ CHANGES: dict[str, Callable[[Trial], Trial]] = {
     "points": lambda trial: replace(trial, points=(1.0,)),
     "samples": lambda trial: replace(trial, samples=5),
     "base": lambda trial: replace(trial, base=trial.config),
-    "codec": lambda trial: replace(trial, codec=TRIALS["emoji/latent/0"].codec),
+    "codec": lambda trial: replace(trial, codec=trials()["emoji/latent/0"].codec),
     "settings": lambda trial: replace(trial, settings={"steps": 2}),
 }
 
@@ -159,7 +166,7 @@ def test_workers_are_processes_and_a_failure_is_their_status(tmp_path, capfd):
 
 
 def test_the_page_has_the_tables_of_the_kept_results(tmp_path, monkeypatch, capsys):
-    results, outdated = read_results(FULL.results, ALL)
+    results, outdated = read_results(FULL.results, [*trials().values()])
     text = PAGE.read_text("utf-8")
     assert not outdated
     assert filled(text, results) == text
