@@ -25,7 +25,7 @@ from matryoshka_diffusion.configfile import load_config, override, to_yaml
 from matryoshka_diffusion.data.loader import Batch, Loader
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.files import UnreadableError
-from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train import checkpoint, precision
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.run_folder import RunInUse, open_run
@@ -307,6 +307,7 @@ def test_what_is_automatic_is_decided_once(tmp_path, monkeypatch):
     config = tiny_config(precision="auto", layout="auto")
     (tmp_path / "config.yaml").write_text(to_yaml(config))  # as growing a trained run leaves it
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setattr(precision, "library", lambda: None)  # no compiler
     resolved = open_run(tmp_path, config, CPU)
     assert (resolved.train.precision, resolved.train.layout) == ("bf16", "nchw")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # moved to another machine
