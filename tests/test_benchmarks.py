@@ -114,7 +114,7 @@ def small(monkeypatch, tmp_path):
     """Presets are tiny, and no process imports torch for itself."""
 
     def child(command: list[str], *, env: Mapping[str, str] | None = None, **_: object) -> object:
-        python, _, module, *words = command
+        python, _option, module, *words = command
         output, changed = tmp_path / "output", dict((env or {}).items() - os.environ.items())
         status, errors = start(main_of, module.split(".")[1], words, output, **changed).end()
         assert (python, status) == (sys.executable, 0), errors

@@ -97,7 +97,7 @@ class Place(NamedTuple):
         value = torch.empty(self.shape, dtype=dtype)
         with open(self.path, "rb") as file:
             file.seek(self.begin)
-            count = file.readinto(value.reshape(-1).view(torch.uint8).numpy())
+            count = file.readinto(value.reshape(-1).view(torch.uint8).numpy().data)
         if count != self.end - self.begin:
             raise BrokenFile(f"{self.path}: ends too early: copy or download it again")
         return value
