@@ -86,6 +86,13 @@ def test_large_means_extremes_and_no_rows():
     assert normalise(norm, far)[1].isfinite().all()
 
 
+@needs_compiler
+def test_weights_of_another_type_are_not_read_as_float32():
+    norm, h = norm_of(32, 32), features((2, 32, 4, 4))
+    expected = defined(norm.bfloat16(), h, None, None, silu=True)
+    torch.testing.assert_close(normalise(norm, h), expected, rtol=0.02, atol=0.02)
+
+
 def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert library.__wrapped__() is None

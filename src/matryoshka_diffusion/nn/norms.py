@@ -67,7 +67,7 @@ def normalise(
     silu: bool = True,
 ) -> Float[Tensor, "b c y x"]:
     """Normalise groups of channels; then scale by 1 + `scale`, add `shift`, and apply SiLU."""
-    if is_fused(h):
+    if is_fused(h) and norm.weight.dtype == torch.float32:
         return _Fused.apply(
             h, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps, silu
         )

@@ -63,7 +63,7 @@ def algorithms(train: TrainConfig) -> Iterator[None]:
 
 
 def shapes_repeat(train: TrainConfig) -> bool:
-    """Whether at most two kinds of batches occur in each stage, counted by the rows of levels."""
+    """Test if at most two kinds of batches occur in each stage, counted by the rows of levels."""
     for stage in train.stages:
         size = stage.batch_size
         firsts = range(0, min(stage.images, 32 * size), size)
