@@ -88,18 +88,26 @@ def test_a_bare_model_takes_the_conditions_that_its_data_has(tmp_path, kind):
     assert job.complete(completed, source) == completed
 
 
-@pytest.mark.parametrize("by_preset", [False, True])
-def test_tuning_matches_classes_by_name(tmp_path, by_preset):
+@pytest.mark.parametrize("named", ["model", "--init", "--set", "yaml"])
+def test_tuning_matches_classes_by_name(tmp_path, named):
     learnt = job.find_config("folder-64", None, ["model.classes=2", "data.classes=[owl, cat]"])
     export_weights(tmp_path / "model", NestedUNet(learnt.model).state_dict(), learnt)
     model = str(tmp_path / "model")
 
     def tuned(*classes: str) -> tuple[RunConfig, Source]:
         folder = str(photos(tmp_path / "-".join(classes), classes=classes))
-        if by_preset:
-            config = job.find_config("folder-64", folder, ["model.classes=2"], init=model)
-        else:
+        two = "model.classes=2"
+        if named == "model":
             config = job.find_config(model, folder)
+        elif named == "--init":
+            config = job.find_config("folder-64", folder, [two], init=model)
+        elif named == "--set":
+            config = job.find_config("folder-64", folder, [two, f"train.init={model}"])
+        else:
+            written = job.find_config("folder-64", None, [two, "data.classes=[]"])
+            written = override(written, [f"train.init={model}"])
+            (tmp_path / "tuned.yaml").write_text(to_yaml(written), "utf-8")
+            config = job.find_config(str(tmp_path / "tuned.yaml"), folder)
         source = job.open_data(config)
         return job.complete(config, source), source
 

@@ -109,12 +109,14 @@ def find_config(
         before["train.lora"] = {"rank": lora}
     if init is not None:
         after["train.init"] = _absolute_if_here(init)
-        before["data.classes"] = config.data.classes or _classes_of(init)
     if base is not None:
         after["sampling.base"] = {"path": _absolute_if_here(base)}
     assigned = [assignment(text) for text in assignments]
     changes = [*before.items(), *assigned, *after.items()]
     config = changed(config, changes, where="--set" if assigned else name)
+    if config.train.init and not config.data.classes and "data.classes" not in dict(assigned):
+        names = _classes_of(config.train.init)
+        config = changed(config, [("data.classes", names)], where="train.init")
     if config.train.averaged is not None:
         raise UsageError("train.averaged: only mdm ema sets it, for a model; omit it")
     return with_source(config)
