@@ -1,4 +1,4 @@
-"""Training steps on a fake GPU (`benchmarks/fake_gpu.py`), in a process of its own.
+"""Training and sampling on a fake GPU (`benchmarks/fake_gpu.py`), in a process of its own.
 
     python tests/device_contracts.py FOLDER
 
@@ -12,20 +12,24 @@ import benchmarks.fake_gpu  # isort: skip  # noqa: F401  (its library loads befo
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks import trace
-from benchmarks.families import CONFIGS
+from benchmarks.families import CONFIGS, Codes, Words
 from benchmarks.tracer import Tracer
 from torch import nn
 from torch.nn import functional as F
 
+from matryoshka_diffusion.cascade import Cascade
+from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import step as steps
 from matryoshka_diffusion.train.precision import algorithms
@@ -97,6 +101,85 @@ def memory() -> dict[str, list[float]]:
     return figures
 
 
+# --- sampling ------------------------------------------------------------------------------------
+
+STEPS, SEEDS = 3, (5, 9, 2)
+
+
+def model_of(config: RunConfig, rows: list[int], precision: Any) -> Matryoshka:
+    """A model on the GPU, which notes the rows of every call of its network in `rows`."""
+    net, text = NestedUNet(config.model), config.model.text
+    net.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0][0])))
+    encoder = None if text is None else Words(text.features)
+    codec = None if config.codec is None else Codes()
+    options = {"device": "cuda", "precision": precision, "encoder": encoder, "codec": codec}
+    return Matryoshka(net, config, **options)
+
+
+def drawing() -> list[dict[str, Any]]:
+    """Each sampler with and without guidance; families, thresholds and forms of batches in turn."""
+    text = {"prompts": ["one", "two", "three"]}
+    threshold = {"threshold": ["clip", "clip", "dynamic"]}
+    interval = {"guidance": 2.0, "guidance_interval": [-30.0, 30.0]}
+    return [
+        draw("text", "ddpm", {"guidance": 3.0, "threshold": "dynamic", **text}),
+        draw("text", "ddpm", {"guidance": 1.0, **threshold, **text}),
+        draw("text", "ddim", {"guidance": [1.0, 3.0, 3.0], "eta": 0.5, "rescale": 0.7, **text}),
+        draw("text", "ddim", {"guidance": 1.0, "threshold": "clip", **text}, precision="fp32"),
+        draw("text", "dpmpp-2m", {"guidance": 3.0, "negative": "four", **threshold, **text}),
+        draw("nest", "dpmpp-2m", {"threshold": "dynamic", "n": 3}),
+        draw("classes", "ddim", {"classes": [0, 1, 2], "eta": 1.0, **interval}),
+        draw("video", "ddpm", {"threshold": "dynamic", "guidance": [3.0, 1.0], **text}),
+        draw("latents", "ddpm", {"guidance": 3.0, **text}),
+        draw("nest of codes", "ddim", {"guidance": 1.0, **text}),
+        draw("upsampler", "ddpm", {"guidance": 3.0, "threshold": "dynamic", **text}),
+        draw("upsampler", "dpmpp-2m", {"guidance": 1.0, **text}, precision="fp32"),
+    ]
+
+
+def draw(
+    name: str, sampler: str, settings: dict[str, Any], precision: str = "bf16"
+) -> dict[str, Any]:
+    """What a batch of three samples does; an upsampler enlarges those of a base."""
+    rows: list[int] = []
+    model: Any = model_of(CONFIGS[name], rows, precision)
+    if name == "upsampler":
+        model = Cascade(model_of(preset("openmoji", "base"), rows, precision), model)
+    marks: list[int] = []
+    with Tracer() as tracer:
+        samples = model.sample(
+            **settings,
+            seed=SEEDS,
+            sampler=sampler,
+            steps=STEPS,
+            progress=lambda done, total: marks.append(len(tracer.waits)),
+        )
+    parts = [*enumerate(pairwise(marks), start=1)]
+    return {
+        "family": name,
+        "sampler": sampler,
+        "guided": any(weight != 1.0 for weight in samples.settings["guidance"]),
+        "rows": rows,
+        "waits in steps": [tracer.waits[a:b] for step, (a, b) in parts if step % STEPS],
+        "waits": tracer.waits,
+        "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
+        "doubles": dict(tracer.doubles),
+    }
+
+
+def in_step() -> list[str]:
+    """Waits of the second step of batches that are drawn together, for a callback."""
+    model = model_of(CONFIGS["classes"], [], "bf16")
+    _, cond = model.condition(None, None, 10)
+    sampling = model.sampling({"sampler": "ddpm", "steps": STEPS})
+    with Tracer() as tracer:
+        states = model.lockstep(cond, range(100), sampling)
+        next(states)
+        before = len(tracer.waits)
+        next(states)
+    return tracer.waits[before:]
+
+
 # --- what the tracer counts of operators that can be counted by hand ----------------------------
 
 
@@ -163,5 +246,12 @@ def script(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    results = {"training": training(), "memory": memory(), "tracing": tracing()}
-    print(json.dumps(results | {"script": script(Path(sys.argv[1]))}))
+    results = {
+        "training": training(),
+        "memory": memory(),
+        "drawing": drawing(),
+        "in step": in_step(),
+        "tracing": tracing(),
+        "script": script(Path(sys.argv[1])),
+    }
+    print(json.dumps(results))

@@ -15,6 +15,8 @@ import pytest
 import torch
 from benchmarks.families import FAMILIES
 
+from matryoshka_diffusion.samplers import SAMPLERS
+
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or shutil.which("g++") is None or sys.platform != "linux",
@@ -85,6 +87,28 @@ def test_a_step_launches_no_more_kernels_than_it_did(results):
 def test_dry_runs_count_the_memory_that_a_step_keeps(results):
     for name, (traced, counted) in results["memory"].items():
         assert counted == pytest.approx(traced, rel=0.02), name
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def test_no_step_of_a_sampler_waits_for_the_gpu_or_copies_from_memory_that_moves(results):
+    """No batch raised, so none mixes devices. Before and after its steps a batch may wait."""
+    for case in results["drawing"]:
+        assert not any(case["waits in steps"]), case
+        places = {line.partition(":")[0] for line in case["waits"]}
+        assert places <= {"conditioning.py", "pipeline.py", "weights.py"}, case
+        assert case["doubles"] == {}, case
+        assert "math" not in case["attention"], case
+    assert results["in step"] == []
+
+
+def test_a_guided_step_is_one_call_of_the_network(results):
+    for case in results["drawing"]:
+        assert set(case["rows"]) == {6 if case["guided"] else 3}, case
+        assert len(case["rows"]) == (6 if case["family"] == "upsampler" else 3), case
+    cases = {(case["sampler"], case["guided"]) for case in results["drawing"]}
+    assert cases == set(itertools.product(SAMPLERS, (False, True)))
 
 
 # --- the tracer, by hand -------------------------------------------------------------------------

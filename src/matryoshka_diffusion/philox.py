@@ -124,14 +124,17 @@ def _box_muller(
 def blocks(places: Sequence[Place], count: int, device: torch.device | str) -> Int[Tensor, "b n 4"]:
     """Compute the first blocks of each stream, with unsigned words in the bits of int64."""
     fixed = np.array([(*place.key, *place.counters) for place in places], np.uint64)
-    table = torch.from_numpy(fixed.view(np.int64)).reshape(-1, 5, 1).transpose(0, 1).to(device)
+    words = torch.from_numpy(fixed.view(np.int64)).reshape(-1, 5, 1)
+    if torch.device(device).type == "cuda":  # the host waits for copies of memory that can move
+        words = words.pin_memory()
+    table = words.to(device, non_blocking=words.is_pinned()).transpose(0, 1)
     key = table[:2]
     first, second, third = table[2:].expand(-1, -1, count)
     number = torch.arange(1, count + 1, device=device).expand_as(first)  # numpy begins with one
     even, odd = torch.stack([number, second]), torch.stack([first, third])
     multiplier, step = (
-        torch.stack([torch.full((1, 1), _signed(word), device=device) for word in words])
-        for words in (MULTIPLIERS, KEY_STEPS)
+        torch.stack([torch.full((1, 1), _signed(word), device=device) for word in pair])
+        for pair in (MULTIPLIERS, KEY_STEPS)
     )
     for _ in range(ROUNDS):
         product = even * multiplier

@@ -221,8 +221,7 @@ class Matryoshka(DiffusionModel):
                         done = number * sampling.steps + state.step
                         progress(done, len(batches) * sampling.steps)
                 assert state is not None, "a config has at least one step"
-                refuse_nan(state.z, own_seeds)
-                parts.append(self._pixels(state.z))
+                parts.append(self._pixels(state.z, own_seeds))
         order = torch.cat(batches).argsort()
         levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         record = {
@@ -235,11 +234,16 @@ class Matryoshka(DiffusionModel):
         }
         return Samples(levels, captions, seeds, record)
 
-    def _pixels(self, z: Pyramid) -> list[UInt8[Tensor, "b ... c"]]:
-        """Bytes of every level, so that no floats of earlier batches are kept."""
+    def _pixels(self, z: Pyramid, seeds: Sequence[int]) -> list[UInt8[Tensor, "b ... c"]]:
+        """Bytes of every level, so that no floats of earlier batches are kept.
+
+        Raises `ValueError` naming a seed whose sample has NaN, for which the copies are searched:
+        on a GPU every search would be one more wait.
+        """
         decode = self.codec.decode if self.codec is not None else lambda level: level
-        pixels = self.config.data.pixels
-        return [to_uint8(decode(level).cpu(), pixels).movedim(1, -1) for level in z]
+        images = tuple(decode(level).cpu() for level in z)
+        refuse_nan(images, seeds)
+        return [to_uint8(level, self.config.data.pixels).movedim(1, -1) for level in images]
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.

@@ -212,6 +212,7 @@ class DiffusionModel:
         several = negative if isinstance(negative, list) else None
         batches = self.batches(cond, len(seeds), BATCH)
         order = torch.cat(batches).argsort().to(self.device)
+        placed = [rows.to(self.device) for rows in batches]
 
         def stream(rows: Tensor) -> Iterator[State]:
             places = rows.tolist()
@@ -225,9 +226,9 @@ class DiffusionModel:
         for states in zip(*map(stream, batches), strict=True):
             z = together([state.z for state in states])
             yield State(states[0].step, states[0].t, z, together([state.x for state in states]))
-            for rows, state in zip(batches, states, strict=True):
+            for rows, state in zip(placed, states, strict=True):
                 for own, whole in zip(state.z, z, strict=True):
-                    own.copy_(whole[rows.to(whole.device)])
+                    own.copy_(whole[rows])
 
     # --- conditions ---
 
