@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from matryoshka_diffusion import sampling
 from matryoshka_diffusion.cascade import Cascade, check_pair, open_model
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import (
@@ -145,6 +146,25 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(cascade):
         assert np.abs(many[5].astype(int) - one[0]).max() <= 1
         assert np.abs(many.astype(int) - parts).max() <= 1
     assert len(np.unique(together.pictures, axis=0)) == 16
+
+
+def test_both_models_have_the_batches_of_the_finer_one(cascade, monkeypatch):
+    monkeypatch.setattr(sampling, "PIXELS", 2 * 16**2)
+    finer = Cascade(cascade.base, cascade.upsampler)
+    sizes = {}
+    for name in ("base", "upsampler"):
+        own = sizes[name] = []
+        model, stream = getattr(finer, name), getattr(finer, name).stream
+
+        def counted(cond, seeds, *rest, stream=stream, own=own):
+            own.append(len(seeds))
+            return stream(cond, seeds, *rest)
+
+        monkeypatch.setattr(model, "stream", counted)
+    finer.sample("red", n=5, steps=1)
+    assert sizes == {"base": [2, 2, 1], "upsampler": [2, 2, 1]}
+    finer.sample("red", n=5, steps=1, batch_size=5)
+    assert sizes["base"][3:] == sizes["upsampler"][3:] == [5]
 
 
 def test_settings_reach_the_part_that_they_are_for(cascade):

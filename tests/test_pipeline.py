@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from matryoshka_diffusion import sampling
 from matryoshka_diffusion.conditioning import equally_long
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import NetworkDenoiser
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.sampling import entries_of
+from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.sampling import DiffusionModel, entries_of
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.train.precision import resolve_precision
 from matryoshka_diffusion.train.weights import export_weights
@@ -97,6 +99,24 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler):
         assert np.abs(many[5].astype(int) - one[0]).max() <= 1
         assert np.abs(many.astype(int) - parts).max() <= 1
     assert len(np.unique(together.pictures, axis=0)) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("cc12m-64", 64), ("cc12m-256", 64), ("cc12m-1024", 4), ("webvid-16x256", 4)],
+)
+def test_a_batch_has_so_many_pixels_at_most(name, size, monkeypatch):
+    """All frames of a clip count, and the pixels of latents; one sample is always drawn."""
+    config = preset(name)
+    model = DiffusionModel(lambda z, t, cond: z, config.model, config)
+    assert model.batch_size == size
+    latent = preset("openmoji", "latent")
+    model = DiffusionModel(lambda z, t, cond: z, latent.model, latent)
+    assert model.batch_size == 64
+    monkeypatch.setattr(sampling, "PIXELS", 3 * 64**2)
+    assert model.batch_size == 3
+    monkeypatch.setattr(sampling, "PIXELS", 1)
+    assert model.batch_size == 1
 
 
 class Casts(TorchDispatchMode):

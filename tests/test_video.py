@@ -141,8 +141,8 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(video_run: Path, sample
 
 
 def test_few_clips_are_drawn_together(video_run: Path, monkeypatch: pytest.MonkeyPatch):
-    """As many frames as there would be pictures, unless somebody says."""
-    monkeypatch.setattr(sampling, "BATCH", 2 * FRAMES)
+    """All frames count, unless somebody says."""
+    monkeypatch.setattr(sampling, "PIXELS", 2 * FRAMES * 8**2)
     model, sizes = Matryoshka.load(video_run), []
     stream = model.stream
     monkeypatch.setattr(

@@ -50,6 +50,7 @@ class Cascade:
         self.config: RunConfig = upsampler.config
         self.resolutions: tuple[Resolution, ...] = (*base.resolutions, *upsampler.resolutions)
         self.picture_side: int = upsampler.picture_side
+        self.batch_size: int = upsampler.batch_size
 
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
         """The upsampler's sampling defaults with some of them replaced."""
@@ -93,7 +94,7 @@ class Cascade:
         for_base, for_upsampler = self._split(settings)
         first, second = self.base.sampling(for_base).steps, self.sampling(settings).steps
         options: dict[str, Any] = {"classes": classes, "negative": negative, "n": n, "seed": seed}
-        options["batch_size"] = batch_size
+        options["batch_size"] = self.batch_size if batch_size is None else batch_size
 
         def part(own: int, before: int) -> Progress | None:
             """The progress of one model as a part of both; they have the same batches."""

@@ -27,7 +27,7 @@ from matryoshka_diffusion.models.find import (
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
-from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel, batch_of
+from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.precision import PrecisionSetting
@@ -190,7 +190,7 @@ class Matryoshka(DiffusionModel):
             negative: a prompt to guide away from; by default the null or the empty prompt.
             coarse: for an upsampler, one coarse image for each image of the result
                 (`cascade.Cascade` lets another model draw them).
-            batch_size: images or clips at a time; by default 64 images, or clips of 64 frames.
+            batch_size: images or clips at a time; by default at most 64, and 4 million pixels.
             progress: called with (steps done, steps in all).
             settings: replace sampling defaults of the run: `sampler`, `steps`, `guidance`, `grid`
                 and the other keys of `SamplingConfig`.
@@ -208,8 +208,7 @@ class Matryoshka(DiffusionModel):
         if len(seeds) != count:
             raise UsageError(f"seed has {len(seeds)} numbers for {count} samples: give one each")
         cond = self.with_coarse(cond, coarse, seeds, sampling)
-        batch_size = batch_size or batch_of(self.resolutions[-1].frames)
-        batches = self.batches(cond, len(seeds), batch_size)
+        batches = self.batches(cond, len(seeds), batch_size or self.batch_size)
         parts: list[list[UInt8[Tensor, "b ... c"]]] = []
         # Autocast keeps the weights that it has cast until the end of the outermost context.
         with without_autocast(self.device):

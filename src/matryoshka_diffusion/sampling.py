@@ -32,16 +32,21 @@ from matryoshka_diffusion.train.precision import (
 PER_LEVEL = ("guidance", "threshold")
 """Sampling settings that take one value, or one for each level."""
 UNBOUNDED = (-float("inf"), float("inf"))
-BATCH = 64
-"""Images, or frames of clips, that are sampled together unless a batch size is set."""
+BATCH, PIXELS = 64, 2**22
+"""Samples of a batch, and pixels of their finest level, at most: unless a batch size is set."""
 
 
 _CLASS = (str, Integral)
 
 
-def batch_of(frames: int | None) -> int:
-    """The number of images, or of clips of `frames` frames, that are sampled together."""
-    return max(1, BATCH // (frames or 1))
+def batch_of(side: int, frames: int | None = None) -> int:
+    """The number of images or clips in a batch, by their pixels: as memory and time go with those.
+
+    Example:
+        >>> [batch_of(side) for side in (64, 256, 512, 1024)], batch_of(256, frames=16)
+        ([64, 64, 16, 4], 4)
+    """
+    return max(1, min(BATCH, PIXELS // (side**2 * (frames or 1))))
 
 
 class DiffusionModel:
@@ -84,6 +89,11 @@ class DiffusionModel:
     def picture_side(self) -> int:
         """Side in pixels of the finest images."""
         return self.resolutions[-1].height * self.config.pixels_per_side
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch unless a batch size is set."""
+        return batch_of(self.picture_side, self.resolutions[-1].frames)
 
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded at the first call."""
@@ -210,7 +220,7 @@ class DiffusionModel:
         Sampling continues from what is written into `z` of a state.
         """
         several = negative if isinstance(negative, list) else None
-        batches = self.batches(cond, len(seeds), BATCH)
+        batches = self.batches(cond, len(seeds), self.batch_size)
         order = torch.cat(batches).argsort().to(self.device)
         placed = [rows.to(self.device) for rows in batches]
 

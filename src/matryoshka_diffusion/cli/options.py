@@ -92,7 +92,7 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     add("--eta", type=float, help="ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--grid", choices=GRIDS, help="times that the sampler visits")
     add("--threshold", choices=THRESHOLDS, help="how estimates stay in the range of pixels")
-    text = "samples at a time (64 images, or clips of 64 frames together)"
+    text = "samples at a time (at most 64, and 4 million pixels of the finest level)"
     add("--batch-size", type=positive, metavar="N", help=text)
     text = "of the network (auto: bf16 where the hardware multiplies it, else fp32)"
     add("--precision", choices=(PRECISION, *DTYPES), default=PRECISION, help=text)

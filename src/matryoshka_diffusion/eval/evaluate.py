@@ -29,7 +29,6 @@ from matryoshka_diffusion.eval.reference import Reference, open_reference, refer
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.distributed import ALONE, World
 
 SEED = 1_000_000
@@ -71,7 +70,7 @@ def evaluate(
         own: `source` as a reference, opened once by callers that measure several models.
         networks: by default what `find_networks` finds without files.
         folder: where features are kept: for a run `RUN/eval`, by default the cache.
-        batch_size: samples at a time; by default 64 images, or clips of 64 frames in all.
+        batch_size: samples at a time; by default at most 64, and 4 million pixels.
         settings: sampling settings that replace the model's own, such as `guidance=3.0`.
 
     Raises:
@@ -80,7 +79,7 @@ def evaluate(
     """
     names, count = parse_metrics(metrics)
     networks = find_networks(names) if networks is None else networks
-    how = {"seed": seed, "batch_size": batch_size or batch_of(model.resolutions[-1].frames)}
+    how = {"seed": seed, "batch_size": batch_size or model.batch_size}
     if own is None and source is not None:
         own = reference_of(source, model.config.data)
     sets = []

@@ -256,7 +256,7 @@ def samples_of(
 
 def pictures_of(source: Source, root: Path) -> PictureSet:
     """All images or clips of a source."""
-    batch_size = batch_of(source.frames)
+    batch_size = batch_of(source.side, source.frames)
 
     def describe() -> dict[str, Any]:
         some = read_all(source, evenly_spread(len(source)))

@@ -43,7 +43,7 @@ from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.metrics.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
-from matryoshka_diffusion.sampling import BATCH
+from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.distributed import ALONE, World
 
 MAX_ENLARGED = 0.05
@@ -239,7 +239,7 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
     file = archive.open("arr_0.npy")
     shape, in_columns, dtype = _header(file)
     begin = file.tell()
-    squares = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
+    squares = len(shape) == 4 and shape[1] == shape[2] > 0 and shape[3] in (1, 3)
     if dtype != np.uint8 or in_columns or not squares:
         raise ValueError(f"arr_0 is {dtype} of {shape}, not bytes of square images (n, s, s, c)")
     count, side, _, channels = shape
@@ -248,7 +248,7 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
         "file": path.name,
         "shape": list(shape),
         "crc32": archive.getinfo("arr_0.npy").CRC,
-        "batch_size": BATCH,
+        "batch_size": batch_of(side),
     }
 
     def make(rows: range, progress: Progress) -> PictureBatch:
@@ -261,4 +261,4 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
         return PictureBatch([data.reshape(len(rows), *shape[1:])], [(side, side)] * len(rows))
 
     root = cache_folder("references")
-    return PictureSet(path.name, count, side, None, root, lambda: about, make, BATCH)
+    return PictureSet(path.name, count, side, None, root, lambda: about, make, batch_of(side))

@@ -13,7 +13,6 @@ from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.train.run_folder import owned
 
 SETTINGS = "settings.json"
@@ -122,7 +121,7 @@ def draw_requests(
         ]
         missing = [place for place, path in enumerate(paths) if not path.exists()]
         done = len(requests) - len(missing)
-        size = batch_size or batch_of(model.resolutions[-1].frames)
+        size = batch_size or model.batch_size
         for places in _batches(missing, requests, size):
             drawn = _sample(model, [requests[place] for place in places], settings)
             for own, place in enumerate(places):
