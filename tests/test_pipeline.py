@@ -21,6 +21,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.sampling import DiffusionModel, entries_of
 from matryoshka_diffusion.schedule import instants
+from matryoshka_diffusion.text.encoder import HiddenStates
 from matryoshka_diffusion.train.precision import resolve_precision
 from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config, with_frames
@@ -117,6 +118,44 @@ def test_a_batch_has_so_many_pixels_at_most(name, size, monkeypatch):
     assert model.batch_size == 3
     monkeypatch.setattr(sampling, "PIXELS", 1)
     assert model.batch_size == 1
+
+
+class Resting(HiddenStates):
+    """The tiny run's features from an encoder that has something to free, or not."""
+
+    key, width = "words", 8
+
+    def __init__(self, frees):
+        self.frees, self.rests = frees, 0
+
+    def __call__(self, captions):
+        return encode(captions)
+
+    def rest(self):
+        self.rests += 1
+        return self.frees
+
+
+@pytest.mark.parametrize(("frees", "failures"), [(True, 1), (True, 2), (False, 1)])
+def test_a_network_without_memory_gets_that_of_the_text_encoder(frees, failures, monkeypatch):
+    plain = text_model()
+    encoder = Resting(frees)
+    model = Matryoshka(plain.net, plain.config, encoder=encoder)
+    expected, calls, forward = plain.sample("red", n=2), [], model.net.forward
+
+    def scarce(*inputs):
+        calls.append(inputs)
+        if 3 <= len(calls) < 3 + failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*inputs)
+
+    monkeypatch.setattr(model.net, "forward", scarce)
+    if frees and failures == 1:
+        assert (model.sample("red", n=2).pictures == expected.pictures).all()
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            model.sample("red", n=2)
+    assert encoder.rests == 1
 
 
 class Casts(TorchDispatchMode):

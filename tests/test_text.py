@@ -52,9 +52,9 @@ def t5_copy(t5_folder, tmp_path):
     return shutil.copytree(t5_folder, tmp_path / "copy")
 
 
-def t5(folder, *, half=False, stay=False, **options):
+def t5(folder, *, half=False, **options):
     config = EncoderConfig(name="t5", path=str(folder), **options)
-    return load_encoder(config, half=half, stay=stay)
+    return load_encoder(config, half=half)
 
 
 @pytest.fixture(scope="module", params=["minilm", "t5"])
@@ -184,7 +184,7 @@ class Watched(torch.nn.Module):
 def test_threads_take_turns(t5_folder):
     inner = t5(t5_folder)
     watched = Watched(inner.model)
-    encoder = T5States("t5", watched, inner.tokenizer, 32, stay=True)
+    encoder = T5States("t5", watched, inner.tokenizer, 32)
     expected = inner(CAPTIONS)
     with ThreadPoolExecutor(4) as threads:
         for features in threads.map(encoder, [CAPTIONS] * 8):
@@ -192,20 +192,23 @@ def test_threads_take_turns(t5_folder):
     assert watched.most == 1
 
 
-@pytest.mark.parametrize("stay", [False, True])
-def test_an_encoder_that_stays_leaves_the_device_only_to_rest(t5_folder, stay):
+def test_an_encoder_leaves_its_device_only_to_rest(t5_folder):
     inner = t5(t5_folder)
     model = Watched(inner.model)
-    encoder = T5States("t5", model, inner.tokenizer, 32, device="cpu:0", stay=stay)
+    encoder = T5States("t5", model, inner.tokenizer, 32, device="cpu:0")
+    assert model.places == [], "it comes when it is needed"
     encoder(CAPTIONS)
     encoder(CAPTIONS)
-    assert model.places == (["cpu:0"] * 2 if stay else ["cpu:0", "cpu"] * 2)
-    encoder.rest()
-    assert model.places[-1] == "cpu"
+    assert model.places == ["cpu:0"]
+    assert encoder.rest()
+    assert not encoder.rest(), "there is nothing left to free"
+    assert set(model.places[1:]) == {"cpu"}
+    encoder(CAPTIONS)
+    assert model.places[-1] == "cpu:0"
 
 
-def test_an_encoder_that_stays_warns_once_of_cuts(t5_folder):
-    encoder = t5(t5_folder, max_tokens=2, stay=True)
+def test_an_encoder_warns_once_of_cuts(t5_folder):
+    encoder = t5(t5_folder, max_tokens=2)
     assert encoder.token_counts(["red", "red apple", "red apple on the table"]) == [2, 3, 3]
     with pytest.warns(UserWarning, match="1 of 2 captions"):
         encoder(["red", "red apple"])
@@ -606,7 +609,7 @@ def test_a_disk_that_is_too_small_is_refused_before(tmp_path, monkeypatch, capsy
 def test_cached_features_are_those_on_the_fly(name, half, tiny_t5, tmp_path):
     """Bit for bit in the stored type, where the batch is the same."""
     path = str(tiny_t5) if name == "t5" else None
-    encoder = load_encoder(EncoderConfig(name=name, path=path), half=half, stay=True)
+    encoder = load_encoder(EncoderConfig(name=name, path=path), half=half)
     captions = sorted(CAPTIONS, key=len)
     direct = FeatureCache(encoder, tmp_path)(captions)
     cache = FeatureCache(encoder, tmp_path)

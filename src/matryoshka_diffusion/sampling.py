@@ -21,7 +21,7 @@ from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
-from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder
+from matryoshka_diffusion.text.encoder import HiddenStates, TextEncoder, load_encoder
 from matryoshka_diffusion.train.precision import (
     Precision,
     PrecisionSetting,
@@ -187,7 +187,16 @@ class DiffusionModel:
         return Pooled(bounded, [weight == 0.0 for weight in self.process.level_weights])
 
     def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
+        """Call the network; if a GPU has too little memory, again without the text encoder there.
+
+        The second call is outside of the handler, whose error holds the features of the first one.
+        """
         with autocast(self.precision, self.device):
+            try:
+                return self.net(z, t, cond)
+            except torch.OutOfMemoryError:
+                if not (isinstance(self._encoder, HiddenStates) and self._encoder.rest()):
+                    raise
             return self.net(z, t, cond)
 
     def batches(

