@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from benchmarks import (
+    against_release,
     cold_start,
     families,
     files_touched,
@@ -26,6 +27,7 @@ from benchmarks import (
     nests,
     peer_networks,
     peers,
+    release,
     resume,
     stages,
 )
@@ -36,7 +38,7 @@ from matryoshka_diffusion.cli.main import main as mdm
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
-from ranks import start
+from ranks import FORKS, start
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "tiny", "--batch", "2"]
@@ -62,13 +64,17 @@ SCRIPTS = {
         "cpu",
     ],
     "nests": ["--levels", "1", "5", "--batch", "1", "--precisions", "fp32"],
+    "against_release": [
+        *("--networks", "1.9M", "--precisions", "bf16"),
+        *("--batch", "1", "--samples", "1", "--steps", "1"),
+    ],
     "scale": ["--shards", "2", "--rows", "200", "--stages", "open", "batch", "check"],
 }
 
 
 def test_every_script_is_tried():
     scripts = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")}
-    shared = {"harness", "steps", "meter", "blocks", "families", "peer_networks"}
+    shared = {"harness", "steps", "meter", "blocks", "families", "peer_networks", "release"}
     own_tests = {"files_touched", "first_gpu", "stages", "fake_gpu", "tracer", "trace"}
     assert scripts - shared - own_tests == set(SCRIPTS)
 
@@ -129,6 +135,7 @@ def small(monkeypatch, tmp_path):
     for name in ("resume", "scale"):
         monkeypatch.setattr(f"benchmarks.{name}.subprocess", SimpleNamespace(run=child, PIPE=None))
     monkeypatch.setattr(cold_start, "cpu_seconds", cpu_seconds)
+    monkeypatch.setattr(against_release, "PROCESSES", FORKS)
 
 
 def test_cpu_time_of_a_process_is_measured_and_its_failure_told():
@@ -287,3 +294,12 @@ def test_the_state_of_a_checkpoint_is_weights_average_and_two_moments(tmp_path, 
     size = resume.write(resume.run_config("tiny"), tmp_path)
     count = count_parameters(NestedUNet(families.tiny("tiny").model))
     assert size == pytest.approx(4 * 4 * count, rel=1e-3)
+
+
+@pytest.mark.parametrize("operation", ["attend", "residual"])
+def test_the_release_must_predict_what_the_nest_does_before_it_is_timed(operation, monkeypatch):
+    config = against_release.run_of("1.9M", 1, "fp32")
+    assert against_release.difference(config) < against_release.TOLERANCE
+    correct = getattr(release, operation)
+    monkeypatch.setattr(release, operation, lambda *inputs: 1.01 * correct(*inputs))
+    assert against_release.difference(config) > against_release.TOLERANCE

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import release
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -85,13 +86,14 @@ def conditions(part: dict[str, Tensor], scale: Tensor, rows: slice = slice(None)
 # --- networks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", [lambda net: net, release.PlainNest], ids=["nest", "plain"])
 @pytest.mark.parametrize("name", ["nested32", "ragged32", "unet16", "nested64"])
-def test_networks(name: str):
+def test_networks(name: str, form: Callable[[NestedUNet], Callable[..., Pyramid]]):
     net, io = network(name), tensors(f"{name}.io")
     levels = len(net.levels)
     t = (io["times"].float() + 1) / 1000  # a network given step k was given table entry k + 1
     with torch.no_grad():
-        found = net(coarse_first(io, "x_", levels), t, conditions(io, io["scale"]))
+        found = form(net)(coarse_first(io, "x_", levels), t, conditions(io, io["scale"]))
     check(found, coarse_first(io, "y_", levels))
 
 
@@ -226,3 +228,27 @@ def test_ddpm():
         return part[f"ddpm5.noise_{2 * (step - 1) + (1 - level):02d}"]
 
     check(replay(ddpm, 5, 1.0, "clip", noise=noise), coarse_first(part, "ddpm5.x_", 2))
+
+
+# --- the released arithmetic of the benchmarks ---------------------------------------------------
+
+
+def test_plain_losses():
+    net, part = network("nested32"), tensors("nested32.loss")
+    x, noise = (coarse_first(part, f"target_ddpm.{key}_", 2) for key in ("images", "eps"))
+    cond = conditions(part, torch.full((len(part["times"]),), 32.0))
+    nest, alphas = release.PlainNest(net), release.tables(net.config)
+    with torch.no_grad():
+        found = release.losses(nest, x, noise, part["times"] + 1, cond, alphas)
+    check([found], [part["target_ddpm.loss_per_example"]])
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_plain_samples(joined: bool):
+    net, part = network("nested32"), tensors("nested32.sampling")
+    without, given = (
+        conditions(part, torch.full((2,), 32.0), rows) for rows in (slice(0, 2), slice(2, 4))
+    )
+    start = coarse_first(part, "noise_", 2)
+    z = release.sample(net, start, given, without, steps=10, guidance=3.0, joined=joined)
+    check(z, coarse_first(part, "ddim10.clip.cfg3.x_", 2))
