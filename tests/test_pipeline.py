@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import HiddenStates
 from matryoshka_diffusion.train.precision import resolve_precision
 from matryoshka_diffusion.train.weights import export_weights
+from ranks import start
 from tiny_run import encode, tiny_config, with_frames
 
 HALF = torch.tensor([0.5])
@@ -156,6 +158,39 @@ def test_a_network_without_memory_gets_that_of_the_text_encoder(frees, failures,
         with pytest.raises(torch.OutOfMemoryError):
             model.sample("red", n=2)
     assert encoder.rests == 1
+
+
+def test_a_compiled_network_draws_the_same_with_one_graph_for_each_number_of_rows(tmp_path):
+    """In a process of its own: the tests' checks of shapes cannot be traced."""
+    status, errors = start(draw_compiled, str(tmp_path / "results")).end()
+    assert status == 0, errors
+    result = json.loads((tmp_path / "results").read_text())
+    assert result == {"graphs": 2, "equal": True}, "guided and not, in both batches"
+
+
+def draw_compiled(path: str) -> None:
+    """Compare samples with plain ones; graphs write over their last results, as CUDA graphs do."""
+    graphs, sampling = [], {"steps": 6, "guidance_interval": (-1.0, 1.0), "threshold": ("none",)}
+    model = text_model(**sampling)
+    expected = model.sample(["red", "jay"], n=2, batch_size=2)
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        kept = []
+
+        def replay(*inputs):
+            outputs = graph(*inputs)
+            kept.extend(outputs[len(kept) :])
+            for place, new in zip(kept, outputs, strict=True):
+                place.copy_(new)
+            return tuple(kept)
+
+        return replay
+
+    model.net.compile(backend=record, fullgraph=True)
+    samples = model.sample(["red", "jay"], n=2, batch_size=2)
+    equal = all(map(np.array_equal, samples.levels, expected.levels))
+    Path(path).write_text(json.dumps({"graphs": len(graphs), "equal": equal}))
 
 
 class Casts(TorchDispatchMode):

@@ -31,7 +31,10 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class NetworkDenoiser:
-    """The estimate of x of a network under fixed conditions, without gradients."""
+    """The estimate of x of a network under fixed conditions, without gradients.
+
+    Predictions are copied: a compiled network may write its next ones over them (CUDA graphs).
+    """
 
     net: Network
     process: Process
@@ -42,7 +45,7 @@ class NetworkDenoiser:
         t = z[0].new_full((len(z[0]),), now.t)
         predictions = self.net(z, t, self.cond)
         return tuple(
-            to_x0(self.process.prediction, predicted.to(z_r), z_r, level)
+            to_x0(self.process.prediction, predicted.to(z_r, copy=True), z_r, level)
             for predicted, z_r, level in zip(predictions, z, now.levels, strict=True)
         )
 
