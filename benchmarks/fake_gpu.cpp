@@ -159,13 +159,24 @@ void item(const OperatorHandle&, Stack* stack) {
   stack->emplace_back(whole ? at::Scalar(1) : at::Scalar(1.0));
 }
 
-// The gradients of a convolution are channels last if an input or the weight is.
+// Results and gradients of a convolution are channels last if its input or its weight is.
+at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
+  for (const auto& each : {x, weight})
+    if (each.suggest_memory_format() == at::MemoryFormat::ChannelsLast) return at::MemoryFormat::ChannelsLast;
+  return at::MemoryFormat::Contiguous;
+}
+
+void convolution(const OperatorHandle& op, Stack* stack) {
+  auto x = (*stack)[stack->size() - 9].toTensor(), weight = (*stack)[stack->size() - 8].toTensor();
+  by_shape(op, stack);
+  auto sizes = torch::jit::pop(*stack).toTensor().sizes().vec();
+  stack->emplace_back(at::empty(sizes, x.options().memory_format(format_of(x, weight))));
+}
+
 void convolution_backward(const OperatorHandle&, Stack* stack) {
   auto x = (*stack)[stack->size() - 10].toTensor(), weight = (*stack)[stack->size() - 9].toTensor();
   auto mask = stack->back().toBoolList();
-  auto format = at::MemoryFormat::Contiguous;
-  for (const auto& each : {x, weight})
-    if (each.suggest_memory_format() == at::MemoryFormat::ChannelsLast) format = at::MemoryFormat::ChannelsLast;
+  auto format = format_of(x, weight);
   torch::jit::drop(*stack, 11);
   auto gradient = [&](bool wanted, at::IntArrayRef sizes, at::MemoryFormat format) {
     return wanted ? at::empty(sizes, x.options().memory_format(format)) : Tensor();
@@ -203,11 +214,12 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(boxed<&by_shape>()); }
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", boxed<&copy>());
   m.impl("_local_scalar_dense", boxed<&item>());
+  m.impl("convolution", boxed<&convolution>());
   m.impl("convolution_backward", boxed<&convolution_backward>());
   m.impl("native_group_norm", boxed<&group_norm>());
   m.impl("_foreach_norm.Scalar", boxed<&norms>());
-  // These have a kernel on a GPU; elsewhere torch composes them of others.
-  for (const char* name : {"convolution", "native_layer_norm"}) m.impl(name, boxed<&by_shape>());
+  // It has a kernel on a GPU; elsewhere torch composes it of others.
+  m.impl("native_layer_norm", boxed<&by_shape>());
   for (const char* name :
        {"_foreach_add_.Scalar", "_foreach_add_.List", "_foreach_mul_.Scalar", "_foreach_mul_.Tensor", "_foreach_mul_.List",
         "_foreach_div_.Scalar", "_foreach_div_.Tensor", "_foreach_lerp_.Scalar", "_foreach_lerp_.List",
