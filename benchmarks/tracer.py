@@ -29,7 +29,7 @@ KINDS = {
     "convolutions": ("convolution", "convolution_backward"),
     "attention": ("_scaled_dot_product",),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
-    "norms": ("native_group_norm", "native_layer_norm", "norm_"),
+    "norms": ("native_group_norm", "native_layer_norm", "norm"),
     "casts and copies": ("_to_copy", "clone", "copy_", "cat", "constant_pad_nd"),
     "optimizer and averages": ("_foreach", "_fused"),
 }
@@ -151,11 +151,11 @@ def _kernels(function: Any, args: Any, kwargs: Any, outputs: Any, here: str) -> 
         moved -= args[2].nbytes if name == "convolution" and args[2] is not None else 0
         if name == "convolution_backward" and len(made) > 1:  # two products read the gradient
             moved += args[0].nbytes
-    if name.startswith("native_group_norm"):  # statistics first: inputs are read twice
+    if name.startswith(("native_group_norm", "norm")):  # sums first: inputs are read twice
         features = [x for x in args[: 2 if "backward" in name else 1] if x.ndim > 2]
         moved += sum(x.nbytes for x in features)
         for x in features:
-            if not x.is_contiguous():
+            if name.startswith("native") and not x.is_contiguous():
                 yield Kernel("contiguous", "layout copies", here, 2 * x.nbytes)
     yield Kernel(name, kind, here, moved, flops, half)
 

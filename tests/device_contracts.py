@@ -29,6 +29,7 @@ from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.norms import normalise
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import step as steps
@@ -67,6 +68,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     trainer = trace.trainer(config, grow=settings["grow"])
     inputs = trace.inputs(config, ROWS[: trainer.levels])
+    kept = trace.kept(trainer.net, config.train.precision, inputs)
     with Tracer() as tracer, algorithms(config.train):
         trainer.step(inputs)
     return {
@@ -76,6 +78,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         "copies": dict(tracer.copies),
         "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
         "doubles": dict(tracer.doubles),
+        "kept in float32": dict(kept.floats),
         "kernels": len(tracer.kernels),
     }
 
@@ -227,6 +230,7 @@ def tracing() -> dict[str, Any]:
         "product": lambda: half[0, 0] @ half[0, 1],
         "backward": lambda: F.silu(leaf).sum().backward(),
         "norm": lambda: norm(x),
+        "compiled norm": lambda: normalise(norm, last),
         "item": lambda: x.sum().item(),
         "list": lambda: x.tolist(),
         "to the GPU": lambda: torch.zeros(4).to("cuda", non_blocking=True),

@@ -59,6 +59,13 @@ def test_a_step_waits_for_the_gpu_once_and_copies_nothing_to_it(results):
         assert case["doubles"] == {}, case
 
 
+def test_no_features_are_kept_in_float32_by_half_precision(results):
+    for case in results["training"]:
+        half = case["settings"]["precision"] != "fp32"
+        assert not (half and case["kept in float32"]), case
+    assert any(case["kept in float32"] for case in results["training"]), "in float32"
+
+
 def test_no_attention_keeps_its_logits(results):
     for case in results["training"]:
         assert "math" not in case["attention"], case
@@ -66,14 +73,14 @@ def test_no_attention_keeps_its_logits(results):
 
 
 KERNELS = {
-    "nest": 1325,
-    "text": 1724,
-    "classes": 1591,
-    "video": 3254,
-    "latents": 1689,
-    "nest of codes": 2905,
-    "upsampler": 2877,
-    "adapters": 2885,
+    "nest": 970,
+    "text": 1469,
+    "classes": 1160,
+    "video": 2573,
+    "latents": 1259,
+    "nest of codes": 2397,
+    "upsampler": 2057,
+    "adapters": 2381,
 }
 """Kernels of a step in bf16, in the settings that `device_contracts.py` combines with it."""
 
@@ -124,6 +131,8 @@ def test_a_guided_step_is_one_call_of_the_network(results):
         ("nothing", []),
         ("product", [("mm", 2 * 3 * 16, 2 * 4**3)]),
         ("norm", [("native_group_norm", 4 * (3 * 256 + 2 * 8 + 2 * 4), 0)]),
+        # features twice in and once out; gain and bias; statistics of groups and of channels
+        ("compiled norm", [("norm", 2 * 3 * 256 + 4 * (2 * 8 + 2 * 4 + 2 * 16), 0)]),
     ],
 )
 def test_bytes_and_flops_are_those_of_the_tensors(results, case, kernels):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from matryoshka_diffusion.nn import norms
 from matryoshka_diffusion.nn.norms import is_fused, library, normalise
+from ranks import start
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C compiler")
 
@@ -30,18 +37,28 @@ def norm_of(channels: int, groups: int) -> nn.GroupNorm:
     return norm
 
 
-def defined(norm: nn.GroupNorm, h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool):
+def defined(norm: nn.GroupNorm, h: Any, scale: Tensor | None, shift: Tensor | None, silu: bool):
     out = norm(h)
     if scale is not None and shift is not None:
         out = out * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     return F.silu(out) if silu else out
 
 
-@needs_compiler
+@pytest.fixture(params=["c", "gpu"])
+def way(request, monkeypatch) -> str:
+    """Norms of bfloat16 features in C, and as a GPU computes them."""
+    if request.param == "gpu":
+        monkeypatch.setattr(norms, "kernels", lambda h: norms.gpu_kernels(compiled=False))
+        monkeypatch.setattr(norms, "library", lambda: object())
+    elif library() is None:
+        pytest.skip("needs a C compiler")
+    return request.param
+
+
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize("shape", [(3, 96, 5, 7), (2, 32, 1, 2), (1, 64, 8, 8)])
-def test_one_pass_equals_the_definition_in_float64(shape, modulated, silu):
+def test_one_pass_equals_the_definition_in_float64(shape, modulated, silu, way):
     rows, channels = shape[:2]
     h, weights = features(shape), features(shape, 1)
     pair = torch.randn(2, rows, channels, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -64,6 +81,71 @@ def test_one_pass_equals_the_definition_in_float64(shape, modulated, silu):
         assert value.shape == truth.shape
         error = (value.detach().double() - truth.detach()).abs().max()
         assert error < 2**-8 * truth.detach().abs().max()
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("modulated", [True, False])
+def test_a_gpu_computes_in_float32_and_keeps_the_order_in_memory(order, modulated, monkeypatch):
+    monkeypatch.setattr(norms, "kernels", lambda h: norms.gpu_kernels(compiled=False))
+    draw = torch.Generator().manual_seed(0)
+    h, weights = (
+        torch.randn(3, 96, 5, 7, generator=draw).contiguous(memory_format=order) for _ in "ab"
+    )
+    pair = [*torch.randn(2, 3, 96, generator=draw)] if modulated else [None, None]
+    results = []
+    for kind in (torch.float32, torch.float64):
+        norm = norm_of(96, 32).to(kind)
+        inputs = [None if x is None else x.to(kind).requires_grad_() for x in (300 + 2 * h, *pair)]
+        if kind == torch.float32:
+            settings = (norm.weight, norm.bias, *inputs[1:], 32, norm.eps, True)
+            out = norms._Normalised.apply(inputs[0], *settings)
+        else:
+            out = defined(norm, *inputs, silu=True)
+        leaves = [x for x in (*inputs, *norm.parameters()) if x is not None]
+        results.append([out, *torch.autograd.grad(out, leaves, weights.to(kind))])
+    for value, truth in zip(*results, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=1e-3, atol=1e-3)
+    for features in results[0][:2]:
+        assert features.is_contiguous(memory_format=order)
+
+
+def test_a_gpu_keeps_half_precision_and_small_statistics(monkeypatch):
+    monkeypatch.setattr(norms, "kernels", lambda h: norms.gpu_kernels(compiled=False))
+    monkeypatch.setattr(norms, "library", lambda: object())
+    norm, h = norm_of(32, 32), features((2, 32, 16, 16)).requires_grad_()
+    kept = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        normalise(norm, h, torch.zeros(2, 32), torch.zeros(2, 32))
+    assert sum(x.nbytes for x in kept) < 1.1 * h.nbytes
+
+
+def test_the_kernels_of_a_gpu_are_compiled_for_few_kinds_of_layers(tmp_path):
+    """In a process of its own: the tests' checks of shapes cannot be traced."""
+    status, errors = start(compile_norms, str(tmp_path / "results")).end()
+    assert status == 0, errors
+    counts = json.loads((tmp_path / "results").read_text())
+    assert counts == [6, 6], "three kinds of norms, for one row and for more"
+
+
+def compile_norms(path: str) -> None:
+    """Count the forms in which torch compiles the kernels, for layers of all sizes and rows."""
+    forward, backward = (CompileCounterWithBackend("eager") for _ in range(2))
+    torch._dynamo.config.recompile_limit = norms.RECOMPILE_LIMIT
+    compiled = (
+        torch.compile(norms.forward_on_gpu, dynamic=True, fullgraph=True, backend=forward),
+        torch.compile(norms.backward_on_gpu, dynamic=True, fullgraph=True, backend=backward),
+    )
+    norms.kernels = lambda h: compiled
+    for rows, (channels, side) in itertools.product((8, 1, 7), ((96, 4), (128, 2))):
+        norm, pair = norm_of(channels, 32), torch.zeros(rows, 2 * channels).requires_grad_()
+        h = features((rows, channels, side, side)).requires_grad_()
+        for silu, modulated in ((True, False), (True, True), (False, False)):
+            scale, shift = pair.chunk(2, dim=1) if modulated else (None, None)
+            out = norms._Normalised.apply(
+                h, norm.weight, norm.bias, scale, shift, 32, norm.eps, silu
+            )
+            out.sum().backward()
+    Path(path).write_text(json.dumps([forward.frame_count, backward.frame_count]))
 
 
 @needs_compiler

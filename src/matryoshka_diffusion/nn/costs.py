@@ -19,8 +19,7 @@ from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
 
 ATTENTION = "scaled_dot_product_attention"
 IN_HALF = ("conv2d", "linear", ATTENTION)
-IN_FLOAT32 = ("group_norm", "layer_norm", "interpolate")
-"""Names of functions that CUDA's autocast computes in half precision, and in float32."""
+"""Names of functions that CUDA's autocast computes in half precision."""
 TEXT_TOKENS = 64
 """Text tokens for which costs are counted."""
 
@@ -86,8 +85,6 @@ class _GpuAutocast(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in IN_HALF and not any(args[1] is weight for weight in self._floats):
             args = [self._half(x) if isinstance(x, Tensor) else x for x in args]
-        elif name in IN_FLOAT32:
-            args = [x.float() if isinstance(x, Tensor) else x for x in args]
         if name != ATTENTION:
             return func(*args, **kwargs)
         if (mask := kwargs["attn_mask"]) is None:

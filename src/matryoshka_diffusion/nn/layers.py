@@ -97,6 +97,24 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+def layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+    """Normalise in the type of `x`, which autocast of a GPU would make float32.
+
+    Statistics are float32 everywhere.
+    """
+    if x.device.type == "cpu":
+        return norm(x)
+    with without_autocast(x.device):
+        weights = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        return F.layer_norm(x, norm.normalized_shape, *weights, norm.eps)
+
+
+def repeat_pixels(h: Float[Tensor, "n c y x"], scale: tuple[float, float]) -> Tensor:
+    """Multiply both sides by repeating pixels, in the type of `h` also under autocast."""
+    with without_autocast(h.device):
+        return F.interpolate(h, scale_factor=scale)
+
+
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions. The embedding scales and shifts the features between them."""
 
@@ -149,7 +167,7 @@ class Attention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in positions.chunk(3, dim=2))
         attended = attend(q, k, v, None)
         if tokens is not None and self.text_kv is not None and self.text_norm is not None:
-            text = self.text_kv(self.text_norm(tokens))
+            text = self.text_kv(layer_norm(self.text_norm, tokens))
             k, v = (split_heads(part, self.heads) for part in text.chunk(2, dim=2))
             attended = attended + attend(q, k, v, mask)
         attended = attended.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, h.shape[2:])
@@ -186,11 +204,11 @@ class TextLayer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None
     ) -> Float[Tensor, "b n d"]:
-        parts = self.qkv(self.norm1(tokens)).chunk(3, dim=2)
+        parts = self.qkv(layer_norm(self.norm1, tokens)).chunk(3, dim=2)
         q, k, v = (split_heads(part, self.heads) for part in parts)
         attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(attended)
-        return tokens + self.down(F.gelu(self.up(self.norm2(tokens))))
+        return tokens + self.down(F.gelu(self.up(layer_norm(self.norm2, tokens))))
 
 
 def innermost(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:

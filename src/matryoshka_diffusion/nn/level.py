@@ -21,6 +21,7 @@ from matryoshka_diffusion.nn.layers import (
     mlp,
     norm,
     per_frame,
+    repeat_pixels,
     shuffle,
     sinusoid,
     unshuffle,
@@ -118,7 +119,9 @@ class Level(nn.Module):
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             h = self._run(block, h, embedding, context, skip)
-        predicted = shuffle(self._run(self._predict, h), self.config.patch)
+        # A GPU's half precision becomes float32 here, in more bytes than several blocks keep.
+        widened = h.device.type != "cpu" and h.dtype != self.head.weight.dtype
+        predicted = shuffle(self._run(self._predict, h, again=widened), self.config.patch)
         return h, rows_as_frames(predicted, self.config.frames)
 
     def _predict(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n p y x"]:
@@ -126,9 +129,12 @@ class Level(nn.Module):
         with without_autocast(h.device):
             return self.head(normalise(self.norm, h.to(self.norm.weight.dtype)))
 
-    def _run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`part(*inputs)`. A recomputed level keeps only the inputs for its backward pass."""
-        if not self.recomputed:
+    def _run(self, part: Callable[..., Tensor], *inputs: Any, again: bool = False) -> Tensor:
+        """`part(*inputs)`. For the backward pass a recomputed level keeps only the inputs.
+
+        Other levels do with `again`.
+        """
+        if not (self.recomputed or again):
             return part(*inputs)
         draws = self.config.dropout > 0  # only dropout needs the state of random numbers again
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=draws)
@@ -223,10 +229,10 @@ class Up(nn.Conv2d):
 
     def __init__(self, width: int, scale: int) -> None:
         super().__init__(width, width, 3, padding=1)
-        self.scale = float(scale)
+        self.scale = (float(scale), float(scale))
 
     def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "n c y2 x2"]:
-        return super().forward(F.interpolate(h, scale_factor=self.scale))
+        return super().forward(repeat_pixels(h, self.scale))
 
 
 def build_encoder(model: ModelConfig, config: LevelConfig) -> tuple[nn.ModuleList, list[int]]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from matryoshka_diffusion.nn.layers import (
     attend,
     innermost,
     norm,
+    repeat_pixels,
     sinusoid,
     split_heads,
     without_autocast,
     zero,
 )
+from matryoshka_diffusion.nn.norms import normalise
 
 SEQUENCES = 32_768
 """Sequences that attend at a time. GPU kernels count them with 16 bits."""
@@ -43,7 +44,9 @@ class FrameAttention(nn.Module):
         """`h` has the frames of each clip as rows."""
         clips = len(h) // self.frames
         numbers = sinusoid(torch.arange(self.frames, device=h.device).float(), h.shape[1])
-        numbered = self.norm(h) + numbers.to(h).repeat(clips, 1)[:, :, None, None]
+        numbered = (
+            normalise(self.norm, h, silu=False) + numbers.to(h).repeat(clips, 1)[:, :, None, None]
+        )
         qkv = self.qkv(numbered).unflatten(0, (clips, self.frames)).flatten(3)
         sequences = qkv.permute(0, 3, 1, 2).flatten(0, 1)  # one for each position of each clip
         attended = torch.cat([self._attend(part) for part in sequences.split(SEQUENCES)])
@@ -85,7 +88,7 @@ class UpFrames(nn.Conv2d):
         self.frames = frames
 
     def forward(self, h: Float[Tensor, "n c y x"]) -> Float[Tensor, "m c y x"]:
-        doubled = F.interpolate(_over_time(h, self.frames), scale_factor=(2.0, 1.0))
+        doubled = repeat_pixels(_over_time(h, self.frames), (2.0, 1.0))
         return _as_rows(super().forward(doubled), h)
 
 
