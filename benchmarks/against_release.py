@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,16 +33,15 @@ from benchmarks.families import Words
 from benchmarks.harness import CLOCKS, add_clock, parse, parser, report, speed
 from benchmarks.peers import Ready
 from benchmarks.resume import resident
-from benchmarks.steps import WORDS, Noise, Repeated, features, trainer
+from benchmarks.steps import WORDS, Noise, Repeated, features, resolved, trainer
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import RunConfig, StageConfig
+from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of, to_uint8
-from matryoshka_diffusion.train.gradient import one_core, resolve_threads
 from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.precision import Precision, resolve_layout
+from matryoshka_diffusion.train.precision import Precision
 
 CPU = torch.device("cpu")
 OURS, RELEASE, JOINED = "nest", "release", "release, joined"
@@ -53,12 +52,12 @@ WIDTHS = {
     "25M": ((64, 128, 192), (32, 32, 64), 256),
 }
 """Widths of the coarse level, of the fine level and of embeddings, by number of parameters."""
-GUIDANCE = 7.0
+FEATURES, GUIDANCE = 384, 7.0
 TOLERANCE = 1e-5
 
 
-def run_of(network: str, batch: int, precision: Precision) -> RunConfig:
-    """The resolved run of `released-256` with a quarter of its sides and fewer channels."""
+def run_of(network: str) -> RunConfig:
+    """The run of `released-256` with a quarter of its sides, fewer channels, and AdamW."""
     run = preset("released-256")
     *widths, embedding = WIDTHS[network]
     levels = tuple(
@@ -66,17 +65,10 @@ def run_of(network: str, batch: int, precision: Precision) -> RunConfig:
         for level, own in zip(run.model.levels, widths, strict=True)
     )
     assert run.model.text is not None
-    text = run.model.text.model_copy(update={"features": 384, "width": 128})
+    text = run.model.text.model_copy(update={"features": FEATURES, "width": 128})
     update = {"levels": levels, "embedding": embedding, "text": text}
-    model = run.model.model_copy(update=update)
-    stage = StageConfig(levels=len(levels), images=1000 * batch, batch_size=batch, lr=5e-5)
-    settings = {"optimizer": "adamw", "weight_decay": 0.01, "stages": (stage,)}
-    train = run.train.model_copy(update={**settings, "precision": precision})
-    decided = {
-        "layout": resolve_layout("auto", CPU, precision),
-        "threads": resolve_threads("auto", train, model, CPU),
-    }
-    return run.model_copy(update={"model": model, "train": train.model_copy(update=decided)})
+    train = run.train.model_copy(update={"optimizer": "adamw", "weight_decay": 0.01})
+    return run.model_copy(update={"model": run.model.model_copy(update=update), "train": train})
 
 
 def enliven(net: nn.Module) -> None:
@@ -87,10 +79,16 @@ def enliven(net: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02, generator=draw)
 
 
+def lively(config: RunConfig) -> NestedUNet:
+    """The network of a run, without weights that are zero."""
+    net = NestedUNet(config.model)
+    enliven(net)
+    return net
+
+
 def conditions(config: RunConfig, caption: str, rows: int) -> Conditioning:
     """A caption's features and the size of the finest images, in as many rows."""
-    assert config.model.text is not None
-    (tokens,) = Words(config.model.text.features)([caption])
+    (tokens,) = Words(FEATURES)([caption])
     mask, side = torch.ones(rows, WORDS, dtype=torch.bool), float(config.model.levels[-1].side)
     micro = {"scale": torch.full((rows,), side)}
     return Conditioning(tokens=tokens.expand(rows, -1, -1), mask=mask, micro=micro)
@@ -105,8 +103,7 @@ def pure_noise(config: RunConfig, rows: int) -> Pyramid:
 @torch.no_grad()
 def difference(config: RunConfig, rows: int = 2) -> float:
     """Largest relative error (L2) of a level's prediction between both sides, in float32."""
-    net = NestedUNet(config.model)
-    enliven(net)
+    net = lively(config)
     z, t, cond = pure_noise(config, rows), torch.rand(rows), conditions(config, "one", rows)
     pairs = zip(net(z, t, cond), release.PlainNest(net)(z, t, cond), strict=True)
     return max(float((plain - own).norm() / own.norm()) for own, plain in pairs)
@@ -115,45 +112,50 @@ def difference(config: RunConfig, rows: int = 2) -> float:
 # --- what is timed -------------------------------------------------------------------------------
 
 
-def training(config: RunConfig, side: str) -> Callable[[], object]:
+class Task(NamedTuple):
+    """What a process computes in its turns."""
+
+    network: str
+    precision: Precision
+    images: int
+    """Rows of a training step, or images sampled at once."""
+    steps: int
+    """Steps of a sample."""
+
+
+def training(task: Task, side: str) -> Callable[[], object]:
     """A training step of one side."""
-    train, batch = config.train, config.train.stages[-1].batch_size
-    if side == RELEASE:
-        net = NestedUNet(config.model)
-        enliven(net)
-        pictures, cond = Noise(config).batch(range(batch)).picture, conditions(config, "one", batch)
-        return release.training(net, pictures, cond, train, train.precision)
-    resolved = {"precision": train.precision, "layout": train.layout, "threads": train.threads}
-    repeated = trainer(config, batch, CPU, **resolved)
-    enliven(repeated.trainer.net)
-    feed = Feed(config, Ready(config, batch), features(config), CPU)
-
-    def step() -> None:
-        with one_core(repeated.trainer.gradient.threads > 1):  # as `Trainer.fit` does
-            Repeated(repeated.trainer, feed(repeated.inputs.step)).step()
-
-    return step
-
-
-def sampling(config: RunConfig, side: str, steps: int) -> Callable[[], object]:
-    """Guided DDIM samples of one side, as bytes."""
-    precision, rows = config.train.precision, config.train.stages[-1].batch_size
-    net = NestedUNet(config.model)
-    enliven(net)
+    config, rows, precision = run_of(task.network), task.images, task.precision
     if side == OURS:
-        model = Matryoshka(net, config, encoder=Words(384), precision=precision)
-        settings: dict[str, Any] = {"sampler": "ddim", "steps": steps, "guidance": GUIDANCE}
+        repeated = trainer(config, rows, CPU, **resolved(config, rows, CPU, precision))
+        enliven(repeated.trainer.net)
+        feed = Feed(config, Ready(config, rows), features(config), CPU)
+        return lambda: Repeated(repeated.trainer, feed(repeated.inputs.step)).step()
+    net = lively(config)
+    pictures, cond = Noise(config).batch(range(rows)).picture, conditions(config, "one", rows)
+    return release.training(net, pictures, cond, config.train, precision)
+
+
+def sampling(task: Task, side: str) -> Callable[[], object]:
+    """Guided DDIM samples of one side, as bytes."""
+    config, rows, precision = run_of(task.network), task.images, task.precision
+    net = lively(config).eval()
+    if side == OURS:
+        model = Matryoshka(net, config, encoder=Words(FEATURES), precision=precision)
+        settings: dict[str, Any] = {"sampler": "ddim", "steps": task.steps, "guidance": GUIDANCE}
         return partial(model.sample, "one", n=rows, batch_size=rows, **settings)
     given, without = (conditions(config, caption, rows) for caption in ("one", ""))
-    net.eval()
 
     def sample() -> list[torch.Tensor]:
         joined, z = side == JOINED, pure_noise(config, rows)
         settings: dict[str, Any] = {"guidance": GUIDANCE, "precision": precision, "joined": joined}
-        images = release.sample(net, z, given, without, steps=steps, **settings)
+        images = release.sample(net, z, given, without, steps=task.steps, **settings)
         return [to_uint8(level, config.data.pixels) for level in images]
 
     return sample
+
+
+WORK = {"training": training, "sampling": sampling}
 
 
 # --- processes that take turns -------------------------------------------------------------------
@@ -162,12 +164,12 @@ _turn: Callable[[], object]
 _imported: int
 
 
-def prepare(config: RunConfig, work: str, side: str, steps: int, threads: int) -> None:
+def prepare(task: Task, work: str, side: str, threads: int) -> None:
     """Build what this process computes in its turns."""
     global _turn, _imported
     torch.set_num_threads(threads)
     _imported = resident("VmRSS")
-    _turn = training(config, side) if work == "training" else sampling(config, side, steps)
+    _turn = WORK[work](task, side)
 
 
 def seconds_of_turn(clock: str) -> float:
@@ -182,24 +184,24 @@ def risen() -> int:
     return resident("VmHWM") - _imported
 
 
-def compare(config: RunConfig, work: str, values: Any) -> list[dict[str, Any]]:
+def compare(task: Task, work: str, repeats: int, clock: str) -> list[dict[str, Any]]:
     """Rows of one kind of work: the nest against each form of the release."""
-    settings, sides = (values.steps, torch.get_num_threads()), SIDES[work]
+    sides, threads = SIDES[work], torch.get_num_threads()
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     with ExitStack() as stack:
         processes: dict[str, ProcessPoolExecutor] = {}
         for side in sides:
-            process = ProcessPoolExecutor(1, PROCESSES, prepare, (config, work, side, *settings))
+            process = ProcessPoolExecutor(1, PROCESSES, prepare, (task, work, side, threads))
             processes[side] = stack.enter_context(process)
-        for turn in range(values.repeats + 1):  # the first round does not count
+        for turn in range(repeats + 1):  # the first round does not count
             for side, process in processes.items():
-                spent = process.submit(seconds_of_turn, values.clock).result()
+                spent = process.submit(seconds_of_turn, clock).result()
                 seconds[side] += [spent] * (turn > 0)
         peaks = {side: process.submit(risen).result() for side, process in processes.items()}
     rows = []
     for side in sides[1:]:
         ratios = [slow / fast for slow, fast in zip(seconds[side], seconds[OURS], strict=True)]
-        row = {"work": work, "precision": config.train.precision, "against": side}
+        row = {"network": task.network, "work": work, "precision": task.precision, "against": side}
         row |= {"its seconds": statistics.median(seconds[side])}
         row |= {"seconds": statistics.median(seconds[OURS]), "faster": speed(seconds, OURS, side)}
         row |= {"least": min(ratios), "most": max(ratios), "its MB": peaks[side] / 1e6}
@@ -223,11 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     images = {"training": values.batch, "sampling": values.samples}
     rows, differences = [], {}
     for network in values.networks:
-        differences[network] = difference(run_of(network, values.batch, "fp32"))
+        differences[network] = difference(run_of(network))
         assert differences[network] < TOLERANCE, "both sides are the same network"
         for precision, work in product(values.precisions, values.work):
-            config = run_of(network, images[work], precision)
-            rows += [{"network": network, **row} for row in compare(config, work, values)]
+            task = Task(network, precision, images[work], values.steps)
+            rows += compare(task, work, values.repeats, values.clock)
     return report("against_release", rows, values, differences=differences)
 
 

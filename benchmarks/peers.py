@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.families import Words
 from benchmarks.harness import CLOCKS, add_clock, parse, parser, report, speed, take_turns
 from benchmarks.peer_networks import KINDS, TEXT_FEATURES, Peer, Task, forward_flops
-from benchmarks.steps import WORDS, Noise, Repeated, features, trainer
+from benchmarks.steps import WORDS, Noise, Repeated, features, resolved, trainer
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.nn import costs
@@ -77,7 +77,9 @@ class Ready:
 
 def nest(config: RunConfig, task: Task, batch: int, precision: Precision) -> Work:
     """The nest with its own trainer and sampler."""
-    repeated = trainer(config, batch, task.device, precision=precision)
+    repeated = trainer(
+        config, batch, task.device, **resolved(config, batch, task.device, precision)
+    )
     feed = Feed(config, Ready(config, batch), features(config), task.device)
     model = Matryoshka(
         NestedUNet(config.model),

@@ -14,8 +14,9 @@ from matryoshka_diffusion.nn.costs import kept_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
+from matryoshka_diffusion.train.gradient import one_core, resolve_threads
 from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.precision import autocast
+from matryoshka_diffusion.train.precision import Precision, autocast, resolve_layout
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import Stepped, diffusion
 from matryoshka_diffusion.train.trainer import Trainer
@@ -52,7 +53,8 @@ class Repeated(NamedTuple):
 
     def step(self) -> None:
         """One whole step: forward, loss, backward, clipping, optimizer, average."""
-        outcome = self.trainer.step(self.inputs)
+        with one_core(self.trainer.gradient.threads > 1):  # as `Trainer.fit` does
+            outcome = self.trainer.step(self.inputs)
         assert isinstance(outcome, Stepped), "a skipped step is no measure"
 
     def activation_bytes(self) -> int:
@@ -84,6 +86,19 @@ def trainer(
     trainer = Trainer(diffusion(config, base), device, images_seen=config.train.images)
     step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)
     return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step))
+
+
+def resolved(
+    run: RunConfig, batch: int, device: torch.device, precision: Precision
+) -> dict[str, Any]:
+    """What `mdm train` makes of `auto` in a run with batches of this size, for `trainer`."""
+    stages = tuple(stage.model_copy(update={"batch_size": batch}) for stage in run.train.stages)
+    train = run.train.model_copy(update={"stages": stages})
+    return {
+        "precision": precision,
+        "layout": resolve_layout("auto", device, precision),
+        "threads": resolve_threads("auto", train, run.model, device),
+    }
 
 
 def features(

@@ -298,7 +298,7 @@ def test_the_state_of_a_checkpoint_is_weights_average_and_two_moments(tmp_path, 
 
 @pytest.mark.parametrize("operation", ["attend", "residual"])
 def test_the_release_must_predict_what_the_nest_does_before_it_is_timed(operation, monkeypatch):
-    config = against_release.run_of("1.9M", 1, "fp32")
+    config = against_release.run_of("1.9M")
     assert against_release.difference(config) < against_release.TOLERANCE
     correct = getattr(release, operation)
     monkeypatch.setattr(release, operation, lambda *inputs: 1.01 * correct(*inputs))
