@@ -4,6 +4,7 @@
     pip install -c constraints.txt --no-deps denoising-diffusion-pytorch imagen-pytorch
     python -m benchmarks.peers --threads 1 --clock cpu       # on a busy machine
     python -m benchmarks.peers --threads 2                   # on a quiet one
+    python -m benchmarks.peers --threads 2 --batch 32 --repeats 3      # in less than ten minutes
 
 Without the two libraries, which ask for torchvision and do not need it here, the others are
 measured. The baseline is `openmoji` with three times its widths, because others are seldom as
@@ -65,6 +66,13 @@ def nest_flops(config: RunConfig) -> int:
     return costs.forward_flops(config.model, len(config.model.levels), WORDS)
 
 
+class Images(NamedTuple):
+    """Images of a training step, and images that are sampled at once."""
+
+    training: int
+    sampling: int
+
+
 class Ready:
     """A loader whose images are there already."""
 
@@ -75,8 +83,9 @@ class Ready:
         return self._batch
 
 
-def nest(config: RunConfig, task: Task, batch: int, precision: Precision) -> Work:
+def nest(config: RunConfig, task: Task, images: Images, precision: Precision) -> Work:
     """The nest with its own trainer and sampler."""
+    batch, count = images
     repeated = trainer(
         config, batch, task.device, **resolved(config, batch, task.device, precision)
     )
@@ -94,14 +103,14 @@ def nest(config: RunConfig, task: Task, batch: int, precision: Precision) -> Wor
 
     def sample() -> None:
         steps = task.evaluations
-        model.sample("", n=batch, steps=steps, sampler="ddim", guidance=1.0, batch_size=batch)
+        model.sample("", n=count, steps=steps, sampler="ddim", guidance=1.0, batch_size=count)
 
     return Work(step, sample)
 
 
-def peer_work(peer: Peer, task: Task, batch: int, precision: Precision) -> Work:
+def peer_work(peer: Peer, task: Task, images: Images, precision: Precision) -> Work:
     """The network of another library in a step like its trainer's, and with its sampler."""
-    pictures = torch.rand(batch, task.channels, task.side, task.side, device=task.device)
+    pictures = torch.rand(images.training, task.channels, task.side, task.side, device=task.device)
     optimizer = torch.optim.AdamW(peer.net.parameters(), lr=1e-4)
     average = peer.average(peer.net)
 
@@ -117,12 +126,14 @@ def peer_work(peer: Peer, task: Task, batch: int, precision: Precision) -> Work:
 
     def sample() -> None:
         with autocast(precision, task.device):
-            peer.sample(batch)
+            peer.sample(images.sampling)
 
     return Work(step, sample)
 
 
-def measure(config: RunConfig, task: Task, batch: int, values: Namespace) -> list[dict[str, Any]]:
+def measure(
+    config: RunConfig, task: Task, images: Images, values: Namespace
+) -> list[dict[str, Any]]:
     """Rows of one batch size: the nest and the peers that are installed, in turns."""
     kinds = {name: kind for name, kind in KINDS.items() if not kind.missing()}
     flops = {OURS: nest_flops(config)}
@@ -130,10 +141,10 @@ def measure(config: RunConfig, task: Task, batch: int, values: Namespace) -> lis
         flops[name] = forward_flops(kind, task, kind.widths[values.wider])
     rows = []
     for precision in values.precisions:
-        works = {OURS: nest(config, task, batch, precision)}
+        works = {OURS: nest(config, task, images, precision)}
         for name, kind in kinds.items():
             peer = kind.build(task, kind.widths[values.wider])
-            works[name] = peer_work(peer, task, batch, precision)
+            works[name] = peer_work(peer, task, images, precision)
         for field in values.work:
             variants = {name: getattr(work, field) for name, work in works.items()}
             seconds = take_turns(variants, values.repeats, task.device, CLOCKS[values.clock])
@@ -144,7 +155,7 @@ def measure(config: RunConfig, task: Task, batch: int, values: Namespace) -> lis
                     "GFLOP": flops[name] / 1e9,
                     "work": field,
                     "precision": precision,
-                    "batch": batch,
+                    "batch": getattr(images, field),
                     "seconds": statistics.median(seconds[name]),
                     "nest is faster": factor,
                     "per FLOP": factor * flops[OURS] / flops[name],
@@ -158,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser(__doc__)
     add = options.add_argument
     add("--wider", type=int, default=3, choices=(1, 3), help="factor of openmoji's widths")
-    add("--batch", type=int, nargs="+", default=[8, 32])
+    add("--batch", type=int, nargs="+", default=[8, 32], help="images of a training step")
+    add("--samples", type=int, default=8, help="images sampled at once (default 8)")
     add("--precisions", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
     add("--work", nargs="+", default=Work._fields, choices=Work._fields)
     add("--steps", type=int, default=5, help="network evaluations of a sample (default 5)")
@@ -170,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     config = wider(values.wider)
     finest, channels = config.model.levels[-1], config.model.channels
     task = Task(finest.side, channels, values.steps, torch.device(values.device))
-    rows = [row for batch in values.batch for row in measure(config, task, batch, values)]
+    rows = []
+    for batch in values.batch:
+        rows += measure(config, task, Images(batch, values.samples), values)
     names = {KINDS[name].distribution for name in KINDS.keys() - missing.keys()}
     versions = {name: version(name) for name in sorted(names)}
     return report("peers", rows, values, versions=versions, missing=missing)

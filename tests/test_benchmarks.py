@@ -56,6 +56,8 @@ SCRIPTS = {
         "1",
         "--batch",
         "1",
+        "--samples",
+        "1",
         "--precisions",
         "fp32",
         "--steps",
