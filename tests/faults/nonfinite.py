@@ -17,7 +17,8 @@ def skipped(shop: Workshop, result: Result, until: float) -> None:
     """NaN in pixels, in two steps in a row, and Inf in one gradient."""
     *broken, overflow = shop.chance.sample(range(2, IMAGES // BATCH - 2, 3), 5)
     samples = {step: [BATCH * step + shop.chance.randrange(BATCH)] for step in broken}
-    samples[broken[0] + 1] = [BATCH * (broken[0] + 1) + row for row in (1, 6)]
+    # Before it, since the first step of a stage changes the files of weights also if it is skipped.
+    samples[broken[0] - 1] = [BATCH * (broken[0] - 1) + row for row in (1, 6)]
     poisoned = [number for numbers in samples.values() for number in numbers]
     run = shop.run("not-finite", *EVERY_STEP)
     ended = run.go(poison=poisoned, overflow=overflow + 1)
