@@ -167,6 +167,7 @@ def draw(
         "waits": tracer.waits,
         "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
         "doubles": dict(tracer.doubles),
+        "noise": sum(kernel.place.startswith("philox.py") for kernel in tracer.kernels),
     }
 
 

@@ -136,7 +136,10 @@ class UnitNoise:
         self.steps = steps
         self.rows = 1 + sum(self.sizes) * (1 + steps)
 
-    def __call__(self, purpose: str, step: int, level: int) -> Tensor:
+    def __call__(self, purpose: str, step: int) -> Pyramid:
+        return tuple(self._units(step, level) for level in range(len(self.sizes)))
+
+    def _units(self, step: int, level: int) -> Tensor:
         noise = torch.zeros(self.rows, self.sizes[level], dtype=torch.float64)
         if step <= self.steps:
             first = 1 + sum(self.sizes) * step + sum(self.sizes[:level])
@@ -144,7 +147,7 @@ class UnitNoise:
         return noise.view(-1, *self.shapes[level])
 
     def start(self) -> Pyramid:
-        return tuple(self("start", 0, level) for level in range(len(self.sizes)))
+        return self("start", 0)
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +162,6 @@ def stacked(pyramid: Pyramid) -> Tensor:
     return torch.cat([level.flatten(1) for level in pyramid], dim=1)
 
 
-def no_noise(purpose: str, step: int, level: int) -> Tensor:
+def no_noise(purpose: str, step: int) -> Pyramid:
     """A `NoiseSource` for samplers that must not draw."""
     raise AssertionError(f"a deterministic sampler drew noise at step {step}")

@@ -110,6 +110,13 @@ def test_no_step_of_a_sampler_waits_for_the_gpu_or_copies_from_memory_that_moves
     assert results["in step"] == []
 
 
+def test_the_noise_of_all_levels_is_drawn_by_one_series_of_kernels(results):
+    cases = [case for case in results["drawing"] if case["sampler"] == "ddpm"]
+    noise = {case["family"]: case["noise"] for case in cases if case["family"] != "upsampler"}
+    assert noise.keys() >= {"text", "video"}, "three levels and two"
+    assert max(noise.values()) <= 4 * 300, "the start and three steps"
+
+
 def test_a_guided_step_is_one_call_of_the_network(results):
     for case in results["drawing"]:
         assert set(case["rows"]) == {6 if case["guided"] else 3}, case

@@ -34,10 +34,15 @@ CLASSES = (
 )
 
 
-def noise_of_then(places: list[Place], count: int, device: object) -> torch.Tensor:
+def noise_of_then(
+    places: list[list[Place]], counts: list[int], device: object
+) -> list[torch.Tensor]:
     """Normal numbers as they were drawn when the folders were written."""
-    rows = [place.generator().standard_normal(count, dtype=np.float32) for place in places]
-    return torch.from_numpy(np.stack(rows))
+    parts = []
+    for own, count in zip(zip(*places, strict=True), counts, strict=True):
+        rows = [place.generator().standard_normal(count, dtype=np.float32) for place in own]
+        parts.append(torch.from_numpy(np.stack(rows)))
+    return parts
 
 
 @pytest.fixture

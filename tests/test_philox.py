@@ -20,35 +20,42 @@ PLACES = [Place.of(seed, "noise", (row, 3)) for seed in (0, 1) for row in range(
 counters = st.lists(st.integers(0, WORD), max_size=3)
 
 
+def drawn(places: list[Place], count: int) -> torch.Tensor:
+    return normal_rows([[place] for place in places], [count], "cpu")[0]
+
+
 def numbers(places: list[Place], count: int) -> np.ndarray:
-    return normal_rows(places, count, "cpu").double().numpy()
+    return drawn(places, count).double().numpy()
 
 
 @given(st.lists(st.tuples(st.integers(0, WORD), counters), min_size=1, max_size=3))
 def test_a_device_computes_the_words_of_numpys_philox(rows):
     places = [Place.of(seed, "x", own) for seed, own in rows]
-    words = blocks(places, 3, "cpu").flatten(1).numpy().view(np.uint64)
-    for row, place in zip(words, places, strict=True):
-        expected = place.generator().integers(0, WORD, 12, np.uint64, endpoint=True)
-        assert np.array_equal(row, expected)
+    pairs = [[place, place._replace(counters=place.counters[::-1].copy())] for place in places]
+    words = blocks(pairs, [3, 2], "cpu").numpy().view(np.uint64)
+    for row, pair in zip(words, pairs, strict=True):
+        for own, place in zip((row[:3], row[3:]), pair, strict=True):
+            expected = place.generator().integers(0, WORD, own.size, np.uint64, endpoint=True)
+            assert np.array_equal(own.ravel(), expected)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 3 * philox.CHUNK + 5])
 def test_both_ways_to_draw_give_the_same_numbers(count, monkeypatch):
-    alone = normal_rows(PLACES, count, "cpu")
-    half = -(-count // 16) * 8
-    rows = torch.empty(len(PLACES), 2, half)
-    fill_on_device(rows, PLACES)
+    alone = drawn(PLACES, count)
+    other = [Place.of(0, "noise", (5,))] * 4 + [Place.of(1, "noise", (5,))] * 4
+    parts = [torch.empty(len(PLACES), 2, -(-size // 16) * 8) for size in (33, count)]
+    fill_on_device(parts, [*map(list, zip(other, PLACES, strict=True))])
     assert alone.shape == (len(PLACES), count)
-    torch.testing.assert_close(rows.flatten(1)[:, :count], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts[1].flatten(1)[:, :count], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts[0].flatten(1)[:, :33], drawn(other, 33), rtol=1e-6, atol=1e-6)
     monkeypatch.setattr(philox, "SERIAL", 0)  # draw with threads
-    assert torch.equal(normal_rows(PLACES, count, "cpu"), alone)
-    assert torch.equal(normal_rows(PLACES[3:], count, "cpu"), alone[3:]), "rows are independent"
+    assert torch.equal(drawn(PLACES, count), alone)
+    assert torch.equal(drawn(PLACES[3:], count), alone[3:]), "rows are independent"
 
 
 def test_no_rows_are_no_numbers():
-    assert normal_rows([], 5, "cpu").shape == (0, 5)
-    fill_on_device(torch.empty(0, 2, 8), [])
+    assert drawn([], 5).shape == (0, 5)
+    fill_on_device([torch.empty(0, 2, 8)], [])
 
 
 def test_numbers_are_normal_and_independent():

@@ -208,7 +208,7 @@ def replay(sampler: Callable, steps: int, guidance: float, threshold: Threshold,
     return last(sampler(denoise, start, process.schedules, times, **noise)).z
 
 
-def silent(purpose: str, step: int, level: int) -> Tensor:
+def silent(purpose: str, step: int) -> Pyramid:
     raise AssertionError("eta is 0")
 
 
@@ -223,9 +223,9 @@ def test_ddim(threshold: Threshold, guidance: int):
 def test_ddpm():
     part = tensors("nested32.sampling")
 
-    def noise(purpose: str, step: int, level: int) -> Tensor:
+    def noise(purpose: str, step: int) -> Pyramid:
         """In the order of the calls: a step's finest level first."""
-        return part[f"ddpm5.noise_{2 * (step - 1) + (1 - level):02d}"]
+        return tuple(part[f"ddpm5.noise_{2 * step - 1 - level:02d}"] for level in range(2))
 
     check(replay(ddpm, 5, 1.0, "clip", noise=noise), coarse_first(part, "ddpm5.x_", 2))
 

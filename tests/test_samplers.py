@@ -99,7 +99,7 @@ def test_one_level_follows_diffusers_step_by_step(
     denoise = NetworkDenoiser(network, process, Conditioning())
     times = trailing_grid(steps, process.schedules[0])
     states = SAMPLERS[sampler](
-        denoise, (START,), process.schedules, times, noise=lambda _, step, level: draws[step - 1]
+        denoise, (START,), process.schedules, times, noise=lambda _, step: (draws[step - 1],)
     )
     theirs = their_trajectory(sampler, steps, prediction)
     for state, expected in zip(states, theirs, strict=True):
@@ -174,17 +174,18 @@ def test_levels_step_by_their_own_log_snr_at_the_shared_time(sampler: Callable):
 
 def test_a_samples_noise_depends_on_its_seed_only():
     alone, crowd = SeededNoise([7], RESOLUTIONS), SeededNoise(range(16), RESOLUTIONS)
-    for place in (("start", 0, 0), ("step", 1, 1), ("step", 9, 0)):
-        assert torch.equal(alone(*place), crowd(*place)[7:8])
+    for place in (("start", 0), ("step", 1), ("step", 9)):
+        for one, among in zip(alone(*place), crowd(*place), strict=True):
+            assert torch.equal(one, among[7:8])
 
 
 def test_noise_differs_by_seed_purpose_step_level_and_family():
     draws = [
-        noise(purpose, step, level)[row].flatten()
+        level[row].flatten()
         for family in ("sample", "upsample")
         for noise in [SeededNoise([1, 2], (Resolution(8, 8),) * 2, family=family)]
         for purpose, step in (("start", 0), ("coarse", 0), ("step", 0), ("step", 1))
-        for level in range(2)
+        for level in noise(purpose, step)
         for row in range(2)
     ]
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))

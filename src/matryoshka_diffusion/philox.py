@@ -60,19 +60,24 @@ class Place(NamedTuple):
 
 
 def normal_rows(
-    places: Sequence[Place], count: int, device: torch.device | str
-) -> Float[Tensor, "b n"]:
-    """Draw `count` standard normal float32 numbers from the beginning of each stream.
+    places: Sequence[Sequence[Place]], counts: Sequence[int], device: torch.device | str
+) -> list[Float[Tensor, "b _"]]:
+    """Draw `counts[k]` standard normal float32 numbers from the beginning of stream k of each row.
+
+    The streams of a row have one key. A GPU draws from all of them with one series of kernels.
 
     A pair of numbers takes 32 bits for its radius, from the first half of the blocks, and 32 bits
     for its angle, from the second half. All devices use the same bits; their logarithms, sines and
     cosines may differ in the last digits.
     """
-    half = -(-count // PAIRS // 2) * PAIRS
-    rows = torch.empty(len(places), 2, half, device=device)
-    fill = _fill_on_cpu if rows.device.type == "cpu" else fill_on_device
-    fill(rows, places)
-    return rows.flatten(1)[:, :count]
+    halves = [-(-count // PAIRS // 2) * PAIRS for count in counts]
+    parts = [torch.empty(len(places), 2, half, device=device) for half in halves]
+    if torch.device(device).type == "cpu":
+        for part, rows in enumerate(parts):
+            _fill_on_cpu(rows, [row[part] for row in places])
+    else:
+        fill_on_device(parts, places)
+    return [rows.flatten(1)[:, :count] for rows, count in zip(parts, counts, strict=True)]
 
 
 def _fill_on_cpu(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
@@ -99,11 +104,15 @@ def _fill_on_cpu(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
             list(pool.map(fill, *zip(*chunks, strict=True)))
 
 
-def fill_on_device(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
+def fill_on_device(
+    parts: Sequence[Float[Tensor, "b 2 _"]], places: Sequence[Sequence[Place]]
+) -> None:
     """Fill with normal numbers from words that the device computes."""
-    half = rows.shape[2]
-    bits = blocks(places, 2 * half // PAIRS, rows.device).flatten(1).view(torch.int32)
-    _box_muller(bits[:, :half], bits[:, half:], rows.transpose(0, 1))
+    counts = [2 * rows.shape[2] // PAIRS for rows in parts]
+    words = blocks(places, counts, parts[0].device).split(counts, dim=1)
+    for rows, own in zip(parts, words, strict=True):
+        radii, angles = own.flatten(1).view(torch.int32).split(rows.shape[2], dim=1)
+        _box_muller(radii, angles, rows.transpose(0, 1))
 
 
 def _box_muller(
@@ -121,31 +130,45 @@ def _box_muller(
     torch.mul(radius, angle.sin_(), out=pairs[1])
 
 
-def blocks(places: Sequence[Place], count: int, device: torch.device | str) -> Int[Tensor, "b n 4"]:
+def blocks(
+    places: Sequence[Sequence[Place]], counts: Sequence[int], device: torch.device | str
+) -> Int[Tensor, "b n 4"]:
     """Compute the first blocks of each stream, with unsigned words in the bits of int64."""
-    fixed = np.array([(*place.key, *place.counters) for place in places], np.uint64)
-    words = torch.from_numpy(fixed.view(np.int64)).reshape(-1, 5, 1)
+    fixed = np.array(
+        [[(*place.key, *place.counters) for place in row] for row in places], np.uint64
+    )
+    words = torch.from_numpy(fixed.view(np.int64)).reshape(-1, len(counts), 5)
     if torch.device(device).type == "cuda":  # the host waits for copies of memory that can move
         words = words.pin_memory()
-    table = words.to(device, non_blocking=words.is_pinned()).transpose(0, 1)
-    key = table[:2]
-    first, second, third = table[2:].expand(-1, -1, count)
-    number = torch.arange(1, count + 1, device=device).expand_as(first)  # numpy begins with one
+    table = words.to(device, non_blocking=words.is_pinned()).permute(2, 0, 1)
+    key, counters = table[:2, :, :1], table[2:].split(1, dim=2)
+    first, second, third = torch.cat(
+        [each.expand(-1, -1, count) for each, count in zip(counters, counts, strict=True)], dim=2
+    )
+    # The first counter is the block's number, which begins with one, as numpy's does.
+    numbers = [torch.arange(1, count + 1, device=device) for count in counts]
+    number = torch.cat(numbers).expand_as(first)
     even, odd = torch.stack([number, second]), torch.stack([first, third])
     multiplier, step = (
         torch.stack([torch.full((1, 1), _signed(word), device=device) for word in pair])
         for pair in (MULTIPLIERS, KEY_STEPS)
     )
+    halves = _halves(multiplier)
     for _ in range(ROUNDS):
         product = even * multiplier
-        even, odd = _high_word(even, multiplier).flip(0) ^ odd ^ key, product.flip(0)
+        even, odd = _high_word(_halves(even), halves).flip(0) ^ odd ^ key, product.flip(0)
         key = key + step
     return torch.stack([even[0], odd[0], even[1], odd[1]], dim=2)
 
 
-def _high_word(a: Int[Tensor, "..."], b: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The upper 64 bits of the unsigned product of 64-bit words, by halves of 32 bits."""
-    (a_low, a_high), (b_low, b_high) = ((x & LOW_HALF, (x >> 32) & LOW_HALF) for x in (a, b))
+def _halves(words: Int[Tensor, "..."]) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
+    """The lower and the upper 32 bits of 64-bit words."""
+    return words & LOW_HALF, (words >> 32) & LOW_HALF
+
+
+def _high_word(a: Sequence[Int[Tensor, "..."]], b: Sequence[Int[Tensor, "..."]]) -> Tensor:
+    """The upper 64 bits of the unsigned product of 64-bit words, from their halves."""
+    (a_low, a_high), (b_low, b_high) = a, b
     carry = ((a_low * b_low) >> 32) & LOW_HALF
     middle = a_high * b_low + carry
     other = a_low * b_high + (middle & LOW_HALF)

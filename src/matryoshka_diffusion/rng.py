@@ -39,8 +39,20 @@ def normal(
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "b ..."]:
     """Standard normal float32 numbers of a shape for each (seed, up to three counters)."""
-    streams = [Place.of(seed, purpose, counters) for seed, *counters in places]
-    return normal_rows(streams, math.prod(shape), device).unflatten(1, shape)
+    rows = [[place] for place in places]
+    return normal_parts(purpose, rows, [shape], device)[0]
+
+
+def normal_parts(
+    purpose: str,
+    places: Sequence[Sequence[tuple[int, ...]]],
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device | str = "cpu",
+) -> tuple[Float[Tensor, "b ..."], ...]:
+    """Draw as `normal` for several shapes at once; the places of a row have one seed."""
+    streams = [[Place.of(seed, purpose, own) for seed, *own in row] for row in places]
+    parts = normal_rows(streams, [math.prod(shape) for shape in shapes], device)
+    return tuple(rows.unflatten(1, shape) for rows, shape in zip(parts, shapes, strict=True))
 
 
 def uniform(seed: int, purpose: str, ids: Iterable[int]) -> Float[Tensor, " b"]:

@@ -21,13 +21,13 @@ from matryoshka_diffusion.config import GridName, SamplerName
 from matryoshka_diffusion.denoiser import Denoiser
 from matryoshka_diffusion.diffusion import to_noise
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
-from matryoshka_diffusion.rng import normal
+from matryoshka_diffusion.rng import normal_parts
 from matryoshka_diffusion.schedule import STEPS, Instant, NoiseSchedule, instants, time_of
 
 Schedules = Sequence[NoiseSchedule]
 Times = Float[Tensor, " n"]
-NoiseSource = Callable[[str, int, int], Tensor]
-"""Noise for (purpose, step, level): "start" for the first latents, "step" for what a step adds."""
+NoiseSource = Callable[[str, int], Pyramid]
+"""Noise for (purpose, step): "start" for the first latents, "step" for what a step adds."""
 
 
 class State(NamedTuple):
@@ -59,14 +59,14 @@ class SeededNoise:
         self.shapes = [resolution.shape(channels) for resolution in resolutions]
         self.device = device
 
-    def __call__(self, purpose: str, step: int, level: int) -> Tensor:
-        """Standard normal numbers, one row for each seed, in the shape of the level."""
-        places = [(seed, step, level) for seed in self.seeds]
-        return normal(f"{self.family} {purpose}", places, self.shapes[level], self.device)
+    def __call__(self, purpose: str, step: int) -> Pyramid:
+        """Standard normal numbers, one row for each seed, in the shapes of the levels."""
+        places = [[(seed, step, level) for level in range(len(self.shapes))] for seed in self.seeds]
+        return normal_parts(f"{self.family} {purpose}", places, self.shapes, self.device)
 
     def start(self) -> Pyramid:
         """Pure noise on every level, the latents at t = 1."""
-        return tuple(self("start", 0, level) for level in range(len(self.shapes)))
+        return self("start", 0)
 
 
 # --- time grids --------------------------------------------------------------------------------
@@ -114,15 +114,15 @@ def ddpm(
     mean (a sigma_s^2 z + alpha_s v x) / sigma_t^2 and variance v sigma_s^2 / sigma_t^2.
     """
     for step, (now, then) in enumerate(pairwise(instants(times, schedules)), start=1):
-        x = denoise(z, now)
+        x, fresh = denoise(z, now), noise("step", step)
         following = []
-        for level, (z_r, x_r, t, s) in enumerate(zip(z, x, now.levels, then.levels, strict=True)):
+        for z_r, x_r, noise_r, t, s in zip(z, x, fresh, now.levels, then.levels, strict=True):
             ratio = t.alpha / s.alpha
             variance = t.sigma**2 - ratio**2 * s.sigma**2
             kept, added = ratio * s.sigma**2 / t.sigma**2, s.alpha * variance / t.sigma**2
             spread = math.sqrt(max(variance * s.sigma**2 / t.sigma**2, 0.0))
             mean = kept * z_r + added * x_r
-            following.append(mean + spread * noise("step", step, level))
+            following.append(mean + spread * noise_r)
         z = tuple(following)
         yield State(step, then.t, z, x)
 
@@ -142,6 +142,7 @@ def ddim(
     """
     for step, (now, then) in enumerate(pairwise(instants(times, schedules)), start=1):
         x = denoise(z, now)
+        fresh = noise("step", step) if eta > 0.0 else ()
         following = []
         for level, (z_r, x_r, t, s) in enumerate(zip(z, x, now.levels, then.levels, strict=True)):
             variance = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
@@ -149,7 +150,7 @@ def ddim(
             kept = math.sqrt(max(s.sigma**2 - renewed**2, 0.0))
             latent = s.alpha * x_r + kept * to_noise(x_r, z_r, t)
             if eta > 0.0:
-                latent = latent + renewed * noise("step", step, level)
+                latent = latent + renewed * fresh[level]
             following.append(latent)
         z = tuple(following)
         yield State(step, then.t, z, x)

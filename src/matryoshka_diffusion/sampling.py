@@ -340,7 +340,7 @@ class DiffusionModel:
         assert sampling.coarse_noise is not None, "a config of an upsampler has it"
         small = to_float(coarse, self.config.data.pixels).permute(0, 3, 1, 2)
         t = torch.full((len(seeds),), sampling.coarse_noise, dtype=torch.float64)
-        noise = self.noise(seeds, "cpu")("coarse", 0, 0)
+        noise = self.noise(seeds, "cpu")("coarse", 0)[0]
         image = augment_coarse(small, t, noise, self.process.schedules[0])
         return replace(cond, image=image, image_t=t.float())
 
