@@ -4,7 +4,7 @@
     pip install -c constraints.txt --no-deps denoising-diffusion-pytorch imagen-pytorch
     python -m benchmarks.peers --threads 1 --clock cpu       # on a busy machine
     python -m benchmarks.peers --threads 2                   # on a quiet one
-    python -m benchmarks.peers --threads 2 --batch 32 --repeats 3      # in less than ten minutes
+    python -m benchmarks.peers --threads 2 --batch 32 --repeats 3      # shorter
 
 Without the two libraries, which ask for torchvision and do not need it here, the others are
 measured. The baseline is `openmoji` with three times its widths, because others are seldom as
