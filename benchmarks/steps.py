@@ -14,9 +14,9 @@ from matryoshka_diffusion.nn.costs import kept_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
-from matryoshka_diffusion.train.gradient import one_core, resolve_threads
+from matryoshka_diffusion.train.gradient import resolve_threads
 from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.precision import Precision, autocast, resolve_layout
+from matryoshka_diffusion.train.precision import Precision, autocast, one_core, resolve_layout
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import Stepped, diffusion
 from matryoshka_diffusion.train.trainer import Trainer

@@ -320,7 +320,13 @@ def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step(
 
 
 def test_automatic_precision_and_layout_follow_the_device(monkeypatch):
-    for feature, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
+    for feature, speed, expected in (
+        ("avx512_bf16", 1.6, "bf16"),
+        ("avx512_bf16", 0.5, "fp32"),
+        ("amx_bf16", 5.0, "bf16"),
+        ("avx2", 1.6, "fp32"),
+    ):
+        monkeypatch.setattr(precision_module, "speed_of_bf16", lambda speed=speed: speed)
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda feature=feature: {feature: True}, raising=False
         )

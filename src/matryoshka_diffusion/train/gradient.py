@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Generic, Literal
 
@@ -36,22 +35,6 @@ def resolve_threads(
         return 1 if setting == "auto" else setting
     rows = min(stage.batch_size for stage in train.stages) // (train.accumulate * ROWS_OF_A_PART)
     return max(1, min(torch.get_num_threads(), rows))
-
-
-@contextmanager
-def one_core(wanted: bool) -> Iterator[None]:
-    """Let torch compute on the calling thread alone, if `wanted`.
-
-    The threads of one operation wait for each other by spinning. If another program keeps one core
-    busy, that makes a step four to seven times as long, and so does every other thread of a step.
-    """
-    threads = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Gradient(Generic[Net]):

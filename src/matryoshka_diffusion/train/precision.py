@@ -1,21 +1,25 @@
-"""Number format, memory layout and compiled form of a network.
+"""Number format, memory layout, threads and compiled form of a network.
 
 Weights, losses, moments and averages are float32 whatever is chosen here.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from matryoshka_diffusion.config import ConfigError, TrainConfig
 from matryoshka_diffusion.nn.level import Level
@@ -72,19 +76,54 @@ def shapes_repeat(train: TrainConfig) -> bool:
     return True
 
 
-def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
-    """Replace `auto` by bf16 where the hardware multiplies bf16, else by fp32.
+@contextmanager
+def one_core(wanted: bool = True) -> Iterator[None]:
+    """Let torch compute on the calling thread alone, if `wanted`.
 
-    On a CPU with AVX512-BF16 a training step takes 1.5 times as long in fp32. On other CPUs bf16 is
-    emulated and slower than fp32. `auto` is never fp16, which needs a `LossScale`.
+    The threads of one operation wait for each other by spinning. If another program keeps one core
+    busy, that makes a step four to seven times as long, and so does every other thread of a step.
+    """
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
+    """Replace `auto` by bf16 where the hardware multiplies bf16 faster, else by fp32.
+
+    `auto` is never fp16, which needs a `LossScale`.
     """
     if setting != "auto":
         return setting
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
-    fast = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return "bf16" if device.type == "cpu" and fast else "fp32"
+    there = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if device.type == "cpu" and there and speed_of_bf16() > 1.2 else "fp32"
+
+
+@lru_cache(maxsize=1)
+def speed_of_bf16() -> float:
+    """How many times as fast as in float32 this CPU convolves in bfloat16. Takes some milliseconds.
+
+    Its instructions do not tell: those of AVX512-BF16 have twice the rate of float32 on AMD's
+    processors and half of it on Intel's, whose AMX has several times that rate. The fastest of some
+    rounds is hardly changed by other programs, so that the answer is the same at every start.
+    """
+    shapes, dtypes = ((4, 64, 16, 16), (64, 64, 3, 3)), (torch.float32, torch.bfloat16)
+    inputs = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in dtypes}
+    seconds: dict[torch.dtype, float] = dict.fromkeys(dtypes, math.inf)
+    with torch.inference_mode(), one_core():
+        for _ in range(8):
+            for dtype, (x, weight) in inputs.items():
+                began = time.perf_counter()
+                F.conv2d(x, weight, padding=1)
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def autocast(precision: PrecisionSetting, device: torch.device) -> torch.autocast:

@@ -33,11 +33,17 @@ from matryoshka_diffusion.train.distributed import (
     gathered,
     whole,
 )
-from matryoshka_diffusion.train.gradient import Gradient, one_core
+from matryoshka_diffusion.train.gradient import Gradient
 from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks, fetched
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.memory import keep_freed_memory
-from matryoshka_diffusion.train.precision import LossScale, algorithms, compile_network, placed
+from matryoshka_diffusion.train.precision import (
+    LossScale,
+    algorithms,
+    compile_network,
+    one_core,
+    placed,
+)
 from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
 from matryoshka_diffusion.train.stages import Step, active_levels, joined_after, steps
