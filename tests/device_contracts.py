@@ -171,6 +171,15 @@ def draw(
     }
 
 
+def copies_of_layout() -> int:
+    """Features that a step of a loaded model brings into another order."""
+    model = Matryoshka.load("openmoji", device="cuda", precision="bf16")
+    _, cond = model.condition(["red apple"], None, 2)
+    with Tracer() as tracer:
+        next(model.stream(cond, (0, 1), model.sampling({})))
+    return sum(kernel.kind == "layout copies" for kernel in tracer.kernels)
+
+
 def in_step() -> list[str]:
     """Waits of the second step of batches that are drawn together, for a callback."""
     model = model_of(CONFIGS["classes"], [], "bf16")
@@ -256,6 +265,7 @@ if __name__ == "__main__":
         "memory": memory(),
         "drawing": drawing(),
         "in step": in_step(),
+        "copies of layout": copies_of_layout(),
         "tracing": tracing(),
         "script": script(Path(sys.argv[1])),
     }

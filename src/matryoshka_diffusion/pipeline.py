@@ -30,7 +30,7 @@ from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.precision import PrecisionSetting
+from matryoshka_diffusion.train.precision import PrecisionSetting, placed
 from matryoshka_diffusion.train.weights import fingerprint, load_network
 
 
@@ -130,6 +130,8 @@ class Matryoshka(DiffusionModel):
             config = with_encoder(config, text_encoder)
         model = config.model.first(count_levels(weights))
         net = load_network(model, weights, where=str(run))
+        if torch.device(device).type == "cuda":  # on CPUs a single image would take longer
+            net = placed(net, torch.device(device), "channels_last")
         return cls(
             net, config, encoder=encoder, features=features, device=device, precision=precision
         )
