@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from importlinter.cli import lint_imports
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {
@@ -52,3 +53,9 @@ def test_help_loads_no_torch_public_names_nothing_else_and_no_module_an_optional
     command = [sys.executable, "-c", LIGHTLY]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_mutation_changes_the_code_of_today():
+    package = ROOT / "src" / "matryoshka_diffusion"
+    stale = [m for m in MUTATIONS if m.old not in (package / m.file).read_text("utf-8")]
+    assert not stale
