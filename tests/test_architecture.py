@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from importlinter.cli import lint_imports
+
 from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
