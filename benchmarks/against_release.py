@@ -132,7 +132,7 @@ def training(task: Task, side: str) -> Callable[[], object]:
         feed = Feed(config, Ready(config, rows), features(config), CPU)
         return lambda: Repeated(repeated.trainer, feed(repeated.inputs.step)).step()
     net = lively(config)
-    pictures, cond = Noise(config).batch(range(rows)).picture, conditions(config, "one", rows)
+    pictures, cond = Noise(config).batch(range(rows)).numbers(), conditions(config, "one", rows)
     return release.training(net, pictures, cond, config.train, precision)
 
 

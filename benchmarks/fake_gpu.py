@@ -14,7 +14,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,47 @@ torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 torch.cuda.max_memory_allocated = lambda device=None: 0
 torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
 torch.cuda.set_rng_state = lambda state, device=None: None
+
+# --- streams -------------------------------------------------------------------------------------
+
+STREAMS: list[str] = ["main"]
+"""Names of the streams in use, the current one last."""
+ORDER: list[str] = []
+"""What streams were told, in order: to record an event, to wait for one, to use memory."""
+
+
+class _Stream:
+    """A stream in which nothing happens."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_event(self, event: _Event) -> None:
+        ORDER.append(f"{self.name} waits for {event.stream}")
+
+
+class _Event:
+    """The place in a stream at which it was recorded."""
+
+    stream = ""
+
+    def record(self, stream: _Stream) -> None:
+        ORDER.append(f"{stream.name} records")
+        self.stream = stream.name
+
+
+@contextmanager
+def _using(stream: _Stream) -> Iterator[None]:
+    STREAMS.append(stream.name)
+    yield
+    STREAMS.pop()
+
+
+torch.cuda.Stream = lambda device=None: _Stream("side")
+torch.cuda.current_stream = lambda device=None: _Stream(STREAMS[-1])
+torch.cuda.Event = _Event
+torch.cuda.stream = _using
+setattr(Tensor, "record_stream", lambda self, s: ORDER.append(f"{s.name} uses {self.shape}"))  # noqa: B010  of another type
 
 # --- attention -----------------------------------------------------------------------------------
 

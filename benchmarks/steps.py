@@ -36,7 +36,7 @@ class Noise:
         finest = resolutions_of(model)[-1]
         shape = finest.shape(model.channels)
         return Batch(
-            picture=torch.rand(count, *shape, generator=draw) * 2 - 1,
+            picture=torch.randint(256, (count, *shape), generator=draw, dtype=torch.uint8),
             captions=("",) * count,
             labels=torch.zeros(count, dtype=torch.long) if model.classes else None,
             original_side=torch.full((count,), float(finest.height)),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import trace
+from benchmarks import fake_gpu, trace
 from benchmarks.families import CONFIGS, Codes, Words
 from benchmarks.tracer import Tracer
 from torch import nn
@@ -33,7 +33,9 @@ from matryoshka_diffusion.nn.norms import normalise
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import step as steps
+from matryoshka_diffusion.train.inputs import Beside, Inputs, fetched
 from matryoshka_diffusion.train.precision import algorithms
+from matryoshka_diffusion.train.stages import Step
 
 ROWS = (4, 3, 2)
 
@@ -67,7 +69,8 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     config = CONFIGS[name]
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     trainer = trace.trainer(config, grow=settings["grow"])
-    inputs = trace.inputs(config, ROWS[: trainer.levels])
+    with Tracer() as feeding:
+        inputs = trace.inputs(config, ROWS[: trainer.levels])
     kept = trace.kept(trainer.net, config.train.precision, inputs)
     with Tracer() as tracer, algorithms(config.train):
         trainer.step(inputs)
@@ -75,6 +78,8 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         "family": name,
         "settings": settings,
         "waits": tracer.waits,
+        "waits of inputs": feeding.waits,
+        "copies of inputs": dict(feeding.copies),
         "copies": dict(tracer.copies),
         "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
         "doubles": dict(tracer.doubles),
@@ -87,6 +92,29 @@ def training() -> list[dict[str, Any]]:
     """Steps of every family."""
     steps.build_network = build
     return [step(name, settings) for name, settings in combinations()]
+
+
+def beside() -> dict[str, Any]:
+    """How inputs come from another stream to that of the network."""
+    config, streams = CONFIGS["text"], []
+
+    def make(step: Step) -> Inputs:
+        streams.append(fake_gpu.STREAMS[-1])
+        return trace.inputs(config, step.rows)
+
+    made = Beside(make, trace.GPU)(Step(0, 0, (2, 1), 1e-4, False))
+    recorded = list(fake_gpu.ORDER)
+    inputs, _, _ = fetched(iter([made]))
+    assert inputs is not None
+    tensors = [*inputs.x, *inputs.noise, inputs.t]
+    inputs.cond.map(lambda x: tensors.append(x) or x)
+    order = fake_gpu.ORDER[len(recorded) :]
+    return {
+        "streams": streams,
+        "recorded": recorded,
+        "order": order,
+        "tensors": [f"main uses {x.shape}" for x in tensors],
+    }
 
 
 def memory() -> dict[str, list[float]]:
@@ -261,6 +289,7 @@ def script(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     results = {
+        "beside": beside(),
         "training": training(),
         "memory": memory(),
         "drawing": drawing(),

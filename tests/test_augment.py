@@ -27,7 +27,6 @@ from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.pyramid import to_uint8
 from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import warm_start
@@ -147,9 +146,7 @@ def test_a_batch_tells_what_was_done_to_each_of_its_pictures():
     for row in (~untouched).nonzero()[:20, 0].tolist():
         done = draw_augmentation(0, row, 0.2)
         assert batch.augment[row].tolist() == done.numbers().tolist()
-        before, after = (
-            to_uint8(one.picture[row]).permute(1, 2, 0).numpy() for one in (plain, batch)
-        )
+        before, after = (one.picture[row].permute(1, 2, 0).numpy() for one in (plain, batch))
         assert (augmented(np.ascontiguousarray(before), done) == after).all()
 
 

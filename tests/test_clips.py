@@ -25,7 +25,7 @@ from matryoshka_diffusion.data.source import Source, kind_of, open_source, with_
 from matryoshka_diffusion.eval.reference import shrunk
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.pyramid import Resolution, shrink, to_uint8
+from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import prepare as job
 from picturing import reasons, write_tar
 
@@ -193,7 +193,7 @@ def test_a_clip_begins_where_the_config_says(tmp_path):
     def beginnings(clip: ClipStart, *spans: tuple[int, int], seed: int = 0) -> list[int]:
         loader = Loader(opened(tmp_path, clip=clip), seed, clip=clip)
         batches = torch.cat([loader.batch(range(*span)).picture for span in spans])
-        clips = [numbers(one) for one in to_uint8(batches).movedim(1, -1).numpy()]
+        clips = [numbers(one) for one in batches.movedim(1, -1).numpy()]
         assert all(set(np.diff(one)) == {2} for one in clips)
         return [one[0] for one in clips]
 

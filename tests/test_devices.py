@@ -59,6 +59,20 @@ def test_a_step_waits_for_the_gpu_once_and_copies_nothing_to_it(results):
         assert case["doubles"] == {}, case
 
 
+def test_inputs_come_in_pinned_memory_without_a_wait(results):
+    for case in results["training"]:
+        assert case["waits of inputs"] == [], case
+        assert case["copies of inputs"].keys() == {"H2D"}, case
+
+
+def test_the_network_waits_for_inputs_of_another_stream_and_keeps_their_memory(results):
+    beside = results["beside"]
+    assert (beside["streams"], beside["recorded"]) == (["side"], ["side records"])
+    first, *others = beside["order"]
+    assert first == "main waits for side"
+    assert sorted(others) == sorted(beside["tensors"])
+
+
 def test_no_features_are_kept_in_float32_by_half_precision(results):
     for case in results["training"]:
         half = case["settings"]["precision"] != "fp32"

@@ -307,7 +307,7 @@ class LatentLoader:
     def batch(self, ids: range) -> Batch:
         """The samples with these global numbers n."""
         batch = self.loader.batch(ids)
-        return replace(batch, picture=self.codec.encode(batch.picture))
+        return replace(batch, picture=self.codec.encode(batch.numbers()))
 
 
 class CodeCache:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from matryoshka_diffusion.philox import send
+
 AUGMENT_NUMBERS = 7
 """Numbers that describe how an image was augmented (see `data.augment`); all 0 if it was not."""
 
@@ -53,7 +55,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same conditions on another device."""
-        return self.map(lambda x: x.to(device))
+        return self.map(lambda x: send(x, device))
 
     def rows(self, selection: slice | Tensor) -> Conditioning:
         """The conditions of some rows."""

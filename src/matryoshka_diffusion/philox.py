@@ -130,6 +130,16 @@ def _box_muller(
     torch.mul(radius, angle.sin_(), out=pairs[1])
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device. The host waits for no copy to a GPU.
+
+    It would wait for a copy of memory that can move, so the copy is one of pinned memory.
+    """
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def blocks(
     places: Sequence[Sequence[Place]], counts: Sequence[int], device: torch.device | str
 ) -> Int[Tensor, "b n 4"]:
@@ -138,9 +148,7 @@ def blocks(
         [[(*place.key, *place.counters) for place in row] for row in places], np.uint64
     )
     words = torch.from_numpy(fixed.view(np.int64)).reshape(-1, len(counts), 5)
-    if torch.device(device).type == "cuda":  # the host waits for copies of memory that can move
-        words = words.pin_memory()
-    table = words.to(device, non_blocking=words.is_pinned()).permute(2, 0, 1)
+    table = send(words, device).permute(2, 0, 1)
     key, counters = table[:2, :, :1], table[2:].split(1, dim=2)
     first, second, third = torch.cat(
         [each.expand(-1, -1, count) for each, count in zip(counters, counts, strict=True)], dim=2

@@ -115,10 +115,10 @@ def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tens
 
 
 def to_float(
-    pixels: UInt8[np.ndarray, "*shape"], convention: Pixels = "symmetric"
+    pixels: UInt8[np.ndarray, "*shape"] | UInt8[Tensor, "*shape"], convention: Pixels = "symmetric"
 ) -> Float[Tensor, "*shape"]:
     """Bytes as numbers in [-1, 1]: x / 127.5 - 1, or (x - 127) / 128 for released weights."""
-    x = torch.tensor(pixels, dtype=torch.float32)
+    x = pixels.float() if isinstance(pixels, Tensor) else torch.tensor(pixels, dtype=torch.float32)
     if convention == "released":
         return x.sub_(127.0).div_(128.0)
     return x.div_(127.5).sub_(1.0)

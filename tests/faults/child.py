@@ -176,7 +176,9 @@ def poison(samples: Collection[int]) -> None:
         for row, number in enumerate(batch.ids.tolist()):
             if number in samples:
                 tell(f"NaN in sample {number} ({batch.keys[row]})")
-                batch.picture[row, 0, 0, 0] = float("nan")
+                picture = batch.numbers()
+                picture[row, 0, 0, 0] = float("nan")
+                object.__setattr__(batch, "picture", picture)
 
     at_batches(spoil)
 

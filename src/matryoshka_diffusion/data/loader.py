@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.config import ClipStart, Crop, DataConfig, Pixels
 from matryoshka_diffusion.data.augment import CENTRE, Cut, augmented, draw_augmentation
 from matryoshka_diffusion.data.mix import turn
 from matryoshka_diffusion.data.source import Example, Source
+from matryoshka_diffusion.philox import send
 from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.rng import stream
 
@@ -36,13 +37,19 @@ _ORDERS_KEPT = 4  # for each part: threads that look ahead may be in several epo
 class Batch:
     """Some samples of a run."""
 
-    picture: Float[Tensor, "b c *frames h w"]  # numbers in [-1, 1]
+    picture: UInt8[Tensor, "b c *frames h w"] | Float[Tensor, "b c *frames h w"]  # bytes, or codes
     captions: tuple[str, ...]  # one a row, "" where the source has none
     labels: Int[Tensor, " b"] | None  # None where the source has no classes
     original_side: Float[Tensor, " b"]  # shorter side of the original images in pixels
     ids: Int[Tensor, " b"]  # global counter n of each sample; everything random depends on it
     keys: tuple[str, ...]  # names of the samples
     augment: Float[Tensor, "b 7"] | None = None  # transformations; None without augmentation
+    pixels: Pixels = "symmetric"  # convention by which bytes become numbers
+
+    def numbers(self, device: torch.device | str = "cpu") -> Float[Tensor, "b c *frames h w"]:
+        """Pictures as numbers in [-1, 1], or codes, on a device. Bytes become numbers there."""
+        x = send(self.picture, device)
+        return to_float(x, self.pixels) if x.dtype == torch.uint8 else x
 
 
 @dataclass(eq=False)
@@ -76,13 +83,14 @@ class Loader:
             pictures = list(map(augmented, pictures, done))
             numbers = torch.from_numpy(np.stack([one.numbers() for one in done]))
         return Batch(
-            picture=to_float(np.stack(pictures), self.pixels).movedim(-1, 1).contiguous(),
+            picture=torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous(),
             captions=tuple(map(self._caption, examples, ids)),
             labels=torch.tensor([x.label for x in examples]) if self.source.classes else None,
             original_side=torch.tensor([float(x.original_side) for x in examples]),
             ids=torch.tensor(ids),
             keys=tuple(x.key for x in examples),
             augment=numbers,
+            pixels=self.pixels,
         )
 
     @cached_property

@@ -128,7 +128,7 @@ def inputs_from(
         noise = normal("codec", [(config.seed, n) for n in ids], shape, device)
         return Inputs(
             step=step,
-            x=(batch.picture.to(device),),
+            x=(batch.numbers(device),),
             noise=(noise,),
             t=torch.zeros(len(ids), device=device),
             cond=Conditioning(),

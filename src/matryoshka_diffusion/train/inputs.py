@@ -17,6 +17,7 @@ from matryoshka_diffusion.config import CoarseConfig, CodecRunConfig, RunConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import augment_coarse
+from matryoshka_diffusion.philox import send
 from matryoshka_diffusion.pyramid import (
     Pyramid,
     Resolution,
@@ -62,6 +63,16 @@ class Inputs:
         x, noise = (tuple(level[rows] for level in levels) for levels in (self.x, self.noise))
         ids, keys, t, cond = self.ids[rows], self.keys[rows], self.t[rows], self.cond.rows(rows)
         return Inputs(self.step, x, noise, t, cond, ids, keys)
+
+    def awaited(self, event: torch.cuda.Event | None) -> Inputs:
+        """Let the current stream of a GPU wait for the event, and keep memory until its end."""
+        if event is not None:
+            stream = torch.cuda.current_stream(self.t.device)
+            stream.wait_event(event)
+            for x in (*self.x, *self.noise, self.t):
+                x.record_stream(stream)
+            self.cond.map(lambda x: x.record_stream(stream) or x)
+        return self
 
 
 def compare_ranks(world: World, config: RunConfig | CodecRunConfig, inputs: Inputs) -> None:
@@ -126,14 +137,13 @@ class Feed:
         resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(n < step.first + count for n in ids) for count in step.rows]
-        picture = batch.picture.to(self._device)
-        x = ragged(build_pyramid(picture, resolutions), rows)
+        x = ragged(build_pyramid(batch.numbers(self._device), resolutions), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
         inputs = Inputs(
             step=step,
             x=x,
             noise=tuple(noise),
-            t=stratified(self._seed, "t", batch.ids).float().to(self._device),
+            t=send(stratified(self._seed, "t", batch.ids).float(), self._device),
             cond=self._conditions(batch).to(self._device),
             ids=tuple(batch.ids.tolist()),
             keys=batch.keys,
@@ -185,7 +195,7 @@ class Feed:
         side = model.levels[0].side
         like = torch.empty(0, model.channels, side, side)
         t = coarse.max_noise * uniform(self._seed, "coarse-t", ids)
-        small = down_sample(batch.picture, Resolution(coarse.side, coarse.side))
+        small = down_sample(batch.numbers(), Resolution(coarse.side, coarse.side))
         noise = self._noise("coarse-noise", ids, like)
         return augment_coarse(small, t, noise, build_schedules(model)[0]), t.float()
 
@@ -198,10 +208,33 @@ class Feed:
         return batch.labels
 
 
-def fetched(ahead: Iterator[Inputs]) -> tuple[Inputs | None, float, OSError | None]:
+class Beside:
+    """Makes inputs in a thread of their own, and on a GPU in a stream beside the network's."""
+
+    def __init__(self, inputs_of: Callable[[Step], Inputs], device: torch.device) -> None:
+        self._inputs_of = inputs_of
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, step: Step) -> tuple[Inputs, torch.cuda.Event | None]:
+        """Return the inputs of a step, and the event of their being made on a GPU."""
+        torch.set_num_threads(1)  # of this thread, so that the network keeps its own
+        if self._stream is None:
+            return self._inputs_of(step), None
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            inputs = self._inputs_of(step)
+            event.record(self._stream)
+        return inputs, event
+
+
+def fetched(
+    ahead: Iterator[tuple[Inputs, torch.cuda.Event | None]],
+) -> tuple[Inputs | None, float, OSError | None]:
     """Next inputs, the seconds until they came, and the system's error in their place."""
     began = time.perf_counter()
     try:
-        return next(ahead, None), time.perf_counter() - began, None
+        inputs, event = next(ahead, (None, None))
+        seconds = time.perf_counter() - began
+        return inputs and inputs.awaited(event), seconds, None
     except OSError as error:
         return None, 0.0, error

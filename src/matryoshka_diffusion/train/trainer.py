@@ -34,7 +34,15 @@ from matryoshka_diffusion.train.distributed import (
     whole,
 )
 from matryoshka_diffusion.train.gradient import Gradient
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed, Inputs, compare_ranks, fetched
+from matryoshka_diffusion.train.inputs import (
+    Batches,
+    Beside,
+    Encode,
+    Feed,
+    Inputs,
+    compare_ranks,
+    fetched,
+)
 from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
 from matryoshka_diffusion.train.memory import keep_freed_memory
 from matryoshka_diffusion.train.precision import (
@@ -187,14 +195,10 @@ class Trainer(Generic[Net]):
             UnreadableError: the data cannot be read; what was learnt is saved.
         """
         train, interrupts = self.train, Interrupts()
-
-        def one_thread(step: Step) -> Inputs:
-            torch.set_num_threads(1)  # of this thread, so that the network keeps its own
-            return inputs_of(step)
-
         todo = steps(train, self.progress.images_seen)
         # One thread makes the inputs of the next steps while the network works on this one.
-        ahead = look_ahead(one_thread, todo, workers=1, depth=2, stop=lambda: interrupts.received)
+        make, stop = Beside(inputs_of, self.device), lambda: interrupts.received
+        ahead = look_ahead(make, todo, workers=1, depth=2, stop=stop)
         with (
             self._reporting(folder, sinks) as log,
             handled(interrupts.note),
