@@ -20,12 +20,17 @@ from matryoshka_diffusion.train.distributed import (
     RanksDiffer,
     World,
     compare_data,
+    joined,
     rank_device,
+    shared,
+    whole,
 )
 from matryoshka_diffusion.train.inputs import Feed, compare_ranks
 from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import step_at
+from matryoshka_diffusion.train.stages import Step, step_at
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.weights import load_network
+from nests import wake
 from ranks import SETTINGS, SHARES, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
 from tiny_run import TinyPictures, digests, encode, metrics, there, tiny_config
 
@@ -116,6 +121,40 @@ def test_each_rank_writes_its_shards_and_any_reader_puts_them_together(alone, to
     mine, theirs = (load_file(run / "ema" / "0000000021.safetensors") for run in runs[::2])
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=2e-3)
+
+
+def test_shards_are_put_together_in_bf16_and_their_gradients_averaged_in_float32(tmp_path):
+    end_ranks(start_ranks(2, compare_shards, str(tmp_path / "results")))
+    results = json.loads((tmp_path / "results").read_text())
+    assert results["types"] == ["torch.bfloat16", "torch.float32"]
+    assert results["gradients"] == ["torch.float32"]
+    assert 0 < results["error"] < 0.05, "rounded; a sum in place of the mean would be 1"
+
+
+def compare_shards(path: str) -> None:
+    """Compare the gradient of a network whose shards are put together in bf16 and in float32."""
+    config = tiny_config(precision="bf16", dropout=0.0)
+    recipe, device = diffusion(config), torch.device("cpu")
+    gradients: list[dict[str, Any]] = []
+    types = []
+    with joined(device, "fsdp", 20) as world:
+        inputs = Feed(config, TinyPictures(), encode, world=world)(Step(0, 0, (4, 2), 0.1, False))
+        for dtype in (None, torch.bfloat16):
+            net: Any = wake(recipe.build(2))
+            level = net.levels[1]
+            for part in (level.stem, level.encoder[0].residual.conv1):
+                part.register_forward_hook(lambda part, *_: types.append(str(part.weight.dtype)))
+            loss = recipe.loss(shared(net, world, device, dtype), inputs)
+            (world.size * loss.total).backward()
+            gradients.append({n: whole(p.grad) for n, p in net.named_parameters()})
+    plain, half = (torch.cat([g.flatten() for g in each.values()]) for each in gradients)
+    results = {
+        "types": sorted(set(types[2:])),
+        "gradients": sorted({str(gradient.dtype) for gradient in gradients[1].values()}),
+        "error": float((half - plain).norm() / plain.norm()),
+    }
+    if world.leads:
+        Path(path).write_text(json.dumps(results))
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(together, tmp_path):

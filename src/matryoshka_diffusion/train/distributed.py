@@ -143,12 +143,15 @@ def _portable(error: Exception) -> Exception:
 # --- sharing a network -------------------------------------------------------------------------
 
 
-def shared(net: nn.Module, world: World, device: torch.device) -> nn.Module:
+def shared(
+    net: nn.Module, world: World, device: torch.device, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Wrap a network, the same on all ranks, so that its gradient is averaged over them.
 
-    Under FSDP2 its parameters become shards, in place, put together block by block. Parameters
-    outside of blocks (a few per cent) are together for the whole of a forward pass, so that FSDP
-    need not know the methods of a level.
+    Under FSDP2 its parameters become shards, in place, put together block by block, in `dtype` if
+    it is given; gradients are averaged in float32. Parameters outside of blocks (a few per cent)
+    are together for the whole of a forward pass, so that FSDP need not know the methods of a
+    level, and in float32, in which output layers compute.
     """
     if world.size == 1:
         return net
@@ -157,12 +160,13 @@ def shared(net: nn.Module, world: World, device: torch.device) -> nn.Module:
         # travel need no second copy. Every parameter is used in every step, also by no rows.
         return DistributedDataParallel(net, init_sync=False, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(dtype, dtype and torch.float32)
     for module in net.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     # The warning is for those who change outputs in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return cast("nn.Module", fully_shard(net, mesh=mesh))

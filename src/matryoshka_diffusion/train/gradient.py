@@ -51,7 +51,12 @@ class Gradient(Generic[Net]):
         alone = world.size == 1 and device.type == "cpu"
         threads = recipe.train.threads if alone else 1
         assert threads != "auto", "the config of a run is resolved when its folder is opened"
-        self.networks = [shared(net, world, device), *(_twin(net) for _ in range(threads - 1))]
+        # A CPU's norms in C need float32 weights.
+        half = (
+            torch.bfloat16 if recipe.train.precision == "bf16" and device.type == "cuda" else None
+        )
+        whole = shared(net, world, device, half)
+        self.networks = [whole, *(_twin(net) for _ in range(threads - 1))]
         self._pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
 
     @property
