@@ -36,7 +36,7 @@ FLAGS = (
     *("-fassociative-math", "-freciprocal-math"),
 )
 
-RECOMPILE_LIMIT = 64
+RECOMPILE_LIMIT = 256
 """Torch's own, 8, is less than the kinds of layers and rows of one run."""
 Kernels: TypeAlias = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Any, ...]]]
 """Functions for the forward and the backward pass."""

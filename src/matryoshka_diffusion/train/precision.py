@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from matryoshka_diffusion.config import ConfigError, TrainConfig
-from matryoshka_diffusion.nn.level import Level
-from matryoshka_diffusion.nn.norms import library
+from matryoshka_diffusion.nn.conditioner import Context
+from matryoshka_diffusion.nn.level import Block, Level
+from matryoshka_diffusion.nn.norms import RECOMPILE_LIMIT, library
 from matryoshka_diffusion.pyramid import rows_of_mix
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -200,7 +201,10 @@ def placed(net: Net, device: torch.device, layout: LayoutSetting) -> Net:
 def compile_network(
     net: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Run `net` as compiled code from now on. Parameters and their names stay as they are.
+    """Run the blocks of `net` as compiled code from now on, one graph for any number of rows.
+
+    Parameters and their names stay as they are. A graph of the whole network would be another one
+    for every mix of rows. Blocks of equal shapes share graphs.
 
     Raises ConfigError if a compiler that torch would call at the first step is missing.
     """
@@ -212,4 +216,25 @@ def compile_network(
         missing = "the package triton on a GPU: install it"
     if missing and backend == "inductor":
         raise ConfigError(f"train.compile needs {missing}, or set train.compile=false")
-    net.compile(backend=backend)
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.forward = _with_any_rows(block.forward, backend)
+
+
+def _with_any_rows(
+    forward: Callable[..., Tensor], backend: str | Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """A block's forward pass, compiled for any number of rows and for one shape of everything else.
+
+    Hooks of FSDP2 stay outside.
+    """
+    compiled = torch.compile(forward, dynamic=False, backend=backend)
+
+    def run(h: Tensor, embedding: Tensor, context: Context, *skip: Tensor) -> Tensor:
+        for x in (h, embedding, context.tokens, context.mask, *skip):
+            if x is not None and len(x) > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+        return compiled(h, embedding, context, *skip)
+
+    return run
