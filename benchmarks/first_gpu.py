@@ -27,19 +27,17 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo
 
 from benchmarks import blocks, families, harness
 from benchmarks.meter import Meter, Numbers, attempt, contiguous_heads, flag
 from benchmarks.steps import Noise, Repeated, features, trainer
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops
-from matryoshka_diffusion.nn.level import Block
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.precision import Precision
+from matryoshka_diffusion.train.precision import Precision, compile_network
 from matryoshka_diffusion.train.stages import Step
 
 
@@ -280,16 +278,14 @@ def runs(bench: Bench) -> Numbers:
 
 
 def compiled(bench: Bench) -> Numbers:
-    """A step whose blocks are compiled, each for itself, against the plain one."""
+    """A step whose blocks are compiled against the plain one."""
     name, batch = bench.sizes.compiled
     repeated = bench.trainer(name, batch)
     found = {"plain ms": 1e3 * bench.meter.seconds(repeated.step, 3)}
     began = time.perf_counter()
-    for part in repeated.trainer.net.modules() if bench.meter.gpu else ():
-        if isinstance(part, Block):
-            part.compile(dynamic=False)
-    with flag(dynamo, "recompile_limit", 1_000):  # all blocks share the code that is compiled
-        repeated.step()
+    if bench.meter.gpu:
+        compile_network(repeated.trainer.net, bench.device)
+    repeated.step()
     harness.synchronize(bench.device)
     found["seconds to compile"] = time.perf_counter() - began
     return found | {"blocks ms": 1e3 * bench.meter.seconds(repeated.step, 3)}

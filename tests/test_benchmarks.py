@@ -193,6 +193,9 @@ def test_all_sections_for_a_gpu_run_on_tiny_networks(tmp_path, monkeypatch):
     assert list(sections) == list(first_gpu.SECTIONS)
     assert not [name for name, found in sections.items() if "error" in json.dumps(found)]
     assert sections["smoke"]["tiny bf16"] == "ok"
+    ours = [found for name, found in sections["norms"].items() if name.endswith("normalise")]
+    assert ours
+    assert all(found["wrong by"] < 2**-7 for found in ours)
     assert sections["steps"]["tiny"]["as it is"]["images/s"] > 0
     assert sections["runs"]["bf16, resumed: largest difference of a weight"] == 0.0
 
