@@ -80,6 +80,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         "waits": tracer.waits,
         "waits of inputs": feeding.waits,
         "copies of inputs": dict(feeding.copies),
+        "doubles of inputs": dict(feeding.doubles),
         "copies": dict(tracer.copies),
         "attention": sorted({kernel.split()[0] for kernel in tracer.attention}),
         "doubles": dict(tracer.doubles),

@@ -63,6 +63,7 @@ def test_inputs_come_in_pinned_memory_without_a_wait(results):
     for case in results["training"]:
         assert case["waits of inputs"] == [], case
         assert case["copies of inputs"].keys() == {"H2D"}, case
+        assert case["doubles of inputs"] == {}, case
 
 
 def test_the_network_waits_for_inputs_of_another_stream_and_keeps_their_memory(results):

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka_diffusion.config import ModelConfig
+from matryoshka_diffusion.philox import send
 
 STEPS = 1000
 """Steps of a tabulated schedule. Node k is at t = k / STEPS."""
@@ -69,7 +70,7 @@ def alpha_sigma(log_snr: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Floa
 
 def expand(per_row: Float[Tensor, " b"], like: Tensor) -> Tensor:
     """Reshape numbers (b,) to (b, 1, ..., 1), with the precision and device of `like`."""
-    return per_row.to(like).view(-1, *[1] * (like.ndim - 1))
+    return send(per_row.to(like.dtype), like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

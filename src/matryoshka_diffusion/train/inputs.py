@@ -137,14 +137,15 @@ class Feed:
         resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(n < step.first + count for n in ids) for count in step.rows]
-        x = ragged(build_pyramid(batch.numbers(self._device), resolutions), rows)
+        picture = batch.numbers(self._device)
+        x = ragged(build_pyramid(picture, resolutions), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
         inputs = Inputs(
             step=step,
             x=x,
             noise=tuple(noise),
             t=send(stratified(self._seed, "t", batch.ids).float(), self._device),
-            cond=self._conditions(batch).to(self._device),
+            cond=self._conditions(batch, picture).to(self._device),
             ids=tuple(batch.ids.tolist()),
             keys=batch.keys,
         )
@@ -155,7 +156,7 @@ class Feed:
         places = [(self._seed, n, *level) for n in ids]
         return normal(purpose, places, tuple(like.shape[1:]), like.device)
 
-    def _conditions(self, batch: Batch) -> Conditioning:
+    def _conditions(self, batch: Batch, picture: Float[Tensor, "b c *grid"]) -> Conditioning:
         """Labels, text and micro-conditions. Some rows are hidden, because guidance needs a null.
 
         A network without a learned null gets the empty caption in its place.
@@ -172,7 +173,7 @@ class Feed:
             tokens, mask = pad(self._encode(captions))
         image = image_t = None
         if model.coarse is not None:
-            image, image_t = self._coarse(batch, model.coarse)
+            image, image_t = self._coarse(picture, ids, model.coarse)
         augment = batch.augment
         if model.augment and augment is None:  # all its weights are in use in every step
             augment = torch.zeros(len(batch.keys), AUGMENT_NUMBERS)
@@ -188,14 +189,14 @@ class Feed:
         )
 
     def _coarse(
-        self, batch: Batch, coarse: CoarseConfig
+        self, picture: Float[Tensor, "b c h w"], ids: Sequence[int], coarse: CoarseConfig
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
         """D^r of the image enlarged, under noise of a random time; both belong to the sample."""
-        model, ids = self._config.model, batch.ids.tolist()
+        model = self._config.model
         side = model.levels[0].side
-        like = torch.empty(0, model.channels, side, side)
+        like = torch.empty(0, model.channels, side, side, device=picture.device)
         t = coarse.max_noise * uniform(self._seed, "coarse-t", ids)
-        small = down_sample(batch.numbers(), Resolution(coarse.side, coarse.side))
+        small = down_sample(picture, Resolution(coarse.side, coarse.side))
         noise = self._noise("coarse-noise", ids, like)
         return augment_coarse(small, t, noise, build_schedules(model)[0]), t.float()
 
