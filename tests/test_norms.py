@@ -21,12 +21,12 @@ from matryoshka_diffusion.nn import norms
 from matryoshka_diffusion.nn.norms import is_fused, library, normalise
 from ranks import start
 
-needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(library(torch.bfloat16) is None, reason="needs a C compiler")
 
 
-def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+def features(shape: tuple[int, ...], seed: int = 0, kind: torch.dtype = torch.bfloat16) -> Tensor:
     draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
-    return draw.bfloat16().contiguous(memory_format=torch.channels_last)
+    return draw.to(kind).contiguous(memory_format=torch.channels_last)
 
 
 def norm_of(channels: int, groups: int) -> nn.GroupNorm:
@@ -46,11 +46,11 @@ def defined(norm: nn.GroupNorm, h: Any, scale: Tensor | None, shift: Tensor | No
 
 @pytest.fixture(params=["c", "gpu"])
 def way(request, monkeypatch) -> str:
-    """Norms of bfloat16 features in C, and as a GPU computes them."""
+    """Norms in C, and as a GPU computes them."""
     if request.param == "gpu":
         monkeypatch.setattr(norms, "kernels", lambda h: norms.gpu_kernels(compiled=False))
-        monkeypatch.setattr(norms, "library", lambda: object())
-    elif library() is None:
+        monkeypatch.setattr(norms, "library", lambda dtype: object())
+    elif library(torch.bfloat16) is None:
         pytest.skip("needs a C compiler")
     return request.param
 
@@ -58,29 +58,30 @@ def way(request, monkeypatch) -> str:
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize("shape", [(3, 96, 5, 7), (2, 32, 1, 2), (1, 64, 8, 8)])
-def test_one_pass_equals_the_definition_in_float64(shape, modulated, silu, way):
+@pytest.mark.parametrize(("given", "digits"), [(torch.bfloat16, 2**-8), (torch.float32, 2**-16)])
+def test_one_pass_equals_the_definition_in_float64(given, digits, shape, modulated, silu, way):
     rows, channels = shape[:2]
-    h, weights = features(shape), features(shape, 1)
-    pair = torch.randn(2, rows, channels, generator=torch.Generator().manual_seed(2)).bfloat16()
+    h, weights = features(shape, kind=given), features(shape, 1)
+    pair = torch.randn(2, rows, channels, generator=torch.Generator().manual_seed(2)).to(given)
     scale, shift = (*pair,) if modulated else (None, None)
     assert is_fused(h)
 
     def gradients(apply: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
         exact = norm_of(channels, 32).to(kind)
         inputs = [None if x is None else x.to(kind).requires_grad_() for x in (h, scale, shift)]
-        if kind == torch.bfloat16:
+        if kind == given:
             exact, inputs[0] = norm_of(channels, 32), h.detach().requires_grad_()
         out = apply(exact, *inputs)
         leaves = [x for x in (*inputs, *exact.parameters()) if x is not None]
         return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
 
-    made = gradients(partial(normalise, silu=silu), torch.bfloat16)
+    made = gradients(partial(normalise, silu=silu), given)
     expected = gradients(partial(defined, silu=silu), torch.float64)
     assert made[0].is_contiguous(memory_format=torch.channels_last)
     for value, truth in zip(made, expected, strict=True):
         assert value.shape == truth.shape
         error = (value.detach().double() - truth.detach()).abs().max()
-        assert error < 2**-8 * truth.detach().abs().max()
+        assert error < digits * max(float(truth.detach().abs().max()), float(weights.max()))
 
 
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
@@ -111,7 +112,7 @@ def test_a_gpu_computes_in_float32_and_keeps_the_order_in_memory(order, modulate
 
 def test_a_gpu_keeps_half_precision_and_small_statistics(monkeypatch):
     monkeypatch.setattr(norms, "kernels", lambda h: norms.gpu_kernels(compiled=False))
-    monkeypatch.setattr(norms, "library", lambda: object())
+    monkeypatch.setattr(norms, "library", lambda dtype: object())
     norm, h = norm_of(32, 32), features((2, 32, 16, 16)).requires_grad_()
     kept = []
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -156,6 +157,9 @@ def test_large_means_extremes_and_no_rows():
     expected = norm.double()(far.double())
     norm.float()
     assert float((normalise(norm, far, silu=False).double() - expected).abs().max()) < 0.02
+    exact = (far.float() * 1e3).contiguous(memory_format=torch.channels_last)
+    expected = norm.double()(exact.double())
+    assert float((normalise(norm.float(), exact, silu=False) - expected).abs().max()) < 1e-3
     assert normalise(norm, features((0, 32, 4, 4))).shape == (0, 32, 4, 4)
     flat = torch.zeros_like(far)
     assert torch.equal(normalise(norm, flat, silu=False)[0, :, 0, 0], norm.bias.bfloat16())
@@ -177,11 +181,11 @@ def test_weights_of_another_type_are_not_read_as_float32():
 
 def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert library.__wrapped__() is None
+    assert library.__wrapped__(torch.bfloat16) is None
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("MDM_CACHE", str(tmp_path))
-    assert library.__wrapped__() is None
-    monkeypatch.setattr(norms, "library", lambda: None)
+    assert library.__wrapped__(torch.bfloat16) is None
+    monkeypatch.setattr(norms, "library", lambda dtype: None)
     norm, h, scale = norm_of(32, 32).bfloat16(), features((2, 32, 4, 4)), features((2, 32, 1, 1))
     pair = scale.flatten(1), scale.flatten(1)
     out = normalise(norm, h, *pair)

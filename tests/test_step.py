@@ -336,9 +336,10 @@ def test_automatic_precision_and_layout_follow_the_device(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert resolve_precision("auto", CPU) == "fp32"
     for compiled, layout in ((None, "nchw"), (object(), "channels_last")):
-        monkeypatch.setattr(precision_module, "library", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(precision_module, "library", lambda dtype, compiled=compiled: compiled)
         assert resolve_layout("auto", CPU, "bf16") == layout
-        assert resolve_layout("auto", CPU, "fp32") == "nchw"
+        assert resolve_layout("auto", CPU, "fp32") == layout
+        assert resolve_layout("auto", CPU, "fp16") == "nchw"
         assert resolve_layout("auto", GPU, "fp32") == "channels_last"
         assert resolve_layout("nchw", GPU, "bf16") == "nchw"
 

@@ -308,7 +308,7 @@ def test_what_is_automatic_is_decided_once(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(to_yaml(config))  # as growing a trained run leaves it
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     monkeypatch.setattr(precision, "speed_of_bf16", lambda: 1.6)
-    monkeypatch.setattr(precision, "library", lambda: None)  # no compiler
+    monkeypatch.setattr(precision, "library", lambda dtype: None)  # no compiler
     resolved = open_run(tmp_path, config, CPU)
     assert (resolved.train.precision, resolved.train.layout) == ("bf16", "nchw")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # moved to another machine

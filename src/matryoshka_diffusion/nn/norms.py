@@ -1,8 +1,8 @@
 """Group normalisation with what follows it: modulation by the embedding, and SiLU.
 
-torch normalises features with channels innermost in memory ten times as slowly on a CPU as others,
-although its bfloat16 convolutions want that order and convert every other input. There `norms.c`
-does all in two passes, if the machine has a C compiler. On a GPU autocast would compute and keep
+A CPU's convolutions want channels innermost in memory and convert every other input, but torch's
+normalisation of bfloat16 is ten times as slow in that order. There `norms.c` does all in two
+passes, if the machine has a C compiler. On a GPU autocast would compute and keep
 all in float32, with channels outermost. There half precision has functions of its own, which torch
 compiles to kernels if it can. Elsewhere torch's operations do.
 """
@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,9 +42,9 @@ Kernels: TypeAlias = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tupl
 """Functions for the forward and the backward pass."""
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """Compile `norms.c` for this processor, once; None if no C compiler can.
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Compile `norms.c` for this processor and type of features; None if no C compiler can.
 
     The result is cached by the source, the compiler's flags and the processor.
     """
@@ -54,12 +54,13 @@ def library() -> ctypes.CDLL | None:
     processor = Path("/proc/cpuinfo")
     about = processor.read_text("utf-8").split("\n\n")[0] if processor.exists() else ""
     features = [line for line in about.splitlines() if line.startswith(("flags", "Features"))]
-    key = repr((SOURCE.read_text("utf-8"), FLAGS, platform.platform(), features))
+    flags = (*FLAGS, "-DFLOAT32") if dtype == torch.float32 else FLAGS
+    key = repr((SOURCE.read_text("utf-8"), flags, platform.platform(), features))
     try:
         path = cache_folder("kernels") / f"norms-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             made = path.with_suffix(f".{os.getpid()}.tmp")
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True)
             made.replace(path)
         return ctypes.CDLL(str(path))
@@ -92,11 +93,11 @@ def normalise(
 def is_fused(h: Float[Tensor, "b c y x"]) -> bool:
     """True for features that `norms.c` takes."""
     return (
-        h.dtype == torch.bfloat16
+        h.dtype in (torch.bfloat16, torch.float32)
         and h.device.type == "cpu"
         and h.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and library(h.dtype) is not None
     )
 
 
@@ -150,7 +151,7 @@ def forward_in_c(
     a, b = h.new_empty(2, rows, channels, dtype=torch.float32)
     out = torch.empty_like(h)
     shape = (rows, positions, channels, groups, eps, silu)
-    _call("norm_forward", (h, gain, bias, scale, shift, mean, r, a, b, out), shape)
+    _call("norm_forward", h, (gain, bias, scale, shift, mean, r, a, b, out), shape)
     return out, mean, r, a, b
 
 
@@ -165,17 +166,17 @@ def backward_in_c(
         pair = h.new_empty(2, rows, channels, dtype=torch.float32).unbind()
     made = (torch.empty_like(h), torch.zeros_like(gain), torch.zeros_like(bias), *pair)
     factors = None if scale is None else scale.float().contiguous()
-    tensors = (h, gain, bias, factors, *kept, dy, gain.new_empty(4, channels))
+    tensors = (gain, bias, factors, *kept, dy, gain.new_empty((5 + positions) * channels))
     shape = (rows, positions, channels, kept[0].shape[1], 0.0, silu)
-    _call("norm_backward", (*tensors, *made), shape)
+    _call("norm_backward", h, (*tensors, *made), shape)
     return *made[:3], *(None if x is None or scale is None else x.to(scale.dtype) for x in pair)
 
 
-def _call(name: str, tensors: tuple[Tensor | None, ...], shape: tuple[Any, ...]) -> None:
+def _call(name: str, h: Tensor, others: tuple[Tensor | None, ...], shape: tuple[Any, ...]) -> None:
     """Call a function of `norms.c` with the addresses of contiguous tensors. It frees the GIL."""
-    compiled = library()
+    compiled = library(h.dtype)
     assert compiled is not None, "is_fused has compiled it"
-    addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (h, *others)]
     *sizes, eps, silu = shape
     sizes = map(ctypes.c_long, sizes)
     getattr(compiled, name)(*addresses, *sizes, ctypes.c_float(eps), ctypes.c_int(silu))

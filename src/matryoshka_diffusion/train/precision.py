@@ -168,14 +168,15 @@ class LossScale:
 def resolve_layout(
     setting: LayoutSetting, device: torch.device, precision: PrecisionSetting
 ) -> Layout:
-    """Replace `auto` by channels last where half-precision convolutions work on it, else by NCHW.
+    """Replace `auto` by channels last where convolutions work on it, else by NCHW.
 
-    These are all GPUs, and CPUs in bf16 if norms can be compiled for that layout (`nn/norms.py`).
+    These are all GPUs, and CPUs if norms can be compiled for that layout (`nn/norms.py`).
     Layouts differ in rounding and speed only.
     """
     if setting != "auto":
         return setting
-    fast = device.type == "cpu" and precision == "bf16" and library() is not None
+    there = device.type == "cpu" and precision in ("bf16", "fp32")
+    fast = there and library(DTYPES[precision]) is not None
     return "channels_last" if fast or device.type == "cuda" else "nchw"
 
 
