@@ -135,9 +135,10 @@ def test_the_rules_of_captions_never_change(tmp_path):
     assert captions[40:] == captions[:40]
     assert sorted(captions[:40]) == sorted(f"picture {i}" for i in range(40))
     assert captions[:3] == ["picture 26", "picture 3", "picture 27"]
-    retrieved = retrieval_captions(config, known)
-    assert retrieved.limit == 40
+    retrieved, fewer = (retrieval_captions(config, known, most) for most in (128, 9))
+    assert (retrieved.limit, fewer.limit) == (40, 9)
     assert retrieved.captions(3) == [f"picture {i}" for i in retrieved.pictures[:3]]
+    assert set(fewer.pictures) < set(retrieved.pictures)
 
 
 def test_random_classes_are_uniform_and_belong_to_the_sample():
@@ -426,7 +427,7 @@ def test_protocols_say_how_many_unless_the_reader_does(tmp_path):
     [
         ("classes", {}, "no prompts.* -n"),
         ("classes", {"captions": "a.txt", "n": 1}, "omit --captions"),
-        ("text", {"captions": "a.txt"}, "--captions .*a.txt: retrieval has 128"),
+        ("text", {"captions": "a.txt"}, "--captions .*a.txt: retrieval has fixed"),
         ("text", {"metrics": "retrieval", "n": 500}, "-n 500: retrieval .*omit"),
         ("text", {"metrics": "retrieval", "protocol": "coco30k"}, "--protocol coco30k: retrieval"),
         ("text", {"protocol": "coco30k"}, "--captions captions_val2014.json"),

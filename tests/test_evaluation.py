@@ -43,6 +43,7 @@ from matryoshka_diffusion.metrics.formulas import (
 )
 from matryoshka_diffusion.metrics.networks import VideoNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pyramid import down_sample, resolution_of
 from matryoshka_diffusion.train.averages import average_of
 from ranks import end_ranks, start, start_ranks
 
@@ -225,12 +226,13 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
     assert {one.metric.split(" [")[0] for one in number} == {
         *("FD-EffNetLite0", "FID-30", "KID", "KD-EffNetLite0", "IS"),
         *(f"{kind}-{network}" for kind in OVERLAP for network in ("Inception", "EffNetLite0")),
-        *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement"),
+        *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement", "one-step retrieval"),
     }
     assert {one.key for one in number} == set(conditions)
     assert all(np.isfinite(one.value) for one in number)
     better = {one.key for one in number if one.higher_is_better}
-    assert better == {"is", "prdc", "prdc-fd", "clip", "retrieval"}
+    retrievals = {"retrieval", "retrieval-512", "retrieval-one-step"}
+    assert better == {"is", "prdc", "prdc-fd", "clip", *retrievals}
     biased = next(one for one in number if one.key == "is")
     assert biased.metric == "IS [3 samples a split < 1,008 classes: biased low]"
 
@@ -238,13 +240,48 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
 def test_retrieval_is_that_of_the_samples_in_memory(tmp_path):
     tiny, known = model("text"), source()
     [number] = evaluate(tiny, "retrieval", source=known, folder=tmp_path)
-    conditions = retrieval_captions(tiny.config, known)
+    conditions = retrieval_captions(tiny.config, known, 128)
     samples = tiny.sample(conditions.captions(40), seed=SEED).pictures
     known_averages, prompted = averages(all_pictures(known)), np.array(conditions.pictures)
     expected = prompt_retrieval(averages(samples), prompted, known_averages)
     assert number.value == expected.first
     assert number.others == {"among the five nearest": expected.among_five}
     assert number.sentence().startswith("prompt retrieval of 40 samples to 40 images: 0.")
+
+
+class Recall(torch.nn.Module):
+    """A network that knows images by their captions, and estimates x as one of them."""
+
+    def __init__(self, images: Any) -> None:
+        super().__init__()
+        self.fine = torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1.0
+        self.texts = torch.stack([text[1] for text in Words()([f"picture {i}" for i in range(40)])])
+        self.times: list[float] = []
+
+    def forward(self, z: Any, t: Any, cond: Any) -> Any:
+        self.times += t.tolist()
+        places = torch.cdist(cond.tokens[:, 1], self.texts).argmin(1)
+        return tuple(down_sample(self.fine[places], resolution_of(z_r)) for z_r in z)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
+def test_one_step_retrieval_is_that_of_the_estimate_at_t_1(shift, expected, tmp_path):
+    known, tiny = source(), model("text")
+    process = tiny.config.process.model_copy(update={"prediction": "x0"})
+    config = tiny.config.model_copy(update={"process": process})
+    oracle: Any = Matryoshka(tiny.net, config, encoder=Words())
+    oracle.net = recall = Recall(np.roll(all_pictures(known), shift, axis=0))
+    options = {"source": known, "folder": tmp_path, "steps": 7, "guidance": 3.0}
+    [number] = evaluate(oracle, "retrieval-one-step", **options)
+    assert (number.value, number.n) == (expected, 40)
+    assert recall.times == [1.0] * 40, "one evaluation a caption, without guidance"
+    assert number.sentence().startswith("one-step retrieval of 40 samples to 40 images: ")
+
+
+def test_retrieval_over_more_captions_is_a_metric_of_its_own(tmp_path):
+    many = source(600)
+    numbers = evaluate(model("text"), "retrieval,retrieval-512", source=many, folder=tmp_path)
+    assert [(one.key, one.n) for one in numbers] == [("retrieval", 128), ("retrieval-512", 512)]
 
 
 def cosines(look: Any, array: Any, captions: Any) -> Any:

@@ -83,25 +83,20 @@ def evaluate(
     if own is None and source is not None:
         own = reference_of(source, model.config.data)
     sets = []
-    for fixed in (True, False):
-        if not (some := [name for name in names if _retrieves(name) == fixed]):
-            continue
-        if fixed:
-            rule, real = prompts.retrieval_captions(model.config, source), own
+    for fixed in dict.fromkeys(METRICS[name].fixed for name in names):
+        some = [name for name in names if METRICS[name].fixed == fixed]
+        if fixed is not None:
+            rule, real = prompts.retrieval_captions(model.config, source, fixed.captions), own
+            number, used = rule.check(rule.limit), settings | fixed.settings
         else:
             rule, real = conditions or prompts.in_turn(model.config, source), reference or own
-        number = rule.check(rule.limit if fixed else n or count)
+            number, used = rule.check(n or count), settings
         root = folder or cache_folder("eval")
-        made = samples_of(model, rule, number, root, settings=settings, **how)
+        made = samples_of(model, rule, number, root, settings=used, **how)
         _refuse_unmet(some, made, real)
-        sets.append((made, real, some, networks, _about(model, settings, rule, how)))
+        sets.append((made, real, some, networks, _about(model, used, rule, how)))
     results = [one for each in sets for one in measure(*each, world=world, progress=progress)]
     return sorted(results, key=lambda result: names.index(result.key))
-
-
-def _retrieves(name: str) -> bool:
-    """Tell metrics with fixed captions from those that draw any number of samples."""
-    return "training captions" in METRICS[name].needs
 
 
 def _refuse_unmet(names: Iterable[str], made: PictureSet, reference: Reference | None) -> None:
@@ -189,7 +184,7 @@ def plan(
     usual = ["retrieval"] * text + distances * bool(n)
     usual, usual_n = PROTOCOLS[protocol] if protocol else (usual, None)
     names, named = parse_metrics(metrics or usual)
-    others = [name for name in names if not _retrieves(name)]
+    others = [name for name in names if METRICS[name].fixed is None]
     comparing = any("reference" in METRICS[name].needs for name in others)
     options = {"-n": n, "--protocol": protocol, "--captions": captions, "--ref": reference}
     _refuse_options(config, names, others, comparing, options)
@@ -248,7 +243,7 @@ def _refuse_options(
     fixed = [f"{name} {value}" for name, value in options.items() if value and name != "--ref"]
     refusals = {
         f"{config.name} has no prompts to retrieve: give -n for the distance": not names,
-        f"{', '.join(fixed)}: retrieval has {prompts.RETRIEVED} fixed captions; omit it, or add a "
+        f"{', '.join(fixed)}: {', '.join(names)} has fixed captions; omit it, or add a "
         "metric of other samples (--metrics retrieval,fd -n 2000)": fixed and not others,
         f"--ref {ref}: none of {', '.join(names)} compares with it; omit it, or add a metric that "
         "does (--metrics fd)": ref and not comparing,

@@ -19,7 +19,6 @@ import torch
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat, moments_of
-from matryoshka_diffusion.eval.prompts import RETRIEVED
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
@@ -51,6 +50,32 @@ AGREEMENT = Column("agreement", lambda batch: formulas.level_agreement(batch.lev
 
 Need = Literal["reference", "captions", "training captions", "levels", "clips"]
 
+ONE_STEP = {
+    "sampler": "ddim",
+    "steps": 1,
+    "grid": "trailing",
+    "eta": 0.0,
+    "guidance": 1.0,
+    "threshold": "none",
+}
+"""Settings with which a sample is the estimate of x from pure noise, at t = 1.
+
+One step of DDIM to t = 0 keeps nothing of the noise.
+"""
+
+
+@dataclass(frozen=True)
+class FixedSamples:
+    """Samples that a metric fixes: for captions of training images, each caption once."""
+
+    captions: int  # all, of a smaller source
+    one_step: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Sampling settings that replace all others."""
+        return ONE_STEP if self.one_step else {}
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -63,6 +88,7 @@ class Metric:
     one_frame: bool = False  # takes one frame of each clip: it assumes independent samples
     published: bool = False  # can do with published moments of Inception's features
     least_frames: int = 1  # frames of each clip
+    fixed: FixedSamples | None = None  # by default any samples do
 
     @property
     def network(self) -> str:
@@ -276,7 +302,9 @@ def _retrieval(pair: Comparison) -> list[Result]:
     real, made = pair.both()
     retrieval = formulas.prompt_retrieval(made, np.array(pair.made.belong_to), real)
     others = {"among the five nearest": retrieval.among_five}
-    return [pair.number("prompt retrieval", retrieval.first, higher_is_better=True, others=others)]
+    fixed = pair.metric.fixed
+    name = "one-step retrieval" if fixed is not None and fixed.one_step else "prompt retrieval"
+    return [pair.number(name, retrieval.first, higher_is_better=True, others=others)]
 
 
 def _agreement(pair: Comparison) -> list[Result]:
@@ -305,7 +333,14 @@ METRICS: dict[str, Metric] = {
     "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
     "clip": Metric(_clip_score, CLIP.name, ("captions",), least=1),
     "cmmd": Metric(_cmmd, CLIP.name, least=1, one_frame=True),
-    "retrieval": Metric(_retrieval, AVERAGES, _TRAINED, least=1),
+    **{
+        name: Metric(_retrieval, AVERAGES, _TRAINED, least=1, fixed=fixed)
+        for name, fixed in {
+            "retrieval": FixedSamples(128),
+            "retrieval-512": FixedSamples(512),
+            "retrieval-one-step": FixedSamples(10_000, one_step=True),
+        }.items()
+    },
     "agreement": Metric(_agreement, AGREEMENT, ("levels",), least=1),
     "fvd": Metric(_video_frechet, VIDEO, _CLIPS),
     "fd-frames": Metric(_frechet_by_frame, EFFNET, _CLIPS),
@@ -325,13 +360,13 @@ def parse_metrics(names: str | Sequence[str]) -> tuple[tuple[str, ...], int | No
     """
     metrics, counts = [], set()
     for word in names.split(",") if isinstance(names, str) else names:
-        match = re.fullmatch(r"([a-z-]+)(?:(\d+)k)?", word.strip().lower())
+        match = re.fullmatch(r"([a-z-]+(?:-\d+)?)(?:(\d+)k)?", word.strip().lower())
         if match is None or match[1] not in METRICS:
             near = difflib.get_close_matches(word, METRICS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"no metric {word!r}: there are {', '.join(METRICS)}{hint}")
-        if match[2] and "training captions" in METRICS[match[1]].needs:
-            raise UsageError(f"{word}: {match[1]} has {RETRIEVED} fixed captions: omit the number")
+        if match[2] and METRICS[match[1]].fixed:
+            raise UsageError(f"{word}: {match[1]} has fixed captions: omit the number")
         metrics.append(match[1])
         counts |= {1000 * int(match[2])} if match[2] else set()
     if len(counts) > 1:

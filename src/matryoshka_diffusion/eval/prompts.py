@@ -23,8 +23,6 @@ from matryoshka_diffusion.files import digest
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.rng import choose, stream
 
-RETRIEVED = 128  # captions of a prompt retrieval
-
 MOST_SAMPLES = 10_000_000  # whose features lie in memory
 MAX_HASHED = 4096  # images of a source: reading all takes as long as measuring
 
@@ -109,8 +107,10 @@ def random_labels(classes: int) -> Conditions:
     return Conditions(f"random classes of {classes}", _hash([str(classes)]), "classes", label)
 
 
-def retrieval_captions(config: RunConfig, source: Source | None) -> Conditions:
-    """The first captions of 128 images (all, of a smaller source), the same for every model.
+def retrieval_captions(config: RunConfig, source: Source | None, most: int) -> Conditions:
+    """The first captions of `most` images (all, of a smaller source), the same for every model.
+
+    A larger number adds images to those of a smaller one.
 
     Raises `UsageError` if the model takes no captions, or the source is missing or has none.
     """
@@ -119,7 +119,7 @@ def retrieval_captions(config: RunConfig, source: Source | None) -> Conditions:
     if source is None:
         raise UsageError("retrieval needs the images that the model was trained on")
     captions = _captions_of(source)
-    chosen = choose(len(captions), min(RETRIEVED, len(captions)), "retrieval").tolist()
+    chosen = choose(len(captions), min(most, len(captions)), "retrieval").tolist()
     texts = [captions[index][0] for index in chosen]
     name, count = f"{len(texts)} captions of {source.name}", len(texts)
     return Conditions(name, _hash(texts), "prompts", texts.__getitem__, count, tuple(chosen))
