@@ -272,14 +272,7 @@ class MDMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r}: there are {', '.join(FORMS)}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := {*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: there is no {unknown.pop()!r}, only latents "
-                "and estimates"
-            )
-        for name, new in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
-            if name in settings:
-                raise TypeError(f"{name} is no argument of the pipeline: use {new}")
+        self._refuse_unknown(settings, callback_on_step_end_tensor_inputs)
         values = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings |= {name: value for name, value in values.items() if value is not None}
         if num_images_per_prompt < 1:
@@ -316,6 +309,17 @@ class MDMPipeline(DiffusionPipeline):
         levels = tuple(in_form(z, pixels, output_type) for z in state.z)
         self.maybe_free_model_hooks()
         return MDMPipelineOutput(levels[-1], levels) if return_dict else (levels[-1], levels)
+
+    def _refuse_unknown(self, settings: Mapping[str, Any], tensors: Sequence[str]) -> None:
+        """Raise if a setting has another name in a pipeline, or a callback's tensor none."""
+        if unknown := {*tensors} - {*self._callback_tensor_inputs}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: there is no {unknown.pop()!r}, only latents "
+                "and estimates"
+            )
+        for name, new in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
+            if name in settings:
+                raise TypeError(f"{name} is no argument of the pipeline: use {new}")
 
     def _model(self) -> DiffusionModel:
         """The model of the components as they are now."""
