@@ -51,10 +51,10 @@ class GaussianImages:
         """S^-1."""
         return self.covariance.inverse()
 
-    def posterior_covariance(self, t: Tensor) -> Tensor:
+    def posterior_covariance(self, t: Tensor, levels: int | None = None) -> Tensor:
         """Cov[x | z_t], (b, n, n): prior precision plus that of each level's observation."""
         precision = self.precision
-        for pool, schedule in zip(self.pools, self.schedules, strict=True):
+        for pool, schedule in zip(self.pools[:levels], self.schedules, strict=False):
             precision = precision + schedule.log_snr(t).exp()[:, None, None] * (pool.T @ pool)
         return precision.inverse()
 
@@ -62,15 +62,16 @@ class GaussianImages:
         return self.posterior_mean(z, torch.full((len(z[0]),), now.t, dtype=torch.float64))
 
     def posterior_mean(self, z: Pyramid, t: Tensor) -> Pyramid:
-        """The estimate for rows that each have a time of their own."""
+        """The estimate from the levels in `z`, for rows that each have a time of their own."""
         times, which = t.unique(return_inverse=True)  # one solve for each time, however many rows
         evidence = (self.precision @ self.mean).expand(len(t), -1)
-        for z_r, pool, schedule in zip(z, self.pools, self.schedules, strict=True):
+        for z_r, pool, schedule in zip(z, self.pools, self.schedules, strict=False):
             log_snr = schedule.log_snr(t)
             gain = log_snr.sigmoid().sqrt() / (-log_snr).sigmoid()  # alpha / sigma^2
             evidence = evidence + gain[:, None] * (z_r.flatten(1) @ pool)
-        x = torch.einsum("bij,bj->bi", self.posterior_covariance(times)[which], evidence)
-        return tuple((x @ pool.T).view_as(z_r) for z_r, pool in zip(z, self.pools, strict=True))
+        spread = self.posterior_covariance(times, len(z))[which]
+        x = torch.einsum("bij,bj->bi", spread, evidence)
+        return tuple((x @ pool.T).view_as(z_r) for z_r, pool in zip(z, self.pools, strict=False))
 
     def as_network(self, prediction: Prediction) -> Network:
         """A network of this kind of prediction with the same estimates."""

@@ -176,6 +176,9 @@ def test_settings_reach_the_part_that_they_are_for(cascade):
     assert (plain.levels[0] == fine.levels[0]).all()
     assert (plain.levels[1] != fine.levels[1]).any()
     assert (plain.levels[0] != cascade.sample("red", steps=2, guidance=5.0).levels[0]).any()
+    floors = {"steps": 2, "wake": (-3.0, -2.0)}
+    assert cascade.sampling(floors).wake == (-2.0,)
+    assert cascade.idle(floors) == {"wake"}, "each model has one level"
     assert cascade.sampling({"steps": 7, "coarse_noise": 0.1}).coarse_noise == 0.1
     with pytest.raises(UsageError, match="guidance has 3 entries"):
         cascade.sample("red", guidance=(1.0, 2.0, 3.0))

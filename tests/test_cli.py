@@ -196,6 +196,7 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
         ("sample MODEL --eta 2", 2, "sampling.eta"),
         ("sample MODEL --eta 0.5", 2, "--sampler ddim"),
         ("sample MODEL --rescale 0.7", 2, "--cfg"),
+        ("sample MODEL --wake -3 -2 -1", 2, "sampling.wake"),
         ("eval MODEL --interval -5 5", 2, "--interval"),
         ("sweep MODEL --cfg 1,2 --eta 1", 2, "--eta"),
         ("grow MODEL --to 20 --out x", 2, "--to 20"),

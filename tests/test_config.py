@@ -21,6 +21,7 @@ from matryoshka_diffusion.configfile import (
     to_yaml,
 )
 from matryoshka_diffusion.modelconfig import MicroConfig
+from matryoshka_diffusion.presets import preset
 
 PLAIN: dict[str, Any] = {
     "name": "tiny",
@@ -269,6 +270,7 @@ UNEVEN = (
         (LORA + "{rank: 4, levels: [2]}}", r"train: lora\.levels: .*2"),
         # parts of a run
         ("sampling.guidance_interval=[5.0, -5.0]", r"sampling: guidance_interval"),
+        ("sampling.wake=[-1.0, -2.0, -3.0]", r"sampling\.wake has 3 .* 1 or 2"),
         ("codec={}", r"sampling\.threshold .*\[none\]"),
         ("model.classes=3", r"model\.text and model\.classes.*omit"),
         ("encoder=null", "text and encoder"),
@@ -280,6 +282,17 @@ def test_what_is_wrong_is_said_with_its_path(assignment, message):
         override(tiny(), [assignment])
     assert str(error.value).startswith("--set")
     assert "\n" not in str(error.value)
+
+
+def test_floors_wake_coarse_levels_before_fine_ones_in_one_log_snr():
+    """Level 2 is shifted by 4 log 2 = 2.77, level 1 by half of that."""
+    openmoji = preset("openmoji")
+    for fits in ("[-3]", "[9, -3, -4.3]", "[9, -3, 0]"):
+        assert override(openmoji, [f"sampling.wake={fits}"]).sampling.wake is not None
+    with pytest.raises(ConfigError, match=r"sampling\.wake .*level 1 .*level 2.*by 0\.1137"):
+        override(openmoji, ["sampling.wake=[0, -3, -4.5]"])
+    with pytest.raises(ConfigError, match=r"sampling\.wake .*level_weights"):
+        override(openmoji, ["sampling.wake=[-3]", "process.level_weights=[0, 1, 1]"])
 
 
 def test_adapters_and_gentle_stages_are_for_trained_levels():

@@ -198,6 +198,16 @@ def test_rows_without_a_fine_level_equal_the_coarser_network(
             assert torch.equal(mixed[level][rows[depth] :], alone[level][rows[depth] :])
 
 
+@every_kind
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_pyramid_that_ends_early_is_computed_by_the_coarser_network(
+    shared: dict, cond: Conditioning, depth: int
+):
+    net = awake(3, **shared)
+    z = noisy(net.config)[:depth]
+    assert equal(run(net, cond, z=z), run(inside(net, depth), cond, z=z))
+
+
 def test_rows_with_all_levels_equal_the_whole_network_and_do_not_see_each_other():
     net = awake(3, text=TEXT)
     z = noisy(net.config)

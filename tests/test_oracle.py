@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import Prediction, WeightingConfig, WeightingName
+from matryoshka_diffusion.config import (
+    Prediction,
+    SamplerName,
+    WeightingConfig,
+    WeightingName,
+)
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.samplers import ddim, ddpm, dpmpp_2m, last, trailing_grid
+from matryoshka_diffusion.samplers import (
+    SAMPLERS,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    last,
+    trailing_grid,
+    waking,
+)
 from matryoshka_diffusion.schedule import (
     Cosine,
     NoiseSchedule,
@@ -141,6 +154,33 @@ def test_levels_agree_in_the_end(sampler: Callable, make: Callable):
     z = last(sampler(world, noise.start(), world.schedules, times, noise=noise)).z
     for result, pooled in zip(z, world.pyramid(z[-1].flatten(1)), strict=True):
         torch.testing.assert_close(result, pooled)
+
+
+LATE = {
+    "pixels": (small_world, (0.05, 0.011, 0.0004)),
+    "clips": (small_clips, (0.15, 0.032, 0.0011)),
+}
+"""Bounds of what floors of -1, -3 and -6 change in the covariance of samples."""
+
+
+@pytest.mark.parametrize(("make", "bounds"), LATE.values(), ids=LATE.keys())
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_waking_late_changes_vanishes_as_the_floor_falls(
+    name: SamplerName, make: Callable, bounds: tuple[float, ...]
+):
+    world, steps = make(Cosine()), 30
+    noise = UnitNoise(world.resolutions, steps if name == "ddpm" else 0)
+    times = trailing_grid(steps, world.schedules[0])
+
+    def covariance(sampler: Callable) -> Tensor:
+        states = sampler(world, noise.start(), world.schedules, times, noise=noise)
+        return moments(last(states).z[-1])[1]
+
+    plain = covariance(SAMPLERS[name])
+    late = [covariance(waking(SAMPLERS[name], (floor,) * 3)) for floor in (-1.0, -3.0, -6.0)]
+    changes = [float((one - plain).norm() / world.covariance.norm()) for one in late]
+    assert all(0.0 < change < bound for change, bound in zip(changes, bounds, strict=True))
+    assert torch.equal(covariance(waking(SAMPLERS[name], (-math.inf,) * 3)), plain)
 
 
 # --- the loss -----------------------------------------------------------------------------------

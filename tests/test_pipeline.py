@@ -13,20 +13,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka_diffusion import sampling
-from matryoshka_diffusion.conditioning import equally_long
+from matryoshka_diffusion.conditioning import entries_of, equally_long
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import NetworkDenoiser
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.sampling import DiffusionModel, entries_of
+from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import HiddenStates
 from matryoshka_diffusion.train.precision import resolve_precision
 from matryoshka_diffusion.train.weights import export_weights
 from ranks import start
-from tiny_run import encode, tiny_config, with_frames
+from tiny_run import encode, tiny_config, tiny_video, with_frames
 
 HALF = torch.tensor([0.5])
 
@@ -265,6 +265,31 @@ def test_prompts_guidance_and_classes_change_the_picture():
     classes = class_model().sample(classes=["Cat", 1], steps=3, guidance=2.0)
     assert classes.captions == ("cat", "dog")
     assert (classes.pictures[0] != classes.pictures[1]).any()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("config", [tiny_config(dropout=0.0), tiny_video(dropout=0.0)])
+def test_levels_that_wake_late_are_left_out_of_the_first_calls(config, sampler, monkeypatch):
+    model, depths = Matryoshka(randomised(config), config, encoder=Words()), []
+    prompts: list[str] = ["red", "a green square"]
+    settings = {"sampler": sampler, "steps": 6, "guidance": (2.0, 3.0)}
+    plain = model.sample(prompts, **settings)
+    always = model.sample(prompts, wake=-1000.0, **settings)
+    assert all(map(np.array_equal, plain.levels, always.levels))
+    forward = model.net.forward
+    monkeypatch.setattr(model.net, "forward", lambda z, *a: depths.append(len(z)) or forward(z, *a))
+    late = model.sample(prompts, wake=(0.0, -1.0), **settings)
+    assert depths == sorted(depths)
+    assert {*depths} == {1, 2}
+    assert late.settings["wake"] == [0.0, -1.0]
+    assert (late.levels[1] != plain.levels[1]).any()
+    alone = model.sample(prompts[1], seed=1, wake=-1.0, **settings)
+    assert np.abs(late.levels[1][1].astype(int) - alone.levels[1][0]).max() <= 1
+
+
+def test_a_level_that_never_wakes_is_refused():
+    with pytest.raises(UsageError, match="level 1 asleep in all 1 steps"):
+        class_model().sample(classes=0, wake=-1.0, steps=1)
 
 
 def test_a_number_is_the_place_of_a_class_and_a_string_its_name():

@@ -92,6 +92,17 @@ def test_up_sampling_keeps_planes_and_is_nothing_at_the_same_side():
     assert up_sample(ramp, Resolution(8, 8)) is ramp
 
 
+@pytest.mark.parametrize("coarse", [Resolution(4, 4), Resolution(4, 4, 2), Resolution(8, 8, 2)])
+def test_up_sampling_holds_a_frame_until_the_next_one(coarse: Resolution):
+    x = image(2, 3, *coarse.shape(1)[1:])
+    fine = up_sample(x, Resolution(8, 8, 4))
+    assert resolution_of(fine) == Resolution(8, 8, 4)
+    kept = down_sample(fine, Resolution(8, 8, coarse.frames))
+    assert torch.equal(kept, up_sample(x, Resolution(8, 8, coarse.frames)))
+    assert torch.equal(fine[:, :, 1], fine[:, :, 0])
+    assert torch.equal(fine[:, :, 3], fine[:, :, 2])
+
+
 @given(st.integers(0, 3), small)
 def test_frames_become_rows_clip_by_clip_and_clips_again(rows, frames):
     x = image(rows, 2, frames, 3, 3)

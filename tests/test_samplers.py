@@ -14,7 +14,7 @@ from matryoshka_diffusion.config import GridName, Prediction, ProcessConfig, Sam
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, up_sample
 from matryoshka_diffusion.samplers import (
     GRIDS,
     SAMPLERS,
@@ -26,12 +26,14 @@ from matryoshka_diffusion.samplers import (
     log_snr_grid,
     released_grid,
     trailing_grid,
+    waking,
 )
 from matryoshka_diffusion.schedule import (
     SCHEDULES,
     Cosine,
     Instant,
     Shifted,
+    instants,
     squared_cosine_table,
 )
 from nests import nest, wake
@@ -167,6 +169,39 @@ def test_levels_step_by_their_own_log_snr_at_the_shared_time(sampler: Callable):
         own = slice(level, level + 1)
         alone = last(sampler(shrink, z[own], LEVELS[own], times, noise=noise)).z
         assert torch.equal(alone[0], together[level])
+
+
+@every_sampler
+def test_a_sleeping_level_waits_at_the_enlarged_estimate_under_its_own_noise(sampler: Callable):
+    noise = SeededNoise([3], RESOLUTIONS)
+    times = trailing_grid(7, LEVELS[0])
+    z, calls = noise.start(), []
+
+    def denoise(z: Pyramid, now: Instant) -> Pyramid:
+        calls.append([len(z), len(now.levels)])
+        return shrink(z, now)
+
+    states = list(waking(sampler, (9.0, -2.0))(denoise, z, LEVELS, times, noise=noise))
+    # The finer level is at log-SNR -1.97 at t = 4/7, the fourth time.
+    assert calls == [[1, 1]] * 3 + [[2, 2]] * 4
+    for state, then in zip(states[:3], instants(times, LEVELS)[1:4], strict=True):
+        assert torch.equal(state.x[1], up_sample(state.x[0], RESOLUTIONS[1]))
+        alpha, sigma, _ = then.levels[1]
+        torch.testing.assert_close(state.z[1], alpha * state.x[1] + sigma * z[1])
+    assert torch.equal(z[1], noise.start()[1])
+    following = next(sampler(shrink, states[2].z, LEVELS, times[3:], noise=noise))
+    torch.testing.assert_close(states[3].x, following.x)
+
+
+@every_sampler
+def test_levels_that_are_always_awake_change_no_bit(sampler: Callable):
+    noise = SeededNoise([3, 4], RESOLUTIONS)
+    plain, woken = (
+        list(each(shrink, noise.start(), LEVELS, trailing_grid(9, LEVELS[0]), noise=noise))
+        for each in (sampler, waking(sampler, (-float("inf"),) * 2))
+    )
+    for one, other in zip(plain, woken, strict=True):
+        assert all(map(torch.equal, (*one.z, *one.x), (*other.z, *other.x)))
 
 
 # --- noise ---------------------------------------------------------------------------------------

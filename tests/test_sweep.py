@@ -109,6 +109,7 @@ def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
         "threshold": "dynamic",
         "precision": "bf16",
         "base": "b",
+        "wake": [-3.0, -1.5],
     }
     parser = cli.build_parser()
     assert all(hasattr(parser.parse_args(["sweep", "m", "--steps", "2"]), name) for name in fixed)
@@ -151,15 +152,23 @@ def test_every_combination_is_measured_and_shared_with_eval(tmp_path):
 
 @pytest.mark.parametrize("grid", ["trailing", "log-snr"])
 @pytest.mark.parametrize("interval", [None, (-3.0, 2.0), (50.0, 60.0)])
-def test_evaluations_are_counted_as_the_network_sees_them(grid, interval, monkeypatch):
+@pytest.mark.parametrize("wake", [None, -1.0])
+def test_evaluations_are_counted_as_the_network_sees_them(grid, interval, wake, monkeypatch):
     tiny, seen = model(), []
     forward = tiny.net.forward
     monkeypatch.setattr(tiny.net, "forward", lambda z, *a: seen.append(len(z[0])) or forward(z, *a))
     options = {"steps": 7, "grid": grid, "guidance": [2.0, 1.0], "guidance_interval": interval}
+    options["wake"] = wake
     tiny.sample(classes=0, **options)
     assert sum(seen) == tiny.evaluations(options)
     assert 7 <= sum(seen) <= 14
     assert (sum(seen) == 14) == (interval is None)
+
+
+def test_a_sleeping_level_asks_for_no_guidance():
+    options = {"steps": 8, "guidance": [1.0, 2.0]}
+    assert model().evaluations(options) == 16
+    assert 8 < model().evaluations({**options, "wake": -1.0}) < 16
 
 
 def test_the_cost_of_a_point_is_that_of_what_is_fixed_as_well():

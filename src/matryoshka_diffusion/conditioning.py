@@ -5,8 +5,9 @@ An empty `Conditioning()` is the unconditional case. It has no code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.philox import send
 
 AUGMENT_NUMBERS = 7
@@ -126,3 +128,22 @@ def pad(
     lengths = torch.tensor([len(feature) for feature in features])
     stacked = pad_sequence(list(features), batch_first=True)
     return stacked, torch.arange(stacked.shape[1]) < lengths[:, None]
+
+
+def entries_of(name: str, value: Any, kinds: Any) -> list[Any] | None:
+    """One value or several as a list; None stays None.
+
+    Raises:
+        UsageError: the list is empty, or an entry is of another type.
+    """
+    if value is None:
+        return None
+    one = isinstance(value, str) or not isinstance(value, Iterable)
+    values = [value] if one else [*value]
+    if not values:
+        raise UsageError(f"{name} is empty: name at least one, or omit it")
+    for place, entry in enumerate(values):
+        if not isinstance(entry, kinds):
+            kind = "text" if kinds is str else "a name or a number"
+            raise UsageError(f"{name}[{place}] is {entry!r}: give {kind}")
+    return values

@@ -19,7 +19,7 @@ UNIFORM = 12**-0.5  # length (0.2887) of a plain mean over a training: the bound
 SLOWEST_FPS, FASTEST_FPS = 0.01, 1000.0  # frames per second of written clips
 PER_LEVEL = (
     *(("process", "weighting"), ("process", "level_weights")),
-    *(("sampling", "guidance"), ("sampling", "threshold")),
+    *(("sampling", "guidance"), ("sampling", "threshold"), ("sampling", "wake")),
 )  # settings with one entry for all levels, or one for each
 GENTLE = ("freeze_coarse_images", "ramp_images")  # of a stage: a gentle start of its new levels
 
@@ -266,7 +266,7 @@ class BaseConfig(Strict):
 
 
 class SamplingConfig(Strict):
-    """Sampling defaults; `guidance` and `threshold` have one entry, or one for each level."""
+    """Sampling defaults; `guidance`, `threshold`, `wake` have one entry, or one for each level."""
 
     sampler: SamplerName = "dpmpp-2m"
     steps: Annotated[int, Field(gt=0, le=100_000)] = 25
@@ -275,6 +275,7 @@ class SamplingConfig(Strict):
     guidance_interval: tuple[float, float] | None = None  # of the log-SNR
     rescale: Share = 0.0
     threshold: tuple[Threshold, ...] = ("clip",)
+    wake: tuple[float, ...] | None = None  # log-SNR from which a finer level works; None: always
     eta: Share = 0.0
     coarse_noise: Share | None = None  # time of the noise on an upsampler's coarse image
     base: BaseConfig | None = None
@@ -291,10 +292,8 @@ class SamplingConfig(Strict):
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
             yield "guidance_interval needs a lower log-SNR before a higher one"
         if self.grid == "released" and self.steps > 1_000:
-            yield (
-                f"steps is {self.steps:,}, and the grid released has 1,000 times: take fewer "
-                "steps, or the grid trailing"
-            )
+            few = "the grid released has 1,000 times: take fewer steps, or the grid trailing"
+            yield f"steps is {self.steps:,}, and {few}"
 
 
 class RunConfig(Strict):
@@ -339,9 +338,11 @@ class RunConfig(Strict):
         if unknown := [level for level in self.train.recompute if level >= levels]:
             yield f"train.recompute names level {unknown[0]}, but the last level is {levels - 1}"
         for part, name in PER_LEVEL:
-            if (entries := len(getattr(getattr(self, part), name))) not in (1, levels):
-                yield f"{part}.{name} has {entries} entries; give 1 or {levels}"
+            values = getattr(getattr(self, part), name)
+            if values is not None and len(values) not in (1, levels):
+                yield f"{part}.{name} has {len(values)} entries; give 1 or {levels}"
         yield from self._untrained_levels()
+        yield from model.wake_problems(sampling.wake) if sampling.wake else ()
         if model.text is not None and model.classes:
             yield "model.text and model.classes: a run has captions or classes; omit one"
         if (model.text is None) != (self.encoder is None):
@@ -366,8 +367,9 @@ class RunConfig(Strict):
 
     def _untrained_levels(self) -> Iterator[str]:
         """Samples are what the finest level predicts, so no stage may leave it untrained."""
-        weights = self.process.level_weights
-        weights = weights * len(self.model.levels) if len(weights) == 1 else weights
+        weights = (self.process.level_weights * len(self.model.levels))[: len(self.model.levels)]
+        if self.sampling.wake and not all(weights):
+            yield "sampling.wake needs a loss of every level: omit it, or set process.level_weights"
         for index, stage in enumerate(self.train.stages):
             if weights[stage.levels - 1] == 0.0:
                 level = f"level {stage.levels - 1}, the finest of train.stages[{index}]"
@@ -388,9 +390,7 @@ class CodecRunConfig(Strict):
     data: DataConfig
     side: Count
     channels: Count = 4  # numbers at each position of the latents
-    widths: tuple[Count, ...] = Field(
-        default=(16, 32, 64), min_length=1
-    )  # each step halves the side
+    widths: tuple[Count, ...] = Field(default=(16, 32, 64), min_length=1)
     blocks: Count = 1  # the encoder's at each width; the decoder has one more
     norm_groups: Count = 2  # few, because the first widths are small
     square_weight: Weight = 1.0  # of the squared error of a pixel, beside the absolute one

@@ -1,7 +1,7 @@
 """Denoisers: estimates of the clean image, E[x | z_t], which are all that samplers see.
 
 A `Denoiser` maps a noisy pyramid and an instant to an estimate of the clean pyramid. Guidance,
-thresholds and untrained levels are denoisers that wrap another one.
+thresholds, sleeping levels and untrained levels are denoisers that wrap another one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Threshold
 from matryoshka_diffusion.diffusion import Network, Process, to_x0
-from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of
+from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of, up_sample
 from matryoshka_diffusion.schedule import Instant, expand
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """An estimate of x on every level. All levels of `z` have the same number of rows."""
+    """An estimate of x on every level of `z` and `now`, which may be the first ones alone.
+
+    All levels of `z` have the same number of rows.
+    """
 
     def __call__(self, z: Pyramid, now: Instant) -> Pyramid: ...
 
@@ -100,7 +103,7 @@ def active_weights(
     low, high = interval
     return tuple(
         weight if low <= level.log_snr <= high else 1.0
-        for level, weight in zip(now.levels, weights, strict=True)
+        for level, weight in zip(now.levels, weights, strict=False)
     )
 
 
@@ -114,7 +117,7 @@ class Thresholded:
     def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
         estimates = self.denoiser(z, now)
         return tuple(
-            THRESHOLDS[name](x) for name, x in zip(self.thresholds, estimates, strict=True)
+            THRESHOLDS[name](x) for name, x in zip(self.thresholds, estimates, strict=False)
         )
 
 
@@ -136,8 +139,30 @@ class Pooled:
         estimates = self.denoiser(z, now)
         return tuple(
             down_sample(estimates[-1], resolution_of(x)) if pooled else x
-            for x, pooled in zip(estimates, self.untrained, strict=True)
+            for x, pooled in zip(estimates, self.untrained, strict=False)
         )
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """Estimates of sleeping levels replaced by the next coarser one, enlarged.
+
+    The latent of a level below its floor is nearly pure noise, so the coarser levels know nearly
+    all that is known about its image. The network works on the others only.
+
+    Attributes:
+        floors: the log-SNR from which each level is awake. The coarsest level always is.
+    """
+
+    denoiser: Denoiser
+    floors: Sequence[float]
+
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        now = now.awake(self.floors)
+        estimates = [*self.denoiser(z[: len(now.levels)], now)]
+        for z_r in z[len(estimates) :]:
+            estimates.append(up_sample(estimates[-1], resolution_of(z_r)))
+        return tuple(estimates)
 
 
 def dynamic_threshold(

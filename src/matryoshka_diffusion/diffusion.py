@@ -75,8 +75,7 @@ class Process:
 
 def _follow_shift(weighting: WeightingConfig, level: LevelConfig) -> WeightingConfig:
     """The weighting of a level. The bias of `sigmoid` is a log-SNR, so it shifts with them."""
-    shift = level.shift_power * math.log(level.shift_ratio)
-    return weighting.model_copy(update={"bias": weighting.bias - shift})
+    return weighting.model_copy(update={"bias": weighting.bias - level.shift})
 
 
 def per_level(values: tuple[T, ...], levels: int) -> tuple[T, ...]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -78,6 +79,11 @@ class LevelConfig(Strict):
     def size(self) -> str:
         """The level's name: "64", or "16x64" for 16 frames."""
         return f"{self.side}" if self.frames is None else f"{self.frames}x{self.side}"
+
+    @property
+    def shift(self) -> float:
+        """The log-SNR by which the schedule of the level is below that of the nest."""
+        return self.shift_power * math.log(self.shift_ratio)
 
     @property
     def stem_side(self) -> int:
@@ -188,6 +194,18 @@ class ModelConfig(Strict):
     def first(self, levels: int) -> ModelConfig:
         """The nest of the first `levels` levels."""
         return self.model_copy(update={"levels": self.levels[:levels]})
+
+    def wake_problems(self, floors: tuple[float, ...]) -> Iterator[str]:
+        """Yield why levels cannot wake at these log-SNRs, one for all levels or one for each."""
+        each = floors * len(self.levels) if len(floors) == 1 else floors
+        # In log-SNR of the nest's schedule. The coarsest level is always awake.
+        wakes = [floor + level.shift for floor, level in zip(each, self.levels, strict=True)][1:]
+        for place, (coarse, fine) in enumerate(itertools.pairwise(wakes), start=2):
+            if fine < coarse:
+                yield (
+                    f"sampling.wake leaves level {place - 1} asleep under level {place}: raise the "
+                    f"floor of level {place} by {coarse - fine:.4g}, or lower that of the other"
+                )
 
     def problems(self) -> Iterator[str]:
         layers = sum(level.layers for level in self.levels) + (self.text.layers if self.text else 0)

@@ -28,7 +28,6 @@ from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
-from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import TextEncoder
 from matryoshka_diffusion.train.precision import PrecisionSetting, placed
 from matryoshka_diffusion.train.weights import fingerprint, load_network
@@ -270,14 +269,13 @@ class Matryoshka(DiffusionModel):
     def evaluations(self, settings: dict[str, Any]) -> int:
         """The number of network evaluations for one sample.
 
-        A step takes one, or two where a level is guided: its weight is not 1 and its log-SNR is
-        inside the guidance interval.
+        A step takes one, or two where a level is guided: it is awake, its weight is not 1, and its
+        log-SNR is inside the guidance interval.
         """
         sampling = self.sampling(settings)
         weights = per_level(sampling.guidance, len(self.model.levels))
         interval = sampling.guidance_interval or UNBOUNDED
-        steps = instants(self.times(sampling)[:-1], self.process.schedules)
-        active = [active_weights(now, weights, interval) for now in steps]
+        active = [active_weights(now, weights, interval) for now in self.calls(sampling)]
         return sum(1 if all(weight == 1.0 for weight in step) else 2 for step in active)
 
 

@@ -101,14 +101,19 @@ def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
     return x[:, :, 0] if frames is None else x[:, :, :: source // frames]
 
 
-def up_sample(x: Float[Tensor, "b c h w"], resolution: Resolution) -> Float[Tensor, "b c H W"]:
+def up_sample(x: Float[Tensor, "b c *grid"], resolution: Resolution) -> Float[Tensor, "b c *fine"]:
     """Enlarge images by bilinear interpolation between the centres of pixels.
 
     The paper enlarges the coarse image of a cascade and does not say how. Repeated pixels would
-    show the network edges that no image has.
+    show the network edges that no image has. A frame lasts until the next one that D^r keeps.
     """
-    size = (resolution.height, resolution.width)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+    size, frames = (resolution.height, resolution.width), resolution_of(x).frames
+    if x.shape[-2:] != size:
+        x = rows_as_frames(F.interpolate(frames_as_rows(x), size, mode="bilinear"), frames)
+    if frames == resolution.frames:
+        return x
+    x = x.unsqueeze(2) if frames is None else x
+    return x.repeat_interleave((resolution.frames or 1) // x.shape[2], dim=2)
 
 
 # --- images as bytes -----------------------------------------------------------------------------

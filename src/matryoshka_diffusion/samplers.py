@@ -11,14 +11,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from matryoshka_diffusion.config import GridName, SamplerName
-from matryoshka_diffusion.denoiser import Denoiser
+from matryoshka_diffusion.denoiser import Denoiser, Enlarged
 from matryoshka_diffusion.diffusion import to_noise
 from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.rng import normal_parts
@@ -28,6 +28,8 @@ Schedules = Sequence[NoiseSchedule]
 Times = Float[Tensor, " n"]
 NoiseSource = Callable[[str, int], Pyramid]
 """Noise for (purpose, step): "start" for the first latents, "step" for what a step adds."""
+Sampler = Callable[..., Iterator["State"]]
+"""Takes (denoise, z, schedules, times, *, noise), and `ddim` also eta."""
 
 
 class State(NamedTuple):
@@ -181,11 +183,34 @@ def dpmpp_2m(
         yield State(step, then.t, z, x)
 
 
-SAMPLERS: dict[SamplerName, Callable[..., Iterator[State]]] = {
+SAMPLERS: dict[SamplerName, Sampler] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpmpp-2m": dpmpp_2m,
 }
+
+
+def waking(sampler: Sampler, floors: Sequence[float]) -> Sampler:
+    """The sampler with levels that sleep until their log-SNR reaches a floor.
+
+    After a step a sleeping level is at alpha * (its estimate, which is the next coarser one
+    enlarged) + sigma * (its noise at the start). When it wakes it goes on from there, and a
+    multistep solver has the enlarged estimate as the one before.
+    """
+
+    def states(
+        denoise: Denoiser, z: Pyramid, schedules: Schedules, times: Times, **options: Any
+    ) -> Iterator[State]:
+        steps = sampler(Enlarged(denoise, floors), z, schedules, times, **options)
+        spans = pairwise(instants(times, schedules))
+        for state, (now, then) in zip(steps, spans, strict=True):
+            for level in range(len(now.awake(floors).levels), len(z)):
+                noise = then.levels[level]
+                latent = noise.alpha * state.x[level] + noise.sigma * z[level]
+                state.z[level].copy_(latent)  # the sampler goes on from it
+            yield state
+
+    return states
 
 
 def last(states: Iterator[State]) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from matryoshka_diffusion.conditioning import Conditioning, equally_long, pad
+from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_long, pad
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
-from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State, waking
+from matryoshka_diffusion.schedule import Instant, instants
 from matryoshka_diffusion.text.encoder import HiddenStates, TextEncoder, load_encoder
 from matryoshka_diffusion.train.precision import (
     Precision,
@@ -29,9 +30,10 @@ from matryoshka_diffusion.train.precision import (
     resolve_precision,
 )
 
-PER_LEVEL = ("guidance", "threshold")
+PER_LEVEL = ("guidance", "threshold", "wake")
 """Sampling settings that take one value, or one for each level."""
 UNBOUNDED = (-float("inf"), float("inf"))
+ALWAYS_AWAKE = (-float("inf"),)
 BATCH, PIXELS = 64, 2**22
 """Samples of a batch, and pixels of their finest level, at most: unless a batch size is set."""
 
@@ -120,7 +122,7 @@ class DiffusionModel:
             ConfigError: a setting is unknown, or its value does not fit the model.
         """
         several = {
-            name: (value,) if name in PER_LEVEL and not isinstance(value, list | tuple) else value
+            name: (value,) if name in PER_LEVEL and isinstance(value, str | float | int) else value
             for name, value in settings.items()
         }
         data = {**dict(self.config), "sampling": {**dict(self.config.sampling), **several}}
@@ -128,11 +130,28 @@ class DiffusionModel:
 
     def idle(self, settings: Mapping[str, Any]) -> set[str]:
         """The names of settings that change no sample, such as `eta` without `ddim`."""
-        return settings.keys() & self.sampling(settings).idle
+        alone = {"wake"} if len(self.model.levels) == 1 else set()
+        return settings.keys() & (self.sampling(settings).idle | alone)
 
     def times(self, sampling: SamplingConfig) -> Float[Tensor, " n"]:
         """Times that the sampler visits, from noise (1) to images (0): `steps` + 1 of them."""
         return GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
+
+    def calls(self, sampling: SamplingConfig) -> list[Instant]:
+        """The instants of the sampler's steps, each with the levels that are awake then.
+
+        Raises:
+            UsageError: the finest level is asleep to the end.
+        """
+        floors = per_level(sampling.wake or ALWAYS_AWAKE, len(self.model.levels))
+        steps = instants(self.times(sampling)[:-1], self.process.schedules)
+        calls = [now.awake(floors) for now in steps]
+        if len(calls[-1].levels) < len(floors):
+            raise UsageError(
+                f"sampling.wake leaves level {len(calls[-1].levels)} asleep in all {len(calls)} "
+                "steps: lower its floor (--wake) or take more steps (--steps)"
+            )
+        return calls
 
     def stream(
         self,
@@ -145,7 +164,11 @@ class DiffusionModel:
         noise = self.noise(seeds, self.device)
         denoise = self.denoiser(cond.to(self.device), sampling, negative)
         options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
-        yield from SAMPLERS[sampling.sampler](
+        sampler = SAMPLERS[sampling.sampler]
+        if sampling.wake:
+            self.calls(sampling)  # refuses floors that are never reached
+            sampler = waking(sampler, per_level(sampling.wake, len(self.model.levels)))
+        yield from sampler(
             denoise,
             noise.start(),
             self.process.schedules,
@@ -388,22 +411,3 @@ class DiffusionModel:
         takes = "takes prompts (-p)" if self.model.text is not None else "is unconditional"
         takes = "takes classes (--class)" if self.model.classes else takes
         return UsageError(f"{self.config.name} takes {refused}: it {takes}")
-
-
-def entries_of(name: str, value: Any, kinds: Any) -> list[Any] | None:
-    """One value or several as a list; None stays None.
-
-    Raises:
-        UsageError: the list is empty, or an entry is of another type.
-    """
-    if value is None:
-        return None
-    one = isinstance(value, str) or not isinstance(value, Iterable)
-    values = [value] if one else [*value]
-    if not values:
-        raise UsageError(f"{name} is empty: name at least one, or omit it")
-    for place, entry in enumerate(values):
-        if not isinstance(entry, kinds):
-            kind = "text" if kinds is str else "a name or a number"
-            raise UsageError(f"{name}[{place}] is {entry!r}: give {kind}")
-    return values

@@ -51,6 +51,15 @@ class Instant(NamedTuple):
     t: float
     levels: tuple[NoiseLevel, ...]
 
+    def awake(self, floors: Sequence[float]) -> Instant:
+        """The instant of the levels at or above their floors of log-SNR, and of the coarsest.
+
+        Floors let no level wake before a coarser one (`ModelConfig.wake_problems`).
+        """
+        finer = zip(self.levels[1:], floors[1:], strict=True)
+        count = 1 + sum(level.log_snr >= floor for level, floor in finer)
+        return self._replace(levels=self.levels[:count])
+
 
 def instants(times: Float[Tensor, " n"], schedules: Sequence[NoiseSchedule]) -> list[Instant]:
     """The instants of a time grid, for schedules from coarse to fine."""

@@ -32,6 +32,7 @@ IDLE = {
     "eta": "--eta only applies to ddim: add --sampler ddim or omit --eta",
     "guidance_interval": "--interval only applies to guidance: add --cfg or omit --interval",
     "rescale": "--rescale only applies to guidance: add --cfg or omit --rescale",
+    "wake": "--wake is for finer levels, and the model has one level: omit --wake",
 }
 """Messages for settings that change no sample."""
 
@@ -92,6 +93,8 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     add("--eta", type=float, help="ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--grid", choices=GRIDS, help="times that the sampler visits")
     add("--threshold", choices=THRESHOLDS, help="how estimates stay in the range of pixels")
+    text = "log-SNR from which finer levels work: for all levels, or one for each, coarse to fine"
+    add("--wake", nargs="+", type=float, metavar="FLOOR", help=text)
     text = "samples at a time (at most 64, and 4 million pixels of the finest level)"
     add("--batch-size", type=positive, metavar="N", help=text)
     text = "of the network (auto: bf16 where the hardware multiplies it, else fp32)"
@@ -104,7 +107,7 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings on the command line."""
     names = (
-        *("sampler", "steps", "grid", "threshold", "eta"),
+        *("sampler", "steps", "grid", "threshold", "eta", "wake"),
         *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
     )
     return {n: value for n in names if (value := getattr(options, n, None)) is not None}

@@ -75,19 +75,20 @@ class NestedUNet(nn.Module):
         """One prediction for each level.
 
         Args:
-            z: noisy pyramid, coarse to fine; a finer level may hold only the first rows.
+            z: noisy pyramid, coarse to fine; a finer level may hold only the first rows. It may
+                end early: the first levels are then computed as by a nest of these alone.
             t: times in [0, 1], one for each row of the coarsest level.
             cond: conditions of the same rows.
         """
         x, context = self._inputs(z, t, cond)
-        adapters = [*self.adapters.values()]
+        levels, adapters = self.levels[: len(z)], [*self.adapters.values()][: len(z) - 1]
         # Inwards: every level encodes, the finest one first.
-        *coarser, finest = self.levels
+        *coarser, finest = levels
         trails = [finest.encode(x[-1], t, context)]
         for level, adapter, x_r in reversed([*zip(coarser, adapters, x[:-1], strict=True)]):
             trails.append(level.encode(x_r, t, context, adapter.inward(trails[-1].core)))
         # And back out: every level decodes, the coarsest one first.
-        coarsest, *finer = self.levels
+        coarsest, *finer = levels
         h, prediction = coarsest.decode(trails.pop())
         predictions = [prediction]
         for level, adapter in zip(finer, adapters, strict=True):
@@ -108,7 +109,7 @@ class NestedUNet(nn.Module):
         Raises:
             ValueError: the network is an upsampler, and the coarse image or its time is missing.
         """
-        x = [level.scale(z_r, t[: len(z_r)]) for level, z_r in zip(self.levels, z, strict=True)]
+        x = [level.scale(z_r, t[: len(z_r)]) for level, z_r in zip(self.levels, z, strict=False)]
         if self.config.coarse is not None:
             if cond.image is None or cond.image_t is None:
                 raise ValueError("this network is an upsampler, but image or image_t is None")

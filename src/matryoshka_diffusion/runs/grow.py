@@ -95,7 +95,7 @@ def _added_level(config: RunConfig, level: LevelConfig) -> list[tuple[str, Any]]
         changes.append(("data.augment", 0.0))  # clips are not transformed
     for part, name in PER_LEVEL:
         values = getattr(getattr(config, part), name)
-        if len(values) > 1:  # one for each level: the new one takes the finest one's
+        if len(values or ()) > 1:  # one for each level: the new one takes the finest one's
             changes.append((f"{part}.{name}", (*values, values[-1])))
     return changes
 
