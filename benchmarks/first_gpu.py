@@ -246,7 +246,7 @@ def feed(bench: Bench) -> Numbers:
         ready = Noise(config).batch(range(batch))
         loader = mock.Mock(batch=lambda ids, ready=ready: ready)
         stage = len(config.train.stages) - 1
-        step = Step(stage, 0, (batch,) * len(config.model.levels), 1e-4, False)
+        step = Step(stage, 0, (batch,) * len(config.model.levels), (), False)
         make = Feed(config, loader, features(config), bench.device)
         found[name] = batch / bench.meter.seconds(lambda make=make, step=step: make(step), 2)
     torch.set_num_threads(threads)

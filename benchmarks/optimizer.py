@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.harness import parse, parser, report, speed, take_turns
 from matryoshka_diffusion.nn.costs import count_parameters, training_bytes
-from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.nn.nested import NestedUNet, level_of
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.averages import Ema
-from matryoshka_diffusion.train.step import build_optimizer, set_learning_rate
+from matryoshka_diffusion.train.step import build_optimizer
 
 DECAY = 0.999
 
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     ema = Ema(net, DECAY)
-    fused = build_optimizer(net, config.train)
+    fused = build_optimizer(net, config.train, level_of)
     loop = torch.optim.Adam(
         net.parameters(), betas=config.train.betas, eps=config.train.eps, foreach=False, fused=False
     )
     fused.step()
     loop.state = fused.state  # the same moments: memory for one set of them
-    for optimizer in (fused, loop):
-        set_learning_rate(optimizer, 1e-4)
+    for group in (*fused.param_groups, *loop.param_groups):
+        group["lr"] = 1e-4
 
     def fused_step() -> None:
         fused.step()

@@ -84,7 +84,8 @@ def trainer(
     settings = {"precision": "fp32", "layout": "nchw", "threads": 1} | train
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
     trainer = Trainer(diffusion(config, base), device, images_seen=config.train.images)
-    step = Step(len(config.train.stages) - 1, 0, (batch,) * trainer.levels, 1e-4, False)
+    rows, lr = (batch,) * trainer.levels, (1e-4,) * trainer.levels
+    step = Step(len(config.train.stages) - 1, 0, rows, lr, False)
     return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step))
 
 

@@ -59,7 +59,7 @@ class Kept(NamedTuple):
 
 def inputs(config: RunConfig, rows: Sequence[int], tokens: int = TEXT_TOKENS) -> Inputs:
     """Inputs of a step of the last stage on the fake GPU."""
-    step = Step(len(config.train.stages) - 1, 0, tuple(rows), 1e-4, False)
+    step = Step(len(config.train.stages) - 1, 0, tuple(rows), (1e-4,) * len(rows), False)
     return Feed(config, Noise(config), features(config, tokens), GPU)(step)
 
 

@@ -103,7 +103,7 @@ def beside() -> dict[str, Any]:
         streams.append(fake_gpu.STREAMS[-1])
         return trace.inputs(config, step.rows)
 
-    made = Beside(make, trace.GPU)(Step(0, 0, (2, 1), 1e-4, False))
+    made = Beside(make, trace.GPU)(Step(0, 0, (2, 1), (), False))
     recorded = list(fake_gpu.ORDER)
     inputs, _, _ = fetched(iter([made]))
     assert inputs is not None

@@ -52,7 +52,7 @@ MUTATIONS = [
     Mutation("nn/norms.py", "1 + scale", "scale", "reference minimal"),
     Mutation("nn/norms.c", "1.0f + scale[c]", "scale[c]", "norms"),
     Mutation("nn/lora.py", "/ lora.rank", "* lora.rank", "lora"),
-    Mutation("train/stages.py", "decay_share * train.images", "decay_share", "stages"),
+    Mutation("train/stages.py", "train.images - life_from)", "train.images)", "stages"),
     Mutation("train/stages.py", "ends_stage=count == left", "ends_stage=True", "stages trainer"),
     Mutation("train/averages.py", "(1 + s) / (10 + s))", "(1 + s) / (11 + s))", "averages"),
     Mutation("train/gradient.py", "_foreach_div_", "_foreach_mul_", "step"),

@@ -50,7 +50,7 @@ STAGES = (
         ramp_images=8,
     ),
 )
-SETTINGS: dict[str, Any] = {"stages": STAGES, "ema_power": (0.1,)}
+SETTINGS: dict[str, Any] = {"stages": STAGES, "lr_per_level": True, "ema_power": (0.1,)}
 SHARES = (0.7, 0.3)
 """Shares of the data sets of a mix."""
 FORKS = multiprocessing.get_context("forkserver")

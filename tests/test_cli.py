@@ -88,6 +88,7 @@ def test_info_shows_presets_and_runs(model, capsys):
     output = capsys.readouterr().out
     assert "2 classes" in output
     assert "stage 2: 2 levels, 24 images, batch 4, lr 0.01, mix 0.5/0.5" in output
+    assert "all levels: warm-up over 8 images, decay over the last 25 % of the run" in output
 
 
 def test_data_check_lists_bad_files(tmp_path, capsys):

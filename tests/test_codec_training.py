@@ -56,7 +56,7 @@ def trained(smooth, tmp_path_factory):
 
 def lines(out):
     """The metrics without what differs between equal trainings."""
-    keys = ("images_seen", "loss", "lr", "grad_norm", "step")
+    keys = ("images_seen", "loss", "lr_per_level", "grad_norm", "step")
     return [{name: line[name] for name in keys} for line in metrics(out)]
 
 

@@ -83,7 +83,8 @@ def one_step(recompute, rows=(4, 2), precision="fp32", **changes):
     config = tiny_config(stages=stages, precision=precision, recompute=recompute, **changes)
     trainer = Trainer(diffusion(config), torch.device("cpu"))
     wake(trainer.net).train()
-    outcome = trainer.step(Feed(config, TinyPictures(), encode)(Step(0, 0, rows, 0.1, False)))
+    step = Step(0, 0, rows, (0.1,) * len(rows), False)
+    outcome = trainer.step(Feed(config, TinyPictures(), encode)(step))
     gradients = {name: p.grad for name, p in trainer.net.named_parameters() if p.grad is not None}
     return outcome, gradients
 

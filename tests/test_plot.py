@@ -20,7 +20,7 @@ def run(tmp_path):
     folder = tmp_path / "first"
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(tiny_config()))
-    others = {"grad_norm": 1.0, "lr": 0.01, "images_per_second": 100.0}
+    others = {"grad_norm": 1.0, "lr_per_level": [0.01], "images_per_second": 100.0}
     lines: list[dict] = [
         {"images_seen": 8 * n, "loss_per_level": [1 / n, None if n < 2 else 2 / n], **others}
         for n in range(1, 5)
@@ -41,7 +41,7 @@ def test_values_are_those_of_the_run(run):
     assert curves.points("loss_per_level", 1) == [(16, 1), (24, 2 / 3), (32, 1 / 2)]
     assert curves.points("held_out_loss_per_level", 0) == [(16, 0.9)]
     assert curves.points("held_out_loss_per_level", 1) == []
-    assert curves.points("lr") == [(n, 0.01) for n, _ in first]
+    assert curves.points("lr_per_level", 0) == [(n, 0.01) for n, _ in first]
 
 
 def test_runs_are_drawn_into_one_image(run, tmp_path, capsys):

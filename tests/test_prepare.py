@@ -333,7 +333,7 @@ def test_features_of_a_small_set_are_stored_before_training(tmp_path, own_cache,
 
 def test_features_of_a_large_set_are_made_in_the_feed(tmp_path, own_cache, tiny_t5, monkeypatch):
     config = text_config(photos(tmp_path / "photos", captions=("a jay", "red")), tiny_t5)
-    step = Step(stage=0, first=0, rows=(4,), lr=0.0, ends_stage=False)
+    step = Step(stage=0, first=0, rows=(4,), lr=(), ends_stage=False)
 
     def conditions() -> tuple[Conditioning, str]:
         ready = job.prepare(config)

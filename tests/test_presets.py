@@ -34,7 +34,7 @@ from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.stages import learning_rate
+from matryoshka_diffusion.train.stages import learning_rates
 from matryoshka_diffusion.train.trainer import train
 from matryoshka_diffusion.train.weights import load_network
 from nests import wake
@@ -263,9 +263,9 @@ def test_a_rate_that_decays_is_whole_until_thirty_per_cent_of_the_last_stage_are
     train = run_of(name).train
     last = train.stages[-1]
     left = 0.3 * last.images
-    before = learning_rate(train, int(train.images - 1.01 * left), last.batch_size)
+    before, *_ = learning_rates(train, int(train.images - 1.01 * left), last.batch_size)
     assert before == pytest.approx(last.lr)
-    halfway = learning_rate(train, int(train.images - 0.5 * left), last.batch_size)
+    halfway, *_ = learning_rates(train, int(train.images - 0.5 * left), last.batch_size)
     assert halfway == pytest.approx(last.lr / 2, rel=1e-2)
     for constant in ("cc12m-256", "cc12m-256-simple"):
         assert run_of(constant).train.decay_share == 0

@@ -138,7 +138,7 @@ def compare_shards(path: str) -> None:
     gradients: list[dict[str, Any]] = []
     types = []
     with joined(device, "fsdp", 20) as world:
-        inputs = Feed(config, TinyPictures(), encode, world=world)(Step(0, 0, (4, 2), 0.1, False))
+        inputs = Feed(config, TinyPictures(), encode, world=world)(Step(0, 0, (4, 2), (), False))
         for dtype in (None, torch.bfloat16):
             net: Any = wake(recipe.build(2))
             level = net.levels[1]

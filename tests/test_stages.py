@@ -27,7 +27,12 @@ def trainings(draw: st.DrawFn) -> TrainConfig:
         weights = draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
         mix = tuple(weight / sum(weights) for weight in weights) if sum(weights) else ()
         stages.append(stage(count, draw(st.integers(1, 60)), draw(st.integers(1, 17)), mix=mix))
-    return TrainConfig(stages=tuple(stages), warmup_images=draw(st.integers(0, 40)))
+    return TrainConfig(
+        stages=tuple(stages),
+        warmup_images=draw(st.integers(0, 40)),
+        decay_share=draw(st.floats(0, 1)),
+        lr_per_level=draw(st.booleans()),
+    )
 
 
 @given(trainings(), st.data())
@@ -66,7 +71,8 @@ def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
         warmup_images=40,
         decay_share=0.25,
     )
-    rates = {step.first: step.lr for step in steps(train)}
+    rates = {step.first: step.lr[0] for step in steps(train)}
+    assert all(len({*step.lr}) == 1 for step in steps(train)), "one rate for all levels"
     assert [rates[n] for n in (0, 10, 20, 30, 40, 90)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert [rates[n] for n in (100, 110, 130, 190)] == [0.125, 0.25, 0.5, 0.5]
     assert rates[200] == rates[290] == 0.25, "a stage without new levels has no warm-up"
@@ -74,7 +80,46 @@ def test_learning_rate_warms_up_at_every_growth_and_decays_at_the_end():
     late = [rates[n] for n in (300, 310, 350, 390)]
     assert late == pytest.approx([0.25, 0.225, 0.125, 0.025], rel=1e-12)
     plain = TrainConfig(stages=(stage(1, 12, lr=0.3), stage(2, 12, lr=0.1)))
-    assert [step.lr for step in steps(plain)] == [0.3] * 3 + [0.1] * 3
+    assert [step.lr for step in steps(plain)] == [(0.3,)] * 3 + [(0.1, 0.1)] * 3
+    linear = [step.lr for step in steps(plain.model_copy(update={"decay_share": 1.0}))]
+    assert [rate for rate, *_ in linear] == pytest.approx(
+        [0.3, 0.3 * 5 / 6, 0.3 * 4 / 6, 0.1 * 3 / 6, 0.1 * 2 / 6, 0.1 / 6], rel=1e-12
+    )
+
+
+@given(trainings(), st.floats(1e-3, 1))
+def test_each_level_has_a_learning_rate_over_its_own_life(train, share):
+    train = train.model_copy(update={"lr_per_level": True, "decay_share": share})
+    end, plan = train.images, list(steps(train))
+    for level in range(train.stages[-1].levels):
+        own = [step for step in plan if len(step.rows) > level]
+        start = own[0].first
+        for step in own:
+            warm = 1.0 if start + train.warmup_images <= step.end else None
+            warm = warm or (step.end - start) / train.warmup_images
+            fall = min(1.0, (end - step.first) / max(share * (end - start), 1.0))
+            rate = train.stages[step.stage].lr
+            assert step.lr[level] == pytest.approx(rate * warm * fall, rel=1e-12)
+
+
+def test_a_new_level_warms_up_alone_while_the_older_ones_go_on_falling():
+    train = TrainConfig(
+        stages=(stage(1, 100, 10), stage(2, 100, 10), stage(3, 200, 10)),
+        warmup_images=40,
+        decay_share=1.0,
+        lr_per_level=True,
+    )
+    rates = {step.first: step.lr for step in steps(train)}
+    for n, expected in {
+        0: (10 / 40,),
+        50: (350 / 400,),
+        100: (300 / 400, 10 / 40),
+        150: (250 / 400, 250 / 300),
+        200: (200 / 400, 200 / 300, 10 / 40),
+        300: (100 / 400, 100 / 300, 100 / 200),
+        390: (10 / 400, 10 / 300, 10 / 200),
+    }.items():
+        assert rates[n] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_step_passes_the_multiples_that_it_reaches():

@@ -52,7 +52,7 @@ from matryoshka_diffusion.train.step import (
     load_moments,
     moment_shapes,
     moments,
-    set_learning_rate,
+    set_learning_rates,
 )
 from matryoshka_diffusion.train.trainer import Trainer
 from ranks import start
@@ -157,7 +157,7 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
 
 def test_growing_in_training_keeps_coarse_outputs_bit_equal():
     trainer = trainer_after(24)
-    batch = Feed(tiny_config(), TinyPictures(), encode)(Step(1, 24, (4, 4), 0.1, False))
+    batch = Feed(tiny_config(), TinyPictures(), encode)(Step(1, 24, (4, 4), (), False))
 
     def coarse(net: NestedUNet) -> Tensor:
         with torch.no_grad():
@@ -267,32 +267,57 @@ def linear(*widths: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
+def one_level(name: str) -> int:
+    return 0
+
+
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()
     model(x).square().sum().backward()
-    set_learning_rate(optimizer, 0.01)
+    set_learning_rates(optimizer, (0.01,))
     optimizer.step()
 
 
 def test_decays_matrices_and_spares_vectors():
     model = linear(3, 4)
-    assert type(build_optimizer(model, tiny_config(optimizer="adam").train)) is torch.optim.Adam
-    optimizer = build_optimizer(model, tiny_config(weight_decay=0.1).train)
+    plain = build_optimizer(model, tiny_config(optimizer="adam").train, one_level)
+    assert type(plain) is torch.optim.Adam
+    optimizer = build_optimizer(model, tiny_config(weight_decay=0.1).train, one_level)
     assert type(optimizer) is torch.optim.AdamW
     for value in model.parameters():
         value.grad = torch.zeros_like(value)
     before = copy.deepcopy(model.state_dict())
-    set_learning_rate(optimizer, 0.5)
+    set_learning_rates(optimizer, (0.5,))
     optimizer.step()
     after = model.state_dict()
     torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.5 * 0.1))
     assert torch.equal(after["0.bias"], before["0.bias"])
 
 
+def test_each_level_moves_at_its_own_rate():
+    """Adam's first step of a parameter is as long as its rate, whatever its gradient."""
+    config = tiny_config(lr_per_level=True, weight_decay=0.0, dropout=0.0)
+    step = step_at(config.train, 24)
+    assert step.lr[0] != step.lr[1]
+    trainer = trainer_after(24, config)
+    trainer.grow(2)
+    trainer.optimizer.state.clear()
+    before = {name: p.detach().clone() for name, p in trainer.net.named_parameters()}
+    trainer.step(inputs(24, config))
+    longest = {"conditioner": 0.0, "levels.0": 0.0, "levels.1": 0.0, "adapters.1": 0.0}
+    for part in longest:
+        own = [name for name in before if name.startswith(part)]
+        changes = [trainer.net.get_parameter(name).detach() - before[name] for name in own]
+        longest[part] = max(float(change.abs().max()) for change in changes)
+    coarse, fine = step.lr
+    rates = {"conditioner": coarse, "levels.0": coarse, "levels.1": fine, "adapters.1": fine}
+    assert longest == pytest.approx(rates, rel=1e-3)
+
+
 def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step():
     small = linear(3, 3)
-    optimizer = build_optimizer(small, tiny_config(weight_decay=0.0).train)
+    optimizer = build_optimizer(small, tiny_config(weight_decay=0.0).train, one_level)
     assert moment_shapes(small, moments(optimizer, small), 0) == {}
     for seed in range(10):
         one_step(small, optimizer, seed)
@@ -302,7 +327,7 @@ def test_memory_passes_by_name_and_new_parameters_begin_with_a_whole_first_step(
     assert moment_shapes(small, {}, 10).keys() == shapes.keys(), "it was emptied"
     large = linear(3, 3, 3)
     large.load_state_dict(small.state_dict(), strict=False)
-    grown = build_optimizer(large, tiny_config(weight_decay=0.0).train)
+    grown = build_optimizer(large, tiny_config(weight_decay=0.0).train, one_level)
     load_moments(grown, large, memory)
     before = large.get_parameter("1.weight").detach().clone()
     one_step(large, grown, seed=10)
@@ -605,7 +630,7 @@ def count_graphs(path: str) -> None:
         net, feed = recipe.build(2), Feed(config, loader(), encode)
         compile_network(net, CPU, counter)
         for rows in range(2, 12):
-            inputs = feed(Step(0, 0, (rows, max(rows // 2, 2)), 0.1, False))
+            inputs = feed(Step(0, 0, (rows, max(rows // 2, 2)), (), False))
             recipe.loss(net, inputs).total.backward()
         blocks = sum(isinstance(module, Block) for module in net.modules())
         breaks = torch._dynamo.utils.counters["graph_break"]

@@ -22,7 +22,7 @@ from studies.trials import DECAY, SETS, Trial, all_trials, changed, images_at, t
 from matryoshka_diffusion.config import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.stages import learning_rate
+from matryoshka_diffusion.train.stages import learning_rates
 from tiny_run import tiny_config
 
 
@@ -62,9 +62,9 @@ def test_the_rate_decays_in_the_last_stage_alone(name):
     for part in trials()[f"fashion/{name}/0"].parts:
         train, last = part.train, part.train.stages[-1]
         start, rate, batch = train.images - round(DECAY * last.images), last.lr, last.batch_size
-        assert learning_rate(train, start - batch, batch) == pytest.approx(rate, rel=0.01)
+        assert learning_rates(train, start - batch, batch)[0] == pytest.approx(rate, rel=0.01)
         halfway = (start + train.images) // 2
-        assert learning_rate(train, halfway, batch) == pytest.approx(rate / 2, rel=0.02)
+        assert learning_rates(train, halfway, batch)[0] == pytest.approx(rate / 2, rel=0.02)
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():

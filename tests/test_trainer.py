@@ -86,7 +86,7 @@ MEMORY = {"layout": "channels_last", "recompute": (1,)}
     ("settings", "places"),
     [
         # While the coarse level is frozen, and while only the ramp goes on.
-        ({"stages": (SHORT[0], GENTLE), **TRACKS, **MEMORY}, (16, 20)),
+        ({"stages": (SHORT[0], GENTLE), "lr_per_level": True, **TRACKS, **MEMORY}, (16, 20)),
         ({"stages": SHORT, "precision": "bf16", "accumulate": 2}, (12,)),
         ({"stages": SHORT, "accumulate": 2, "threads": 2, "dropout": 0.0}, (8,)),
     ],
@@ -340,8 +340,8 @@ def inputs(step: Step, config: RunConfig | None = None) -> Inputs:
 
 
 def test_a_sample_is_given_the_same_in_any_batch():
-    all_rows = inputs(Step(1, 24, (6, 3), 0.1, False))
-    parts = [inputs(Step(1, 24, (2, 2), 0.1, False)), inputs(Step(1, 26, (4, 1), 0.1, False))]
+    all_rows = inputs(Step(1, 24, (6, 3), (), False))
+    parts = [inputs(Step(1, 24, (2, 2), (), False)), inputs(Step(1, 26, (4, 1), (), False))]
     for name in ("x", "noise"):
         for level, mine in enumerate(getattr(all_rows, name)):
             theirs = torch.cat([getattr(part, name)[level] for part in parts])
@@ -352,11 +352,11 @@ def test_a_sample_is_given_the_same_in_any_batch():
     assert all_rows.ids == (24, 25, 26, 27, 28, 29)
     assert [tuple(level.shape) for level in all_rows.x] == [(6, 3, 8, 8), (3, 3, 16, 16)]
     assert all_rows.cond.micro["scale"].tolist() == [16.0 + n % 16 for n in all_rows.ids]
-    assert inputs(Step(1, 24, (2, 0), 0.1, False)).x[1].shape == (0, 3, 16, 16)
+    assert inputs(Step(1, 24, (2, 0), (), False)).x[1].shape == (0, 3, 16, 16)
 
 
 def test_noise_and_dropout_have_the_distributions_they_should():
-    batch = inputs(Step(1, 0, (400, 400), 0.1, False))
+    batch = inputs(Step(1, 0, (400, 400), (), False))
     for level in batch.noise:
         assert abs(level.mean().item()) < 0.02
         assert abs(level.std().item() - 1) < 0.02
@@ -370,7 +370,7 @@ def test_noise_and_dropout_have_the_distributions_they_should():
 def test_without_a_learned_null_dropped_captions_are_empty_ones():
     changes = ["train.condition_dropout=1.0", "model.text.learned_null=false"]
     config = override(tiny_config(), changes)
-    cond = inputs(Step(0, 0, (4,), 0.1, False), config).cond
+    cond = inputs(Step(0, 0, (4,), (), False), config).cond
     assert cond.dropped is None
     assert there(cond.mask).sum(1).tolist() == [1, 1, 1, 1]  # the end of the caption
 
@@ -388,7 +388,7 @@ def labelled(classes: int, labels: list[int] | None) -> Feed:
 
 
 def test_conditions_are_passed_on_or_refused_where_the_data_has_none():
-    step = Step(0, 0, (3,), 0.1, False)
+    step = Step(0, 0, (3,), (), False)
     assert there(labelled(3, [0, 2, 1])(step).cond.labels).tolist() == [0, 2, 1]
     assert labelled(0, [0, 2, 1])(step).cond.labels is None
     for labels, number in (([0, 2, 1], "at least 3"), (None, "none")):
@@ -445,7 +445,8 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
     assert all(bool(value.isfinite().all()) for value in weights)
     dump = json.loads((tmp_path / "not-finite.json").read_text("utf-8"))
     assert "samples 46 (picture-14)" in dump["error"]
-    assert (dump["images_seen"], dump["stage"], dump["lr"]) == (48, 0, step_at(config.train, 46).lr)
+    assert (dump["images_seen"], dump["stage"]) == (48, 0)
+    assert dump["lr_per_level"] == [*step_at(config.train, 46).lr]
     assert dump["loss"] == dump["grad_norm"] == dump["loss_per_level"][0] == "nan"
     broken, good = dump["samples"]
     assert broken == {"number": 46, "key": "picture-14", "loss": "nan"}
@@ -484,5 +485,8 @@ def test_a_hook_sees_the_run_and_cannot_change_its_numbers_even_if_it_fails(whol
 
 
 def test_lines_of_metrics_close_at_intervals_growths_and_checkpoints(tmp_path):
-    run(tmp_path, tiny_config(log_every_images=15, checkpoint_every_images=30))
+    config = tiny_config(log_every_images=15, checkpoint_every_images=30, lr_per_level=True)
+    run(tmp_path, config)
     assert [line["images_seen"] for line in metrics(tmp_path)] == [16, 24, 32, 48]
+    rates = [step_at(config.train, n - 4).lr for n in (16, 24, 32, 48)]  # of their last steps
+    assert [tuple(line["lr_per_level"]) for line in metrics(tmp_path)] == rates

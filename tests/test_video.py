@@ -67,7 +67,7 @@ def video_run(image_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def inputs(config: RunConfig, rows: tuple[int, ...]):
-    return Feed(config, TinyClips())(Step(0, 0, rows, 0.1, False))
+    return Feed(config, TinyClips())(Step(0, 0, rows, (), False))
 
 
 def test_the_levels_of_a_clip_are_its_first_frame_and_all_of_it(video_run: Path):
@@ -287,7 +287,7 @@ def learn(rows: tuple[int, ...] = (4, 2), **settings: Any) -> tuple[float, dict[
         torch.manual_seed(0)
         for parameter in trainer.net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    inputs = Feed(config, TinyClips(), encode)(Step(0, 0, rows, 0.0, False))
+    inputs = Feed(config, TinyClips(), encode)(Step(0, 0, rows, (0.0,) * len(rows), False))
     loss = trainer.step(inputs).loss
     return loss, {name: p.grad for name, p in trainer.net.named_parameters()}
 

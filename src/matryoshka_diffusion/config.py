@@ -201,6 +201,7 @@ class TrainConfig(Strict):
     weight_decay: Weight = 0.0
     warmup_images: Natural = 0
     decay_share: Share = 0.0
+    lr_per_level: bool = False  # warm-up and decay_share are of each level's life, not the run's
     clip_norm: Positive = 1.0
     accumulate: Count = 1
     threads: Literal["auto"] | Count = "auto"  # on a CPU: parts of a step at a time

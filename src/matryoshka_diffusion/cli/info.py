@@ -155,6 +155,11 @@ def _about(config: RunConfig) -> list[str]:
             f"trains adapters of rank {train.lora.rank} ({train.lora.maps} maps, levels {levels}) "
             f"around {train.init}"
         )
+    whose, life = ("each level", "its life") if train.lr_per_level else ("all levels", "the run")
+    lines.append(
+        f"learning rate of {whose}: warm-up over {train.warmup_images:,} images, "
+        f"decay over the last {100 * train.decay_share:.3g} % of {life}"
+    )
     return [*lines, *(_stage(n, stage) for n, stage in enumerate(train.stages, start=1))]
 
 

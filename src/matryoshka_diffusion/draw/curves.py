@@ -14,7 +14,7 @@ from matryoshka_diffusion.files import require, write_atomically
 
 _OTHER_PANELS = {
     "gradient norm": ("grad_norm", "log"),
-    "learning rate": ("lr", "linear"),
+    "learning rate": ("lr_per_level", "linear"),
     "images per second": ("images_per_second", "linear"),
 }
 _LOSSES = {"": "-", "seen_": ":", "held_out_": "--"}  # line styles
@@ -89,7 +89,8 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     for axis, (title, (key, scale)) in zip(axes[len(sizes) :], _OTHER_PANELS.items(), strict=True):
         axis.set(ylabel=title, yscale=scale)
         for color, run in enumerate(curves):
-            _draw(axis, run.points(key), f"C{color}", "-", run.name)
+            for level in range(len(run.sizes)) if key.endswith("_per_level") else (None,):
+                _draw(axis, run.points(key, level), f"C{color}", "-", run.name)
     axes[-1].set_xlabel("images seen")
     axes[-1].legend()
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))

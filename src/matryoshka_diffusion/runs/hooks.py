@@ -129,7 +129,7 @@ class HeldOutLoss:
         sums = torch.zeros(len(net.levels), dtype=torch.float64)
         for first in range(0, count, batch):
             rows = (min(batch, count - first),) * len(net.levels)
-            inputs = feed(Step(stage=0, first=first, rows=rows, lr=0.0, ends_stage=False))
+            inputs = feed(Step(stage=0, first=first, rows=rows, lr=(), ends_stage=False))
             x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
             with autocast(config.train.precision, device):
                 loss = matryoshka_loss(net, x, cond, t, noise, process=process)

@@ -70,7 +70,7 @@ def summary(entries: Sequence[Entry]) -> dict[str, Any]:
         "loss": _mean([(outcome.loss, 1) for _, outcome in good]),
         "loss_per_level": [_mean(losses) for losses in levels],
         "grad_norm": _mean([(outcome.grad_norm, 1) for _, outcome in good]),
-        "lr": step.lr,
+        "lr_per_level": list(step.lr),
         "images_per_second": sum(entry.step.count for entry in entries) / seconds,
         "data_wait": wait / seconds,
         "skipped_ids": [sample.number for outcome in skipped for sample in outcome.culprits],

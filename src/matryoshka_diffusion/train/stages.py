@@ -21,7 +21,7 @@ class Step(NamedTuple):
         stage: index into `train.stages`.
         first: images seen before the step; also the global number of its first sample.
         rows: samples that hold each active level, coarse to fine; finer ones are a prefix.
-        lr: learning rate.
+        lr: learning rate of each active level.
         ends_stage: True for the last step of its stage.
         frozen: the first so many levels, and what all levels share, are not changed.
         ramp: a factor on the loss weight of each active level; empty means 1 for all.
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     stage: int
     first: int
     rows: tuple[int, ...]
-    lr: float
+    lr: tuple[float, ...]
     ends_stage: bool
     frozen: int = 0
     ramp: tuple[float, ...] = ()
@@ -74,21 +74,25 @@ def step_at(train: TrainConfig, images_seen: int) -> Step:
         stage=index,
         first=images_seen,
         rows=rows_of_mix(mix, images_seen, count),
-        lr=learning_rate(train, images_seen, count),
+        lr=learning_rates(train, images_seen, count),
         ends_stage=count == left,
         frozen=old if into_stage < stage.freeze_coarse_images else 0,
         ramp=ramp,
     )
 
 
+def _joined_in(train: TrainConfig) -> Iterator[int]:
+    """Index of the stage in which each level of the run joins, coarse to fine."""
+    before = 0
+    for index, stage in enumerate(train.stages):
+        yield from [index] * (stage.levels - before)
+        before = stage.levels
+
+
 def joined_after(train: TrainConfig) -> tuple[int, ...]:
     """Count the steps that the run takes before each of its levels joins, coarse to fine."""
-    joined: list[int] = []
-    taken = 0
-    for stage in train.stages:
-        joined += [taken] * (stage.levels - len(joined))
-        taken += -(-stage.images // stage.batch_size)
-    return tuple(joined)
+    taken = [-(-stage.images // stage.batch_size) for stage in train.stages]
+    return tuple(sum(taken[:index]) for index in _joined_in(train))
 
 
 def stage_at(train: TrainConfig, number: int) -> int:
@@ -97,19 +101,25 @@ def stage_at(train: TrainConfig, number: int) -> int:
     return next(index for index, end in enumerate(ends) if number < end)
 
 
-def learning_rate(train: TrainConfig, images_seen: int, count: int) -> float:
-    """The stage's rate, times a linear warm-up, times the linear decay that ends the run.
+def learning_rates(train: TrainConfig, images_seen: int, count: int) -> tuple[float, ...]:
+    """The stage's rate, times a linear warm-up, times the final linear decay, for each level.
 
-    Warm-up restarts with every stage that adds levels, because their weights are new. It includes
-    the step's images and the decay does not, so no step has rate zero.
+    With `lr_per_level` both are of a level's life, from where it joins to the end of the run. Else
+    the decay is of the run, and the warm-up of all levels restarts where new ones join.
+    The warm-up includes the step's images and the decay does not, so no step has rate zero.
     """
-    index = stage_at(train, images_seen)
-    levels = [0, *(stage.levels for stage in train.stages)]
-    grown = max(i for i in range(index + 1) if levels[i + 1] > levels[i])
-    start = sum(stage.images for stage in train.stages[:grown])
-    warm = min(1.0, (images_seen + count - start) / max(train.warmup_images, 1))
-    left = (train.images - images_seen) / max(train.decay_share * train.images, 1.0)
-    return train.stages[index].lr * warm * min(1.0, left)
+    stage = train.stages[stage_at(train, images_seen)]
+    joined = [sum(s.images for s in train.stages[:index]) for index in _joined_in(train)]
+    own = joined[: stage.levels]
+    # For each level, the images seen where its warm-up and its life begin.
+    begins = [(n, n) for n in own] if train.lr_per_level else [(own[-1], 0)] * stage.levels
+    rates = []
+    for warm_from, life_from in begins:
+        warm = min(1.0, (images_seen + count - warm_from) / max(train.warmup_images, 1))
+        decay_images = train.decay_share * (train.images - life_from)
+        left = (train.images - images_seen) / max(decay_images, 1.0)
+        rates.append(stage.lr * warm * min(1.0, left))
+    return tuple(rates)
 
 
 def active_levels(train: TrainConfig, images_seen: int) -> int:

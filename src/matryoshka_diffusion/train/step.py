@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -164,7 +165,7 @@ class NotFinite(RuntimeError):
             "error": str(self),
             "images_seen": self.step.end,
             "stage": self.step.stage,
-            "lr": self.step.lr,
+            "lr_per_level": self.step.lr,
             "loss": self.skipped.loss,
             "loss_per_level": self.skipped.per_level,
             "grad_norm": self.skipped.grad_norm,
@@ -214,21 +215,25 @@ def torch_seeded(device: torch.device, seed: int, purpose: str, *counters: int) 
         yield
 
 
-def build_optimizer(net: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    net: nn.Module, train: TrainConfig, level_of: Callable[[str], int]
+) -> torch.optim.Optimizer:
     """Make a fused Adam or AdamW. Biases, gains and other vectors are not decayed."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    learnt = learnt_parameters(net).values()
+    parameters: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in learnt_parameters(net).items():
+        parameters[level_of(name), parameter.ndim > 1].append(parameter)
     groups = [
-        {"params": [p for p in learnt if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": some, "level": level, "weight_decay": train.weight_decay if decays else 0.0}
+        for (level, decays), some in parameters.items()
     ]
     return kind(groups, lr=0.0, betas=train.betas, eps=train.eps, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of the next step."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: Sequence[float]) -> None:
+    """Set the rate of each level for the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr[group["level"]]
 
 
 def drop_gradients(net: nn.Module, frozen: Callable[[str], bool]) -> frozenset[str]:

@@ -71,7 +71,7 @@ from matryoshka_diffusion.train.step import (
     load_moments,
     moment_shapes,
     moments,
-    set_learning_rate,
+    set_learning_rates,
 )
 from matryoshka_diffusion.train.weights import check_same, export_weights
 
@@ -253,7 +253,7 @@ class Trainer(Generic[Net]):
         finite = math.isfinite(total) and math.isfinite(grad_norm)
         self.progress = progress.after(step, finite)
         if finite:
-            set_learning_rate(self.optimizer, step.lr)
+            set_learning_rates(self.optimizer, step.lr)
             self.optimizer.step()
             joined, level_of = joined_after(self.train), self.recipe.level_of
             self.ema.update(self.net, progress.steps, frozen, lambda name: joined[level_of(name)])
@@ -281,7 +281,7 @@ class Trainer(Generic[Net]):
         if self.train.compile:
             compile_network(self.net, self.device)
         self.gradient = Gradient(self.recipe, self.net, self.world, self.device)
-        self.optimizer = build_optimizer(self.net, self.train)
+        self.optimizer = build_optimizer(self.net, self.train, self.recipe.level_of)
         self._parameters = self.recipe.in_order(self.net)
 
     def grow(self, levels: int) -> None:
