@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion import sampling
 from matryoshka_diffusion.conditioning import entries_of, equally_long
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import NetworkDenoiser
 from matryoshka_diffusion.models.find import count_levels, find_model
+from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pipeline import Matryoshka, passes
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
@@ -285,6 +287,17 @@ def test_levels_that_wake_late_are_left_out_of_the_first_calls(config, sampler, 
     assert (late.levels[1] != plain.levels[1]).any()
     alone = model.sample(prompts[1], seed=1, wake=-1.0, **settings)
     assert np.abs(late.levels[1][1].astype(int) - alone.levels[1][0]).max() <= 1
+
+
+@pytest.mark.parametrize("wake", [None, -1.0])
+def test_the_arithmetic_of_a_sample_is_counted_as_the_network_does_it(wake):
+    model, settings = class_model(), {"steps": 6, "guidance": (1.0, 3.0), "wake": wake}
+    with FlopCounterMode(display=False) as counter:
+        model.sample(classes=0, **settings)
+    counts = passes(model, model.sampling(settings))
+    assert set(counts) == ({2} if wake is None else {1, 2})
+    each = (count * forward_flops(model.model, levels) for levels, count in counts.items())
+    assert sum(each) == counter.get_total_flops()
 
 
 def test_a_level_that_never_wakes_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec, load_autoencoder
-from matryoshka_diffusion.config import RunConfig, UsageError
+from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.models.find import (
@@ -267,16 +268,22 @@ class Matryoshka(DiffusionModel):
         }
 
     def evaluations(self, settings: dict[str, Any]) -> int:
-        """The number of network evaluations for one sample.
+        """The number of network evaluations for one sample."""
+        return passes(self, self.sampling(settings)).total()
 
-        A step takes one, or two where a level is guided: it is awake, its weight is not 1, and its
-        log-SNR is inside the guidance interval.
-        """
-        sampling = self.sampling(settings)
-        weights = per_level(sampling.guidance, len(self.model.levels))
-        interval = sampling.guidance_interval or UNBOUNDED
-        active = [active_weights(now, weights, interval) for now in self.calls(sampling)]
-        return sum(1 if all(weight == 1.0 for weight in step) else 2 for step in active)
+
+def passes(model: DiffusionModel, sampling: SamplingConfig) -> Counter[int]:
+    """Network evaluations for one sample, counted by the number of levels that are awake.
+
+    A step takes one, or two where a level is guided: it is awake, its weight is not 1, and its
+    log-SNR is inside the guidance interval.
+    """
+    weights = per_level(sampling.guidance, len(model.model.levels))
+    interval, counts = sampling.guidance_interval or UNBOUNDED, Counter[int]()
+    for now in model.calls(sampling):
+        guided = any(weight != 1.0 for weight in active_weights(now, weights, interval))
+        counts[len(now.levels)] += 2 if guided else 1
+    return counts
 
 
 def refuse_nan(images: Pyramid, seeds: Sequence[int]) -> None:

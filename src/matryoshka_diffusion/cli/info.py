@@ -12,9 +12,10 @@ from matryoshka_diffusion.cli.options import MODEL, add_command, add_shared
 from matryoshka_diffusion.cli.terminal import show
 
 if TYPE_CHECKING:
-    from matryoshka_diffusion.config import LevelConfig, RunConfig, StageConfig
+    from matryoshka_diffusion.config import LevelConfig, RunConfig, SamplingConfig, StageConfig
+    from matryoshka_diffusion.nn.nested import NestedUNet
 else:
-    LevelConfig = RunConfig = StageConfig = Any
+    LevelConfig = NestedUNet = RunConfig = SamplingConfig = StageConfig = Any
 
 IMAGE_COLUMNS = ("level", "size", "widths", "blocks", "attention")
 CLIP_COLUMNS = ("frames", "attention over them")
@@ -22,14 +23,17 @@ NUMBERS = ("parameters", "GFLOP", "log-SNR(0.5)")
 
 
 def info(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.configfile import override
     from matryoshka_diffusion.models.find import read_config
     from matryoshka_diffusion.presets import preset
 
     path = Path(options.name)
     if options.as_ is not None or not path.exists():
-        show(describe(preset(options.name, options.as_)))
+        show(describe(override(preset(options.name, options.as_), options.set)))
+    elif path.is_file():
+        show(describe_released(path, options.set))
     else:
-        show(describe_released(path) if path.is_file() else describe(read_config(options.name)))
+        show(describe(override(read_config(options.name), options.set)))
 
 
 def plot(options: argparse.Namespace) -> None:
@@ -44,7 +48,7 @@ def add_commands(commands: Any) -> None:
     command = add_command(commands, "info", info, "show a preset or a model, level by level")
     add = command.add_argument
     add("name", metavar="PRESET|RUN|FILE", help=f"preset, {MODEL}")
-    add_shared(command, "--as")
+    add_shared(command, "--as", "--set")
     command = add_command(commands, "plot", plot, "draw the curves of runs")
     add = command.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
@@ -72,9 +76,10 @@ def describe(config: RunConfig) -> str:
         parameters[level_of(name)] += parameter.numel()
     words = IMAGE_COLUMNS + CLIP_COLUMNS * any(level.frames for level in model.levels)
     rows: list[Sequence[str]] = [words + NUMBERS]
-    half, before = torch.tensor([0.5], dtype=torch.float64), 0
+    half, flops = torch.tensor([0.5], dtype=torch.float64), [0]
     for place, schedule in enumerate(build_schedules(model)):
-        level, flops = model.levels[place], forward_flops(model, place + 1)
+        level = model.levels[place]
+        flops.append(forward_flops(model, place + 1))
         cells = [str(place + 1), _size(level), _widths(level)]
         cells += [_list(level.blocks), _list(level.attention)]
         if level.frames:
@@ -83,18 +88,17 @@ def describe(config: RunConfig) -> str:
             cells.append(_list(level.frame_attention or [0 for _ in steps]))
         numbers = (
             f"{parameters[place]:,}",
-            f"{(flops - before) / 1e9:.2f}",
+            f"{(flops[-1] - flops[-2]) / 1e9:.2f}",
             f"{schedule.log_snr(half).item():+.2f}",
         )
         rows.append(_row(words, *cells, numbers=numbers))
-        before = flops
     if shared:
         text = f"{model.classes} classes"
         if model.text:
             text = f"text {model.text.features}-d, {model.text.layers} layers of {model.text.width}"
         rows.append(_row(words, "shared", text, numbers=(f"{shared:,}", "", "")))
     total = count_parameters(net)
-    rows.append(_row(words, "total", numbers=(f"{total:,}", f"{before / 1e9:.2f}", "")))
+    rows.append(_row(words, "total", numbers=(f"{total:,}", f"{flops[-1] / 1e9:.2f}", "")))
     lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
         "  ".join(
@@ -103,7 +107,25 @@ def describe(config: RunConfig) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([f"{config.name}: {total / 1e6:.1f} M parameters", *table, *_about(config)])
+    about = [*_about(config), _drawing(net, config, flops)]
+    return "\n".join([f"{config.name}: {total / 1e6:.1f} M parameters", *table, *about])
+
+
+def _drawing(net: NestedUNet, config: RunConfig, flops: Sequence[int]) -> str:
+    """A line about a sample's arithmetic; `flops` are those of the first 0, 1, ... levels."""
+    from matryoshka_diffusion.pipeline import passes
+    from matryoshka_diffusion.sampling import DiffusionModel
+
+    def work(sampling: SamplingConfig) -> float:
+        counts = passes(DiffusionModel(net, config.model, config), sampling)
+        return sum(count * flops[levels] for levels, count in counts.items()) / 1e9
+
+    sampling = config.sampling
+    own, plain = work(sampling), work(sampling.model_copy(update={"wake": None}))
+    sample = "a clip" if config.data_frames else "an image"
+    line = f"draws {sample} in {sampling.steps} steps of {sampling.sampler}: {_rounded(own)} GFLOP"
+    saved = f"; sampling.wake {_list(sampling.wake or ())} saves {1 - own / plain:.0%}"
+    return line + saved * (sampling.wake is not None)
 
 
 def _row(words: Sequence[str], *cells: str, numbers: Sequence[str]) -> list[str]:
@@ -179,17 +201,17 @@ def _stage(number: int, stage: StageConfig) -> str:
     return ", ".join(parts)
 
 
-def describe_released(path: Path) -> str:
+def describe_released(path: Path, changes: Sequence[str] = ()) -> str:
     """Describe a released checkpoint: its nest, and the other settings in the file."""
-    from matryoshka_diffusion.configfile import dump
+    from matryoshka_diffusion.configfile import dump, override
     from matryoshka_diffusion.models.released import read_released
 
     released = read_released(path)
-    others = released.weights.described()
+    others, about = released.weights.described(), describe(override(released.config, changes))
     if not others:
-        return describe(released.config)
+        return about
     text = dump(others, compact=True)
-    return f"{describe(released.config)}\n\nwhat else is in {path.name}:\n{text}".rstrip()
+    return f"{about}\n\nwhat else is in {path.name}:\n{text}".rstrip()
 
 
 # --- costs of training (mdm train --dry-run) -----------------------------------------------------
