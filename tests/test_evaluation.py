@@ -32,6 +32,7 @@ from matryoshka_diffusion.eval.prompts import (
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.metrics import formulas
+from matryoshka_diffusion.metrics.errors import frechet_influence, share_error
 from matryoshka_diffusion.metrics.formulas import (
     Moments,
     averages,
@@ -85,7 +86,12 @@ def test_streamed_numbers_are_those_of_all_samples_in_memory(whole):
     fd, agreement = whole[1]
     expected = distance(look, all_pictures(known), samples.pictures)
     assert fd.value == pytest.approx(expected, rel=1e-9)
-    assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
+    gaps = level_agreement(samples.levels)
+    assert agreement.value == pytest.approx(gaps.mean(), rel=1e-12)
+    assert agreement.error == pytest.approx(gaps.mean(axis=1).std(ddof=1) / SAMPLES**0.5)
+    sides = Moments.of(look(all_pictures(known))), Moments.of(look(samples.pictures))
+    influence = frechet_influence(*sides)(look(samples.pictures))
+    assert fd.error == pytest.approx(influence.std(ddof=1) / SAMPLES**0.5, rel=1e-6)
     assert len(np.unique(look(samples.pictures), axis=0)) == SAMPLES
 
 
@@ -96,7 +102,7 @@ def test_a_models_clips_are_measured_as_those_in_memory(tmp_path):
     made, real = samples.levels[-1], all_pictures(known)
     fd, by_frame, moves, agreement, retrieved = measured_clips(tmp_path)
     assert fd.value == pytest.approx(distance(look, real, made), rel=1e-9)
-    assert fd.metric.startswith("FD-EffNetLite0 [frames of clips, 10 x 2]")
+    assert fd.metric.startswith("FD-EffNetLite0 [frames of clips, 10 x 2; n = 20 < 4,096: ")
     assert list(by_frame.others) == ["frame 0", "frame 1"]
     assert moves.value == pytest.approx(compare_motion(motion(real), motion(made)).distance)
     assert agreement.value == pytest.approx(level_agreement(samples.levels).mean(), rel=1e-12)
@@ -230,6 +236,8 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
     }
     assert {one.key for one in number} == set(conditions)
     assert all(np.isfinite(one.value) for one in number)
+    assert all(one.error is not None and np.isfinite(one.error) for one in number)
+    assert all(one.others.keys() <= {"std", *one.errors} for one in number)
     better = {one.key for one in number if one.higher_is_better}
     retrievals = {"retrieval", "retrieval-512", "retrieval-one-step"}
     assert better == {"is", "prdc", "prdc-fd", "clip", *retrievals}
@@ -246,7 +254,11 @@ def test_retrieval_is_that_of_the_samples_in_memory(tmp_path):
     expected = prompt_retrieval(averages(samples), prompted, known_averages)
     assert number.value == expected.first
     assert number.others == {"among the five nearest": expected.among_five}
-    assert number.sentence().startswith("prompt retrieval of 40 samples to 40 images: 0.")
+    error, among = (share_error(share, 40) for share in expected)
+    assert (number.error, number.errors) == (error, {"among the five nearest": among})
+    sentence = number.sentence()
+    assert sentence.startswith("prompt retrieval of 40 samples to 40 images: 0.")
+    assert f" ± {error:.2g}, among the five nearest {expected.among_five:.4g} ± " in sentence
 
 
 class Recall(torch.nn.Module):
@@ -363,7 +375,7 @@ def test_the_distance_per_frame_is_that_of_all_frames_as_pictures(compared):
     made, real, networks = clips(), clips(14, seed=1, top=200), looks()
     [number] = compared("fd", made, real, networks)
     assert number.value == pytest.approx(distance(Look(""), real, made), rel=1e-9)
-    assert number.metric == "FD-EffNetLite0 [frames of clips, 10 x 3]"
+    assert number.metric == "FD-EffNetLite0 [frames of clips, 10 x 3; n = 30 < 4,096: biased high]"
     assert number.sentence().startswith(f"{number.metric} of 10 clips to 14 clips: ")
     seen = networks["EffNetLite0"].seen
     compared("fd-frames,prdc-fd", made, real, networks)
@@ -384,7 +396,15 @@ def test_the_distance_of_each_frame_shows_where_clips_go_astray(compared):
     np.testing.assert_allclose(list(number.others.values()), expected, rtol=1e-9, atol=1e-12)
     assert expected[0] < 1e-9 < expected[1] < expected[2]
     assert number.value == pytest.approx(np.mean(expected))
-    assert number.metric.startswith("FD-EffNetLite0-by-frame [frames of clips, 14 x 3]")
+    assert number.metric.startswith("FD-EffNetLite0-by-frame [frames of clips, 14 x 3; n = 14 ")
+    terms = [
+        frechet_influence(Moments.of(look(real[:, t])), Moments.of(look(made[:, t])))(
+            look(made[:, t])
+        )
+        for t in range(FRAMES)
+    ]
+    together = np.mean(terms, axis=0).std(ddof=1) / 14**0.5
+    assert number.error == pytest.approx(together, rel=1e-6), "frames of a clip are not independent"
 
 
 def test_the_distance_between_clips_is_that_of_their_features(compared, tmp_path):

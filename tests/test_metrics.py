@@ -188,7 +188,10 @@ def test_overlap_is_counted_ball_by_ball(k, open_k):
     density = sum(map(sum, inside)) / (open_k * len(made))
     coverage = sum(map(any, inside)) / len(real)
     result = overlap(real, made, closed_k=k, open_k=open_k)
-    assert result == pytest.approx((share(real, made), share(made, real), density, coverage))
+    expected = (share(real, made), share(made, real), density, coverage)
+    assert result[:4] == pytest.approx(expected)
+    balls = np.sum(inside, axis=0) / open_k
+    assert result.density_error == pytest.approx(balls.std(ddof=1) / np.sqrt(len(made)))
     assert min(result) > 0.0
     assert max(result.precision, result.recall, result.coverage) < 1.0
 
@@ -196,8 +199,8 @@ def test_overlap_is_counted_ball_by_ball(k, open_k):
 def test_equal_sets_overlap_wholly_and_distant_ones_not_at_all():
     grid = np.stack(np.meshgrid([0.0, 1.0, 3.0, 7.0], [0.0, 2.0, 5.0, 11.0]), -1).reshape(-1, 2)
     points = grid + np.arange(16)[:, None] / 64.0  # no ties, and exact in float64
-    assert overlap(points, points) == (1.0, 1.0, 1.0, 1.0)
-    assert overlap(points, points + 1000.0) == (0.0, 0.0, 0.0, 0.0)
+    assert overlap(points, points)[:4] == (1.0, 1.0, 1.0, 1.0)
+    assert overlap(points, points + 1000.0) == (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("metric", [overlap, cmmd])

@@ -209,7 +209,7 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
 def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(
     run, capsys, monkeypatch
 ):
-    swept = ["sweep", str(run), "--cfg", "1,2", "--interval", "-3", "2", "-n", "1"]
+    swept = ["sweep", str(run), "--cfg", "1,2", "--interval", "-3", "2", "-n", "2"]
     for place, drawn in ((0, "--cfg 1"), (1, "--cfg 2 --interval -3 2")):
         monkeypatch.setattr(sweeping, "best", operator.itemgetter(place))
         assert cli.main([*swept, "--metrics", "agreement"]) == 0

@@ -16,14 +16,9 @@ from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.source import Source, kind_of, open_source, split
 from matryoshka_diffusion.eval import prompts
 from matryoshka_diffusion.eval import reference as references
+from matryoshka_diffusion.eval.comparison import Comparison, Networks
 from matryoshka_diffusion.eval.feature_store import PictureSet, samples_of
-from matryoshka_diffusion.eval.metric import (
-    METRICS,
-    Comparison,
-    Networks,
-    find_networks,
-    parse_metrics,
-)
+from matryoshka_diffusion.eval.metric import METRICS, find_networks, parse_metrics
 from matryoshka_diffusion.eval.prompts import Conditions
 from matryoshka_diffusion.eval.reference import Reference, open_reference, reference_of
 from matryoshka_diffusion.eval.result import Result

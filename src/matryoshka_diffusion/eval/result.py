@@ -28,11 +28,13 @@ class Result:
     key: str = ""  # name of the metric in METRICS, such as "fid"
     metric: str = ""  # its name with protocol and remarks, such as "FID-2K [n = 2,000 <= ...]"
     value: float = math.nan
+    error: float | None = None  # standard error of the value over samples, if it is known
     n: int = 0  # number of samples
     frames: int | None = None  # frames of each sample; None for images
     flags: tuple[str, ...] = ()  # remarks on all numbers of this model; they are in `metric`, too
     higher_is_better: bool = False
     others: Mapping[str, float] = field(default_factory=dict)  # such as the deviation of a KID
+    errors: Mapping[str, float] = field(default_factory=dict)  # standard errors of the others
     weights: str = ""  # hash of the model's weights, of a cascade "<upsampler's> after <base's>"
     conditions: str = ""  # the rule of captions or classes
     reference: str = ""
@@ -53,8 +55,12 @@ class Result:
         if self.reference:
             known = self.reference_count is not None
             counts += f" to {self.reference_count:,} {real}" if known else f" to {self.reference}"
-        others = "".join(f", {name} {value:.4g}" for name, value in self.others.items())
-        value = f"{self.value:.3f}" if abs(self.value) >= 1.0 else f"{self.value:.4f}"
+        digits = 3 if abs(self.value) >= 1.0 else 4
+        value = with_error(self.value, self.error, f".{digits}f")
+        others = "".join(
+            f", {name} {with_error(other, self.errors.get(name), '.4g')}"
+            for name, other in self.others.items()
+        )
         return f"{self.metric}{counts}: {value}{others}"
 
     def provenance(self) -> str:
@@ -78,6 +84,11 @@ class Result:
         """The number as JSON."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return {**asdict(self), "version": __version__, "commit": commit(), "date": date}
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """A value for people, with its standard error if that is known: "0.984 ± 0.011"."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def flagged(name: str, flags: Iterable[str | None]) -> str:

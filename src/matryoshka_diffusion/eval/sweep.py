@@ -22,7 +22,7 @@ import torch
 
 from matryoshka_diffusion.cascade import Cascade, Model
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.eval.result import Result, plain
+from matryoshka_diffusion.eval.result import Result, plain, with_error
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.models.save import average_model
 from matryoshka_diffusion.pipeline import Matryoshka
@@ -177,8 +177,9 @@ def table(points: Sequence[Point]) -> str:
     rows = [[*names, "evaluations", *heads, ""]]
     for place, point in enumerate(points):
         values = [plain(point.values[name]) for name in names]
+        numbers = [with_error(r.value, r.error, ".4g") for r in point.results]
         mark = "best" if point is chosen else "front" if place in ahead else ""
-        rows.append([*values, str(point.cost), *(f"{r.value:.4g}" for r in point.results), mark])
+        rows.append([*values, str(point.cost), *numbers, mark])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     for result in points[0].results:

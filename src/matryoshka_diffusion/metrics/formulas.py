@@ -154,14 +154,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     _refuse_widths(len(a.mean), len(b.mean))
     covariances = [side.covariance for side in (a, b)]
-    roots = [_symmetric_root(covariance) for covariance in covariances]
+    roots = [symmetric_root(covariance) for covariance in covariances]
     overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
     spread = sum(np.trace(covariance) for covariance in covariances) - 2.0 * overlap
     # Between equal sets, rounding may leave a negative number.
     return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
 
-def _symmetric_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+def symmetric_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """The symmetric square root of a covariance; eigenvalues below zero are rounding."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
 
@@ -193,13 +194,19 @@ def kernel_distance(
             for rows, side in ((real, "real"), (made, "made"))
         )
         # MMD_u^2 (Gretton et al. 2012, Eq. 3): a row is not paired with itself.
-        within = sum(k.sum() - k.trace() for k in (_cubic(x, x), _cubic(y, y)))
-        values.append(float(within / (size * (size - 1)) - 2.0 * _cubic(x, y).mean()))
+        within = sum(k.sum() - k.trace() for k in (cubic(x, x), cubic(y, y)))
+        values.append(float(within / (size * (size - 1)) - 2.0 * cubic(x, y).mean()))
     return Estimate(float(np.mean(values)), float(np.std(values)))
 
 
-def _cubic(x: _Rows, y: _Rows) -> Float[np.ndarray, "n m"]:
+def cubic(x: _Rows, y: _Rows) -> Float[np.ndarray, "n m"]:
+    """The kernel of KID, (x . y / d + 1)^3."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def gaussian(x: _Rows, y: _Rows) -> Float[np.ndarray, "n m"]:
+    """The kernel of CMMD, exp(-|x - y|^2 / (2 10^2))."""
+    return np.exp(-squared_distances(x, y) / (2.0 * 10.0**2))
 
 
 def cmmd(real: Float[np.ndarray, "n d"], made: Float[np.ndarray, "m e"]) -> float:
@@ -216,9 +223,8 @@ def cmmd(real: Float[np.ndarray, "n d"], made: Float[np.ndarray, "m e"]) -> floa
 
     def mean(a: _Rows, b: _Rows) -> float:
         """Mean of the kernel over all pairs."""
-        blocks = (squared_distances(a[block], b) for block in row_blocks(len(a), len(b)))
-        total = sum(np.exp(-squares / (2.0 * 10.0**2)).sum() for squares in blocks)
-        return float(total) / (len(a) * len(b))
+        blocks = row_blocks(len(a), len(b))
+        return float(sum(gaussian(a[block], b).sum() for block in blocks)) / (len(a) * len(b))
 
     return max(1000.0 * (mean(x, x) + mean(y, y) - 2.0 * mean(x, y)), 0.0)
 
@@ -234,12 +240,14 @@ class Overlap(NamedTuple):
         recall: share of the real images in a closed ball around a sample.
         density: number of open balls around real images that hold a sample, over k; may exceed 1.
         coverage: share of the real images that have a sample in their open ball.
+        density_error: standard error of the density, which is no share.
     """
 
     precision: float
     recall: float
     density: float
     coverage: float
+    density_error: float
 
 
 def overlap(
@@ -263,16 +271,18 @@ def overlap(
     closed, opened = _radii(real, (closed_k, open_k))
     (made_radii,) = _radii(made, (closed_k,))
     precise, recalled = np.zeros(len(made), dtype=bool), np.zeros(len(real), dtype=bool)
-    inside = covered = 0
+    inside, covered = np.zeros(len(made)), 0
     for block in row_blocks(len(real), len(made)):
         distances = squared_distances(real[block], made)
         precise |= (distances <= closed[block, None]).any(axis=0)
         recalled[block] = (distances <= made_radii).any(axis=1)
         within = distances < opened[block, None]
-        inside += int(within.sum())
+        inside += within.sum(axis=0)
         covered += int(within.any(axis=1).sum())
     shares = float(precise.mean()), float(recalled.mean())
-    return Overlap(*shares, inside / (open_k * len(made)), covered / len(real))
+    balls = inside / open_k  # around real images, that hold a sample
+    error = float(balls.std(ddof=1)) / math.sqrt(len(made))
+    return Overlap(*shares, float(balls.mean()), covered / len(real), error)
 
 
 def _radii(points: _Rows, ks: tuple[int, ...]) -> Float[np.ndarray, "k n"]:
