@@ -26,6 +26,8 @@ from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import HiddenStates
 from matryoshka_diffusion.train.precision import resolve_precision
+from matryoshka_diffusion.train.step import diffusion
+from matryoshka_diffusion.train.trainer import Trainer
 from matryoshka_diffusion.train.weights import export_weights
 from ranks import start
 from tiny_run import encode, tiny_config, tiny_video, with_frames
@@ -209,11 +211,25 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_weights_are_cast_once_for_all_steps_and_batches():
+def sample_in_step(model):
+    """Sample as the pipeline of diffusers does."""
+    cond = model.condition("red", None, 3)[1]
+    for _ in model.lockstep(cond, range(3), model.sampling({})):
+        pass
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda model: model.sample("red", n=3, batch_size=2), sample_in_step]
+)
+def test_weights_are_cast_once_for_all_steps_and_batches(draw, monkeypatch):
+    """The network is made as for a preview: from the averages of a training."""
     plain = text_model()
-    model = Matryoshka(plain.net, plain.config, encoder=Words(), precision="bf16")
+    trainer = Trainer(diffusion(plain.config), images_seen=plain.config.train.images)
+    net = trainer.network(trainer.averaged())
+    model = Matryoshka(net, plain.config, encoder=Words(), precision="bf16")
+    monkeypatch.setattr(type(model), "batch_size", 2)
     with Casts(model.net) as casts:
-        model.sample("red", n=3, batch_size=2)
+        draw(model)
     convolutions = {name for name, weight in model.net.named_parameters() if weight.ndim == 4}
     heads = {f"levels.{level}.head.weight" for level in range(2)}
     assert casts.counts.keys() >= convolutions - heads

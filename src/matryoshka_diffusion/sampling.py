@@ -19,6 +19,7 @@ from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
+from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
@@ -265,12 +266,13 @@ class DiffusionModel:
         def together(parts: Sequence[Pyramid]) -> Pyramid:
             return tuple(torch.cat(level)[order] for level in zip(*parts, strict=True))
 
-        for states in zip(*map(stream, batches), strict=True):
-            z = together([state.z for state in states])
-            yield State(states[0].step, states[0].t, z, together([state.x for state in states]))
-            for rows, state in zip(placed, states, strict=True):
-                for own, whole in zip(state.z, z, strict=True):
-                    own.copy_(whole[rows])
+        with without_autocast(self.device):  # outermost, so weights that autocast has cast are kept
+            for states in zip(*map(stream, batches), strict=True):
+                z = together([state.z for state in states])
+                yield State(states[0].step, states[0].t, z, together([state.x for state in states]))
+                for rows, state in zip(placed, states, strict=True):
+                    for own, whole in zip(state.z, z, strict=True):
+                        own.copy_(whole[rows])
 
     # --- conditions ---
 

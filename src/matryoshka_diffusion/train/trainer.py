@@ -78,7 +78,7 @@ from matryoshka_diffusion.train.weights import check_same, export_weights
 
 @dataclass(frozen=True)
 class View:
-    """A run as hooks see it. `averaged` makes a frozen network with the averaged weights."""
+    """A run as hooks see it. `averaged` makes a plain network with the averaged weights."""
 
     config: Any
     folder: Path
@@ -300,10 +300,13 @@ class Trainer(Generic[Net]):
         return gathered(self.ema.weights, self.world)
 
     def network(self, weights: Mapping[str, Tensor]) -> Net:
-        """Make a plain, frozen network in eval mode with copies of these weights."""
+        """Make a plain network in eval mode with copies of these weights.
+
+        The copies require gradients: autocast keeps what it casts of such weights only.
+        """
         copies = {name: whole(value).detach().clone() for name, value in weights.items()}
         assert self.recipe.finished is not None, "hooks need a recipe that makes finished networks"
-        return self.recipe.finished(self.levels, copies).eval().requires_grad_(False)
+        return self.recipe.finished(self.levels, copies).eval()
 
     # --- saving and restoring --------------------------------------------------------------
 
