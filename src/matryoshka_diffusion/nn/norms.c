@@ -7,13 +7,15 @@
  *     a = r w s,    b = (v - mean r w) s + t,
  *
  * w and v are the gain and the bias of the norm, and s and t scale and shift each channel of a row.
- * The output is m or its SiLU. Products are float32, and so are sums over the positions of a channel,
- * which are taken from its first value, so that a large mean costs no digits. Loops over channels are
- * innermost, so that compilers vectorise them.
+ * The output is m or its SiLU. Products are float32, and so are sums over BLOCK positions of a channel,
+ * which add up as doubles. Values count from the first one of their channel, so that a large mean costs
+ * no digits. Loops over channels are innermost, so that compilers vectorise them.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#define BLOCK 64
 
 typedef struct {
     long rows, positions, channels, groups;
@@ -64,20 +66,30 @@ static inline float sigmoid(float x) {
 }
 
 /* Sums of d and of d^2 over the positions of a row, with d = x minus the first x of the channel. */
-static void moments(const Element *restrict x, float *restrict sums, float *restrict squares, Shape k) {
+static void moments(const Element *restrict x, double *restrict sums, double *restrict squares,
+                    float *restrict part, Shape k) {
     const Element *restrict first = x;
-    memset(sums, 0, 4 * k.channels);
-    memset(squares, 0, 4 * k.channels);
-    for (long n = 0; n < k.positions; n++, x += k.channels)
+    float *restrict part_squares = part + k.channels;
+    memset(sums, 0, 8 * k.channels);
+    memset(squares, 0, 8 * k.channels);
+    for (long start = 0; start < k.positions; start += BLOCK) {
+        long end = start + BLOCK < k.positions ? start + BLOCK : k.positions;
+        memset(part, 0, 8 * k.channels);
+        for (long n = start; n < end; n++, x += k.channels)
+            for (long c = 0; c < k.channels; c++) {
+                float d = widen(x[c]) - widen(first[c]);
+                part[c] += d;
+                part_squares[c] += d * d;
+            }
         for (long c = 0; c < k.channels; c++) {
-            float d = widen(x[c]) - widen(first[c]);
-            sums[c] += d;
-            squares[c] += d * d;
+            sums[c] += part[c];
+            squares[c] += part_squares[c];
         }
+    }
 }
 
 /* Mean and reciprocal deviation of each group, from the `moments` of its channels. */
-static void statistics(const Element *first, const float *sums, const float *squares, float *mean,
+static void statistics(const Element *first, const double *sums, const double *squares, float *mean,
                        float *r, Shape k) {
     long width = k.channels / k.groups;
     for (long g = 0; g < k.groups; g++) {
@@ -108,18 +120,27 @@ static inline __attribute__((always_inline)) void transform(
  * dm (x - mean), and of dm. */
 static inline __attribute__((always_inline)) void gradient_sums(
     const Element *restrict x, const float *restrict a, const float *restrict b,
-    const float *restrict mean, const Element *restrict dy, float *restrict dm, float *restrict da,
-    float *restrict db, Shape k, int silu) {
-    memset(da, 0, 4 * k.channels);
-    memset(db, 0, 4 * k.channels);
-    for (long n = 0; n < k.positions; n++, x += k.channels, dy += k.channels, dm += k.channels)
+    const float *restrict mean, const Element *restrict dy, float *restrict dm, double *restrict da,
+    double *restrict db, float *restrict part, Shape k, int silu) {
+    float *restrict part_b = part + k.channels;
+    memset(da, 0, 8 * k.channels);
+    memset(db, 0, 8 * k.channels);
+    for (long start = 0; start < k.positions; start += BLOCK) {
+        long end = start + BLOCK < k.positions ? start + BLOCK : k.positions;
+        memset(part, 0, 8 * k.channels);
+        for (long n = start; n < end; n++, x += k.channels, dy += k.channels, dm += k.channels)
+            for (long c = 0; c < k.channels; c++) {
+                float value = widen(x[c]), m = a[c] * value + b[c], s = silu ? sigmoid(m) : 1.0f;
+                float inner = widen(dy[c]) * (silu ? s * (1.0f + m * (1.0f - s)) : 1.0f);
+                dm[c] = inner;
+                part[c] += inner * (value - mean[c]);
+                part_b[c] += inner;
+            }
         for (long c = 0; c < k.channels; c++) {
-            float value = widen(x[c]), m = a[c] * value + b[c], s = silu ? sigmoid(m) : 1.0f;
-            float inner = widen(dy[c]) * (silu ? s * (1.0f + m * (1.0f - s)) : 1.0f);
-            dm[c] = inner;
-            da[c] += inner * (value - mean[c]);
-            db[c] += inner;
+            da[c] += part[c];
+            db[c] += part_b[c];
         }
+    }
 }
 
 /* Gradient of x: a dm + ds + 2 (x - mean) dq, through the transform, the mean and the variance. */
@@ -132,15 +153,17 @@ static void gradient(const Element *restrict x, const float *restrict a, const f
 }
 
 /* y from x. `scale` is s - 1; scale and shift may be null. Fills mean and r (rows, groups), and a
- * and b (rows, channels), which `norm_backward` takes. */
+ * and b (rows, channels), which `norm_backward` takes. `work` has room for three rows of doubles. */
 void norm_forward(const Element *x, const float *gain, const float *bias, const float *scale,
-                  const float *shift, float *mean, float *r, float *a, float *b, Element *y,
-                  long rows, long positions, long channels, long groups, float eps, int silu) {
+                  const float *shift, double *work, float *mean, float *r, float *a, float *b,
+                  Element *y, long rows, long positions, long channels, long groups, float eps, int silu) {
     Shape k = {rows, positions, channels, groups, eps};
     long size = positions * channels, width = channels / groups;
+    double *sums = work, *squares = sums + channels;
+    float *part = (float *)(squares + channels);
     for (long row = 0; row < rows; row++, x += size, y += size) {
-        moments(x, a, b, k);
-        statistics(x, a, b, mean, r, k);
+        moments(x, sums, squares, part, k);
+        statistics(x, sums, squares, mean, r, k);
         for (long c = 0; c < channels; c++) {
             float s = scale ? 1.0f + scale[c] : 1.0f, t = shift ? shift[c] : 0.0f;
             float inner = r[c / width] * gain[c];
@@ -155,33 +178,34 @@ void norm_forward(const Element *x, const float *gain, const float *bias, const 
 }
 
 /* Gradients of x, gain and bias, scale and shift from that of y. Gradients of gain and bias are sums
- * over rows, and begin as zeros. `work` has room for the features of a row in float32, and for five
- * rows of channels. */
+ * over rows, and begin as zeros. `work` has room for five rows of doubles, and for the features of a
+ * row in float32. */
 void norm_backward(const Element *x, const float *gain, const float *bias, const float *scale,
                    const float *mean, const float *r, const float *a, const float *b,
-                   const Element *dy, float *work, Element *dx, float *dgain, float *dbias,
+                   const Element *dy, double *work, Element *dx, float *dgain, float *dbias,
                    float *dscale, float *dshift, long rows, long positions, long channels,
                    long groups, float eps, int silu) {
     Shape k = {rows, positions, channels, groups, eps};
     long size = positions * channels, width = channels / groups;
-    float *da = work, *db = da + channels, *ds = db + channels, *dq = ds + channels;
-    float *centre = dq + channels, *dm = centre + channels;
+    double *da = work, *db = da + channels;
+    float *part = (float *)(db + channels), *ds = part + 2 * channels, *dq = ds + channels;
+    float *centre = dq + channels, *dm = centre + 2 * channels;
     for (long row = 0; row < rows; row++, x += size, dy += size, dx += size) {
         for (long c = 0; c < channels; c++) centre[c] = mean[c / width];
-        if (silu) gradient_sums(x, a, b, centre, dy, dm, da, db, k, 1);
-        else gradient_sums(x, a, b, centre, dy, dm, da, db, k, 0);
+        if (silu) gradient_sums(x, a, b, centre, dy, dm, da, db, part, k, 1);
+        else gradient_sums(x, a, b, centre, dy, dm, da, db, part, k, 0);
         for (long g = 0; g < groups; g++) {
             double dr = 0.0, dmean = 0.0;
             for (long c = g * width; c < (g + 1) * width; c++) {
                 float s = scale ? 1.0f + scale[c] : 1.0f;
-                dgain[c] += da[c] * r[g] * s;
-                dbias[c] += db[c] * s;
+                dgain[c] += (float)(da[c] * r[g] * s);
+                dbias[c] += (float)(db[c] * s);
                 if (scale) {
-                    dscale[c] = da[c] * r[g] * gain[c] + db[c] * bias[c];
-                    dshift[c] = db[c];
+                    dscale[c] = (float)(da[c] * r[g] * gain[c] + db[c] * bias[c]);
+                    dshift[c] = (float)db[c];
                 }
-                dr += (double)da[c] * gain[c] * s;
-                dmean -= (double)db[c] * r[g] * gain[c] * s;
+                dr += da[c] * gain[c] * s;
+                dmean -= db[c] * r[g] * gain[c] * s;
             }
             double count = (double)width * positions, dvariance = -0.5 * dr * r[g] * r[g] * r[g];
             for (long c = g * width; c < (g + 1) * width; c++) {

@@ -13,8 +13,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import subprocess
+import sysconfig
+import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -24,13 +27,15 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from matryoshka_diffusion.files import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (
-    *("-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"),
+    *("-std=c11", "-O3", "-march=native", "-shared", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
     # What vectorising needs of -ffast-math, which as a whole would change rounding everywhere.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only"),
     *("-fassociative-math", "-freciprocal-math"),
@@ -59,13 +64,20 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         path = cache_folder("kernels") / f"norms-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not path.exists():
-            made = path.with_suffix(f".{os.getpid()}.tmp")
+            made = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # threads may compile at once
             command = [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True)
             made.replace(path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()[:1]
+        warnings.warn(
+            f"{compiler} compiles no norms, which torch does instead: {said}", stacklevel=2
+        )
+    except OSError as error:
+        message = f"norms are left to torch, because their library cannot be had: {error}"
+        warnings.warn(message, stacklevel=2)
+    return None
 
 
 def normalise(
@@ -115,6 +127,7 @@ class _Normalised(torch.autograd.Function):
         return out.view_as(h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         h, *kept = ctx.saved_tensors
         last = h.is_contiguous(memory_format=torch.channels_last)
@@ -150,8 +163,9 @@ def forward_in_c(
     mean, r = h.new_empty(2, rows, groups, dtype=torch.float32)
     a, b = h.new_empty(2, rows, channels, dtype=torch.float32)
     out = torch.empty_like(h)
+    work = h.new_empty(3, channels, dtype=torch.float64)
     shape = (rows, positions, channels, groups, eps, silu)
-    _call("norm_forward", h, (gain, bias, scale, shift, mean, r, a, b, out), shape)
+    _call("norm_forward", h, (gain, bias, scale, shift, work, mean, r, a, b, out), shape)
     return out, mean, r, a, b
 
 
@@ -166,7 +180,8 @@ def backward_in_c(
         pair = h.new_empty(2, rows, channels, dtype=torch.float32).unbind()
     made = (torch.empty_like(h), torch.zeros_like(gain), torch.zeros_like(bias), *pair)
     factors = None if scale is None else scale.float().contiguous()
-    tensors = (gain, bias, factors, *kept, dy, gain.new_empty((5 + positions) * channels))
+    work = h.new_empty(5 + -(-positions // 2), channels, dtype=torch.float64)
+    tensors = (gain, bias, factors, *kept, dy, work)
     shape = (rows, positions, channels, kept[0].shape[1], 0.0, silu)
     _call("norm_backward", h, (*tensors, *made), shape)
     return *made[:3], *(None if x is None or scale is None else x.to(scale.dtype) for x in pair)
@@ -187,12 +202,26 @@ def _call(name: str, h: Tensor, others: tuple[Tensor | None, ...], shape: tuple[
 
 @lru_cache
 def gpu_kernels(*, compiled: bool) -> Kernels:
-    """Functions for a GPU, each compiled to two passes over the features if torch can."""
+    """Functions for a GPU, each compiled to two passes over the features if torch can.
+
+    Triton compiles a launcher of its kernels, for which it needs Python's headers.
+    """
     compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-    if not compiled or not compiler or find_spec("triton") is None:
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not compiled or not compiler or not headers or find_spec("triton") is None:
         return forward_on_gpu, backward_on_gpu
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return torch.compile(forward_on_gpu, dynamic=True), torch.compile(backward_on_gpu, dynamic=True)
+    return compiled_often(forward_on_gpu), compiled_often(backward_on_gpu)
+
+
+def compiled_often(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function for up to `RECOMPILE_LIMIT` kinds of layers and rows."""
+    compiled = torch.compile(function, dynamic=True, **options)
+
+    def run(*inputs: Any) -> Any:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # of this thread
+        return compiled(*inputs)
+
+    return run
 
 
 def forward_on_gpu(

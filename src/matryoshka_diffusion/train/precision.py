@@ -34,13 +34,14 @@ Layout = Literal["nchw", "channels_last"]
 LayoutSetting = Literal["auto", Layout]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 GROWTH_INTERVAL = 2_000
 """Steps without an overflow after which the loss scale is doubled."""
 
 # By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32) where the GPU can,
 # while torch's matrix products do not. Here fp32 means float32 on every device.
 torch.backends.cudnn.allow_tf32 = False
+# Products repeat their bits only in a workspace of this kind, which cuBLAS reads at its first one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
@@ -52,19 +53,14 @@ def algorithms(train: TrainConfig) -> Iterator[None]:
     again: micro-batches of no more than two kinds.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    workspace = os.environ.get(WORKSPACE)
     torch.backends.cudnn.benchmark = not train.deterministic and shapes_repeat(train)
     if train.deterministic:
         torch.use_deterministic_algorithms(True)
-        os.environ[WORKSPACE] = ":4096:8"  # cuBLAS reads it at its first product
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-        if train.deterministic:
-            os.environ.pop(WORKSPACE)
-            os.environ |= {} if workspace is None else {WORKSPACE: workspace}
 
 
 def shapes_repeat(train: TrainConfig) -> bool:
@@ -217,7 +213,6 @@ def compile_network(
         missing = "the package triton on a GPU: install it"
     if missing and backend == "inductor":
         raise ConfigError(f"train.compile needs {missing}, or set train.compile=false")
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in net.modules():
         if isinstance(block, Block):
             block.forward = _with_any_rows(block.forward, backend)
@@ -236,6 +231,7 @@ def _with_any_rows(
         for x in (h, embedding, context.tokens, context.mask, *skip):
             if x is not None and len(x) > 1:
                 torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # of this thread
         return compiled(h, embedding, context, *skip)
 
     return run
