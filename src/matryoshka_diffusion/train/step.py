@@ -222,7 +222,8 @@ def build_optimizer(
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
     parameters: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in learnt_parameters(net).items():
-        parameters[level_of(name), parameter.ndim > 1].append(parameter)
+        level = level_of(name) if train.lr_per_level else 0  # a GPU has two kernels a group
+        parameters[level, parameter.ndim > 1].append(parameter)
     groups = [
         {"params": some, "level": level, "weight_decay": train.weight_decay if decays else 0.0}
         for (level, decays), some in parameters.items()
