@@ -201,7 +201,7 @@ def test_pictures_of_an_npz_are_read_a_batch_at_a_time(save, tmp_path):
     [number] = compare(first, second, ["fd"], looks())
     assert number.value == distance(real, made)
     assert (number.n, number.reference_count, number.weights) == (90, 100, "")
-    assert number.metric == "FD-EffNetLite0"
+    assert number.metric == "FD-EffNetLite0 [n = 90 < 4,096: biased high]"
     again = open_npz(tmp_path / "real.npz").pictures
     assert again is not None
     for rows in (range(64, 100), range(5)):
@@ -268,7 +268,7 @@ def test_pictures_of_another_size_are_flagged_or_refused(tmp_path):
         return folder_of(tmp_path / name, [one for part in images for one in part])
 
     def flags(first, second, **options):
-        [number] = compare(first, second, ["fd"], looks(), **options)
+        [number] = compare(first, second, ["cmmd"], looks(), **options)
         return number.metric.partition("[")[2].rstrip("]")
 
     equal, large = made("equal", pictures()), made("large", pictures(side=32))
@@ -583,7 +583,7 @@ def test_eval_prints_numbers_and_their_origin_and_keeps_them(run, capsys):
     arguments = ["eval", str(run), "-n", "9", "--steps", "1", "--batch-size", "4"]
     assert cli.main([*arguments, "--metrics", "fd,agreement"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("FD-EffNetLite0 of 9 samples to ")
+    assert lines[0].startswith("FD-EffNetLite0 [n = 9 < 4,096: biased high] of 9 ")
     assert lines[1].startswith("  tiny (weights ")
     assert lines[2].startswith("level disagreement of 9 samples: ")
     assert [record["key"] for record in kept(run)] == ["fd", "agreement"]
