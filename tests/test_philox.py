@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -48,9 +51,41 @@ def test_both_ways_to_draw_give_the_same_numbers(count, monkeypatch):
     assert alone.shape == (len(PLACES), count)
     torch.testing.assert_close(parts[1].flatten(1)[:, :count], alone, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts[0].flatten(1)[:, :33], drawn(other, 33), rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr(philox, "SERIAL", 0)  # draw with threads
-    assert torch.equal(drawn(PLACES, count), alone)
-    assert torch.equal(drawn(PLACES[3:], count), alone[3:]), "rows are independent"
+    monkeypatch.setattr(philox, "SERIAL", 0)
+    with limited_to(3):
+        assert torch.equal(drawn(PLACES, count), alone)
+        assert torch.equal(drawn(PLACES[3:], count), alone[3:]), "rows are independent"
+
+
+@contextmanager
+def limited_to(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    assert torch.get_num_threads() == threads, "drawing leaves it as it was"
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_threads_compute_than_torch_may_use(threads, monkeypatch):
+    transform, seen = philox._box_muller, set()
+
+    def watched(*arguments) -> None:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        transform(*arguments)
+
+    monkeypatch.setattr(philox, "_box_muller", watched)
+    with limited_to(threads):
+        drawn(PLACES, 32 * philox.CHUNK)
+    assert {limit for _, limit in seen} == {1}, "an operation starts threads of its own"
+    assert len(seen) <= threads
+    assert (threading.get_ident() in {thread for thread, _ in seen}) == (threads == 1)
+
+
+def test_streams_of_several_keys_are_no_row():
+    """A GPU would take the first key for all of them."""
+    with pytest.raises(AssertionError, match="one key"):
+        normal_rows([[Place.of(0, "x", ()), Place.of(1, "x", ())]], [8, 8], "cpu")
 
 
 def test_no_rows_are_no_numbers():

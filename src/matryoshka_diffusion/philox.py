@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product, starmap
@@ -70,6 +69,7 @@ def normal_rows(
     for its angle, from the second half. All devices use the same bits; their logarithms, sines and
     cosines may differ in the last digits.
     """
+    assert all(len({place.key.tobytes() for place in row}) < 2 for row in places), "one key a row"
     halves = [-(-count // PAIRS // 2) * PAIRS for count in counts]
     parts = [torch.empty(len(places), 2, half, device=device) for half in halves]
     if torch.device(device).type == "cpu":
@@ -81,7 +81,7 @@ def normal_rows(
 
 
 def _fill_on_cpu(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
-    """Fill with normal numbers from numpy's words, on all cores if there are many."""
+    """Fill with normal numbers from numpy's words, on as many threads as torch computes with."""
     count, _, half = rows.shape
     width, height = min(half, CHUNK), max(1, CHUNK // max(half, 1))
 
@@ -97,11 +97,16 @@ def _fill_on_cpu(rows: Float[Tensor, "b 2 n"], places: Sequence[Place]) -> None:
         _box_muller(bits[:, 0], bits[:, 1], chunk.transpose(0, 1))
 
     chunks = [*product(range(0, count, height), range(0, half, width or 1))]
-    if count * half < SERIAL:
+    threads = torch.get_num_threads()
+    if threads == 1 or count * half < SERIAL:
         list(starmap(fill, chunks))
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return
+    torch.set_num_threads(1)  # also of each thread of the pool: its operations start no others
+    try:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, *zip(*chunks, strict=True)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fill_on_device(
