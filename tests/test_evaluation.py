@@ -232,7 +232,14 @@ def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
     assert {one.metric.split(" [")[0] for one in number} == {
         *("FD-EffNetLite0", "FID-30", "KID", "KD-EffNetLite0", "IS"),
         *(f"{kind}-{network}" for kind in OVERLAP for network in ("Inception", "EffNetLite0")),
-        *("CLIP-tiny", "CMMD-tiny", "prompt retrieval", "level disagreement", "one-step retrieval"),
+        *(
+            "CLIP-tiny",
+            "CMMD-tiny",
+            "memorised-EffNetLite0",
+            "prompt retrieval",
+            "level disagreement",
+            "one-step retrieval",
+        ),
     }
     assert {one.key for one in number} == set(conditions)
     assert all(np.isfinite(one.value) for one in number)

@@ -45,6 +45,7 @@ from matryoshka_diffusion.metrics.inception import (
     Inception,
     inception_score,
 )
+from matryoshka_diffusion.metrics.memorised import memorised
 from matryoshka_diffusion.metrics.networks import (
     CLIP,
     FRAMES,
@@ -137,6 +138,12 @@ def _overlap(pair: Comparison) -> list[Result]:
     ]
 
 
+def _memorised(pair: Comparison) -> list[Result]:
+    share = memorised(*pair.both())
+    error = share_error(share, pair.made.count)
+    return [pair.number(f"memorised-{pair.network.name}", share, error=error)]
+
+
 def _clip_score(pair: Comparison) -> list[Result]:
     clip, captions, scores = pair.network, list(pair.made.captions), []
     for images in pair.made.stream(pair.column):
@@ -217,6 +224,7 @@ METRICS: dict[str, Metric] = {
     "prdc": Metric(_overlap, INCEPTION, least=_NEIGHBOURS, one_frame=True),
     "kd": Metric(_kernel, EFFNET, least=formulas.SUBSET_SIZE, one_frame=True),
     "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
+    "memorised": Metric(_memorised, EFFNET, one_frame=True),
     "clip": Metric(_clip_score, CLIP.name, ("captions",)),
     "cmmd": Metric(_cmmd, CLIP.name, one_frame=True),
     **{

@@ -268,8 +268,8 @@ def overlap(
     Raises `ValueError` as `comparable` does, for at most k rows on a side.
     """
     real, made = comparable(real, made, metric="overlap", least=max(closed_k, open_k) + 1)
-    closed, opened = _radii(real, (closed_k, open_k))
-    (made_radii,) = _radii(made, (closed_k,))
+    closed, opened = radii(real, (closed_k, open_k))
+    (made_radii,) = radii(made, (closed_k,))
     precise, recalled = np.zeros(len(made), dtype=bool), np.zeros(len(real), dtype=bool)
     inside, covered = np.zeros(len(made)), 0
     for block in row_blocks(len(real), len(made)):
@@ -285,7 +285,7 @@ def overlap(
     return Overlap(*shares, float(balls.mean()), covered / len(real), error)
 
 
-def _radii(points: _Rows, ks: tuple[int, ...]) -> Float[np.ndarray, "k n"]:
+def radii(points: _Rows, ks: tuple[int, ...]) -> Float[np.ndarray, "k n"]:
     """Squared distances of each point to its k-th nearest neighbours, itself not counted."""
     radii = np.empty((len(ks), len(points)))
     for block in row_blocks(len(points), len(points)):
