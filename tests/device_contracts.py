@@ -200,13 +200,19 @@ def draw(
     }
 
 
-def copies_of_layout() -> int:
-    """Features that a step of a loaded model brings into another order."""
-    model = Matryoshka.load("openmoji", device="cuda", precision="bf16")
-    _, cond = model.condition(["red apple"], None, 2)
-    with Tracer() as tracer:
-        next(model.stream(cond, (0, 1), model.sampling({})))
-    return sum(kernel.kind == "layout copies" for kernel in tracer.kernels)
+def copies_of_layout() -> list[int]:
+    """Count features that a step brings into another order: of a loaded model and of a new one."""
+    loaded = Matryoshka.load("openmoji", device="cuda", precision="bf16")
+    net = NestedUNet(loaded.model)
+    new = Matryoshka(net, loaded.config, device="cuda", precision="bf16")
+    _, cond = loaded.condition(["red apple"], None, 2)
+
+    def copies(model: Matryoshka) -> int:
+        with Tracer() as tracer:
+            next(model.stream(cond, (0, 1), model.sampling({"guidance": 1.0})))
+        return sum(kernel.kind == "layout copies" for kernel in tracer.kernels)
+
+    return [copies(loaded), copies(new)]
 
 
 def in_step() -> list[str]:

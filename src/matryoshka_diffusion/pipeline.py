@@ -91,11 +91,20 @@ class Matryoshka(DiffusionModel):
     net: NestedUNet  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, net: NestedUNet, config: RunConfig, *, codec: Codec | None = None, **options: Any
+        self,
+        net: NestedUNet,
+        config: RunConfig,
+        *,
+        codec: Codec | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
     ) -> None:
-        """Take a network of any device; `options` are those of `DiffusionModel`."""
-        net = net.to(options.get("device", "cpu")).eval()
-        super().__init__(net, net.config, config, **options)
+        """Take a network of any device, and move it; `options` are those of `DiffusionModel`."""
+        device = torch.device(device)
+        # On a CPU a single image would take longer in channels last.
+        layout = "channels_last" if device.type == "cuda" else "nchw"
+        net = placed(net, device, layout).eval()
+        super().__init__(net, net.config, config, device=device, **options)
         self._codec = codec
 
     @classmethod
@@ -130,8 +139,6 @@ class Matryoshka(DiffusionModel):
             config = with_encoder(config, text_encoder)
         model = config.model.first(count_levels(weights))
         net = load_network(model, weights, where=str(run))
-        if torch.device(device).type == "cuda":  # on CPUs a single image would take longer
-            net = placed(net, torch.device(device), "channels_last")
         return cls(
             net, config, encoder=encoder, features=features, device=device, precision=precision
         )
