@@ -101,6 +101,7 @@ def test_guidance_leads_away_from_the_unconditional_estimate():
     result, calls = guide(1.0, 1.0, rescale=0.7)
     assert result is WITH
     assert calls == ["with"], "weight 1 needs no second estimate"
+    assert torch.equal(guide(1.0, 3.0, rescale=0.7)[0][0], WITH[0]), "it stays to the bit"
 
 
 @pytest.mark.parametrize(
