@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion import sampling
+from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.conditioning import entries_of, equally_long
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import NetworkDenoiser
@@ -142,20 +143,33 @@ class Resting(HiddenStates):
         return self.frees
 
 
+class Copying(Codec):
+    """Codes that are the images."""
+
+    def encode(self, pictures):
+        return pictures
+
+    def decode(self, codes):
+        return codes
+
+
+@pytest.mark.parametrize("part", ["network", "codec"])
 @pytest.mark.parametrize(("frees", "failures"), [(True, 1), (True, 2), (False, 1)])
-def test_a_network_without_memory_gets_that_of_the_text_encoder(frees, failures, monkeypatch):
+def test_what_finds_no_memory_gets_that_of_the_text_encoder(frees, failures, part, monkeypatch):
     plain = text_model()
-    encoder = Resting(frees)
-    model = Matryoshka(plain.net, plain.config, encoder=encoder)
-    expected, calls, forward = plain.sample("red", n=2), [], model.net.forward
+    encoder, codec = Resting(frees), Copying()
+    model = Matryoshka(plain.net, plain.config, encoder=encoder, codec=codec)
+    expected, calls = plain.sample("red", n=2), []
+    owner, name = (model.net, "forward") if part == "network" else (codec, "decode")
+    compute, first = getattr(owner, name), 3 if part == "network" else 2
 
     def scarce(*inputs):
         calls.append(inputs)
-        if 3 <= len(calls) < 3 + failures:
+        if first <= len(calls) < first + failures:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*inputs)
+        return compute(*inputs)
 
-    monkeypatch.setattr(model.net, "forward", scarce)
+    monkeypatch.setattr(owner, name, scarce)
     if frees and failures == 1:
         assert (model.sample("red", n=2).pictures == expected.pictures).all()
     else:
