@@ -11,13 +11,17 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
 from matryoshka_diffusion.metrics.networks import NAME
-from studies.trials import CHOICES, COARSE_NOISES, GUIDANCE, SETS, SOLVERS, Trial, agrees
+from studies.trials import CHOICES, COARSE_NOISES, GUIDANCE, SOLVERS, Trial, agrees
 
 Result: TypeAlias = dict[str, Any]
 Results: TypeAlias = dict[tuple[str, str], dict[str, Result]]
 """Results by seed, for each data set and variant, such as ("emoji", "mdm/ddim-10")."""
 
-TITLES = {"fashion": "Fashion-MNIST 32", "emoji": "OpenMoji 64"}
+TITLES = {
+    "fashion": "Fashion-MNIST 32",
+    "emoji": "OpenMoji 64",
+    "rates": "OpenMoji 64, the preset's 160,000 images",
+}
 OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
 """Variants whose losses are not comparable: another number of levels, other noise, untrained
 predictions, or an x that is the prediction divided by a signal near 0."""
@@ -37,7 +41,7 @@ class Group(NamedTuple):
         return {value: "joint" if name == own else name for value, name in self.names.items()}
 
 
-OWN_LEVELS = {"fashion": 2, "emoji": 3}
+OWN_LEVELS = {"fashion": 2, "emoji": 3, "rates": 3}
 FAMILIES = {
     "MDM": "mdm",
     "MDM, no progressive training": "joint",
@@ -53,6 +57,8 @@ LEVELS = {f"{count}": f"levels-{count}" for count in (1, 2, 3, 4)}
 WEIGHTS = {f"{weight:g}": f"mdm/guidance-{weight:g}" for weight in GUIDANCE}
 SOLVED = {name: f"mdm/{name}" for name in SOLVERS}
 CHOSEN = {"x0-v_clipped": "mdm", **{name: name for name in CHOICES}}
+DECAYS = {"decays in the last stage": "last-stage", "one for each level": "each-level"}
+_RATES = "(g) A learning rate for each level"
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"
 _SHARE = "share of compute on the coarsest level alone"
@@ -65,6 +71,7 @@ GROUPS = {
     "d-guidance": Group("(d) Guidance (Fig. 8c)", "guidance weight", WEIGHTS),
     "e-solvers": Group("(e) Solver and steps", "solver and steps", SOLVED),
     "f-choices": Group("(f) What the paper leaves open", "choice", CHOSEN),
+    "g-rates": Group(_RATES, "learning rate", DECAYS, base="last-stage"),
 }
 
 
@@ -88,9 +95,9 @@ def final(result: Result) -> float:
     return result["points"][-1][NAME] if "points" in result else result[NAME]
 
 
-def prompt_shares(results: Sequence[Result]) -> list[float]:
+def prompt_shares(results: Sequence[Result], key: str = "prompts_found") -> list[float]:
     """The shares of prompts whose image is the nearest, without models that have no prompts."""
-    return [x["prompts_found"] for x in results if x["prompts_found"] is not None]
+    return [x[key] for x in results if x.get(key) is not None]
 
 
 PLACE = re.compile(r"(?s)(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)")
@@ -108,7 +115,7 @@ def tables(results: Results) -> str:
     """A section for each group, in it a table for each data set that has results of it."""
     sections = []
     for group in GROUPS.values():
-        parts = [part for pictures in SETS if (part := table(results, group, pictures))]
+        parts = [part for pictures in TITLES if (part := table(results, group, pictures))]
         sections += ["\n\n".join([f"### {group.title}", *parts])] if parts else []
     return "\n\n".join(sections)
 
@@ -148,6 +155,7 @@ def _row(results: Results, group: Group, pictures: str, value: str, variant: str
         "against the base": "the base" if variant == group.base else against,
         "seeds": str(len(done)),
         "prompts found": spread(prompt_shares(done), _number),
+        "in one step": spread(prompt_shares(done, "prompts_found_in_one_step"), _number),
         "held-out loss": ", ".join(f"{side}: {mean:.3g}" for side, mean in means.items()),
         "parameters": " + ".join(f"{x / 1e6:.2g} M" for x in done[0].get("parameters", ())),
         "wall seconds": _mean(done, "seconds"),

@@ -206,6 +206,9 @@ def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
             for share, images in points.items()
         ],
         "prompts_found": _prompts_found(trained.open("model"), job),
+        "prompts_found_in_one_step": None  # of an upsampler, whose base decides
+        if trial.base is not None
+        else _prompts_found(trained.open("model"), job, "retrieval-one-step"),
         **_losses(trained.folder / "model", job),
     }
 
@@ -232,11 +235,13 @@ def _distance(model: Model, trial: Trial, job: Job, **settings: Any) -> Result:
     return evaluate(model, "fd", source=whole, n=trial.samples, **settings)[0]
 
 
-def _prompts_found(model: Model, job: Job, **settings: Any) -> float | None:
+def _prompts_found(
+    model: Model, job: Job, metric: str = "retrieval", **settings: Any
+) -> float | None:
     """Prompt retrieval over captions that were trained on; None where there are none."""
     if model.config.model.text is None:
         return None
-    return evaluate(model, "retrieval", source=job.source, **settings)[0].value
+    return evaluate(model, metric, source=job.source, **settings)[0].value
 
 
 def _losses(model: Path, job: Job) -> dict[str, dict[str, float] | None]:

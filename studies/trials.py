@@ -1,8 +1,8 @@
 """The trials: for each data set one base, and variants that differ from it in one thing.
 
 The bases are the presets' networks and rates with the plainest progressive training: half of the
-compute on the coarsest level, half on all levels, every row with all of them. Further
-trials sample a trained one in other ways.
+compute on the coarsest level, half on all levels, every row with all of them. Some trials
+train a preset at its whole length. Further trials sample a trained one in other ways.
 """
 
 from __future__ import annotations
@@ -298,6 +298,34 @@ def _runs(scale: float, samples: int) -> Iterator[Trial]:
                     )
 
 
+RATES: dict[str, dict[str, Any]] = {
+    "last-stage": {},
+    "each-level": {"train__lr_per_level": True, "train__decay_share": 1.0},
+}
+"""Learning rates that are compared at the whole length of a preset."""
+
+
+def _rates(scale: float, samples: int) -> Iterator[Trial]:
+    """The preset `openmoji` with its own stages under each of `RATES`; first one seed of both."""
+    pictures, config = SETS["emoji"], preset("openmoji")
+    stages = [
+        {**stage.model_dump(), "images": round(scale * stage.images)}
+        for stage in config.train.stages
+    ]
+    common: dict[str, Any] = {
+        "data__held_out": pictures.held_out,
+        "train__stages": stages,
+        "train__precision": "bf16",
+        "train__preview_every_images": 0,
+        "train__keep_checkpoints": 1,
+    }
+    for seed in range(pictures.seeds):
+        for name, rates in RATES.items():
+            own = {"name": f"rates-{name}", "train__seed": seed}
+            trained = changed(config, **common, **rates, **own)
+            yield Trial(f"rates/{name}/{seed}", trained, samples=samples)
+
+
 UNGUIDED = {"guidance": [1.0]}
 COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -321,7 +349,7 @@ def _settings(run: Trial) -> dict[str, dict[str, Any]]:
 
 def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
     """Every run, with a share of its compute, then the samples of each under other settings."""
-    runs = list(_runs(scale, samples))
+    runs = [*_runs(scale, samples), *_rates(scale, samples)]
     other = [(run, name, how) for run in runs for name, how in _settings(run).items()]
     sampled = [replace(run, name=f"{run.name}/{name}", settings=how) for run, name, how in other]
     return [*runs, *sampled]

@@ -21,6 +21,7 @@ from studies.trials import DECAY, SETS, Trial, all_trials, changed, images_at, t
 
 from matryoshka_diffusion.config import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
+from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import learning_rates
 from tiny_run import tiny_config
@@ -37,8 +38,10 @@ def trainings() -> list[Trial]:
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(trials()) == 200
+    assert len(trials()) == 206
     for trial in trainings():
+        if trial.name.startswith("rates/"):  # at the preset's length
+            continue
         pictures, _, seed = trial.name.split("/")
         assert sum(map(total_flops, trial.parts)) == pytest.approx(SETS[pictures].flops, rel=0.01)
         assert {part.train.seed for part in trial.parts} == {int(seed)}
@@ -65,6 +68,16 @@ def test_the_rate_decays_in_the_last_stage_alone(name):
         assert learning_rates(train, start - batch, batch)[0] == pytest.approx(rate, rel=0.01)
         halfway = (start + train.images) // 2
         assert learning_rates(train, halfway, batch)[0] == pytest.approx(rate / 2, rel=0.02)
+
+
+def test_the_trials_of_rates_differ_in_them_alone_and_have_the_presets_length():
+    own, tried = preset("openmoji").train, trials()
+    for seed in range(3):
+        last, each = (tried[f"rates/{name}/{seed}"].config for name in ("last-stage", "each-level"))
+        same = {"lr_per_level": True, "decay_share": 1.0}
+        assert each.train == last.train.model_copy(update=same)
+        assert (last.train.stages, last.train.decay_share) == (own.stages, own.decay_share)
+        assert (last.train.images, last.train.seed) == (160_000, seed)
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():
@@ -171,7 +184,8 @@ def test_the_page_has_the_tables_of_the_kept_results(tmp_path, monkeypatch, caps
     assert not outdated
     assert filled(text, results) == text
     places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(text)}
-    assert places == {(name, pictures) for name in GROUPS for pictures in SETS}
+    shared = GROUPS.keys() - {"g-rates"}
+    assert places == {(x, y) for x in shared for y in SETS} | {("g-rates", "rates")}
     page = tmp_path / "results.md"
     page.write_text("<!-- table a-families emoji -->\nold\n<!-- /table -->\nrest\n", "utf-8")
     monkeypatch.setattr("studies.__main__.PAGE", page)
@@ -222,7 +236,7 @@ def test_a_trial_is_trained_once_measured_and_sampled(small_trial, tmp_path, mon
     assert trial["seconds"] > 0
     assert point[NAME] > 0
     assert trial["held_out_loss"].keys() == trial["seen_loss"].keys() == {"8", "16"}
-    assert trial["prompts_found"] is None
+    assert trial["prompts_found"] is trial["prompts_found_in_one_step"] is None
     assert (drawn["settings"]["sampler"], drawn["evaluations"]) == ("ddim", 2)
     assert trial["metric"].startswith(f"{NAME} [n = 4 <="), "the product's own name and its flag"
     assert {"commit", "date", "machine"} <= trial.keys() & drawn.keys()
