@@ -63,7 +63,7 @@ class Guided:
     and faster where batches are small: weights are read once, and a GPU gets its kernels once.
 
     Attributes:
-        conditional: estimates with conditions, for where no weight differs from 1.
+        conditional: estimates with conditions, for instants at which every weight is 1.
         both: estimates of two copies of the rows, the first with and the second without conditions.
         weights: w of each level.
         interval: log-SNRs (low, high) of a level between which it is guided (arXiv 2404.07724).
@@ -84,7 +84,7 @@ class Guided:
         estimates = self.both(tuple(torch.cat([z_r, z_r]) for z_r in z), now)
         pairs = (x.chunk(2) for x in estimates)
         return tuple(
-            self._rescaled(u + weight * (c - u), c)
+            c if weight == 1.0 else self._rescaled(u + weight * (c - u), c)
             for (c, u), weight in zip(pairs, weights, strict=True)
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
-from matryoshka_diffusion.text.encoder import TextEncoder
+from matryoshka_diffusion.text.encoder import TextEncoder, making_room
 from matryoshka_diffusion.train.precision import PrecisionSetting, placed
 from matryoshka_diffusion.train.weights import fingerprint, load_network
 
@@ -249,7 +250,7 @@ class Matryoshka(DiffusionModel):
         on a GPU every search would be one more wait.
         """
         decode = self.codec.decode if self.codec is not None else lambda level: level
-        images = tuple(decode(level).cpu() for level in z)
+        images = tuple(making_room(self._encoder, partial(decode, level)).cpu() for level in z)
         refuse_nan(images, seeds)
         return [to_uint8(level, self.config.data.pixels).movedim(1, -1) for level in images]
 

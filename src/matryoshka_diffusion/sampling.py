@@ -23,7 +23,7 @@ from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
-from matryoshka_diffusion.text.encoder import HiddenStates, TextEncoder, load_encoder
+from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
 from matryoshka_diffusion.train.precision import (
     Precision,
     PrecisionSetting,
@@ -211,17 +211,8 @@ class DiffusionModel:
         return Pooled(bounded, [weight == 0.0 for weight in self.process.level_weights])
 
     def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
-        """Call the network; if a GPU has too little memory, again without the text encoder there.
-
-        The second call is outside of the handler, whose error holds the features of the first one.
-        """
         with autocast(self.precision, self.device):
-            try:
-                return self.net(z, t, cond)
-            except torch.OutOfMemoryError:
-                if not (isinstance(self._encoder, HiddenStates) and self._encoder.rest()):
-                    raise
-            return self.net(z, t, cond)
+            return making_room(self._encoder, lambda: self.net(z, t, cond))
 
     def batches(
         self, cond: Conditioning, count: int, batch_size: int

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from torch import Tensor
 from matryoshka_diffusion.config import ConfigError, EncoderConfig
 from matryoshka_diffusion.files import FOREIGN_ERRORS, package_folder, require
 from matryoshka_diffusion.tensorfile import check_folder
+
+Result = TypeVar("Result")
 
 _BATCH, _HOST = 64, torch.device("cpu")
 _SENTENCE = "Matryoshka: a doll in a doll, 3 levels deep."
@@ -172,6 +174,19 @@ class T5States(HiddenStates):
     def _known(self, tokens: list[int | None]) -> list[int]:
         unknown = self.tokenizer.unk_token_id
         return [token for token in tokens if token is not None and token != unknown]
+
+
+def making_room(encoder: TextEncoder | None, compute: Callable[[], Result]) -> Result:
+    """Compute; if a GPU has too little memory, compute again without the text encoder there.
+
+    The second call is outside of the handler, whose error holds the features of the first one.
+    """
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        if not (isinstance(encoder, HiddenStates) and encoder.rest()):
+            raise
+    return compute()
 
 
 def states_of(config: EncoderConfig) -> type[HiddenStates]:
