@@ -79,7 +79,7 @@ class Ready:
     def __init__(self, config: RunConfig, batch: int) -> None:
         self._batch = Noise(config).batch(range(batch))
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         return self._batch
 
 

@@ -30,9 +30,9 @@ class Noise:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         model, count = self.config.model, len(ids)
-        draw = torch.Generator().manual_seed(ids.start)
+        draw = torch.Generator().manual_seed(ids[0])
         finest = resolutions_of(model)[-1]
         shape = finest.shape(model.channels)
         return Batch(

@@ -284,6 +284,9 @@ def test_what_is_wrong_is_said_with_its_path(assignment, message):
     assert "\n" not in str(error.value)
 
 
+UNTRAINED = "process.level_weights=[0, 1, 1]"
+
+
 def test_floors_wake_coarse_levels_before_fine_ones_in_one_log_snr():
     """Level 2 is shifted by 4 log 2 = 2.77, level 1 by half of that."""
     openmoji = preset("openmoji")
@@ -291,8 +294,15 @@ def test_floors_wake_coarse_levels_before_fine_ones_in_one_log_snr():
         assert override(openmoji, [f"sampling.wake={fits}"]).sampling.wake is not None
     with pytest.raises(ConfigError, match=r"sampling\.wake .*level 1 .*level 2.*by 0\.1137"):
         override(openmoji, ["sampling.wake=[0, -3, -4.5]"])
-    with pytest.raises(ConfigError, match=r"sampling\.wake .*level_weights"):
-        override(openmoji, ["sampling.wake=[-3]", "process.level_weights=[0, 1, 1]"])
+    for part in ("sampling", "train"):
+        with pytest.raises(ConfigError, match=rf"{part}\.wake leaves level 1"):
+            override(openmoji, [f"{part}.wake=[0, 3, -4.5]"])
+        with pytest.raises(ConfigError, match=r"wake .*level_weights"):
+            override(openmoji, ["sampling.wake=[-3]", f"{part}.wake=[-3]", UNTRAINED])
+    for floors in ("null", "[-3.5]", "[9, -3.5, -2]"):
+        with pytest.raises(ConfigError, match=r"sampling\.wake is below train\.wake"):
+            override(openmoji, [f"sampling.wake={floors}", "train.wake=[-3]"])
+    assert override(openmoji, ["sampling.wake=[-9, -3, -2]", "train.wake=[-3]"]).train.wake
 
 
 def test_adapters_and_gentle_stages_are_for_trained_levels():

@@ -162,7 +162,7 @@ class Smooth:
     def __init__(self, config: RunConfig) -> None:
         self.model = config.model
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         side, channels = self.model.levels[-1].side, self.model.channels
         coarse = normal("picture", [(0, n) for n in ids], (channels, 2, 2)).clamp(-1, 1)
         picture = torch.nn.functional.interpolate(coarse, size=(side, side))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ class Recorded(Loader):
         super().__init__(source, 0)
         self.given: dict[int, str] = {}
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         batch = super().batch(ids)
         self.given |= dict(zip(batch.ids.tolist(), batch.keys, strict=True))
         return batch

@@ -81,12 +81,13 @@ def inputs(first: int = 0, config: RunConfig | None = None) -> Inputs:
 # --- gradients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wake", [None, (-1.0,)])
 @pytest.mark.parametrize(("accumulate", "threads"), [(2, 1), (5, 1), (1, 2), (2, 3)])
-def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(accumulate, threads):
+def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(accumulate, threads, wake):
     stages = (StageConfig(levels=2, images=20, batch_size=5, lr=0.1, mix=(0.4, 0.6)),)
     gradients, outcomes = [], []
     for parts in ({}, {"accumulate": accumulate, "threads": threads}):
-        config = tiny_config(dropout=0.0, stages=stages, clip_norm=1e9, **parts)
+        config = tiny_config(dropout=0.0, stages=stages, clip_norm=1e9, wake=wake, **parts)
         trainer = Trainer(diffusion(config))
         assert trainer.gradient.threads == parts.get("threads", 1)
         outcomes.append(trainer.step(inputs(0, config)))
@@ -394,6 +395,9 @@ def test_cudnn_tries_its_algorithms_where_batches_have_few_shapes(batch, mix, tr
     stage = StageConfig(levels=len(mix) or 1, images=400, batch_size=batch, lr=0.1, mix=mix)
     with algorithms(tiny_config().train.model_copy(update={"stages": (stage,)})):
         assert torch.backends.cudnn.benchmark == tried
+    late = {"stages": (stage,), "wake": (-1.0,)}
+    with algorithms(tiny_config().train.model_copy(update=late)):
+        assert torch.backends.cudnn.benchmark == (stage.levels == 1)
 
 
 @pytest.mark.parametrize("precision", HALVES)

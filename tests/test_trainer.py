@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from matryoshka_diffusion.config import ConfigError, RunConfig, StageConfig
 from matryoshka_diffusion.configfile import load_config, override, to_yaml
 from matryoshka_diffusion.data.loader import Batch, Loader
 from matryoshka_diffusion.data.source import Source, array_source
+from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.train import checkpoint, precision
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
+from matryoshka_diffusion.train.distributed import World
 from matryoshka_diffusion.train.inputs import Feed, Inputs
 from matryoshka_diffusion.train.run_folder import RunInUse, open_run
 from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
@@ -89,8 +91,9 @@ MEMORY = {"layout": "channels_last", "recompute": (1,)}
         ({"stages": (SHORT[0], GENTLE), "lr_per_level": True, **TRACKS, **MEMORY}, (16, 20)),
         ({"stages": SHORT, "precision": "bf16", "accumulate": 2}, (12,)),
         ({"stages": SHORT, "accumulate": 2, "threads": 2, "dropout": 0.0}, (8,)),
+        ({"stages": SHORT, "accumulate": 2, "wake": (-1.0,)}, (16,)),
     ],
-    ids=["gentle", "bf16", "threads"],
+    ids=["gentle", "bf16", "threads", "wake"],
 )
 def test_every_option_of_training_resumes_bit_for_bit(tmp_path, monkeypatch, settings, places):
     """Also in the middle of an epoch: each sample is used once, with the same time and noise."""
@@ -118,7 +121,7 @@ def test_every_option_of_training_resumes_bit_for_bit(tmp_path, monkeypatch, set
     assert go("parts") == expected
     assert used == undisturbed
     keys = [key for _, keys, *_ in used for key in keys]
-    assert [n for ids, *_ in used for n in ids] == list(range(24))
+    assert [n for ids, *_ in used for n in sorted(ids)] == list(range(24))
     assert sorted(keys[:10]) == sorted(epoch_of_ten().keys)
     snapshots = sorted(path.stem for path in (tmp_path / "parts").glob("ema/*"))
     assert snapshots == ["0000000008", "0000000016", "0000000024"] * ("ema_power" in settings)
@@ -143,8 +146,8 @@ def test_a_stop_does_not_wait_for_data_that_does_not_come(tmp_path, place):
     reached, release = threading.Event(), threading.Event()
 
     class Stuck(TinyPictures):
-        def batch(self, ids: range) -> Batch:
-            if ids.start == place:
+        def batch(self, ids: Sequence[int]) -> Batch:
+            if ids[0] == place:
                 reached.wait(30 if place else 0)
                 os.kill(os.getpid(), signal.SIGTERM)
                 release.wait(30)
@@ -355,6 +358,36 @@ def test_a_sample_is_given_the_same_in_any_batch():
     assert inputs(Step(1, 24, (2, 0), (), False)).x[1].shape == (0, 3, 16, 16)
 
 
+def ranked(step: Step, config: RunConfig, size: int) -> list[Inputs]:
+    worlds = (World(rank, size) for rank in range(size))
+    return [Feed(config, TinyPictures(), encode, world=world)(step) for world in worlds]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_sample_has_the_levels_that_are_awake_at_its_time_and_is_else_the_same(size):
+    """The finer level of the first 30 of 40 samples, where it is above the floor."""
+    step, config = Step(1, 24, (40, 30), (), False), tiny_config(wake=(-1.0,))
+    plain = inputs(step)
+    schedule = Process.from_config(config.process, config.model).schedules[1]
+    wide_awake = (schedule.log_snr(plain.t.double()) >= -1.0).tolist()
+    deep = {n for n, is_awake in zip(plain.ids[:30], wide_awake[:30], strict=True) if is_awake}
+    parts = ranked(step, config, size)
+    assert sorted(n for part in parts for n in part.ids) == list(range(24, 64))
+    assert {n for part in parts for n in part.ids[: len(part.x[1])]} == deep
+    assert 0 < len(deep) < 30
+    for part in parts:
+        assert part.step == step._replace(rows=(40, len(deep)))
+        for row, n in enumerate(part.ids):
+            before = plain.rows(slice(n - 24, n - 23))
+            now = part.rows(slice(row, row + 1))
+            assert (now.keys, now.t.item()) == (before.keys, before.t.item())
+            assert torch.equal(now.cond.micro["scale"], before.cond.micro["scale"])
+            assert torch.equal(there(now.cond.dropped), there(before.cond.dropped))
+            for level in range(2 if n in deep else 1):
+                assert torch.equal(now.x[level], before.x[level])
+                assert torch.equal(now.noise[level], before.noise[level])
+
+
 def test_noise_and_dropout_have_the_distributions_they_should():
     batch = inputs(Step(1, 0, (400, 400), (), False))
     for level in batch.noise:
@@ -379,7 +412,7 @@ def labelled(classes: int, labels: list[int] | None) -> Feed:
     """A feed for a model of `classes` classes, from data with these labels."""
 
     class Labelled(TinyPictures):
-        def batch(self, ids: range) -> Batch:
+        def batch(self, ids: Sequence[int]) -> Batch:
             values = None if labels is None else torch.tensor(labels)
             return replace(super().batch(ids), labels=values)
 
@@ -411,7 +444,7 @@ class Broken(TinyPictures):
     def __init__(self, *bad: int) -> None:
         self.bad = bad
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         batch = super().batch(ids)
         for row, n in enumerate(batch.ids.tolist()):
             if n in self.bad:

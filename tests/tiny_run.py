@@ -20,6 +20,7 @@ from matryoshka_diffusion.config import (
     LevelConfig,
     ModelConfig,
     RunConfig,
+    SamplingConfig,
     StageConfig,
     TextConfig,
     TrainConfig,
@@ -79,6 +80,7 @@ def tiny_config(*, dropout: float = 0.1, **train: Any) -> RunConfig:
         data=DataConfig(source="folder", path="."),
         encoder=EncoderConfig(name="minilm"),
         train=TrainConfig(**(settings | train)),
+        sampling=SamplingConfig(wake=train.get("wake")),
     )
 
 
@@ -97,7 +99,7 @@ class TinyPictures:
 
     unreadable_at: int | None = None
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         if self.unreadable_at in ids:
             raise UnreadableError("cannot read https://host/0.tar: HTTP 503")
         coarse = torch.stack(
@@ -127,7 +129,7 @@ def tiny_video(*, dropout: float = 0.1, **train: Any) -> RunConfig:
 class TinyClips(TinyPictures):
     """Pictures of `TinyPictures` that move to the right, a pixel a frame."""
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         batch = super().batch(ids)
         frames = [batch.picture.roll(n, dims=3) for n in range(FRAMES)]
         return replace(batch, picture=torch.stack(frames, dim=2))

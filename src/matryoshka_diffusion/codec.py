@@ -304,7 +304,7 @@ class LatentLoader:
     loader: Loader
     codec: Codec
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         """The samples with these global numbers n."""
         batch = self.loader.batch(ids)
         return replace(batch, picture=self.codec.encode(batch.numbers()))

@@ -19,7 +19,7 @@ UNIFORM = 12**-0.5  # length (0.2887) of a plain mean over a training: the bound
 SLOWEST_FPS, FASTEST_FPS = 0.01, 1000.0  # frames per second of written clips
 PER_LEVEL = (
     *(("process", "weighting"), ("process", "level_weights")),
-    *(("sampling", "guidance"), ("sampling", "threshold"), ("sampling", "wake")),
+    *(("sampling", "guidance"), ("sampling", "threshold"), ("sampling", "wake"), ("train", "wake")),
 )  # settings with one entry for all levels, or one for each
 GENTLE = ("freeze_coarse_images", "ramp_images")  # of a stage: a gentle start of its new levels
 
@@ -215,6 +215,7 @@ class TrainConfig(Strict):
     ema_snapshot_every_images: Count | None = None  # None: 32 snapshots in a run
     averaged: AverageLength | None = None  # length that a model's average has; of `mdm ema`
     condition_dropout: Share = 0.1
+    wake: tuple[float, ...] | None = None  # log-SNR from which samples have a level; None: always
     log_every_images: Count = 2_000
     preview_every_images: Natural = 20_000
     checkpoint_every_images: Count = 10_000
@@ -342,8 +343,9 @@ class RunConfig(Strict):
             values = getattr(getattr(self, part), name)
             if values is not None and len(values) not in (1, levels):
                 yield f"{part}.{name} has {len(values)} entries; give 1 or {levels}"
+        if sampling.wake or self.train.wake:
+            yield from model.wake_problems(sampling.wake, self.train.wake)
         yield from self._untrained_levels()
-        yield from model.wake_problems(sampling.wake) if sampling.wake else ()
         if model.text is not None and model.classes:
             yield "model.text and model.classes: a run has captions or classes; omit one"
         if (model.text is None) != (self.encoder is None):
@@ -369,8 +371,8 @@ class RunConfig(Strict):
     def _untrained_levels(self) -> Iterator[str]:
         """Samples are what the finest level predicts, so no stage may leave it untrained."""
         weights = (self.process.level_weights * len(self.model.levels))[: len(self.model.levels)]
-        if self.sampling.wake and not all(weights):
-            yield "sampling.wake needs a loss of every level: omit it, or set process.level_weights"
+        if (self.sampling.wake or self.train.wake) and not all(weights):
+            yield "wake needs a loss of every level: set process.level_weights, or omit it"
         for index, stage in enumerate(self.train.stages):
             if weights[stage.levels - 1] == 0.0:
                 level = f"level {stage.levels - 1}, the finest of train.stages[{index}]"
@@ -382,16 +384,13 @@ class RunConfig(Strict):
 
 
 class CodecRunConfig(Strict):
-    """The training of a small autoencoder (an `AutoencoderKL` of diffusers) on images of `side`.
-
-    Each step from one width to the next halves the side.
-    """
+    """The training of a small autoencoder (an `AutoencoderKL` of diffusers) on images of `side`."""
 
     name: str
     data: DataConfig
     side: Count
     channels: Count = 4  # numbers at each position of the latents
-    widths: tuple[Count, ...] = Field(default=(16, 32, 64), min_length=1)
+    widths: tuple[Count, ...] = Field(default=(16, 32, 64), min_length=1)  # a step halves the side
     blocks: Count = 1  # the encoder's at each width; the decoder has one more
     norm_groups: Count = 2  # few, because the first widths are small
     square_weight: Weight = 1.0  # of the squared error of a pixel, beside the absolute one

@@ -36,6 +36,8 @@ from matryoshka_diffusion.schedule import (
 )
 
 T = TypeVar("T")
+ALWAYS_AWAKE = (-math.inf,)
+"""A floor of log-SNR below which no level sleeps."""
 
 
 @runtime_checkable

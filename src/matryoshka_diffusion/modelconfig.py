@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 InputScaling = Literal["none", "std", "analytic"]
+Floors = tuple[float, ...] | None  # log-SNRs: one for all levels, one for each, or none
 
 
 class Strict(BaseModel):
@@ -195,17 +197,26 @@ class ModelConfig(Strict):
         """The nest of the first `levels` levels."""
         return self.model_copy(update={"levels": self.levels[:levels]})
 
-    def wake_problems(self, floors: tuple[float, ...]) -> Iterator[str]:
-        """Yield why levels cannot wake at these log-SNRs, one for all levels or one for each."""
-        each = floors * len(self.levels) if len(floors) == 1 else floors
-        # In log-SNR of the nest's schedule. The coarsest level is always awake.
-        wakes = [floor + level.shift for floor, level in zip(each, self.levels, strict=True)][1:]
-        for place, (coarse, fine) in enumerate(itertools.pairwise(wakes), start=2):
-            if fine < coarse:
-                yield (
-                    f"sampling.wake leaves level {place - 1} asleep under level {place}: raise the "
-                    f"floor of level {place} by {coarse - fine:.4g}, or lower that of the other"
-                )
+    def wake_problems(self, sampling: Floors, train: Floors) -> Iterator[str]:
+        """Yield what is wrong with floors of log-SNR from which levels work.
+
+        A level works only inside of coarser ones, and samples come from what training has shown.
+        """
+        for part, floors in (("sampling", sampling), ("train", train)):
+            for place, (coarse, fine) in enumerate(itertools.pairwise(self._wakes(floors)), 2):
+                if fine < coarse:
+                    yield (
+                        f"{part}.wake leaves level {place - 1} asleep under level {place}: raise "
+                        f"the floor of level {place} by {coarse - fine:.4g}, or lower the other"
+                    )
+        sampled, trained = self._wakes(sampling or (-math.inf,)), self._wakes(train)
+        if any(map(operator.lt, sampled, trained)):
+            yield "sampling.wake is below train.wake, where levels learn nothing: set it as high"
+
+    def _wakes(self, floors: Floors) -> list[float]:
+        """The log-SNR of the nest's schedule at which each level wakes but the first, if any."""
+        each = (floors or ()) * (len(self.levels) if len(floors or ()) == 1 else 1)
+        return [f + level.shift for f, level in zip(each, self.levels, strict=False)][1:]
 
     def problems(self) -> Iterator[str]:
         layers = sum(level.layers for level in self.levels) + (self.text.layers if self.text else 0)

@@ -17,7 +17,7 @@ from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
-from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
+from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
@@ -34,7 +34,6 @@ from matryoshka_diffusion.train.precision import (
 PER_LEVEL = ("guidance", "threshold", "wake")
 """Sampling settings that take one value, or one for each level."""
 UNBOUNDED = (-float("inf"), float("inf"))
-ALWAYS_AWAKE = (-float("inf"),)
 BATCH, PIXELS = 64, 2**22
 """Samples of a batch, and pixels of their finest level, at most: unless a batch size is set."""
 

@@ -7,7 +7,7 @@ processes cannot change what the model sees.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -72,7 +72,7 @@ class Loader:
         """Loader of a training run on this data."""
         return cls(source, seed, data.crop, data.clip, data.flip, data.augment, data.pixels)
 
-    def batch(self, ids: range) -> Batch:
+    def batch(self, ids: Sequence[int]) -> Batch:
         """Samples with these global numbers n."""
         indices = [self._index(n) for n in ids]
         examples = self.source.many(indices, [self._cut(n) for n in ids])

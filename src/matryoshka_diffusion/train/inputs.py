@@ -16,7 +16,7 @@ from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning, pad
 from matryoshka_diffusion.config import CoarseConfig, CodecRunConfig, RunConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.loader import Batch
-from matryoshka_diffusion.diffusion import augment_coarse
+from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, augment_coarse, per_level
 from matryoshka_diffusion.philox import send
 from matryoshka_diffusion.pyramid import (
     Pyramid,
@@ -39,7 +39,7 @@ Encode = Callable[[Sequence[str]], list[Tensor]]
 class Batches(Protocol):
     """Source of the samples with given global numbers, such as `data.loader.Loader`."""
 
-    def batch(self, ids: range) -> Batch: ...
+    def batch(self, ids: Sequence[int]) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class Feed:
     ) -> None:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
         self._world, self._seed = world, config.train.seed
+        self._schedules = build_schedules(config.model)
         self._micro = config.model.micro_names
         if unknown := self._micro - {"scale"}:
             raise ValueError(
@@ -128,15 +129,18 @@ class Feed:
     def __call__(self, step: Step) -> Inputs:
         """Return the inputs of `step` for this rank, on the device.
 
-        A rank may have no row of the finer levels, or none at all. It still walks through the
-        network with its zero rows, so that every rank is at the same collective.
+        Samples with more levels come first. A rank may have no row of the finer levels, or none at
+        all. It still walks through the network with its zero rows, so that every rank is at the
+        same collective.
         """
-        mine = self._world.mine(range(step.first, step.end))
-        ids = mine or range(step.first, step.first + 1)
+        numbers, step = self._finest_first(step)
+        mine = self._world.mine(range(step.count))
+        places = mine or range(1)
+        ids = [numbers[place] for place in places]
         batch = self._loader.batch(ids)
         resolutions = resolutions_of(self._config.model.first(len(step.rows)))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
-        rows = [sum(n < step.first + count for n in ids) for count in step.rows]
+        rows = [sum(place < count for place in places) for count in step.rows]
         picture = batch.numbers(self._device)
         x = ragged(build_pyramid(picture, resolutions), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
@@ -150,6 +154,21 @@ class Feed:
             keys=batch.keys,
         )
         return inputs if mine else inputs.rows(slice(0))
+
+    def _finest_first(self, step: Step) -> tuple[list[int], Step]:
+        """The samples of a step in the order of their levels, and the step with its true rows.
+
+        A sample has the levels that its place in the step gives it and that are awake at its time.
+        """
+        place = torch.arange(step.count, device="cpu")
+        t = stratified(self._seed, "t", step.first + place)
+        floors = per_level(self._config.train.wake or ALWAYS_AWAKE, len(step.rows))
+        levels = torch.ones_like(place)
+        for count, floor, schedule in [*zip(step.rows, floors, self._schedules, strict=False)][1:]:
+            levels += (place < count) & (schedule.log_snr(t) >= floor)
+        order = levels.argsort(descending=True, stable=True) + step.first
+        rows = tuple(int((levels > level).sum()) for level in range(len(step.rows)))
+        return order.tolist(), step._replace(rows=rows)
 
     def _noise(self, purpose: str, ids: Sequence[int], like: Tensor, *level: int) -> Tensor:
         """Normal noise in the shape of `like`, a row for each sample number."""

@@ -66,6 +66,8 @@ def algorithms(train: TrainConfig) -> Iterator[None]:
 def shapes_repeat(train: TrainConfig) -> bool:
     """Test if at most two kinds of batches occur in each stage, counted by the rows of levels."""
     for stage in train.stages:
+        if train.wake and stage.levels > 1:
+            return False
         size = stage.batch_size
         firsts = range(0, min(stage.images, 32 * size), size)
         if stage.mix and len({rows_of_mix(stage.mix, first, size) for first in firsts}) > 2:
