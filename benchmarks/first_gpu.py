@@ -17,11 +17,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import blocks, families, harness
-from benchmarks.meter import Meter, Numbers, attempt, contiguous_heads, flag
+from benchmarks.meter import Meter, Numbers, attempt, flag
 from benchmarks.steps import Noise, Repeated, features, trainer
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import RunConfig, TrainConfig
 from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.precision import Precision, compile_network
+from matryoshka_diffusion.train.precision import Precision, algorithms, compile_network
 from matryoshka_diffusion.train.stages import Step
 
 
@@ -141,40 +141,48 @@ def steps(bench: Bench) -> Numbers:
     """A training step of each preset: time, share of the bf16 product, memory, waits, kernels."""
     found: Numbers = {}
     for name, batch in bench.sizes.training.items():
-        model = bench.sizes.config(name).model
-        count = len(model.levels)
-        flops = 3 * forward_flops(model, count)
-        repeated, row = _fitting(bench, name, batch)
-        batch = len(repeated.inputs.ids)
-        row |= {"batch": batch, "TFLOP": flops * batch / 1e12}
-        row["--dry-run's GB an image"] = activation_bytes(model, count, half=True) / 1e9
-        row["kept GB an image"] = repeated.activation_bytes() / batch / 1e9
-        row["waits"] = bench.meter.host_waits(repeated.step)
-        row["kernels"] = bench.meter.kernels(repeated.step, top=14)
-        for variant, context in _variants(bench).items():
-            with context:
-                try:
-                    seconds = bench.meter.seconds(repeated.step, 3)
-                except torch.OutOfMemoryError as error:
-                    row[variant] = str(error)[:200]
-                    continue
-            peak = flops * batch / seconds / 1e12 / bench.results["machine"]["bf16 TFLOP/s"]
-            row[variant] = {"ms": 1e3 * seconds, "images/s": batch / seconds, "of the peak": peak}
-        del repeated
-        found[name] = row
+        found[name] = attempt(partial(_steps_of, bench, name, batch))
         gc.collect()
-        print(name, json.dumps(row), flush=True)
+        print(name, json.dumps(found[name]), flush=True)
     return found
 
 
+def _steps_of(bench: Bench, name: str, batch: int) -> Numbers:
+    model = bench.sizes.config(name).model
+    count = len(model.levels)
+    flops = 3 * forward_flops(model, count)
+    repeated, row = _fitting(bench, name, batch)
+    batch = len(repeated.inputs.ids)
+    row |= {"batch": batch, "TFLOP": flops * batch / 1e12}
+    row["--dry-run's GB an image"] = activation_bytes(model, count, half=True) / 1e9
+    row["kept GB an image"] = repeated.activation_bytes() / batch / 1e9
+    row["waits"] = bench.meter.host_waits(repeated.step)
+    row["kernels"] = bench.meter.kernels(repeated.step, top=14)
+    for variant, context in _variants(repeated.trainer.train).items():
+        with context:
+            try:
+                seconds = bench.meter.seconds(repeated.step, 3)
+            except torch.OutOfMemoryError as error:
+                row[variant] = str(error)[:200]
+                continue
+        peak = flops * batch / seconds / 1e12 / bench.results["machine"]["bf16 TFLOP/s"]
+        row[variant] = {"ms": 1e3 * seconds, "images/s": batch / seconds, "of the peak": peak}
+    return row
+
+
 def _fitting(bench: Bench, name: str, batch: int) -> tuple[Repeated, Numbers]:
-    """The trainer of the largest batch that the memory holds, at most `batch`, and its memory."""
+    """The trainer of the largest batch that the memory holds, at most `batch`, and its memory.
+
+    Raises OutOfMemoryError if not even 2 images fit, the fewest that have a half to compare with.
+    """
     while True:
-        repeated = bench.trainer(name, batch)
         try:
+            repeated = bench.trainer(name, batch)
             return repeated, _memory(bench, repeated, batch)
         except torch.OutOfMemoryError:
-            del repeated
+            if batch < 4:
+                raise
+            repeated = None
         batch //= 2
         gc.collect()
         torch.cuda.empty_cache()
@@ -188,14 +196,12 @@ def _memory(bench: Bench, repeated: Repeated, batch: int) -> Numbers:
     return {"peak GB": all_ / 1e9, "GB an image": (all_ - some) / (batch - batch // 2) / 1e9}
 
 
-def _variants(bench: Bench) -> dict[str, Any]:
-    cudnn = torch.backends.cudnn
+def _variants(train: TrainConfig) -> dict[str, AbstractContextManager[None]]:
+    """How a run computes, and the other choices that it has."""
     return {
-        "as it is": nullcontext(),
-        "contiguous heads": contiguous_heads(),
-        "cudnn.benchmark": flag(cudnn, "benchmark", True),
-        "TF32 off": flag(cudnn, "allow_tf32", False),
-        "TF32 on": flag(cudnn, "allow_tf32", True),
+        "as it is": algorithms(train),
+        "cudnn.benchmark off": flag(torch.backends.cudnn, "benchmark", False),
+        "deterministic": algorithms(train.model_copy(update={"deterministic": True})),
     }
 
 
@@ -203,18 +209,23 @@ def agreement(bench: Bench) -> Numbers:
     """Grey values between CPU and GPU, alone and in a batch; gradients that repeat bit for bit."""
     encoder = families.Words(384, bench.features)
 
-    def grey(device: torch.device, n: int) -> np.ndarray:
-        model = Matryoshka.load("openmoji", device=device, encoder=encoder)
+    def grey(device: torch.device, n: int, precision: Precision = "fp32") -> np.ndarray:
+        model = Matryoshka.load("openmoji", device=device, encoder=encoder, precision=precision)
         return model.sample("red apple", n=n, steps=bench.sizes.steps).pictures.astype(int)
 
     found: Numbers = {"text features": "noise" if bench.features is None else "MiniLM"}
     on_cpu = grey(torch.device("cpu"), 4)
-    for tf32 in (True, False):
+    cases: tuple[tuple[str, Precision, bool], ...] = (
+        ("fp32", "fp32", False),
+        ("TF32", "fp32", True),
+        ("bf16", "bf16", False),
+    )
+    for case, precision, tf32 in cases:
         with flag(torch.backends.cudnn, "allow_tf32", tf32):
-            several, alone = grey(bench.device, 4), grey(bench.device, 1)
+            several, alone = (grey(bench.device, n, precision) for n in (4, 1))
         apart = abs(several - on_cpu)
-        found[f"CPU and GPU, TF32 {tf32}"] = {"most": int(apart.max()), "mean": float(apart.mean())}
-        found[f"alone and in four, TF32 {tf32}"] = int(abs(several[:1] - alone).max())
+        found[f"CPU and GPU, {case}"] = {"most": int(apart.max()), "mean": float(apart.mean())}
+        found[f"alone and in four, {case}"] = int(abs(several[:1] - alone).max())
     name, batch = bench.sizes.compiled
     for precision in ("bf16", "fp32"):
         repeated = bench.trainer(name, min(batch, 8), precision)

@@ -31,6 +31,7 @@ from benchmarks import (
     resume,
     stages,
 )
+from benchmarks.meter import Meter
 from benchmarks.step_time import largest_batch
 
 import recordings
@@ -197,7 +198,24 @@ def test_all_sections_for_a_gpu_run_on_tiny_networks(tmp_path, monkeypatch):
     assert ours
     assert all(found["wrong by"] < 2**-7 for found in ours)
     assert sections["steps"]["tiny"]["as it is"]["images/s"] > 0
+    assert sections["steps"]["tiny"]["deterministic"]["images/s"] > 0
+    assert sections["agreement"]["CPU and GPU, fp32"]["most"] <= 1
+    assert sections["agreement"]["CPU and GPU, bf16"]["most"] > 0
     assert sections["runs"]["bf16, resumed: largest difference of a weight"] == 0.0
+
+
+def test_steps_that_fit_in_no_batch_are_recorded(monkeypatch):
+    batches = []
+
+    def scarce(bench: first_gpu.Bench, name: str, batch: int) -> None:
+        batches.append((name, batch))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(first_gpu.Bench, "trainer", scarce)
+    sizes = first_gpu.WITHOUT_GPU._replace(training={"tiny": 12, "base": 2})
+    found = first_gpu.steps(first_gpu.Bench(Meter(CPU), sizes, {}))
+    assert batches == [("tiny", 12), ("tiny", 6), ("tiny", 3), ("base", 2)]
+    assert all("out of memory" in found[name]["error"] for name in ("tiny", "base"))
 
 
 def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
