@@ -397,6 +397,22 @@ def test_shares_of_first_places_and_of_places_among_five(samples, prompted, trai
     assert tuple(result) == expected
 
 
+def test_many_samples_are_retrieved_a_block_at_a_time(monkeypatch):
+    training = random(3).normal(size=(2000, 4))
+    prompted = random(4).integers(0, 2000, 1000)
+    samples = training[prompted] + random(5).normal(0.0, 0.2, (1000, 4))
+    order = np.argsort(formulas.squared_distances(samples, training), axis=1)
+    hits = order[:, :5] == prompted[:, None]
+    monkeypatch.setattr(formulas, "BLOCK_PAIRS", 20 * 2000)
+    tracemalloc.start()
+    result = prompt_retrieval(samples, prompted, training)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result == (hits[:, 0].mean(), hits.any(axis=1).mean())
+    assert 0.1 < result.first < result.among_five < 0.99
+    assert peak < 8 * 1000 * 2000 / 10
+
+
 def test_perfect_samples_are_all_retrieved_and_compared_at_16_pixels():
     training = random(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     chosen = [3, 49, 0, 17]

@@ -380,10 +380,14 @@ def prompt_retrieval(
     each sample's prompt belongs to. Among equal distances the lower index is nearer. Some images
     are identical (flags that two territories share): a twin of the prompted image is a hit.
     """
-    order = np.argsort(squared_distances(samples, training), axis=1, kind="stable")
-    twins = np.unique(training, axis=0, return_inverse=True)[1].reshape(-1)
-    hits = twins[order[:, :NEAREST]] == twins[prompted][:, None]
-    return Retrieval(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()))
+    _, first, twins = np.unique(training, axis=0, return_index=True, return_inverse=True)
+    wanted = first[twins.reshape(-1)[prompted]]  # of the twins the one with the lowest index
+    places, nearer = np.arange(len(training)), np.empty(len(samples), np.int64)
+    for block in row_blocks(len(samples), len(training)):
+        distances, index = squared_distances(samples[block], training), wanted[block, None]
+        own = np.take_along_axis(distances, index, axis=1)
+        nearer[block] = ((distances < own) | ((distances == own) & (places < index))).sum(axis=1)
+    return Retrieval(float((nearer == 0).mean()), float((nearer < NEAREST).mean()))
 
 
 def averages(pictures: UInt8[np.ndarray, "n *frames s s c"]) -> Float[np.ndarray, "n d"]:
