@@ -113,7 +113,7 @@ def difference(config: RunConfig, rows: int = 2) -> float:
 
 
 class Task(NamedTuple):
-    """What a process computes in its turns."""
+    """Computations of a process in its turns."""
 
     network: str
     precision: Precision

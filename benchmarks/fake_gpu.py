@@ -67,7 +67,7 @@ torch.cuda.set_rng_state = lambda state, device=None: None
 STREAMS: list[str] = ["main"]
 """Names of the streams in use, the current one last."""
 ORDER: list[str] = []
-"""What streams were told, in order: to record an event, to wait for one, to use memory."""
+"""Calls to streams, in order: to record an event, to wait for one, to use memory."""
 
 
 class _Stream:

@@ -1,4 +1,4 @@
-"""What a GPU makes of this code: one command of nine minutes, its sections in order of worth.
+"""Measure this code on a GPU: one command of nine minutes, its sections in order of worth.
 
     python -m benchmarks.first_gpu --out DIR --seconds 520
 
@@ -42,7 +42,7 @@ from matryoshka_diffusion.train.stages import Step
 
 
 class Sizes(NamedTuple):
-    """What is measured: presets with a batch, and sizes of arrays."""
+    """Presets with the batches to measure, and sizes of arrays."""
 
     training: Mapping[str, int]
     sampling: Mapping[str, Sequence[int]]
@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     product: int
     copied: int
     features: Sequence[blocks.Shape]
-    """Of attention and of norms."""
+    """Shapes of the features in attention and in norms."""
     pictures: int
     images: int
     """Pictures in the data of a run, and images of its training."""
@@ -109,7 +109,7 @@ class Bench(NamedTuple):
 
 
 def machine(bench: Bench) -> Numbers:
-    """What the hardware gives at best: the ceilings that shares below refer to."""
+    """Measure the best rates of the hardware, the ceilings of the shares in later sections."""
     side, count, device = bench.sizes.product, bench.sizes.copied, bench.device
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     source, target = (torch.randn(count, device=device) for _ in range(2))

@@ -218,7 +218,7 @@ def commit() -> str:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, run in the checkout; "" if it fails or is not there."""
+    """The output of a command that runs in the checkout; "" if it fails or is not there."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -32,7 +32,7 @@ def attempt(run: Callable[[], Any]) -> Any:
 
 
 class Meter(NamedTuple):
-    """What measures on a device."""
+    """Measurements on a device: time, waits, kernels and memory."""
 
     device: torch.device
 

@@ -34,7 +34,7 @@ Widths = tuple[int, ...]
 
 
 class Task(NamedTuple):
-    """What a network is built for."""
+    """Sizes of images, evaluations and the device that a network is built for."""
 
     side: int
     channels: int

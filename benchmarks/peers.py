@@ -43,7 +43,7 @@ OURS = "nest"
 
 
 class Work(NamedTuple):
-    """What is timed of a network."""
+    """Timed calls of a network."""
 
     training: Callable[[], object]
     sampling: Callable[[], object]

@@ -92,7 +92,7 @@ def trainer(
 def resolved(
     run: RunConfig, batch: int, device: torch.device, precision: Precision
 ) -> dict[str, Any]:
-    """What `mdm train` makes of `auto` in a run with batches of this size, for `trainer`."""
+    """Resolve `auto` as `mdm train` does for batches of this size; settings for `trainer`."""
     stages = tuple(stage.model_copy(update={"batch_size": batch}) for stage in run.train.stages)
     train = run.train.model_copy(update={"stages": stages})
     return {

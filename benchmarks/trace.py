@@ -1,4 +1,4 @@
-"""What a training step would do on a GPU, traced without one.
+"""Trace a training step as a GPU would compute it, without a GPU.
 
     python -m benchmarks.trace cc12m-256 --batch 32
     python -m benchmarks.trace openmoji --batch 48 --set train.recompute=[1]
@@ -75,7 +75,7 @@ def trainer(config: RunConfig, *, grow: bool = False) -> Trainer[Any]:
 
 
 def kept(net: nn.Module, precision: PrecisionSetting, inputs: Inputs) -> Kept:
-    """What a forward pass keeps."""
+    """Tensors that a forward pass keeps for the backward pass."""
     image = max(x.numel() for x in inputs.x)
     places: dict[int, str] = {}
 

@@ -186,7 +186,7 @@ def _around_convolution(
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether the channels of images are innermost in memory, and nothing else."""
+    """Test if the channels of images are innermost in memory, and nothing else is."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return last and not x.is_contiguous()
 

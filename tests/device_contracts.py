@@ -64,7 +64,7 @@ def combinations() -> list[tuple[str, dict[str, Any]]]:
 
 
 def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What one training step does, perhaps the first one after growing."""
+    """Trace one training step, perhaps the first one after growing."""
     changes = {key: value for key, value in settings.items() if key != "grow"}
     config = CONFIGS[name]
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
@@ -172,7 +172,7 @@ def drawing() -> list[dict[str, Any]]:
 def draw(
     name: str, sampler: str, settings: dict[str, Any], precision: str = "bf16"
 ) -> dict[str, Any]:
-    """What a batch of three samples does; an upsampler enlarges those of a base."""
+    """Trace a batch of three samples; an upsampler enlarges those of a base."""
     rows: list[int] = []
     model: Any = model_of(CONFIGS[name], rows, precision)
     if name == "upsampler":
@@ -289,7 +289,7 @@ def tracing() -> dict[str, Any]:
 
 
 def script(folder: Path) -> dict[str, Any]:
-    """What the script writes."""
+    """Read the file of results that the script `benchmarks.trace` writes."""
     words = ["fashion-mnist", "--batch", "4", "--top", "1", "--out", str(folder)]
     return json.loads(trace.main(words).read_text("utf-8"))
 

@@ -1,4 +1,4 @@
-"""What a GPU may be promised without one: devices, waits of the host, kernels, memory."""
+"""Promises for a GPU, tested without one: devices, waits of the host, kernels, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, Any]:
-    """What `device_contracts.py` saw, which changes torch: a process of its own."""
+    """Results of `device_contracts.py`, a process of its own because it changes torch."""
     paths = os.pathsep.join(map(str, (HERE.parent / "src", HERE.parent)))
     script, folder = str(HERE / "device_contracts.py"), str(tmp_path_factory.mktemp("trace"))
     done = subprocess.run(

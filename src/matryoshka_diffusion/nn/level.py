@@ -130,9 +130,10 @@ class Level(nn.Module):
             return self.head(normalise(self.norm, h.to(self.norm.weight.dtype)))
 
     def _run(self, part: Callable[..., Tensor], *inputs: Any, again: bool = False) -> Tensor:
-        """`part(*inputs)`. For the backward pass a recomputed level keeps only the inputs.
+        """Compute `part(*inputs)`.
 
-        Other levels do with `again`.
+        Of a recomputed level, or with `again`, only the inputs are kept for the backward pass,
+        which computes the part once more.
         """
         if not (self.recomputed or again):
             return part(*inputs)
