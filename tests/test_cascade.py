@@ -218,7 +218,7 @@ def test_each_picture_remembers_its_own_part_of_what_the_base_was_asked(cascade,
 
 def test_a_number_says_how_each_of_both_was_sampled(cascade, tmp_path):
     conditions = Conditions("of red", "red", "prompts", lambda i: "red")
-    options = {"n": 1, "conditions": conditions, "folder": tmp_path, "steps": 1}
+    options = {"n": 2, "conditions": conditions, "folder": tmp_path, "steps": 1}
     weak, strong = (
         evaluate(cascade, "agreement", guidance=weights, **options)[0]
         for weights in ((1.0, 3.0), (5.0, 3.0))

@@ -501,7 +501,7 @@ def test_a_hook_sees_the_run_and_cannot_change_its_numbers_even_if_it_fails(whol
         z = tuple(torch.randn(1, 3, level.side, level.side) for level in levels)
         cond = Conditioning(tokens=torch.randn(1, 2, 8), micro={"scale": torch.ones(1)})
         averaged(z, torch.rand(1), cond)
-        averaged.get_parameter("levels.0.stem.weight").zero_()
+        averaged.get_parameter("levels.0.stem.weight").detach().zero_()
         calls.append((view.images_seen, len(levels)))
         assert (view.folder, view.config.name) == (tmp_path / "run", "tiny")
         if view.images_seen == 20:

@@ -209,7 +209,7 @@ class Feed:
 
     def _coarse(
         self, picture: Float[Tensor, "b c h w"], ids: Sequence[int], coarse: CoarseConfig
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
+    ) -> tuple[Float[Tensor, "b c y x"], Float[Tensor, " b"]]:
         """D^r of the image enlarged, under noise of a random time; both belong to the sample."""
         model = self._config.model
         side = model.levels[0].side
