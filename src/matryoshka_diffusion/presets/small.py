@@ -59,6 +59,20 @@ def openmoji(name: str) -> RunConfig:
     )
 
 
+def emoji_styles(name: str) -> RunConfig:
+    """Text-to-image on emoji in three styles, 10 % of the pairs of emoji and style held out.
+
+    Three times the images of `openmoji` have three times its training, so 36 minutes on 2 CPU
+    cores. `mdm eval --metrics unseen` measures whether it draws the pairs that it has not seen. The
+    data is the unpacked npm package `@lobehub/fluent-emoji-3d`, beside OpenMoji and Debian's
+    `fonts-noto-color-emoji`.
+    """
+    run = openmoji(name)
+    longer = [stage.model_copy(update={"images": 3 * stage.images}) for stage in run.train.stages]
+    data = DataConfig(source="emoji-styles", held_out=0.1)
+    return run.model_copy(update={"data": data, "train": in_stages(run.train, *longer)})
+
+
 def fashion_mnist(name: str) -> RunConfig:
     """Class-conditional Fashion-MNIST, 60,000 grey images padded to 32 pixels, levels {16, 32}.
 
@@ -143,6 +157,7 @@ def emoji_video(name: str) -> RunConfig:
 
 SMALL: dict[str, Callable[[str], RunConfig]] = {
     "openmoji": openmoji,
+    "emoji-styles": emoji_styles,
     "fashion-mnist": fashion_mnist,
     "folder-64": folder_64,
     "emoji-still": emoji_still,
