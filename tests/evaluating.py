@@ -21,6 +21,7 @@ from matryoshka_diffusion.eval.evaluate import evaluate
 from matryoshka_diffusion.metrics.inception import CLASSES
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.pyramid import down_sample, resolution_of
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.sampling import BATCH
 from matryoshka_diffusion.train.averages import PowerEma, write_snapshot
@@ -120,6 +121,31 @@ def model(kind: str = "classes", frames: int | None = None, **train: Any) -> Mat
         for parameter in net.parameters():
             parameter.normal_(std=0.1, generator=generator)
     return Matryoshka(net, config, encoder=Words() if kind == "text" else None)
+
+
+class Recall(torch.nn.Module):
+    """A network that knows images by their captions, and estimates x as one of them."""
+
+    def __init__(self, images: Any) -> None:
+        super().__init__()
+        self.fine = torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1.0
+        self.texts = torch.stack([text[1] for text in Words()([f"picture {i}" for i in range(40)])])
+        self.times: list[float] = []
+
+    def forward(self, z: Any, t: Any, cond: Any) -> Any:
+        self.times += t.tolist()
+        places = torch.cdist(cond.tokens[:, 1], self.texts).argmin(1)
+        return tuple(down_sample(self.fine[places], resolution_of(z_r)) for z_r in z)
+
+
+def recalling(images: Any) -> Any:
+    """A model that draws image i for the caption "picture i"."""
+    tiny = model("text")
+    process = tiny.config.process.model_copy(update={"prediction": "x0"})
+    config = tiny.config.model_copy(update={"process": process})
+    oracle: Any = Matryoshka(tiny.net, config, encoder=Words())
+    oracle.net = Recall(images)
+    return oracle
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -15,7 +15,18 @@ import pytest
 import torch
 
 import evaluating
-from evaluating import BATCHED, SAMPLES, Look, Words, looks, measured, measured_clips, model, source
+from evaluating import (
+    BATCHED,
+    SAMPLES,
+    Look,
+    Words,
+    looks,
+    measured,
+    measured_clips,
+    model,
+    recalling,
+    source,
+)
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval import feature_store, result
 from matryoshka_diffusion.eval.evaluate import SEED, evaluate, find_networks, measure
@@ -44,7 +55,6 @@ from matryoshka_diffusion.metrics.formulas import (
 )
 from matryoshka_diffusion.metrics.networks import VideoNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.pyramid import down_sample, resolution_of
 from matryoshka_diffusion.train.averages import average_of
 from ranks import end_ranks, start, start_ranks
 
@@ -226,7 +236,7 @@ def few(monkeypatch):
 
 @pytest.mark.usefixtures("few")
 def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
-    conditions = [name for name, one in METRICS.items() if "clips" not in one.needs]
+    conditions = [name for name, one in METRICS.items() if not {"clips", "styles"} & {*one.needs}]
     options = {"source": source(), "n": 30, "networks": looks(), "folder": tmp_path}
     number = evaluate(model("text"), conditions, **options)
     assert {one.metric.split(" [")[0] for one in number} == {
@@ -268,32 +278,14 @@ def test_retrieval_is_that_of_the_samples_in_memory(tmp_path):
     assert f" ± {error:.2g}, among the five nearest {expected.among_five:.4g} ± " in sentence
 
 
-class Recall(torch.nn.Module):
-    """A network that knows images by their captions, and estimates x as one of them."""
-
-    def __init__(self, images: Any) -> None:
-        super().__init__()
-        self.fine = torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1.0
-        self.texts = torch.stack([text[1] for text in Words()([f"picture {i}" for i in range(40)])])
-        self.times: list[float] = []
-
-    def forward(self, z: Any, t: Any, cond: Any) -> Any:
-        self.times += t.tolist()
-        places = torch.cdist(cond.tokens[:, 1], self.texts).argmin(1)
-        return tuple(down_sample(self.fine[places], resolution_of(z_r)) for z_r in z)
-
-
 @pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
 def test_one_step_retrieval_is_that_of_the_estimate_at_t_1(shift, expected, tmp_path):
-    known, tiny = source(), model("text")
-    process = tiny.config.process.model_copy(update={"prediction": "x0"})
-    config = tiny.config.model_copy(update={"process": process})
-    oracle: Any = Matryoshka(tiny.net, config, encoder=Words())
-    oracle.net = recall = Recall(np.roll(all_pictures(known), shift, axis=0))
+    known = source()
+    oracle = recalling(np.roll(all_pictures(known), shift, axis=0))
     options = {"source": known, "folder": tmp_path, "steps": 7, "guidance": 3.0}
     [number] = evaluate(oracle, "retrieval-one-step", **options)
     assert (number.value, number.n) == (expected, 40)
-    assert recall.times == [1.0] * 40, "one evaluation a caption, without guidance"
+    assert oracle.net.times == [1.0] * 40, "one evaluation a caption, without guidance"
     assert number.sentence().startswith("one-step retrieval of 40 samples to 40 images: ")
 
 

@@ -26,7 +26,7 @@ Networks: TypeAlias = Mapping[str, Extractor]
 ENOUGH = 4096
 """Samples above which a Fréchet distance is not marked as biased by their number."""
 
-Need = Literal["reference", "captions", "training captions", "levels", "clips"]
+Need = Literal["reference", "captions", "training captions", "levels", "clips", "styles"]
 
 ONE_STEP = {
     "sampler": "ddim",
@@ -48,6 +48,7 @@ class FixedSamples:
 
     captions: int  # all, of a smaller source
     one_step: bool = False
+    held_out: bool = False  # the captions are of held-out images
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,6 +103,8 @@ class Metric:
                 yield f"needs {made.kind}, and {reference.name} holds only mu and sigma"
             if real is not None and real.frames != made.frames:
                 yield f"compares equals: {reference.name} has {real.kind}, {made.name} {made.kind}"
+        if "styles" in self.needs and real is not None and not any(x.concept for x in real.samples):
+            yield f"needs the same things in several styles, and {real.name} has each thing once"
         for one in (made, real):
             if one and self.count(one) < self.least:
                 count = f"not the {self.count(one):,} of {one.name}"

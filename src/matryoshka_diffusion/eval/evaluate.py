@@ -13,7 +13,7 @@ from typing import Any
 
 from matryoshka_diffusion.cascade import Model
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.source import Source, kind_of, open_source, split
+from matryoshka_diffusion.data.source import Source, joined, kind_of, open_source, split
 from matryoshka_diffusion.eval import prompts
 from matryoshka_diffusion.eval import reference as references
 from matryoshka_diffusion.eval.comparison import Comparison, Networks
@@ -42,6 +42,7 @@ def evaluate(
     metrics: str | Sequence[str],
     *,
     source: Source | None = None,
+    held_out: Source | None = None,
     n: int | None = None,
     reference: Reference | None = None,
     conditions: Conditions | None = None,
@@ -59,6 +60,7 @@ def evaluate(
     Args:
         metrics: names of `METRICS`, also with a number of samples as in "fid50k".
         source: images that the model was trained on.
+        held_out: images of the same set that it was not trained on.
         n: number of samples; by default the one in the metrics' names.
         reference: real images for the comparison; by default `own`.
         conditions: captions or classes of the samples; by default those of `source`, in turn.
@@ -82,6 +84,8 @@ def evaluate(
         some = [name for name in names if METRICS[name].fixed == fixed]
         if fixed is not None:
             rule, real = prompts.retrieval_captions(model.config, source, fixed.captions), own
+            if fixed.held_out:
+                rule, real = _held_out_captions(model.config, source, held_out, fixed.captions)
             number, used = rule.check(rule.limit), settings | fixed.settings
         else:
             rule, real = conditions or prompts.in_turn(model.config, source), reference or own
@@ -92,6 +96,19 @@ def evaluate(
         sets.append((made, real, some, networks, _about(model, used, rule, how)))
     results = [one for each in sets for one in measure(*each, world=world, progress=progress)]
     return sorted(results, key=lambda result: names.index(result.key))
+
+
+def _held_out_captions(
+    config: RunConfig, source: Source | None, held_out: Source | None, most: int
+) -> tuple[Conditions, Reference]:
+    """Captions of held-out images, and all images, those that were trained on first."""
+    if source is None or held_out is None:
+        raise UsageError(
+            f"{config.name} holds nothing out (data.held_out is {config.data.held_out:g}): omit "
+            "unseen, or train with --set data.held_out=0.1"
+        )
+    rule = prompts.retrieval_captions(config, held_out, most, first=len(source))
+    return rule, reference_of(joined(source, held_out), config.data)
 
 
 def _refuse_unmet(names: Iterable[str], made: PictureSet, reference: Reference | None) -> None:
@@ -214,6 +231,7 @@ def plan(
         "metrics": names,
         "n": n or named or usual_n,
         "source": source,
+        "held_out": held_out,
         "own": None if source is None else reference_of(source, config.data),
         "reference": real,
         "conditions": conditions,

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from matryoshka_diffusion.cascade import Model
-from matryoshka_diffusion.data.source import Source, read_all
+from matryoshka_diffusion.data.source import Sample, Source, read_all
 from matryoshka_diffusion.eval.prompts import Conditions, evenly_spread
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.metrics.formulas import Moments
@@ -96,7 +96,8 @@ class PictureSet:
     batch_size: int  # images in memory at a time, and rows in a file
     levels: int = 1
     captions: Sequence[str] = ()
-    belong_to: Sequence[int] = ()  # training images whose captions the samples have, if known
+    belong_to: Sequence[int] = ()  # images whose captions the samples have, if known
+    samples: Sequence[Sample] = ()  # facts about the images of a source
 
     @property
     def kind(self) -> str:
@@ -277,4 +278,5 @@ def pictures_of(source: Source, root: Path) -> PictureSet:
 
     shape = (len(source), source.side, source.frames)
     captions = [captions[0] for captions in source.captions or ()]
-    return PictureSet(source.name, *shape, root, describe, make, batch_size, captions=captions)
+    about = {"captions": captions, "samples": source.samples}
+    return PictureSet(source.name, *shape, root, describe, make, batch_size, **about)

@@ -30,7 +30,9 @@ from matryoshka_diffusion.eval.comparison import (
     frechet,
 )
 from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat
+from matryoshka_diffusion.eval.prompts import MOST_SAMPLES
 from matryoshka_diffusion.eval.result import Result
+from matryoshka_diffusion.eval.unseen import unseen
 from matryoshka_diffusion.metrics import formulas
 from matryoshka_diffusion.metrics.errors import (
     mean_error,
@@ -215,6 +217,7 @@ def _motion(pair: Comparison) -> list[Result]:
 
 _CLIPS: tuple[Need, ...] = ("reference", "clips")
 _TRAINED: tuple[Need, ...] = ("reference", "captions", "training captions")
+_HELD_OUT = FixedSamples(MOST_SAMPLES, held_out=True)
 _NEIGHBOURS = max(formulas.CLOSED_K, formulas.OPEN_K) + 1
 METRICS: dict[str, Metric] = {
     "fd": Metric(_frechet, EFFNET),
@@ -234,6 +237,10 @@ METRICS: dict[str, Metric] = {
             "retrieval-512": FixedSamples(512),
             "retrieval-one-step": FixedSamples(10_000, one_step=True),
         }.items()
+    },
+    **{
+        name: Metric(unseen, looks_at, (*_TRAINED, "styles"), fixed=_HELD_OUT)
+        for name, looks_at in {"unseen": AVERAGES, "unseen-fd": EFFNET}.items()
     },
     "agreement": Metric(_agreement, AGREEMENT, ("levels",)),
     "fvd": Metric(_video_frechet, VIDEO, _CLIPS),

@@ -107,10 +107,13 @@ def random_labels(classes: int) -> Conditions:
     return Conditions(f"random classes of {classes}", _hash([str(classes)]), "classes", label)
 
 
-def retrieval_captions(config: RunConfig, source: Source | None, most: int) -> Conditions:
+def retrieval_captions(
+    config: RunConfig, source: Source | None, most: int, *, first: int = 0
+) -> Conditions:
     """The first captions of `most` images (all, of a smaller source), the same for every model.
 
-    A larger number adds images to those of a smaller one.
+    A larger number adds images to those of a smaller one. `first` is the number of the source's
+    first image in the reference.
 
     Raises `UsageError` if the model takes no captions, or the source is missing or has none.
     """
@@ -122,7 +125,8 @@ def retrieval_captions(config: RunConfig, source: Source | None, most: int) -> C
     chosen = choose(len(captions), min(most, len(captions)), "retrieval").tolist()
     texts = [captions[index][0] for index in chosen]
     name, count = f"{len(texts)} captions of {source.name}", len(texts)
-    return Conditions(name, _hash(texts), "prompts", texts.__getitem__, count, tuple(chosen))
+    pictures = tuple(first + index for index in chosen)
+    return Conditions(name, _hash(texts), "prompts", texts.__getitem__, count, pictures)
 
 
 def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:

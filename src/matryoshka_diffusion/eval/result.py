@@ -47,6 +47,7 @@ class Result:
     precision: str = ""
     device: str = ""  # type of the device that drew the samples, such as "cuda"
     batch_size: int | None = None
+    sheet: str = ""  # path of a picture of some samples, if the metric draws one
 
     def sentence(self) -> str:
         """The number for people."""
@@ -61,7 +62,8 @@ class Result:
             f", {name} {with_error(other, self.errors.get(name), '.4g')}"
             for name, other in self.others.items()
         )
-        return f"{self.metric}{counts}: {value}{others}"
+        sheet = f" ({self.sheet})" if self.sheet else ""
+        return f"{self.metric}{counts}: {value}{others}{sheet}"
 
     def provenance(self) -> str:
         """One line that says where the number is from."""
