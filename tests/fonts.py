@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fontTools.feaLib.builder import addOpenTypeFeaturesFromString
 from fontTools.fontBuilder import FontBuilder
@@ -28,18 +29,20 @@ def write_font(path: Path, letters: dict[int, bytes], flags: dict[tuple[int, int
     builder.save(path)
 
 
-def _add_bitmaps(font, images: dict[str, bytes]) -> None:
+def _add_bitmaps(font: Any, images: dict[str, bytes]) -> None:
     strike = {}
     for name, png in images.items():
         strike[name] = glyph = C_B_D_T_.cbdt_bitmap_format_17(None, font)
         glyph.metrics, glyph.imageData = BitmapGlyphMetrics.SmallGlyphMetrics(), png
         for field in ("height", "width", "BearingX", "BearingY", "Advance"):
             setattr(glyph.metrics, field, 16)
-    font["CBDT"], font["CBLC"] = bitmaps, places = newTable("CBDT"), newTable("CBLC")
+    bitmaps: Any = newTable("CBDT")
+    places: Any = newTable("CBLC")
+    font["CBDT"], font["CBLC"] = bitmaps, places
     bitmaps.version = places.version = 3.0
     bitmaps.strikeData = [strike]
     size = E_B_L_C_.Strike()
-    table = size.bitmapSizeTable
+    table: Any = size.bitmapSizeTable
     for field in ("colorRef", "startGlyphIndex", "endGlyphIndex"):
         setattr(table, field, 0)
     table.ppemX, table.ppemY, table.bitDepth, table.flags = 16, 16, 32, 1
@@ -52,7 +55,7 @@ def _add_bitmaps(font, images: dict[str, bytes]) -> None:
         ):
             setattr(metrics, field, 0)
         setattr(table, line, metrics)
-    index = E_B_L_C_.eblc_index_sub_table_1(None, font)
+    index: Any = E_B_L_C_.eblc_index_sub_table_1(None, font)
     index.indexFormat, index.imageFormat, index.names = 1, 17, [*images]
     index.firstGlyphIndex, index.lastGlyphIndex = map(
         font.getGlyphID, (index.names[0], index.names[-1])
