@@ -33,7 +33,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
 from matryoshka_diffusion.rng import normal, uniform
-from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.schedule import build_schedules, time_of
 from matryoshka_diffusion.train.stages import learning_rates
 from matryoshka_diffusion.train.trainer import train
 from matryoshka_diffusion.train.weights import load_network
@@ -41,6 +41,7 @@ from nests import wake
 
 COMPARED = {
     "openmoji": tuple(BASELINES),
+    "openmoji-256": ("simple", "finest"),
     "fashion-mnist": ("simple", "finest", "base", "upsampler", "latent"),
     "folder-64": ("latent",),
     "cc12m-256": ("simple", "finest", "upsampler", "latent"),
@@ -51,9 +52,9 @@ RUNS = {
     **{f"{name}-{kind}": (name, kind) for name, kinds in COMPARED.items() for kind in kinds},
 }
 TRAINED = (
-    *("openmoji", "fashion-mnist", "emoji-video", "cc12m-256", "imagenet-256-nest3"),
-    *("released-1024", "openmoji-finest", "openmoji-upsampler", "openmoji-codes"),
-    *("imagenet-256-latent", "cc12m-256-latent"),
+    *("openmoji", "openmoji-256", "fashion-mnist", "emoji-video", "cc12m-256"),
+    *("imagenet-256-nest3", "released-1024", "openmoji-finest", "openmoji-upsampler"),
+    *("openmoji-codes", "imagenet-256-latent", "cc12m-256-latent"),
 )
 """Runs that differ in more than depth or length."""
 
@@ -212,7 +213,7 @@ def test_a_shrunk_preset_trains_grows_and_samples(
     image, coarse = None, config.model.coarse
     if coarse is not None:
         image = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
-    samples = model.sample(prompts, classes=classes, coarse=image, steps=1)
+    samples = model.sample(prompts, classes=classes, coarse=image, steps=2)
     sides = [level.side * config.pixels_per_side for level in config.model.levels]
     assert [tuple(level.shape[-3:-1]) for level in samples.levels] == [(s, s) for s in sides]
 
@@ -243,6 +244,7 @@ def test_the_papers_models_have_their_size(name: str, count: float, error: float
     [
         # -power * log(ratio), from the side of a level over the coarsest one's
         ("openmoji", 0.0, tuple(-2 * math.log(ratio) for ratio in (2, 4, 8))),
+        ("openmoji-256", 0.0, tuple(-2 * math.log(ratio) for ratio in (2, 8, 32))),
         ("fashion-mnist", 0.0, (0.0, -2 * math.log(2))),
         ("cc12m-64", 0.0, (0.0,)),
         ("imagenet-256", 0.0, (0.0, -math.log(4))),
@@ -256,6 +258,17 @@ def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
     half = torch.tensor([0.5], dtype=torch.float64)
     half_way = [float(schedule.log_snr(half)) for schedule in build_schedules(run_of(name).model)]
     assert half_way == pytest.approx([base + shift for shift in levels], abs=1e-3)
+
+
+def test_the_model_of_256_pixels_is_small_and_mostly_asleep():
+    run = run_of("openmoji-256")
+    assert 2 * parameters(run.model) < 20e6  # bytes in bf16
+    floors = run.train.wake or ()
+    assert floors == run.sampling.wake
+    fine = build_schedules(run.model)[1:]
+    # t is drawn evenly, so the time of the floor is the share of samples with the level.
+    shares = [float(time_of(schedule, torch.tensor(floors).double())) for schedule in fine]
+    assert shares == pytest.approx([0.325, 0.089], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["openmoji", "fashion-mnist", "openmoji-codes", "openmoji-simple"])

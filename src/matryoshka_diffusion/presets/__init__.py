@@ -113,6 +113,7 @@ def _merged(inner: LevelConfig, outer: LevelConfig) -> LevelConfig:
         "widths": (*outer.widths[:-1], *inner.widths),
         "blocks": (*outer.blocks[:-1], meeting, *inner.blocks[1:]),
         "attention": (*outer.attention[:-1], *inner.attention),
+        "patch": outer.patch,
         "micro": outer.micro,
         "shift_ratio": outer.shift_ratio,
         "shift_power": outer.shift_power,
@@ -137,8 +138,13 @@ def _one_stage(
 def _trained(
     run: RunConfig, levels: tuple[LevelConfig, ...], stages: tuple[StageConfig, ...]
 ) -> RunConfig:
-    model = run.model.model_copy(update={"levels": levels})
-    return run.model_copy(update={"model": model, "train": in_stages(run.train, *stages)})
+    """The run with these levels, all of them in every row of the last stage and in every step."""
+    update = {
+        "model": run.model.model_copy(update={"levels": levels}),
+        "train": in_stages(run.train.model_copy(update={"wake": None}), *stages),
+        "sampling": run.sampling.model_copy(update={"wake": None}),
+    }
+    return run.model_copy(update=update)
 
 
 def _on_latents(run: RunConfig) -> RunConfig:
