@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka_diffusion import configfile
-from matryoshka_diffusion.config import CodecRunConfig, RunConfig, StageConfig, WeightingConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
+from matryoshka_diffusion.config import RunConfig, StageConfig, WeightingConfig
 from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs.train_autoencoder import build

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.codec import WEIGHTS, fingerprint, load_autoencoder
-from matryoshka_diffusion.config import CodecRunConfig, ConfigError, DataConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
+from matryoshka_diffusion.config import ConfigError, DataConfig
 from matryoshka_diffusion.configfile import changed, from_yaml, load_config, override, to_yaml
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.draw.grid import save_png

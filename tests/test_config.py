@@ -211,7 +211,9 @@ UNEVEN = (
         ("train.stages[0].lr=fast", r"train\.stages\[0\]\.lr: .*number"),
         ("data.flip=1", r"data\.flip: .*boolean"),
         ("data.path=7", r"data\.path: .*string"),
-        ("model.levels[0].widths=32", r"model\.levels\[0\]\.widths: .*tuple"),
+        ("model.levels[0].widths=32", r"model\.levels\[0\]\.widths: .*write \[32\]"),
+        ("train.ema_power=0.1", r"train\.ema_power: .*write \[0\.1\]"),
+        ("sampling.guidance=high", r"sampling\.guidance\[0\]: .*number"),
         ("train.betas=[0.9]", r"train\.betas.*: .*required"),
         # ranges
         ("model.levels[0].side=0", r"model\.levels\[0\]\.side: .*greater than 0"),

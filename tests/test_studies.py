@@ -19,7 +19,7 @@ from studies.results import GROUPS, PLACE, filled, read_results, table, tables
 from studies.run import claimed, is_done, measured_at, result_path, run, work
 from studies.trials import DECAY, SETS, Trial, all_trials, changed, images_at, total_flops
 
-from matryoshka_diffusion.config import CodecRunConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint

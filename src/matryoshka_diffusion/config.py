@@ -11,7 +11,16 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from matryoshka_diffusion.modelconfig import CoarseConfig as CoarseConfig
-from matryoshka_diffusion.modelconfig import Count, ModelConfig, Natural, Positive, Share, Strict
+from matryoshka_diffusion.modelconfig import (
+    Count,
+    Floors,
+    ModelConfig,
+    Natural,
+    PerLevel,
+    Positive,
+    Share,
+    Strict,
+)
 from matryoshka_diffusion.modelconfig import LevelConfig as LevelConfig
 from matryoshka_diffusion.modelconfig import TextConfig as TextConfig
 
@@ -72,13 +81,13 @@ class WeightingConfig(Strict):
 class ProcessConfig(Strict):
     """The prediction of the network, and the weights of its errors.
 
-    Tuples have one entry for all levels, or one for each. A level of weight 0 learns only to help
-    the finer ones; samplers take D^r of the finest estimate in its place (`denoiser.Pooled`).
+    A level of weight 0 learns only to help the finer ones; samplers take D^r of the finest estimate
+    in its place (`denoiser.Pooled`).
     """
 
     prediction: Prediction = "x0"
-    weighting: tuple[WeightingConfig, ...] = (WeightingConfig(),)
-    level_weights: tuple[Weight, ...] = (1.0,)
+    weighting: PerLevel[WeightingConfig] = (WeightingConfig(),)
+    level_weights: PerLevel[Weight] = (1.0,)
 
 
 class DataIdentity(Strict):
@@ -215,7 +224,7 @@ class TrainConfig(Strict):
     ema_snapshot_every_images: Count | None = None  # None: 32 snapshots in a run
     averaged: AverageLength | None = None  # length that a model's average has; of `mdm ema`
     condition_dropout: Share = 0.1
-    wake: tuple[float, ...] | None = None  # log-SNR from which samples have a level; None: always
+    wake: Floors = None  # log-SNR from which samples have a level; None: always
     log_every_images: Count = 2_000
     preview_every_images: Natural = 20_000
     checkpoint_every_images: Count = 10_000
@@ -268,16 +277,16 @@ class BaseConfig(Strict):
 
 
 class SamplingConfig(Strict):
-    """Sampling defaults; `guidance`, `threshold`, `wake` have one entry, or one for each level."""
+    """Sampling defaults."""
 
     sampler: SamplerName = "dpmpp-2m"
     steps: Annotated[int, Field(gt=0, le=100_000)] = 25
     grid: GridName = "trailing"
-    guidance: tuple[float, ...] = (1.0,)
+    guidance: PerLevel[float] = (1.0,)
     guidance_interval: tuple[float, float] | None = None  # of the log-SNR
     rescale: Share = 0.0
-    threshold: tuple[Threshold, ...] = ("clip",)
-    wake: tuple[float, ...] | None = None  # log-SNR from which a finer level works; None: always
+    threshold: PerLevel[Threshold] = ("clip",)
+    wake: Floors = None  # log-SNR from which a finer level works; None: always
     eta: Share = 0.0
     coarse_noise: Share | None = None  # time of the noise on an upsampler's coarse image
     base: BaseConfig | None = None
@@ -381,40 +390,3 @@ class RunConfig(Strict):
                 if share and not any(weights[: level + 1]):
                     place = f"train.stages[{index}].mix[{level}]"
                     yield f"{place}: set 0; by process.level_weights these rows teach nothing"
-
-
-class CodecRunConfig(Strict):
-    """The training of a small autoencoder (an `AutoencoderKL` of diffusers) on images of `side`."""
-
-    name: str
-    data: DataConfig
-    side: Count
-    channels: Count = 4  # numbers at each position of the latents
-    widths: tuple[Count, ...] = Field(default=(16, 32, 64), min_length=1)  # a step halves the side
-    blocks: Count = 1  # the encoder's at each width; the decoder has one more
-    norm_groups: Count = 2  # few, because the first widths are small
-    square_weight: Weight = 1.0  # of the squared error of a pixel, beside the absolute one
-    kl_weight: Weight = 1e-6  # of an image's divergence from N(0, 1), beside its summed error
-    images: Count
-    batch_size: Count = 8
-    lr: Positive = 2e-3
-    seed: Natural = 0
-    warmup_images: Natural = 1_000
-    decay_share: Share = 0.5
-    clip_norm: Positive = 1.0
-    log_every_images: Count = 1_000
-    checkpoint_every_images: Count = 5_000
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a side for each position of the latents."""
-        return 2 ** (len(self.widths) - 1)
-
-    def problems(self) -> Iterator[str]:
-        if self.side % self.factor:
-            yield f"side {self.side} cannot be halved {len(self.widths) - 1} times"
-        if odd := [width for width in self.widths if width % self.norm_groups]:
-            yield f"widths: {odd[0]} is not a multiple of norm_groups {self.norm_groups}"
-        for name in ("side", "classes"):
-            if getattr(self.data, name):
-                yield f"data.{name}: a codec has its own side and no classes; omit it"

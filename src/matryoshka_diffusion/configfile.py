@@ -20,7 +20,8 @@ from ruamel.yaml import YAML, Node, SafeConstructor, ScalarNode, YAMLError
 from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError
 
-from matryoshka_diffusion.config import CodecRunConfig, ConfigError, RunConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
+from matryoshka_diffusion.config import ConfigError, RunConfig
 
 Config = TypeVar("Config", RunConfig, CodecRunConfig)
 Changes = Iterable[tuple[str, Any]]
@@ -148,12 +149,12 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {_one_line(error)}") from error
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """The path and value of `path.to.key=value`. Raises `ConfigError`."""
+def assignment(text: str, option: str = "--set") -> tuple[str, Any]:
+    """The path and value of `path.to.key=value`. Raises `ConfigError`, which names the option."""
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
-        raise ConfigError(f"--set {text}: write path.to.key=value")
-    return path.strip(), _parse(value, f"--set {text}")
+        raise ConfigError(f"{option} {text}: write path.to.key=value")
+    return path.strip(), _parse(value, f"{option} {text}")
 
 
 def _assign(data: Any, keys: list[str], value: Any) -> bool:
@@ -195,6 +196,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
             clauses.append(f"{path}: unknown key{_nearest(path, kind)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "tuple_type" and isinstance(problem["input"], str | int | float):
+                message = f"a list is needed; write [{problem['input']}]"
             clauses.append(f"{path}: {message}" if path else message)
     return "; ".join(clauses)
 

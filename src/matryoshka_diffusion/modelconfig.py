@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -23,7 +25,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 InputScaling = Literal["none", "std", "analytic"]
-Floors = tuple[float, ...] | None  # log-SNRs: one for all levels, one for each, or none
+
+
+def _in_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float | Mapping) else value
+
+
+PerLevel = Annotated[tuple[T, ...], BeforeValidator(_in_tuple)]
+"""One entry for all levels, or one for each; a value alone is one entry."""
+Floors = PerLevel[float] | None  # log-SNRs from which levels work
 
 
 class Strict(BaseModel):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.config import (
-    CodecRunConfig,
     DataConfig,
     EncoderConfig,
     LevelConfig,

@@ -20,8 +20,8 @@ from matryoshka_diffusion.codec import (
     read_code_shape,
     store_codes,
 )
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.config import (
-    CodecRunConfig,
     ConfigError,
     DataConfig,
     EncoderConfig,

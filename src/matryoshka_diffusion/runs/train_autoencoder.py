@@ -26,8 +26,9 @@ from matryoshka_diffusion.codec import (
     Autoencoder,
     AutoencoderKL,
 )
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import CodecRunConfig, ConfigError, StageConfig, TrainConfig
+from matryoshka_diffusion.config import ConfigError, StageConfig, TrainConfig
 from matryoshka_diffusion.configfile import load_config, to_yaml
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source, identity, open_source, split

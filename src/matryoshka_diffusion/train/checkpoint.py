@@ -27,7 +27,8 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from matryoshka_diffusion.config import CodecRunConfig, ConfigError, RunConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
+from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write_atomically
 from matryoshka_diffusion.modelconfig import Natural, Strict

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning, pad
-from matryoshka_diffusion.config import CoarseConfig, CodecRunConfig, RunConfig
+from matryoshka_diffusion.config import CoarseConfig, RunConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.loader import Batch
 from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, augment_coarse, per_level

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.codecconfig import CodecRunConfig
+from matryoshka_diffusion.config import RunConfig, TrainConfig
 from matryoshka_diffusion.draw.clips import FASTEST, gif
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.train.stages import Step

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import CodecRunConfig, RunConfig, TrainConfig
+from matryoshka_diffusion.config import RunConfig, TrainConfig
 from matryoshka_diffusion.diffusion import Loss, Network, Process, matryoshka_loss
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, learnt_parameters, level_of
