@@ -232,6 +232,25 @@ def test_a_frozen_parameter_neither_moves_nor_ages_and_a_snapshot_holds_the_stat
     assert torch.equal(synthesise(tmp_path, 0.2).weights["bias"], model.bias.detach())
 
 
+def test_an_early_average_is_that_of_the_training_until_then(tmp_path):
+    walk = Walk(3)
+    tracks = PowerEma(walk.net, LENGTHS)
+    for step in range(1, 41):
+        walk.step("")
+        tracks.update(walk.net, 2)
+        if step % 10 == 0:
+            write_snapshot(tmp_path / "all", tracks.state(), 2 * step)
+            if step <= 20:
+                write_snapshot(tmp_path / "early", tracks.state(), 2 * step)
+    early = synthesise(tmp_path / "early", 0.1).weights
+    for until in (40, 59):
+        made = synthesise(tmp_path / "all", 0.1, until).weights
+        assert all(torch.equal(made[name], value) for name, value in early.items())
+    assert not torch.equal(synthesise(tmp_path / "all", 0.1).weights["0.weight"], early["0.weight"])
+    with pytest.raises(FileNotFoundError, match=r"the first snapshot is of 20 images.* --until"):
+        synthesise(tmp_path / "all", 0.1, 19)
+
+
 def test_a_folder_without_whole_snapshots_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no snapshots .* train\.ema_power"):
         synthesise(tmp_path / "ema", 0.1)

@@ -182,6 +182,9 @@ def test_settings_reach_the_part_that_they_are_for(cascade):
     assert cascade.sampling({"steps": 7, "coarse_noise": 0.1}).coarse_noise == 0.1
     with pytest.raises(UsageError, match="guidance has 3 entries"):
         cascade.sample("red", guidance=(1.0, 2.0, 3.0))
+    with pytest.raises(UsageError, match="guide: runs/weak guides one model"):
+        cascade.sample("red", guide="runs/weak")
+    assert cascade.sampling({"guide": None}).guide is None
     assert cascade.idle({"rescale": 0.7, "eta": 0.5}) == {"eta"}, "the base is guided"
     for guidance, idle in (((1.0, 1.0), {"rescale"}), ((1.0, 3.0), set()), ((3.0, 1.0), set())):
         settings = {"guidance": guidance, "rescale": 0.7, "sampler": "ddim", "eta": 0.5}

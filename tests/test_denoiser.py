@@ -16,6 +16,7 @@ from matryoshka_diffusion.denoiser import (
     Guided,
     NetworkDenoiser,
     Thresholded,
+    WithAndWithout,
     active_weights,
     dynamic_threshold,
     upper_quantile,
@@ -54,7 +55,7 @@ def guide(*weights: float, **options) -> tuple[Pyramid, list[str]]:
         assert all(torch.equal(z_r, own.repeat(2, 1, 1, 1)) for z_r, own in zip(z, Z, strict=True))
         return BOTH
 
-    return Guided(conditional, both, weights, **options)(Z, HALF), calls
+    return Guided(WithAndWithout(conditional, both), weights, **options)(Z, HALF), calls
 
 
 def led(*weights: float) -> Pyramid:
@@ -137,7 +138,7 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
         network_denoiser(lambda z, t, cond, answer=answer: answer, prediction)
         for answer in (led(4.0, 4.0), WITH, BOTH)
     )
-    result = Guided(plain, both, (4.0, 4.0))(Z, HALF)
+    result = Guided(WithAndWithout(plain, both), (4.0, 4.0))(Z, HALF)
     torch.testing.assert_close(result, guided(Z, HALF))
 
 

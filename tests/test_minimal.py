@@ -17,7 +17,7 @@ from torch import nn
 from matryoshka_diffusion import rng
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, ProcessConfig
-from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded
+from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded, WithAndWithout
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, build_pyramid
@@ -125,12 +125,11 @@ def test_the_same_weights_and_noise_give_the_library_s_images(example, library_n
     labels = torch.tensor([0, 4, 11])
     cond = Conditioning(labels=labels)
     noise = SeededNoise([1, 2, 3], [Resolution(d.side, d.side) for d in example.NEST])
-    denoise = Guided(
+    pair = WithAndWithout(
         NetworkDenoiser(library_net, process, cond),
         NetworkDenoiser(library_net, process, cond.followed_by(cond.null())),
-        (guidance,) * 3,
     )
-    denoise = Thresholded(denoise, ("clip",) * 3)
+    denoise = Thresholded(Guided(pair, (guidance,) * 3), ("clip",) * 3)
     times = trailing_grid(8, process.schedules[0])
     with torch.no_grad():
         ours = last(ddim(denoise, noise.start(), process.schedules, times, noise=noise)).z

@@ -23,6 +23,7 @@ from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka, passes
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.pyramid import resolution_of, up_sample
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import HiddenStates
@@ -330,9 +331,13 @@ def test_the_arithmetic_of_a_sample_is_counted_as_the_network_does_it(wake):
     assert sum(each) == counter.get_total_flops()
 
 
-def test_a_level_that_never_wakes_is_refused():
-    with pytest.raises(UsageError, match="level 1 asleep in all 1 steps"):
-        class_model().sample(classes=0, wake=-1.0, steps=1)
+def test_a_level_that_never_wakes_is_refused_but_in_a_single_step_it_is_enlarged():
+    model = class_model()
+    with pytest.raises(UsageError, match="level 1 asleep in all 2 steps"):
+        model.sample(classes=0, wake=50.0, steps=2)
+    levels = model.sample(classes=0, wake=50.0, steps=1, sampler="ddim").levels
+    coarse, fine = (torch.from_numpy(level).movedim(-1, 1).double() for level in levels)
+    assert (up_sample(coarse, resolution_of(fine)) - fine).abs().max() <= 1.0, "in bytes"
 
 
 def test_a_number_is_the_place_of_a_class_and_a_string_its_name():

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from matryoshka_diffusion.config import (
+    PER_LEVEL,
     BaseConfig,
     ConfigError,
     RunConfig,
@@ -32,7 +33,6 @@ from matryoshka_diffusion.models.find import (
 )
 from matryoshka_diffusion.pipeline import Matryoshka, Samples
 from matryoshka_diffusion.pyramid import Resolution
-from matryoshka_diffusion.sampling import PER_LEVEL
 from matryoshka_diffusion.train.weights import fingerprint
 
 
@@ -119,13 +119,18 @@ class Cascade:
         """Settings for the base and for the upsampler: entries for each level are divided.
 
         Raises:
-            UsageError: a setting has neither one entry nor one for each level.
+            UsageError: a setting has neither one entry nor one for each level, or names a guide.
         """
+        if settings.get("guide") is not None:
+            raise UsageError(
+                f"guide: {settings['guide']} guides one model, and a cascade has two: draw images "
+                "with the base and its guide, and enlarge them with the upsampler's (--coarse)"
+            )
         base = {name: value for name, value in settings.items() if name != "coarse_noise"}
         upsampler = dict(settings)
         levels, border = len(self.resolutions), len(self.base.resolutions)
-        for name in PER_LEVEL:
-            values = settings.get(name)
+        for part, name in PER_LEVEL:
+            values = settings.get(name) if part == "sampling" else None
             if not isinstance(values, list | tuple) or len(values) == 1:
                 continue
             if len(values) != levels:

@@ -147,3 +147,24 @@ def entries_of(name: str, value: Any, kinds: Any) -> list[Any] | None:
             kind = "text" if kinds is str else "a name or a number"
             raise UsageError(f"{name}[{place}] is {entry!r}: give {kind}")
     return values
+
+
+def labels_of(classes: Sequence[str | int] | None, names: Sequence[str], count: int) -> list[int]:
+    """Indices of classes by name or number; all `count` classes if there is none.
+
+    A string is first read as a name ("1" may be one), then as an index. An `int` is an index.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    folded = [name.casefold() for name in names]
+
+    def label(one: str | int) -> int:
+        if isinstance(one, str) and one.casefold() in folded:
+            return folded.index(one.casefold())
+        if str(one).isdecimal() and int(one) < count:
+            return int(one)
+        known = ", ".join(names) if names else f"0 to {count - 1}"
+        raise UsageError(f"unknown class {one!r}; there are: {known}")
+
+    return list(range(count)) if classes is None else [label(one) for one in classes]

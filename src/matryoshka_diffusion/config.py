@@ -284,6 +284,7 @@ class SamplingConfig(Strict):
     grid: GridName = "trailing"
     guidance: PerLevel[float] = (1.0,)
     guidance_interval: tuple[float, float] | None = None  # of the log-SNR
+    guide: Name | None = None  # a weaker model that guidance leads away from; None: no condition
     rescale: Share = 0.0
     threshold: PerLevel[Threshold] = ("clip",)
     wake: Floors = None  # log-SNR from which a finer level works; None: always
@@ -297,6 +298,7 @@ class SamplingConfig(Strict):
         """The settings without effect: eta without ddim, guidance's where nothing is guided."""
         unguided = all(weight == 1.0 for weight in self.guidance)
         idle = {"eta": self.sampler != "ddim", "guidance_interval": unguided, "rescale": unguided}
+        idle["guide"] = unguided
         return frozenset(name for name, has_no_effect in idle.items() if has_no_effect)
 
     def problems(self) -> Iterator[str]:

@@ -105,7 +105,8 @@ class Matryoshka(DiffusionModel):
         # On a CPU a single image would take longer in channels last.
         layout = "channels_last" if device.type == "cuda" else "nchw"
         net = placed(net, device, layout).eval()
-        super().__init__(net, net.config, config, device=device, **options)
+        options = {"device": device, "open_guide": open_guide, **options}
+        super().__init__(net, net.config, config, **options)
         self._codec = codec
 
     @classmethod
@@ -258,8 +259,15 @@ class Matryoshka(DiffusionModel):
         """All that samples depend on besides seeds and conditions, as JSON.
 
         `averaged` says whether the weights are averages over the training. The text encoder is
-        loaded for its key, a hash of its weights, which may change at the same path.
+        loaded for its key, a hash of its weights, which may change at the same path. So is a guide.
         """
+        sampling = self.sampling(settings)
+        # How fast clips are shown changes no sample.
+        drawn_with = sampling.model_dump(mode="json", exclude={"fps", "guide"})
+        if sampling.guide is not None:
+            guide = self.guide(sampling.guide)
+            assert isinstance(guide, Matryoshka), "open_guide loads one"
+            drawn_with["guide"] = f"{guide.config.name} {fingerprint(guide.net.state_dict())[:16]}"
         return {
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
@@ -269,8 +277,7 @@ class Matryoshka(DiffusionModel):
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.model.model_dump(mode="json"),
             "pixels": self.config.data.pixels,
-            # How fast clips are shown changes no sample.
-            "sampling": self.sampling(settings).model_dump(mode="json", exclude={"fps"}),
+            "sampling": drawn_with,
             "precision": self.precision,
             "device": self.device.type,
         }
@@ -278,6 +285,49 @@ class Matryoshka(DiffusionModel):
     def evaluations(self, settings: dict[str, Any]) -> int:
         """The number of network evaluations for one sample."""
         return passes(self, self.sampling(settings)).total()
+
+
+def open_guide(path: str, good: DiffusionModel) -> Matryoshka:
+    """Load the weaker model that guides a better one of the same images and conditions.
+
+    It may have fewer levels, as an early average of a run that grows.
+
+    Raises:
+        UsageError: there is no such model, or it is one of other images or conditions.
+    """
+    try:
+        guide = Matryoshka.load(path, device=good.device, precision=good.precision)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"sampling.guide: {error}; name a model (--guide RUN) or omit it"
+        ) from error
+
+    def common(model: DiffusionModel) -> dict[str, Any]:
+        config, nest = model.config, model.model
+        return {
+            "model.channels": nest.channels,
+            "model.schedule": nest.schedule,
+            "model.classes": nest.classes,
+            "model.coarse": nest.coarse,
+            "data.classes": config.data.classes,
+            "data.pixels": config.data.pixels,
+            "encoder": config.encoder,
+            "codec.weights": config.codec and config.codec.weights,
+        } | {
+            f"model.levels[{place}].{name}": getattr(level, name)
+            for place, level in enumerate(nest.levels)
+            for name in ("side", "frames", "shift_ratio", "shift_power", "micro")
+        }
+
+    own = common(good)
+    for name, value in common(guide).items():
+        if own.get(name, value) != value:
+            raise UsageError(
+                f"sampling.guide: {name} of {path} is {value!r}, that of {good.config.name} is "
+                f"{own[name]!r}: name a weaker model of the same images and conditions, such as an "
+                "early average of the same run (mdm ema RUN --until IMAGES)"
+            )
+    return guide
 
 
 def passes(model: DiffusionModel, sampling: SamplingConfig) -> Counter[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -13,10 +13,19 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_long, pad
+from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_long, labels_of, pad
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
-from matryoshka_diffusion.denoiser import Denoiser, Guided, NetworkDenoiser, Pooled, Thresholded
+from matryoshka_diffusion.denoiser import (
+    Denoiser,
+    Guided,
+    NetworkDenoiser,
+    OfTwoModels,
+    Pair,
+    Pooled,
+    Thresholded,
+    WithAndWithout,
+)
 from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
@@ -31,13 +40,9 @@ from matryoshka_diffusion.train.precision import (
     resolve_precision,
 )
 
-PER_LEVEL = ("guidance", "threshold", "wake")
-"""Sampling settings that take one value, or one for each level."""
 UNBOUNDED = (-float("inf"), float("inf"))
 BATCH, PIXELS = 64, 2**22
 """Samples of a batch, and pixels of their finest level, at most: unless a batch size is set."""
-
-
 _CLASS = (str, Integral)
 
 
@@ -61,6 +66,7 @@ class DiffusionModel:
         features: features of captions by that encoder, which need not be loaded for one of these.
         precision: arithmetic of the network; `auto` is bf16 where the hardware multiplies it. Under
             bf16 an image depends slightly on its batch.
+        open_guide: opens the weaker model at a path (`SamplingConfig.guide`) that guides this one.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class DiffusionModel:
         features: Mapping[str, Float[Tensor, "_ d"]] | None = None,
         device: torch.device | str = "cpu",
         precision: PrecisionSetting = "fp32",
+        open_guide: Callable[[str, DiffusionModel], DiffusionModel] | None = None,
     ) -> None:
         self.net, self.model, self.config = net, model, config
         self.device = torch.device(device)
@@ -81,6 +88,8 @@ class DiffusionModel:
         self._encoder = encoder
         self._features = features or {}
         self._features_alone: dict[str, Tensor] = {}
+        self._open_guide = open_guide
+        self._guides: dict[str, DiffusionModel] = {}
 
     @property
     def resolutions(self) -> tuple[Resolution, ...]:
@@ -121,11 +130,7 @@ class DiffusionModel:
         Raises:
             ConfigError: a setting is unknown, or its value does not fit the model.
         """
-        several = {
-            name: (value,) if name in PER_LEVEL and isinstance(value, str | float | int) else value
-            for name, value in settings.items()
-        }
-        data = {**dict(self.config), "sampling": {**dict(self.config.sampling), **several}}
+        data = {**dict(self.config), "sampling": {**dict(self.config.sampling), **settings}}
         return from_dict(data, where="sampling settings").sampling
 
     def idle(self, settings: Mapping[str, Any]) -> set[str]:
@@ -140,13 +145,15 @@ class DiffusionModel:
     def calls(self, sampling: SamplingConfig) -> list[Instant]:
         """The instants of the sampler's steps, each with the levels that are awake then.
 
+        A single step is the estimate of x at its time, also where finer levels are asleep.
+
         Raises:
-            UsageError: the finest level is asleep to the end.
+            UsageError: the finest level is asleep in all of several steps.
         """
         floors = per_level(sampling.wake or ALWAYS_AWAKE, len(self.model.levels))
         steps = instants(self.times(sampling)[:-1], self.process.schedules)
         calls = [now.awake(floors) for now in steps]
-        if len(calls[-1].levels) < len(floors):
+        if len(calls[-1].levels) < len(floors) and len(calls) > 1:
             raise UsageError(
                 f"sampling.wake leaves level {len(calls[-1].levels)} asleep in all {len(calls)} "
                 "steps: lower its floor (--wake) or take more steps (--steps)"
@@ -182,6 +189,18 @@ class DiffusionModel:
         family = "sample" if self.model.coarse is None else "upsample"
         return SeededNoise(seeds, self.resolutions, self.model.channels, device, family=family)
 
+    def guide(self, path: str) -> DiffusionModel:
+        """The weaker model at a path, opened at the first call.
+
+        Raises:
+            UsageError: there is none, or it cannot guide this model.
+        """
+        if path not in self._guides:
+            if self._open_guide is None:
+                raise UsageError(f"sampling.guide: {self.config.name} opens no files: omit {path}")
+            self._guides[path] = self._open_guide(path, self)
+        return self._guides[path]
+
     def denoiser(
         self,
         cond: Conditioning,
@@ -191,23 +210,36 @@ class DiffusionModel:
         """The estimate of x under `cond`, guided and thresholded as `sampling` says."""
         levels = len(self.model.levels)
         weights = per_level(sampling.guidance, levels)
-        if all(weight == 1.0 for weight in weights):
-            if negative is not None:
-                raise UsageError("a negative prompt needs guidance: add a weight (--cfg)")
-            denoise: Denoiser = NetworkDenoiser(self._predict, self.process, cond)
-        else:
+        denoise: Denoiser = self._estimates(cond)
+        if any(weight != 1.0 for weight in weights):
+            pair = self._pair(cond, negative, sampling.guide)
+            interval = sampling.guidance_interval or UNBOUNDED
+            denoise = Guided(pair, weights, interval, sampling.rescale)
+        elif negative is not None:
+            raise UsageError("a negative prompt needs guidance: add a weight (--cfg)")
+        return self._pooled(Thresholded(denoise, per_level(sampling.threshold, levels)))
+
+    def _pair(
+        self, cond: Conditioning, negative: str | Sequence[str] | None, guide: str | None
+    ) -> Pair:
+        """The estimates that guidance leads to and away from."""
+        if guide is None:
             if cond.labels is None and cond.tokens is None:
-                raise UsageError(f"{self.config.name} is unconditional: omit guidance (--cfg)")
+                raise UsageError(
+                    f"{self.config.name} is unconditional: omit --cfg or add a weak model (--guide)"
+                )
             cond, without = equally_long(cond, self.unconditional(cond, negative))
-            denoise = Guided(
-                NetworkDenoiser(self._predict, self.process, cond),
-                NetworkDenoiser(self._predict, self.process, cond.followed_by(without)),
-                weights,
-                sampling.guidance_interval or UNBOUNDED,
-                sampling.rescale,
-            )
-        bounded = Thresholded(denoise, per_level(sampling.threshold, levels))
-        return Pooled(bounded, [weight == 0.0 for weight in self.process.level_weights])
+            return WithAndWithout(self._estimates(cond), self._estimates(cond.followed_by(without)))
+        weaker = self.guide(guide)
+        same = cond if negative is None else self.unconditional(cond, negative)
+        weak = weaker._pooled(weaker._estimates(same))
+        return OfTwoModels(self._estimates(cond), weak, len(weaker.model.levels))
+
+    def _estimates(self, cond: Conditioning) -> Denoiser:
+        return NetworkDenoiser(self._predict, self.process, cond)
+
+    def _pooled(self, denoise: Denoiser) -> Denoiser:
+        return Pooled(denoise, [weight == 0.0 for weight in self.process.level_weights])
 
     def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
         with autocast(self.precision, self.device):
@@ -302,10 +334,12 @@ class DiffusionModel:
             tokens, mask = pad([features[caption] for caption in captions])
             conditions = {"tokens": tokens, "mask": mask}
         elif self.model.classes:
-            labels = [label for label in self._labels(classes) for _ in range(n)]
             names = self.config.data.classes
-            captions = tuple(names[label] if names else str(label) for label in labels)
-            conditions = {"labels": torch.tensor(labels)}
+            labels = torch.tensor(labels_of(classes, names, self.model.classes)).repeat_interleave(
+                n
+            )
+            captions = tuple(names[label] if names else str(label) for label in labels.tolist())
+            conditions = {"labels": labels}
         # Ask for images that were at least as large as the finest level before resizing.
         micro = {
             name: torch.full((len(captions),), float(self.picture_side if usual is None else usual))
@@ -378,26 +412,6 @@ class DiffusionModel:
             (self._features_alone[one],) = self._encode([one])
         tokens, mask = pad([self._features_alone[one] for one in texts])
         return replace(cond, tokens=tokens, mask=mask, dropped=None).to(self.device)
-
-    def _labels(self, classes: Sequence[str | int] | None) -> list[int]:
-        """Indices of classes by name or number; all classes if there is none.
-
-        A string is first read as a name ("1" may be one), then as an index. An `int` is an index.
-        """
-        names, count = self.config.data.classes, self.model.classes
-        folded = [name.casefold() for name in names]
-
-        def label(one: str | int) -> int:
-            if isinstance(one, str) and one.casefold() in folded:
-                return folded.index(one.casefold())
-            if str(one).isdecimal() and int(one) < count:
-                return int(one)
-            known = ", ".join(names) if names else f"0 to {count - 1}"
-            raise UsageError(f"unknown class {one!r}; there are: {known}")
-
-        if classes is None:
-            return list(range(count))
-        return [label(one) for one in classes]
 
     def _takes(self, refused: str) -> UsageError:
         takes = "takes prompts (-p)" if self.model.text is not None else "is unconditional"

@@ -167,7 +167,7 @@ def export(options: argparse.Namespace) -> None:
 def ema(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.models.save import average_model
 
-    error = average_model(options.run_folder, options.length, options.out)
+    error = average_model(options.run_folder, options.length, options.out, options.until)
     if error > _MATCHED:
         warnings.warn(
             f"--length {options.length:g} is not matched, its profile is off by {error:.0%}: 32 "
@@ -242,4 +242,6 @@ def add_commands(commands: Any) -> None:
     add("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
     text = "share of the training that the average is over, such as 0.08"
     add("--length", type=float, required=True, metavar="SHARE", help=text)
+    text = "average the training until so many images were seen: a weaker model for --guide"
+    add("--until", type=positive, metavar="IMAGES", help=text)
     command.add_argument("-o", "--out", **MODEL_FOLDER)

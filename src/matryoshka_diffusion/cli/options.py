@@ -31,6 +31,7 @@ MODEL_FOLDER: dict[str, Any] = {
 IDLE = {
     "eta": "--eta only applies to ddim: add --sampler ddim or omit --eta",
     "guidance_interval": "--interval only applies to guidance: add --cfg or omit --interval",
+    "guide": "--guide only applies to guidance: add --cfg or omit --guide",
     "rescale": "--rescale only applies to guidance: add --cfg or omit --rescale",
     "wake": "--wake is for finer levels, and the model has one level: omit --wake",
 }
@@ -86,13 +87,16 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
         add("--cfg", type=_weights, dest="guidance", metavar="W[,W...]", help=text)
         text = "time, 0 to 1, of the noise on an upsampler's small image"
         add("--coarse-noise", type=float, metavar="T", help=text)
+    text = "weaker model that guidance leads away from, such as one of mdm ema --until"
+    add("--guide", metavar="RUN", help=text)
     interval: Any = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
     text = "guide only between these log-SNRs"
     add("--interval", dest="guidance_interval", **interval, help=text)
     add("--rescale", type=float, metavar="SHARE", help="guidance rescale, 0 to 1")
     add("--eta", type=float, help="ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--grid", choices=GRIDS, help="times that the sampler visits")
-    add("--threshold", choices=THRESHOLDS, help="how estimates stay in the range of pixels")
+    text = "how estimates stay in the range of pixels: for all levels, or one for each"
+    add("--threshold", nargs="+", choices=THRESHOLDS, help=text)
     text = "log-SNR from which finer levels work: for all levels, or one for each, coarse to fine"
     add("--wake", nargs="+", type=float, metavar="FLOOR", help=text)
     text = "samples at a time (at most 64, and 4 million pixels of the finest level)"
@@ -108,7 +112,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings on the command line."""
     names = (
         *("sampler", "steps", "grid", "threshold", "eta", "wake"),
-        *("guidance", "guidance_interval", "rescale", "coarse_noise", "fps"),
+        *("guidance", "guide", "guidance_interval", "rescale", "coarse_noise", "fps"),
     )
     return {n: value for n in names if (value := getattr(options, n, None)) is not None}
 

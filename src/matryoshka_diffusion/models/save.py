@@ -25,7 +25,7 @@ def export_model(
     """Write the weights, config and codec of a model, and nothing else of its run, into `out`.
 
     Returns:
-        The config in `out`. For an upsampler it names no base that is a folder of this computer.
+        The config in `out`. It names no base and no guide that is a folder of this computer.
 
     Raises:
         ConfigError: `out` is not empty.
@@ -35,7 +35,7 @@ def export_model(
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
-    config = without_base(carry_codec(config, out))
+    config = without_models(carry_codec(config, out))
     export_weights(out, weights, config, dtype=DTYPES[dtype])
     return config
 
@@ -57,8 +57,10 @@ def convert_released(
     return released.config
 
 
-def average_model(run: Path, length: float, out: Path) -> float:
+def average_model(run: Path, length: float, out: Path, until: int | None = None) -> float:
     """Write the model whose weights are the average of `length` over the training of `run`.
+
+    With `until` it is an early average: that of the training until so many images were seen.
 
     Returns:
         The error of the average's profile, as `train.averages.Fit.error`.
@@ -73,7 +75,7 @@ def average_model(run: Path, length: float, out: Path) -> float:
         raise UsageError(f"--length {length:g}: give a number above 0 and below {UNIFORM:.4f}")
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run folder with a config.yaml in it")
-    average = synthesise(run / "ema", length)
+    average = synthesise(run / "ema", length, until)
     config = with_own_codec(load_config(run / "config.yaml"), run)
     config = average_of(carry_codec(config, out), length)
     export_weights(out, average.weights, config)
@@ -93,15 +95,15 @@ def without_paths(config: RunConfig) -> RunConfig:
         "encoder": encoder,
         "train": train,
     }
-    return without_base(config.model_copy(update=update))
+    return without_models(config.model_copy(update=update))
 
 
-def without_base(config: RunConfig) -> RunConfig:
-    """The config of an upsampler without a base that is a folder of this computer."""
-    base = config.sampling.base
-    if base is None or not _is_here(base.path):
-        return config
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"base": None})})
+def without_models(config: RunConfig) -> RunConfig:
+    """The config without a base and a guide that are folders of this computer."""
+    base, guide = config.sampling.base, config.sampling.guide
+    paths = {"base": base and base.path, "guide": guide}
+    update = {name: None for name, path in paths.items() if path is not None and _is_here(path)}
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=update)})
 
 
 def _is_here(path: str) -> bool:

@@ -78,7 +78,9 @@ class Preview:
             device=self.device,
             precision=view.config.train.precision,
         )
-        samples = model.sample(**self.arguments)
+        # A guide is chosen for a trained model.
+        plain = {"guide": None, "guidance": 1.0} if view.config.sampling.guide else {}
+        samples = model.sample(**self.arguments, **plain)
         coarse = (self.arguments["coarse"],) if "coarse" in self.arguments else ()
         pages = grid.pages(
             (*coarse, *samples.levels),

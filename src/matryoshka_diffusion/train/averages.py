@@ -202,13 +202,14 @@ def fit(profiles: Sequence[Profile], wanted: Profile) -> tuple[Float[np.ndarray,
     return factors, float(np.sqrt(max(left_over, 0.0) / norm))
 
 
-def synthesise(folder: Path, length: float) -> Average:
+def synthesise(folder: Path, length: float, until: int | None = None) -> Average:
     """Make the average of this length at the newest snapshot in `folder`.
 
-    Each parameter's length is relative to its own life, as in `PowerEma`.
+    Each parameter's length is relative to its own life, as in `PowerEma`. With `until` it is the
+    average at the newest snapshot of at most so many images seen.
 
     Raises:
-        FileNotFoundError: there are no snapshots.
+        FileNotFoundError: there are no snapshots, or none so early.
         ValueError: a snapshot is damaged, or there is no average of this length.
     """
     gamma, paths = exponent(length), sorted(folder.glob("*.safetensors"))
@@ -216,7 +217,13 @@ def synthesise(folder: Path, length: float) -> Average:
         raise FileNotFoundError(
             f"{folder}: no snapshots of averages; train with --set train.ema_power=[0.05,0.1]"
         )
-    snapshots = [_opened(path) for path in paths]
+    early = [path for path in paths if until is None or int(path.stem) <= until]
+    if not early:
+        raise FileNotFoundError(
+            f"{folder}: the first snapshot is of {int(paths[0].stem)} images: set --until to that, "
+            "or higher"
+        )
+    snapshots = [_opened(path) for path in early]
     last = snapshots[-1]
     generations = defaultdict(list)  # parameters with the same ages share their fit
     for name in last.ages:
