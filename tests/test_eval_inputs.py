@@ -397,9 +397,11 @@ def test_a_reference_that_nothing_is_compared_with_is_refused_unopened(trained_o
 
 def test_samples_for_other_metrics_may_be_asked_for_beside_retrieval(captioned, tmp_path):
     (tmp_path / "mine.txt").write_text("one")
-    for metrics in (None, "retrieval,fd"):
+    both = ("retrieval", "retrieval-one-step", "fd")
+    assert plan(captioned, SIDE)["metrics"] == both[:2]
+    for metrics, expected in ((None, both), ("retrieval,fd", both[::2])):
         arguments = plan(captioned, SIDE, metrics=metrics, captions=tmp_path / "mine.txt", n=1)
-        assert (arguments["metrics"], arguments["n"]) == (("retrieval", "fd"), 1)
+        assert (arguments["metrics"], arguments["n"]) == (expected, 1)
         assert arguments["conditions"].name == "captions of mine.txt"
     assert plan(captioned, SIDE, metrics="retrieval")["n"] is None
 

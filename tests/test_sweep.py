@@ -82,6 +82,7 @@ def test_best_and_front_look_the_way_of_the_metric():
 @pytest.mark.parametrize(
     ("keys", "axes", "panels"),
     [
+        (("fd",), [{"guidance": g, "steps": 9} for g in (3.0, (3.0, 1.0))], 1),
         (("fd", "clip"), [{"guidance": g, "steps": s} for s in (9, 25) for g in (2.0, 1.0)], 3),
         (("fd",), [{"sampler": "ddim"}, {"sampler": "ddpm"}], 1),
         (("fd",), [{"steps": 9}, {"steps": 25}], 2),
@@ -106,16 +107,18 @@ def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
         "rescale": 0.7,
         "grid": "log-snr",
         "eta": 0.5,
-        "threshold": "dynamic",
+        "threshold": ["clip", "dynamic"],
         "precision": "bf16",
         "base": "b",
         "wake": [-3.0, -1.5],
     }
     parser = cli.build_parser()
     assert all(hasattr(parser.parse_args(["sweep", "m", "--steps", "2"]), name) for name in fixed)
-    line = sweeping.command("m", point(1, 1.0, steps=9), fixed)
-    sampled = vars(parser.parse_args(shlex.split(line)[1:]))
+    one = point(1, 1.0, steps=9, guidance=(3.0, 1.5), grid=None)
+    sampled = vars(parser.parse_args(shlex.split(sweeping.command("m", one, fixed))[1:]))
     assert {name: sampled[name] for name in fixed} == fixed
+    assert sampled["guidance"] == (3.0, 1.5)
+    assert "--grid" not in sweeping.command("m", one, {}), "null is the model's own"
 
 
 def test_shipped_models_and_files_have_sweeps_of_their_own(tmp_path):
@@ -204,6 +207,35 @@ def test_the_command_writes_a_table_a_file_and_a_picture(run, capsys, monkeypatc
     assert sum(one["best"] for one in points) == 1
     assert {len(one["results"]) for one in points} == {2}
     assert (run / "sweep" / "sweep.png").is_file()
+
+
+def test_every_sampling_setting_can_be_swept(run, capsys):
+    swept = ["--try", "guidance=[2, [2, 1]]", "--try", "sampling.guidance_interval=[null, [-3, 2]]"]
+    command = ["sweep", str(run), "--steps", "2", "-n", "2", "--metrics", "agreement"]
+    assert cli.main([*command, *swept]) == 0
+    points = json.loads((run / "sweep" / "sweep.json").read_text())
+    both = [(point["values"]["guidance"], point["values"]["guidance_interval"]) for point in points]
+    assert both == [(2, None), (2, [-3, 2]), ([2, 1], None), ([2, 1], [-3, 2])]
+    assert all(point["results"][0]["error"] > 0.0 for point in points)
+    assert len({point["results"][0]["value"] for point in points}) == 4
+    assert "2/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["--try", "guidance"], "--try guidance: write path.to.key=value"),
+        (["--try", "rescale=0.5"], "rescale=[A, B]"),
+        (["--try", "guidance=[1]", "--cfg", "2"], "--try guidance=[1]"),
+        (["--try", "eta=[1]", "--eta", "0"], "--try eta=[1]"),
+        (["--try", "guidence=[1]"], "did you mean sampling.guidance?"),
+        ([], "--try guidance=[1,3]"),
+    ],
+)
+def test_axes_that_are_none_are_refused(words, refusal, run, capsys):
+    command = ["sweep", str(run), "-n", "2", "--metrics", "agreement"]
+    assert cli.main([*command, *words]) == 2
+    assert refusal in capsys.readouterr().err
 
 
 def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,15 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.eval import evaluate as evaluation
     from matryoshka_diffusion.eval import result
     from matryoshka_diffusion.eval import sweep as sweeping
     from matryoshka_diffusion.files import require
 
-    axes = {name: swept for name in SWEPT if (swept := getattr(options, f"swept_{name}"))}
-    if not axes:
-        raise UsageError("name what to try: --cfg, --steps, --sampler, --ema or --coarse-noise")
+    fixed = sampling(options)
+    axes = _axes(options, fixed)
     require("matplotlib", "plots", "the picture of mdm sweep")  # now, not after hours
     with _ranks(options):
-        fixed = sampling(options)
         cases = [fixed | one for one in sweeping.combinations(axes)]
         usual, plan = _plan(options, *cases)
 
@@ -113,6 +110,25 @@ def sweep(options: argparse.Namespace) -> None:
         if value not in (None, PRECISION) and name not in idle
     }
     show(f"best:\n{sweeping.command(options.model, best, settings)}")
+
+
+def _axes(options: argparse.Namespace, fixed: Collection[str]) -> dict[str, Sequence[Any]]:
+    """The values on each axis of a sweep, by the name of a sampling setting or `EMA`."""
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.configfile import assignment
+
+    axes = {name: swept for name in SWEPT if (swept := getattr(options, f"swept_{name}"))}
+    for text in options.tried:
+        path, values = assignment(text, "--try")
+        name = path.removeprefix("sampling.")
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"--try {text}: write a list of values, {name}=[A, B]")
+        if name in {*axes, *fixed}:
+            raise UsageError(f"--try {text}: another option sets {name}, too; omit one of them")
+        axes[name] = [tuple(value) if isinstance(value, list) else value for value in values]
+    if not axes:
+        raise UsageError("name what to try: --cfg, --steps, --sampler, --ema, --try guidance=[1,3]")
+    return axes
 
 
 def _say_points(done: int, total: int) -> None:
@@ -178,6 +194,9 @@ def add_commands(commands: Any) -> None:
     command.add_argument("model", metavar="RUN", help=MODEL)
     for name, (option, kind, text) in SWEPT.items():
         command.add_argument(option, dest=f"swept_{name}", type=kind, metavar="LIST", help=text)
+    text = "values of any sampling setting, such as guidance=[3,[3,1]]; may be repeated"
+    tried: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=LIST"}
+    command.add_argument("--try", dest="tried", **tried, help=text)
     out = "folder for sweep.json and sweep.png (RUN/sweep)"
     command.add_argument("-o", "--out", type=Path, metavar="DIR", help=out)
     _add_evaluation(command)

@@ -181,7 +181,8 @@ def plan(
 
     Args:
         side, frames: of the model's samples.
-        metrics: by default those of the protocol, else retrieval and, with `n`, fd and motion.
+        metrics: by default those of the protocol, else retrieval from samples and in one step and,
+            with `n`, fd and motion.
         n: replaces the number of a protocol or of the metrics' names.
         captions: a file to draw captions from.
         reference: "held-out", an .npz or any data; by default the training images.
@@ -193,7 +194,7 @@ def plan(
     """
     text, classes = config.model.text is not None, config.model.classes
     distances = ["fd"] if frames is None else ["fd", "motion"]
-    usual = ["retrieval"] * text + distances * bool(n)
+    usual = ["retrieval", "retrieval-one-step"] * text + distances * bool(n)
     usual, usual_n = PROTOCOLS[protocol] if protocol else (usual, None)
     names, named = parse_metrics(metrics or usual)
     others = [name for name in names if METRICS[name].fixed is None]

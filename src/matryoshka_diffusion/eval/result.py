@@ -105,6 +105,8 @@ def plain(value: Any) -> str:
         return f"({_settings(value)})"
     if isinstance(value, list | tuple):
         return "/".join(map(plain, value))
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -214,22 +214,28 @@ def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
         lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
     words = ["mdm", "sample", model]
     for name, value in {**point.settings, **fixed}.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        words += [f"--{RENAMED.get(name, name).replace('_', '-')}", *map(plain, values)]
+        values = [*map(plain, value if isinstance(value, list | tuple) else [value])]
+        values = [",".join(values)] if name == "guidance" else values
+        option = f"--{RENAMED.get(name, name).replace('_', '-')}"
+        words += [] if value is None else [option, *values]
     return "\n".join([*lines, shlex.join(words)])
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
     """Write a PNG: quality along an axis, against cost, and distance against alignment.
 
-    The axis is guidance if it was swept, else the first of numbers; other settings have a line
-    each. The last panel is there if both a distance and an alignment were measured.
+    The axis is guidance if numbers of it were swept, else the first of numbers; other settings
+    have a line each. The last panel is there if both a distance and an alignment were measured.
     """
     require("matplotlib", "plots", "the picture of mdm sweep")
     from matplotlib.figure import Figure
 
     axes = {name: {point.values[name] for point in points} for name in points[0].values}
-    numbers = [n for n, v in axes.items() if len(v) > 1 and not isinstance(min(v), str)]
+    numbers = [
+        name
+        for name, values in axes.items()
+        if len(values) > 1 and all(isinstance(value, int | float) for value in values)
+    ]
     axis = "guidance" if "guidance" in numbers else next(iter(numbers), None)
     keys = [result.key for result in points[0].results]
     kinds = (("fd", "fid", "fvd"), ("clip", "retrieval"))
