@@ -86,6 +86,18 @@ def test_the_loss_is_the_same_at_every_call_and_follows_the_weights(tmp_path):
     assert after["held_out_loss_per_level"] != before["held_out_loss_per_level"]
 
 
+def test_the_loss_of_a_level_that_sleeps_is_the_mean_of_the_samples_that_have_it(
+    tmp_path, monkeypatch
+):
+    config, source = tiny_config(dropout=0.0, wake=(0.0,)), pictures(40)
+    net, losses = NestedUNet(config.model).eval(), []
+    for batch in (64, 4):  # a batch of 4 may have no sample with the finer level
+        monkeypatch.setattr(watch, "FRAMES_PER_BATCH", batch)
+        loss = HeldOutLoss(source, source, encode, "cpu")
+        losses.append(loss(View(config, tmp_path, 0, lambda: net))["seen_loss_per_level"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch):
     batches = []
 
@@ -134,6 +146,17 @@ def test_a_preview_shows_the_averaged_weights_and_nothing_else(tmp_path):
     assert (page != other).any()
     assert settings["images_seen"] == 64
     assert settings["captions"] == ["red", "blue thing"]
+
+
+@pytest.mark.parametrize(("side", "shown"), [(16, 96), (128, 128), (512, 256)])
+def test_a_preview_averages_no_pixel_of_up_to_256_pixels_away(side, shown, tmp_path, monkeypatch):
+    red = np.full((1, side, side, 3), (200, 0, 0), np.uint8)
+    samples = SimpleNamespace(levels=(red,), captions=None, settings={"fps": 8.0})
+    model = SimpleNamespace(sample=lambda **_: samples)
+    monkeypatch.setattr(watch, "Matryoshka", lambda *_, **__: model)
+    config, net = tiny_config(), text_model().net
+    with Image.open(Preview({}, None, "cpu")(View(config, tmp_path, 0, lambda: net))) as page:
+        assert (np.asarray(page) == (200, 0, 0)).all(-1).sum() == shown**2
 
 
 @pytest.mark.parametrize("count", [3, 100])

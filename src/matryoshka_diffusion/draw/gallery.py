@@ -218,7 +218,9 @@ def grid_of(samples: Gallery, cell: int = CELL) -> list[Image.Image]:
 
 def levels(samples: Gallery) -> list[Image.Image]:
     """Every level of every sample, coarse to fine; one page for each frame."""
-    return grid.pages(samples.levels, captions=samples.texts, blocks=2)
+    # A clip has a page for each frame, so its cells stay small.
+    cell = CELL if samples.moves else grid.cell_of(samples.levels)
+    return grid.pages(samples.levels, captions=samples.texts, cell=cell, blocks=2)
 
 
 def _slug(text: str, longest: int = 40) -> str:

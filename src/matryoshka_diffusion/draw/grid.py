@@ -23,6 +23,8 @@ GAP, MARGIN = 6, 14  # pixels
 TITLE_SIZE, TEXT_SIZE = 20, 13  # pixels
 LINE = 1.3  # line height in font sizes
 STRIP_FRAMES = 8
+LARGEST_CELL = 256
+"""Largest side in pixels of a cell that fits its image: a page has many of them."""
 
 PAGE = (238, 239, 241)  # not white, so that images on white have an edge
 MARKED = (250, 228, 205)
@@ -96,6 +98,11 @@ def grid(
             if picture is not None:
                 _paste(page, picture, (left + indent + column * (cell + GAP), upper), cell)
     return page
+
+
+def cell_of(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]], smallest: int = 128) -> int:
+    """Side of cells in which no pixel of the finest level is averaged away, within limits."""
+    return max(smallest, min(levels[-1].shape[-2], LARGEST_CELL))
 
 
 def grid_size(rows: int, columns: int, *, cell: int, captioned: bool) -> tuple[int, int]:

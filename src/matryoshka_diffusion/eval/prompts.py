@@ -212,5 +212,6 @@ def demo_sheet(model: Model, source: Source, *, progress: Progress | None = None
         marks=["unseen combination" if picture is None else None for picture in real],
         columns_titles=[*grid.titles_of_levels(levels), "real image"],
         title=f"{model.config.name}: every level of a sample, and the image of its caption",
+        cell=grid.cell_of(levels),
         blocks=2,  # 24 rows in one column would be three times as high as wide
     )

@@ -86,7 +86,7 @@ class Preview:
             (*coarse, *samples.levels),
             captions=samples.captions,
             title=f"{view.config.name} after {view.images_seen:,} images",
-            cell=96,
+            cell=grid.cell_of(samples.levels, 96),
             blocks=2,
         )
         path = view.folder / "previews" / f"{view.images_seen:010d}"
@@ -128,12 +128,14 @@ class HeldOutLoss:
         process = Process.from_config(config.process, net.config)
         count = min(HELD_OUT_IMAGES, len(source))
         batch = max(FRAMES_PER_BATCH // (plain.data_frames or 1), 1)
-        sums = torch.zeros(len(net.levels), dtype=torch.float64)
+        sums, counts = torch.zeros(2, len(net.levels), dtype=torch.float64)
         for first in range(0, count, batch):
             rows = (min(batch, count - first),) * len(net.levels)
             inputs = feed(Step(stage=0, first=first, rows=rows, lr=(), ends_stage=False))
             x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
             with autocast(config.train.precision, device):
                 loss = matryoshka_loss(net, x, cond, t, noise, process=process)
-            sums += loss.per_level.double().cpu() * rows[0]
-        return (sums / count).tolist()
+            awake = torch.tensor([len(level) for level in x])  # by train.wake not all rows
+            sums += loss.per_level.double().cpu() * awake
+            counts += awake
+        return (sums / counts.clamp(min=1)).tolist()
