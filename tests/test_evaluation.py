@@ -236,7 +236,8 @@ def few(monkeypatch):
 
 @pytest.mark.usefixtures("few")
 def test_every_metric_is_computed_with_its_protocol_in_its_name(tmp_path):
-    conditions = [name for name, one in METRICS.items() if not {"clips", "styles"} & {*one.needs}]
+    others = {"clips", "styles", "classes"}
+    conditions = [name for name, one in METRICS.items() if not others & {*one.needs}]
     options = {"source": source(), "n": 30, "networks": looks(), "folder": tmp_path}
     number = evaluate(model("text"), conditions, **options)
     assert {one.metric.split(" [")[0] for one in number} == {

@@ -216,10 +216,8 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
 
 def _add_metrics(command: argparse.ArgumentParser, default: str | None) -> None:
     metrics = "fd, fid, fid50k, kid, is, prdc, clip, cmmd, retrieval, retrieval-512, "
-    metrics += (
-        "retrieval-one-step, unseen, unseen-fd, memorised, agreement, kd, prdc-fd; of clips also "
-    )
-    metrics += "fvd, motion, fd-frames, fid-frames"
+    metrics += "retrieval-one-step, unseen, unseen-fd, class-accuracy, fd-classes, memorised, "
+    metrics += "agreement, kd, prdc-fd; of clips also fvd, motion, fd-frames, fid-frames"
     command.add_argument("--metrics", metavar="LIST", default=default, help=metrics)
     command.add_argument("--inception", type=Path, metavar="FILE", help="weights for FID, KID, IS")
     command.add_argument("--clip", type=Path, metavar="PATH", help="folder of transformers")

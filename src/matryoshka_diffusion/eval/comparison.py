@@ -13,6 +13,7 @@ from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat, mo
 from matryoshka_diffusion.eval.reference import Reference
 from matryoshka_diffusion.eval.result import Result, flagged
 from matryoshka_diffusion.files import digest
+from matryoshka_diffusion.metrics.classifier import Classifier
 from matryoshka_diffusion.metrics.errors import frechet_influence
 from matryoshka_diffusion.metrics.formulas import Moments, frechet_distance
 from matryoshka_diffusion.metrics.inception import Inception
@@ -20,13 +21,14 @@ from matryoshka_diffusion.metrics.networks import EffNetLite0, Extractor
 from matryoshka_diffusion.rng import stream
 
 EFFNET, INCEPTION, VIDEO = EffNetLite0.name, Inception.name, "Video"
+CLASSIFIER = Classifier.name
 Networks: TypeAlias = Mapping[str, Extractor]
 """Networks by name; the network of FVD is `VIDEO`, whatever its file holds."""
 
 ENOUGH = 4096
 """Samples above which a Fréchet distance is not marked as biased by their number."""
 
-Need = Literal["reference", "captions", "training captions", "levels", "clips", "styles"]
+Need = Literal["reference", "captions", "training captions", "classes", "levels", "clips", "styles"]
 
 ONE_STEP = {
     "sampler": "ddim",
@@ -95,6 +97,8 @@ class Metric:
             yield "needs samples of the captions of training images (mdm eval RUN draws them)"
         if "captions" in self.needs and not made.captions:
             yield f"needs captions, which {made.name} was not drawn for"
+        if "classes" in self.needs and made.label is None:
+            yield f"needs samples of classes, which {made.name} was not drawn for"
         if "levels" in self.needs and made.levels < 2:
             yield f"needs several levels, and {made.name} has one"
         if "reference" in self.needs and reference is None:

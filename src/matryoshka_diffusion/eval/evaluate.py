@@ -16,8 +16,9 @@ from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.source import Source, joined, kind_of, open_source, split
 from matryoshka_diffusion.eval import prompts
 from matryoshka_diffusion.eval import reference as references
-from matryoshka_diffusion.eval.comparison import Comparison, Networks
-from matryoshka_diffusion.eval.feature_store import PictureSet, samples_of
+from matryoshka_diffusion.eval.classes import find_classifier
+from matryoshka_diffusion.eval.comparison import CLASSIFIER, Comparison, Networks
+from matryoshka_diffusion.eval.feature_store import PictureSet, Report, samples_of
 from matryoshka_diffusion.eval.metric import METRICS, find_networks, parse_metrics
 from matryoshka_diffusion.eval.prompts import Conditions
 from matryoshka_diffusion.eval.reference import Reference, open_reference, reference_of
@@ -33,8 +34,6 @@ PROTOCOLS = {"coco30k": (("fid", "clip"), 30_000), "imagenet50k": (("fid",), 50_
 """Published protocols: metrics and number of samples."""
 
 HELD_OUT = "held-out"
-Report = Callable[[str, int, int], None]
-"""Called with (what is measured, images done, images in all)."""
 
 
 def evaluate(
@@ -93,8 +92,15 @@ def evaluate(
         root = folder or cache_folder("eval")
         made = samples_of(model, rule, number, root, settings=used, **how)
         _refuse_unmet(some, made, real)
-        sets.append((made, real, some, networks, _about(model, used, rule, how)))
-    results = [one for each in sets for one in measure(*each, world=world, progress=progress)]
+        sets.append((made, real, some, _about(model, used, rule, how)))
+    if _classify(names):
+        classifier = find_classifier(source, own, world, progress)
+        networks = {**networks, CLASSIFIER: classifier}
+    results = [
+        one
+        for made, real, some, about in sets
+        for one in measure(made, real, some, networks, about, world=world, progress=progress)
+    ]
     return sorted(results, key=lambda result: names.index(result.key))
 
 
@@ -109,6 +115,10 @@ def _held_out_captions(
         )
     rule = prompts.retrieval_captions(config, held_out, most, first=len(source))
     return rule, reference_of(joined(source, held_out), config.data)
+
+
+def _classify(names: Iterable[str]) -> bool:
+    return any(METRICS[name].network == CLASSIFIER for name in names)
 
 
 def _refuse_unmet(names: Iterable[str], made: PictureSet, reference: Reference | None) -> None:
@@ -210,6 +220,7 @@ def plan(
         len(others) < len(names)
         or ((text or classes) and conditions is None)
         or (comparing and reference in (None, HELD_OUT))
+        or _classify(names)
     ):
         # Training may take another clip of a video each time; evaluation always takes one.
         data = references.fixed_clips(config.data)

@@ -41,6 +41,9 @@ _CHECKSUM = "checksum"
 SAMPLES = 2
 """Version of the samples: raise it when the same settings give other samples."""
 
+Report = Callable[[str, int, int], None]
+"""Called with (what is measured, images done, images in all)."""
+
 
 class PictureBatch(NamedTuple):
     """Images or clips to be measured: all levels, coarse to fine, and the sizes of their files.
@@ -98,6 +101,7 @@ class PictureSet:
     captions: Sequence[str] = ()
     belong_to: Sequence[int] = ()  # images whose captions the samples have, if known
     samples: Sequence[Sample] = ()  # facts about the images of a source
+    label: Callable[[int], int] | None = None  # class that sample i was drawn for, if they are
 
     @property
     def kind(self) -> str:
@@ -252,7 +256,10 @@ def samples_of(
 
     shape = (count, model.picture_side, model.resolutions[-1].frames)
     about = (len(model.resolutions), conditions.captions(count), conditions.pictures[:count])
-    return PictureSet(model.config.name, *shape, root, describe, make, batch_size, *about)
+    label = conditions.at if conditions.kind == "classes" else None
+    return PictureSet(
+        model.config.name, *shape, root, describe, make, batch_size, *about, label=label
+    )
 
 
 def pictures_of(source: Source, root: Path) -> PictureSet:

@@ -19,6 +19,7 @@ import torch
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.eval.comparison import (
+    CLASSIFIER,
     EFFNET,
     INCEPTION,
     VIDEO,
@@ -146,6 +147,21 @@ def _memorised(pair: Comparison) -> list[Result]:
     return [pair.number(f"memorised-{pair.network.name}", share, error=error)]
 
 
+def _class_accuracy(pair: Comparison) -> list[Result]:
+    network, made, column = pair.network, pair.made, pair.rows(pair.made)
+    assert made.label is not None
+    asked = [made.label(row) for row in range(made.count)]
+    share = float((network.classes(column) == asked).mean())
+    real = f"of {network.tested:,} real images"
+    fields: dict[str, Any] = {
+        "error": share_error(share, made.count),
+        "others": {real: network.accuracy},
+        "errors": {real: share_error(network.accuracy, network.tested)},
+        "higher_is_better": True,
+    }
+    return [pair.number("class accuracy", share, **fields)]
+
+
 def _clip_score(pair: Comparison) -> list[Result]:
     clip, captions, scores = pair.network, list(pair.made.captions), []
     for images in pair.made.stream(pair.column):
@@ -228,6 +244,8 @@ METRICS: dict[str, Metric] = {
     "kd": Metric(_kernel, EFFNET, least=formulas.SUBSET_SIZE, one_frame=True),
     "prdc-fd": Metric(_overlap, EFFNET, least=_NEIGHBOURS, one_frame=True),
     "memorised": Metric(_memorised, EFFNET, one_frame=True),
+    "fd-classes": Metric(_frechet, CLASSIFIER, ("reference", "classes")),
+    "class-accuracy": Metric(_class_accuracy, CLASSIFIER, ("classes",), one_frame=True),
     "clip": Metric(_clip_score, CLIP.name, ("captions",)),
     "cmmd": Metric(_cmmd, CLIP.name, one_frame=True),
     **{
