@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.modelconfig import CoarseConfig, LevelConfig, MicroConfig, ModelConfig
+from matryoshka_diffusion.modelconfig import (
+    CoarseConfig,
+    LevelConfig,
+    MicroConfig,
+    ModelConfig,
+    TextConfig,
+)
 from matryoshka_diffusion.nn import layers, temporal
+from matryoshka_diffusion.nn.conditioner import SHRINKAGE, TextTower
 from matryoshka_diffusion.nn.layers import shapes_only, shuffle, sinusoid, unshuffle
 from matryoshka_diffusion.nn.level import Level
 from matryoshka_diffusion.nn.nested import (
@@ -445,3 +452,22 @@ def test_a_name_of_version_0_1_0_has_one_present_name(first: str, present: str):
         names = set(NestedUNet(nest(**shared)).state_dict())
         assert {present_name(old_name(name)) for name in names} == names
         assert {present_name(name) for name in names} == names
+
+
+def test_whitened_captions_are_equally_far_apart_in_every_direction():
+    """Captions that differ by a hundredth of what they share are as far apart as others."""
+    torch.manual_seed(0)
+    spread = torch.logspace(0, -1, 6)
+    captions = 5.0 + torch.randn(4000, 6) * spread
+    text = TextTower(TextConfig(features=6, width=6), embedding=32)
+    null = text.null.detach().clone()
+    torch.nn.init.eye_(text.project.weight)
+    text.whiten(captions)
+    white = text.project(captions)
+    assert white.mean(0).abs().max() < 1e-4
+    variance = captions.var(0, correction=0)
+    expected = (variance / (variance + SHRINKAGE * variance.mean())).sqrt()
+    torch.testing.assert_close(white.std(0, correction=0), expected, rtol=0.01, atol=0.0)
+    off_diagonal = torch.corrcoef(white.T).fill_diagonal_(0.0)
+    assert off_diagonal.abs().max() < 0.02
+    torch.testing.assert_close(text.project(text.null), null, rtol=1e-3, atol=1e-3)

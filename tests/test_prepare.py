@@ -15,7 +15,7 @@ from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import override, to_yaml
-from matryoshka_diffusion.data.source import Source
+from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
@@ -246,6 +246,34 @@ def test_a_warm_start_may_have_more_levels_but_no_other_ones(trained, tmp_path):
     announced = override(with_init(config, trained), ["train.init_levels=1"])
     with pytest.raises(ConfigError, match=r"init_levels is 1, but .* has 2"):
         grow.warm_start(announced, tmp_path / "bad")
+
+
+def text_job(config):
+    """A run on four pictures with captions, ready to start."""
+    captions = [(text,) for text in ("a red apple", "a green apple", "a red pear", "the sun")]
+    pictures = np.zeros((4, 16, 16, 3), np.uint8)
+    source = array_source("pictures", pictures, list("abcd"), captions=captions)
+    return job.Job(config, source, None, TinyPictures(), encode, None, None, "")
+
+
+def test_a_run_may_start_with_whitened_captions_and_does_so_once(tmp_path):
+    config = tiny_config(whiten_captions=True)
+    ready, out = text_job(config), tmp_path / "run"
+    grow.begin(text_job(tiny_config()), out)
+    assert not out.exists(), "without the switch nothing is prepared"
+    grow.begin(ready, out)
+    shutil.rmtree(out / "checkpoints")  # as if its saving had been cut short
+    grow.begin(ready, out)
+    begun = find_model(out)[0]
+    plain = NestedUNet(config.model.first(1), seed=config.train.seed).state_dict()
+    changed = {name for name in plain if not torch.equal(begun[name], plain[name])}
+    projection = {f"conditioner.text.project.{name}" for name in ("weight", "bias")}
+    assert changed == {*projection, "conditioner.text.null"}
+    train(config, TinyPictures(), out, encode=encode)
+    learnt = find_model(out)[0]
+    grow.begin(ready, out)
+    again = find_model(out)[0]
+    assert all(torch.equal(again[name], value) for name, value in learnt.items())
 
 
 def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):

@@ -13,6 +13,9 @@ from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning
 from matryoshka_diffusion.config import ModelConfig, TextConfig
 from matryoshka_diffusion.nn.layers import TextLayer, zero
 
+SHRINKAGE = 0.002
+"""Share of the mean variance that `TextTower.whiten` adds to every direction's own."""
+
 
 class Context(NamedTuple):
     """A `Conditioning`, and what the `Conditioner` made of it for the levels.
@@ -90,6 +93,28 @@ class TextTower(nn.Module):
         # in each, and a caption would start much quieter than the time that it is added to.
         for linear in (self.project, self.pool):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    @torch.no_grad()
+    def whiten(self, captions: Float[Tensor, "n d"]) -> None:
+        """Start with a projection of whitened captions, which are equally far apart everywhere.
+
+        Features of a language model vary most in a few directions that captions have in common, so
+        that similar captions are hard to tell apart. The projection takes the inverse root of the
+        covariance into its initial weights; the network stays what it is.
+
+        Args:
+            captions: the mean features of each caption.
+        """
+        x = captions.double()
+        mean = x.mean(dim=0)
+        variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        scale = (variance.clamp(min=0.0) + SHRINKAGE * variance.mean()).sqrt()
+        weight = self.project.weight.double() @ (axes / scale) @ axes.T
+        self.project.weight.copy_(weight)
+        if self.project.bias is not None:
+            self.project.bias.copy_(-weight @ mean)
+        if self.null is not None:  # as far from the mean as a caption
+            self.null.copy_(mean + axes @ (scale * (axes.T @ self.null.double())))
 
     def forward(
         self, cond: Conditioning

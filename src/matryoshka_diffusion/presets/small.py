@@ -205,7 +205,8 @@ SMALL: dict[str, Callable[[str], RunConfig]] = {
 def _training(*stages: StageConfig) -> TrainConfig:
     """A short training: a high rate, quick averaging, a linear decay at the end."""
     quick = {"warmup_images": 6_400, "ema_decay": 0.998, "preview_every_images": 12_000}
-    return in_stages(TrainConfig(stages=stages, decay_share=DECAY, **quick), *stages)
+    train = TrainConfig(stages=stages, decay_share=DECAY, whiten_captions=True, **quick)
+    return in_stages(train, *stages)
 
 
 def in_stages(train: TrainConfig, *stages: StageConfig) -> TrainConfig:

@@ -233,7 +233,7 @@ class FeatureCache:
         unique = list(dict.fromkeys(captions))
         missing = self._missing(unique)
         limit = self.encoder.max_tokens
-        counts = self.encoder.token_counts(_spread(missing, _SAMPLE)) if missing else [0]
+        counts = self.encoder.token_counts(spread(missing, _SAMPLE)) if missing else [0]
         tokens = sum(min(count, limit) for count in counts) / len(counts)
         size = tokens * self.width * self.encoder.dtype.itemsize + CAPTION_OVERHEAD_BYTES
         cut = sum(count > limit for count in counts) / len(counts)
@@ -241,7 +241,7 @@ class FeatureCache:
 
     def seconds(self, missing: Sequence[str]) -> float:
         """Estimated duration of storing, from one batch or a tenth of the captions."""
-        sample = sorted(_spread(missing, _SAMPLE), key=len)
+        sample = sorted(spread(missing, _SAMPLE), key=len)
         count = min(_BATCH, max(1, len(missing) // 10))
         middle = max(0, (len(sample) - count) // 2)
         self.encoder(sample[:1])  # the first call is slower than all others
@@ -293,7 +293,7 @@ def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
+def spread(items: Sequence[str], count: int) -> list[str]:
     """At most `count` items, evenly spread over all."""
     count = min(count, len(items))
     return [items[n * len(items) // count] for n in range(count)]
