@@ -42,9 +42,8 @@ def pictures(known: Source, order) -> np.ndarray:
 def test_shares_and_sheet(drawn, found, copied, in_style, tmp_path, monkeypatch):
     rows: list = []
     draw = unseen.grid
-    monkeypatch.setattr(
-        unseen, "grid", lambda cells, **how: rows.extend(cells) or draw(cells, **how)
-    )
+    monkeypatch.setattr(unseen, "grid", lambda new, **how: rows.extend(new) or draw(new, **how))
+    monkeypatch.setattr(unseen, "SHEET", 4)
     known = styled()
     seen, held_out = split(known, SHARE)
     assert held_out is not None
@@ -61,11 +60,10 @@ def test_shares_and_sheet(drawn, found, copied, in_style, tmp_path, monkeypatch)
     assert number.others["in its style by chance"] == pytest.approx(0.5)
     assert (again.value, again.metric) == (found, "unseen retrieval-EffNetLite0")
     # On the sheet: the sample, its held-out image and the other style.
-    first = min(count, unseen.SHEET)
-    assert len(rows) == 2 * first
-    for sample, own, other in rows[:first]:
-        place = next(n for n in range(COUNT) if (known[n].picture == own).all())
-        assert known.keys[place] in held_out.keys
+    assert len(rows) == 2 * 4
+    for row, (sample, own, other) in enumerate(rows[:4]):
+        place = known.keys.index(held_out.keys[row * count // 4])
+        assert (known[place].picture == own).all()
         assert (known[drawn(place)].picture == sample).all()
         assert (known[place ^ 1].picture == other).all()
     for one in (number, again):

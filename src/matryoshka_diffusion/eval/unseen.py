@@ -62,33 +62,39 @@ def unseen(pair: Comparison) -> list[Result]:
 
 
 def _write_sheet(pair: Comparison, nearest: Nearest, copied: np.ndarray) -> Path:
-    """Draw the first samples, unless the sheet of these samples is there."""
+    """Draw some of the samples, unless the sheet of these samples is there."""
     path = pair.made.folder / f"{pair.key}.png"
     if not path.is_file():
-        marks = np.where(nearest.nearer == 0, "found", np.where(copied, "a copy", ""))[:SHEET]
+        marks = np.where(nearest.nearer == 0, "found", np.where(copied, "a copy", ""))
         settings = {"model": pair.about.of, "seed": pair.about.seed}
         save_png(_sheet(pair, marks.tolist()), path, settings)
     return path
 
 
 def _sheet(pair: Comparison, marks: Sequence[str]) -> Image:
-    """Samples, each beside its held-out image and the same thing in the styles that were seen."""
-    facts, own = pair.real.samples, pair.made.belong_to
-    held_out, count, rows = {*own}, len(marks), []
-    for sample, place in zip(_pictures(pair.made, range(count)), own, strict=False):
-        same = [n for n, one in enumerate(facts) if one.concept == facts[place].concept]
-        places = [place, *(n for n in same if n not in held_out)]
-        rows.append([sample, *(_pictures(pair.real, range(n, n + 1))[0] for n in places)])
+    """Samples, each beside its held-out image and the same thing in the styles that were seen.
+
+    They are spread evenly, because a source may be sorted by style.
+    """
+    facts, own, count = pair.real.samples, pair.made.belong_to, pair.made.count
+    numbers = [n * count // SHEET for n in range(SHEET)] if count > SHEET else [*range(count)]
+    held_out, rows = {*own}, []
+    for n in numbers:
+        concept = facts[own[n]].concept
+        same = [place for place, one in enumerate(facts) if one.concept == concept]
+        places = [own[n], *(place for place in same if place not in held_out)]
+        rows.append([_picture(pair.made, n), *(_picture(pair.real, place) for place in places)])
     seen = ["trained on"] * (max(map(len, rows)) - 2)
     return grid(
         rows,
-        captions=pair.made.captions[:count],
-        marks=marks,
+        captions=[pair.made.captions[n] for n in numbers],
+        marks=[marks[n] for n in numbers],
         columns_titles=["sample", "held out", *seen],
         title=f"{pair.about.of}: pairs that it has not seen",
         blocks=2,
     )
 
 
-def _pictures(pictures: PictureSet, rows: range) -> UInt8[np.ndarray, "n h w c"]:
-    return pictures.make(rows, lambda done, total: None).pictures
+def _picture(pictures: PictureSet, number: int) -> UInt8[np.ndarray, "h w c"]:
+    batch = pictures.make(range(number, number + 1), lambda done, total: None)
+    return batch.pictures[0]
