@@ -15,13 +15,18 @@ from matryoshka_diffusion.cli.info import describe, describe_plan
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, StageConfig
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.nn.costs import TEXT_TOKENS, activation_bytes, training_bytes
+from matryoshka_diffusion.nn.costs import (
+    TEXT_TOKENS,
+    activation_bytes,
+    forward_flops,
+    training_bytes,
+)
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
 from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.stages import Step, steps
 from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Trainer
 from nests import wake
@@ -152,6 +157,20 @@ def test_a_dry_run_counts_for_gpus_precision_and_recomputing():
     whole = memory()
     assert memory("train.recompute=[1]") < whole < memory("train.precision=fp32")
     assert memory(shards=True) < whole
+
+
+def test_a_dry_run_counts_the_arithmetic_of_awake_levels():
+    """As many rows as a feed really gives to each level, over a stage of 640 images."""
+    stage = StageConfig(levels=2, images=640, batch_size=64, lr=1e-3, mix=(0.2, 0.8))
+    run = tiny_config(dropout=0.0, wake=(0.0,), stages=(stage,))
+    feed = Feed(run, TinyPictures(), encode)
+    rows = [feed(step).step.rows for step in steps(run.train)]
+    shares = [sum(level) / stage.images for level in zip(*rows, strict=True)]
+    first, both = (forward_flops(run.model, levels) for levels in (1, 2))
+    flops = first + shares[1] * (both - first)
+    match = re.search(r"([\d.]+) TFLOP a step on average with train.wake", describe_plan(run))
+    assert match
+    assert float(match[1]) == pytest.approx(3 * 64 * flops / 1e12, rel=0.03)
 
 
 @pytest.mark.parametrize(("settings", "cost"), [((), "26"), (("sampling.wake=[-3]",), "20.6")])

@@ -245,12 +245,16 @@ def describe_plan(
         fixed = training_bytes(net, len(train.ema_power), half=half)
         each = activation_bytes(config.model, stage.levels, train.recompute, half=half)
         sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
-        work = 3 * forward_flops(config.model, stage.levels) * stage.batch_size / 1e12
+        work, awake = (
+            f"{_rounded(3 * flops * stage.batch_size / 1e12)} TFLOP a step"
+            for flops in (forward_flops(config.model, stage.levels), _awake_flops(config, stage))
+        )
+        mean = f", {awake} on average with train.wake" * (train.wake is not None)
         rows = -(-stage.batch_size // train.accumulate)
         share = fixed // (gpus if shards else 1) + -(-rows // gpus) * each
         lines += [
             f"stage {place}: {-(-stage.images // stage.batch_size):,} steps of "
-            f"{stage.batch_size:,}, {_rounded(work)} TFLOP a step at most",
+            f"{stage.batch_size:,}, {work} at most{mean}",
             f"  memory in {'bf16' if half else 'fp32'}, about: "
             f"{_gigabytes(fixed)} + {_gigabytes(each)} {sample}; "
             f"{_gigabytes(fixed + rows * each)} on one device, {_gigabytes(share)} "
@@ -267,6 +271,25 @@ def describe_plan(
         f"{seen:,} are seen{epochs}"
     )
     return "\n".join(lines)
+
+
+def _awake_flops(config: RunConfig, stage: StageConfig) -> float:
+    """FLOPs of an image in a forward pass, on average over the stage's `mix` and `train.wake`."""
+    import torch
+
+    from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, per_level
+    from matryoshka_diffusion.nn.costs import forward_flops
+    from matryoshka_diffusion.schedule import build_schedules, time_of
+
+    floors = per_level(config.train.wake or ALWAYS_AWAKE, len(config.model.levels))
+    mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
+    mean = before = float(forward_flops(config.model, 1))
+    for level, schedule in [*enumerate(build_schedules(config.model))][1 : stage.levels]:
+        flops = forward_flops(config.model, level + 1)
+        # t is even in [0, 1], so the time of the floor is the share of images with the level.
+        awake = time_of(schedule, torch.tensor([floors[level]], dtype=torch.float64)).item()
+        mean, before = mean + sum(mix[level:]) * awake * (flops - before), flops
+    return mean
 
 
 def _rounded(number: float) -> str:
