@@ -130,7 +130,7 @@ def test_a_right_prediction_converts_to_the_image_and_back(
     [now] = instants(rows[:1], SCHEDULES)
     for x_r, noise_r, z_r, schedule, level in zip(x, noise, z, SCHEDULES, now.levels, strict=True):
         target = prediction_target(prediction, x_r, noise_r, schedule.log_snr(rows))
-        result = to_x0(prediction, target, z_r, level)
+        result = to_x0(prediction, target, z_r, level.alpha, level.sigma)
         torch.testing.assert_close(result, x_r)
         back = to_noise(result, z_r, level)
         torch.testing.assert_close(back, noise_r, rtol=1e-5, atol=1e-7)

@@ -196,6 +196,15 @@ class LoraConfig(Strict):
     base: str = ""  # hash of the model's weights; a run fills it in
 
 
+class PerceptualConfig(Strict):
+    """A loss in the features of a frozen network (`runs/perceptual.py`)."""
+
+    network: Name = "effnet-lite0"
+    weight: Positive = 0.1  # beside the finest level's weighted squared error
+    log_snr_above: float = 0.0  # of the finest level: only rows with less noise count
+    weights: str = ""  # hash of the network; a run fills it in
+
+
 class TrainConfig(Strict):
     """The training of the weights."""
 
@@ -204,6 +213,7 @@ class TrainConfig(Strict):
     init: Name | None = None  # model to start from; its levels are the first ones of this run
     init_levels: Natural = 0  # levels that are trained at the start
     lora: LoraConfig | None = None  # train only adapters around `init`
+    perceptual: PerceptualConfig | None = None  # a further loss of the finest level
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     eps: Positive = 1e-8

@@ -48,7 +48,9 @@ class NetworkDenoiser:
         t = z[0].new_full((len(z[0]),), now.t)
         predictions = self.net(z, t, self.cond)
         return tuple(
-            to_x0(self.process.prediction, predicted.to(z_r, copy=True), z_r, level)
+            to_x0(
+                self.process.prediction, predicted.to(z_r, copy=True), z_r, level.alpha, level.sigma
+            )
             for predicted, z_r, level in zip(predictions, z, now.levels, strict=True)
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,8 @@ from matryoshka_diffusion.schedule import (
 )
 
 T = TypeVar("T")
+Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(estimates, images) -> how far apart they are, one number for each row."""
 ALWAYS_AWAKE = (-math.inf,)
 """A floor of log-SNR below which no level sleeps."""
 
@@ -131,13 +133,15 @@ def prediction_target(kind: Prediction, x: Tensor, noise: Tensor, log_snr: Tenso
     return expand(alpha, x) * noise - expand(sigma, x) * x
 
 
-def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+def to_x0(
+    kind: Prediction, prediction: Tensor, z: Tensor, alpha: float | Tensor, sigma: float | Tensor
+) -> Tensor:
     """The estimate of x that a prediction from z = alpha x + sigma eps implies."""
     if kind == "x0":
         return prediction
     if kind == "v":
-        return level.alpha * z - level.sigma * prediction
-    return (z - level.sigma * prediction) / level.alpha
+        return alpha * z - sigma * prediction
+    return (z - sigma * prediction) / alpha
 
 
 def to_noise(x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -162,6 +166,34 @@ class Loss(NamedTuple):
     per_example: Float[Tensor, " b"]
 
 
+@dataclass(frozen=True)
+class FinestLoss:
+    """A loss of the finest level's estimate of x, in addition to its weighted squared error.
+
+    It counts where noise is low enough for an estimate that looks like an image.
+
+    Attributes:
+        distance: of the estimates and the images.
+        weight: factor of that distance.
+        log_snr_above: rows whose log-SNR at that level is above it count.
+    """
+
+    distance: Distance
+    weight: float
+    log_snr_above: float
+
+    def __call__(
+        self, kind: Prediction, prediction: Tensor, z: Tensor, x: Tensor, log_snr: Tensor
+    ) -> Float[Tensor, " b"]:
+        """The loss of each row, which is 0 under more noise."""
+        rows, losses = log_snr > self.log_snr_above, x.new_zeros(len(x))
+        if rows.any():
+            alpha, sigma = (expand(number[rows], x) for number in alpha_sigma(log_snr))
+            estimate = to_x0(kind, prediction[rows], z[rows], alpha, sigma)
+            losses[rows] = self.weight * self.distance(estimate, x[rows])
+        return losses
+
+
 def matryoshka_loss(
     net: Network,
     x: Pyramid,
@@ -171,14 +203,16 @@ def matryoshka_loss(
     *,
     process: Process,
     counts: Sequence[int] | None = None,
+    finest: FinestLoss | None = None,
 ) -> Loss:
     """Eq. 3: the errors of all levels at one shared time, weighted and summed.
 
     `t` and `noise` are arguments, so the loss is a pure function. `per_level` divides by `counts`,
     by default the numbers of rows. With the counts of a whole batch, the losses of its
-    micro-batches add up to the loss of the batch.
+    micro-batches add up to the loss of the batch. `finest` adds to the error of the last level.
     """
-    predictions = net(diffuse(x, noise, t, process.schedules), t, cond)
+    z = diffuse(x, noise, t, process.schedules)
+    predictions = net(z, t, cond)
     counts = [len(level) for level in x] if counts is None else counts
     per_level, per_example = [], torch.zeros_like(t, dtype=x[0].dtype)
     for level, (x_r, noise_r, predicted) in enumerate(zip(x, noise, predictions, strict=True)):
@@ -186,10 +220,13 @@ def matryoshka_loss(
         schedule, weighting = process.schedules[level], process.weightings[level]
         log_snr = schedule.log_snr(t[:rows])
         target = prediction_target(process.prediction, x_r, noise_r, log_snr)
-        error = (predicted.to(x_r.dtype) - target).square().flatten(1).mean(1)
+        predicted = predicted.to(x_r.dtype)
+        error = (predicted - target).square().flatten(1).mean(1)
         log_weight = _log_weight(weighting, schedule, t[:rows])
         weight = torch.exp(log_weight + _log_x_error(process.prediction, log_snr))
         error = weight.to(error) * error
+        if finest is not None and level == len(x) - 1:
+            error = error + finest(process.prediction, predicted, z[level], x_r, log_snr)
         per_level.append(error.sum() / max(counts[level], 1))
         per_example[:rows] = per_example[:rows] + process.level_weights[level] * error
     losses = torch.stack(per_level)

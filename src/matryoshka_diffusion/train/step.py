@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import RunConfig, TrainConfig
-from matryoshka_diffusion.diffusion import Loss, Network, Process, matryoshka_loss
+from matryoshka_diffusion.config import ConfigError, RunConfig, TrainConfig
+from matryoshka_diffusion.diffusion import (
+    Distance,
+    FinestLoss,
+    Loss,
+    Network,
+    Process,
+    matryoshka_loss,
+)
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, learnt_parameters, level_of
 from matryoshka_diffusion.pyramid import Pyramid
@@ -67,12 +74,21 @@ class Recipe(Generic[Net]):
     in_order: Callable[[Any], Sequence[nn.Parameter]] = lambda net: [*net.parameters()]
 
 
-def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Recipe[NestedUNet]:
+def diffusion(
+    config: RunConfig,
+    base: Mapping[str, Tensor] | None = None,
+    distance: Distance | None = None,
+) -> Recipe[NestedUNet]:
     """Recipe of the paper: a nest of UNets and the joint loss (Eq. 3).
 
-    `config` is resolved (`run_folder.open_run`). `base` are the weights under trained adapters.
+    `config` is resolved (`run_folder.open_run`). `base` are the weights under trained adapters,
+    `distance` is what a frozen network sees between images, for `train.perceptual`.
     """
-    model, train = config.model, config.train
+    model, train, finest = config.model, config.train, None
+    if (section := train.perceptual) is not None:
+        if distance is None:
+            raise ConfigError("train.perceptual: open_perceptual gives its distance; pass it on")
+        finest = FinestLoss(distance, section.weight, section.log_snr_above)
 
     def build(levels: int) -> NestedUNet:
         net = build_network(model.first(levels), train, base)
@@ -88,7 +104,9 @@ def diffusion(config: RunConfig, base: Mapping[str, Tensor] | None = None) -> Re
                 return net(z, t, cond)
 
         process = process.ramped(step.ramp)
-        return matryoshka_loss(network, x, cond, t, noise, process=process, counts=step.rows)
+        return matryoshka_loss(
+            network, x, cond, t, noise, process=process, counts=step.rows, finest=finest
+        )
 
     def finished(levels: int, weights: Mapping[str, Tensor]) -> NestedUNet:
         if train.lora is not None and base is not None:

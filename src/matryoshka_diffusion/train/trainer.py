@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.bad import Quarantine
 from matryoshka_diffusion.data.loader import look_ahead
+from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import learnt_parameters
 from matryoshka_diffusion.train import checkpoint
@@ -101,6 +102,7 @@ def train(
     *,
     encode: Encode | None = None,
     base: Mapping[str, Tensor] | None = None,
+    distance: Distance | None = None,
     quarantine: Quarantine | None = None,
     hooks: Sequence[Hook] = (),
     sinks: Sequence[OpenSink] = (),
@@ -111,8 +113,9 @@ def train(
     """Train in a run folder, or continue the run there; return the folder of the finished model.
 
     All ranks of `world` call it. `encode` is for models with text, `base` for adapters
-    (`train.lora`); `quarantine` lists the source's bad samples and is saved with the run. With
-    `data_changed` the run goes on although its data is another one now.
+    (`train.lora`), `distance` for `train.perceptual`; `quarantine` lists the source's bad samples
+    and is saved with the run. With `data_changed` the run goes on although its data is another one
+    now.
 
     Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
     and the errors of `Trainer.resume` and `fit`.
@@ -122,7 +125,8 @@ def train(
         world.once(lambda: ownership.enter_context(owned(folder)))
         begin = partial(open_run, folder, config, device, world.size, data_changed=data_changed)
         config = world.once(begin)
-        trainer = Trainer.resume(diffusion(config, base), folder, device, world, quarantine)
+        recipe = diffusion(config, base, distance)
+        trainer = Trainer.resume(recipe, folder, device, world, quarantine)
         trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
         weights = trainer.averaged()
         world.once(lambda: export_weights(folder / "model", weights, config))
