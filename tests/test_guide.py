@@ -18,8 +18,10 @@ from matryoshka_diffusion.denoiser import Guided, OfTwoModels
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid, waking
 from matryoshka_diffusion.schedule import Cosine, instants
+from matryoshka_diffusion.train.trainer import View
 from matryoshka_diffusion.train.weights import export_weights
 from oracle import UnitNoise, no_noise, small_world, stacked
 
@@ -126,10 +128,23 @@ def test_samples_depend_on_the_weights_of_a_guide_and_not_on_its_place(tmp_path)
     )
     assert a == c != b
     assert "guide" not in made.describe({"guidance": 2.0})["sampling"]
+    idle = {"guide": "nowhere", "guidance_interval": (-3.0, 2.0), "rescale": 0.5}
+    assert made.describe(idle) == made.describe({})
+    assert made.describe({**idle, "guide": None, "guidance": 2.0}) != made.describe(
+        {"guidance": 2.0}
+    )
     assert made.idle({"guide": paths[0]}) == {"guide"}
     assert not made.idle({"guide": paths[0], "guidance": 2.0})
     named = made.config.sampling.model_copy(update={"guide": paths[0]})
     assert without_paths(made.config.model_copy(update={"sampling": named})).sampling.guide is None
+
+
+def test_previews_of_a_training_need_no_guide(tmp_path):
+    made = model()
+    sampling = made.config.sampling.model_copy(update={"guide": "nowhere", "guidance": (3.0,)})
+    config = made.config.model_copy(update={"sampling": sampling})
+    view = View(config, tmp_path, 0, lambda: made.net)
+    assert Preview({"classes": [0]}, None, "cpu")(view).is_file()
 
 
 def test_a_guide_that_cannot_be_is_refused_with_the_difference(tmp_path, capsys):

@@ -258,10 +258,13 @@ class Matryoshka(DiffusionModel):
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.
 
+        Settings without effect have their defaults, so that they name the same samples.
         `averaged` says whether the weights are averages over the training. The text encoder is
         loaded for its key, a hash of its weights, which may change at the same path. So is a guide.
         """
         sampling = self.sampling(settings)
+        plain = {name: SamplingConfig.model_fields[name].default for name in sampling.idle}
+        sampling = sampling.model_copy(update=plain)
         # How fast clips are shown changes no sample.
         drawn_with = sampling.model_dump(mode="json", exclude={"fps", "guide"})
         if sampling.guide is not None:

@@ -36,7 +36,6 @@ ONE_STEP = {
     "grid": "trailing",
     "eta": 0.0,
     "guidance": 1.0,
-    "guide": None,
     "threshold": "none",
 }
 """Settings with which a sample is the estimate of x from pure noise, at t = 1.

@@ -92,7 +92,6 @@ def _added_level(config: RunConfig, level: LevelConfig) -> list[tuple[str, Any]]
         ("train.init", None),
         ("train.init_levels", len(levels) - 1),
         ("train.averaged", None),
-        ("sampling.guide", None),  # which lacks the new level
     ]
     if (config.data.side or 0) % (level.side * config.pixels_per_side):
         changes.append(("data.side", None))  # images of the finest level's side, as by default
