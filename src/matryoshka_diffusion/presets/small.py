@@ -104,8 +104,10 @@ def emoji_styles(name: str) -> RunConfig:
     """
     run = openmoji(name)
     longer = [stage.model_copy(update={"images": 3 * stage.images}) for stage in run.train.stages]
+    # Beside each preview the loss of held-out images is computed.
+    rare = run.train.model_copy(update={"preview_every_images": 40_000})
     data = DataConfig(source="emoji-styles", held_out=0.1)
-    return run.model_copy(update={"data": data, "train": in_stages(run.train, *longer)})
+    return run.model_copy(update={"data": data, "train": in_stages(rare, *longer)})
 
 
 def fashion_mnist(name: str) -> RunConfig:
