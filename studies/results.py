@@ -20,7 +20,7 @@ Results: TypeAlias = dict[tuple[str, str], dict[str, Result]]
 TITLES = {
     "fashion": "Fashion-MNIST 32",
     "emoji": "OpenMoji 64",
-    "rates": "OpenMoji 64, the preset's 160,000 images",
+    "recipes": "OpenMoji 64, the preset's 160,000 images",
 }
 OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
 """Variants whose losses are not comparable: another number of levels, other noise, untrained
@@ -41,7 +41,7 @@ class Group(NamedTuple):
         return {value: "joint" if name == own else name for value, name in self.names.items()}
 
 
-OWN_LEVELS = {"fashion": 2, "emoji": 3, "rates": 3}
+OWN_LEVELS = {"fashion": 2, "emoji": 3, "recipes": 3}
 FAMILIES = {
     "MDM": "mdm",
     "MDM, no progressive training": "joint",
@@ -57,8 +57,13 @@ LEVELS = {f"{count}": f"levels-{count}" for count in (1, 2, 3, 4)}
 WEIGHTS = {f"{weight:g}": f"mdm/guidance-{weight:g}" for weight in GUIDANCE}
 SOLVED = {name: f"mdm/{name}" for name in SOLVERS}
 CHOSEN = {"x0-v_clipped": "mdm", **{name: name for name in CHOICES}}
-DECAYS = {"decays in the last stage": "last-stage", "one for each level": "each-level"}
-_RATES = "(g) A learning rate for each level"
+RECIPES = {
+    "the preset": "now",
+    "as it was": "before",
+    "one rate for all levels": "one-rate",
+    "captions not whitened": "plain-captions",
+    "half of the shift ratios": "half-shift",
+}
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"
 _SHARE = "share of compute on the coarsest level alone"
@@ -71,7 +76,7 @@ GROUPS = {
     "d-guidance": Group("(d) Guidance (Fig. 8c)", "guidance weight", WEIGHTS),
     "e-solvers": Group("(e) Solver and steps", "solver and steps", SOLVED),
     "f-choices": Group("(f) What the paper leaves open", "choice", CHOSEN),
-    "g-rates": Group(_RATES, "learning rate", DECAYS, base="last-stage"),
+    "g-recipes": Group("(g) The recipe of openmoji", "recipe", RECIPES, base="now"),
 }
 
 

@@ -60,6 +60,25 @@ SETS = {
 }
 
 
+def earlier(name: str, kind: str | None = None) -> RunConfig:
+    """A preset, or a baseline of it, as it was when (a) to (f) were run.
+
+    The shift ratios of `openmoji` were half of today's, captions were not whitened, one rate held
+    for all levels, and samples were guided.
+    """
+    config = preset(name, kind)
+    train: dict[str, Any] = {"train__whiten_captions": False, "train__lr_per_level": False}
+    if config.encoder is None:
+        return changed(config, **train)
+    levels = [level.model_dump() for level in config.model.levels]
+    halved = [{**level, "shift_ratio": level["shift_ratio"] / 2} for level in levels]
+    last = config.train.stages[-1].images / config.train.images
+    train |= {"train__decay_share": round(DECAY * last, 4), "sampling__guidance": [3.0]}
+    if config.sampling.coarse_noise is not None:
+        train["sampling__coarse_noise"] = 0.3
+    return changed(config, model__levels=halved, **train)
+
+
 @dataclass(frozen=True)
 class Trial:
     """A run of the product, or samples of one under other settings.
@@ -170,14 +189,14 @@ def _trained(
 
 def _base(pictures: PictureSet, coarse: float = 0.5) -> RunConfig:
     """The run that every variant is compared with; `coarse` is the coarsest level's compute."""
-    config = preset(pictures.preset)
+    config = earlier(pictures.preset)
     between = [0.0] * (len(config.train.stages) - 2)
     return _trained(config, pictures, (coarse, *between, 1.0 - coarse))
 
 
 def _baseline(pictures: PictureSet, kind: str, compute: float = 1.0) -> RunConfig:
     """A baseline of the paper with a share of the compute, the same for each of its stages."""
-    config = preset(pictures.preset, kind)
+    config = earlier(pictures.preset, kind)
     count = len(config.train.stages)
     return _trained(config, pictures, (compute / count,) * count)
 
@@ -210,7 +229,7 @@ NESTS: dict[str, dict[str, Nest]] = {
 
 def _nest(pictures: PictureSet, nest: Nest) -> RunConfig:
     """Fig. 8b: another number of levels, all trained from the start as in `joint`."""
-    config = preset(pictures.preset)
+    config = earlier(pictures.preset)
     finest = config.model.levels[-1].model_dump()
     ratio = finest["shift_ratio"] / finest["side"]  # a side has the shift that it has in the base
     keys = ("side", "widths", "blocks", "attention")
@@ -299,32 +318,31 @@ def _runs(scale: float, samples: int) -> Iterator[Trial]:
                     )
 
 
-RATES: dict[str, dict[str, Any]] = {
-    "last-stage": {},
-    "each-level": {"train__lr_per_level": True, "train__decay_share": 1.0},
-}
-"""Learning rates that are compared at the whole length of a preset."""
+def _recipes(scale: float, samples: int) -> Iterator[Trial]:
+    """The preset `openmoji` at its whole length, as it was, and without each of its new choices.
 
-
-def _rates(scale: float, samples: int) -> Iterator[Trial]:
-    """The preset `openmoji` with its own stages under each of `RATES`; first one seed of both."""
-    pictures, config = SETS["emoji"], preset("openmoji")
-    stages = [
-        {**stage.model_dump(), "images": round(scale * stage.images)}
-        for stage in config.train.stages
-    ]
-    common: dict[str, Any] = {
-        "data__held_out": pictures.held_out,
-        "train__stages": stages,
-        "train__precision": "bf16",
-        "train__preview_every_images": 0,
-        "train__keep_checkpoints": 1,
+    First one seed of all, then the others of the two that are compared.
+    """
+    now, before = preset("openmoji"), earlier("openmoji")
+    shifts = [level.model_dump() for level in before.model.levels]
+    one_rate = {"lr_per_level": False, "decay_share": before.train.decay_share}
+    recipes = {
+        "now": now,
+        "before": before,
+        "one-rate": changed(now, **{f"train__{name}": value for name, value in one_rate.items()}),
+        "plain-captions": changed(now, train__whiten_captions=False),
+        "half-shift": changed(now, model__levels=shifts),
     }
-    for seed in range(pictures.seeds):
-        for name, rates in RATES.items():
-            own = {"name": f"rates-{name}", "train__seed": seed}
-            trained = changed(config, **common, **rates, **own)
-            yield Trial(f"rates/{name}/{seed}", trained, samples=samples)
+    for seed in range(3):
+        for name in ("now", "before") if seed else recipes:
+            stages = [
+                {**stage.model_dump(), "images": round(scale * stage.images)}
+                for stage in recipes[name].train.stages
+            ]
+            own: dict[str, Any] = {"name": f"recipes-{name}", "train__seed": seed}
+            own |= {"train__stages": stages, "train__preview_every_images": 0}
+            trained = changed(recipes[name], **own, train__keep_checkpoints=1)
+            yield Trial(f"recipes/{name}/{seed}", trained, samples=samples)
 
 
 UNGUIDED = {"guidance": [1.0]}
@@ -350,7 +368,7 @@ def _settings(run: Trial) -> dict[str, dict[str, Any]]:
 
 def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
     """Every run, with a share of its compute, then the samples of each under other settings."""
-    runs = [*_runs(scale, samples), *_rates(scale, samples)]
+    runs = [*_runs(scale, samples), *_recipes(scale, samples)]
     other = [(run, name, how) for run in runs for name, how in _settings(run).items()]
     sampled = [replace(run, name=f"{run.name}/{name}", settings=how) for run, name, how in other]
     return [*runs, *sampled]

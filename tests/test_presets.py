@@ -243,8 +243,8 @@ def test_the_papers_models_have_their_size(name: str, count: float, error: float
     ("name", "base", "levels"),
     [
         # -power * log(ratio), from the side of a level over the coarsest one's
-        ("openmoji", 0.0, tuple(-2 * math.log(ratio) for ratio in (2, 4, 8))),
-        ("openmoji-256", 0.0, tuple(-2 * math.log(ratio) for ratio in (2, 8, 32))),
+        ("openmoji", 0.0, tuple(-2 * math.log(ratio) for ratio in (4, 8, 16))),
+        ("openmoji-256", 0.0, tuple(-2 * math.log(ratio) for ratio in (4, 8, 32))),
         ("fashion-mnist", 0.0, (0.0, -2 * math.log(2))),
         ("cc12m-64", 0.0, (0.0,)),
         ("imagenet-256", 0.0, (0.0, -math.log(4))),
@@ -271,7 +271,16 @@ def test_the_model_of_256_pixels_is_small_and_mostly_asleep():
     assert shares == pytest.approx([0.325, 0.089], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["openmoji", "fashion-mnist", "openmoji-codes", "openmoji-simple"])
+@pytest.mark.parametrize("name", ["openmoji", "openmoji-codes", "openmoji-simple", "emoji-styles"])
+def test_the_rate_of_each_level_of_openmoji_falls_over_its_own_life(name: str):
+    train = run_of(name).train
+    last = train.stages[-1]
+    coarsest, *_, newest = 2 * learning_rates(train, train.images - last.images // 2, 1)
+    assert newest == pytest.approx(last.lr / 2, rel=1e-3)
+    assert coarsest == pytest.approx(last.lr / 2 * last.images / train.images, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-simple", "emoji-still"])
 def test_a_rate_that_decays_is_whole_until_thirty_per_cent_of_the_last_stage_are_left(name):
     train = run_of(name).train
     last = train.stages[-1]
@@ -328,7 +337,7 @@ def test_baselines_have_the_sizes_that_are_stated(name: str, millions: float, gi
         ("imagenet-256-upsampler", 0.5, 4.0),
         ("imagenet-256-upsampler", 0.7, 1.0),
         ("fashion-mnist-upsampler", 0.3, 4.0),
-        ("openmoji-upsampler", 0.3, 1.0),
+        ("openmoji-upsampler", 0.15, 1.0),
     ],
 )
 def test_times_of_augmentation_in_the_signal_that_is_left(name: str, t: float, ratio: float):
@@ -338,7 +347,7 @@ def test_times_of_augmentation_in_the_signal_that_is_left(name: str, t: float, r
     times = torch.tensor([t], dtype=torch.float64)
     averaged = (model.levels[0].side / model.coarse.side) ** 2
     signal = averaged * build_schedules(model)[0].log_snr(times).exp().item()
-    assert signal == pytest.approx(ratio, rel=0.05)
+    assert signal == pytest.approx(ratio, rel=0.1)
 
 
 def test_the_parts_of_a_nest_are_not_changed_by_being_a_baseline():

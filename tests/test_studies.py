@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
-from studies.results import GROUPS, PLACE, filled, read_results, table, tables
+from studies.results import GROUPS, PLACE, RECIPES, filled, read_results, table, tables
 from studies.run import claimed, is_done, measured_at, result_path, run, work
 from studies.trials import DECAY, SETS, Trial, all_trials, changed, images_at, total_flops
 
@@ -23,6 +23,7 @@ from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.train.run_folder import differences
 from matryoshka_diffusion.train.stages import learning_rates
 from tiny_run import tiny_config
 
@@ -38,9 +39,9 @@ def trainings() -> list[Trial]:
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(trials()) == 206
+    assert len(trials()) == 209
     for trial in trainings():
-        if trial.name.startswith("rates/"):  # at the preset's length
+        if trial.name.startswith("recipes/"):  # at the preset's length
             continue
         pictures, _, seed = trial.name.split("/")
         assert sum(map(total_flops, trial.parts)) == pytest.approx(SETS[pictures].flops, rel=0.01)
@@ -70,14 +71,20 @@ def test_the_rate_decays_in_the_last_stage_alone(name):
         assert learning_rates(train, halfway, batch)[0] == pytest.approx(rate / 2, rel=0.02)
 
 
-def test_the_trials_of_rates_differ_in_them_alone_and_have_the_presets_length():
-    own, tried = preset("openmoji").train, trials()
-    for seed in range(3):
-        last, each = (tried[f"rates/{name}/{seed}"].config for name in ("last-stage", "each-level"))
-        same = {"lr_per_level": True, "decay_share": 1.0}
-        assert each.train == last.train.model_copy(update=same)
-        assert (last.train.stages, last.train.decay_share) == (own.stages, own.decay_share)
-        assert (last.train.images, last.train.seed) == (160_000, seed)
+def test_a_recipe_differs_from_the_preset_in_what_its_name_says():
+    tried = {name: trials()[f"recipes/{name}/0"].config for name in RECIPES.values()}
+    now, own = tried.pop("now"), preset("openmoji")
+    assert (now.train.stages, now.model) == (own.train.stages, own.model)
+    different = {name: differences(now, config) for name, config in tried.items()}
+    named = {"one-rate": "lr_per_level", "plain-captions": "whiten", "half-shift": "shift_ratio"}
+    assert all(part in different[name] for name, part in named.items())
+    assert tried["plain-captions"].model == tried["one-rate"].model == now.model
+    assert tried["half-shift"].train == now.train
+    before = tried["before"]
+    assert before.model == tried["half-shift"].model
+    assert not before.train.lr_per_level
+    assert not before.train.whiten_captions
+    assert before.train.decay_share == tried["one-rate"].train.decay_share == 0.105
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():
@@ -184,8 +191,8 @@ def test_the_page_has_the_tables_of_the_kept_results(tmp_path, monkeypatch, caps
     assert not outdated
     assert filled(text, results) == text
     places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(text)}
-    shared = GROUPS.keys() - {"g-rates"}
-    assert places == {(x, y) for x in shared for y in SETS} | {("g-rates", "rates")}
+    shared = GROUPS.keys() - {"g-recipes"}
+    assert places == {(x, y) for x in shared for y in SETS} | {("g-recipes", "recipes")}
     page = tmp_path / "results.md"
     page.write_text("<!-- table a-families emoji -->\nold\n<!-- /table -->\nrest\n", "utf-8")
     monkeypatch.setattr("studies.__main__.PAGE", page)

@@ -260,8 +260,9 @@ def demo(options: argparse.Namespace) -> None:
     save_png(page, path, {"model": model.config.name})
     with Bar() as bar:
         folder = options.out / "eval"
-        results = evaluate(model, "retrieval", source=source, folder=folder, progress=bar)
-    show(results[0].sentence())
+        metrics = "retrieval-512,retrieval-one-step"
+        results = evaluate(model, metrics, source=source, folder=folder, progress=bar)
+    show("\n".join(result.sentence() for result in results))
     show(f"24 prompts at every level, beside the real images: {path}")
 
 

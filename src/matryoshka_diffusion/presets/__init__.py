@@ -63,9 +63,11 @@ def base(run: RunConfig) -> RunConfig:
 def upsampler(run: RunConfig) -> RunConfig:
     """The upsampler of a cascade: the UNet of `simple`, which enlarges images of the coarsest side.
 
-    For 256 pixels the paper found noise of the times 0.5 or 0.7 to be needed in sampling.
+    For 256 pixels the paper found noise of the times 0.5 or 0.7 to be needed in sampling. Where a
+    schedule is shifted further, the same noise comes earlier.
     """
-    noise = 0.5 if run.data_side >= 256 else 0.3
+    noise = 0.15 if run.model.levels[-1].shift_ratio >= 16.0 else 0.3
+    noise = 0.5 if run.data_side >= 256 else noise
     up = _one_stage(run, (reduce(_merged, run.model.levels),), "upsampler", run.train.stages[-1])
     model = up.model.model_copy(update={"coarse": CoarseConfig(side=run.model.levels[0].side)})
     sampling = up.sampling.model_copy(update={"coarse_noise": noise})
@@ -96,8 +98,9 @@ def codes(run: RunConfig) -> RunConfig:
     if run.name not in ("openmoji", "folder-64"):
         raise ConfigError(f"--as codes: {run.name} has no such baseline; openmoji has")
     coarse = run.model.levels[0].model_copy(update={"side": 8, "patch": 1})
-    fine = {"side": 16, "widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)}
-    levels = (coarse, coarse.model_copy(update={**fine, "shift_ratio": 4.0}))
+    fine: dict[str, Any] = {"side": 16, "widths": (64, 64), "blocks": (1, 0), "attention": (0, 0)}
+    fine["shift_ratio"] = 2.0 * coarse.shift_ratio
+    levels = (coarse, coarse.model_copy(update=fine))
     stages = (
         StageConfig(levels=1, images=84_000, batch_size=64, lr=2e-3),
         StageConfig(levels=2, images=76_000, batch_size=48, lr=2e-3, mix=(0.4, 0.6)),
