@@ -10,7 +10,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, TextConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, shapes_of
 from matryoshka_diffusion.runs.grow import next_frames, next_level
 
 ROWS = 4
@@ -59,10 +59,7 @@ def wake(net: NestedUNet, seed: int = 0) -> NestedUNet:
 
 def noisy(config: ModelConfig, rows: int = ROWS, seed: int = 0) -> Pyramid:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(rows, *resolution.shape(config.channels), generator=generator)
-        for resolution in resolutions_of(config)
-    )
+    return tuple(torch.randn(rows, *shape, generator=generator) for shape in shapes_of(config))
 
 
 def words(rows: int = ROWS, tokens: int = 5, seed: int = 1) -> Tensor:

@@ -27,13 +27,15 @@ from matryoshka_diffusion.schedule import Instant, NoiseSchedule, Shifted
 class GaussianImages:
     """Images or clips of one channel, x ~ N(mean, covariance), with a schedule for each level.
 
-    It is a `Denoiser`: E[D^r x | z^1..z^R] for every level.
+    It is a `Denoiser`: E[D^r x | z^1..z^R] for every level. The rows of `features` are a linear map
+    that takes the place of D^1.
     """
 
     mean: Tensor
     covariance: Tensor
     resolutions: tuple[Resolution, ...]
     schedules: tuple[NoiseSchedule, ...]
+    features: Tensor | None = None
 
     @cached_property
     def pools(self) -> tuple[Tensor, ...]:
@@ -44,7 +46,10 @@ class GaussianImages:
     def pyramid(self, numbers: Tensor) -> Pyramid:
         """All levels of images whose pixels are the rows of a matrix."""
         x = numbers.reshape(len(numbers), *self.resolutions[-1].shape(1))
-        return build_pyramid(x, self.resolutions)
+        if self.features is None:
+            return build_pyramid(x, self.resolutions)
+        first = (numbers @ self.features.T).view(len(x), *self.resolutions[0].shape(1))
+        return build_pyramid(x, self.resolutions, first)
 
     @cached_property
     def precision(self) -> Tensor:
@@ -119,6 +124,19 @@ def small_clips(base: NoiseSchedule) -> GaussianImages:
         world,
         covariance=spread[:, None] * world.covariance * spread,
         resolutions=(Resolution(1, 1), Resolution(1, 1, 2), Resolution(1, 2, 2)),
+    )
+
+
+def small_features(base: NoiseSchedule) -> GaussianImages:
+    """A feature of four pixels, which runs ahead of levels of 2 and 4 pixels.
+
+    It is no mean of them, and no finer level determines it but the finest.
+    """
+    world = small_world(base)
+    return replace(
+        world,
+        schedules=(Shifted(base, 0.5, power=2.0), *world.schedules[1:]),
+        features=torch.tensor([[0.8, -1.1, 0.4, 0.6]], dtype=torch.float64),
     )
 
 

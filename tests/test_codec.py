@@ -219,7 +219,8 @@ def test_stored_codes_are_the_fresh_ones_to_the_bit(flip, tiny_codec, photos, tm
     assert len(cache.store) == 12 * (1 + flip)
     assert cache.store.bytes > cache.bytes_of(12 * (1 + flip), 32)
 
-    cache.codec._model.to("meta")  # nothing can be encoded any more
+    codec: Any = cache.codec
+    codec._model.to("meta")  # nothing can be encoded any more
     loader = Loader(source, seed=3, flip=flip)
     stored, made = (LatentLoader(loader, one).batch(range(40)) for one in (cache, fresh))
     assert torch.equal(stored.picture, made.picture)
@@ -258,7 +259,6 @@ def test_pictures_of_other_numbers_or_shapes_are_other_pictures(tiny_codec, tmp_
     cache.add(list(x))
     for other in (x.flip(-1), x + 1e-6, x.reshape(1, 3, 16, 64)):
         assert torch.equal(cache.encode(other), cache.codec.encode(other))
-    assert torch.equal(cache.decode(cache.encode(x)), cache.codec.decode(cache.encode(x)))
 
 
 # --- training ------------------------------------------------------------------------------------

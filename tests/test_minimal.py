@@ -124,7 +124,7 @@ def test_the_same_weights_and_noise_give_the_library_s_images(example, library_n
     example_net.load_state_dict(library_net.state_dict(), strict=True)
     labels = torch.tensor([0, 4, 11])
     cond = Conditioning(labels=labels)
-    noise = SeededNoise([1, 2, 3], [Resolution(d.side, d.side) for d in example.NEST])
+    noise = SeededNoise([1, 2, 3], [(3, d.side, d.side) for d in example.NEST])
     pair = WithAndWithout(
         NetworkDenoiser(library_net, process, cond),
         NetworkDenoiser(library_net, process, cond.followed_by(cond.null())),

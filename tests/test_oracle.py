@@ -35,10 +35,19 @@ from matryoshka_diffusion.schedule import (
     squared_cosine_table,
     time_of,
 )
-from oracle import GaussianImages, UnitNoise, moments, no_noise, small_clips, small_world, stacked
+from oracle import (
+    GaussianImages,
+    UnitNoise,
+    moments,
+    no_noise,
+    small_clips,
+    small_features,
+    small_world,
+    stacked,
+)
 
 DOUBLINGS = (50, 100, 200)
-every_world = pytest.mark.parametrize("make", [small_world, small_clips])
+every_world = pytest.mark.parametrize("make", [small_world, small_clips, small_features])
 
 
 def covariance_error(

@@ -31,7 +31,7 @@ from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
-from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of, shapes_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules, time_of
 from matryoshka_diffusion.train.stages import learning_rates
@@ -42,7 +42,7 @@ from nests import wake
 COMPARED = {
     "openmoji": tuple(BASELINES),
     "openmoji-256": ("simple", "finest"),
-    "fashion-mnist": ("simple", "finest", "base", "upsampler", "latent"),
+    "fashion-mnist": ("simple", "finest", "base", "upsampler", "latent", "thumbnail", "semantic"),
     "folder-64": ("latent",),
     "cc12m-256": ("simple", "finest", "upsampler", "latent"),
     "imagenet-256": ("simple", "upsampler", "latent"),
@@ -54,7 +54,7 @@ RUNS = {
 TRAINED = (
     *("openmoji", "openmoji-256", "fashion-mnist", "emoji-video", "cc12m-256"),
     *("imagenet-256-nest3", "released-1024", "openmoji-finest", "openmoji-upsampler"),
-    *("openmoji-codes", "imagenet-256-latent", "cc12m-256-latent"),
+    *("openmoji-codes", "imagenet-256-latent", "cc12m-256-latent", "openmoji-semantic"),
 )
 """Runs that differ in more than depth or length."""
 
@@ -96,8 +96,9 @@ def batch(model: ModelConfig, rows: int = 2) -> tuple[Pyramid, Pyramid, Conditio
     def numbers(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, generator=generator)
 
-    shapes = [resolution.shape(model.channels) for resolution in resolutions_of(model)]
-    x = build_pyramid(numbers(*shapes[-1]), resolutions_of(model))
+    shapes = shapes_of(model)
+    features = numbers(*shapes[0]) if model.hidden else None
+    x = build_pyramid(numbers(*shapes[-1]), resolutions_of(model), features)
     noise = tuple(numbers(*shape) for shape in shapes)
     cond = Conditioning(
         labels=torch.arange(rows) if model.classes else None,
@@ -168,6 +169,7 @@ class Smooth:
         coarse = normal("picture", [(0, n) for n in ids], (channels, 2, 2)).clamp(-1, 1)
         picture = torch.nn.functional.interpolate(coarse, size=(side, side))
         frames = [picture.roll(n, dims=3) for n in range(self.model.levels[-1].frames or 0)]
+        seen = normal("features", [(0, n) for n in ids], shapes_of(self.model)[0])
         classes = self.model.classes
         return Batch(
             picture=torch.stack(frames, dim=2) if frames else picture,
@@ -176,6 +178,7 @@ class Smooth:
             original_side=200 * uniform(0, "side", ids).float() + side,
             ids=torch.tensor(ids),
             keys=tuple(f"picture-{n}" for n in ids),
+            features=seen if self.model.hidden else None,
         )
 
 
@@ -214,7 +217,8 @@ def test_a_shrunk_preset_trains_grows_and_samples(
     if coarse is not None:
         image = np.zeros((1, coarse.side, coarse.side, config.model.channels), np.uint8)
     samples = model.sample(prompts, classes=classes, coarse=image, steps=2)
-    sides = [level.side * config.pixels_per_side for level in config.model.levels]
+    pixels = config.model.levels[config.model.hidden :]
+    sides = [level.side * config.pixels_per_side for level in pixels]
     assert [tuple(level.shape[-3:-1]) for level in samples.levels] == [(s, s) for s in sides]
 
 
@@ -312,6 +316,8 @@ def test_a_baseline_takes_as_much_arithmetic_as_the_nest(name: str):
     nest = arithmetic(name)
     assert arithmetic(f"{name}-simple") == pytest.approx(nest, rel=0.01)
     assert arithmetic(f"{name}-finest") == pytest.approx(nest, rel=0.01)
+    assert arithmetic(f"{name}-semantic") == pytest.approx(nest, rel=0.01)
+    assert arithmetic(f"{name}-thumbnail") == pytest.approx(nest, rel=0.01)
     cascade = arithmetic(f"{name}-base") + arithmetic(f"{name}-upsampler")
     assert cascade == pytest.approx(nest, rel=0.01)
 

@@ -14,7 +14,7 @@ from matryoshka_diffusion.config import GridName, Prediction, ProcessConfig, Sam
 from matryoshka_diffusion.denoiser import NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, up_sample
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, shapes_of, up_sample
 from matryoshka_diffusion.samplers import (
     GRIDS,
     SAMPLERS,
@@ -38,7 +38,7 @@ from matryoshka_diffusion.schedule import (
 )
 from nests import nest, wake
 
-RESOLUTIONS = (Resolution(2, 2), Resolution(4, 4))
+SHAPES = ((3, 2, 2), (3, 4, 4))
 LEVELS = (Cosine(), Shifted(Cosine(), 2.0, 2.0))
 
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
@@ -113,7 +113,7 @@ def test_one_level_follows_diffusers_step_by_step(
 
 def test_ddim_with_eta_one_is_ancestral_sampling_and_eta_between_lies_between():
     """The same variance and the same mean: on the same noise the same trajectory."""
-    noise = SeededNoise([1, 2], RESOLUTIONS)
+    noise = SeededNoise([1, 2], SHAPES)
     z = tuple(level.double() for level in noise.start())
     times = trailing_grid(12, LEVELS[0])
     none, half, whole = (
@@ -127,7 +127,7 @@ def test_ddim_with_eta_one_is_ancestral_sampling_and_eta_between_lies_between():
 
 @every_sampler
 def test_states_have_step_time_latents_and_estimate_and_cost_a_call_each(sampler: Callable):
-    noise = SeededNoise([3], RESOLUTIONS)
+    noise = SeededNoise([3], SHAPES)
     times: list[float] = []
 
     def denoise(z: Pyramid, now: Instant) -> Pyramid:
@@ -152,7 +152,7 @@ def test_states_have_step_time_latents_and_estimate_and_cost_a_call_each(sampler
 def test_very_few_steps_are_enough_for_a_finite_image(
     sampler: Callable, steps: int, grid: Callable
 ):
-    noise = SeededNoise([3], RESOLUTIONS)
+    noise = SeededNoise([3], SHAPES)
     state = last(sampler(shrink, noise.start(), LEVELS, grid(steps, LEVELS[0]), noise=noise))
     assert state.step == steps
     assert all(level.isfinite().all() for level in state.z)
@@ -161,7 +161,7 @@ def test_very_few_steps_are_enough_for_a_finite_image(
 @pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
 def test_levels_step_by_their_own_log_snr_at_the_shared_time(sampler: Callable):
     """A level whose estimate does not depend on others is sampled the same alone."""
-    noise = SeededNoise([3], RESOLUTIONS)
+    noise = SeededNoise([3], SHAPES)
     times = trailing_grid(7, LEVELS[0])
     z = noise.start()
     together = last(sampler(shrink, z, LEVELS, times, noise=noise)).z
@@ -173,7 +173,7 @@ def test_levels_step_by_their_own_log_snr_at_the_shared_time(sampler: Callable):
 
 @every_sampler
 def test_a_sleeping_level_waits_at_the_enlarged_estimate_under_its_own_noise(sampler: Callable):
-    noise = SeededNoise([3], RESOLUTIONS)
+    noise = SeededNoise([3], SHAPES)
     times = trailing_grid(7, LEVELS[0])
     z, calls = noise.start(), []
 
@@ -185,7 +185,7 @@ def test_a_sleeping_level_waits_at_the_enlarged_estimate_under_its_own_noise(sam
     # The finer level is at log-SNR -1.97 at t = 4/7, the fourth time.
     assert calls == [[1, 1]] * 3 + [[2, 2]] * 4
     for state, then in zip(states[:3], instants(times, LEVELS)[1:4], strict=True):
-        assert torch.equal(state.x[1], up_sample(state.x[0], RESOLUTIONS[1]))
+        assert torch.equal(state.x[1], up_sample(state.x[0], Resolution(4, 4)))
         alpha, sigma, _ = then.levels[1]
         torch.testing.assert_close(state.z[1], alpha * state.x[1] + sigma * z[1])
     assert torch.equal(z[1], noise.start()[1])
@@ -195,7 +195,7 @@ def test_a_sleeping_level_waits_at_the_enlarged_estimate_under_its_own_noise(sam
 
 @every_sampler
 def test_levels_that_are_always_awake_change_no_bit(sampler: Callable):
-    noise = SeededNoise([3, 4], RESOLUTIONS)
+    noise = SeededNoise([3, 4], SHAPES)
     plain, woken = (
         list(each(shrink, noise.start(), LEVELS, trailing_grid(9, LEVELS[0]), noise=noise))
         for each in (sampler, waking(sampler, (-float("inf"),) * 2))
@@ -208,7 +208,7 @@ def test_levels_that_are_always_awake_change_no_bit(sampler: Callable):
 
 
 def test_a_samples_noise_depends_on_its_seed_only():
-    alone, crowd = SeededNoise([7], RESOLUTIONS), SeededNoise(range(16), RESOLUTIONS)
+    alone, crowd = SeededNoise([7], SHAPES), SeededNoise(range(16), SHAPES)
     for place in (("start", 0), ("step", 1), ("step", 9)):
         for one, among in zip(alone(*place), crowd(*place), strict=True):
             assert torch.equal(one, among[7:8])
@@ -218,7 +218,7 @@ def test_noise_differs_by_seed_purpose_step_level_and_family():
     draws = [
         level[row].flatten()
         for family in ("sample", "upsample")
-        for noise in [SeededNoise([1, 2], (Resolution(8, 8),) * 2, family=family)]
+        for noise in [SeededNoise([1, 2], ((3, 8, 8),) * 2, family=family)]
         for purpose, step in (("start", 0), ("coarse", 0), ("step", 0), ("step", 1))
         for level in noise(purpose, step)
         for row in range(2)
@@ -228,7 +228,7 @@ def test_noise_differs_by_seed_purpose_step_level_and_family():
 
 
 def test_noise_is_standard_normal_on_the_grid_of_each_level():
-    noise = SeededNoise(range(8), (Resolution(4, 8), Resolution(32, 64, 2)), channels=1)
+    noise = SeededNoise(range(8), ((1, 4, 8), (1, 2, 32, 64)))
     coarse, fine = noise.start()
     assert coarse.shape == (8, 1, 4, 8)
     assert fine.shape == (8, 1, 2, 32, 64)
@@ -244,7 +244,7 @@ def test_the_same_picture_alone_and_in_a_batch_of_sixteen(sampler: Callable):
     times = trailing_grid(4, process.schedules[0])
 
     def images(seeds: range) -> Pyramid:
-        noise = SeededNoise(seeds, resolutions_of(net.config))
+        noise = SeededNoise(seeds, shapes_of(net.config))
         return last(sampler(denoise, noise.start(), process.schedules, times, noise=noise)).z
 
     crowd = images(range(16))

@@ -43,6 +43,21 @@ def make_clip(folder: Path, words: Sequence[str]) -> None:
     save_tokenizer(folder, words, processor, **names)
 
 
+def make_vit(folder: Path, seed: int = 0) -> None:
+    """Save a vision transformer for images of 16 pixels, with patches of 4."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    _save(transformers.ViTModel, config, folder, seed)
+
+
 def make_codec(
     folder: Path, *, factor: int = 4, channels: int = 4, colours: int = 3, **settings: object
 ) -> None:
@@ -66,12 +81,12 @@ def make_codec(
         ).save_pretrained(folder)
 
 
-def _save(model: Any, config: Any, folder: Path) -> None:
+def _save(model: Any, config: Any, folder: Path, seed: int = 0) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model(config).save_pretrained(folder)
 
 

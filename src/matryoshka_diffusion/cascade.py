@@ -45,7 +45,7 @@ class Cascade:
 
     def __init__(self, base: Matryoshka, upsampler: Matryoshka) -> None:
         """Raises `ConfigError` unless the upsampler was trained for images such as the base's."""
-        check_pair(base.config, upsampler.config, levels=len(base.resolutions))
+        check_pair(base.config, upsampler.config, levels=len(base.model.levels))
         self.base, self.upsampler = base, upsampler
         self.config: RunConfig = upsampler.config
         self.resolutions: tuple[Resolution, ...] = (*base.resolutions, *upsampler.resolutions)
@@ -128,7 +128,8 @@ class Cascade:
             )
         base = {name: value for name, value in settings.items() if name != "coarse_noise"}
         upsampler = dict(settings)
-        levels, border = len(self.resolutions), len(self.base.resolutions)
+        border = len(self.base.model.levels)
+        levels = border + len(self.upsampler.model.levels)
         for part, name in PER_LEVEL:
             values = settings.get(name) if part == "sampling" else None
             if not isinstance(values, list | tuple) or len(values) == 1:

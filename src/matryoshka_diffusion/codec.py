@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,6 +53,9 @@ TRAINING = "codec.yaml"
 IMAGES_PER_FILE = 1024
 _CLASS = "AutoencoderKL"
 _PLACES = ("", OWN, "vae")  # in the folder itself, in a run or model, in a pipeline
+
+Frozen: TypeAlias = Literal["codec", "features"]
+"""Sections of a config about what stays frozen and whose files lie beside a model's weights."""
 
 AutoencoderKL: TypeAlias = Any
 """The class of diffusers, whose own annotations do not say what it returns."""
@@ -245,10 +248,11 @@ def check_codec(config: CodecConfig, folder: Path, name: str) -> str:
     return key
 
 
-def with_codec_path(config: RunConfig, path: str | None) -> RunConfig:
-    """The config of a model on latents with another `codec.path`."""
-    assert config.codec is not None
-    return config.model_copy(update={"codec": config.codec.model_copy(update={"path": path})})
+def with_path(config: RunConfig, part: Frozen, path: str | None) -> RunConfig:
+    """The config of a model with another `codec.path` or `features.path`, if it has that part."""
+    section = getattr(config, part)
+    changed = section and section.model_copy(update={"path": path})
+    return config.model_copy(update={part: changed})
 
 
 def refuse_codec(path: Path) -> None:
@@ -278,7 +282,7 @@ def carry_codec(config: RunConfig, folder: Path) -> RunConfig:
         with open(origin / name, "rb") as source:
             size = (origin / name).stat().st_size
             write_atomically(folder / OWN / name, partial(shutil.copyfileobj, source), needed=size)
-    return with_codec_path(config, None)
+    return with_path(config, "codec", None)
 
 
 def _is_codec(folder: Path) -> bool:
@@ -302,7 +306,7 @@ class LatentLoader:
     """The batches of a loader, with codes for images."""
 
     loader: Loader
-    codec: Codec
+    codec: Codec | CodeCache
 
     def batch(self, ids: Sequence[int]) -> Batch:
         """The samples with these global numbers n."""
@@ -310,14 +314,29 @@ class LatentLoader:
         return replace(batch, picture=self.codec.encode(batch.numbers()))
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """Map images in [-1, 1] to codes: `channels` at each square of `factor` pixels along a side.
+
+    `key` is a hash of all that codes depend on besides the image and `device`.
+    """
+
+    key: str
+    channels: int
+    factor: int
+    device: torch.device
+
+    def encode(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]: ...
+
+
 class CodeCache:
-    """A codec with a memory on disk; only `add` stores.
+    """An encoder with a memory on disk; only `add` stores.
 
     Codes are found by the image's own numbers after cropping and mirroring, so those of another
     image cannot be returned. Each type of device has a folder, because it rounds in its own way.
     """
 
-    def __init__(self, codec: Autoencoder, folder: Path | None = None) -> None:
+    def __init__(self, codec: Encoder, folder: Path | None = None) -> None:
         self.codec = codec
         own = f"{codec.key[:32]}-{codec.device.type}"
         self.folder = cache_folder("codes", own) if folder is None else folder
@@ -331,9 +350,6 @@ class CodeCache:
             for picture, place in zip(pictures.split(1), places, strict=True)
         ]
         return torch.cat(codes)
-
-    def decode(self, codes: Float[Tensor, "b k y x"]) -> Float[Tensor, "b c h w"]:
-        return self.codec.decode(codes)
 
     def bytes_of(self, count: int, side: int) -> int:
         """Size of the codes of `count` images."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from matryoshka_diffusion.modelconfig import CoarseConfig as CoarseConfig
 from matryoshka_diffusion.modelconfig import (
+    CodecConfig,
     Count,
+    EncoderConfig,
+    FeaturesConfig,
     Floors,
     ModelConfig,
+    Name,
     Natural,
     PerLevel,
     Positive,
@@ -33,17 +37,10 @@ PER_LEVEL = (
 GENTLE = ("freeze_coarse_images", "ramp_images")  # of a stage: a gentle start of its new levels
 
 
-def _not_none(text: str) -> str:
-    if text in ("None", "none", "null", "Null"):
-        raise ValueError(f"{text!r} is text; write null (YAML) for no value")
-    return text
-
-
 Weight = Annotated[float, Field(ge=0.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 AverageLength = Annotated[float, Field(gt=0.0, lt=UNIFORM)]
 Fps = Annotated[float, Field(ge=SLOWEST_FPS, le=FASTEST_FPS)]
-Name = Annotated[str, AfterValidator(_not_none)]
 Suffix = Annotated[str, Field(pattern=r"^\.[^/]+$")]  # such as .txt
 
 Prediction = Literal["x0", "eps", "v"]
@@ -147,22 +144,6 @@ class DataConfig(DataPlace):
         for name in ("split", "columns", "captions", "caption_suffixes") if self.mix else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 yield f"{name} has no effect beside mix: set data.mix[N].{name} of each part"
-
-
-class CodecConfig(Strict):
-    """A frozen autoencoder, whose latents the nest denoises."""
-
-    path: Name | None = None  # folder with an `AutoencoderKL` of diffusers
-    factor: Count = 4  # pixels along a side for each latent
-    weights: str = ""  # hash; a run fills it in
-
-
-class EncoderConfig(Strict):
-    """The frozen text encoder."""
-
-    name: Literal["minilm", "t5"]
-    path: Name | None = None  # folder or hub id; MiniLM's package needs none
-    max_tokens: Count = 32
 
 
 class StageConfig(Strict):
@@ -328,6 +309,7 @@ class RunConfig(Strict):
     process: ProcessConfig = ProcessConfig()
     data: DataConfig
     codec: CodecConfig | None = None
+    features: FeaturesConfig | None = None
     encoder: EncoderConfig | None = None
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -374,6 +356,10 @@ class RunConfig(Strict):
             yield "model.text and encoder go together: set both or neither"
         if data.augment and not model.augment:
             yield "data.augment would show in samples: set model.augment=true, or data.augment=0"
+        if bool(model.hidden) != (self.features is not None):
+            yield "model.levels[0].features and features go together: set both or neither"
+        if self.codec is not None and self.features is not None:
+            yield "codec and features: a network of features sees images, not latents; omit one"
         if self.data_frames and (self.codec is not None or data.augment):
             name = "data.augment" if self.codec is None else "codec"
             yield f"{name} is for images, but model.levels[-1] has frames: omit it"
@@ -395,6 +381,8 @@ class RunConfig(Strict):
         weights = (self.process.level_weights * len(self.model.levels))[: len(self.model.levels)]
         if (self.sampling.wake or self.train.wake) and not all(weights):
             yield "wake needs a loss of every level: set process.level_weights, or omit it"
+        if self.model.hidden and not weights[0]:
+            yield "process.level_weights is 0 for level 0, which no other gives features: set one"
         for index, stage in enumerate(self.train.stages):
             if weights[stage.levels - 1] == 0.0:
                 level = f"level {stage.levels - 1}, the finest of train.stages[{index}]"

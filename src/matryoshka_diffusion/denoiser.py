@@ -153,16 +153,19 @@ def active_weights(
 
 @dataclass(frozen=True)
 class Thresholded:
-    """Estimates kept inside the range of pixels, by one threshold for each level."""
+    """Estimates kept inside the range of pixels, by one threshold for each level.
+
+    The first `hidden` levels are of features, which have no range.
+    """
 
     denoiser: Denoiser
     thresholds: Sequence[Threshold]
+    hidden: int = 0
 
     def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
         estimates = self.denoiser(z, now)
-        return tuple(
-            THRESHOLDS[name](x) for name, x in zip(self.thresholds, estimates, strict=False)
-        )
+        pixels = zip(self.thresholds[self.hidden :], estimates[self.hidden :], strict=False)
+        return (*estimates[: self.hidden], *(THRESHOLDS[name](x) for name, x in pixels))
 
 
 @dataclass(frozen=True)

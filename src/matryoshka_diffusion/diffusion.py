@@ -38,8 +38,6 @@ from matryoshka_diffusion.schedule import (
 T = TypeVar("T")
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(estimates, images) -> how far apart they are, one number for each row."""
-ALWAYS_AWAKE = (-math.inf,)
-"""A floor of log-SNR below which no level sleeps."""
 
 
 @runtime_checkable
@@ -176,11 +174,13 @@ class FinestLoss:
         distance: of the estimates and the images.
         weight: factor of that distance.
         log_snr_above: rows whose log-SNR at that level is above it count.
+        first: the coarsest level that holds images and not features.
     """
 
     distance: Distance
     weight: float
     log_snr_above: float
+    first: int = 0
 
     def __call__(
         self, kind: Prediction, prediction: Tensor, z: Tensor, x: Tensor, log_snr: Tensor
@@ -225,7 +225,7 @@ def matryoshka_loss(
         log_weight = _log_weight(weighting, schedule, t[:rows])
         weight = torch.exp(log_weight + _log_x_error(process.prediction, log_snr))
         error = weight.to(error) * error
-        if finest is not None and level == len(x) - 1:
+        if finest is not None and finest.first <= level == len(x) - 1:
             error = error + finest(process.prediction, predicted, z[level], x_r, log_snr)
         per_level.append(error.sum() / max(counts[level], 1))
         per_example[:rows] = per_example[:rows] + process.level_weights[level] * error

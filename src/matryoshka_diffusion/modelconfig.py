@@ -1,4 +1,4 @@
-"""The nest as data: the levels, what they share, and what may be written for each.
+"""The nest as data: the levels, what they share, and the frozen networks beside them.
 
 `config.py` has the rest of a run. This file imports no torch.
 """
@@ -11,9 +11,23 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 T = TypeVar("T")
+
+
+def _not_none(text: str) -> str:
+    if text in ("None", "none", "null", "Null"):
+        raise ValueError(f"{text!r} is text; write null (YAML) for no value")
+    return text
+
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -22,6 +36,7 @@ MOST_LAYERS = 2_000
 Width = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=32)]
 Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, AfterValidator(_not_none)]
 
 ScheduleName = Literal["cosine", "squared-cosine", "linear-beta", "truncated-cosine"]
 InputScaling = Literal["none", "std", "analytic"]
@@ -84,6 +99,7 @@ class LevelConfig(Strict):
     dropout: Share = 0.0
     input_scaling: InputScaling = "none"
     micro: tuple[MicroConfig, ...] = ()
+    features: Count | None = None  # channels of features in place of pixels (`features.py`)
     shift_ratio: Positive = 1.0
     shift_power: float = 1.0
 
@@ -194,6 +210,11 @@ class ModelConfig(Strict):
     coarse: CoarseConfig | None = None  # of an upsampler, the second half of a cascade
 
     @property
+    def hidden(self) -> int:
+        """The number of coarsest levels that hold features, which no image shows: 0 or 1."""
+        return int(self.levels[0].features is not None)
+
+    @property
     def micro_names(self) -> frozenset[str]:
         """The micro-conditions of all levels."""
         return frozenset(self.usual_micro)
@@ -207,6 +228,19 @@ class ModelConfig(Strict):
         """The nest of the first `levels` levels."""
         return self.model_copy(update={"levels": self.levels[:levels]})
 
+    def channels_of(self, level: LevelConfig) -> int:
+        """The channels of what a level denoises: of its features, or of the model's images."""
+        return level.features or self.channels
+
+    def floors(self, wake: Floors) -> tuple[float, ...]:
+        """The log-SNR from which each level works.
+
+        The coarsest level of pixels always does: it has no coarser image to begin from.
+        """
+        floors = wake or (-math.inf,)
+        each = floors * len(self.levels) if len(floors) == 1 else floors
+        return (*[-math.inf] * (self.hidden + 1), *each[self.hidden + 1 : len(self.levels)])
+
     def wake_problems(self, sampling: Floors, train: Floors) -> Iterator[str]:
         """Yield what is wrong with floors of log-SNR from which levels work.
 
@@ -219,19 +253,19 @@ class ModelConfig(Strict):
                         f"{part}.wake leaves level {place - 1} asleep under level {place}: raise "
                         f"the floor of level {place} by {coarse - fine:.4g}, or lower the other"
                     )
-        sampled, trained = self._wakes(sampling or (-math.inf,)), self._wakes(train)
-        if any(map(operator.lt, sampled, trained)):
+        if any(map(operator.lt, self._wakes(sampling), self._wakes(train))):
             yield "sampling.wake is below train.wake, where levels learn nothing: set it as high"
 
     def _wakes(self, floors: Floors) -> list[float]:
-        """The log-SNR of the nest's schedule at which each level wakes but the first, if any."""
-        each = (floors or ()) * (len(self.levels) if len(floors or ()) == 1 else 1)
-        return [f + level.shift for f, level in zip(each, self.levels, strict=False)][1:]
+        """The log-SNR of the nest's schedule at which each level wakes but the first."""
+        each = zip(self.floors(floors), self.levels, strict=False)
+        return [floor + level.shift for floor, level in each][1:]
 
     def problems(self) -> Iterator[str]:
         layers = sum(level.layers for level in self.levels) + (self.text.layers if self.text else 0)
         if layers > MOST_LAYERS:
             yield f"levels: {layers:,} layers, and at most {MOST_LAYERS:,} are built: take fewer"
+        yield from self._feature_problems()
         for index, (inner, outer) in enumerate(zip(self.levels, self.levels[1:], strict=False), 1):
             here = f"levels[{index}]"
             if outer.side < inner.side:
@@ -253,3 +287,40 @@ class ModelConfig(Strict):
                 yield "coarse: an upsampler draws images, but levels[-1] has frames; omit one"
             if side <= small or side % small:
                 yield f"levels[0].side = {side} must be a larger multiple of coarse.side = {small}"
+
+    def _feature_problems(self) -> Iterator[str]:
+        """Yield what is wrong with levels of features."""
+        for index, level in enumerate(self.levels):
+            if level.features and index:
+                yield f"levels[{index}].features: only the coarsest level holds features; omit it"
+        if not self.hidden:
+            return
+        if len(self.levels) == 1:
+            yield "levels[0].features: no image can be drawn from features: add a level of pixels"
+        if self.coarse is not None or self.levels[-1].frames is not None:
+            kind = "coarse" if self.coarse is not None else "levels[-1].frames"
+            yield f"levels[0].features: only models of whole images hold features; omit {kind}"
+
+
+class CodecConfig(Strict):
+    """A frozen autoencoder, whose latents the nest denoises."""
+
+    path: Name | None = None  # folder with an `AutoencoderKL` of diffusers
+    factor: Count = 4  # pixels along a side for each latent
+    weights: str = ""  # hash; a run fills it in
+
+
+class FeaturesConfig(Strict):
+    """A frozen network, whose features the coarsest level denoises in place of pixels."""
+
+    network: Name = "effnet-lite0"  # or a folder with a vision transformer of transformers
+    path: Name | None = None  # file with their projection; None: the run's own, which it makes
+    weights: str = ""  # hash of network and projection; a run fills it in
+
+
+class EncoderConfig(Strict):
+    """The frozen text encoder."""
+
+    name: Literal["minilm", "t5"]
+    path: Name | None = None  # folder or hub id; MiniLM's package needs none
+    max_tokens: Count = 32

@@ -41,7 +41,8 @@ class Samples:
 
     Attributes:
         levels: bytes of every level, coarse to fine; the last is the full resolution. A level with
-            frames holds clips. Where levels are latents of a codec, each is decoded.
+            frames holds clips. Where levels are latents of a codec, each is decoded. A level of
+            features is left out.
         captions: the prompt or class of each sample.
         seeds: the seed of each sample, which gives the same image alone and in any batch, in bf16
             up to its rounding.
@@ -251,7 +252,8 @@ class Matryoshka(DiffusionModel):
         on a GPU every search would be one more wait.
         """
         decode = self.codec.decode if self.codec is not None else lambda level: level
-        images = tuple(making_room(self._encoder, partial(decode, level)).cpu() for level in z)
+        pixels = z[self.model.hidden :]
+        images = tuple(making_room(self._encoder, partial(decode, level)).cpu() for level in pixels)
         refuse_nan(images, seeds)
         return [to_uint8(level, self.config.data.pixels).movedim(1, -1) for level in images]
 
@@ -316,6 +318,7 @@ def open_guide(path: str, good: DiffusionModel) -> Matryoshka:
             "data.pixels": config.data.pixels,
             "encoder": config.encoder,
             "codec.weights": config.codec and config.codec.weights,
+            "features.weights": config.features and config.features.weights,
         } | {
             f"model.levels[{place}].{name}": getattr(level, name)
             for place, level in enumerate(nest.levels)

@@ -49,11 +49,21 @@ def resolutions_of(model: ModelConfig) -> tuple[Resolution, ...]:
     return tuple(Resolution(level.side, level.side, level.frames) for level in model.levels)
 
 
+def shapes_of(model: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """The shape of one row of every level of a model, coarse to fine."""
+    grids = zip(model.levels, resolutions_of(model), strict=True)
+    return tuple(grid.shape(model.channels_of(level)) for level, grid in grids)
+
+
 # --- D^r -----------------------------------------------------------------------------------------
 
 
-def build_pyramid(x: Float[Tensor, "b c *grid"], resolutions: Sequence[Resolution]) -> Pyramid:
-    """[D^1(x), ..., D^R(x)] for `resolutions` from coarse to fine.
+def build_pyramid(
+    x: Float[Tensor, "b c *grid"],
+    resolutions: Sequence[Resolution],
+    features: Float[Tensor, "b k y x"] | None = None,
+) -> Pyramid:
+    """[D^1(x), ..., D^R(x)] for `resolutions` from coarse to fine, or with features as D^1(x).
 
     Example:
         >>> build_pyramid(torch.ones(2, 3, 8, 8), [Resolution(4, 4), Resolution(8, 8)])[0].shape
@@ -61,6 +71,8 @@ def build_pyramid(x: Float[Tensor, "b c *grid"], resolutions: Sequence[Resolutio
         >>> build_pyramid(torch.ones(2, 3, 6, 8, 8), [Resolution(4, 4)])[0].shape  # from clips
         torch.Size([2, 3, 4, 4])
     """
+    if features is not None:
+        return (features, *build_pyramid(x, resolutions[1:]))
     return tuple(down_sample(x, resolution) for resolution in resolutions)
 
 

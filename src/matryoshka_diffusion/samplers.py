@@ -20,7 +20,7 @@ from torch import Tensor
 from matryoshka_diffusion.config import GridName, SamplerName
 from matryoshka_diffusion.denoiser import Denoiser, Enlarged
 from matryoshka_diffusion.diffusion import to_noise
-from matryoshka_diffusion.pyramid import Pyramid, Resolution
+from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import normal_parts
 from matryoshka_diffusion.schedule import STEPS, Instant, NoiseSchedule, instants, time_of
 
@@ -51,14 +51,13 @@ class SeededNoise:
     def __init__(
         self,
         seeds: Sequence[int],
-        resolutions: Sequence[Resolution],
-        channels: int = 3,
+        shapes: Sequence[tuple[int, ...]],
         device: torch.device | str = "cpu",
         family: str = "sample",
     ) -> None:
         self.family = family
         self.seeds = tuple(seeds)
-        self.shapes = [resolution.shape(channels) for resolution in resolutions]
+        self.shapes = shapes
         self.device = device
 
     def __call__(self, purpose: str, step: int) -> Pyramid:

@@ -26,10 +26,10 @@ from matryoshka_diffusion.denoiser import (
     Thresholded,
     WithAndWithout,
 )
-from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, Network, Process, augment_coarse, per_level
+from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
-from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, to_float
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, shapes_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
@@ -93,8 +93,10 @@ class DiffusionModel:
 
     @property
     def resolutions(self) -> tuple[Resolution, ...]:
-        """The grid of every level, coarse to fine."""
-        return resolutions_of(self.model)
+        """The grid of every level of pixels, coarse to fine. UsageError: there is none yet."""
+        if len(self.model.levels) == self.model.hidden:
+            raise UsageError(f"{self.config.name} has only a level of features yet: train it on")
+        return resolutions_of(self.model)[self.model.hidden :]
 
     @property
     def picture_side(self) -> int:
@@ -135,12 +137,12 @@ class DiffusionModel:
 
     def idle(self, settings: Mapping[str, Any]) -> set[str]:
         """The names of settings that change no sample, such as `eta` without `ddim`."""
-        alone = {"wake"} if len(self.model.levels) == 1 else set()
+        alone = {"wake"} if len(self.model.levels) == 1 + self.model.hidden else set()
         return settings.keys() & (self.sampling(settings).idle | alone)
 
     def times(self, sampling: SamplingConfig) -> Float[Tensor, " n"]:
         """Times that the sampler visits, from noise (1) to images (0): `steps` + 1 of them."""
-        return GRIDS[sampling.grid](sampling.steps, self.process.schedules[0])
+        return GRIDS[sampling.grid](sampling.steps, self.process.schedules[self.model.hidden])
 
     def calls(self, sampling: SamplingConfig) -> list[Instant]:
         """The instants of the sampler's steps, each with the levels that are awake then.
@@ -150,7 +152,7 @@ class DiffusionModel:
         Raises:
             UsageError: the finest level is asleep in all of several steps.
         """
-        floors = per_level(sampling.wake or ALWAYS_AWAKE, len(self.model.levels))
+        floors = self.model.floors(sampling.wake)
         steps = instants(self.times(sampling)[:-1], self.process.schedules)
         calls = [now.awake(floors) for now in steps]
         if len(calls[-1].levels) < len(floors) and len(calls) > 1:
@@ -174,7 +176,7 @@ class DiffusionModel:
         sampler = SAMPLERS[sampling.sampler]
         if sampling.wake:
             self.calls(sampling)  # refuses floors that are never reached
-            sampler = waking(sampler, per_level(sampling.wake, len(self.model.levels)))
+            sampler = waking(sampler, self.model.floors(sampling.wake))
         yield from sampler(
             denoise,
             noise.start(),
@@ -187,7 +189,7 @@ class DiffusionModel:
     def noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
         """Noise for each seed. An upsampler has its own stream, so it never repeats its base's."""
         family = "sample" if self.model.coarse is None else "upsample"
-        return SeededNoise(seeds, self.resolutions, self.model.channels, device, family=family)
+        return SeededNoise(seeds, shapes_of(self.model), device, family=family)
 
     def guide(self, path: str) -> DiffusionModel:
         """The weaker model at a path, opened at the first call.
@@ -212,12 +214,12 @@ class DiffusionModel:
         weights = per_level(sampling.guidance, levels)
         denoise: Denoiser = self._estimates(cond)
         if any(weight != 1.0 for weight in weights):
-            pair = self._pair(cond, negative, sampling.guide)
-            interval = sampling.guidance_interval or UNBOUNDED
-            denoise = Guided(pair, weights, interval, sampling.rescale)
+            pair, interval = self._pair(cond, negative, sampling.guide), sampling.guidance_interval
+            denoise = Guided(pair, weights, interval or UNBOUNDED, sampling.rescale)
         elif negative is not None:
             raise UsageError("a negative prompt needs guidance: add a weight (--cfg)")
-        return self._pooled(Thresholded(denoise, per_level(sampling.threshold, levels)))
+        bounded = Thresholded(denoise, per_level(sampling.threshold, levels), self.model.hidden)
+        return self._pooled(bounded)
 
     def _pair(
         self, cond: Conditioning, negative: str | Sequence[str] | None, guide: str | None
@@ -349,8 +351,7 @@ class DiffusionModel:
 
     def _refuse_more_than_fit(self, count: int) -> None:
         """Raise UsageError if the bytes of `count` samples and of their text exceed the memory."""
-        shapes = [grid.shape(self.model.channels) for grid in self.resolutions]
-        each = sum(map(math.prod, shapes)) * self.config.pixels_per_side**2
+        each = sum(map(math.prod, shapes_of(self.model))) * self.config.pixels_per_side**2
         each += 0 if self.model.text is None else 4 * self.model.text.features  # of one token
         needed, memory = count * each, memory_bytes()
         if needed > memory:

@@ -150,12 +150,17 @@ def _list(values: Sequence[int | float]) -> str:
 
 
 def _about(config: RunConfig) -> list[str]:
-    """Lines about the codec, the process, the base, adapters and the stages of training."""
+    """Lines about codec, features, process, base, adapters and the stages of training."""
     process, train, lines = config.process, config.train, []
     if config.codec is not None:
         lines.append(
             f"levels are latents of images of {config.data_side} px, {config.codec.factor} times "
             f"smaller along each side, by {config.codec.path or 'a codec to be given (--codec)'}"
+        )
+    if config.features is not None:
+        level = config.model.levels[0]
+        lines.append(
+            f"level 1 is {level.features} features of {config.features.network} in place of pixels"
         )
     weighting = ", ".join(weighting.name for weighting in process.weighting)
     lines.append(
@@ -277,11 +282,10 @@ def _awake_flops(config: RunConfig, stage: StageConfig) -> float:
     """FLOPs of an image in a forward pass, on average over the stage's `mix` and `train.wake`."""
     import torch
 
-    from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, per_level
     from matryoshka_diffusion.nn.costs import forward_flops
     from matryoshka_diffusion.schedule import build_schedules, time_of
 
-    floors = per_level(config.train.wake or ALWAYS_AWAKE, len(config.model.levels))
+    floors = config.model.floors(config.train.wake)
     mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
     mean = before = float(forward_flops(config.model, 1))
     for level, schedule in [*enumerate(build_schedules(config.model))][1 : stage.levels]:

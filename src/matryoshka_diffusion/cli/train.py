@@ -147,14 +147,14 @@ def _train(
                 from matryoshka_diffusion.cascade import keep_base
 
                 config = keep_base(config, out)
-            ready = prepare.prepare(config, device, progress=captions, coding=codes)
+            ready = prepare.prepare(config, device, out, progress=captions, coding=codes)
         compare_data(world, ready.source.keys)
         world.once(lambda: begin(ready, out))
         every = ready.config.train.preview_every_images
         prompts = preview_arguments(ready.source, ready.config)
         hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
         if ready.held_out is not None:
-            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.codec)
+            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.frozen)
             hooks.append((every, watch))
         if world.leads:
             show("\n".join(filter(None, (summary(ready.source), ready.notes))))

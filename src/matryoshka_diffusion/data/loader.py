@@ -44,6 +44,7 @@ class Batch:
     ids: Int[Tensor, " b"]  # global counter n of each sample; everything random depends on it
     keys: tuple[str, ...]  # names of the samples
     augment: Float[Tensor, "b 7"] | None = None  # transformations; None without augmentation
+    features: Float[Tensor, "b k y x"] | None = None  # of a frozen network, for the coarsest level
     pixels: Pixels = "symmetric"  # convention by which bytes become numbers
 
     def numbers(self, device: torch.device | str = "cpu") -> Float[Tensor, "b c *frames h w"]:

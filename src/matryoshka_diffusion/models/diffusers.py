@@ -177,6 +177,7 @@ class MDMPipeline(DiffusionPipeline):
         for refused, kind in (
             (config.model.coarse is not None, "is an upsampler, for which diffusers has no form"),
             (config.codec is not None, "draws latents (codec.path), MDMPipeline only pixels"),
+            (config.features is not None, "has a level of features, MDMPipeline only pixels"),
             (model.resolutions[-1].frames is not None, "draws clips, MDMPipeline only images"),
         ):
             if refused:

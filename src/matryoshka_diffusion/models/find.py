@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from matryoshka_diffusion.codec import OWN, refuse_codec, with_codec_path
+from matryoshka_diffusion.codec import OWN, Frozen, refuse_codec, with_path
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
+from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.files import BrokenFile, read_json
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.tensorfile import read_weights
@@ -46,7 +47,7 @@ def find_model(
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
             weights, config = _read_model(folder)
-            return weights, with_own_codec(moved_codec(config, path), folder)
+            return weights, with_own_frozen(moved_frozen(config, path), folder)
     if path.is_dir():
         refuse_codec(path)
         newest = checkpoint.newest(path / "checkpoints")
@@ -57,7 +58,7 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return merge_adapters(snapshot.ema, moved_codec(config, path), where=str(newest))
+        return merge_adapters(snapshot.ema, moved_frozen(config, path), where=str(newest))
     shipped = shipped_models()
     if str(run) in shipped:
         return _read_model(shipped[str(run)])
@@ -106,18 +107,25 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
     return config.model_copy(update={"encoder": config.encoder.model_copy(update={"path": path})})
 
 
-def with_own_codec(config: RunConfig, folder: Path) -> RunConfig:
-    """The config of the model in `folder`, with the codec beside its weights if there is one."""
-    own = folder / OWN
-    return with_codec_path(config, str(own.resolve())) if config.codec and own.is_dir() else config
+FROZEN: dict[Frozen, str] = {"codec": OWN, "features": FILE}
+"""Names of the codec and of the projection of features that lie beside a model's weights."""
 
 
-def moved_codec(config: RunConfig, run: Path) -> RunConfig:
-    """The config of a checkpoint, with the codec of its run, or at the place that the run names."""
-    if config.codec is not None and (run / "config.yaml").is_file():
-        present = load_config(run / "config.yaml").codec
-        config = with_codec_path(config, present and present.path)
-    return with_own_codec(config, run)
+def with_own_frozen(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of the model in `folder`, with what of `FROZEN` lies beside its weights."""
+    for part, name in FROZEN.items():
+        if (own := folder / name).exists():
+            config = with_path(config, part, str(own.resolve()))
+    return config
+
+
+def moved_frozen(config: RunConfig, run: Path) -> RunConfig:
+    """The config of a checkpoint, with `FROZEN` of its run, or at the places that the run names."""
+    if (config.codec or config.features) and (run / "config.yaml").is_file():
+        present = load_config(run / "config.yaml")
+        for part in FROZEN:
+            config = with_path(config, part, getattr(getattr(present, part), "path", None))
+    return with_own_frozen(config, run)
 
 
 def count_levels(weights: Mapping[str, Tensor]) -> int:
@@ -182,4 +190,4 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         other = metadata.get(name) if isinstance(metadata, dict) else None
         if other != value and name != "base_model":  # which may have moved
             raise ConfigError(f"{file}: {name} is {other} in it, {value} in config.json")
-    return merge_adapters(weights, with_own_codec(config, folder), where=str(file))
+    return merge_adapters(weights, with_own_frozen(config, folder), where=str(file))

@@ -13,10 +13,11 @@ from torch import Tensor
 from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import dump
-from matryoshka_diffusion.models.save import without_paths
+from matryoshka_diffusion.features import FILE
+from matryoshka_diffusion.models.save import carry_frozen, without_paths
 from matryoshka_diffusion.train.weights import MODEL, export_weights
 
-FILES = (MODEL, "config.json", *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
+FILES = (MODEL, "config.json", FILE, *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
 """Files of a repository that a model needs; no other file is downloaded."""
 
 
@@ -48,7 +49,7 @@ def push(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload weights, config, codec and a model card; return the address of the repository.
+    """Upload weights, config, frozen parts and a model card; return the repository's address.
 
     The repository may exist. Paths of this computer are left out: of the data, and of a text
     encoder in a local folder, which gives a warning.
@@ -64,7 +65,7 @@ def push(
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        codecs.carry_codec(config, folder)
+        carry_frozen(config, folder)
         export_weights(folder, weights, shared, dtype=dtype)
         card = model_card(shared, repository, license=license)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -126,7 +127,7 @@ def model_card(config: RunConfig, repository: str, *, license: str | None = None
         header=dump({name: value for name, value in header.items() if value}).strip(),
         name=config.name,
         one=one,
-        sides=", ".join(level.size for level in model.levels),
+        sides=", ".join(level.size for level in model.levels[model.hidden :]),
         condition=condition,
         repository=repository,
         call=call,

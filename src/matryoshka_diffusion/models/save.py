@@ -10,8 +10,9 @@ import torch
 from matryoshka_diffusion.codec import carry_codec
 from matryoshka_diffusion.config import UNIFORM, RunConfig, UsageError
 from matryoshka_diffusion.configfile import load_config
+from matryoshka_diffusion.features import carry_features
 from matryoshka_diffusion.files import refuse_full
-from matryoshka_diffusion.models.find import Progress, find_model, with_encoder, with_own_codec
+from matryoshka_diffusion.models.find import Progress, find_model, with_encoder, with_own_frozen
 from matryoshka_diffusion.models.released import convert, read_released
 from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.weights import export_weights
@@ -22,7 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def export_model(
     run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None
 ) -> RunConfig:
-    """Write the weights, config and codec of a model, and nothing else of its run, into `out`.
+    """Write the weights of a model with its config, codec and projection of features into `out`.
+
+    Nothing else of its run goes there.
 
     Returns:
         The config in `out`. It names no base and no guide that is a folder of this computer.
@@ -35,7 +38,7 @@ def export_model(
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
-    config = without_models(carry_codec(config, out))
+    config = without_models(carry_frozen(config, out))
     export_weights(out, weights, config, dtype=DTYPES[dtype])
     return config
 
@@ -76,15 +79,26 @@ def average_model(run: Path, length: float, out: Path, until: int | None = None)
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run folder with a config.yaml in it")
     average = synthesise(run / "ema", length, until)
-    config = with_own_codec(load_config(run / "config.yaml"), run)
-    config = average_of(carry_codec(config, out), length)
+    config = with_own_frozen(load_config(run / "config.yaml"), run)
+    config = average_of(carry_frozen(config, out), length)
     export_weights(out, average.weights, config)
     return average.error
 
 
+def carry_frozen(config: RunConfig, folder: Path) -> RunConfig:
+    """Copy codec and projection into the model folder `folder`; return the config without paths.
+
+    Raises ConfigError or OSError as `carry_codec` and `carry_features` do.
+    """
+    return carry_features(carry_codec(config, folder), folder)
+
+
 def without_paths(config: RunConfig) -> RunConfig:
     """The config without folders of this computer, which nobody else has or should see."""
-    train, encoder = config.train, config.encoder
+    train, encoder, features = config.train, config.encoder, config.features
+    if features is not None:
+        nameless = {"path": None, "network": Path(features.network).name}
+        features = features.model_copy(update=nameless)
     if train.init is not None and _is_here(train.init):
         train = train.model_copy(update={"init": None})
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
@@ -92,6 +106,7 @@ def without_paths(config: RunConfig) -> RunConfig:
     update = {
         "data": config.data.model_copy(update={"path": None}),
         "codec": config.codec and config.codec.model_copy(update={"path": None}),
+        "features": features,
         "encoder": encoder,
         "train": train,
     }

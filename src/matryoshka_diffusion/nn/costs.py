@@ -15,7 +15,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, resolutions_of
+from matryoshka_diffusion.pyramid import Pyramid, shapes_of
 
 ATTENTION = "scaled_dot_product_attention"
 IN_HALF = ("conv2d", "linear", ATTENTION)
@@ -133,7 +133,7 @@ def _one_image(
 ) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
     with shapes_only():
         net = NestedUNet(model)
-        z = tuple(torch.empty(1, *each.shape(model.channels)) for each in resolutions_of(model))
+        z = tuple(torch.empty(1, *shape) for shape in shapes_of(model))
         first = z[0] if model.coarse else None
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,

@@ -53,8 +53,8 @@ class Level(nn.Module):
     Other features may join after the stem and at the core. Between blocks each frame of a clip is
     a row of its own; only the layers of `temporal` put the frames of a clip together.
 
-    `inputs` is the number of channels of what `encode` takes, `model.channels` that of what
-    `decode` predicts.
+    `inputs` is the number of channels of what `encode` takes, `model.channels_of(config)` that of
+    what `decode` predicts.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Level(nn.Module):
         self.middle = nn.ModuleList(Block(model, config, core, core, deepest, n) for n in layers)
         self.decoder = build_decoder(model, config, self.skip_widths)
         self.norm = norm(config.widths[0])
-        self.head = zero(conv3(config.widths[0], model.channels * config.patch**2))
+        self.head = zero(conv3(config.widths[0], model.channels_of(config) * config.patch**2))
 
     def encode(
         self,

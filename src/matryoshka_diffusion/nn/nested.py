@@ -160,7 +160,7 @@ def _encoding_level(model: ModelConfig, place: int, schedule: NoiseSchedule) -> 
     """A level without its decoder. The coarsest one of an upsampler sees the coarse image, too."""
     config = model.levels[place]
     if place > 0 or model.coarse is None:
-        return Level(model, config, schedule, inputs=model.channels)
+        return Level(model, config, schedule, inputs=model.channels_of(config))
     config = config.model_copy(update={"micro": (*config.micro, COARSE_TIME)})
     return Level(model, config, schedule, inputs=2 * model.channels)
 

@@ -14,6 +14,7 @@ from matryoshka_diffusion.config import (
     CoarseConfig,
     CodecConfig,
     ConfigError,
+    FeaturesConfig,
     LevelConfig,
     RunConfig,
     StageConfig,
@@ -108,6 +109,31 @@ def codes(run: RunConfig) -> RunConfig:
     return _on_latents(_trained(run, levels, stages))
 
 
+def thumbnail(run: RunConfig) -> RunConfig:
+    """The nest with a smaller coarsest image: of the side of its features, so without a patch."""
+    coarsest, *finer = run.model.levels
+    if coarsest.stem_side > 8:
+        raise ConfigError(f"--as: {run.name} has no level of 8 x 8 inside; openmoji has")
+    ratio = coarsest.shift_ratio / coarsest.patch
+    small = {"side": coarsest.stem_side, "patch": 1, "shift_ratio": ratio}
+    levels = (coarsest.model_copy(update=small), *finer)
+    return run.model_copy(update={"model": run.model.model_copy(update={"levels": levels})})
+
+
+def semantic(run: RunConfig) -> RunConfig:
+    """The nest of `thumbnail` with features of EfficientNet-Lite0 in place of its coarsest image.
+
+    Their 12 channels take the arithmetic of `openmoji` itself, whose stem has as many. To run ahead
+    of the pixels, they have four times the SNR of the image. Neither was tuned.
+    """
+    nest = thumbnail(run).model
+    coarsest, *finer = nest.levels
+    ahead = {"features": 12, "shift_ratio": coarsest.shift_ratio / 2}
+    levels = (coarsest.model_copy(update=ahead), *finer)
+    update = {"model": nest.model_copy(update={"levels": levels}), "features": FeaturesConfig()}
+    return run.model_copy(update=update)
+
+
 def _merged(inner: LevelConfig, outer: LevelConfig) -> LevelConfig:
     """Two levels as one UNet: at the side where they meet, their blocks add up."""
     meeting = outer.blocks[-1] + inner.blocks[0]
@@ -161,7 +187,10 @@ def _on_latents(run: RunConfig) -> RunConfig:
     return run.model_copy(update=update)
 
 
-BASELINES = {kind.__name__: kind for kind in (simple, finest, base, upsampler, latent, codes)}
+BASELINES = {
+    kind.__name__: kind
+    for kind in (simple, finest, base, upsampler, latent, codes, thumbnail, semantic)
+}
 """Functions from a run to its baseline, by the word after `--as`."""
 
 

@@ -139,6 +139,11 @@ def warm_start(config: RunConfig, out: Path) -> None:
         return
     weights, old = find_model(init)
     levels = count_levels(weights)
+    if (hashes := [one.features and one.features.weights for one in (old, config)])[0] != hashes[1]:
+        raise ConfigError(
+            f"train.init: {init} has features of another network or projection: take its own "
+            f"(--set features.path={init})"
+        )
     if config.train.init_levels not in (0, levels):
         raise ConfigError(
             f"train.init_levels is {config.train.init_levels}, but {init} has {levels}; omit it"

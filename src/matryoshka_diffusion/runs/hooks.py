@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matryoshka_diffusion.codec import Codec, LatentLoader
+from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import Source
@@ -21,7 +21,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.rng import choose
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.inputs import Encode, Feed
+from matryoshka_diffusion.train.inputs import Batches, Encode, Feed
 from matryoshka_diffusion.train.precision import autocast
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import View
@@ -61,7 +61,8 @@ class Preview:
     It computes in the precision of the training.
 
     Files are `previews/<images seen>.png` in the run's folder, or an animated `.webp` where a level
-    has frames. Coarse images among `arguments` (of `Matryoshka.sample`) are drawn too.
+    has frames. Coarse images among `arguments` (of `Matryoshka.sample`) are drawn too. While only a
+    level of features is trained, there is nothing to see.
     """
 
     arguments: Mapping[str, Any]
@@ -69,9 +70,12 @@ class Preview:
     device: torch.device | str
     codec: Codec | None = None
 
-    def __call__(self, view: View) -> Path:
+    def __call__(self, view: View) -> Path | None:
+        net = view.averaged()
+        if len(net.levels) == net.config.hidden:
+            return None
         model = Matryoshka(
-            view.averaged(),
+            net,
             view.config,
             encoder=self.encoder,
             codec=self.codec,
@@ -107,7 +111,7 @@ class HeldOutLoss:
     held_out: Source
     encode: Encode | None
     device: torch.device | str
-    codec: Codec | None = None
+    frozen: Callable[[Loader], Batches] = lambda loader: loader  # as that of `prepare.Job`
 
     def __call__(self, view: View) -> dict[str, list[float]]:
         """`seen_loss_per_level` and `held_out_loss_per_level`, for the run's metrics."""
@@ -121,8 +125,7 @@ class HeldOutLoss:
     def _losses(self, net: NestedUNet, config: RunConfig, source: Source) -> list[float]:
         train = config.train.model_copy(update={"condition_dropout": 0.0})
         plain = config.model_copy(update={"train": train, "model": net.config})
-        loader = Loader(source, config.train.seed, pixels=config.data.pixels)
-        loader = loader if self.codec is None else LatentLoader(loader, self.codec)
+        loader = self.frozen(Loader(source, config.train.seed, pixels=config.data.pixels))
         device = torch.device(self.device)
         feed = Feed(plain, loader, self.encode, device)
         process = Process.from_config(config.process, net.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +47,14 @@ from matryoshka_diffusion.data.source import (
     with_source,
 )
 from matryoshka_diffusion.diffusion import Distance
+from matryoshka_diffusion.features import FeatureLoader, keep_features, open_features
 from matryoshka_diffusion.models.find import (
     Progress,
     count_levels,
     find_model,
     read_config,
     with_encoder,
-    with_own_codec,
+    with_own_frozen,
 )
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
@@ -62,6 +63,7 @@ from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs.perceptual import open_perceptual
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
+from matryoshka_diffusion.train.inputs import Batches
 from matryoshka_diffusion.train.precision import PrecisionSetting, resolve_precision
 from matryoshka_diffusion.train.stages import active_model
 from matryoshka_diffusion.train.weights import fingerprint
@@ -132,7 +134,7 @@ def _named_data(data: str | None) -> dict[str, Any]:
 def _named_config(name: str, as_: str | None, lr: float) -> RunConfig:
     path = Path(name)
     if (path / "config.yaml").is_file():
-        config = with_own_codec(load_config(path / "config.yaml"), path)
+        config = with_own_frozen(load_config(path / "config.yaml"), path)
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file():
@@ -259,25 +261,28 @@ class Job(NamedTuple):
     config: RunConfig
     source: Source  # to train on
     held_out: Source | None  # without training, if any
-    loader: Loader | LatentLoader  # batches of `source`, as latents where there is a codec
+    loader: Batches  # `frozen` batches of `source`
     encode: FeatureCache | None  # text features of captions, if any
     base: dict[str, Tensor] | None  # weights that adapters are put around, if any
     distance: Distance | None  # between images, for `train.perceptual`
     codec: Codec | None
+    frozen: Callable[[Loader], Batches]  # makes batches of latents, or with features, of a loader's
     notes: str  # origin of text features and latents, in words
 
 
 def prepare(
     config: RunConfig,
     device: torch.device | str = "cpu",
+    folder: Path | None = None,
     *,
     progress: Progress | None = None,
     coding: Progress | None = None,
 ) -> Job:
-    """Open the data, complete the config with it, make loader, text encoder and codec.
+    """Open the data, complete the config with it, make loader, text encoder, codec and features.
 
     Text features and latents up to `SMALL_BYTES` are stored before training begins, others are made
-    for each batch on `device`. `progress` counts captions, `coding` images.
+    for each batch on `device`. `progress` counts captions, `coding` images. `folder` is the run's,
+    which keeps the projection of features.
 
     Raises:
         ConfigError: the data lacks a condition of the model, the base of an upsampler is missing or
@@ -290,26 +295,38 @@ def prepare(
         from matryoshka_diffusion.cascade import note_base
 
         config = note_base(config)
-    encode, codec, notes = None, None, []
+    encode, codec, codes, features, notes = None, None, None, None, []
     if config.encoder is not None:
         encode = _open_features(config, device)
         notes.append(_store_features(encode, [*all_captions(source), ""], progress))
     if config.codec is not None:
-        codec = CodeCache(load_autoencoder(config, device))
-        if (colours := codec.codec.colours) != source.channels:
+        codec = load_autoencoder(config, device)
+        if (colours := codec.colours) != source.channels:
             raise ConfigError(
                 f"codec.path: {config.codec.path} is for images of {colours} channels, but "
                 f"{source.name} has {source.channels}: give a codec that was trained on such images"
             )
-        notes.append(_store_latents(codec, source, config.data, coding))
-        named = config.codec.model_copy(update={"weights": codec.codec.key})
+        codes = CodeCache(codec)
+        notes.append(_store_latents(codes, source, config.data, coding))
+        named = config.codec.model_copy(update={"weights": codec.key})
         config = config.model_copy(update={"codec": named})
-    seen, held_out = split(source, config.data.held_out)
-    loader = Loader.of(seen, config.train.seed, config.data)
-    loader = loader if codec is None else LatentLoader(loader, codec)
     config, base = _with_adapted(config)
     config, distance = open_perceptual(config, device)
-    return Job(config, seen, held_out, loader, encode, base, distance, codec, "\n".join(notes))
+    seen, held_out = split(source, config.data.held_out)
+    if config.features is not None:
+        config, encoder = open_features(config, seen, folder, device, coding)
+        features = CodeCache(encoder)
+        notes.append(_store_latents(features, source, config.data, coding))
+        if folder is not None:
+            keep_features(config, encoder, folder)
+
+    def frozen(loader: Loader) -> Batches:
+        coded = loader if codes is None else LatentLoader(loader, codes)
+        return coded if features is None else FeatureLoader(loader, features)
+
+    loader = frozen(Loader.of(seen, config.train.seed, config.data))
+    about = "\n".join(notes)
+    return Job(config, seen, held_out, loader, encode, base, distance, codec, frozen, about)
 
 
 def captions_to_embed(

@@ -17,7 +17,7 @@ from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS, Conditioning, pad
 from matryoshka_diffusion.config import CoarseConfig, RunConfig
 from matryoshka_diffusion.configfile import to_yaml
 from matryoshka_diffusion.data.loader import Batch
-from matryoshka_diffusion.diffusion import ALWAYS_AWAKE, augment_coarse, per_level
+from matryoshka_diffusion.diffusion import augment_coarse
 from matryoshka_diffusion.philox import send
 from matryoshka_diffusion.pyramid import (
     Pyramid,
@@ -143,7 +143,8 @@ class Feed:
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(place < count for place in places) for count in step.rows]
         picture = batch.numbers(self._device)
-        x = ragged(build_pyramid(picture, resolutions), rows)
+        features = None if batch.features is None else send(batch.features, self._device)
+        x = ragged(build_pyramid(picture, resolutions, features), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
         inputs = Inputs(
             step=step,
@@ -163,7 +164,7 @@ class Feed:
         """
         place = torch.arange(step.count, device="cpu")
         t = stratified(self._seed, "t", step.first + place)
-        floors = per_level(self._config.train.wake or ALWAYS_AWAKE, len(step.rows))
+        floors = self._config.model.floors(self._config.train.wake)
         levels = torch.ones_like(place)
         for count, floor, schedule in [*zip(step.rows, floors, self._schedules, strict=False)][1:]:
             levels += (place < count) & (schedule.log_snr(t) >= floor)

@@ -120,7 +120,7 @@ def open_run(
         layout=resolve_layout(config.train.layout, device, precision),
         threads=resolve_threads(config.train.threads, config.train, config.model, device),
     )
-    if config != written:  # new, prepared for a first start, or its codec has moved
+    if config != written:  # new, prepared for a first start, or its codec or features have moved
         write_atomically(path, lambda file: file.write(to_yaml(config).encode()))
     _note_start(folder / "environment.json", device, ranks, config.data.identity)
     return config
@@ -148,9 +148,10 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 
 def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig:
     """Return the config of the run in `folder`. Raises ConfigError if `config` is another."""
-    old, new = written.codec, config.codec
-    if old and new and old.weights and old.weights == new.weights:  # it may have moved
-        written = written.model_copy(update={"codec": old.model_copy(update={"path": new.path})})
+    for part in ("codec", "features"):
+        old, new = getattr(written, part), getattr(config, part)
+        if old and new and old.weights and old.weights == new.weights:  # it may have moved
+            written = written.model_copy(update={part: new})
     auto = [
         key for key in ("precision", "layout", "threads") if getattr(config.train, key) == "auto"
     ]

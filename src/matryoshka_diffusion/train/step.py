@@ -88,7 +88,7 @@ def diffusion(
     if (section := train.perceptual) is not None:
         if distance is None:
             raise ConfigError("train.perceptual: open_perceptual gives its distance; pass it on")
-        finest = FinestLoss(distance, section.weight, section.log_snr_above)
+        finest = FinestLoss(distance, section.weight, section.log_snr_above, config.model.hidden)
 
     def build(levels: int) -> NestedUNet:
         net = build_network(model.first(levels), train, base)
