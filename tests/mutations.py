@@ -38,7 +38,7 @@ MUTATIONS = [
     Mutation("schedule.py", "torch.sigmoid(-log_snr)", "torch.sigmoid(log_snr)", "schedule"),
     Mutation("diffusion.py", "expand(sigma, x_r) * noise_r", "expand(alpha, x_r) * noise_r", LOSS),
     Mutation("diffusion.py", "noise - expand(sigma, x) * x", "noise + expand(sigma, x) * x", LOSS),
-    Mutation("diffusion.py", "alpha * z - level.sigma", "alpha * z + level.sigma", LOSS),
+    Mutation("diffusion.py", "alpha * z - sigma", "alpha * z + sigma", LOSS),
     Mutation("diffusion.py", "max(counts[level], 1)", "max(counts[0], 1)", LOSS),
     Mutation("diffusion.py", "process.level_weights[level] *", "process.level_weights[0] *", LOSS),
     Mutation("denoiser.py", "low <= level.log_snr", "low >= level.log_snr", "denoiser samplers"),
