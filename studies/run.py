@@ -29,7 +29,6 @@ from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.runs.grow import begin
 from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_data, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
@@ -151,13 +150,12 @@ def _train(trial: Trial, work: Path) -> Trained:
     with claimed(place / ".lock", wait=True):
         if trial.base is not None:
             job, base = prepare(trial.base), place / "base"
-            begin(job, base)
-            train(job.config, job.loader, base, encode=job.encode)
+            train(job.config, job.loader, base, encode=job.encode, captions=job.captions)
             config = changed(config, sampling__base={"path": str(base)})
             seconds = _seconds(base, job.config)
         job = prepare(config)
-        begin(job, place / "run")
-        train(job.config, job.loader, place / "run", encode=job.encode, hooks=[(1, keep)])
+        learnt = {"encode": job.encode, "captions": job.captions, "hooks": [(1, keep)]}
+        train(job.config, job.loader, place / "run", **learnt)
     seconds += _seconds(place / "run", job.config)
     return Trained(place / "run", base, job, seconds)
 

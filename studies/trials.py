@@ -341,6 +341,7 @@ def _recipes(scale: float, samples: int) -> Iterator[Trial]:
             ]
             own: dict[str, Any] = {"name": f"recipes-{name}", "train__seed": seed}
             own |= {"train__stages": stages, "train__preview_every_images": 0}
+            own["data__held_out"] = SETS["emoji"].held_out
             trained = changed(recipes[name], **own, train__keep_checkpoints=1)
             yield Trial(f"recipes/{name}/{seed}", trained, samples=samples)
 

@@ -15,7 +15,7 @@ from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import override, to_yaml
-from matryoshka_diffusion.data.source import Source, array_source
+from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
@@ -25,12 +25,15 @@ from matryoshka_diffusion.presets import PRESETS, preset
 from matryoshka_diffusion.presets.paper import nest
 from matryoshka_diffusion.runs import grow
 from matryoshka_diffusion.runs import prepare as job
+from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.train.checkpoint import newest, read
 from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import train
 from matryoshka_diffusion.train.weights import export_weights
-from tiny_run import TinyPictures, encode, there, tiny_config
+from tiny_run import TinyPictures, encode, stop_at, there, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -248,32 +251,34 @@ def test_a_warm_start_may_have_more_levels_but_no_other_ones(trained, tmp_path):
         grow.warm_start(announced, tmp_path / "bad")
 
 
-def text_job(config):
-    """A run on four pictures with captions, ready to start."""
-    captions = [(text,) for text in ("a red apple", "a green apple", "a red pear", "the sun")]
-    pictures = np.zeros((4, 16, 16, 3), np.uint8)
-    source = array_source("pictures", pictures, list("abcd"), captions=captions)
-    return job.Job(config, source, None, TinyPictures(), encode, None, None, "")
-
-
-def test_a_run_may_start_with_whitened_captions_and_does_so_once(tmp_path):
-    config = tiny_config(whiten_captions=True)
-    ready, out = text_job(config), tmp_path / "run"
-    grow.begin(text_job(tiny_config()), out)
-    assert not out.exists(), "without the switch nothing is prepared"
-    grow.begin(ready, out)
-    shutil.rmtree(out / "checkpoints")  # as if its saving had been cut short
-    grow.begin(ready, out)
-    begun = find_model(out)[0]
-    plain = NestedUNet(config.model.first(1), seed=config.train.seed).state_dict()
-    changed = {name for name in plain if not torch.equal(begun[name], plain[name])}
+def test_a_run_may_start_with_whitened_captions(tmp_path):
+    """Only the text projection differs, from the first step on, and a resumed run is the same."""
+    config, captions = tiny_config(), torch.randn(64, 8).double()
+    plain, white = (diffusion(config, None, None, x).build(2) for x in (None, captions))
+    changed = {
+        n for n, x in plain.state_dict().items() if not torch.equal(x, white.state_dict()[n])
+    }
     projection = {f"conditioner.text.project.{name}" for name in ("weight", "bias")}
     assert changed == {*projection, "conditioner.text.null"}
-    train(config, TinyPictures(), out, encode=encode)
-    learnt = find_model(out)[0]
-    grow.begin(ready, out)
-    again = find_model(out)[0]
-    assert all(torch.equal(again[name], value) for name, value in learnt.items())
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train(config, TinyPictures(), once, encode=encode, captions=captions)
+    with pytest.raises(Stopped):
+        train(config, TinyPictures(), twice, encode=encode, captions=captions, hooks=[stop_at(20)])
+    train(config, TinyPictures(), twice, encode=encode)  # what was whitened is in the checkpoint
+    weights, again = (find_model(folder)[0] for folder in (once, twice))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_captions_are_whitened_where_there_are_enough_to_know_how_they_vary(monkeypatch):
+    monkeypatch.setattr(
+        FeatureCache, "__call__", lambda self, texts: [torch.ones(2, 384)] * len(texts)
+    )
+    cache = object.__new__(FeatureCache)
+    cache.width = 384
+    assert cache.varied([f"caption {n}" for n in range(1535)]) is None
+    means = cache.varied([f"caption {n}" for n in range(5000)])
+    assert means is not None
+    assert means.shape == (4096, 384)
 
 
 def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_path):
@@ -287,8 +292,8 @@ def test_a_grown_run_does_not_overwrite_and_needs_a_fitting_side(trained, tmp_pa
 
 def test_a_next_level_keeps_the_shift_that_its_nest_has():
     levels = preset("openmoji").model.levels
-    assert [level.shift_ratio for level in levels] == [2.0, 4.0, 8.0]
-    assert grow.next_level(levels[-1], 256).shift_ratio == 32.0
+    assert [level.shift_ratio for level in levels] == [4.0, 8.0, 16.0]
+    assert grow.next_level(levels[-1], 256).shift_ratio == 64.0
 
 
 def test_a_run_that_is_still_growing_is_not_grown(tmp_path):

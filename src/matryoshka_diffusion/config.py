@@ -215,7 +215,7 @@ class TrainConfig(Strict):
     ema_snapshot_every_images: Count | None = None  # None: 32 snapshots in a run
     averaged: AverageLength | None = None  # length that a model's average has; of `mdm ema`
     condition_dropout: Share = 0.1
-    whiten_captions: bool = False  # start with a text projection that tells similar ones apart
+    whiten_captions: bool = False  # in the initial projection of text, where there is text
     wake: Floors = None  # log-SNR from which samples have a level; None: always
     log_every_images: Count = 2_000
     preview_every_images: Natural = 20_000

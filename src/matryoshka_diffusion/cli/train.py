@@ -126,7 +126,6 @@ def _train(
 
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.runs import prepare
-    from matryoshka_diffusion.runs.grow import begin
     from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
     from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
     from matryoshka_diffusion.train.log import find_sink
@@ -149,7 +148,10 @@ def _train(
                 config = keep_base(config, out)
             ready = prepare.prepare(config, device, out, progress=captions, coding=codes)
         compare_data(world, ready.source.keys)
-        world.once(lambda: begin(ready, out))
+        if ready.config.train.init is not None:
+            from matryoshka_diffusion.runs.grow import warm_start
+
+            world.once(lambda: warm_start(ready.config, out))
         every = ready.config.train.preview_every_images
         prompts = preview_arguments(ready.source, ready.config)
         hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
@@ -164,6 +166,7 @@ def _train(
             out,
             encode=ready.encode,
             base=ready.base,
+            captions=ready.captions,
             distance=ready.distance,
             quarantine=ready.source.quarantine,
             hooks=hooks,

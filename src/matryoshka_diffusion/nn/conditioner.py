@@ -96,14 +96,15 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def whiten(self, captions: Float[Tensor, "n d"]) -> None:
-        """Start with a projection of whitened captions, which are equally far apart everywhere.
+        """Make the initial projection a random map of whitened features, which vary equally.
 
         Features of a language model vary most in a few directions that captions have in common, so
-        that similar captions are hard to tell apart. The projection takes the inverse root of the
-        covariance into its initial weights; the network stays what it is.
+        that similar captions are hard to tell apart. The initial weights take the inverse root of
+        the covariance of captions; the network stays what it is.
 
         Args:
-            captions: the mean features of each caption.
+            captions: the mean features of each caption, of several times `d` captions: what the
+                fewer ones do not show would be enlarged without bound.
         """
         x = captions.double()
         mean = x.mean(dim=0)

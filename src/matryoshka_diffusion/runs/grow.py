@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from matryoshka_diffusion.config import (
     GENTLE,
     PER_LEVEL,
@@ -22,8 +20,6 @@ from matryoshka_diffusion.data.source import absolute, with_source
 from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
-from matryoshka_diffusion.runs.prepare import Job, all_captions
-from matryoshka_diffusion.text.feature_cache import spread
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.averages import PowerEma
 from matryoshka_diffusion.train.stages import active_model
@@ -104,24 +100,6 @@ def _added_level(config: RunConfig, level: LevelConfig) -> list[tuple[str, Any]]
     return changes
 
 
-WHITENED = 4096
-"""Captions whose features are enough for a covariance."""
-
-
-def begin(job: Job, out: Path) -> None:
-    """Put first weights into a run that has no checkpoint yet, where they are not just random.
-
-    They are those of `train.init`, or initial ones that whiten captions (`train.whiten_captions`).
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: as `warm_start`.
-    """
-    if job.config.train.init is not None:
-        warm_start(job.config, out)
-    elif job.config.train.whiten_captions:
-        whitened_start(job, out)
-
-
 def warm_start(config: RunConfig, out: Path) -> None:
     """Put the weights of `train.init` into a run that has no checkpoint yet.
 
@@ -155,21 +133,6 @@ def warm_start(config: RunConfig, out: Path) -> None:
         raise ConfigError(
             f"train.init: {init} is not the beginning of this run's first stage ({error})"
         ) from error
-    _begin(config, net, out)
-
-
-def whitened_start(job: Job, out: Path) -> None:
-    """Whiten captions in the initial weights of a run that has no checkpoint yet.
-
-    The statistics are those of at most `WHITENED` captions of the run.
-    """
-    config, encode = job.config, job.encode
-    if checkpoint.newest(out / "checkpoints") is not None or encode is None:
-        return
-    features = encode(spread(all_captions(job.source), WHITENED))
-    net = NestedUNet(active_model(config, 0), seed=config.train.seed)
-    assert net.conditioner.text is not None, "a run with an encoder has captions"
-    net.conditioner.text.whiten(torch.stack([tokens.float().mean(dim=0) for tokens in features]))
     _begin(config, net, out)
 
 

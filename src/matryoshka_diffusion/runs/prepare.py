@@ -263,6 +263,7 @@ class Job(NamedTuple):
     held_out: Source | None  # without training, if any
     loader: Batches  # `frozen` batches of `source`
     encode: FeatureCache | None  # text features of captions, if any
+    captions: Tensor | None  # their mean features, for `train.whiten_captions`
     base: dict[str, Tensor] | None  # weights that adapters are put around, if any
     distance: Distance | None  # between images, for `train.perceptual`
     codec: Codec | None
@@ -295,7 +296,7 @@ def prepare(
         from matryoshka_diffusion.cascade import note_base
 
         config = note_base(config)
-    encode, codec, codes, features, notes = None, None, None, None, []
+    encode, captions, codec, codes, features, notes = None, None, None, None, None, []
     if config.encoder is not None:
         encode = _open_features(config, device)
         notes.append(_store_features(encode, [*all_captions(source), ""], progress))
@@ -313,6 +314,9 @@ def prepare(
     config, base = _with_adapted(config)
     config, distance = open_perceptual(config, device)
     seen, held_out = split(source, config.data.held_out)
+    if encode is not None and config.train.whiten_captions and config.train.init is None:
+        captions = encode.varied(all_captions(seen))
+        notes += ["captions are not whitened: they are too few"] * (captions is None)
     if config.features is not None:
         config, encoder = open_features(config, seen, folder, device, coding)
         features = CodeCache(encoder)
@@ -325,8 +329,8 @@ def prepare(
         return coded if features is None else FeatureLoader(loader, features)
 
     loader = frozen(Loader.of(seen, config.train.seed, config.data))
-    about = "\n".join(notes)
-    return Job(config, seen, held_out, loader, encode, base, distance, codec, frozen, about)
+    parts = (encode, captions, base, distance, codec, frozen, "\n".join(notes))
+    return Job(config, seen, held_out, loader, *parts)
 
 
 def captions_to_embed(
@@ -357,8 +361,7 @@ def captions_to_embed(
 
 def all_captions(source: Source) -> list[str]:
     """Every caption of a source once, in order."""
-    texts = (text for captions in source.captions or () for text in captions)
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(text for captions in source.captions or () for text in captions))
 
 
 def _open_features(
@@ -414,5 +417,4 @@ def _with_adapted(config: RunConfig) -> tuple[RunConfig, dict[str, Tensor] | Non
     with shapes_only():  # refuses a model that cannot be adapted before a run begins
         attach(NestedUNet(ours), train.lora)
     lora = train.lora.model_copy(update={"base": train.lora.base or fingerprint(weights)})
-    train = train.model_copy(update={"lora": lora})
-    return config.model_copy(update={"train": train}), weights
+    return config.model_copy(update={"train": train.model_copy(update={"lora": lora})}), weights

@@ -228,12 +228,19 @@ class FeatureCache:
             self.store.mend(places[text], features[text])
         return [features[caption] for caption in captions]
 
+    def varied(self, captions: Sequence[str]) -> Float[Tensor, "n d"] | None:
+        """Mean features of captions, so many that their covariance is known; None if too few."""
+        enough = 4 * self.width
+        if len(captions) < enough:
+            return None
+        return torch.stack([x.mean(dim=0) for x in self(_spread(captions, max(enough, _CHUNK)))])
+
     def estimate(self, captions: Sequence[str]) -> Estimate:
         """Size of what `add` would store for these captions; nothing is encoded."""
         unique = list(dict.fromkeys(captions))
         missing = self._missing(unique)
         limit = self.encoder.max_tokens
-        counts = self.encoder.token_counts(spread(missing, _SAMPLE)) if missing else [0]
+        counts = self.encoder.token_counts(_spread(missing, _SAMPLE)) if missing else [0]
         tokens = sum(min(count, limit) for count in counts) / len(counts)
         size = tokens * self.width * self.encoder.dtype.itemsize + CAPTION_OVERHEAD_BYTES
         cut = sum(count > limit for count in counts) / len(counts)
@@ -241,7 +248,7 @@ class FeatureCache:
 
     def seconds(self, missing: Sequence[str]) -> float:
         """Estimated duration of storing, from one batch or a tenth of the captions."""
-        sample = sorted(spread(missing, _SAMPLE), key=len)
+        sample = sorted(_spread(missing, _SAMPLE), key=len)
         count = min(_BATCH, max(1, len(missing) // 10))
         middle = max(0, (len(sample) - count) // 2)
         self.encoder(sample[:1])  # the first call is slower than all others
@@ -293,7 +300,7 @@ def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
+def _spread(items: Sequence[str], count: int) -> list[str]:
     """At most `count` items, evenly spread over all."""
     count = min(count, len(items))
     return [items[n * len(items) // count] for n in range(count)]

@@ -78,11 +78,13 @@ def diffusion(
     config: RunConfig,
     base: Mapping[str, Tensor] | None = None,
     distance: Distance | None = None,
+    captions: Float[Tensor, "n d"] | None = None,
 ) -> Recipe[NestedUNet]:
     """Recipe of the paper: a nest of UNets and the joint loss (Eq. 3).
 
     `config` is resolved (`run_folder.open_run`). `base` are the weights under trained adapters,
-    `distance` is what a frozen network sees between images, for `train.perceptual`.
+    `distance` is what a frozen network sees between images, for `train.perceptual`. `captions` are
+    mean features of captions, which the initial weights whiten.
     """
     model, train, finest = config.model, config.train, None
     if (section := train.perceptual) is not None:
@@ -92,6 +94,8 @@ def diffusion(
 
     def build(levels: int) -> NestedUNet:
         net = build_network(model.first(levels), train, base)
+        if captions is not None and net.conditioner.text is not None:
+            net.conditioner.text.whiten(captions)
         net.recompute(train.recompute)
         return net
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from matryoshka_diffusion.config import RunConfig
@@ -101,6 +102,7 @@ def train(
     folder: Path,
     *,
     encode: Encode | None = None,
+    captions: Float[Tensor, "n d"] | None = None,
     base: Mapping[str, Tensor] | None = None,
     distance: Distance | None = None,
     quarantine: Quarantine | None = None,
@@ -112,10 +114,10 @@ def train(
 ) -> Path:
     """Train in a run folder, or continue the run there; return the folder of the finished model.
 
-    All ranks of `world` call it. `encode` is for models with text, `base` for adapters
-    (`train.lora`), `distance` for `train.perceptual`; `quarantine` lists the source's bad samples
-    and is saved with the run. With `data_changed` the run goes on although its data is another one
-    now.
+    All ranks of `world` call it. `encode` is for models with text, `captions` for
+    `train.whiten_captions`, `base` for adapters (`train.lora`), `distance` for `train.perceptual`;
+    `quarantine` lists the source's bad samples and is saved with the run. With `data_changed` the
+    run goes on although its data is another one now.
 
     Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
     and the errors of `Trainer.resume` and `fit`.
@@ -125,7 +127,7 @@ def train(
         world.once(lambda: ownership.enter_context(owned(folder)))
         begin = partial(open_run, folder, config, device, world.size, data_changed=data_changed)
         config = world.once(begin)
-        recipe = diffusion(config, base, distance)
+        recipe = diffusion(config, base, distance, captions)
         trainer = Trainer.resume(recipe, folder, device, world, quarantine)
         trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
         weights = trainer.averaged()
