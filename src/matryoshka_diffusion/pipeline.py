@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
+from matryoshka_diffusion.data.given import Given
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
+from matryoshka_diffusion.edit import UNCHANGED, Edit, edit_of
 from matryoshka_diffusion.models.find import (
     Progress,
     caption_features,
@@ -192,6 +194,7 @@ class Matryoshka(DiffusionModel):
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        edit: Edit = UNCHANGED,
         **settings: Any,
     ) -> Samples:
         """Draw `n` images for each prompt or class (`n` in all if there is neither).
@@ -204,6 +207,7 @@ class Matryoshka(DiffusionModel):
                 (`cascade.Cascade` lets another model draw them).
             batch_size: images or clips at a time; by default at most 64, and 4 million pixels.
             progress: called with (steps done, steps in all).
+            edit: pixels that the images keep, or images to begin with (`edit` makes it of files).
             settings: replace sampling defaults of the run: `sampler`, `steps`, `guidance`, `grid`
                 and the other keys of `SamplingConfig`.
 
@@ -219,6 +223,7 @@ class Matryoshka(DiffusionModel):
         seeds = tuple(range(seed, seed + count) if isinstance(seed, int) else seed)
         if len(seeds) != count:
             raise UsageError(f"seed has {len(seeds)} numbers for {count} samples: give one each")
+        edit.check(count)
         cond = self.with_coarse(cond, coarse, seeds, sampling)
         batches = self.batches(cond, len(seeds), batch_size or self.batch_size)
         parts: list[list[UInt8[Tensor, "b ... c"]]] = []
@@ -227,7 +232,8 @@ class Matryoshka(DiffusionModel):
             for number, rows in enumerate(batches):
                 own_seeds = [seeds[row] for row in rows.tolist()]
                 state = None
-                for state in self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, negative):
+                own = cond.rows(rows).trimmed()
+                for state in self.stream(own, own_seeds, sampling, negative, edit.rows(rows)):
                     if progress is not None:
                         done = number * sampling.steps + state.step
                         progress(done, len(batches) * sampling.steps)
@@ -244,6 +250,49 @@ class Matryoshka(DiffusionModel):
             **sampling.model_dump(mode="json"),
         }
         return Samples(levels, captions, seeds, record)
+
+    def edit(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        keep: Mapping[int, Given | Sequence[Given]] | None = None,
+        image: Given | None = None,
+        mask: Given | None = None,
+        strength: float | None = None,
+        until: float = 0.0,
+        **options: Any,
+    ) -> Samples:
+        """Sample as `sample` does, but keep a level or pixels of an image, or begin with one.
+
+        Pictures are files or arrays of any size; their middle square is taken, as in training.
+
+        Args:
+            keep: pictures that levels keep, by the level's side: one for all samples, or a list
+                with one for each.
+            image: the picture to change; it needs `mask`, `strength` or both.
+            mask: white where `image` is drawn anew, black where it is kept. It is as large as
+                `image`, or as a level.
+            strength: how much noise `image` begins under: 0 returns it, 1 hides it.
+            until: time, 1 to 0, at which kept levels and pixels are let go.
+            options: those of `sample`.
+
+        Raises:
+            UsageError: a level, picture, mask or number does not fit; and as `sample`.
+            OSError: a file cannot be read.
+        """
+        edit = edit_of(
+            self,
+            self.codec,
+            keep=keep or {},
+            image=image,
+            mask=mask,
+            strength=strength,
+            until=until,
+        )
+        samples = self.sample(prompts, edit=edit, **options)
+        record = {"keep": sorted(keep or {}), "strength": strength, "until": until}
+        record |= {"image": image is not None, "mask": mask is not None}
+        return replace(samples, settings={**samples.settings, "edit": record})
 
     def _pixels(self, z: Pyramid, seeds: Sequence[int]) -> list[UInt8[Tensor, "b ... c"]]:
         """Bytes of every level, so that no floats of earlier batches are kept.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ Pyramid: TypeAlias = tuple[Tensor, ...]
 
 A finer level may have fewer rows. They are then the first rows of the batch.
 """
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 
 
 class Resolution(NamedTuple):
@@ -113,15 +114,17 @@ def _first_frames(x: Float[Tensor, "b c *fine"], frames: int | None) -> Tensor:
     return x[:, :, 0] if frames is None else x[:, :, :: source // frames]
 
 
-def up_sample(x: Float[Tensor, "b c *grid"], resolution: Resolution) -> Float[Tensor, "b c *fine"]:
-    """Enlarge images by bilinear interpolation between the centres of pixels.
+def up_sample(
+    x: Float[Tensor, "b c *grid"], resolution: Resolution, mode: Interpolation = "bilinear"
+) -> Float[Tensor, "b c *fine"]:
+    """Enlarge images by interpolation between the centres of pixels.
 
     The paper enlarges the coarse image of a cascade and does not say how. Repeated pixels would
     show the network edges that no image has. A frame lasts until the next one that D^r keeps.
     """
     size, frames = (resolution.height, resolution.width), resolution_of(x).frames
     if x.shape[-2:] != size:
-        x = rows_as_frames(F.interpolate(frames_as_rows(x), size, mode="bilinear"), frames)
+        x = rows_as_frames(F.interpolate(frames_as_rows(x), size, mode=mode), frames)
     if frames == resolution.frames:
         return x
     x = x.unsqueeze(2) if frames is None else x

@@ -201,8 +201,9 @@ def waking(sampler: Sampler, floors: Sequence[float]) -> Sampler:
         denoise: Denoiser, z: Pyramid, schedules: Schedules, times: Times, **options: Any
     ) -> Iterator[State]:
         steps = sampler(Enlarged(denoise, floors), z, schedules, times, **options)
-        spans = pairwise(instants(times, schedules))
-        for state, (now, then) in zip(steps, spans, strict=True):
+        spans = {then.t: (now, then) for now, then in pairwise(instants(times, schedules))}
+        for state in steps:
+            now, then = spans[state.t]  # an edit may skip the first steps
             for level in range(len(now.awake(floors).levels), len(z)):
                 noise = then.levels[level]
                 latent = noise.alpha * state.x[level] + noise.sigma * z[level]

@@ -30,7 +30,7 @@ from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, shapes_of, to_float
-from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, SeededNoise, State, waking
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
 from matryoshka_diffusion.train.precision import (
@@ -168,23 +168,18 @@ class DiffusionModel:
         seeds: Sequence[int],
         sampling: SamplingConfig,
         negative: str | Sequence[str] | None = None,
+        edit: Callable[[Sampler], Sampler] = lambda sampler: sampler,
     ) -> Iterator[State]:
         """Sample one image for each seed and row of `cond`; yield the state after every step."""
         noise = self.noise(seeds, self.device)
         denoise = self.denoiser(cond.to(self.device), sampling, negative)
         options = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
-        sampler = SAMPLERS[sampling.sampler]
+        sampler = edit(SAMPLERS[sampling.sampler])
         if sampling.wake:
             self.calls(sampling)  # refuses floors that are never reached
             sampler = waking(sampler, self.model.floors(sampling.wake))
-        yield from sampler(
-            denoise,
-            noise.start(),
-            self.process.schedules,
-            self.times(sampling),
-            noise=noise,
-            **options,
-        )
+        start, times = noise.start(), self.times(sampling)
+        yield from sampler(denoise, start, self.process.schedules, times, noise=noise, **options)
 
     def noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
         """Noise for each seed. An upsampler has its own stream, so it never repeats its base's."""

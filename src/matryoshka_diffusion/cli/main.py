@@ -26,7 +26,7 @@ from matryoshka_diffusion.cli.terminal import (
 
 GROUPS = {
     "train": ("train", "embed", "data", "demo"),
-    "models": ("sample", "grow", "convert", "export", "ema"),
+    "models": ("sample", "edit", "grow", "convert", "export", "ema"),
     "info": ("info", "plot"),
     "eval": ("eval", "compare", "sweep"),
 }

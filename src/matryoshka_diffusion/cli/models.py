@@ -1,4 +1,4 @@
-"""Commands on trained models: sample, grow, convert, export, ema."""
+"""Commands on trained models: sample, edit, grow, convert, export, ema."""
 
 from __future__ import annotations
 
@@ -48,14 +48,10 @@ def sample(options: argparse.Namespace) -> None:
     refuse_idle(model, settings)
     if options.fps is not None and finest.frames is None:
         raise UsageError(f"--fps {options.fps:g}: {model.config.name} draws images: omit --fps")
-    captioned = model.config.model.text is not None or model.config.model.classes > 0
-    subject = gallery.Subject(
-        model.config.name, finest.frames, finest.width, captioned, model.sampling(settings).fps
-    )
     # Without a prompt or class, every class is drawn.
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
     place = options.out or gallery.default_folder(options.model, "", options.seed)
-    gallery.check(place, options.clips, subject, count, options.n)
+    gallery.check(place, options.clips, _subject(model, settings), count, options.n)
     if options.prompts is not None:
         _draw_prompts(model, options, settings)
         return
@@ -78,6 +74,16 @@ def sample(options: argparse.Namespace) -> None:
     drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
     out = options.out or gallery.default_folder(options.model, samples.captions[0], options.seed)
     show(gallery.save(drawn, out, options.clips))
+
+
+def _subject(model: Any, settings: dict[str, Any]) -> Any:
+    """Properties of the model that decide how its samples can be written."""
+    from matryoshka_diffusion.draw.gallery import Subject
+
+    config, finest = model.config, model.resolutions[-1]
+    captioned = config.model.text is not None or config.model.classes > 0
+    fps = model.sampling(settings).fps
+    return Subject(config.name, finest.frames, finest.width, captioned, fps)
 
 
 def _draw_prompts(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -116,6 +122,49 @@ def _coarse_images(path: Path, config: Any, count: int, n: int) -> tuple[Any, in
         raise UsageError(f"--coarse: {config.name} is no upsampler: omit --coarse")
     images = read_coarse(path, config.model.coarse.side, config.model.channels)
     return for_each(images, count, n)
+
+
+def edit(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.draw import gallery
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    model = Matryoshka.load(
+        options.model,
+        device=find_device(options.device),
+        precision=options.precision,
+        text_encoder=options.text_encoder,
+    )
+    settings = sampling(options)
+    refuse_idle(model, settings)
+    count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
+    place = options.out or gallery.default_folder(options.model, "edited", options.seed)
+    gallery.check(place, None, _subject(model, settings), count, options.n)
+    with Bar("sampling", " steps") as bar:
+        samples = model.edit(
+            options.prompt,
+            keep=dict(options.keep),
+            image=options.image,
+            mask=options.mask,
+            strength=options.strength,
+            until=options.until,
+            classes=options.classes,
+            negative=options.negative,
+            n=options.n,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=bar,
+            **settings,
+        )
+    drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
+    show(gallery.save(drawn, place))
+
+
+def _level_and_picture(text: str) -> tuple[int, Path]:
+    """Parse SIDE=PICTURE."""
+    side, _, file = text.partition("=")
+    if not side.isdecimal() or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level and a picture: 16=sketch.png")
+    return int(side), Path(file)
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -207,6 +256,28 @@ def add_commands(commands: Any) -> None:
     text = "form of clips in a folder (webp); png, a folder for each clip, is for other programs"
     add("--clips", choices=CLIPS, help=text)
     add("--fps", type=float, help="frames per second of clips (the model's own)")
+    add_shared(command, "--text-encoder")
+    add_sampling(command)
+
+    text = "change a picture, or draw with a level of the pyramid kept"
+    command = add_command(commands, "edit", edit, text)
+    add = command.add_argument
+    add("model", metavar="RUN", help=MODEL)
+    add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
+    add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
+    kept: Any = {"type": _level_and_picture, "default": [], "metavar": "SIDE=PICTURE"}
+    add("--keep", action="append", **kept, help="level that stays as this picture; repeated")
+    add("--image", type=Path, metavar="PICTURE", help="picture to change")
+    text = "white where the image is drawn anew; as large as it, or as a level"
+    add("--mask", type=Path, metavar="PICTURE", help=text)
+    text = "noise on the image at the start: 0 returns it, 1 hides it"
+    add("--strength", type=float, metavar="S", help=text)
+    text = "time, 1 to 0, at which kept levels and pixels are let go (0)"
+    add("--until", type=float, default=0.0, metavar="T", help=text)
+    add("-n", type=positive, default=1, help="samples for each prompt or class")
+    add("--seed", type=int, default=0, help="sample i has seed SEED + i")
+    add("-o", "--out", type=Path, metavar="PATH", help="a folder for all, or one file")
     add_shared(command, "--text-encoder")
     add_sampling(command)
 

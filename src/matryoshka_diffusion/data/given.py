@@ -1,0 +1,89 @@
+"""Pictures that a user gives to be edited: files or arrays of any size, mode and orientation."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from matryoshka_diffusion.config import Crop, UsageError
+from matryoshka_diffusion.data.bad import PictureError
+from matryoshka_diffusion.data.image import MIN_SIDE, read_picture
+from matryoshka_diffusion.data.source import Picture
+
+Given: TypeAlias = str | Path | np.ndarray
+"""A file, or bytes of the shape (height, width, channels); a grey image needs no channels."""
+
+
+def read_given(
+    given: Given, side: int, finest: int, channels: int = 3
+) -> UInt8[np.ndarray, "fine fine {channels}"]:
+    """Middle square of a picture, of a side that D^r averages to `side`.
+
+    Training averages pictures of the side `finest`. A smaller picture is enlarged no more than it
+    must be, so a sketch of `side` pixels keeps each of them.
+
+    Raises:
+        UsageError: the file or the array is no picture.
+        OSError: the system cannot read the file.
+    """
+    shorter = min(size_of(given))
+    return _read(given, side * max(1, min(shorter, finest) // side), channels).pixels
+
+
+def read_mask(
+    mask: Given, size: tuple[int, int], sides: tuple[int, ...]
+) -> UInt8[np.ndarray, "side side 1"]:
+    """The mask of a picture of `size`, cut as that picture is: white where it is drawn anew.
+
+    A mask of one of `sides` keeps its size. One as large as the picture gets the last of them.
+
+    Raises:
+        UsageError: the mask is no picture, or has another size.
+        OSError: the system cannot read the file.
+    """
+    own = size_of(mask)
+    at_level = own[0] == own[1] and own[0] in sides
+    if own != size and not at_level:
+        levels = ", ".join(f"{side}x{side}" for side in sides)
+        raise UsageError(
+            f"mask: it has {own[0]}x{own[1]} pixels, and the image has {size[0]}x{size[1]}: give a "
+            f"mask as large as the image, or as a level ({levels})"
+        )
+    return _read(mask, own[0] if at_level else sides[-1], 1).pixels
+
+
+def size_of(given: Given) -> tuple[int, int]:
+    """Width and height of a picture that stands upright. Raises as `read_given`."""
+    # The crop "random" keeps the longer side, which tells how the picture lies.
+    whole, (width, height) = _read(given, MIN_SIDE, 1, "random")
+    tall, wide = whole.shape[0] > whole.shape[1], whole.shape[0] < whole.shape[1]
+    turned = (tall and width > height) or (wide and height > width)
+    return (height, width) if turned else (width, height)
+
+
+def _read(given: Given, side: int, channels: int, crop: Crop = "centre") -> Picture:
+    try:
+        file = _png(given) if isinstance(given, np.ndarray) else Path(given)
+        return read_picture(file, side, crop, channels)
+    except PictureError as error:
+        name = "an array" if isinstance(given, np.ndarray) else given
+        raise UsageError(f"{name}: {error}") from error
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """The array as a file, so that it is read as any other picture."""
+    if pixels.dtype not in (np.uint8, np.bool_) or pixels.ndim not in (2, 3):
+        raise PictureError(
+            f"{pixels.dtype} of shape {pixels.shape}: give uint8 (height, width, channels)"
+        )
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(buffer, "PNG")
+    except TypeError as error:
+        raise PictureError(f"it has {pixels.shape[-1]} channels: give 1 to 4") from error
+    return buffer.getvalue()
