@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.data.given import Given, read_given, read_mask, size_of
 from matryoshka_diffusion.denoiser import Denoiser
 from matryoshka_diffusion.diffusion import diffuse
 from matryoshka_diffusion.pyramid import (
@@ -33,6 +32,9 @@ from matryoshka_diffusion.pyramid import (
 from matryoshka_diffusion.samplers import Sampler, Schedules, State, Times
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import Instant
+
+if TYPE_CHECKING:
+    from matryoshka_diffusion.data.given import Given
 
 SMOOTH_PASSES = 3
 """Bicubic passes of `enlarged_exactly`. After three the rest is a few percent."""
@@ -200,6 +202,8 @@ def edit_of(
         UsageError: a level, picture, mask or number does not fit.
         OSError: a file cannot be read.
     """
+    from matryoshka_diffusion.data.given import read_mask, size_of  # they load Pillow
+
     for name, value in (("strength", strength), ("until", until)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise UsageError(f"{name} is {value}: give a number from 0 to 1")
@@ -249,6 +253,8 @@ def given_level(
     Raises:
         UsageError: a picture cannot be read, or the level holds clips.
     """
+    from matryoshka_diffusion.data.given import read_given
+
     resolution = model.resolutions[level]
     if resolution.frames is not None:
         raise UsageError(f"{model.config.name} draws clips: keep a level of images instead")

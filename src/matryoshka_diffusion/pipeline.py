@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
-from matryoshka_diffusion.data.given import Given
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.edit import UNCHANGED, Edit, edit_of
@@ -35,6 +34,9 @@ from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
 from matryoshka_diffusion.train.precision import PrecisionSetting, placed
 from matryoshka_diffusion.train.weights import fingerprint, load_network
+
+if TYPE_CHECKING:
+    from matryoshka_diffusion.data.given import Given
 
 
 @dataclass(frozen=True)
