@@ -25,7 +25,14 @@ from matryoshka_diffusion.diffusion import (
     to_x0,
 )
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, ragged, up_sample
-from matryoshka_diffusion.schedule import Cosine, Shifted, alpha_sigma, instants, log_snr_rate
+from matryoshka_diffusion.schedule import (
+    Cosine,
+    NoiseLevel,
+    Shifted,
+    alpha_sigma,
+    instants,
+    log_snr_rate,
+)
 from nests import nest
 
 SIDES = (2, 4, 8)
@@ -60,6 +67,11 @@ def by_row(convert: Callable[..., Tensor], level: int, *inputs: Tensor) -> Tenso
     """Row n of the inputs, converted as at time n."""
     rows = zip(instants(TIMES, SCHEDULES), *(x.split(1) for x in inputs), strict=True)
     return torch.cat([convert(*own, now.levels[level]) for now, *own in rows])
+
+
+def x0_at(prediction: Prediction, value: Tensor, z: Tensor, now: NoiseLevel) -> Tensor:
+    """The estimate of x at a noise level."""
+    return to_x0(prediction, value, z, now.alpha, now.sigma)
 
 
 def loss_of(
@@ -161,7 +173,7 @@ def test_weights_are_those_of_the_squared_x_error(prediction: Prediction, name: 
             "min_snr": snr.clamp(max=5.0),
             "sigmoid": math.exp(-0.5) / (1 + math.exp(-0.5) / snr) * -log_snr_rate(schedule, TIMES),
         }[name]
-        x_hat = by_row(partial(to_x0, prediction), level, PREDICTED[level], z[level])
+        x_hat = by_row(partial(x0_at, prediction), level, PREDICTED[level], z[level])
         expected = (weight * (x_hat - X[level]).square().mean((1, 2, 3))).mean()
         torch.testing.assert_close(loss.per_level[level], expected)
         if name in ("eps", "v"):  # which are named after the plain squared error of that kind

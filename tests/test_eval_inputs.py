@@ -429,7 +429,7 @@ def test_protocols_say_how_many_unless_the_reader_does(tmp_path):
     [
         ("classes", {}, "no prompts.* -n"),
         ("classes", {"captions": "a.txt", "n": 1}, "omit --captions"),
-        ("text", {"captions": "a.txt"}, "--captions .*a.txt: retrieval has fixed"),
+        ("text", {"captions": "a.txt"}, "--captions .*a.txt: retrieval, .* has fixed"),
         ("text", {"metrics": "retrieval", "n": 500}, "-n 500: retrieval .*omit"),
         ("text", {"metrics": "retrieval", "protocol": "coco30k"}, "--protocol coco30k: retrieval"),
         ("text", {"protocol": "coco30k"}, "--captions captions_val2014.json"),
@@ -461,7 +461,7 @@ def test_a_model_of_smaller_pictures_is_compared_with_averages_of_its_data(train
 
 def test_other_clips_are_cut_as_the_runs_own(trained_on_clips, tmp_path):
     arguments = plan(trained_on_clips, SIDE, 2, n=10)
-    assert arguments["metrics"] == ("retrieval", "fd", "motion")
+    assert arguments["metrics"] == ("retrieval", "retrieval-one-step", "fd", "motion")
     assert (arguments["own"].pictures.frames, arguments["own"].pictures.side) == (2, SIDE)
     images = clips(6, frames=5, seed=1)
     other = make_videos(tmp_path / "other", images)

@@ -31,7 +31,7 @@ def joined(batches: list[Batch]) -> dict[str, list]:
         if field.name in ("captions", "keys")
         else torch.cat([getattr(batch, field.name) for batch in batches]).tolist()
         for field in fields(Batch)
-        if field.name != "pixels"
+        if field.name not in ("pixels", "features")
     }
 
 

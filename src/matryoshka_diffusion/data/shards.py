@@ -200,8 +200,8 @@ def _index(path: str, state: str, data: DataConfig, kind: Kind) -> _Index:
         version, cached_state, rows, files, names = json.loads(unsealed(cache.read_bytes()))
         if (version, cached_state) == (_VERSION, state):
             samples = [
-                (Sample(key, tuple(captions), label, side, flaw, int(offset), part), int(size))
-                for (key, captions, label, side, flaw, offset, part), size in rows
+                (Sample(key, tuple(captions), label, side, flaw, int(offset), *others), int(size))
+                for (key, captions, label, side, flaw, offset, *others), size in rows
             ]
             return _Index(samples, Tally(dict(files), dict(names)))
     except (OSError, ValueError, TypeError, IndexError):
