@@ -58,7 +58,7 @@ def openmoji(name: str) -> RunConfig:
         data=DataConfig(source="openmoji"),
         encoder=EncoderConfig(name="minilm"),
         train=train.model_copy(update=OWN_RATES),
-        # At t = 1/25 most of the finest level is still noise, so steps even in log-SNR end closer
+        # At t = 1/25 half of the finest level is still noise, so steps even in log-SNR end closer
         # to the image than steps even in t. Guidance was measured to find no more images.
         sampling=SamplingConfig(grid="log-snr"),
     )
