@@ -11,14 +11,15 @@ import torch
 
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
-    CodecConfig,
     ConfigError,
     PerceptualConfig,
     RunConfig,
     WeightingConfig,
 )
+from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.diffusion import FinestLoss, Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.runs import prepare
 from matryoshka_diffusion.runs.perceptual import feature_distance, open_perceptual
 from matryoshka_diffusion.schedule import Cosine, Shifted
 from matryoshka_diffusion.train.signals import Stopped
@@ -188,14 +189,21 @@ def test_the_packaged_network_sees_each_resolution_and_its_hash_is_kept():
         open_perceptual(config(weights="abc"))
 
 
-def test_what_it_cannot_look_with_or_at_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match=r"network: vgg is unknown: set it to effnet-lite0"):
-        open_perceptual(config(network="vgg"))
-    latent = config().model_copy(update={"codec": CodecConfig(path="x")})
-    opacity = config().model.model_copy(update={"channels": 4})
-    for unseen in (latent, config().model_copy(update={"model": opacity})):
-        with pytest.raises(ConfigError, match=r"train\.perceptual: .*omit it"):
-            open_perceptual(unseen)
+@pytest.mark.parametrize(
+    ("path", "value", "error"),
+    [
+        ("train.perceptual.network", "vgg", r"train\.perceptual\.network: .*effnet-lite0"),
+        ("codec", {"path": "x"}, r"train\.perceptual: .*omit it"),
+        ("model.channels", 4, r"train\.perceptual: .*omit it"),
+    ],
+)
+def test_a_config_with_what_it_cannot_look_with_or_at_is_refused(path, value, error):
+    with pytest.raises(ConfigError, match=error):
+        changed(config(), [(path, value)])
+
+
+def test_a_missing_network_is_an_error_before_data_is_opened(monkeypatch):
+    monkeypatch.setattr(prepare, "open_data", pytest.fail)
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(MissingExtra, match=r"train\.perceptual.*\[eval\]"):
-        open_perceptual(config())
+        prepare.prepare(config())

@@ -180,7 +180,7 @@ class LoraConfig(Strict):
 class PerceptualConfig(Strict):
     """A loss in the features of a frozen network (`runs/perceptual.py`)."""
 
-    network: Name = "effnet-lite0"
+    network: Literal["effnet-lite0"] = "effnet-lite0"
     weight: Positive = 0.1  # beside the finest level's weighted squared error
     log_snr_above: float = 0.0  # of the finest level: only rows with less noise count
     weights: str = ""  # hash of the network; a run fills it in
@@ -360,6 +360,10 @@ class RunConfig(Strict):
             yield "model.levels[0].features and features go together: set both or neither"
         if self.codec is not None and self.features is not None:
             yield "codec and features: a network of features sees images, not latents; omit one"
+        pictures = self.codec is None and not self.data_frames and model.channels in (1, 3)
+        if self.train.perceptual is not None and not pictures:
+            seen = "images with 1 or 3 channels, not latents, clips or opacity"
+            yield f"train.perceptual: its network looks at {seen}; omit it"
         if self.data_frames and (self.codec is not None or data.augment):
             name = "data.augment" if self.codec is None else "codec"
             yield f"{name} is for images, but model.levels[-1] has frames: omit it"

@@ -14,7 +14,6 @@ from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.metrics.networks import EffNetLite0
 
-PACKAGED = "effnet-lite0"
 See: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 """Images (b, 3, h, w) in [0, 1] -> features (b, d, y, x) of one or several layers."""
 
@@ -25,23 +24,13 @@ def open_perceptual(
     """The config of a run with the hash of the network of `train.perceptual`, and its distance.
 
     Raises:
-        ConfigError: the network is unknown, is not the one that the run began with, or cannot look
-            at what the model denoises.
+        ConfigError: the network is not the one that the run began with.
         MissingExtra: a package of the network is not installed.
     """
     section = config.train.perceptual
     if section is None:
         return config, None
-    if section.network != PACKAGED:
-        raise ConfigError(
-            f"train.perceptual.network: {section.network} is unknown: set it to {PACKAGED}"
-        )
-    if config.codec is not None or config.data_frames or config.model.channels not in (1, 3):
-        raise ConfigError(
-            "train.perceptual: its network looks at images with 1 or 3 channels, not at latents, "
-            "clips or opacity: omit it"
-        )
-    network = EffNetLite0(device, purpose=f"train.perceptual.network={PACKAGED}")
+    network = EffNetLite0(device, purpose=f"train.perceptual.network={section.network}")
     if section.weights not in ("", network.weights):
         raise ConfigError(
             f"train.perceptual.network: the hash of {section.network} is {network.weights}, and "

@@ -288,8 +288,10 @@ def prepare(
     Raises:
         ConfigError: the data lacks a condition of the model, the base of an upsampler is missing or
             does not fit, or the codec is not for this model.
-        ValueError, OSError, MissingExtra: the data, the encoder or the codec cannot be used.
+        ValueError, OSError, MissingExtra: the data, the encoder, the codec or a network cannot be
+            used.
     """
+    config, distance = open_perceptual(config, device)
     source = open_data(config)
     config = complete(config, source)
     if config.sampling.base is not None:
@@ -312,7 +314,6 @@ def prepare(
         named = config.codec.model_copy(update={"weights": codec.key})
         config = config.model_copy(update={"codec": named})
     config, base = _with_adapted(config)
-    config, distance = open_perceptual(config, device)
     seen, held_out = split(source, config.data.held_out)
     if encode is not None and config.train.whiten_captions and config.train.init is None:
         captions = encode.varied(all_captions(seen))
