@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -31,6 +32,8 @@ PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **PAPER}
 
 IMAGES = {
     "openmoji": {"simple": 100_000, "finest": 108_000, "upsampler": 55_000},
+    "openmoji-256": {"simple": 199_000, "finest": 170_000, "upsampler": 93_000},
+    "emoji-styles": {"simple": 300_000, "finest": 324_000, "upsampler": 164_000},
     "fashion-mnist": {"simple": 98_000, "finest": 90_000, "upsampler": 65_000},
     "imagenet-256": {"latent": 512 * 300_000},
     "cc12m-256": {"latent": 2048 * 500_000},
@@ -64,13 +67,16 @@ def base(run: RunConfig) -> RunConfig:
 def upsampler(run: RunConfig) -> RunConfig:
     """The upsampler of a cascade: the UNet of `simple`, which enlarges images of the coarsest side.
 
-    For 256 pixels the paper found noise of the times 0.5 or 0.7 to be needed in sampling. Where a
-    schedule is shifted further, the same noise comes earlier.
+    Samples have noise of time 0.3, or of the nearest time at which the SNR of a coarse pixel is 1
+    to 4, as the paper found it to be needed. Such a pixel averages over many of the enlarged image.
     """
-    noise = 0.15 if run.model.levels[-1].shift_ratio >= 16.0 else 0.3
-    noise = 0.5 if run.data_side >= 256 else noise
+    inner, outer = run.model.levels[0], run.model.levels[-1]
+    # By the cosine schedule the SNR of a coarse pixel at time t is (signal / tan(pi t / 2))^2.
+    signal = outer.side / inner.side * math.exp(-outer.shift / 2)
+    least, most = (2 / math.pi * math.atan(signal / root) for root in (2, 1))
+    noise = round(20 * min(max(0.3, least), most)) / 20
     up = _one_stage(run, (reduce(_merged, run.model.levels),), "upsampler", run.train.stages[-1])
-    model = up.model.model_copy(update={"coarse": CoarseConfig(side=run.model.levels[0].side)})
+    model = up.model.model_copy(update={"coarse": CoarseConfig(side=inner.side)})
     sampling = up.sampling.model_copy(update={"coarse_noise": noise})
     return up.model_copy(update={"model": model, "sampling": sampling})
 

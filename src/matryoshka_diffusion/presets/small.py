@@ -101,7 +101,7 @@ def openmoji_256(name: str) -> RunConfig:
 def emoji_styles(name: str) -> RunConfig:
     """Text-to-image on emoji in three styles, 10 % of the pairs of emoji and style held out.
 
-    Three times the images of `openmoji` have three times its training, so 36 minutes on 2 CPU
+    Three times the images of `openmoji` have three times its training, so 45 minutes on 2 CPU
     cores. `mdm eval --metrics unseen` measures whether it draws the pairs that it has not seen. The
     data is the unpacked npm package `@lobehub/fluent-emoji-3d`, beside OpenMoji and Debian's
     `fonts-noto-color-emoji`.
