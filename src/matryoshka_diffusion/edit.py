@@ -35,6 +35,8 @@ from matryoshka_diffusion.schedule import Instant
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.data.given import Given
+else:
+    Given = Any
 
 SMOOTH_PASSES = 3
 """Bicubic passes of `enlarged_exactly`. After three the rest is a few percent."""

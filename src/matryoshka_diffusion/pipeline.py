@@ -37,6 +37,8 @@ from matryoshka_diffusion.train.weights import fingerprint, load_network
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.data.given import Given
+else:
+    Given = Any
 
 
 @dataclass(frozen=True)
