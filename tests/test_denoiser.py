@@ -13,10 +13,10 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Prediction, Threshold, WeightingConfig
 from matryoshka_diffusion.denoiser import (
     THRESHOLDS,
+    ConditionPair,
     Guided,
     NetworkDenoiser,
     Thresholded,
-    WithAndWithout,
     active_weights,
     dynamic_threshold,
     upper_quantile,
@@ -55,7 +55,7 @@ def guide(*weights: float, **options) -> tuple[Pyramid, list[str]]:
         assert all(torch.equal(z_r, own.repeat(2, 1, 1, 1)) for z_r, own in zip(z, Z, strict=True))
         return BOTH
 
-    return Guided(WithAndWithout(conditional, both), weights, **options)(Z, HALF), calls
+    return Guided(ConditionPair(conditional, both), weights, **options)(Z, HALF), calls
 
 
 def led(*weights: float) -> Pyramid:
@@ -138,7 +138,7 @@ def test_guiding_the_estimate_is_guiding_the_prediction(prediction: Prediction):
         network_denoiser(lambda z, t, cond, answer=answer: answer, prediction)
         for answer in (led(4.0, 4.0), WITH, BOTH)
     )
-    result = Guided(WithAndWithout(plain, both), (4.0, 4.0))(Z, HALF)
+    result = Guided(ConditionPair(plain, both), (4.0, 4.0))(Z, HALF)
     torch.testing.assert_close(result, guided(Z, HALF))
 
 

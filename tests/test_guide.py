@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import model
+from evaluating import Words, model
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.denoiser import Guided, OfTwoModels
+from matryoshka_diffusion.configfile import override
+from matryoshka_diffusion.data.source import array_source
+from matryoshka_diffusion.denoiser import Guided, TwoModelPair
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import Preview
+from matryoshka_diffusion.runs.prepare import complete, find_config
 from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid, waking
 from matryoshka_diffusion.schedule import Cosine, instants
 from matryoshka_diffusion.train.trainer import View
@@ -44,7 +48,7 @@ def test_the_estimate_is_led_away_from_that_of_the_weaker_model(known, weights):
     [now] = instants(torch.tensor([0.4]), GOOD.schedules)
     t = torch.full((5,), 0.4, dtype=torch.float32).double()
     good, weak = GOOD.posterior_mean(z, t), WEAK.posterior_mean(z[:known], t)
-    guided = Guided(OfTwoModels(GOOD, WEAK, known), weights)(z, now)
+    guided = Guided(TwoModelPair(GOOD, WEAK, known), weights)(z, now)
     for x, u, weight, led in zip(good, weak, weights, guided, strict=False):
         torch.testing.assert_close(led, weight * x + (1.0 - weight) * u)
     assert all(map(torch.equal, guided[known:], good[known:])), "levels that it lacks stay"
@@ -61,9 +65,9 @@ def test_weight_1_is_the_good_model_and_equal_models_guide_nowhere(sampler, floo
         return stacked(last(steps).z)
 
     plain = drawn(GOOD)
-    assert torch.equal(drawn(Guided(OfTwoModels(GOOD, WEAK, 3), (1.0,) * 3)), plain)
-    torch.testing.assert_close(drawn(Guided(OfTwoModels(GOOD, GOOD, 3), (4.0,) * 3)), plain)
-    led = drawn(Guided(OfTwoModels(GOOD, WEAK, 3), (2.0,) * 3))
+    assert torch.equal(drawn(Guided(TwoModelPair(GOOD, WEAK, 3), (1.0,) * 3)), plain)
+    torch.testing.assert_close(drawn(Guided(TwoModelPair(GOOD, GOOD, 3), (4.0,) * 3)), plain)
+    led = drawn(Guided(TwoModelPair(GOOD, WEAK, 3), (2.0,) * 3))
     assert (led - plain).abs().max() > 0.05
 
 
@@ -105,6 +109,8 @@ def test_a_model_from_a_path_guides_alone_and_in_any_batch(tmp_path):
 def test_a_model_of_the_first_level_guides_that_level(tmp_path):
     made = model()
     first = written(tmp_path / "first", made, levels=1, factor=0.8)
+    with pytest.raises(UsageError, match=r"sampling\.guide: .*first knows 1 .*--cfg.*--guide"):
+        made.sample(**SETTINGS, guidance=(1.0, 3.0), guide=first)
     led = bytes_of(made, guidance=3.0, guide=first)
     assert all(map(np.array_equal, bytes_of(made, guidance=(3.0, 1.0), guide=first), led))
     assert (led[0] != bytes_of(made)[0]).mean() > 0.1
@@ -128,6 +134,10 @@ def test_samples_depend_on_the_weights_of_a_guide_and_not_on_its_place(tmp_path)
     )
     assert a == c != b
     assert "guide" not in made.describe({"guidance": 2.0})["sampling"]
+    cases: list[dict[str, Any]] = [{"guidance": 2.0, "guide": paths[0]}, {"guide": paths[0]}, {}]
+    for settings in cases:
+        recorded = made.sample(classes=0, **settings).settings.get("guide")
+        assert recorded == made.describe(settings)["sampling"].get("guide"), "no path in a PNG"
     idle = {"guide": "nowhere", "guidance_interval": (-3.0, 2.0), "rescale": 0.5}
     assert made.describe(idle) == made.describe({})
     assert made.describe({**idle, "guide": None, "guidance": 2.0}) != made.describe(
@@ -137,6 +147,38 @@ def test_samples_depend_on_the_weights_of_a_guide_and_not_on_its_place(tmp_path)
     assert not made.idle({"guide": paths[0], "guidance": 2.0})
     named = made.config.sampling.model_copy(update={"guide": paths[0]})
     assert without_paths(made.config.model_copy(update={"sampling": named})).sampling.guide is None
+
+
+def test_a_guide_may_have_its_text_encoder_elsewhere_but_not_another_one(tmp_path):
+    made = model("text")
+    weak = written(tmp_path / "weak", made, factor=0.8)
+    moved = override(made.config, ["encoder.path=/elsewhere"])
+    drawn = [
+        Matryoshka(made.net, config, encoder=Words()).sample("red", guidance=2.0, guide=weak)
+        for config in (made.config, moved)
+    ]
+    assert all(map(np.array_equal, *(samples.levels for samples in drawn)))
+    wider = override(made.config, ["model.text.features=9"])
+    other = written(tmp_path / "wider", Matryoshka(NestedUNet(wider.model), wider))
+    with pytest.raises(UsageError, match=r"model\.text\.features of .* is 9, .* is 8"):
+        made.sample("red", guidance=2.0, guide=other)
+
+
+def test_a_guide_in_a_config_is_absolute_and_needs_guidance(tmp_path, monkeypatch):
+    written(tmp_path / "early", model())
+    monkeypatch.chdir(tmp_path)
+    chosen = ["sampling.guide=early", "sampling.guidance=[2]"]
+    config = find_config("openmoji", assignments=chosen)
+    assert config.sampling.guide == str(tmp_path / "early")
+    assert find_config("openmoji", assignments=["sampling.guide=weak"]).sampling.guide == "weak"
+    assert f"{tmp_path / 'early'} is counted" in describe(config)
+    assert "is counted" not in describe(override(config, ["sampling.guidance=[1]"]))
+    data = array_source(
+        "rows", np.zeros((2, 64, 64, 3), np.uint8), ["a", "b"], captions=[("a",)] * 2
+    )
+    assert complete(config, data).sampling.guide
+    with pytest.raises(UsageError, match=r"sampling\.guide .*sampling\.guidance"):
+        complete(override(config, ["sampling.guidance=[1]"]), data)
 
 
 def test_previews_of_a_training_need_no_guide(tmp_path):

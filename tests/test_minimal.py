@@ -17,7 +17,7 @@ from torch import nn
 from matryoshka_diffusion import rng
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import LevelConfig, ModelConfig, ProcessConfig
-from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded, WithAndWithout
+from matryoshka_diffusion.denoiser import ConditionPair, Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, matryoshka_loss
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
 from matryoshka_diffusion.pyramid import Resolution, build_pyramid
@@ -125,7 +125,7 @@ def test_the_same_weights_and_noise_give_the_library_s_images(example, library_n
     labels = torch.tensor([0, 4, 11])
     cond = Conditioning(labels=labels)
     noise = SeededNoise([1, 2, 3], [(3, d.side, d.side) for d in example.NEST])
-    pair = WithAndWithout(
+    pair = ConditionPair(
         NetworkDenoiser(library_net, process, cond),
         NetworkDenoiser(library_net, process, cond.followed_by(cond.null())),
     )

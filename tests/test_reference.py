@@ -27,7 +27,7 @@ from matryoshka_diffusion.config import (
     WeightingConfig,
     WeightingName,
 )
-from matryoshka_diffusion.denoiser import Guided, NetworkDenoiser, Thresholded, WithAndWithout
+from matryoshka_diffusion.denoiser import ConditionPair, Guided, NetworkDenoiser, Thresholded
 from matryoshka_diffusion.diffusion import Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.models.released import load_released
 from matryoshka_diffusion.models.released_names import convert_state_dict
@@ -201,7 +201,7 @@ def replay(sampler: Callable, steps: int, guidance: float, threshold: Threshold,
     alone, both = (
         NetworkDenoiser(net, process, cond) for cond in (given, given.followed_by(without))
     )
-    guided = Guided(WithAndWithout(alone, both), (guidance, guidance))
+    guided = Guided(ConditionPair(alone, both), (guidance, guidance))
     denoise = Thresholded(guided, (threshold, threshold))
     times = released_grid(steps, process.schedules[0])
     start = coarse_first(part, "noise_", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import shlex
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_panels_show_a_swept_number_the_cost_and_a_trade_off(keys, axes, panels,
 
 def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
     one = point(1, 1.0, ema=0.05, guidance=1.5, steps=25, sampler="ddim", coarse_noise=0.3)
-    assert sweeping.command("runs/a b", one, {}).splitlines() == [
+    assert sweeping.command("runs/a b", one, one.settings).splitlines() == [
         "mdm ema 'runs/a b' --length 0.05 -o 'runs/a b-ema0.05'",
         "mdm sample 'runs/a b-ema0.05' --cfg 1.5 --steps 25 --sampler ddim --coarse-noise 0.3",
     ]
@@ -114,11 +115,11 @@ def test_the_command_draws_with_the_point_by_options_of_mdm_sample():
     }
     parser = cli.build_parser()
     assert all(hasattr(parser.parse_args(["sweep", "m", "--steps", "2"]), name) for name in fixed)
-    one = point(1, 1.0, steps=9, guidance=(3.0, 1.5), grid=None)
-    sampled = vars(parser.parse_args(shlex.split(sweeping.command("m", one, fixed))[1:]))
+    one = point(1, 1.0, steps=9, guidance=(3.0, 1.5))
+    everything = one.settings | fixed
+    sampled = vars(parser.parse_args(shlex.split(sweeping.command("m", one, everything))[1:]))
     assert {name: sampled[name] for name in fixed} == fixed
     assert sampled["guidance"] == (3.0, 1.5)
-    assert "--grid" not in sweeping.command("m", one, {}), "null is the model's own"
 
 
 def test_shipped_models_and_files_have_sweeps_of_their_own(tmp_path):
@@ -246,6 +247,23 @@ def test_a_fixed_setting_may_be_idle_at_some_points_and_is_not_drawn_with_there(
         monkeypatch.setattr(sweeping, "best", operator.itemgetter(place))
         assert cli.main([*swept, "--metrics", "agreement"]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"mdm sample {run} {drawn}"
+
+
+def test_a_swept_setting_is_not_drawn_with_where_it_is_idle_or_has_no_option(
+    run, tmp_path, capsys, monkeypatch
+):
+    own = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((own / "model" / "config.json").read_text())
+    config["sampling"]["guidance_interval"] = [-1.0, 1.0]
+    (own / "model" / "config.json").write_text(json.dumps(config))
+    swept = ["--try", "guidance=[1, 2]", "--try", "guidance_interval=[[-3, 2], null]"]
+    commands = ["--cfg 1", "--cfg 1", "--cfg 2 --interval -3 2", "--cfg 2"]
+    for place, drawn in enumerate(commands):
+        monkeypatch.setattr(sweeping, "best", operator.itemgetter(place))
+        assert cli.main(["sweep", str(own), *swept, "-n", "2", "--metrics", "agreement"]) == 0
+        output = capsys.readouterr().out
+        assert output.splitlines()[-1] == f"mdm sample {own} {drawn}"
+        assert ("sampling.guidance_interval=null" in output) == (place == 3), "none unsets it"
 
 
 def test_averages_are_those_of_mdm_ema(run, tmp_path):

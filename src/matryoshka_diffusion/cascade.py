@@ -8,7 +8,6 @@ in its training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -106,14 +105,9 @@ class Cascade:
         small = self.base.sample(prompts, **options, progress=part(first, 0), **for_base)
         options |= {"coarse": small.pictures, "progress": part(second, first)}
         large = self.upsampler.sample(prompts, **options, **for_upsampler)
-        base = {**small.settings, "weights": self._base_weights}
+        base = {**small.settings, "weights": self.base.weights_hash}
         record = {**large.settings, "base": base}
         return Samples((*small.levels, *large.levels), large.captions, large.seeds, record)
-
-    @cached_property
-    def _base_weights(self) -> str:
-        """A hash that identifies the base wherever it is stored."""
-        return fingerprint(self.base.net.state_dict())
 
     def _split(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings for the base and for the upsampler: entries for each level are divided.

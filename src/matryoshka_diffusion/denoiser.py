@@ -66,7 +66,7 @@ class Pair(Protocol):
 
 
 @dataclass(frozen=True)
-class WithAndWithout:
+class ConditionPair:
     """The pair of one network with and without conditions.
 
     It is one call with twice the rows, which was measured to be no slower than two calls, and
@@ -87,7 +87,7 @@ class WithAndWithout:
 
 
 @dataclass(frozen=True)
-class OfTwoModels:
+class TwoModelPair:
     """The pair of a model and of a weaker one, which has only the first `levels` levels."""
 
     good: Denoiser

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from matryoshka_diffusion.models.find import (
 )
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, to_uint8
+from matryoshka_diffusion.pyramid import Pyramid, refuse_nan, to_uint8
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
 from matryoshka_diffusion.train.precision import PrecisionSetting, placed
@@ -251,7 +251,7 @@ class Matryoshka(DiffusionModel):
             "seeds": seeds,
             **({} if negative is None else {"negative": negative}),
             "precision": self.precision,
-            **sampling.model_dump(mode="json"),
+            **self._drawn_with(sampling),
         }
         return Samples(levels, captions, seeds, record)
 
@@ -320,15 +320,11 @@ class Matryoshka(DiffusionModel):
         sampling = self.sampling(settings)
         plain = {name: SamplingConfig.model_fields[name].default for name in sampling.idle}
         sampling = sampling.model_copy(update=plain)
-        # How fast clips are shown changes no sample.
-        drawn_with = sampling.model_dump(mode="json", exclude={"fps", "guide"})
-        if sampling.guide is not None:
-            guide = self.guide(sampling.guide)
-            assert isinstance(guide, Matryoshka), "open_guide loads one"
-            drawn_with["guide"] = f"{guide.config.name} {fingerprint(guide.net.state_dict())[:16]}"
+        drawn_with = self._drawn_with(sampling)
+        del drawn_with["fps"]  # how fast clips are shown changes no sample
         return {
             "name": self.config.name,
-            "weights": fingerprint(self.net.state_dict()),
+            "weights": self.weights_hash,
             "averaged": self.config.train.gives_averages,
             "process": self.config.process.model_dump(mode="json"),
             "encoder": None if self.model.text is None else self.text_encoder().key,
@@ -339,6 +335,20 @@ class Matryoshka(DiffusionModel):
             "precision": self.precision,
             "device": self.device.type,
         }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """A hash that identifies the network wherever it is stored."""
+        return fingerprint(self.net.state_dict())
+
+    def _drawn_with(self, sampling: SamplingConfig) -> dict[str, Any]:
+        """The settings as JSON. A guide in use is named with its weights' hash, not by its path."""
+        record = sampling.model_dump(mode="json", exclude={"guide"})
+        if sampling.guide is not None and "guide" not in sampling.idle:
+            guide = self.guide(sampling.guide)
+            assert isinstance(guide, Matryoshka), "open_guide loads one"
+            record["guide"] = f"{guide.config.name} {guide.weights_hash[:16]}"
+        return record
 
     def evaluations(self, settings: dict[str, Any]) -> int:
         """The number of network evaluations for one sample."""
@@ -369,7 +379,9 @@ def open_guide(path: str, good: DiffusionModel) -> Matryoshka:
             "model.coarse": nest.coarse,
             "data.classes": config.data.classes,
             "data.pixels": config.data.pixels,
-            "encoder": config.encoder,
+            # The same encoder may lie at two places; of t5 there are several, of other widths.
+            "encoder": config.encoder and config.encoder.model_copy(update={"path": None}),
+            "model.text.features": nest.text and nest.text.features,
             "codec.weights": config.codec and config.codec.weights,
             "features.weights": config.features and config.features.weights,
         } | {
@@ -393,7 +405,7 @@ def passes(model: DiffusionModel, sampling: SamplingConfig) -> Counter[int]:
     """Network evaluations for one sample, counted by the number of levels that are awake.
 
     A step takes one, or two where a level is guided: it is awake, its weight is not 1, and its
-    log-SNR is inside the guidance interval.
+    log-SNR is inside the guidance interval. A guide counts as if it were as large as the model.
     """
     weights = per_level(sampling.guidance, len(model.model.levels))
     interval, counts = sampling.guidance_interval or UNBOUNDED, Counter[int]()
@@ -401,16 +413,3 @@ def passes(model: DiffusionModel, sampling: SamplingConfig) -> Counter[int]:
         guided = any(weight != 1.0 for weight in active_weights(now, weights, interval))
         counts[len(now.levels)] += 2 if guided else 1
     return counts
-
-
-def refuse_nan(images: Pyramid, seeds: Sequence[int]) -> None:
-    """Raise `ValueError` naming the first sample with NaN, which bytes would hide."""
-    for level, batch in enumerate(images):
-        bad = batch.isnan().flatten(1).any(dim=1)
-        if bad.any():
-            seed = seeds[int(bad.nonzero()[0])]
-            raise ValueError(
-                f"the sample of seed {seed} has NaN at level {level}, as {int(bad.sum())} of the "
-                f"{len(seeds)} samples in its batch have: the weights are broken, or the "
-                "arithmetic overflows (set --precision fp32)"
-            )

@@ -219,3 +219,16 @@ def frames_as_rows(x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "n c h w"]:
 def rows_as_frames(x: Float[Tensor, "n c h w"], frames: int | None) -> Float[Tensor, "b c *grid"]:
     """The reverse of `frames_as_rows`. Without `frames` the rows are images and stay."""
     return x if frames is None else x.unflatten(0, (len(x) // frames, frames)).transpose(1, 2)
+
+
+def refuse_nan(images: Pyramid, seeds: Sequence[int]) -> None:
+    """Raise `ValueError` naming the first sample with NaN, which bytes would hide."""
+    for level, batch in enumerate(images):
+        bad = batch.isnan().flatten(1).any(dim=1)
+        if bad.any():
+            seed = seeds[int(bad.nonzero()[0])]
+            raise ValueError(
+                f"the sample of seed {seed} has NaN at level {level}, as {int(bad.sum())} of the "
+                f"{len(seeds)} samples in its batch have: the weights are broken, or the "
+                "arithmetic overflows (set --precision fp32)"
+            )

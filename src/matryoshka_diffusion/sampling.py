@@ -17,14 +17,14 @@ from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.denoiser import (
+    ConditionPair,
     Denoiser,
     Guided,
     NetworkDenoiser,
-    OfTwoModels,
     Pair,
     Pooled,
     Thresholded,
-    WithAndWithout,
+    TwoModelPair,
 )
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
 from matryoshka_diffusion.files import memory_bytes
@@ -209,7 +209,7 @@ class DiffusionModel:
         weights = per_level(sampling.guidance, levels)
         denoise: Denoiser = self._estimates(cond)
         if any(weight != 1.0 for weight in weights):
-            pair, interval = self._pair(cond, negative, sampling.guide), sampling.guidance_interval
+            pair, interval = self._pair(cond, negative, sampling), sampling.guidance_interval
             denoise = Guided(pair, weights, interval or UNBOUNDED, sampling.rescale)
         elif negative is not None:
             raise UsageError("a negative prompt needs guidance: add a weight (--cfg)")
@@ -217,20 +217,26 @@ class DiffusionModel:
         return self._pooled(bounded)
 
     def _pair(
-        self, cond: Conditioning, negative: str | Sequence[str] | None, guide: str | None
+        self, cond: Conditioning, negative: str | Sequence[str] | None, sampling: SamplingConfig
     ) -> Pair:
         """The estimates that guidance leads to and away from."""
-        if guide is None:
+        if sampling.guide is None:
             if cond.labels is None and cond.tokens is None:
                 raise UsageError(
                     f"{self.config.name} is unconditional: omit --cfg or add a weak model (--guide)"
                 )
             cond, without = equally_long(cond, self.unconditional(cond, negative))
-            return WithAndWithout(self._estimates(cond), self._estimates(cond.followed_by(without)))
-        weaker = self.guide(guide)
+            return ConditionPair(self._estimates(cond), self._estimates(cond.followed_by(without)))
+        weaker = self.guide(sampling.guide)
+        known = len(weaker.model.levels)
+        if all(weight == 1.0 for weight in per_level(sampling.guidance, known)):
+            raise UsageError(
+                f"sampling.guide: {sampling.guide} knows {known} of the levels, and guidance is 1 "
+                "there: give one of these another weight (--cfg) or omit the guide (--guide)"
+            )
         same = cond if negative is None else self.unconditional(cond, negative)
         weak = weaker._pooled(weaker._estimates(same))
-        return OfTwoModels(self._estimates(cond), weak, len(weaker.model.levels))
+        return TwoModelPair(self._estimates(cond), weak, known)
 
     def _estimates(self, cond: Conditioning) -> Denoiser:
         return NetworkDenoiser(self._predict, self.process, cond)
@@ -309,10 +315,8 @@ class DiffusionModel:
         """
         if not isinstance(n, Integral) or n < 1:
             raise UsageError(f"n is {n!r}: give a whole number from 1 on (-n)")
-        prompts, classes = (
-            entries_of("prompts", prompts, str),
-            entries_of("classes", classes, _CLASS),
-        )
+        prompts = entries_of("prompts", prompts, str)
+        classes = entries_of("classes", classes, _CLASS)
         self._refuse_more_than_fit(n * len(prompts or classes or range(self.model.classes or 1)))
         if prompts is not None and self.model.text is None:
             raise self._takes("no prompts")

@@ -102,14 +102,18 @@ def sweep(options: argparse.Namespace) -> None:
     sweeping.draw(points, out / "sweep.png")
     show(f"{sweeping.table(points)}\n{out / 'sweep.json'}, {out / 'sweep.png'}")
     best = sweeping.best(points)
-    idle = usual.idle(fixed | best.settings)  # which mdm sample would refuse
-    settings = fixed | {"precision": options.precision, "base": options.base}
-    settings = {
+    settings, own = best.settings | fixed, usual.config.sampling
+    idle = usual.idle(settings)  # which mdm sample would refuse
+    settings |= {"precision": options.precision, "base": options.base}
+    given = {
         name: value
         for name, value in settings.items()
         if value not in (None, PRECISION) and name not in idle
     }
-    show(f"best:\n{sweeping.command(options.model, best, settings)}")
+    for name, value in best.settings.items():
+        if value is None and name not in idle and getattr(own, name) is not None:
+            show(f"best needs sampling.{name}=null in the model's config, which no option sets")
+    show(f"best:\n{sweeping.command(options.model, best, given)}")
 
 
 def _axes(options: argparse.Namespace, fixed: Collection[str]) -> dict[str, Sequence[Any]]:

@@ -125,7 +125,9 @@ def _drawing(net: NestedUNet, config: RunConfig, flops: Sequence[int]) -> str:
     sample = "a clip" if config.data_frames else "an image"
     line = f"draws {sample} in {sampling.steps} steps of {sampling.sampler}: {_rounded(own)} GFLOP"
     saved = f"; sampling.wake {_list(sampling.wake or ())} saves {1 - own / plain:.0%}"
-    return line + saved * (sampling.wake is not None)
+    guided = sampling.guide is not None and "guide" not in sampling.idle
+    guide = f"; {sampling.guide} is counted as if it were as large as this network"
+    return line + saved * (sampling.wake is not None) + guide * guided
 
 
 def _row(words: Sequence[str], *cells: str, numbers: Sequence[str]) -> list[str]:

@@ -205,19 +205,19 @@ def write(points: Sequence[Point], path: Path) -> None:
     write_atomically(path, lambda file: file.write(text))
 
 
-def command(run: str, point: Point, fixed: Mapping[str, Any]) -> str:
-    """The command lines that draw samples with a point's settings and the `fixed` ones."""
+def command(run: str, point: Point, settings: Mapping[str, Any]) -> str:
+    """The command lines that draw samples with the weights of a point and with `settings`."""
     lines, model = [], run
     if EMA in point.values:
         length = f"{point.values[EMA]:g}"
         model = f"{run}-ema{length}"
         lines.append(shlex.join(["mdm", "ema", run, "--length", length, "-o", model]))
     words = ["mdm", "sample", model]
-    for name, value in {**point.settings, **fixed}.items():
+    for name, value in settings.items():
         values = [*map(plain, value if isinstance(value, list | tuple) else [value])]
         values = [",".join(values)] if name == "guidance" else values
         option = f"--{RENAMED.get(name, name).replace('_', '-')}"
-        words += [] if value is None else [option, *values]
+        words += [option, *values]
     return "\n".join([*lines, shlex.join(words)])
 
 

@@ -101,10 +101,14 @@ def with_encoder(config: RunConfig, path: str) -> RunConfig:
     """
     if config.encoder is None:
         raise UsageError(f"{config.name} has no text encoder: omit --text-encoder")
-    folder = Path(path).expanduser()
-    # An absolute path means the same from everywhere; what is no folder is a hub id.
-    path = str(folder.resolve()) if folder.is_dir() else path
-    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"path": path})})
+    encoder = config.encoder.model_copy(update={"path": absolute_if_here(path)})
+    return config.model_copy(update={"encoder": encoder})
+
+
+def absolute_if_here(model: str) -> str:
+    """The absolute path of a model that is here; other names stay, such as a shipped model's."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 FROZEN: dict[Frozen, str] = {"codec": OWN, "features": FILE}

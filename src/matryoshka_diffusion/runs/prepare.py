@@ -50,6 +50,7 @@ from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.features import FeatureLoader, keep_features, open_features
 from matryoshka_diffusion.models.find import (
     Progress,
+    absolute_if_here,
     count_levels,
     find_model,
     read_config,
@@ -112,12 +113,14 @@ def find_config(
     if lora is not None:
         before["train.lora"] = {"rank": lora}
     if init is not None:
-        after["train.init"] = _absolute_if_here(init)
+        after["train.init"] = absolute_if_here(init)
     if base is not None:
-        after["sampling.base"] = {"path": _absolute_if_here(base)}
+        after["sampling.base"] = {"path": absolute_if_here(base)}
     assigned = [assignment(text) for text in assignments]
     changes = [*before.items(), *assigned, *after.items()]
     config = changed(config, changes, where="--set" if assigned else name)
+    if guide := config.sampling.guide:
+        config = changed(config, [("sampling.guide", absolute_if_here(guide))], where=name)
     if config.train.init and not config.data.classes and "data.classes" not in dict(assigned):
         names = _classes_of(config.train.init)
         config = changed(config, [("data.classes", names)], where="train.init")
@@ -165,8 +168,7 @@ def _tuning(model: Path, lr: float) -> RunConfig:
     kept = {"side", "pixels", "frame_stride", "fps", "clip", "clip_frames"}
     kept |= {"classes"} if config.model.classes else set()
     data = DataConfig(source="folder", **config.data.model_dump(include=kept))
-    update = {"name": f"{config.name}-tuned", "train": train, "data": data}
-    return config.model_copy(update=update)
+    return config.model_copy(update={"name": f"{config.name}-tuned", "train": train, "data": data})
 
 
 def _classes_of(model: str) -> tuple[str, ...]:
@@ -176,12 +178,6 @@ def _classes_of(model: str) -> tuple[str, ...]:
     except FileNotFoundError:  # a run that has begun does without its model
         return ()
     return config.data.classes if config.model.classes else ()
-
-
-def _absolute_if_here(model: str) -> str:
-    """The absolute path of a model in a folder; other names stay, such as that of a shipped one."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else model
 
 
 def find_codec_run(
@@ -207,6 +203,7 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
 
     Raises:
         ConfigError: model and data disagree on channels, frames, classes or captions.
+        UsageError: `sampling.guide` is set, and no level is guided.
     """
     refuse_lost(source, config.data)
     model, classes = config.model, len(source.classes)
@@ -240,7 +237,10 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
             changes["encoder"] = EncoderConfig(name="minilm")
         else:
             changes["model.classes"] = classes
-    return changed(config, changes.items(), where="completed config")
+    config = changed(config, changes.items(), where="completed config")
+    if config.sampling.guide is not None and "guide" in config.sampling.idle:
+        raise UsageError("sampling.guide needs guidance: set sampling.guidance or omit the guide")
+    return config
 
 
 def _seen(source: Source) -> str:
@@ -288,8 +288,7 @@ def prepare(
     Raises:
         ConfigError: the data lacks a condition of the model, the base of an upsampler is missing or
             does not fit, or the codec is not for this model.
-        ValueError, OSError, MissingExtra: the data, the encoder, the codec or a network cannot be
-            used.
+        ValueError, OSError, MissingExtra: data, encoder, codec or a network cannot be used.
     """
     config, distance = open_perceptual(config, device)
     source = open_data(config)
