@@ -324,7 +324,7 @@ class Matryoshka(DiffusionModel):
         del drawn_with["fps"]  # how fast clips are shown changes no sample
         return {
             "name": self.config.name,
-            "weights": self.weights_hash,
+            "weights": fingerprint(self.net.state_dict()),
             "averaged": self.config.train.gives_averages,
             "process": self.config.process.model_dump(mode="json"),
             "encoder": None if self.model.text is None else self.text_encoder().key,
@@ -338,7 +338,7 @@ class Matryoshka(DiffusionModel):
 
     @cached_property
     def weights_hash(self) -> str:
-        """A hash that identifies the network wherever it is stored."""
+        """A hash that identifies the network wherever it is stored, as it was at the first call."""
         return fingerprint(self.net.state_dict())
 
     def _drawn_with(self, sampling: SamplingConfig) -> dict[str, Any]:
