@@ -28,6 +28,7 @@ from matryoshka_diffusion.schedule import Cosine, instants
 from matryoshka_diffusion.train.trainer import View
 from matryoshka_diffusion.train.weights import export_weights
 from oracle import UnitNoise, no_noise, small_world, stacked
+from tiny_run import there
 
 GOOD = small_world(Cosine())
 WEAK = replace(GOOD, covariance=3.0 * GOOD.covariance, mean=GOOD.mean - 0.2)
@@ -186,7 +187,7 @@ def test_previews_of_a_training_need_no_guide(tmp_path):
     sampling = made.config.sampling.model_copy(update={"guide": "nowhere", "guidance": (3.0,)})
     config = made.config.model_copy(update={"sampling": sampling})
     view = View(config, tmp_path, 0, lambda: made.net)
-    assert Preview({"classes": [0]}, None, "cpu")(view).is_file()
+    assert there(Preview({"classes": [0]}, None, "cpu")(view)).is_file()
 
 
 def test_a_guide_that_cannot_be_is_refused_with_the_difference(tmp_path, capsys):

@@ -20,7 +20,7 @@ from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_argume
 from matryoshka_diffusion.train.trainer import View
 from picturing import save_noise
 from test_pipeline import Words, text_model
-from tiny_run import encode, tiny_config, with_frames
+from tiny_run import encode, there, tiny_config, with_frames
 
 
 def pictures(count: int, first: int = 0) -> Source:
@@ -132,7 +132,8 @@ def drawn(folder, averaged):
     """The pixels of a preview, and what it says about itself."""
     config = text_model(steps=2).config
     view = View(config, folder, 64, lambda: averaged)
-    with Image.open(Preview({"prompts": ["red", "blue thing"]}, Words(), "cpu")(view)) as page:
+    preview = Preview({"prompts": ["red", "blue thing"]}, Words(), "cpu")
+    with Image.open(there(preview(view))) as page:
         return np.asarray(page), json.loads(page.info[SETTINGS_KEY])
 
 
@@ -155,7 +156,9 @@ def test_a_preview_averages_no_pixel_of_up_to_256_pixels_away(side, shown, tmp_p
     model = SimpleNamespace(sample=lambda **_: samples)
     monkeypatch.setattr(watch, "Matryoshka", lambda *_, **__: model)
     config, net = tiny_config(), text_model().net
-    with Image.open(Preview({}, None, "cpu")(View(config, tmp_path, 0, lambda: net))) as page:
+    with Image.open(
+        there(Preview({}, None, "cpu")(View(config, tmp_path, 0, lambda: net)))
+    ) as page:
         assert (np.asarray(page) == (200, 0, 0)).all(-1).sum() == shown**2
 
 

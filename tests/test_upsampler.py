@@ -20,7 +20,7 @@ from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.trainer import View, train
 from test_pipeline import Words, randomised
-from tiny_run import TinyPictures, encode, tiny_config
+from tiny_run import TinyPictures, encode, there, tiny_config
 
 
 def upsampler_config(levels: int = 1, **coarse) -> RunConfig:
@@ -103,7 +103,7 @@ def test_previews_enlarge_real_images_with_their_own_captions(tmp_path):
         assert np.abs(small - pooled).max() <= 0.5
     net = randomised(config)
     path = Preview(preview, Words(), "cpu")(View(config, tmp_path, 4, lambda: net))
-    assert path.is_file()
+    assert there(path).is_file()
 
 
 def test_the_held_out_loss_of_an_upsampler_is_the_same_at_every_call(tmp_path):
