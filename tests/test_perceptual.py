@@ -19,7 +19,7 @@ from matryoshka_diffusion.config import (
 from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.diffusion import FinestLoss, Process, diffuse, matryoshka_loss
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.runs import prepare
+from matryoshka_diffusion.runs import perceptual, prepare
 from matryoshka_diffusion.runs.perceptual import feature_distance, open_perceptual
 from matryoshka_diffusion.schedule import Cosine, Shifted
 from matryoshka_diffusion.train.signals import Stopped
@@ -207,3 +207,25 @@ def test_a_missing_network_is_an_error_before_data_is_opened(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(MissingExtra, match=r"train\.perceptual.*\[eval\]"):
         prepare.prepare(config())
+
+
+def test_small_images_are_enlarged_for_the_packaged_network(monkeypatch):
+    """The coarse stages of a run have images of 16 pixels, at which its kernels do not fit."""
+    sides = []
+
+    class Network:
+        weights = "hash"
+
+        def __init__(self, device, purpose):
+            pass
+
+        def maps(self, x):
+            sides.append(x.shape[-1])
+            return [x]
+
+    monkeypatch.setattr(perceptual, "EffNetLite0", Network)
+    _, distance = open_perceptual(changed(tiny_config(), [("train.perceptual", {})], where="test"))
+    assert distance is not None
+    for side in (8, 16, 32, 64):
+        distance(torch.zeros(1, 3, side, side), torch.ones(1, 3, side, side))
+    assert sorted(set(sides)) == [32, 64]

@@ -14,6 +14,8 @@ from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.metrics.networks import EffNetLite0
 
+SMALLEST = 32
+"""Pixels a side of the smallest image that the packaged network can look at."""
 See: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 """Images (b, 3, h, w) in [0, 1] -> features (b, d, y, x) of one or several layers."""
 
@@ -38,7 +40,19 @@ def open_perceptual(
         )
     section = section.model_copy(update={"weights": network.weights})
     train = config.train.model_copy(update={"perceptual": section})
-    return config.model_copy(update={"train": train}), feature_distance(network.maps)
+    see = _enlarging(network.maps)
+    return config.model_copy(update={"train": train}), feature_distance(see)
+
+
+def _enlarging(see: See) -> See:
+    """The same features, of images that have at least `SMALLEST` pixels a side or are enlarged."""
+
+    def features(x: Float[Tensor, "b c h w"]) -> Sequence[Tensor]:
+        if (short := min(x.shape[-2:])) < SMALLEST:
+            x = F.interpolate(x, scale_factor=SMALLEST / short, mode="bilinear")
+        return see(x)
+
+    return features
 
 
 def feature_distance(see: See) -> Distance:
