@@ -14,7 +14,7 @@ from matryoshka_diffusion.data.source import Source, joined, split
 from matryoshka_diffusion.eval import unseen
 from matryoshka_diffusion.eval.evaluate import evaluate
 from matryoshka_diffusion.metrics.errors import share_error
-from matryoshka_diffusion.metrics.unseen import nearest_images
+from matryoshka_diffusion.metrics.nearest import nearest_images
 
 COUNT, SHARE = 40, 0.3
 

@@ -239,14 +239,9 @@ def add_commands(commands: Any) -> None:
     """Add the commands of this module to the parser."""
     command = add_command(commands, "sample", sample, "draw images or clips with a trained model")
     add = command.add_argument
-    add("model", metavar="RUN", help=MODEL)
-    add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    _add_drawing(command)
     text = "draw each line of a file (.jsonl: with its own seed, guidance, negative), into -o"
     add("--prompts", type=Path, metavar="FILE", help=text)
-    add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
-    add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
-    add("-n", type=positive, default=1, help="samples for each prompt or class")
-    add("--seed", type=int, default=0, help="sample i has seed SEED + i")
     origin = command.add_mutually_exclusive_group()
     add_shared(origin, "--base")
     text = "small images for an upsampler to enlarge"
@@ -256,16 +251,11 @@ def add_commands(commands: Any) -> None:
     text = "form of clips in a folder (webp); png, a folder for each clip, is for other programs"
     add("--clips", choices=CLIPS, help=text)
     add("--fps", type=float, help="frames per second of clips (the model's own)")
-    add_shared(command, "--text-encoder")
-    add_sampling(command)
 
     text = "change a picture, or draw with a level of the pyramid kept"
     command = add_command(commands, "edit", edit, text)
     add = command.add_argument
-    add("model", metavar="RUN", help=MODEL)
-    add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
-    add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
-    add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
+    _add_drawing(command)
     kept: Any = {"type": _level_and_picture, "default": [], "metavar": "SIDE=PICTURE"}
     add("--keep", action="append", **kept, help="level that stays as this picture; repeated")
     add("--image", type=Path, metavar="PICTURE", help="picture to change")
@@ -275,11 +265,7 @@ def add_commands(commands: Any) -> None:
     add("--strength", type=float, metavar="S", help=text)
     text = "time, 1 to 0, at which kept levels and pixels are let go (0)"
     add("--until", type=float, default=0.0, metavar="T", help=text)
-    add("-n", type=positive, default=1, help="samples for each prompt or class")
-    add("--seed", type=int, default=0, help="sample i has seed SEED + i")
     add("-o", "--out", type=Path, metavar="PATH", help="a folder for all, or one file")
-    add_shared(command, "--text-encoder")
-    add_sampling(command)
 
     command = add_command(commands, "grow", grow, "put a finer level around a trained model")
     add = command.add_argument
@@ -316,3 +302,16 @@ def add_commands(commands: Any) -> None:
     text = "average the training until so many images were seen: a weaker model for --guide"
     add("--until", type=positive, metavar="IMAGES", help=text)
     command.add_argument("-o", "--out", **MODEL_FOLDER)
+
+
+def _add_drawing(command: argparse.ArgumentParser) -> None:
+    """Add what `sample` and `edit` share: the model, its conditions, seeds and sampler."""
+    add = command.add_argument
+    add("model", metavar="RUN", help=MODEL)
+    add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
+    add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
+    add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
+    add("-n", type=positive, default=1, help="samples for each prompt or class")
+    add("--seed", type=int, default=0, help="sample i has seed SEED + i")
+    add_shared(command, "--text-encoder")
+    add_sampling(command)

@@ -22,7 +22,7 @@ from matryoshka_diffusion.eval.feature_store import PictureSet
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.metrics.errors import share_error
 from matryoshka_diffusion.metrics.formulas import NEAREST
-from matryoshka_diffusion.metrics.unseen import Nearest, nearest_images
+from matryoshka_diffusion.metrics.nearest import Nearest, nearest_images
 
 SHEET = 12  # samples on it
 
