@@ -304,6 +304,9 @@ def test_floors_wake_coarse_levels_before_fine_ones_in_one_log_snr():
     for floors in ("null", "[-3.5]", "[9, -3.5, -2]"):
         with pytest.raises(ConfigError, match=r"sampling\.wake is below train\.wake"):
             override(openmoji, [f"sampling.wake={floors}", "train.wake=[-3]"])
+    late = ["sampling.wake=[-3]", "train.wake=[-3]"]
+    with pytest.raises(ConfigError, match=r"train\.stages\[2\]\.mix\[1\] is 0"):
+        override(openmoji, [*late, "train.stages[2].mix=[0.5, 0, 0.5]"])
     assert override(openmoji, ["sampling.wake=[-9, -3, -2]", "train.wake=[-3]"]).train.wake
 
 

@@ -26,6 +26,7 @@ from matryoshka_diffusion.data.loader import Batch, Loader
 from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.files import UnreadableError
+from matryoshka_diffusion.schedule import wakes_at
 from matryoshka_diffusion.train import checkpoint, precision
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
 from matryoshka_diffusion.train.distributed import World
@@ -366,7 +367,8 @@ def ranked(step: Step, config: RunConfig, size: int) -> list[Inputs]:
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_sample_has_the_levels_that_are_awake_at_its_time_and_is_else_the_same(size):
     """The finer level of the first 30 of 40 samples, where it is above the floor."""
-    step, config = Step(1, 24, (40, 30), (), False), tiny_config(wake=(-1.0,))
+    unmixed = (FIRST, SECOND.model_copy(update={"mix": ()}))
+    step, config = Step(1, 24, (40, 30), (), False), tiny_config(wake=(-1.0,), stages=unmixed)
     plain = inputs(step)
     schedule = Process.from_config(config.process, config.model).schedules[1]
     wide_awake = (schedule.log_snr(plain.t.double()) >= -1.0).tolist()
@@ -386,6 +388,22 @@ def test_a_sample_has_the_levels_that_are_awake_at_its_time_and_is_else_the_same
             for level in range(2 if n in deep else 1):
                 assert torch.equal(now.x[level], before.x[level])
                 assert torch.equal(now.noise[level], before.noise[level])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_sample_that_a_mix_gives_fine_levels_has_a_time_at_which_they_are_awake(size):
+    """All of the first 30 of 40 samples, their times spread evenly up to that of the floor."""
+    step, config = Step(1, 24, (40, 30), (), False), tiny_config(wake=(-1.0,))
+    schedule = Process.from_config(config.process, config.model).schedules[1]
+    wakes = wakes_at(schedule, -1.0)
+    parts, plain = ranked(step, config, size), inputs(step)
+    assert {n for part in parts for n in part.ids[: len(part.x[1])]} == set(range(24, 54))
+    times = {n: t for part in parts for n, t in zip(part.ids, part.t.tolist(), strict=True)}
+    for n, usual in zip(plain.ids, plain.t.tolist(), strict=True):
+        assert times[n] == pytest.approx(usual * (wakes if n < 54 else 1.0), rel=1e-6)
+    fine = torch.tensor([times[n] for n in range(24, 54)]).sort().values / wakes
+    assert (fine - (torch.arange(30) + 0.5) / 30).abs().max() < 0.06
+    assert (schedule.log_snr(fine.double() * wakes) >= -1.0 - 1e-6).all()
 
 
 def test_noise_and_dropout_have_the_distributions_they_should():

@@ -381,7 +381,10 @@ class RunConfig(Strict):
             yield f"sampling.coarse_noise is above model.coarse.max_noise = {limit:g}; set it lower"
 
     def _untrained_levels(self) -> Iterator[str]:
-        """Samples are what the finest level predicts, so no stage may leave it untrained."""
+        """Samples are what the finest level predicts, so no stage may leave it untrained.
+
+        With `train.wake` a share of a mix is also that of times that only its levels see.
+        """
         weights = (self.process.level_weights * len(self.model.levels))[: len(self.model.levels)]
         if (self.sampling.wake or self.train.wake) and not all(weights):
             yield "wake needs a loss of every level: set process.level_weights, or omit it"
@@ -391,6 +394,10 @@ class RunConfig(Strict):
             if weights[stage.levels - 1] == 0.0:
                 level = f"level {stage.levels - 1}, the finest of train.stages[{index}]"
                 yield f"process.level_weights is 0 for {level}: set a weight or add finer levels"
+            if self.train.wake and not all(stage.mix):
+                level = stage.mix.index(0.0)
+                place = f"train.stages[{index}].mix[{level}]"
+                yield f"{place} is 0, but with train.wake some times are its own: set a share"
             for level, share in enumerate(stage.mix):
                 if share and not any(weights[: level + 1]):
                     place = f"train.stages[{index}].mix[{level}]"

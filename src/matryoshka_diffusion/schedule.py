@@ -200,3 +200,10 @@ def time_of(schedule: NoiseSchedule, log_snr: Float[Tensor, " b"]) -> Float[Tens
         too_clean = schedule.log_snr(middle) > log_snr
         low, high = torch.where(too_clean, middle, low), torch.where(too_clean, high, middle)
     return (low + high) / 2
+
+
+def wakes_at(schedule: NoiseSchedule, floor: float) -> float:
+    """The time from which a level is at or above its floor of log-SNR; t falls from 1 to 0."""
+    if schedule.log_snr(torch.ones(1, dtype=torch.float64)).item() >= floor:
+        return 1.0
+    return time_of(schedule, torch.tensor([floor], dtype=torch.float64)).item()

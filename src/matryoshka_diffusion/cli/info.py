@@ -282,19 +282,16 @@ def describe_plan(
 
 def _awake_flops(config: RunConfig, stage: StageConfig) -> float:
     """FLOPs of an image in a forward pass, on average over the stage's `mix` and `train.wake`."""
-    import torch
-
     from matryoshka_diffusion.nn.costs import forward_flops
-    from matryoshka_diffusion.schedule import build_schedules, time_of
+    from matryoshka_diffusion.schedule import build_schedules, wakes_at
 
     floors = config.model.floors(config.train.wake)
-    mix = stage.mix or (*[0.0] * (stage.levels - 1), 1.0)
     mean = before = float(forward_flops(config.model, 1))
     for level, schedule in [*enumerate(build_schedules(config.model))][1 : stage.levels]:
         flops = forward_flops(config.model, level + 1)
-        # t is even in [0, 1], so the time of the floor is the share of images with the level.
-        awake = time_of(schedule, torch.tensor([floors[level]], dtype=torch.float64)).item()
-        mean, before = mean + sum(mix[level:]) * awake * (flops - before), flops
+        # Without a mix t is even in [0, 1]: the time of the floor is the share with the level.
+        share = sum(stage.mix[level:]) if stage.mix else wakes_at(schedule, floors[level])
+        mean, before = mean + share * (flops - before), flops
     return mean
 
 

@@ -32,7 +32,7 @@ PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **PAPER}
 
 IMAGES = {
     "openmoji": {"simple": 100_000, "finest": 108_000, "upsampler": 55_000},
-    "openmoji-256": {"simple": 199_000, "finest": 170_000, "upsampler": 93_000},
+    "openmoji-256": {"simple": 92_500, "finest": 79_200, "upsampler": 67_100},
     "emoji-styles": {"simple": 300_000, "finest": 324_000, "upsampler": 164_000},
     "fashion-mnist": {"simple": 98_000, "finest": 90_000, "upsampler": 65_000},
     "imagenet-256": {"latent": 512 * 300_000},

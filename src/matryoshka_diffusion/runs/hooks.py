@@ -123,7 +123,8 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def _losses(self, net: NestedUNet, config: RunConfig, source: Source) -> list[float]:
-        train = config.train.model_copy(update={"condition_dropout": 0.0})
+        stages = tuple(stage.model_copy(update={"mix": ()}) for stage in config.train.stages)
+        train = config.train.model_copy(update={"condition_dropout": 0.0, "stages": stages})
         plain = config.model_copy(update={"train": train, "model": net.config})
         loader = self.frozen(Loader(source, config.train.seed, pixels=config.data.pixels))
         device = torch.device(self.device)

@@ -28,7 +28,7 @@ from matryoshka_diffusion.pyramid import (
     resolutions_of,
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
-from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.schedule import build_schedules, wakes_at
 from matryoshka_diffusion.train.distributed import ALONE, RanksDiffer, World
 from matryoshka_diffusion.train.stages import Step
 
@@ -118,6 +118,9 @@ class Feed:
         self._config, self._loader, self._encode, self._device = config, loader, encode, device
         self._world, self._seed = world, config.train.seed
         self._schedules = build_schedules(config.model)
+        self._floors = config.model.floors(config.train.wake)
+        wakes = [*map(wakes_at, self._schedules, self._floors)]
+        self._wakes = torch.tensor(wakes, dtype=torch.float64, device="cpu")
         self._micro = config.model.micro_names
         if unknown := self._micro - {"scale"}:
             raise ValueError(
@@ -134,7 +137,7 @@ class Feed:
         all. It still walks through the network with its zero rows, so that every rank is at the
         same collective.
         """
-        numbers, step = self._finest_first(step)
+        numbers, times, step = self._finest_first(step)
         mine = self._world.mine(range(step.count))
         places = mine or range(1)
         ids = [numbers[place] for place in places]
@@ -150,27 +153,31 @@ class Feed:
             step=step,
             x=x,
             noise=tuple(noise),
-            t=send(stratified(self._seed, "t", batch.ids).float(), self._device),
+            t=send(times[list(places)].float(), self._device),
             cond=self._conditions(batch, picture).to(self._device),
             ids=tuple(batch.ids.tolist()),
             keys=batch.keys,
         )
         return inputs if mine else inputs.rows(slice(0))
 
-    def _finest_first(self, step: Step) -> tuple[list[int], Step]:
-        """The samples of a step in the order of their levels, and the step with its true rows.
+    def _finest_first(self, step: Step) -> tuple[list[int], Float[Tensor, " b"], Step]:
+        """The samples of a step in the order of their levels, their times, and their true rows.
 
         A sample has the levels that its place in the step gives it and that are awake at its time.
+        Where shares of a mix give the levels, its time is drawn evenly where all of them are awake.
         """
         place = torch.arange(step.count, device="cpu")
         t = stratified(self._seed, "t", step.first + place)
-        floors = self._config.model.floors(self._config.train.wake)
+        if self._config.train.stages[step.stage].mix:
+            t = t * self._wakes[sum(place < count for count in step.rows) - 1]
         levels = torch.ones_like(place)
-        for count, floor, schedule in [*zip(step.rows, floors, self._schedules, strict=False)][1:]:
+        for count, floor, schedule in [
+            *zip(step.rows, self._floors, self._schedules, strict=False)
+        ][1:]:
             levels += (place < count) & (schedule.log_snr(t) >= floor)
-        order = levels.argsort(descending=True, stable=True) + step.first
+        order = levels.argsort(descending=True, stable=True)
         rows = tuple(int((levels > level).sum()) for level in range(len(step.rows)))
-        return order.tolist(), step._replace(rows=rows)
+        return (step.first + order).tolist(), t[order], step._replace(rows=rows)
 
     def _noise(self, purpose: str, ids: Sequence[int], like: Tensor, *level: int) -> Tensor:
         """Normal noise in the shape of `like`, a row for each sample number."""
