@@ -166,7 +166,6 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        ("", 2, "COMMAND"),
         ("conjure", 2, "'conjure'"),
         ("train openmoij --out x", 2, "openmoji"),
         ("train openmoji", 2, "--out"),

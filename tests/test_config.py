@@ -195,7 +195,7 @@ UNEVEN = (
         ("train.seed", r"train\.seed: write path\.to\.key=value"),
         ("=3", "write path"),
         ("train.seed.x=3", r"train\.seed\.x: unknown"),
-        ("model.levels[2].side=4", r"model\.levels\[2\]\.side: unknown .*levels\[0\]\.side"),
+        ("model.levels[2].side=4", r"model\.levels\[2\]\.side: unknown .*levels\.0\.side"),
         ("model.levels.--1.side=4", "unknown key"),
         ("model.levels.\u00b2.side=4", "unknown key"),
         ("train.seed=[", r"train\.seed=\[: line 1"),

@@ -14,7 +14,8 @@ from matryoshka_diffusion import sampling
 from matryoshka_diffusion.data.source import open_data, read_all
 from matryoshka_diffusion.eval.prompts import SHEET_PROMPTS
 from matryoshka_diffusion.metrics.formulas import averages, prompt_retrieval
-from matryoshka_diffusion.models.find import CAPTIONS, caption_features, shipped_models
+from matryoshka_diffusion.models.find import CAPTIONS, caption_features
+from matryoshka_diffusion.models.names import shipped_models
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.text.encoder import load_encoder

@@ -91,7 +91,7 @@ def changed(config: Config, changes: Changes, *, where: str = "config") -> Confi
     """The config with new values at these paths, validated. Raises `ConfigError`."""
     data = config.model_dump(mode="json")
     for path, value in changes:
-        if not _assign(data, path.replace("[", ".").replace("]", "").split("."), value):
+        if not _assign(data, _dotted(path).split("."), value):
             raise ConfigError(f"{where}: {path}: unknown key{_nearest(path, type(config))}")
     return from_dict(data, type(config), where=where)
 
@@ -205,24 +205,31 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
 def _nearest(path: str, kind: type[BaseModel]) -> str:
     """' (did you mean X?)': the closest path, by the spelling of its last key and of the whole."""
 
+    path = _dotted(path)
+
     def closeness(candidate: str) -> float:
         pairs = ((path, candidate), (path.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]))
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return f" (did you mean {max(_paths(kind), key=closeness)}?)"
+    return f" (did you mean {max(paths(kind), key=closeness)}?)"
 
 
-def _paths(annotation: Any, prefix: str = "") -> Iterator[str]:
+def _dotted(path: str) -> str:
+    """`train.stages[0].lr` as `train.stages.0.lr`, which every shell leaves alone."""
+    return path.replace("[", ".").replace("]", "")
+
+
+def paths(annotation: Any, prefix: str = "") -> Iterator[str]:
     """Every path below a type; the entries of a list are written with index 0."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             path = f"{prefix}.{name}".removeprefix(".")
             yield path
-            yield from _paths(field.annotation, path)
+            yield from paths(field.annotation, path)
     elif origin in (tuple, types.UnionType, typing.Union):
         for part in typing.get_args(annotation):
-            yield from _paths(part, f"{prefix}[0]" if origin is tuple else prefix)
+            yield from paths(part, f"{prefix}.0" if origin is tuple else prefix)
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,9 +24,9 @@ from matryoshka_diffusion.models.find import (
     caption_features,
     count_levels,
     find_model,
-    shipped_models,
     with_encoder,
 )
+from matryoshka_diffusion.models.names import shipped_models
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, refuse_nan, to_uint8

@@ -22,6 +22,7 @@ from matryoshka_diffusion.cli.options import (
     sampling,
 )
 from matryoshka_diffusion.cli.terminal import Bar, leads, say, show
+from matryoshka_diffusion.models.names import refuse_unknown
 
 PROTOCOLS = ("coco30k", "imagenet50k")
 
@@ -40,6 +41,7 @@ def _ranks(options: argparse.Namespace) -> Iterator[None]:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.eval import evaluate as evaluation
 
     with _ranks(options):
@@ -71,6 +73,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.eval import evaluate as evaluation
     from matryoshka_diffusion.eval import result
     from matryoshka_diffusion.eval import sweep as sweeping

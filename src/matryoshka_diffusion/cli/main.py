@@ -15,29 +15,53 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from matryoshka_diffusion import __version__
+from matryoshka_diffusion.cli.options import describe_unknown
 from matryoshka_diffusion.cli.terminal import (
     escape_unknown_letters,
     leads,
     one_line,
     say,
+    show,
     show_traceback,
     show_warning,
 )
+from matryoshka_diffusion.hints import did_you_mean
 
 GROUPS = {
     "train": ("train", "embed", "data", "demo"),
     "models": ("sample", "edit", "grow", "convert", "export", "ema"),
-    "info": ("info", "plot"),
+    "info": ("presets", "info", "plot"),
+    "doctor": ("doctor",),
     "eval": ("eval", "compare", "sweep"),
 }
 """Commands by the module that adds and runs them."""
+FIRST = (
+    ('mdm sample openmoji -p "red apple"', "draw with the model in the package"),
+    ("mdm data check photos", "see how a folder of your images is understood"),
+    ("mdm train folder-64 --data photos --out runs/mine", "train on it, or continue"),
+    ("mdm presets", "list the trainings that have a name"),
+    ("mdm doctor", "see what is installed, and what is missing"),
+)
+"""Commands for the first minute, and what they do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     escape_unknown_letters()
-    options = build_parser(arguments[:1]).parse_args(arguments)
+    if not arguments:
+        show(first_minute())
+        return 0
+    if arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
+    known = [name for names in GROUPS.values() for name in names]
+    if not arguments[0].startswith("-") and arguments[0] not in known:
+        near = did_you_mean(arguments[0], known)
+        return say(f"mdm: no command {arguments[0]!r}{near}; mdm --help lists them", 2)
+    options, unknown = build_parser(arguments[:1]).parse_known_args(arguments)
+    if unknown:
+        options.parser.error(describe_unknown(options.parser, unknown))
     options.arguments = arguments
     warnings.showwarning, sys.excepthook = show_warning, show_traceback
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # whose reports have names from files
@@ -77,9 +101,18 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(say(f"{self.prog}: {message} (see {self.prog} --help)", 2))
 
 
+def first_minute() -> str:
+    """The text of `mdm` without a command."""
+    width = max(len(command) for command, _ in FIRST)
+    lines = [f"  {command:{width}}  {text}" for command, text in FIRST]
+    about = f"mdm {__version__}: diffusion models that draw an image at several resolutions at once"
+    return "\n".join([about, "", *lines, "", "mdm --help lists all commands"])
+
+
 def build_parser(first: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Build the parser of all commands, or only of the group that the word `first` is in."""
     parser = _Parser(prog="mdm", description="Matryoshka Diffusion Models: train, sample, grow.")
+    parser.add_argument("--version", action="version", version=f"mdm {__version__}", help="show it")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     groups = [group for group, names in GROUPS.items() if set(first) & set(names)]
     for group in groups or GROUPS:

@@ -22,6 +22,7 @@ from matryoshka_diffusion.cli.options import (
     sampling,
 )
 from matryoshka_diffusion.cli.terminal import Bar, show
+from matryoshka_diffusion.models.names import refuse_unknown
 
 FORMATS = ("mdm", "diffusers")
 CLIPS = ("webp", "mp4", "gif", "png")
@@ -29,6 +30,7 @@ _MATCHED = 0.05  # error of an average's profile, at most
 
 
 def sample(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.cascade import open_model
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.draw import gallery
@@ -125,6 +127,7 @@ def _coarse_images(path: Path, config: Any, count: int, n: int) -> tuple[Any, in
 
 
 def edit(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.draw import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
 
@@ -168,6 +171,7 @@ def _level_and_picture(text: str) -> tuple[int, Path]:
 
 
 def grow(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
 
     finer = partial(next_level, side=options.to)
@@ -197,6 +201,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
+    refuse_unknown(options.model)
     from matryoshka_diffusion.models.save import export_model
 
     if options.format == "diffusers":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_diffusion.cli.terminal import one_line
+from matryoshka_diffusion.hints import did_you_mean
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.cascade import Model
@@ -46,7 +47,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a command that calls `run` with its options; `text` is its help."""
     command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command
 
@@ -103,6 +104,42 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     add("--batch-size", type=positive, metavar="N", help=text)
     text = "of the network (auto: bf16 where the hardware multiplies it, else fp32)"
     add("--precision", choices=(PRECISION, *DTYPES), default=PRECISION, help=text)
+
+
+# --- mistyped words ----------------------------------------------------------------------------
+
+
+def describe_unknown(command: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """Describe words that a command does not take, with the nearest option or setting."""
+    word = next((word for word in words if word.startswith("-")), words[0])
+    if not word.startswith("-"):
+        quote = " (quote a pattern of files: 'shards/*.tar')" if Path(word).exists() else ""
+        return f"unexpected {word!r}{quote}"
+    option, known = word.partition("=")[0], command._option_string_actions
+    if "--set" in known:
+        from matryoshka_diffusion.config import RunConfig
+        from matryoshka_diffusion.configfile import paths
+
+        key = option.lstrip("-").replace("-", "_")
+        if path := next((path for path in paths(RunConfig) if path.endswith(f".{key}")), None):
+            return f"unknown option {option} (did you mean --set {path}=VALUE?)"
+    return f"unknown option {option}{did_you_mean(option, known)}"
+
+
+def refuse_unknown_names(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a mistyped preset or key of `--set` before torch is imported.
+
+    What needs files, or other options to be valid, is left to `runs.prepare`.
+    """
+    from matryoshka_diffusion.configfile import override
+    from matryoshka_diffusion.presets import CODECS, preset
+
+    name = Path(options.preset)
+    if name.exists() or name.suffix in (".yaml", ".yml") or options.preset in CODECS:
+        return
+    config = preset(options.preset, getattr(options, "as_", None))
+    if not any(getattr(options, other, None) for other in ("lora", "codec", "init", "base")):
+        override(config, options.set)
 
 
 # --- values ------------------------------------------------------------------------------------

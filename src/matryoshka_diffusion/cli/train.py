@@ -19,6 +19,7 @@ from matryoshka_diffusion.cli.options import (
     add_shared,
     find_device,
     positive,
+    refuse_unknown_names,
 )
 from matryoshka_diffusion.cli.terminal import Bar, show
 
@@ -28,6 +29,7 @@ _DIFFUSION_OPTIONS = ("as_", "init", "base", "lora", "codec", "dry_run", "log", 
 
 
 def train(options: argparse.Namespace) -> None:
+    refuse_unknown_names(options)
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.runs import prepare
 
@@ -184,6 +186,7 @@ def _train(
 
 
 def embed(options: argparse.Namespace) -> None:
+    refuse_unknown_names(options)
     from matryoshka_diffusion.runs import prepare
 
     config = prepare.find_config(options.preset, options.data, options.set)
@@ -218,6 +221,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def data_check(options: argparse.Namespace) -> None:
+    refuse_unknown_names(options)
     from matryoshka_diffusion.data.bad import NoneUsable
     from matryoshka_diffusion.data.check import contact_sheet, describe, describe_bad, refuse_lost
     from matryoshka_diffusion.draw.grid import save_png

@@ -6,7 +6,6 @@ formula on another network gives another number, so it has another name.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from matryoshka_diffusion.eval.feature_store import Column, PictureSet, flat
 from matryoshka_diffusion.eval.prompts import MOST_SAMPLES
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.eval.unseen import unseen
+from matryoshka_diffusion.hints import did_you_mean
 from matryoshka_diffusion.metrics import formulas
 from matryoshka_diffusion.metrics.errors import (
     mean_error,
@@ -281,9 +281,8 @@ def parse_metrics(names: str | Sequence[str]) -> tuple[tuple[str, ...], int | No
     for word in names.split(",") if isinstance(names, str) else names:
         match = re.fullmatch(r"([a-z-]+(?:-\d+)?)(?:(\d+)k)?", word.strip().lower())
         if match is None or match[1] not in METRICS:
-            near = difflib.get_close_matches(word, METRICS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"no metric {word!r}: there are {', '.join(METRICS)}{hint}")
+            hint = did_you_mean(word, METRICS)
+            raise UsageError(f"no metric {word!r}{hint}: there are {', '.join(METRICS)}")
         if match[2] and METRICS[match[1]].fixed:
             raise UsageError(f"{word}: {match[1]} has fixed captions: omit the number")
         metrics.append(match[1])

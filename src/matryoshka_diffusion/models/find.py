@@ -13,6 +13,7 @@ from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.files import BrokenFile, read_json
+from matryoshka_diffusion.models.names import refuse_unknown, shipped_models
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train import checkpoint
@@ -59,13 +60,8 @@ def find_model(
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
         return merge_adapters(snapshot.ema, moved_frozen(config, path), where=str(newest))
-    shipped = shipped_models()
-    if str(run) in shipped:
-        return _read_model(shipped[str(run)])
-    raise FileNotFoundError(
-        f"{run}: no such folder, and no shipped model of that name "
-        f"({', '.join(shipped) or 'none are shipped'})"
-    )
+    refuse_unknown(run)
+    return _read_model(shipped_models()[str(run)])
 
 
 def read_config(run: str | Path) -> RunConfig:
@@ -77,12 +73,6 @@ def read_config(run: str | Path) -> RunConfig:
         return read_released(path).config
     written = path / "config.yaml"
     return load_config(written) if written.is_file() else find_model(run)[1]
-
-
-def shipped_models() -> dict[str, Path]:
-    """Folders of the models inside the package, by name."""
-    root = Path(__file__).with_name("shipped")
-    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MODEL}"))}
 
 
 def caption_features(run: str | Path) -> dict[str, Tensor]:

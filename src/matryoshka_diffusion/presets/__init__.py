@@ -27,6 +27,34 @@ from matryoshka_diffusion.presets.small import SMALL, in_stages
 PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **PAPER}
 """Functions from a preset's name to its config."""
 
+WORK = {
+    "openmoji": 0.1686,
+    "openmoji-256": 1.587,
+    "emoji-styles": 0.5059,
+    "fashion-mnist": 0.08661,
+    "folder-64": 0.1432,
+    "folder-256": 1.412,
+    "emoji-still": 0.07522,
+    "emoji-video": 0.1515,
+    "cc12m-64": 1.131e6,
+    "cc12m-256": 1.87e6,
+    "cc12m-256-nest3": 1.961e6,
+    "cc12m-1024": 2.043e6,
+    "cc12m-1024-nest5": 2.157e6,
+    "webvid-64": 1.131e6,
+    "webvid-16x64": 2.349e6,
+    "webvid-16x256": 2.809e6,
+    "imagenet-64": 1.644e5,
+    "imagenet-256": 3.446e5,
+    "imagenet-256-nest3": 3.676e5,
+    "imagenet-1024": 3.873e5,
+    "imagenet-1024-nest5": 4.159e5,
+    "released-64": 1.14e6,
+    "released-256": 1.883e6,
+    "released-1024": 2.057e6,
+}
+"""Arithmetic of a whole training in 10^15 FLOP, as `mdm train --dry-run` counts it."""
+
 
 # --- baselines (Section 4.1, Appendix D); parameters and GFLOP are in docs/baselines.md ----------
 
