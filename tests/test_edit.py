@@ -247,7 +247,7 @@ def test_files_of_any_size_and_orientation_are_cut_as_training_cuts_them(tmp_pat
 
 
 ASKED: dict[str, tuple[dict[str, Any], str]] = {
-    "level": ({"keep": {20: picture(20)}}, "no level of images of 20 pixels.*8"),
+    "level": ({"keep": {20: picture(20)}}, "no level 20.*8"),
     "strength": ({"image": picture(16), "strength": 1.5}, "strength is 1.5"),
     "until": ({"keep": {8: picture(8)}, "until": -1.0}, "until is -1"),
     "mask": ({"image": picture(16), "mask": picture(12, shape=())}, "12x12.*16x16"),

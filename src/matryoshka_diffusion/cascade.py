@@ -30,8 +30,9 @@ from matryoshka_diffusion.models.find import (
     read_config,
     with_encoder,
 )
-from matryoshka_diffusion.pipeline import Matryoshka, Samples
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.train.weights import fingerprint
 
 

@@ -7,36 +7,20 @@ image that was given: the range-null-space step of DDNM (Wang et al., 2022).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import Denoiser
 from matryoshka_diffusion.diffusion import diffuse
-from matryoshka_diffusion.pyramid import (
-    Pyramid,
-    build_pyramid,
-    down_sample,
-    resolution_of,
-    to_float,
-    up_sample,
-)
+from matryoshka_diffusion.pyramid import Pyramid, down_sample, resolution_of, up_sample
 from matryoshka_diffusion.samplers import Sampler, Schedules, State, Times
-from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import Instant
-
-if TYPE_CHECKING:
-    from matryoshka_diffusion.data.given import Given
-else:
-    Given = Any
 
 SMOOTH_PASSES = 3
 """Bicubic passes of `enlarged_exactly`. After three the rest is a few percent."""
@@ -183,88 +167,3 @@ def enlarged_exactly(
     for mode in ("bicubic",) * (SMOOTH_PASSES - 1) + ("nearest",):
         result = result + up_sample(x - down_sample(result, coarse), fine, mode)
     return result
-
-
-# --- pictures that a user gives ----------------------------------------------------------------
-
-
-def edit_of(
-    model: DiffusionModel,
-    codec: Codec | None,
-    *,
-    keep: Mapping[int, Given | Sequence[Given]],
-    image: Given | None,
-    mask: Given | None,
-    strength: float | None,
-    until: float,
-) -> Edit:
-    """The edit of a model's samples by pictures, as `Matryoshka.edit` describes it.
-
-    Raises:
-        UsageError: a level, picture, mask or number does not fit.
-        OSError: a file cannot be read.
-    """
-    from matryoshka_diffusion.data.given import read_mask, size_of  # they load Pillow
-
-    for name, value in (("strength", strength), ("until", until)):
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise UsageError(f"{name} is {value}: give a number from 0 to 1")
-    if model.model.hidden:
-        raise UsageError(f"{model.config.name} plans in features, not pixels: take another model")
-    if image is None and (mask is not None or strength is not None):
-        raise UsageError("mask and strength need a picture to change: add it (--image)")
-    if image is not None and mask is None and strength is None:
-        raise UsageError("image: add a mask (--mask) or a strength (--strength)")
-    holds, start, finest = [], None, model.resolutions[-1]
-    for side, pictures in sorted(keep.items()):
-        level = level_of(model, side)
-        known = given_level(model, codec, pictures, level)
-        holds.append(Hold(level, known, torch.ones_like(known[:, :1], dtype=torch.bool), until))
-    if image is not None:
-        x = given_level(model, codec, image, len(model.resolutions) - 1)
-        start = build_pyramid(x, model.resolutions)
-        if mask is not None:
-            sides = tuple(resolution.width for resolution in model.resolutions)
-            white = torch.tensor(read_mask(mask, size_of(image), sides)) >= 128
-            white = up_sample(white.permute(2, 0, 1)[None].float(), finest, "nearest")
-            holds.append(Hold(len(start) - 1, x, white.to(x.device) == 0.0, until))
-    return Edit(tuple(holds), start, 1.0 if strength is None else strength)
-
-
-def level_of(model: DiffusionModel, side: int) -> int:
-    """The index of the level of images of this side.
-
-    Raises:
-        UsageError: the model has no such level.
-    """
-    sides = {grid.width: level for level, grid in enumerate(model.resolutions) if not grid.frames}
-    if side not in sides:
-        named = ", ".join(map(str, sides)) or "none"
-        raise UsageError(
-            f"keep: {model.config.name} has no level of images of {side} pixels: name another "
-            f"({named})"
-        )
-    return sides[side]
-
-
-def given_level(
-    model: DiffusionModel, codec: Codec | None, given: Given | Sequence[Given], level: int
-) -> Float[Tensor, "b c *grid"]:
-    """Pictures as images of a level, made as training makes them.
-
-    Raises:
-        UsageError: a picture cannot be read, or the level holds clips.
-    """
-    from matryoshka_diffusion.data.given import read_given
-
-    resolution = model.resolutions[level]
-    if resolution.frames is not None:
-        raise UsageError(f"{model.config.name} draws clips: keep a level of images instead")
-    several = [given] if isinstance(given, str | Path | np.ndarray) else list(given)
-    # Latents are averages of those of whole images.
-    side = resolution.width if codec is None else model.picture_side
-    channels = model.model.channels if codec is None else 3
-    pictures = [read_given(one, side, model.picture_side, channels) for one in several]
-    x = [to_float(one, model.config.data.pixels).permute(2, 0, 1)[None] for one in pictures]
-    x = x if codec is None else [codec.encode(one) for one in x]
-    return torch.cat([down_sample(one, resolution) for one in x]).to(model.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from matryoshka_diffusion.changes import blended_seeds, edit_of
 from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
-from matryoshka_diffusion.edit import UNCHANGED, Edit, edit_of
+from matryoshka_diffusion.edit import UNCHANGED, Edit
 from matryoshka_diffusion.models.find import (
     Progress,
     caption_features,
@@ -30,6 +31,8 @@ from matryoshka_diffusion.models.names import shipped_models
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, refuse_nan, to_uint8
+from matryoshka_diffusion.samplers import Seed
+from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
 from matryoshka_diffusion.train.precision import PrecisionSetting, placed
@@ -39,49 +42,6 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.data.given import Given
 else:
     Given = Any
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images or clips that were sampled together.
-
-    Attributes:
-        levels: bytes of every level, coarse to fine; the last is the full resolution. A level with
-            frames holds clips. Where levels are latents of a codec, each is decoded. A level of
-            features is left out.
-        captions: the prompt or class of each sample.
-        seeds: the seed of each sample, which gives the same image alone and in any batch, in bf16
-            up to its rounding.
-        settings: all that is needed to draw the samples again.
-    """
-
-    levels: tuple[UInt8[np.ndarray, "n ... c"], ...]
-    captions: tuple[str, ...]
-    seeds: tuple[int, ...]
-    settings: dict[str, Any]
-
-    @property
-    def pictures(self) -> UInt8[np.ndarray, "n h w c"]:
-        """The finest level of images. For a model of clips: the image that each begins with.
-
-        Raises:
-            UsageError: all levels are clips.
-        """
-        for level in reversed(self.levels):
-            if level.ndim == 4:
-                return level
-        raise UsageError("there are clips only: take `videos`")
-
-    @property
-    def videos(self) -> UInt8[np.ndarray, "n f h w c"]:
-        """The clips of the finest level.
-
-        Raises:
-            UsageError: the model draws images.
-        """
-        if self.levels[-1].ndim == 5:
-            return self.levels[-1]
-        raise UsageError("the model draws images, no clips: take `pictures`")
 
 
 class Matryoshka(DiffusionModel):
@@ -195,7 +155,7 @@ class Matryoshka(DiffusionModel):
         negative: str | None = None,
         coarse: UInt8[np.ndarray, "n s s c"] | None = None,
         n: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[Seed] = 0,
         batch_size: int | None = None,
         progress: Progress | None = None,
         edit: Edit = UNCHANGED,
@@ -203,7 +163,8 @@ class Matryoshka(DiffusionModel):
     ) -> Samples:
         """Draw `n` images for each prompt or class (`n` in all if there is neither).
 
-        Image i of the result has the seed `seed + i`, or `seed[i]` if each has its own.
+        Image i of the result has the seed `seed + i`, or `seed[i]` if each has its own. `n` seeds
+        are those of each prompt.
 
         Args:
             negative: a prompt to guide away from; by default the null or the empty prompt.
@@ -225,6 +186,7 @@ class Matryoshka(DiffusionModel):
         captions, cond = self.condition(prompts, classes, n)
         count = len(captions)
         seeds = tuple(range(seed, seed + count) if isinstance(seed, int) else seed)
+        seeds = seeds * (count // n) if len(seeds) == n else seeds
         if len(seeds) != count:
             raise UsageError(f"seed has {len(seeds)} numbers for {count} samples: give one each")
         edit.check(count)
@@ -259,11 +221,15 @@ class Matryoshka(DiffusionModel):
         self,
         prompts: str | Sequence[str] | None = None,
         *,
-        keep: Mapping[int, Given | Sequence[Given]] | None = None,
+        keep: Mapping[int | str, Given | Sequence[Given]] | None = None,
         image: Given | None = None,
         mask: Given | None = None,
         strength: float | None = None,
         until: float = 0.0,
+        levels: Collection[int | str] | None = None,
+        between: tuple[int, int] | None = None,
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
         **options: Any,
     ) -> Samples:
         """Sample as `sample` does, but keep a level or pixels of an image, or begin with one.
@@ -278,6 +244,10 @@ class Matryoshka(DiffusionModel):
                 `image`, or as a level.
             strength: how much noise `image` begins under: 0 returns it, 1 hides it.
             until: time, 1 to 0, at which kept levels and pixels are let go.
+            levels: variations: only these levels have noise of each sample's own. All samples
+                share that of the first seed on the others, and the first is the seed's plain one.
+            between: two seeds; the `n` samples of each prompt go from one to the other, on
+                `levels` or on all of them.
             options: those of `sample`.
 
         Raises:
@@ -293,12 +263,13 @@ class Matryoshka(DiffusionModel):
             strength=strength,
             until=until,
         )
-        samples = self.sample(prompts, edit=edit, **options)
-        record = {"keep": sorted(keep or {}), "strength": strength, "until": until}
+        seeds = blended_seeds(self, n, seed, levels=levels, between=between)
+        samples = self.sample(prompts, n=n, seed=seeds, edit=edit, **options)
+        record = {"keep": list(keep or ()), "strength": strength, "until": until}
         record |= {"image": image is not None, "mask": mask is not None}
         return replace(samples, settings={**samples.settings, "edit": record})
 
-    def _pixels(self, z: Pyramid, seeds: Sequence[int]) -> list[UInt8[Tensor, "b ... c"]]:
+    def _pixels(self, z: Pyramid, seeds: Sequence[Seed]) -> list[UInt8[Tensor, "b ... c"]]:
         """Bytes of every level, so that no floats of earlier batches are kept.
 
         Raises `ValueError` naming a seed whose sample has NaN, for which the copies are searched:

@@ -221,7 +221,7 @@ def rows_as_frames(x: Float[Tensor, "n c h w"], frames: int | None) -> Float[Ten
     return x if frames is None else x.unflatten(0, (len(x) // frames, frames)).transpose(1, 2)
 
 
-def refuse_nan(images: Pyramid, seeds: Sequence[int]) -> None:
+def refuse_nan(images: Pyramid, seeds: Sequence[object]) -> None:
     """Raise `ValueError` naming the first sample with NaN, which bytes would hide."""
     for level, batch in enumerate(images):
         bad = batch.isnan().flatten(1).any(dim=1)

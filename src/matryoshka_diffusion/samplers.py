@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,14 @@ from matryoshka_diffusion.denoiser import Denoiser, Enlarged
 from matryoshka_diffusion.diffusion import to_noise
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import normal_parts
-from matryoshka_diffusion.schedule import STEPS, Instant, NoiseSchedule, instants, time_of
+from matryoshka_diffusion.schedule import (
+    STEPS,
+    Instant,
+    NoiseSchedule,
+    expand,
+    instants,
+    time_of,
+)
 
 Schedules = Sequence[NoiseSchedule]
 Times = Float[Tensor, " n"]
@@ -41,6 +48,21 @@ class State(NamedTuple):
     x: Pyramid
 
 
+class Blend(NamedTuple):
+    """A seed between two others, on each level at its own place: 0 is the first, 1 the second.
+
+    Noise goes from one to the other on a sphere, by the weights cos(a) and sin(a) of an angle, so
+    that blended noise is standard normal, too. At both ends it is that of a seed, bit for bit.
+    """
+
+    first: int
+    second: int
+    shares: tuple[float, ...]
+
+
+Seed: TypeAlias = int | Blend
+
+
 class SeededNoise:
     """Noise from each sample's own seed, so that the rest of the batch changes nothing.
 
@@ -50,7 +72,7 @@ class SeededNoise:
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         shapes: Sequence[tuple[int, ...]],
         device: torch.device | str = "cpu",
         family: str = "sample",
@@ -62,7 +84,22 @@ class SeededNoise:
 
     def __call__(self, purpose: str, step: int) -> Pyramid:
         """Standard normal numbers, one row for each seed, in the shapes of the levels."""
-        places = [[(seed, step, level) for level in range(len(self.shapes))] for seed in self.seeds]
+        blends = {n: seed for n, seed in enumerate(self.seeds) if isinstance(seed, Blend)}
+        own = [seed.first if isinstance(seed, Blend) else seed for seed in self.seeds]
+        noise = self._drawn(own, purpose, step)
+        if blends:
+            rows = torch.tensor([*blends], device=self.device)
+            others = self._drawn([blend.second for blend in blends.values()], purpose, step)
+            shares = torch.tensor([blend.shares for blend in blends.values()], dtype=torch.float64)
+            angles = shares * (math.pi / 2)
+            weights = (math.pi / 2 - angles).sin(), angles.sin()  # cos(pi / 2) is not quite 0
+            for level, (z, other) in enumerate(zip(noise, others, strict=True)):
+                first, second = (expand(weight[:, level], other) for weight in weights)
+                z[rows] = first * z[rows] + second * other
+        return noise
+
+    def _drawn(self, seeds: Sequence[int], purpose: str, step: int) -> Pyramid:
+        places = [[(seed, step, level) for level in range(len(self.shapes))] for seed in seeds]
         return normal_parts(f"{self.family} {purpose}", places, self.shapes, self.device)
 
     def start(self) -> Pyramid:

@@ -30,7 +30,7 @@ from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per
 from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, shapes_of, to_float
-from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, SeededNoise, State, waking
+from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, Seed, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
 from matryoshka_diffusion.train.precision import (
@@ -165,7 +165,7 @@ class DiffusionModel:
     def stream(
         self,
         cond: Conditioning,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         sampling: SamplingConfig,
         negative: str | Sequence[str] | None = None,
         edit: Callable[[Sampler], Sampler] = lambda sampler: sampler,
@@ -181,7 +181,7 @@ class DiffusionModel:
         start, times = noise.start(), self.times(sampling)
         yield from sampler(denoise, start, self.process.schedules, times, noise=noise, **options)
 
-    def noise(self, seeds: Sequence[int], device: torch.device | str) -> SeededNoise:
+    def noise(self, seeds: Sequence[Seed], device: torch.device | str) -> SeededNoise:
         """Noise for each seed. An upsampler has its own stream, so it never repeats its base's."""
         family = "sample" if self.model.coarse is None else "upsample"
         return SeededNoise(seeds, shapes_of(self.model), device, family=family)
@@ -269,7 +269,7 @@ class DiffusionModel:
     def lockstep(
         self,
         cond: Conditioning,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         sampling: SamplingConfig,
         negative: str | list[str] | None = None,
     ) -> Iterator[State]:
@@ -364,7 +364,7 @@ class DiffusionModel:
         self,
         cond: Conditioning,
         coarse: UInt8[np.ndarray, "n s s c"] | None,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         sampling: SamplingConfig,
     ) -> Conditioning:
         """Add the coarse image of each row to `cond`, under noise of time `coarse_noise`.

@@ -150,6 +150,8 @@ def edit(options: argparse.Namespace) -> None:
             mask=options.mask,
             strength=options.strength,
             until=options.until,
+            levels=options.levels,
+            between=options.between and tuple(options.between),
             classes=options.classes,
             negative=options.negative,
             n=options.n,
@@ -168,6 +170,10 @@ def _level_and_picture(text: str) -> tuple[int, Path]:
     if not side.isdecimal() or not file:
         raise argparse.ArgumentTypeError(f"{text!r} is not a level and a picture: 16=sketch.png")
     return int(side), Path(file)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def grow(options: argparse.Namespace) -> None:
@@ -260,7 +266,7 @@ def add_commands(commands: Any) -> None:
     text = "change a picture, or draw with a level of the pyramid kept"
     command = add_command(commands, "edit", edit, text)
     add = command.add_argument
-    _add_drawing(command)
+    _add_drawing(command, "--variations")
     kept: Any = {"type": _level_and_picture, "default": [], "metavar": "SIDE=PICTURE"}
     add("--keep", action="append", **kept, help="level that stays as this picture; repeated")
     add("--image", type=Path, metavar="PICTURE", help="picture to change")
@@ -270,6 +276,10 @@ def add_commands(commands: Any) -> None:
     add("--strength", type=float, metavar="S", help=text)
     text = "time, 1 to 0, at which kept levels and pixels are let go (0)"
     add("--until", type=float, default=0.0, metavar="T", help=text)
+    text = "levels that differ between samples, such as 32,64; the others have the noise of SEED"
+    add("--levels", type=_names, metavar="SIDE[,SIDE...]", help=text)
+    between: Any = {"nargs": 2, "type": int, "metavar": ("SEED", "SEED")}
+    add("--between", **between, help="samples go from one seed to another, on --levels or on all")
     add("-o", "--out", type=Path, metavar="PATH", help="a folder for all, or one file")
 
     command = add_command(commands, "grow", grow, "put a finer level around a trained model")
@@ -309,14 +319,18 @@ def add_commands(commands: Any) -> None:
     command.add_argument("-o", "--out", **MODEL_FOLDER)
 
 
-def _add_drawing(command: argparse.ArgumentParser) -> None:
-    """Add what `sample` and `edit` share: the model, its conditions, seeds and sampler."""
+def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:
+    """Add what `sample` and `edit` share: the model, its conditions, seeds and sampler.
+
+    `count` are other names of -n.
+    """
     add = command.add_argument
     add("model", metavar="RUN", help=MODEL)
     add("-p", "--prompt", action="append", metavar="TEXT", help="may be repeated")
     add("--negative", metavar="TEXT", help="prompt that guidance leads away from")
     add("--class", dest="classes", action="append", metavar="NAME", help="name or number, repeated")
-    add("-n", type=positive, default=1, help="samples for each prompt or class")
+    number: Any = {"type": positive, "default": 1, "metavar": "N"}
+    add("-n", *count, dest="n", **number, help="samples for each prompt or class")
     add("--seed", type=int, default=0, help="sample i has seed SEED + i")
     add_shared(command, "--text-encoder")
     add_sampling(command)
