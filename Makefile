@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion study hero test pages chaos check format clean
+.PHONY: help demo fashion study hero test pages site chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
@@ -16,6 +16,7 @@ help:
 	@echo "make hero     draw the picture of the README with the shipped model"
 	@echo "make test     run the tests"
 	@echo "make pages    run the commands of every page in docs/"
+	@echo "make site     build the docs site: build/site/html"
 	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
 	@echo "make format   let ruff mend what it can"
@@ -47,6 +48,9 @@ test: $(VENV)/.dev
 
 pages: $(VENV)/.dev
 	$(PYTEST) -m pages tests/test_docs.py
+
+site: $(VENV)/.dev
+	$(BIN)/python site/build.py
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m faults

@@ -50,7 +50,7 @@ class Matryoshka(DiffusionModel):
     A loaded model samples in bf16 where the hardware multiplies it; an image then depends slightly
     on its batch. In float32 (`precision="fp32"`) it is the same within one grey value.
 
-    Example:
+    Examples:
         >>> model = Matryoshka.load("openmoji")  # doctest: +SKIP
         >>> model.sample("red apple", n=4).pictures.shape  # doctest: +SKIP
         (4, 64, 64, 3)

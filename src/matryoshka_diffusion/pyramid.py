@@ -66,7 +66,7 @@ def build_pyramid(
 ) -> Pyramid:
     """[D^1(x), ..., D^R(x)] for `resolutions` from coarse to fine, or with features as D^1(x).
 
-    Example:
+    Examples:
         >>> build_pyramid(torch.ones(2, 3, 8, 8), [Resolution(4, 4), Resolution(8, 8)])[0].shape
         torch.Size([2, 3, 4, 4])
         >>> build_pyramid(torch.ones(2, 3, 6, 8, 8), [Resolution(4, 4)])[0].shape  # from clips

@@ -25,7 +25,7 @@ GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """The generator for a seed, a purpose and up to three counters.
 
-    Example:
+    Examples:
         >>> float(stream(0, "demo", 7).random()) == float(stream(0, "demo", 7).random())
         True
     """
@@ -78,7 +78,7 @@ def choose(total: int, count: int, purpose: str) -> Int[np.ndarray, " n"]:
     Raises:
         ValueError: `count` exceeds `total`.
 
-    Example:
+    Examples:
         >>> bool((choose(1904, 20, "sheet") == choose(1904, 20, "sheet")).all())
         True
     """

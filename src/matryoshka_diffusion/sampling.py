@@ -49,7 +49,7 @@ _CLASS = (str, Integral)
 def batch_of(side: int, frames: int | None = None) -> int:
     """The number of images or clips in a batch, by their pixels: as memory and time go with those.
 
-    Example:
+    Examples:
         >>> [batch_of(side) for side in (64, 256, 512, 1024)], batch_of(256, frames=16)
         ([64, 64, 16, 4], 4)
     """

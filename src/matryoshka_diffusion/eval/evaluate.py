@@ -190,7 +190,8 @@ def plan(
     """Arguments of `evaluate` for the words of a command.
 
     Args:
-        side, frames: of the model's samples.
+        side: of the model's samples, in pixels.
+        frames: of its clips, or None.
         metrics: by default those of the protocol, else retrieval from samples and in one step and,
             with `n`, fd and motion.
         n: replaces the number of a protocol or of the metrics' names.

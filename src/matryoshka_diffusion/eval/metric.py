@@ -273,7 +273,7 @@ def parse_metrics(names: str | Sequence[str]) -> tuple[tuple[str, ...], int | No
 
     Raises `UsageError` for an unknown name, or for numbers of samples that cannot be.
 
-    Example:
+    Examples:
         >>> parse_metrics("fid50k,retrieval")
         (('fid', 'retrieval'), 50000)
     """

@@ -118,7 +118,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     Computed in decimals, so that 0.1:0.3:0.1 ends at 0.3. Raises `UsageError` for anything else,
     or for more than 1,000 numbers.
 
-    Example:
+    Examples:
         >>> parse_numbers("1:2:0.25,5")
         (1.0, 1.25, 1.5, 1.75, 2.0, 5.0)
     """
@@ -154,7 +154,7 @@ def best(points: Sequence[Point]) -> Point:
 def pareto(pairs: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the pairs that no other pair beats; smaller is better in both.
 
-    Example:
+    Examples:
         >>> pareto([(1.0, 3.0), (2.0, 2.0), (2.0, 3.0), (3.0, 1.0)])
         [0, 1, 3]
     """

@@ -28,7 +28,7 @@ _Rows = Float[np.ndarray, "_ d"]
 def share_error(share: float, count: int) -> float:
     """Half the width of Wilson's interval (1927, z = 1): close to sqrt(p (1 - p) / n).
 
-    Example:
+    Examples:
         >>> [round(share_error(share, 128), 4) for share in (0.5, 0.9, 1.0)]
         [0.044, 0.0266, 0.0039]
     """

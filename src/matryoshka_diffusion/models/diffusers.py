@@ -132,7 +132,7 @@ class MDMPipelineOutput(BaseOutput):
 class MDMPipeline(DiffusionPipeline):
     """Prompts or classes to images of every level.
 
-    Example:
+    Examples:
         >>> pipe = MDMPipeline.from_pretrained("folder")  # doctest: +SKIP
         >>> pipe("red apple", num_images_per_prompt=4).images[0].size  # doctest: +SKIP
         (64, 64)

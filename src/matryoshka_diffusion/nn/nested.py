@@ -184,7 +184,7 @@ def level_of(name: str) -> int:
 def present_name(name: str) -> str:
     """The present name of a tensor from a file that version 0.1.0 may have written.
 
-    Example:
+    Examples:
         >>> present_name("levels.1.inward.weight.exp_avg")
         'adapters.1.inward.weight.exp_avg'
     """

@@ -44,7 +44,8 @@ def grow_run(
         finer: makes the new level from the finest one (`next_level` or `next_frames`).
         assignments: `path.to.key=value` changes of the new run's config.
         data: images or videos in place of those of `run`.
-        freeze_coarse, ramp: the new stage's `freeze_coarse_images` and `ramp_images`.
+        freeze_coarse: the new stage's `freeze_coarse_images`.
+        ramp: its `ramp_images`.
 
     Raises:
         ConfigError: the new level does not nest on the finest one, or needs videos where `run` had

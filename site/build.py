@@ -1,0 +1,89 @@
+"""Build the docs site: the pages of docs/ and a reference of every module, from its docstrings.
+
+`python site/build.py` stages both under build/site/ and lets Zensical make html of them there. A
+warning, such as a link to a page that is not there, is an error. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+STAGE = ROOT / "build" / "site"
+PACKAGE = "src/matryoshka_diffusion/"
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def main() -> None:
+    """Write build/site/html/."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", STAGE / "docs")
+    code: set[str] = set()
+    for page in sorted((STAGE / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        code |= {match[3] for match in LINK.finditer(text) if is_code(match[3])}
+        page.write_text(LINK.sub(inside, text), encoding="utf-8")
+    for path in sorted(code):
+        listing = (ROOT / path).read_text(encoding="utf-8")
+        write(f"source/{path}", f"# {path}\n\n````python\n{listing}````\n")
+    config = YAML(typ="safe").load(ROOT / "site" / "zensical.yml")
+    config["nav"][-1]["The code"].append({"Reference": [*reference()]})
+    config["plugins"][1]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT / "src")]
+    YAML().dump(config, STAGE / "mkdocs.yml")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    build = subprocess.run(command, cwd=STAGE, check=False, text=True, stderr=subprocess.PIPE)
+    sys.stderr.write(build.stderr)
+    # What the docstrings' reader finds wrong it only prints.
+    sys.exit(build.returncode or "griffe:" in build.stderr)
+
+
+def is_code(path: str) -> bool:
+    """Whether a linked file is shown as a listing: code that is not in the package."""
+    return path.endswith(".py") and not path.startswith(PACKAGE)
+
+
+def inside(link: re.Match[str]) -> str:
+    """A link out of docs/ as a link within the site; other files of the repository lose theirs."""
+    image, words, path, anchor = link[1], link[2], link[3], link[4] or ""
+    if path.startswith(PACKAGE) and path.endswith(".py"):
+        page = f"reference/{path.removeprefix(PACKAGE)}"
+    elif is_code(path):
+        page = f"source/{path}"
+    else:
+        page = "index.md" if path == "README.md" else ""
+    target = page.removesuffix(".py").removesuffix(".md")
+    return f"{image}[{words}]({target}.md{anchor})" if page else words
+
+
+def reference() -> Iterator[Mapping[str, str | list[dict[str, str]]]]:
+    """Write a page for every module, and yield the navigation: the paper first, then the rooms."""
+    rooms: dict[str, list[dict[str, str]]] = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        place = path.relative_to(ROOT / PACKAGE)
+        if path.name in {"__init__.py", "__main__.py"}:
+            continue
+        name = ".".join(place.with_suffix("").parts)
+        title = f"# `{name}`\n\n::: matryoshka_diffusion.{name}\n"
+        page = write(f"reference/{place.as_posix()}", title)
+        rooms.setdefault(place.parent.as_posix(), []).append({place.stem: page})
+    yield from rooms.pop(".")
+    yield from ({f"{room}/": pages} for room, pages in rooms.items())
+
+
+def write(path: str, text: str) -> str:
+    """Write a page for a file of the repository, and return its name within docs/."""
+    page = STAGE / "docs" / Path(path).with_suffix(".md")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return page.relative_to(STAGE / "docs").as_posix()
+
+
+if __name__ == "__main__":
+    main()
