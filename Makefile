@@ -37,7 +37,7 @@ study: $(VENV)/.dev
 
 hero: $(VENV)/.user
 	$(BIN)/mdm sample openmoji -p "red apple" -p umbrella -p rainbow -p "cat face" -p "teddy bear" \
-		-p sailboat --seed 3 -o runs/hero
+		-p sailboat --seed 3 -o runs/hero --overwrite
 	cp runs/hero/levels.png docs/pictures/hero.png
 
 # One thread in each process, also in numpy's BLAS and in the commands that tests start.

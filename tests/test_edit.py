@@ -269,6 +269,7 @@ def test_the_command_keeps_a_level_and_names_what_does_not_fit(tmp_path, capsys)
     export_weights(tmp_path / "run" / "model", model.net.state_dict(), model.config)
     Image.fromarray(sketch).save(tmp_path / "sketch.png")
     words = ["edit", str(tmp_path / "run"), "--steps", "2", "-o", str(tmp_path / "out.png")]
+    words.append("--overwrite")
     assert main([*words, "--keep", f"8={tmp_path / 'sketch.png'}"]) == 0
     with Image.open(tmp_path / "out.png") as drawn:
         pixels = torch.tensor(np.asarray(drawn)).permute(2, 0, 1)[None].float()

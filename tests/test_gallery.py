@@ -143,13 +143,44 @@ def test_the_largest_sheet_fits_into_a_webp():
 )
 def test_clips_in_a_folder_have_the_form_of_the_option(videos, form, files, tmp_path):
     assert draw(videos, "-o", tmp_path, "--clips", form) == 0
-    assert names(tmp_path) == [*files, "grid.webp", "levels.webp", "strip.png"]
+    assert names(tmp_path) == [*files, "levels.webp", "strip.png"]
 
 
-def test_without_a_place_samples_go_into_the_run(videos):
-    for folder in ("dog-seed5", "dog-seed5-2"):
+def test_without_a_place_one_sample_is_a_file_and_several_a_folder_in_the_run(videos, capsys):
+    for name in ("dog-seed5.webp", "dog-seed5-2.webp"):
         assert draw(videos, "--seed", 5) == 0
-        assert (videos / "samples" / folder / "000-dog.webp").is_file()
+        assert str(videos / "samples" / name) in capsys.readouterr().out
+    assert draw(videos, "--seed", 5, "-n", 2) == 0
+    assert draw(videos, "--seed", 5, "--clips", "png") == 0
+    written = names(videos / "samples")
+    assert [name for name in written if "/" not in name] == [
+        *("dog-seed5", "dog-seed5-2", "dog-seed5-2.webp", "dog-seed5.webp")
+    ]
+    assert "dog-seed5/001-dog.webp" in written
+    assert "dog-seed5-2/000-dog/0000.png" in written, "frames of one clip are a folder"
+
+
+@pytest.mark.parametrize("out", ["a.png", "folder"])
+def test_nothing_is_overwritten_unasked(pictures, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = Path(out if out.endswith(".png") else f"{out}/000-dog.png")
+    assert draw(pictures, "-o", out) == 0
+    first = file.read_bytes()
+    assert draw(pictures, "-o", out, "--seed", 1) == 2
+    assert file.read_bytes() == first
+    message = capsys.readouterr().err
+    assert f"-o {out} " in message
+    assert "--overwrite" in message
+    assert draw(pictures, "-o", out, "--seed", 1, "--overwrite") == 0
+    assert read_png(file)[1]["seeds"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [("Red apple!", "007-red-apple.png"), ("苹果 é", "007-苹果-é.png"), ("../a b", "007-a-b.png")],
+)
+def test_names_of_files_have_the_letters_of_captions(caption, name):
+    assert gallery.file_name(7, caption, None, moves=False) == name
 
 
 def test_previews_of_clips_move(videos, tmp_path):

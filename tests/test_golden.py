@@ -78,12 +78,12 @@ def test_a_stopped_run_resumes_to_the_same_numbers(folders):
 
 @pytest.mark.parametrize("name", ["model", "adapters"])
 def test_a_model_draws_the_same_samples(name, folders):
-    assert mdm(["sample", name, *CLASSES, "-o", "samples"]) == 0
+    assert mdm(["sample", name, *CLASSES, "-o", f"drawn-{name}"]) == 0
     pictures = sorted((folders / f"samples-{name}").iterdir())
     assert len(pictures) == 4
     for path in pictures:
         drawn, expected = (
             np.asarray(Image.open(file)).astype(int)
-            for file in (folders / "samples" / path.name, path)
+            for file in (folders / f"drawn-{name}" / path.name, path)
         )
         assert abs(drawn - expected).max() <= 1

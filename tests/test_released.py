@@ -528,7 +528,7 @@ def test_a_released_file_is_sampled_from_at_once(tiny_t5, tmp_path, monkeypatch,
     assert mdm("sample", FILE, *encoder, *common, "-o", tmp_path / "two") == 0
     assert cached.stat().st_mtime_ns == written, "it is converted once"
     assert mdm("sample", tmp_path / "model", *common, "-o", tmp_path / "three") == 0
-    pictures = [(tmp_path / n / "grid.png").read_bytes() for n in ("one", "two", "three")]
+    pictures = [(tmp_path / n / "levels.png").read_bytes() for n in ("one", "two", "three")]
     assert len(set(pictures)) == 1
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine").write_text("mine")

@@ -33,7 +33,6 @@ def sample(options: argparse.Namespace) -> None:
     refuse_unknown(options.model)
     from matryoshka_diffusion.cascade import open_model
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.draw import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
 
     # With --coarse the user has the small images, so no base has to draw them.
@@ -52,8 +51,7 @@ def sample(options: argparse.Namespace) -> None:
         raise UsageError(f"--fps {options.fps:g}: {model.config.name} draws images: omit --fps")
     # Without a prompt or class, every class is drawn.
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
-    place = options.out or gallery.default_folder(options.model, "", options.seed)
-    gallery.check(place, options.clips, _subject(model, settings), count, options.n)
+    _check_place(options, _subject(model, settings), count)
     if options.prompts is not None:
         _draw_prompts(model, options, settings)
         return
@@ -73,9 +71,29 @@ def sample(options: argparse.Namespace) -> None:
             **coarse,
             **settings,
         )
+    _save(samples, options, samples.captions[0])
+
+
+def _check_place(options: argparse.Namespace, subject: Any, count: int) -> None:
+    """Refuse a place that samples cannot be written to, or that has files, before drawing them."""
+    from matryoshka_diffusion.draw import gallery
+
+    place = options.out or gallery.default_place(options.model, "", options.seed)
+    goes_on = options.prompts is not None  # in the same folder, with what is missing
+    overwrite = options.overwrite or goes_on
+    gallery.check(place, options.clips, subject, count, options.n, overwrite=overwrite)
+
+
+def _save(samples: Any, options: argparse.Namespace, name: str) -> None:
+    """Write samples to `--out`; without it one sample is a file, and several are a folder."""
+    from matryoshka_diffusion.draw import gallery
+
     drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
-    out = options.out or gallery.default_folder(options.model, samples.captions[0], options.seed)
-    show(gallery.save(drawn, out, options.clips))
+    alone = len(drawn.captions) == 1
+    suffix = gallery.suffix_of(options.clips, moves=drawn.moves) if alone else ""
+    out = options.out or gallery.default_place(options.model, name, options.seed, suffix)
+    hint = "; -o FOLDER writes all levels" if suffix and len(drawn.levels) > 1 else ""
+    show(gallery.save(drawn, out, options.clips) + hint * (options.out is None))
 
 
 def _subject(model: Any, settings: dict[str, Any]) -> Any:
@@ -93,8 +111,8 @@ def _draw_prompts(model: Any, options: argparse.Namespace, settings: dict[str, A
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.runs.draw_prompts import draw_requests, read_requests
 
-    for name in ("prompt", "classes", "negative", "coarse"):
-        if getattr(options, name) is not None:
+    for name in ("prompt", "classes", "negative", "coarse", "overwrite"):
+        if getattr(options, name) not in (None, False):
             option = {"classes": "class"}.get(name, name)
             raise UsageError(f"--{option}: the lines of --prompts say what is drawn; omit one")
     if options.out is None:
@@ -128,7 +146,6 @@ def _coarse_images(path: Path, config: Any, count: int, n: int) -> tuple[Any, in
 
 def edit(options: argparse.Namespace) -> None:
     refuse_unknown(options.model)
-    from matryoshka_diffusion.draw import gallery
     from matryoshka_diffusion.pipeline import Matryoshka
 
     model = Matryoshka.load(
@@ -140,8 +157,7 @@ def edit(options: argparse.Namespace) -> None:
     settings = sampling(options)
     refuse_idle(model, settings)
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
-    place = options.out or gallery.default_folder(options.model, "edited", options.seed)
-    gallery.check(place, None, _subject(model, settings), count, options.n)
+    _check_place(options, _subject(model, settings), count)
     with Bar("sampling", " steps") as bar:
         samples = model.edit(
             options.prompt,
@@ -160,8 +176,7 @@ def edit(options: argparse.Namespace) -> None:
             progress=bar,
             **settings,
         )
-    drawn = gallery.Gallery(samples.levels, samples.captions, samples.settings)
-    show(gallery.save(drawn, place))
+    _save(samples, options, "edited")
 
 
 def _level_and_picture(text: str) -> tuple[int, Path]:
@@ -257,8 +272,6 @@ def add_commands(commands: Any) -> None:
     add_shared(origin, "--base")
     text = "small images for an upsampler to enlarge"
     origin.add_argument("--coarse", type=Path, metavar="PNG|DIR", help=text)
-    text = "a folder for all, or one file: .png, for clips also .mp4, .webp, .gif"
-    add("-o", "--out", type=Path, metavar="PATH", help=text)
     text = "form of clips in a folder (webp); png, a folder for each clip, is for other programs"
     add("--clips", choices=CLIPS, help=text)
     add("--fps", type=float, help="frames per second of clips (the model's own)")
@@ -280,7 +293,7 @@ def add_commands(commands: Any) -> None:
     add("--levels", type=_names, metavar="SIDE[,SIDE...]", help=text)
     between: Any = {"nargs": 2, "type": int, "metavar": ("SEED", "SEED")}
     add("--between", **between, help="samples go from one seed to another, on --levels or on all")
-    add("-o", "--out", type=Path, metavar="PATH", help="a folder for all, or one file")
+    command.set_defaults(clips=None, prompts=None)
 
     command = add_command(commands, "grow", grow, "put a finer level around a trained model")
     add = command.add_argument
@@ -332,5 +345,8 @@ def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:
     number: Any = {"type": positive, "default": 1, "metavar": "N"}
     add("-n", *count, dest="n", **number, help="samples for each prompt or class")
     add("--seed", type=int, default=0, help="sample i has seed SEED + i")
+    text = "a folder for all, or one file: .png, for clips also .mp4, .webp, .gif"
+    add("-o", "--out", type=Path, metavar="PATH", help=text)
+    add("--overwrite", action="store_true", help="replace files of the same names in -o")
     add_shared(command, "--text-encoder")
     add_sampling(command)

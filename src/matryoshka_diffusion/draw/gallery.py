@@ -69,18 +69,26 @@ def _part_of(settings: Mapping[str, Any], places: slice) -> dict[str, Any]:
 # --- destinations ------------------------------------------------------------------------------
 
 
-def default_folder(run: str, caption: str, seed: int) -> Path:
+def default_place(run: str, caption: str, seed: int, suffix: str = "") -> Path:
     """`samples/<caption>-seed<n>` inside the run's folder, or here for a shipped model.
 
-    An existing folder stays: the new one gets `-2`, `-3`, ... at its end.
+    It is a folder, or with a `suffix` a file. What exists stays: the new one gets `-2`, `-3`, ...
     """
     root = (Path(run) if Path(run).is_dir() else Path()) / "samples"
     name = f"{_slug(caption) or 'samples'}-seed{seed}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(root / name for name in names if not (root / name).exists())
+    return next(root / (name + suffix) for name in names if not (root / (name + suffix)).exists())
 
 
-def check(out: Path, form: ClipForm | None, model: Subject, count: int, n: int) -> None:
+def check(
+    out: Path,
+    form: ClipForm | None,
+    model: Subject,
+    count: int,
+    n: int,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Refuse a destination that `save` cannot write, before anything is drawn.
 
     Args:
@@ -88,16 +96,21 @@ def check(out: Path, form: ClipForm | None, model: Subject, count: int, n: int) 
         form: the form of clips in a folder, None for WebP.
         count: number of captions or classes.
         n: samples of each caption or class.
+        overwrite: let files be there, which may be replaced.
 
     Raises:
         UsageError: the model has no such samples, the suffix is unknown, a clip of this form cannot
-            be so fast or so large, or nothing can be written there.
+            be so fast or so large, nothing can be written there, or files are there already.
         ConfigError: `form` is "png", and the folder is not empty.
         MissingExtra: an MP4, and no package that writes it.
     """
     file = out if _is_file(out) else None
     moves = file is not None and file.suffix.lower() in clips.SUFFIXES
     _refuse_unwritable(out if file is None else out.parent)
+    there = file.exists() if file is not None else out.is_dir() and any(out.iterdir())
+    if there and not overwrite:
+        what = "exists" if file is not None else "is not empty"
+        raise UsageError(f"-o {out} {what}: name another place, or add --overwrite")
     if file is not None and form is not None:
         raise UsageError(f"--clips {form} is for a folder, and -o {out} is a file: omit one")
     if model.frames is None:
@@ -152,10 +165,10 @@ def _refuse_unwritable(folder: Path) -> None:
 def save(samples: Gallery, out: Path, form: ClipForm | None = None) -> str:
     """Write samples into a folder, or together into one file if `out` has the suffix of a file.
 
-    A folder gets `000-red-apple.png`, ..., `grid.png` and `levels.png`. A model of clips gets
-    `.webp` that move, or clips of another `form`, and film strips in `strip.png`; its sheets show
-    the first `ON_SHEETS` clips. A file that moves holds the only sample, or a grid of several; a
-    PNG holds film strips of clips. Each file has the settings in its metadata.
+    A folder gets `000-red-apple.png`, ..., `levels.png` and, for several, `grid.png`. A model of
+    clips gets `.webp` that move, or clips of another `form`, and film strips in `strip.png`; its
+    sheets show the first `ON_SHEETS` clips. A file that moves holds the only sample, or a grid of
+    several; a PNG holds film strips of clips. Each file has the settings in its metadata.
 
     Returns:
         A line for the user: the number of samples and their place.
@@ -176,6 +189,8 @@ def save(samples: Gallery, out: Path, form: ClipForm | None = None) -> str:
     if samples.moves:
         save_file(sheets, out / f"{grid.STRIP}.png")
     clips.save_pages(levels(sheets), out / grid.LEVELS, fps, settings)
+    if count == 1:
+        return line
     together = clips.save_pages(grid_of(sheets), out / grid.GRID, fps, settings)
     first = "" if len(sheets.captions) == count else f"the first {ON_SHEETS} "
     return f"{line}, {first}together in {together}"
@@ -186,7 +201,12 @@ def file_name(
 ) -> str:
     """Name of the file of one sample, such as 000-red-apple.png; `moves` is for clips."""
     name = "-".join(filter(None, (f"{number:0{digits}d}", _slug(caption))))
-    return name + (CLIP_FORMS[form or "webp"] if moves else ".png")
+    return name + suffix_of(form, moves=moves)
+
+
+def suffix_of(form: ClipForm | None, *, moves: bool) -> str:
+    """Suffix of the file of one sample; empty for a clip as a folder of frames."""
+    return CLIP_FORMS[form or "webp"] if moves else ".png"
 
 
 def save_file(samples: Gallery, out: Path) -> None:
@@ -224,5 +244,5 @@ def levels(samples: Gallery) -> list[Image.Image]:
 
 
 def _slug(text: str, longest: int = 40) -> str:
-    """A caption as part of a file name on any system."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].strip("-")
+    """A caption as part of a file name: its letters and digits, of any script."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].strip("-")
