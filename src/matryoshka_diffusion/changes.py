@@ -127,7 +127,7 @@ def given_level(
     resolution = model.resolutions[level]
     if resolution.frames is not None:
         raise UsageError(f"{model.config.name} draws clips: keep a level of images instead")
-    several = [given] if isinstance(given, str | Path | np.ndarray) else list(given)
+    several = [given] if isinstance(given, str | Path | bytes | np.ndarray) else list(given)
     # Latents are averages of those of whole images.
     side = resolution.width if codec is None else model.picture_side
     channels = model.model.channels if codec is None else 3

@@ -56,7 +56,7 @@ def from_dict(
     try:
         return kind.model_validate(_tuples(data))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error, kind)}") from error
+        raise ConfigError(f"{where}: {explain(error, kind)}") from error
     except RecursionError as error:
         raise ConfigError(f"{where}: values are nested too deeply") from error
 
@@ -186,7 +186,7 @@ def _tuples(data: Any) -> Any:
 # --- errors people can act on ----------------------------------------------------------------
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first three problems of a pydantic error, one clause each."""
     clauses = []
     for problem in error.errors()[:3]:

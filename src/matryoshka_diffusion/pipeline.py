@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from matryoshka_diffusion.models.names import shipped_models
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, refuse_nan, to_uint8
-from matryoshka_diffusion.samplers import Seed
+from matryoshka_diffusion.samplers import Seed, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
@@ -159,6 +159,7 @@ class Matryoshka(DiffusionModel):
         batch_size: int | None = None,
         progress: Progress | None = None,
         edit: Edit = UNCHANGED,
+        watch: Callable[[State], object] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw `n` images for each prompt or class (`n` in all if there is neither).
@@ -173,6 +174,7 @@ class Matryoshka(DiffusionModel):
             batch_size: images or clips at a time; by default at most 64, and 4 million pixels.
             progress: called with (steps done, steps in all).
             edit: pixels that the images keep, or images to begin with (`edit` makes it of files).
+            watch: called with the state of a batch after every step; what it raises ends the call.
             settings: replace sampling defaults of the run: `sampler`, `steps`, `guidance`, `grid`
                 and the other keys of `SamplingConfig`.
 
@@ -203,8 +205,10 @@ class Matryoshka(DiffusionModel):
                     if progress is not None:
                         done = number * sampling.steps + state.step
                         progress(done, len(batches) * sampling.steps)
+                    if watch is not None:
+                        watch(state)
                 assert state is not None, "a config has at least one step"
-                parts.append(self._pixels(state.z, own_seeds))
+                parts.append(self.pixels(state.z, own_seeds))
         order = torch.cat(batches).argsort()
         levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         record = {
@@ -269,7 +273,7 @@ class Matryoshka(DiffusionModel):
         record |= {"image": image is not None, "mask": mask is not None}
         return replace(samples, settings={**samples.settings, "edit": record})
 
-    def _pixels(self, z: Pyramid, seeds: Sequence[Seed]) -> list[UInt8[Tensor, "b ... c"]]:
+    def pixels(self, z: Pyramid, seeds: Sequence[Seed]) -> list[UInt8[Tensor, "b ... c"]]:
         """Bytes of every level, so that no floats of earlier batches are kept.
 
         Raises `ValueError` naming a seed whose sample has NaN, for which the copies are searched:

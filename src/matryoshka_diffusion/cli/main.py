@@ -34,6 +34,7 @@ GROUPS = {
     "info": ("presets", "info", "plot"),
     "doctor": ("doctor",),
     "eval": ("eval", "compare", "sweep"),
+    "studio": ("studio",),
 }
 """Commands by the module that adds and runs them."""
 FIRST = (

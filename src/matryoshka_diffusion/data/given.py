@@ -15,8 +15,8 @@ from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import MIN_SIDE, read_picture
 from matryoshka_diffusion.data.source import Picture
 
-Given: TypeAlias = str | Path | np.ndarray
-"""A file, or bytes of the shape (height, width, channels); a grey image needs no channels."""
+Given: TypeAlias = str | Path | bytes | np.ndarray
+"""A file, its content, or uint8 (height, width, channels); a grey image needs no channels."""
 
 
 def read_given(
@@ -68,10 +68,10 @@ def size_of(given: Given) -> tuple[int, int]:
 
 def _read(given: Given, side: int, channels: int, crop: Crop = "centre") -> Picture:
     try:
-        file = _png(given) if isinstance(given, np.ndarray) else Path(given)
-        return read_picture(file, side, crop, channels)
+        file = _png(given) if isinstance(given, np.ndarray) else given
+        return read_picture(Path(file) if isinstance(file, str) else file, side, crop, channels)
     except PictureError as error:
-        name = "an array" if isinstance(given, np.ndarray) else given
+        name = given if isinstance(given, str | Path) else "a picture"
         raise UsageError(f"{name}: {error}") from error
 
 

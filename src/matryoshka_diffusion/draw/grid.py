@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -250,13 +251,20 @@ def to_image(picture: UInt8[np.ndarray, "..."]) -> Image.Image:
 def save_png(
     image: Image.Image | UInt8[np.ndarray, "..."], path: Path, settings: Mapping[str, Any] | None
 ) -> None:
-    """Write a PNG whose text chunk "matryoshka-diffusion" holds `settings` as JSON.
+    """Write a PNG file as `png` encodes it.
 
     Raises:
         OSError: the file cannot be written; the message has the path, and no part of it stays.
     """
+    content = png(image, settings)
+    write_atomically(path, lambda file: file.write(content), needed=len(content))
+
+
+def png(image: Image.Image | UInt8[np.ndarray, "..."], settings: Mapping[str, Any] | None) -> bytes:
+    """Encode a PNG whose text chunk "matryoshka-diffusion" holds `settings` as JSON."""
     picture = to_image(image) if isinstance(image, np.ndarray) else image
-    chunks = PngInfo()
+    chunks, file = PngInfo(), io.BytesIO()
     if settings is not None:
         chunks.add_text(SETTINGS_KEY, json.dumps(dict(settings), sort_keys=True))
-    write_atomically(path, lambda file: picture.save(file, format="PNG", pnginfo=chunks))
+    picture.save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
