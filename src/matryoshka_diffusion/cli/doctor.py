@@ -23,6 +23,7 @@ EXTRAS = {
     "parquet": "data in parquet files",
     "datasets": "data sets of the Hugging Face hub (hf:NAME)",
     "remote": "data on servers (https://...)",
+    "studio": "mdm studio, the page in the browser",
     "video": "videos as data, and clips as MP4",
     "tensorboard": "mdm train --log tensorboard",
     "wandb": "mdm train --log wandb",

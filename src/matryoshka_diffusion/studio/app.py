@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,12 @@ class Studio:
             for one in self.served.values():
                 one.warm_up()
 
+        def open_encoders() -> None:
+            for one in self.served.values():
+                one.open_encoder()
+
         first = self.worker.submit("", warm_up)
+        threading.Thread(target=open_encoders, name="encoder", daemon=True).start()
         yield
         self.worker.leave(first)
         self.worker.close()

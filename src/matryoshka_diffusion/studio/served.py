@@ -73,7 +73,9 @@ class Served:
         if self.config.model.coarse is not None:
             raise UsageError(f"{run} enlarges what another model draws: name one that draws alone")
         self._model: Matryoshka | None = None
-        self._encoder, self._saved, self._lock = encoder, list[str](), threading.Lock()
+        self._encoder, self._saved = encoder, list[str]()
+        self._loading, self._opening = threading.Lock(), threading.Lock()
+        self._stored = frozenset(caption_features(run))  # captions that need no text encoder
         if not self.trains or self._saves():
             self.model()
 
@@ -88,7 +90,7 @@ class Served:
 
     def model(self) -> Matryoshka:
         """The model with the weights of now. Raises `Refused` if a run has not saved any."""
-        with self._lock:
+        with self._loading:
             saved = self._saves()
             if self._model is None or saved != self._saved:
                 if self.trains and not saved:
@@ -98,15 +100,17 @@ class Served:
                 self._saved = saved
             return self._model
 
+    def open_encoder(self) -> None:
+        """Load the text encoder, once, if the model has one and it is installed."""
+        with self._opening:
+            if self._model is not None and self._encoder is None and self.takes_any_text:
+                self._encoder = self._model.text_encoder()
+
     def warm_up(self) -> None:
-        """Load the text encoder if it is installed, and run the network once."""
-        if self._model is None:
-            return
-        if self.config.encoder is not None and self.takes_any_text:
-            self._encoder = self._model.text_encoder()
-        if self.config.encoder is None or self._encoder is not None:
-            condition: Settings = {"prompts": ""} if self._encoder is not None else {}
-            self._model.sample(**condition, classes=0 if self.labels else None, steps=1)
+        """Run the network once, under a condition that needs no text encoder."""
+        if self._model is not None and (self._stored or self.config.encoder is None):
+            prompts = min(self._stored, default=None)
+            self._model.sample(prompts, classes=0 if self.labels else None, steps=1)
 
     # --- what may be asked for ---
 
@@ -133,7 +137,7 @@ class Served:
     @cached_property
     def prompts(self) -> list[str] | None:
         """Captions that the model has seen, where they are known at once."""
-        stored = sorted(filter(None, caption_features(self.run)))
+        stored = sorted(filter(None, self._stored))
         if not self.takes_any_text or self.config.data.source not in EMOJI:
             return stored or None
         try:
@@ -187,9 +191,12 @@ class Served:
             raise Refused(400, f"{name} takes no prompts: leave it empty", field)
         if model.model.text is not None and request.prompt is None:
             raise Refused(400, f"{name} needs a prompt: add one", "prompt")
-        if not self.takes_any_text and self.prompts and request.prompt not in ("", *self.prompts):
-            message = f"no text encoder is installed here: choose one of {', '.join(self.prompts)}"
-            raise Refused(400, message, "prompt")
+        if not self.takes_any_text and self.prompts:
+            for field in ("prompt", "negative"):
+                if (getattr(request, field) or "") not in ("", *self.prompts):
+                    known = ", ".join(self.prompts)
+                    message = f"no text encoder is installed here: choose one of {known}"
+                    raise Refused(400, message, field)
         count = len(self.labels or ())
         if (request.label is None) != (count == 0) or (request.label or 0) >= max(count, 1):
             one = f"give a number from 0 to {count - 1}" if count else "omit it"
@@ -266,6 +273,8 @@ class Served:
     def draw(self, request: Draw, pictures: Pictures | None, job: Job) -> None:
         """Draw, and hand every state and the result to the job."""
         model = self.model()
+        if not {request.prompt, request.negative or ""} <= self._stored:
+            self.open_encoder()
         sampling = model.sampling(request.settings)
         every = interval(sampling.steps, model.picture_side)
         seeds = range(request.seed, request.seed + request.images)
