@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion study hero test pages site chaos check format clean
+.PHONY: help demo fashion study hero screenshots test pages site chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make study    compare MDM with its baselines, small (a quarter of an hour): runs/study"
 	@echo "make hero     draw the picture of the README with the shipped model"
+	@echo "make screenshots  take the pictures of docs/studio.md (Debian's chromium; after make demo)"
 	@echo "make test     run the tests"
 	@echo "make pages    run the commands of every page in docs/"
 	@echo "make site     build the docs site: build/site/html"
@@ -39,6 +40,9 @@ hero: $(VENV)/.user
 	$(BIN)/mdm sample openmoji -p "red apple" -p umbrella -p rainbow -p "cat face" -p "teddy bear" \
 		-p sailboat --seed 3 -o runs/hero --overwrite
 	cp runs/hero/levels.png docs/pictures/hero.png
+
+screenshots: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m screenshots runs/demo
 
 # One thread in each process, also in numpy's BLAS and in the commands that tests start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -26,6 +26,7 @@ from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import batch_of
 from matryoshka_diffusion.studio.requests import (
+    OF_SAMPLER,
     Draw,
     Limits,
     Refused,
@@ -178,7 +179,7 @@ class Served:
             "images": self.most_images(limits),
             "samplers": list(SAMPLERS),
             "grids": list(GRIDS),
-            "defaults": sampling.model_dump(include={"sampler", "steps", "guidance", "grid"}),
+            "defaults": sampling.model_dump(include=set(OF_SAMPLER)),
             "training": self.trains,
         }
 
@@ -334,7 +335,7 @@ class Served:
         lines = read_curves(Path(self.run)).lines
         levels = self.config.model.levels
 
-        def rows(key: str) -> list[list[float | None]]:
+        def rows(key: str) -> list[list[Any]]:
             found = [(x["images_seen"], x[key]) for x in lines if isinstance(x.get(key), list)]
             thinned = found[:: -(-len(found) // MOST_POINTS) or 1]
             return [[n, *values, *[None] * (len(levels) - len(values))] for n, values in thinned]

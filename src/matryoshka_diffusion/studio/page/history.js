@@ -78,7 +78,8 @@ export class History {
     const settings = JSON.stringify(entry.settings);
     if (this.entries.some((other) => JSON.stringify(other.settings) === settings)) return;
     entry = { ...entry, at: Date.now() };
-    entry.number = (await this.store?.add(entry)) ?? this.entries.length;
+    // What the browser has no room for lives as long as the page, under a number of its own.
+    entry.number = (await this.store?.add(entry).catch(() => null)) ?? -entry.at;
     this.entries.push(entry);
     while (this.entries.length > MOST) await this.#remove(this.entries[0]);
     this.#show();

@@ -72,6 +72,7 @@ function shown(action) {
 // --- models -----------------------------------------------------------------------------------
 
 function useModel(id) {
+  drawing?.abort();
   model = known.models.find((one) => one.id === id) ?? known.models[0];
   byId("model").value = model.id;
   form.show(model, known.limits);
@@ -111,13 +112,16 @@ async function draw(changes = {}) {
   stage.time.pause();
   say("Asking the studio …");
   settle();
+  let done = false;
   try {
     for await (const line of api.draw(request, controller.signal)) {
+      done = "done" in line;
       if (line.queued > 0) say(waiting(line.queued));
       if (line.queued === 0) say("Drawing …");
       if (line.state) follow(film, line.state);
-      if (line.done) await finish(film, line.done);
+      if (done) await finish(film, line.done);
     }
+    if (!done) throw new api.StudioError({ message: "The drawing ended early: draw it again." });
   } catch (error) {
     complain(error);
     if (drawing === controller && error.name === "AbortError") {

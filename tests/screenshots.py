@@ -1,0 +1,97 @@
+"""The pictures of docs/studio.md: `python -m screenshots RUN`, with a run in training."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from browsing import Page, served
+from matryoshka_diffusion.studio.served import Served
+
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+WIDE, PHONE = (1200, 800), (390, 844)
+
+
+def main(run: str) -> None:
+    models = [Served(name, number) for number, name in enumerate(("openmoji", run))]
+    with served(models) as address, tempfile.TemporaryDirectory() as profile:
+        page = Page(address, Path(profile))
+        try:
+            page.resize(*WIDE)
+            page.open()
+            _wide(page)
+            _painting(page)
+            _dark(page)
+            _phone(page)
+            _training(page)
+        finally:
+            page.close()
+
+
+def _draw(page: Page, prompt: str, seed: int) -> None:
+    page.write("#prompt", prompt)
+    page.run("document.getElementById('seed').value = arguments[0]", seed)
+    page.draws(lambda: page.click("#draw"))
+
+
+def _wide(page: Page) -> None:
+    for prompt, seed in (("umbrella", 4), ("sailboat", 3), ("cat face", 3), ("teddy bear", 3)):
+        _draw(page, prompt, seed)
+    _draw(page, "red apple", 3)
+    _save(page, "wide")
+
+
+def _painting(page: Page) -> None:
+    """A red apple is painted blue on its 16-pixel level, and the others follow."""
+    page.write("#guidance", 1)
+    page.click("#levels li:nth-child(1) button")
+    for row in range(5, 13):
+        inset = 4.5 if row in (5, 12) else 3.5
+        page.stroke(0, (inset / 16, (row + 0.5) / 16), (1 - inset / 16, (row + 0.5) / 16))
+    page.draws(lambda: page.click("#redraw-others"))
+    _save(page, "painting")
+    page.click("#leave")
+    page.write("#guidance", 3)
+
+
+def _dark(page: Page) -> None:
+    page.colours("dark")
+    _draw(page, "sailboat", 3)
+    page.slide("#time input", 11)
+    _save(page, "dark")
+    page.colours("light")
+
+
+def _phone(page: Page) -> None:
+    page.resize(*PHONE, scale=2, phone=True)
+    page.open()
+    _draw(page, "cat face", 3)
+    _save(page, "phone", height=PHONE[1] + 260)
+    page.resize(*WIDE)
+
+
+def _training(page: Page) -> None:
+    page.open()
+    page.run(
+        "const select = document.getElementById('model'); select.value = '1';"
+        "select.dispatchEvent(new Event('change'))"
+    )
+    page.click("#view-training")
+    page.wait(lambda: page.run("return document.getElementById('preview').naturalWidth"))
+    _save(page, "training")
+
+
+def _save(page: Page, name: str, height: int | None = None) -> None:
+    page.run("document.activeElement.blur(); scrollTo(0, 0)")
+    image = Image.open(io.BytesIO(page.picture())).convert("RGB")
+    if height is not None:
+        image = image.crop((0, 0, image.width, min(2 * height, image.height)))
+    image.save(PICTURES / f"studio-{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
