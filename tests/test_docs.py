@@ -346,6 +346,7 @@ PREPARED = {
     "fine-tuning.md": with_releases,
     "growing.md": with_shards,
     "many-gpus.md": with_shards,
+    "onnx.md": with_prompts,
     "released-checkpoints.md": with_releases,
     "sampling.md": with_prompts,
     "video.md": with_emoji,

@@ -148,4 +148,4 @@ def test_doctor_names_the_extra_that_has_what_is_missing(monkeypatch, capsys):
 def test_doctor_knows_every_extra_of_users():
     block = PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", block, re.MULTILINE))
-    assert doctor.EXTRAS.keys() == extras - {"bench", "dev"}
+    assert doctor.EXTRAS.keys() == extras - {"bench", "dev", "site"}

@@ -173,7 +173,7 @@ def ragged(pyramid: Pyramid, rows: Sequence[int]) -> Pyramid:
     return tuple(level[:count] for level, count in zip(pyramid, rows, strict=True))
 
 
-def pad_rows(x: Tensor, rows: int) -> Tensor:
+def pad_rows(x: Tensor, rows: int | torch.SymInt) -> Tensor:
     """Append zero rows until there are `rows`: the features of finer levels that are missing."""
     missing = rows - x.shape[0]
     return x if missing == 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])

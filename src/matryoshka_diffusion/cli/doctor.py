@@ -28,8 +28,9 @@ EXTRAS = {
     "tensorboard": "mdm train --log tensorboard",
     "wandb": "mdm train --log wandb",
     "diffusers": "codecs, and mdm export --format diffusers",
+    "onnx": "mdm export --format onnx, and drawing with it",
 }
-"""Extras for users and what needs them. `bench` and `dev` are for developers."""
+"""Extras for users and what needs them. `bench`, `site` and `dev` are for developers."""
 
 
 def doctor(options: argparse.Namespace) -> None:

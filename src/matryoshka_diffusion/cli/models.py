@@ -16,6 +16,7 @@ from matryoshka_diffusion.cli.options import (
     add_sampling,
     add_shared,
     find_device,
+    guidance_weights,
     natural,
     positive,
     refuse_idle,
@@ -24,7 +25,7 @@ from matryoshka_diffusion.cli.options import (
 from matryoshka_diffusion.cli.terminal import Bar, show
 from matryoshka_diffusion.models.names import refuse_unknown
 
-FORMATS = ("mdm", "diffusers")
+FORMATS = ("mdm", "diffusers", "onnx")
 CLIPS = ("webp", "mp4", "gif", "png")
 _MATCHED = 0.05  # error of an average's profile, at most
 
@@ -234,9 +235,23 @@ def export(options: argparse.Namespace) -> None:
         model = Matryoshka.load(options.model, text_encoder=options.text_encoder)
         write_diffusers(model, options.out)
         show(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
+    elif options.format == "onnx":
+        _export_onnx(options)
     else:
         config = export_model(options.model, options.out, options.dtype, options.text_encoder)
         show(f"{options.out}: {sampling_command(options.out, config)} draws with it")
+
+
+def _export_onnx(options: argparse.Namespace) -> None:
+    """Write graphs, weights, stored captions and a sampler in numpy."""
+    from matryoshka_diffusion.models.onnx import export_onnx
+    from matryoshka_diffusion.pipeline import Matryoshka
+
+    model = Matryoshka.load(options.model, text_encoder=options.text_encoder, precision="fp32")
+    captions = options.captions.read_text("utf-8").splitlines() if options.captions else ()
+    settings = sampling(options)
+    export_onnx(model, options.out, captions=captions, dtype=options.dtype, **settings)
+    show(f"{options.out}: python {options.out / 'sample.py'} draws with numpy and onnxruntime")
 
 
 def ema(options: argparse.Namespace) -> None:
@@ -314,12 +329,18 @@ def add_commands(commands: Any) -> None:
     command.add_argument("-o", "--out", **MODEL_FOLDER)
     add_shared(command, "--text-encoder")
 
-    command = add_command(commands, "export", export, "write a model for sharing, or for diffusers")
+    text = "write a model for sharing, for diffusers or as ONNX"
+    command = add_command(commands, "export", export, text)
     command.add_argument("model", metavar="RUN", help=MODEL)
     command.add_argument("-o", "--out", **MODEL_FOLDER)
     add = command.add_argument
-    add("--format", choices=FORMATS, default="mdm", help="for mdm (the default) or diffusers")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights, for mdm (fp32)")
+    add("--format", choices=FORMATS, default="mdm", help="for mdm (the default) or others")
+    text = "of stored weights (fp32); bf16 is for mdm, fp16 for onnx"
+    add("--dtype", choices=(*DTYPES, "fp16"), default="fp32", help=text)
+    add("--captions", type=Path, metavar="FILE", help="onnx: prompts whose features are stored")
+    add("--steps", type=positive, metavar="N", help="onnx: sampler steps (the model's own)")
+    text = "onnx: guidance weight for all levels, or one for each level, coarse to fine"
+    add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
     add_shared(command, "--text-encoder")
 
     command = add_command(commands, "ema", ema, "average the weights of a run over another length")

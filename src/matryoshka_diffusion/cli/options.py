@@ -85,7 +85,7 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
         add("--sampler", choices=SAMPLERS, help="(the model's own)")
         add("--steps", type=positive, metavar="N", help="sampler steps (the model's own)")
         text = "guidance weight for all levels, or one for each level, coarse to fine"
-        add("--cfg", type=_weights, dest="guidance", metavar="W[,W...]", help=text)
+        add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
         text = "time, 0 to 1, of the noise on an upsampler's small image"
         add("--coarse-noise", type=float, metavar="T", help=text)
     text = "weaker model that guidance leads away from, such as one of mdm ema --until"
@@ -182,7 +182,7 @@ def _whole(text: str, least: int, range_name: str) -> int:
     return value
 
 
-def _weights(text: str) -> float | tuple[float, ...]:
+def guidance_weights(text: str) -> float | tuple[float, ...]:
     try:
         first, *others = map(float, text.split(","))
     except ValueError as error:

@@ -32,7 +32,7 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "b n"] | None = None
     embedding: Float[Tensor, "b e"] | None = None
 
-    def rows(self, count: int) -> Context:
+    def rows(self, count: int | torch.SymInt) -> Context:
         """The context of the first `count` rows."""
         first = slice(count)
         tensors = (self.tokens, self.mask, self.embedding)
@@ -147,4 +147,4 @@ class TextTower(nn.Module):
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         dropped = cond.dropped[:, None]
         tokens = torch.where(dropped[:, :, None], self.null.to(tokens.dtype), tokens)
-        return tokens, torch.where(dropped, first, mask)
+        return tokens, (mask & ~dropped) | (first & dropped)  # ONNX has no choice between bools

@@ -97,11 +97,11 @@ class Level(nn.Module):
         `t` and `context` may have more rows than `x`, and `incoming`, which joins after the stem,
         may have fewer.
         """
-        context = context.rows(len(x))
-        embedding = self.embed(t[: len(x)], context)
+        context = context.rows(x.shape[0])
+        embedding = self.embed(t[: x.shape[0]], context)
         h = self.stem(unshuffle(frames_as_rows(x), self.config.patch))
         if incoming is not None:
-            h = h + pad_rows(incoming, len(h))
+            h = h + pad_rows(incoming, h.shape[0])
         skips = [h]
         for layer in self.encoder:
             conditions = (embedding, context) if isinstance(layer, Block) else ()

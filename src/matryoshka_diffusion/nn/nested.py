@@ -93,7 +93,7 @@ class NestedUNet(nn.Module):
         predictions = [prediction]
         for level, adapter in zip(finer, adapters, strict=True):
             trail = trails.pop()
-            h, prediction = level.decode(trail, adapter.outward(h[: len(trail.core)]))
+            h, prediction = level.decode(trail, adapter.outward(h[: trail.core.shape[0]]))
             predictions.append(prediction)
         return tuple(predictions)
 
@@ -109,7 +109,9 @@ class NestedUNet(nn.Module):
         Raises:
             ValueError: the network is an upsampler, and the coarse image or its time is missing.
         """
-        x = [level.scale(z_r, t[: len(z_r)]) for level, z_r in zip(self.levels, z, strict=False)]
+        x = [
+            level.scale(z_r, t[: z_r.shape[0]]) for level, z_r in zip(self.levels, z, strict=False)
+        ]
         if self.config.coarse is not None:
             if cond.image is None or cond.image_t is None:
                 raise ValueError("this network is an upsampler, but image or image_t is None")
