@@ -347,7 +347,9 @@ def test_a_model_carries_its_projection_to_further_training(trained, photos, tmp
     with pytest.raises(ConfigError, match=r"features\.path"):
         warm_start(other, tmp_path / "cold")
 
-    grown = grow_run(str(out), lambda level: next_level(level, 32), tmp_path / "grown", change)
+    grown = grow_run(
+        str(out), lambda level: next_level(level, 32), tmp_path / "grown", change, data=str(photos)
+    )
     ready = job.prepare(grown, folder=tmp_path / "grown")
     assert (tmp_path / "grown" / FILE).read_bytes() == (trained / FILE).read_bytes()
     assert ready.loader.batch([0]).features.shape == (1, CHANNELS, 4, 4)  # pyright: ignore

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
 
+from matryoshka_diffusion.configfile import changed
+from matryoshka_diffusion.models.save import export_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.train.weights import export_weights
 from test_codec import on_codes
 from test_pipeline import class_model, moving, plain_model, text_model
 
@@ -94,7 +98,7 @@ def test_paths_of_this_computer_are_not_shared(site, tmp_path):
     train = model.config.train.model_copy(update={"init": str(tmp_path)})
     update = {"data": data, "encoder": encoder, "train": train}
     model.config = model.config.model_copy(update=update)
-    with pytest.warns(UserWarning, match="is a local folder and is not uploaded"):
+    with pytest.warns(UserWarning, match="is a local folder and does not go with"):
         model.push_to_hub("me/dolls")
     written = json.loads((site / "me" / "dolls" / "config.json").read_text())
     assert written["data"]["path"] is None
@@ -102,6 +106,27 @@ def test_paths_of_this_computer_are_not_shared(site, tmp_path):
     assert written["train"]["init"] is None
     for path in (site / "me" / "dolls").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_an_export_names_no_path_of_this_computer_unasked(tmp_path):
+    model = text_model()
+    assert model.config.encoder is not None
+    mix = ({"path": str(tmp_path / "a"), "share": 1.0}, {"path": str(tmp_path / "b"), "share": 1.0})
+    changes: dict[str, Any] = {"train.init": str(tmp_path), "data.path": None, "data.mix": mix}
+    changes |= {"encoder.path": str(tmp_path), "sampling.guide": str(tmp_path)}
+    for data in (changes, {**changes, "data.path": str(tmp_path), "data.mix": ()}):
+        config = changed(model.config, data.items())
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        export_weights(tmp_path / "run", model.net.state_dict(), config)
+        with pytest.warns(UserWarning, match="is a local folder and does not go with"):
+            export_model(str(tmp_path / "run"), tmp_path / "shared" / str(len(data["data.mix"])))
+    encoder = str(tmp_path / "t5")
+    export_model(str(tmp_path / "run"), tmp_path / "named", text_encoder=encoder)
+    named = json.loads((tmp_path / "named" / "config.json").read_text())
+    assert named["encoder"]["path"] == encoder, "it was asked for"
+    files = [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
 
 
 def test_what_the_hub_does_not_give_is_one_clear_error(site):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from matryoshka_diffusion import sampling
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.data.source import open_data, read_all
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.eval.prompts import SHEET_PROMPTS
 from matryoshka_diffusion.metrics.formulas import averages, prompt_retrieval
 from matryoshka_diffusion.models.find import CAPTIONS, caption_features
 from matryoshka_diffusion.models.names import shipped_models
+from matryoshka_diffusion.models.save import export_model
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.text.encoder import load_encoder
@@ -45,6 +50,18 @@ def test_it_says_where_it_comes_from(model):
     command = f"mdm train {shipped.name} "
     for word in ("OpenMoji", "CC BY-SA 4.0", "seed 0", command, "commit", "retrieval"):
         assert word in notice, word
+
+
+def test_its_samples_say_whose_the_drawings_are(model, tmp_path):
+    out = str(tmp_path / "a.png")
+    assert cli.main(["sample", "openmoji", "-p", "red apple", "--steps", "1", "-o", out]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        settings = json.loads(picture.info[SETTINGS_KEY])
+    for word in ("OpenMoji", "https://openmoji.org", "CC BY-SA 4.0"):
+        assert word in settings["attribution"]
+    export_model("openmoji", tmp_path / "shared")
+    assert Matryoshka.load(tmp_path / "shared").config.attribution == settings["attribution"]
+    assert preset("openmoji").attribution is None
 
 
 def test_stored_features_are_those_of_the_encoder_for_the_pictures_of_the_readme(model):

@@ -313,6 +313,7 @@ class RunConfig(Strict):
     encoder: EncoderConfig | None = None
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
+    attribution: str | None = None  # to be named beside samples, as the data's licence demands
 
     @property
     def pixels_per_side(self) -> int:

@@ -216,6 +216,7 @@ class Matryoshka(DiffusionModel):
             "captions": captions,
             "seeds": seeds,
             **({} if negative is None else {"negative": negative}),
+            **({} if (whose := self.config.attribution) is None else {"attribution": whose}),
             "precision": self.precision,
             **self._drawn_with(sampling),
         }

@@ -1,4 +1,4 @@
-"""The command `mdm doctor`: what is installed, what would be used, and what is missing."""
+"""Commands about the command: doctor, what is installed and missing, and completion for shells."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion import __version__
 from matryoshka_diffusion.cli.options import PRECISION, add_command, add_shared, find_device
-from matryoshka_diffusion.cli.terminal import show
+from matryoshka_diffusion.cli.terminal import output, show
 
 PACKAGE = "matryoshka-diffusion"
 EXTRAS = {
@@ -27,20 +29,47 @@ EXTRAS = {
     "video": "videos as data, and clips as MP4",
     "tensorboard": "mdm train --log tensorboard",
     "wandb": "mdm train --log wandb",
+    "completion": "mdm completion",
     "diffusers": "codecs, and mdm export --format diffusers",
     "onnx": "mdm export --format onnx, and drawing with it",
 }
 """Extras for users and what needs them. `bench`, `site` and `dev` are for developers."""
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def doctor(options: argparse.Namespace) -> None:
     show("\n".join([*_system(options.device), *_extras()]))
 
 
+def completion(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.cli.main import build_parser
+    from matryoshka_diffusion.files import require
+
+    shtab = require("shtab", "completion", "mdm completion")
+    parser = build_parser()
+    for action in actions_of(parser):
+        if action.type is Path or action.metavar in ("RUN", "DATA"):
+            action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
+    with output():
+        print(shtab.complete(parser, options.shell))
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Options and arguments of a parser and of all commands in it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from actions_of(command)
+
+
 def add_commands(commands: Any) -> None:
-    """Add the command of this module to the parser."""
+    """Add the commands of this module to the parser."""
     text = "say what is installed, what would be used, and what is missing"
     add_shared(add_command(commands, "doctor", doctor, text), "--device")
+    text = "print the script with which a shell completes mdm"
+    command = add_command(commands, "completion", completion, text)
+    command.add_argument("shell", choices=SHELLS, help="bash: mdm completion bash >> ~/.bashrc")
 
 
 def _system(device_name: str) -> list[str]:

@@ -32,7 +32,7 @@ GROUPS = {
     "train": ("train", "embed", "data", "demo"),
     "models": ("sample", "edit", "grow", "convert", "export", "ema"),
     "info": ("presets", "info", "plot"),
-    "doctor": ("doctor",),
+    "doctor": ("doctor", "completion"),
     "eval": ("eval", "compare", "sweep"),
     "studio": ("studio",),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.features import FILE
-from matryoshka_diffusion.models.save import carry_frozen, without_paths
+from matryoshka_diffusion.models.save import carry_frozen, shared_config
 from matryoshka_diffusion.train.weights import MODEL, export_weights
 
 FILES = (MODEL, "config.json", FILE, *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
@@ -56,13 +55,7 @@ def push(
     """
     import huggingface_hub as hub
 
-    shared = without_paths(config)
-    if shared.encoder != config.encoder and config.encoder is not None:
-        warnings.warn(
-            f"the text encoder {config.encoder.path} is a local folder and is not uploaded: "
-            "whoever loads the model must name one (--text-encoder, text_encoder=)",
-            stacklevel=3,
-        )
+    shared = shared_config(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         carry_frozen(config, folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,10 +27,11 @@ def export_model(
 ) -> RunConfig:
     """Write the weights of a model with its config, codec and projection of features into `out`.
 
-    Nothing else of its run goes there.
+    Nothing else of its run goes there. A text encoder in a folder of this computer is named only
+    if it is given here.
 
     Returns:
-        The config in `out`. It names no base and no guide that is a folder of this computer.
+        The config in `out`, otherwise without paths of this computer.
 
     Raises:
         ConfigError: `out` is not empty.
@@ -38,9 +41,11 @@ def export_model(
     weights, config = find_model(run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
-    config = without_models(carry_frozen(config, out))
-    export_weights(out, weights, config, dtype=DTYPES[dtype])
-    return config
+    shared = shared_config(config) if text_encoder is None else without_paths(config)
+    shared = shared if text_encoder is None else with_encoder(shared, text_encoder)
+    carry_frozen(config, out)
+    export_weights(out, weights, shared, dtype=DTYPES[dtype])
+    return shared
 
 
 def convert_released(
@@ -93,6 +98,18 @@ def carry_frozen(config: RunConfig, folder: Path) -> RunConfig:
     return carry_features(carry_codec(config, folder), folder)
 
 
+def shared_config(config: RunConfig) -> RunConfig:
+    """The config without folders of this computer; warns if its text encoder is one of them."""
+    shared = without_paths(config)
+    if shared.encoder != config.encoder and config.encoder is not None:
+        warnings.warn(
+            f"the text encoder {config.encoder.path} is a local folder and does not go with the "
+            "model: whoever loads it must name one (--text-encoder, text_encoder=)",
+            stacklevel=4,
+        )
+    return shared
+
+
 def without_paths(config: RunConfig) -> RunConfig:
     """The config without folders of this computer, which nobody else has or should see."""
     train, encoder, features = config.train, config.encoder, config.features
@@ -103,22 +120,18 @@ def without_paths(config: RunConfig) -> RunConfig:
         train = train.model_copy(update={"init": None})
     if encoder is not None and encoder.path is not None and _is_here(encoder.path):
         encoder = encoder.model_copy(update={"path": None})
-    update = {
-        "data": config.data.model_copy(update={"path": None}),
+    update: dict[str, Any] = {
+        "data": config.data.model_copy(update={"path": None, "mix": ()}),
         "codec": config.codec and config.codec.model_copy(update={"path": None}),
         "features": features,
         "encoder": encoder,
         "train": train,
     }
-    return without_models(config.model_copy(update=update))
-
-
-def without_models(config: RunConfig) -> RunConfig:
-    """The config without a base and a guide that are folders of this computer."""
     base, guide = config.sampling.base, config.sampling.guide
     paths = {"base": base and base.path, "guide": guide}
-    update = {name: None for name, path in paths.items() if path is not None and _is_here(path)}
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update=update)})
+    here = {name: None for name, path in paths.items() if path is not None and _is_here(path)}
+    update["sampling"] = config.sampling.model_copy(update=here)
+    return config.model_copy(update=update)
 
 
 def _is_here(path: str) -> bool:
