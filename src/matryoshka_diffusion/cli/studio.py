@@ -38,21 +38,21 @@ def studio(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.studio.requests import Limits
     from matryoshka_diffusion.studio.served import Served
 
-    listening = app.listen(options.host, options.port)
     device = find_device(options.device)
     served = [
         Served(run, number, device=device, precision=options.precision)
         for number, run in enumerate(options.runs)
     ]
-    name = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{name}:{listening.getsockname()[1]}/"
-    address += "" if token is None else f"#token={token}"
-    show(f"{address} shows {', '.join(one.config.name for one in served)}; Ctrl-C ends it")
-    if options.open:
-        import webbrowser
+    with app.listen(options.host, options.port) as listening:
+        name = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{name}:{listening.getsockname()[1]}/"
+        address += "" if token is None else f"#token={token}"
+        show(f"{address} shows {', '.join(one.config.name for one in served)}; Ctrl-C ends it")
+        if options.open:
+            import webbrowser
 
-        webbrowser.open(address)
-    app.serve(served, listening, token, Limits())
+            webbrowser.open(address)
+        app.serve(served, listening, token, Limits())
 
 
 def is_loopback(host: str) -> bool:

@@ -30,7 +30,7 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.escape import printable
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.studio.guard import Guard, Message, Receive, Scope, Send, failure
+from matryoshka_diffusion.studio.guard import Guard, Message, Receive, Scope, Send
 from matryoshka_diffusion.studio.requests import (
     AtLevel,
     Draw,
@@ -41,6 +41,7 @@ from matryoshka_diffusion.studio.requests import (
     check_picture,
     described,
     encoded,
+    error_of,
     parsed,
     settings_in,
 )
@@ -274,24 +275,24 @@ def sentence_for(error: Exception) -> str:
 
 def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    return JSONResponse(failure(str(error), error.field), error.status)
+    return JSONResponse(error_of(str(error), error.field), error.status)
 
 
 def _unusable(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure(str(error)), 400)
+    return JSONResponse(error_of(str(error)), 400)
 
 
 def _failed(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(failure(error.detail), error.status_code)
+    return JSONResponse(error_of(error.detail), error.status_code)
 
 
 def _left(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure("the request was cut off"), 400)
+    return JSONResponse(error_of("the request was cut off"), 400)
 
 
 def _broken(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure(sentence_for(error)), 500)
+    return JSONResponse(error_of(sentence_for(error)), 500)
 
 
 # --- the command ---------------------------------------------------------------------------------

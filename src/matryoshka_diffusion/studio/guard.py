@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-from matryoshka_diffusion.studio.requests import Refused
+from matryoshka_diffusion.studio.requests import Refused, error_of
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -59,7 +59,7 @@ class Guard:
         try:
             self._check(scope)
         except Refused as error:
-            await answer(send_guarded, error.status, failure(str(error), error.field))
+            await answer(send_guarded, error.status, error_of(str(error), error.field))
         else:
             await self._app(scope, receive, send_guarded)
 
@@ -93,11 +93,6 @@ def _without_port(host: str) -> str:
     """The name in a header Host; an IPv6 address keeps its brackets."""
     name, _, port = host.rpartition(":")
     return name.lower() if name and port.isdecimal() else host.lower()
-
-
-def failure(message: str, field: str | None = None) -> dict[str, Any]:
-    """The content of an answer that says what is wrong."""
-    return {"error": {"message": message, "field": field}}
 
 
 async def answer(send: Send, status: int, content: Any) -> None:

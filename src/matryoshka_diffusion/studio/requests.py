@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -20,6 +21,8 @@ from matryoshka_diffusion.modelconfig import Count, Natural, Share, Strict
 LARGEST_SEED = 2**53 - 1
 """The last whole number that JavaScript's numbers hold exactly."""
 STRONGEST = 100.0  # weight of guidance, in either direction
+
+_OPTION = re.compile(r" \(-[^)]*\)")  # such as " (--image)"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.status, self.field = status, field
+
+
+def error_of(message: str, field: str | None = None) -> dict[str, Any]:
+    """An error as JSON. Options of the command in the message are left out."""
+    return {"error": {"message": _OPTION.sub("", message), "field": field}}
 
 
 # --- what may be asked for -----------------------------------------------------------------------

@@ -21,7 +21,13 @@ from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.files import MissingExtra, package_folder
 from matryoshka_diffusion.models.find import caption_features, read_config
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.pyramid import Resolution, resolutions_of, shrink
+from matryoshka_diffusion.pyramid import (
+    Resolution,
+    down_sample,
+    resolutions_of,
+    to_float,
+    to_uint8,
+)
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import batch_of
@@ -337,8 +343,9 @@ class Served:
 
         def rows(key: str) -> list[list[Any]]:
             found = [(x["images_seen"], x[key]) for x in lines if isinstance(x.get(key), list)]
-            thinned = found[:: -(-len(found) // MOST_POINTS) or 1]
-            return [[n, *values, *[None] * (len(levels) - len(values))] for n, values in thinned]
+            return [
+                [n, *values, *[None] * (len(levels) - len(values))] for n, values in thinned(found)
+            ]
 
         rates = [x["images_per_second"] for x in lines if x.get("images_per_second")]
         return {
@@ -365,4 +372,13 @@ class Served:
 
 def pixels_of_level(served: Served, content: bytes, side: int) -> UInt8[np.ndarray, "side side 3"]:
     """A picture brought to a level as training does it, in colour."""
-    return rgb(shrink(served.at_level(content, side), Resolution(side, side)))
+    pixels = served.config.data.pixels
+    x = to_float(served.at_level(content, side), pixels).permute(2, 0, 1)[None]
+    level = to_uint8(down_sample(x, Resolution(side, side)), pixels)[0]
+    return rgb(level.permute(1, 2, 0).numpy())
+
+
+def thinned(points: list[Any]) -> list[Any]:
+    """About `MOST_POINTS` of a longer list, evenly, and the last one."""
+    every = max(1, -(-len(points) // MOST_POINTS))
+    return [*points[:-1:every], *points[-1:]]

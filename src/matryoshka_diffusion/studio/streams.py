@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion.draw.clips import FASTEST, webp
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, png, to_image
-from matryoshka_diffusion.studio.requests import Settings, encoded
+from matryoshka_diffusion.studio.requests import Settings, encoded, error_of
 
 LARGE_SIDE = 128
 """Pictures with a longer side are shown after every second step."""
@@ -25,7 +25,7 @@ def line(**content: Any) -> bytes:
 
 def error_line(message: str, field: str | None = None) -> bytes:
     """The last line of a stream that fails."""
-    return line(error={"message": message, "field": field})
+    return line(**error_of(message, field))
 
 
 def interval(steps: int, side: int) -> int:
