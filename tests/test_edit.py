@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,15 @@ from matryoshka_diffusion.config import SamplerName, UsageError
 from matryoshka_diffusion.diffusion import diffuse
 from matryoshka_diffusion.edit import UNCHANGED, Edit, Hold, enlarged_exactly
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
-from matryoshka_diffusion.samplers import SAMPLERS, trailing_grid, waking
+from matryoshka_diffusion.samplers import (
+    SAMPLERS,
+    ddpm,
+    dpmpp_2m,
+    last,
+    resampling,
+    trailing_grid,
+    waking,
+)
 from matryoshka_diffusion.schedule import Cosine, instants
 from matryoshka_diffusion.train.weights import export_weights
 from oracle import GaussianImages, UnitNoise, moments, small_clips, small_world
@@ -66,7 +75,8 @@ def test_an_edit_that_holds_nothing_changes_no_bit(name: SamplerName, make: Call
     plain = SAMPLERS[name] if floor is None else waking(SAMPLERS[name], (floor,) * 3)
     times = trailing_grid(20, world.schedules[0])
     truth = list(plain(world, noise.start(), world.schedules, times, noise=noise))
-    for edit in (UNCHANGED, Edit((hold(world, 1, until=1.0),))):
+    free = hold(world, 1, until=1.0)
+    for edit in (UNCHANGED, Edit(corrections=2), Edit((free,), corrections=2)):
         for state, true in zip(drawn(world, edit, name, floor=floor), truth, strict=True):
             assert (state.step, state.t) == (true.step, true.t)
             assert all(map(torch.equal, (*state.z, *state.x), (*true.z, *true.x)))
@@ -80,8 +90,8 @@ def test_every_level_agrees_with_a_held_one_and_an_image_held_whole_comes_back(
 ):
     world = make(Cosine())
     held = hold(world, level)
-    for floor in (None, -2.0):
-        z = drawn(world, Edit((held,)), name, floor=floor)[-1].z
+    for floor, corrections in ((None, 0), (-2.0, 0), (None, 1)):
+        z = drawn(world, Edit((held,), corrections=corrections), name, floor=floor)[-1].z
         for r in range(level + 1):
             resolution = world.resolutions[r]
             torch.testing.assert_close(z[r], down_sample(held.image, resolution).expand_as(z[r]))
@@ -145,27 +155,77 @@ BIASES = {
     "coarse pixels": (1, (1, 0), 0.145),
 }
 """Bounds of the relative error of the mean, which does not fall with the number of steps."""
+WORLD = small_world(Cosine())
+
+
+def conditional(level: int, mask: tuple[int, ...]) -> tuple[Hold, Tensor, Tensor]:
+    """x given A x = y is N(m + K (y - A m), S - K A S) with K = S A' (A S A')^-1."""
+    held = hold(WORLD, level, mask)
+    kept = held.mask.flatten()
+    a, y = WORLD.pools[level][kept], held.image.flatten()[kept]
+    gain = WORLD.covariance @ a.T @ (a @ WORLD.covariance @ a.T).inverse()
+    mean = WORLD.mean + gain @ (y - a @ WORLD.mean)
+    return held, mean, WORLD.covariance - gain @ a @ WORLD.covariance
 
 
 @pytest.mark.parametrize(("level", "mask", "bias"), BIASES.values(), ids=BIASES.keys())
 def test_covariance_goes_to_that_of_the_condition_and_the_mean_has_a_known_bias(
     level: int, mask: tuple[int, ...], bias: float
 ):
-    """x given A x = y is N(m + K (y - A m), S - K A S) with K = S A' (A S A')^-1."""
-    world = small_world(Cosine())
-    held = hold(world, level, mask)
-    kept = held.mask.flatten()
-    a, y = world.pools[level][kept], held.image.flatten()[kept]
-    gain = world.covariance @ a.T @ (a @ world.covariance @ a.T).inverse()
-    mean = world.mean + gain @ (y - a @ world.mean)
-    covariance = world.covariance - gain @ a @ world.covariance
+    held, mean, covariance = conditional(level, mask)
     errors = []
     for steps in (25, 50, 100):
-        result, spread = moments(drawn(world, Edit((held,)), steps=steps)[-1].z[-1])
+        result, spread = moments(drawn(WORLD, Edit((held,)), steps=steps)[-1].z[-1])
         assert 0.5 * bias < relative(result, mean) < bias
         errors.append(relative(spread, covariance))
     assert errors[-1] < 0.15
     assert all(fine / coarse < 0.6 for coarse, fine in pairwise(errors))
+
+
+@pytest.mark.parametrize(("level", "mask", "bias"), BIASES.values(), ids=BIASES.keys())
+def test_with_corrections_mean_and_covariance_go_to_those_of_the_condition(
+    level: int, mask: tuple[int, ...], bias: float
+):
+    held, mean, covariance = conditional(level, mask)
+    errors = []
+    for steps in (25, 50, 100):
+        edit = Edit((held,), corrections=4, reach=math.inf)
+        result, spread = moments(drawn(WORLD, edit, steps=steps)[-1].z[-1])
+        assert relative(result, mean) < 1e-3
+        errors.append(relative(spread, covariance))
+    assert errors[-1] < 0.16
+    assert all(fine / coarse < 0.6 for coarse, fine in pairwise(errors))
+    once = Edit((held,), corrections=1, reach=math.inf)
+    assert relative(drawn(WORLD, once)[-1].z[-1][0].flatten(), mean) < 0.15 * bias
+
+
+@pytest.mark.parametrize(("level", "mask", "bias"), BIASES.values(), ids=BIASES.keys())
+def test_steps_taken_twice_have_less_bias(level: int, mask: tuple[int, ...], bias: float):
+    held, mean, covariance = conditional(level, mask)
+    errors = []
+    for steps in (25, 50):
+        noise = UnitNoise(WORLD.resolutions, 2 * steps)
+        sampler, times = Edit((held,), passes=2)(dpmpp_2m), trailing_grid(steps, WORLD.schedules[0])
+        states = sampler(WORLD, noise.start(), WORLD.schedules, times, noise=noise)
+        result, spread = moments(last(states).z[-1])
+        assert relative(result, mean) < 0.8 * bias
+        errors.append(relative(spread, covariance))
+    assert errors[1] < 0.65 * errors[0] < 0.3
+
+
+def test_passes_show_each_step_once_and_never_repeat_noise():
+    asked: list[tuple[str, int]] = []
+    unit = UnitNoise(WORLD.resolutions, 0)
+
+    def noise(purpose: str, step: int):
+        asked.append((purpose, step))
+        return unit("start", 1)
+
+    times = trailing_grid(23, WORLD.schedules[0])
+    states = list(resampling(ddpm, 3)(WORLD, unit.start(), WORLD.schedules, times, noise=noise))
+    assert [state.step for state in states] == [*range(1, 24)]
+    assert [state.t for state in states] == times[1:].tolist()
+    assert len(set(asked)) == len(asked) == 3 * 23 + 2 * 3
 
 
 @every_world
@@ -230,6 +290,15 @@ def test_pixels_under_black_are_kept_and_those_under_white_are_drawn_anew():
     assert np.array_equal(same[-1][0], image)
 
 
+def test_a_mask_frees_a_part_of_a_kept_level():
+    model, sketch, white = plain_model(), picture(8), np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    first, second = model.edit(keep={8: sketch}, mask=white, n=2).levels[0]
+    assert np.array_equal(first[4:], sketch[4:])
+    assert np.array_equal(second[4:], sketch[4:])
+    assert (first[:4] != second[:4]).mean() > 0.5
+
+
 def test_files_of_any_size_and_orientation_are_cut_as_training_cuts_them(tmp_path):
     model = plain_model()
     pixels = np.full((40, 80, 3), 100, np.uint8)
@@ -253,6 +322,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "mask": ({"image": picture(16), "mask": picture(12, shape=())}, "12x12.*16x16"),
     "no image": ({"strength": 0.5}, "--image"),
     "no change": ({"image": picture(16)}, "--mask.*--strength"),
+    "nothing kept": ({"correct": 1}, "--keep or --mask"),
     "bytes": ({"keep": {8: np.zeros((8, 8, 3))}}, "float64"),
     "channels": ({"keep": {8: picture(8, shape=(5,))}}, "5 channels"),
 }

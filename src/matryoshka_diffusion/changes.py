@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.config import UsageError
-from matryoshka_diffusion.edit import Edit, Hold
+from matryoshka_diffusion.edit import Edit, Hold, Region
 from matryoshka_diffusion.pyramid import build_pyramid, down_sample, to_float, up_sample
 from matryoshka_diffusion.samplers import Blend, Seed
 from matryoshka_diffusion.sampling import DiffusionModel
@@ -33,6 +34,9 @@ def edit_of(
     mask: Given | None,
     strength: float | None,
     until: float,
+    regions: Sequence[tuple[Given | float, str]] = (),
+    correct: int = 0,
+    resample: int = 1,
 ) -> Edit:
     """The edit of a model's samples by pictures, as `Matryoshka.edit` describes it.
 
@@ -40,31 +44,101 @@ def edit_of(
         UsageError: a level, picture, mask or number does not fit.
         OSError: a file cannot be read.
     """
-    from matryoshka_diffusion.data.given import read_mask, size_of  # they load Pillow
+    _refuse_idle(keep, image, mask, strength, until, corrects=correct > 0 or resample > 1)
+    if model.model.hidden:
+        raise UsageError(f"{model.config.name} plans in features, not pixels: take another model")
+    holds, start, last = [], None, len(model.resolutions) - 1
+    kept = {level_of(model, name): _several(pictures) for name, pictures in keep.items()}
+    subject = _subject(model, kept if image is None else {last: [image]})
+    white = None if mask is None else _weight(model, mask, subject) >= 0.5
+    for level, pictures in sorted(kept.items()):
+        known = given_level(model, codec, pictures, level)
+        stays = torch.ones_like(known[:, :1], dtype=torch.bool)
+        if white is not None and image is None:
+            stays &= down_sample(white.float(), model.resolutions[level]) < 0.5
+        holds.append(Hold(level, known, stays, until))
+    if image is not None:
+        x = given_level(model, codec, [image], last)
+        start = build_pyramid(x, model.resolutions)
+        if white is not None:
+            holds.append(Hold(last, x, ~white, until))
+    parts = regions_of(model, regions, subject)
+    late = 1.0 if strength is None else strength
+    return Edit(tuple(holds), start, late, regions=parts, corrections=correct, passes=resample)
 
+
+def _refuse_idle(
+    keep: Mapping[int | str, Given | Sequence[Given]],
+    image: Given | None,
+    mask: Given | None,
+    strength: float | None,
+    until: float,
+    *,
+    corrects: bool,
+) -> None:
+    """Raise UsageError for a number out of range, or for what changes nothing or has no picture."""
     for name, value in (("strength", strength), ("until", until)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise UsageError(f"{name} is {value}: give a number from 0 to 1")
-    if model.model.hidden:
-        raise UsageError(f"{model.config.name} plans in features, not pixels: take another model")
-    if image is None and (mask is not None or strength is not None):
-        raise UsageError("mask and strength need a picture to change: add it (--image)")
+    if image is None and strength is not None:
+        raise UsageError("strength needs a picture to change: add it (--image)")
+    if image is None and not keep and mask is not None:
+        raise UsageError("mask needs a picture: one to change (--image) or to keep (--keep)")
     if image is not None and mask is None and strength is None:
         raise UsageError("image: add a mask (--mask) or a strength (--strength)")
-    holds, start, finest = [], None, model.resolutions[-1]
-    kept = {level_of(model, name): pictures for name, pictures in keep.items()}
-    for level, pictures in sorted(kept.items()):
-        known = given_level(model, codec, pictures, level)
-        holds.append(Hold(level, known, torch.ones_like(known[:, :1], dtype=torch.bool), until))
-    if image is not None:
-        x = given_level(model, codec, image, len(model.resolutions) - 1)
-        start = build_pyramid(x, model.resolutions)
-        if mask is not None:
-            sides = tuple(resolution.width for resolution in model.resolutions)
-            white = torch.tensor(read_mask(mask, size_of(image), sides)) >= 128
-            white = up_sample(white.permute(2, 0, 1)[None].float(), finest, "nearest")
-            holds.append(Hold(len(start) - 1, x, white.to(x.device) == 0.0, until))
-    return Edit(tuple(holds), start, 1.0 if strength is None else strength)
+    if corrects and not keep and mask is None:
+        raise UsageError("--correct and --resample need something to keep: add --keep or --mask")
+
+
+def _subject(model: DiffusionModel, pictures: Mapping[int, Sequence[Given]]) -> Given | None:
+    """The first picture, or the image that a clip begins with: masks are cut like it."""
+    from matryoshka_diffusion.data.given import first_frame  # it loads Pillow
+
+    if not pictures:
+        return None
+    level = min(pictures)
+    first = pictures[level][0]
+    return first if model.resolutions[level].frames is None else first_frame(first)
+
+
+def regions_of(
+    model: DiffusionModel, regions: Sequence[tuple[Given | float, str]], subject: Given | None
+) -> tuple[Region, ...]:
+    """Prompts, or classes, with the weights of their masks; a number is a weight everywhere.
+
+    Where weights sum to more than one they are divided by their sum.
+
+    Raises:
+        UsageError: a mask does not fit `subject`, or a weight is not between 0 and 1.
+    """
+    weights = []
+    for mask, text in regions:
+        if isinstance(mask, int | float):
+            if not 0.0 <= mask <= 1.0:
+                raise UsageError(f"region: the weight of {text!r} is {mask}: give 0 to 1")
+            finest = model.resolutions[-1]
+            weights.append(torch.full((1, *finest.shape(1)), float(mask), device=model.device))
+        else:
+            weights.append(_weight(model, mask, subject))
+    total = sum(weights, torch.zeros(())).clamp(min=1.0)
+    result = []
+    for (_, text), weight in zip(regions, weights, strict=True):
+        asked = (text, None) if model.model.text is not None else (None, text)
+        _, cond = model.condition(*asked, 1)
+        result.append(Region(cond, build_pyramid(weight / total, model.resolutions)))
+    return tuple(result)
+
+
+def _weight(
+    model: DiffusionModel, mask: Given, subject: Given | None
+) -> Float[Tensor, "1 1 *grid"]:
+    """A mask on the finest level, 1 where it is white, cut as `subject` is if there is one."""
+    from matryoshka_diffusion.data.given import read_mask, size_of  # they load Pillow
+
+    sides = tuple(resolution.width for resolution in model.resolutions)
+    pixels = read_mask(mask, size_of(mask if subject is None else subject), sides)
+    white = torch.tensor(pixels).permute(2, 0, 1)[None].to(model.device) / 255.0
+    return up_sample(white, model.resolutions[-1], "nearest")
 
 
 def level_of(model: DiffusionModel, name: int | str) -> int:
@@ -115,23 +189,28 @@ def blended_seeds(
 
 
 def given_level(
-    model: DiffusionModel, codec: Codec | None, given: Given | Sequence[Given], level: int
+    model: DiffusionModel, codec: Codec | None, pictures: Sequence[Given], level: int
 ) -> Float[Tensor, "b c *grid"]:
-    """Pictures as images of a level, made as training makes them.
+    """Pictures or clips as those of a level, made as training makes them.
 
     Raises:
-        UsageError: a picture cannot be read, or the level holds clips.
+        UsageError: one of them cannot be read.
     """
-    from matryoshka_diffusion.data.given import read_given
+    from matryoshka_diffusion.data.given import read_clip, read_given
 
-    resolution = model.resolutions[level]
-    if resolution.frames is not None:
-        raise UsageError(f"{model.config.name} draws clips: keep a level of images instead")
-    several = [given] if isinstance(given, str | Path | bytes | np.ndarray) else list(given)
+    resolution, whole = model.resolutions[level], model.resolutions[-1].frames
     # Latents are averages of those of whole images.
     side = resolution.width if codec is None else model.picture_side
     channels = model.model.channels if codec is None else 3
-    pictures = [read_given(one, side, model.picture_side, channels) for one in several]
-    x = [to_float(one, model.config.data.pixels).permute(2, 0, 1)[None] for one in pictures]
+    size = {"side": side, "finest": model.picture_side, "channels": channels}
+    read = partial(read_given, **size)
+    if (frames := resolution.frames) is not None:
+        assert whole is not None, "the finest level has frames if any has"
+        read = partial(read_clip, **size, frames=frames, whole=whole, data=model.config.data)
+    x = [to_float(read(one), model.config.data.pixels).movedim(-1, 0)[None] for one in pictures]
     x = x if codec is None else [codec.encode(one) for one in x]
     return torch.cat([down_sample(one, resolution) for one in x]).to(model.device)
+
+
+def _several(given: Given | Sequence[Given]) -> list[Given]:
+    return [given] if isinstance(given, str | Path | bytes | np.ndarray) else list(given)

@@ -191,6 +191,28 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Regional:
+    """Estimates under several conditions, each with its own weight at every pixel.
+
+    Attributes:
+        denoiser: estimates of as many copies of the rows as there are weights, each under its own
+            condition. It is one call for all of them.
+        weights: a pyramid for each condition, of one channel. They sum to one.
+    """
+
+    denoiser: Denoiser
+    weights: Sequence[Pyramid]
+
+    def __call__(self, z: Pyramid, now: Instant) -> Pyramid:
+        copies = len(self.weights)
+        estimates = self.denoiser(tuple(torch.cat([z_r] * copies) for z_r in z), now)
+        return tuple(
+            torch.stack([w * part for w, part in zip(weights, x.chunk(copies), strict=True)]).sum(0)
+            for x, weights in zip(estimates, zip(*self.weights, strict=True), strict=False)
+        )
+
+
+@dataclass(frozen=True)
 class Enlarged:
     """Estimates of sleeping levels replaced by the next coarser one, enlarged.
 

@@ -200,8 +200,9 @@ class Matryoshka(DiffusionModel):
             for number, rows in enumerate(batches):
                 own_seeds = [seeds[row] for row in rows.tolist()]
                 state = None
-                own = cond.rows(rows).trimmed()
-                for state in self.stream(own, own_seeds, sampling, negative, edit.rows(rows)):
+                part = edit.rows(rows)
+                own = part.conditions(cond.rows(rows)).trimmed()
+                for state in self.stream(own, own_seeds, sampling, negative, part):
                     if progress is not None:
                         done = number * sampling.steps + state.step
                         progress(done, len(batches) * sampling.steps)
@@ -233,26 +234,35 @@ class Matryoshka(DiffusionModel):
         until: float = 0.0,
         levels: Collection[int | str] | None = None,
         between: tuple[int, int] | None = None,
+        regions: Sequence[tuple[Given | float, str]] = (),
+        correct: int = 0,
+        resample: int = 1,
         n: int = 1,
         seed: int | Sequence[int] = 0,
         **options: Any,
     ) -> Samples:
         """Sample as `sample` does, but keep a level or pixels of an image, or begin with one.
 
-        Pictures are files or arrays of any size; their middle square is taken, as in training.
+        Pictures are files or arrays of any size; their middle square is taken, as in training. A
+        clip is a file, a folder of frames or an array of them.
 
         Args:
-            keep: pictures that levels keep, by the level's side: one for all samples, or a list
-                with one for each.
-            image: the picture to change; it needs `mask`, `strength` or both.
-            mask: white where `image` is drawn anew, black where it is kept. It is as large as
-                `image`, or as a level.
+            keep: pictures that levels keep, by the level's side, or clips, by names such as
+                "16x64": one for all samples, or a list with one for each.
+            image: the picture or clip to change; it needs `mask`, `strength` or both.
+            mask: white where `image` is drawn anew, black where it is kept; without an image, where
+                kept levels are free. It is as large as the picture, or as a level.
             strength: how much noise `image` begins under: 0 returns it, 1 hides it.
             until: time, 1 to 0, at which kept levels and pixels are let go.
             levels: variations: only these levels have noise of each sample's own. All samples
                 share that of the first seed on the others, and the first is the seed's plain one.
             between: two seeds; the `n` samples of each prompt go from one to the other, on
                 `levels` or on all of them.
+            regions: masks, each with a prompt (or class) that holds where the mask is white and not
+                elsewhere. A number for a mask mixes the prompt in with this weight everywhere.
+            correct: calls of the network, for each step, by which the other levels learn sooner
+                of what is kept (`edit.Held`).
+            resample: how often each stretch of steps is taken (`samplers.resampling`).
             options: those of `sample`.
 
         Raises:
@@ -267,11 +277,16 @@ class Matryoshka(DiffusionModel):
             mask=mask,
             strength=strength,
             until=until,
+            regions=regions,
+            correct=correct,
+            resample=resample,
         )
         seeds = blended_seeds(self, n, seed, levels=levels, between=between)
         samples = self.sample(prompts, n=n, seed=seeds, edit=edit, **options)
         record = {"keep": list(keep or ()), "strength": strength, "until": until}
         record |= {"image": image is not None, "mask": mask is not None}
+        record |= {"regions": [text for _, text in regions]}
+        record |= {"correct": correct, "resample": resample}
         return replace(samples, settings={**samples.settings, "edit": record})
 
     def pixels(self, z: Pyramid, seeds: Sequence[Seed]) -> list[UInt8[Tensor, "b ... c"]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -248,6 +249,57 @@ def waking(sampler: Sampler, floors: Sequence[float]) -> Sampler:
             yield state
 
     return states
+
+
+JUMP = 10
+"""Steps of a stretch that `resampling` takes again, as in RePaint."""
+
+
+def resampling(sampler: Sampler, passes: int) -> Sampler:
+    """The sampler with every stretch of `JUMP` steps taken several times.
+
+    After a stretch, new noise leads back to its beginning, so that levels and pixels that disagree
+    come to terms (RePaint, Lugmayr et al., 2022). The states of the last pass are shown.
+    """
+
+    def states(
+        denoise: Denoiser,
+        z: Pyramid,
+        schedules: Schedules,
+        times: Times,
+        *,
+        noise: NoiseSource,
+        **options: Any,
+    ) -> Iterator[State]:
+        taken = 0
+        for first in range(0, len(times) - 1, JUMP):
+            stretch = times[first : first + JUMP + 1]
+            begin, end = instants(stretch[[0, -1]], schedules)
+            for left in reversed(range(passes)):
+                later = partial(_later, noise, taken)
+                for state in sampler(denoise, z, schedules, stretch, noise=later, **options):
+                    z = state.z
+                    if not left:
+                        yield state._replace(step=first + state.step)
+                taken += len(stretch) - 1
+                if left:
+                    z = _returned(z, end, begin, noise("return", taken))
+
+    return states
+
+
+def _later(noise: NoiseSource, steps: int, purpose: str, step: int) -> Pyramid:
+    return noise(purpose, steps + step)
+
+
+def _returned(z: Pyramid, clean: Instant, noisy: Instant, noise: Pyramid) -> Pyramid:
+    """A draw from q(z_t | z_s) for an earlier time s, which is cleaner."""
+    levels = []
+    for z_r, noise_r, s, t in zip(z, noise, clean.levels, noisy.levels, strict=True):
+        ratio = t.alpha / s.alpha
+        spread = math.sqrt(max(t.sigma**2 - ratio**2 * s.sigma**2, 0.0))
+        levels.append(ratio * z_r + spread * noise_r)
+    return tuple(levels)
 
 
 def last(states: Iterator[State]) -> State:

@@ -169,6 +169,9 @@ def edit(options: argparse.Namespace) -> None:
             until=options.until,
             levels=options.levels,
             between=options.between and tuple(options.between),
+            regions=options.region,
+            correct=options.correct,
+            resample=options.resample,
             classes=options.classes,
             negative=options.negative,
             n=options.n,
@@ -180,12 +183,23 @@ def edit(options: argparse.Namespace) -> None:
     _save(samples, options, "edited")
 
 
-def _level_and_picture(text: str) -> tuple[int, Path]:
-    """Parse SIDE=PICTURE."""
-    side, _, file = text.partition("=")
-    if not side.isdecimal() or not file:
+def _level_and_picture(text: str) -> tuple[str, Path]:
+    """Parse SIDE=PICTURE or FRAMESxSIDE=CLIP."""
+    level, _, file = text.partition("=")
+    if not level.replace("x", "", 1).isdecimal() or not file:
         raise argparse.ArgumentTypeError(f"{text!r} is not a level and a picture: 16=sketch.png")
-    return int(side), Path(file)
+    return level, Path(file)
+
+
+def _mask_and_text(text: str) -> tuple[Path | float, str]:
+    """Parse MASK=TEXT or WEIGHT=TEXT."""
+    mask, _, prompt = text.partition("=")
+    if not mask or not prompt:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mask and a prompt: sky.png=blue sky")
+    try:
+        return float(mask), prompt
+    except ValueError:
+        return Path(mask), prompt
 
 
 def _names(text: str) -> list[str]:
@@ -297,8 +311,15 @@ def add_commands(commands: Any) -> None:
     _add_drawing(command, "--variations")
     kept: Any = {"type": _level_and_picture, "default": [], "metavar": "SIDE=PICTURE"}
     add("--keep", action="append", **kept, help="level that stays as this picture; repeated")
+    part: Any = {"type": _mask_and_text, "default": [], "metavar": "MASK=TEXT"}
+    text = "prompt or class where a mask is white, or by a weight for MASK everywhere; repeated"
+    add("--region", action="append", **part, help=text)
+    text = "network calls more a step, by which other levels learn of what is kept sooner (0)"
+    add("--correct", type=natural, default=0, metavar="N", help=text)
+    text = "take every 10 steps N times, with new noise between (1)"
+    add("--resample", type=positive, default=1, metavar="N", help=text)
     add("--image", type=Path, metavar="PICTURE", help="picture to change")
-    text = "white where the image is drawn anew; as large as it, or as a level"
+    text = "white where the image or kept level is drawn anew; as large as it, or as a level"
     add("--mask", type=Path, metavar="PICTURE", help=text)
     text = "noise on the image at the start: 0 returns it, 1 hides it"
     add("--strength", type=float, metavar="S", help=text)

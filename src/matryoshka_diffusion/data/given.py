@@ -1,8 +1,10 @@
-"""Pictures that a user gives to be edited: files or arrays of any size, mode and orientation."""
+"""Pictures and clips that a user gives to be edited: of any size, mode and orientation."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,13 +12,17 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from matryoshka_diffusion.config import Crop, UsageError
+from matryoshka_diffusion.config import Crop, DataConfig, UsageError
 from matryoshka_diffusion.data.bad import PictureError
-from matryoshka_diffusion.data.image import MIN_SIDE, read_picture
+from matryoshka_diffusion.data.image import MIN_SIDE, SUFFIXES, read_picture, resized
 from matryoshka_diffusion.data.source import Picture
+from matryoshka_diffusion.data.video import choose, open_video
 
 Given: TypeAlias = str | Path | bytes | np.ndarray
-"""A file, its content, or uint8 (height, width, channels); a grey image needs no channels."""
+"""A file, its content, or uint8 (height, width, channels); a grey image needs no channels.
+
+A clip is a file that moves, a folder of pictures, or uint8 (frames, height, width, channels).
+"""
 
 
 def read_given(
@@ -33,6 +39,64 @@ def read_given(
     """
     shorter = min(size_of(given))
     return _read(given, side * max(1, min(shorter, finest) // side), channels).pixels
+
+
+def read_clip(
+    given: Given,
+    side: int,
+    finest: int,
+    channels: int = 3,
+    *,
+    frames: int,
+    whole: int,
+    data: DataConfig,
+) -> UInt8[np.ndarray, "frames fine fine {channels}"]:
+    """Frames of a clip, cut and sized as by `read_given`.
+
+    A clip of just so many `frames` keeps each of them. Of a longer one, the first `whole` are
+    taken as for training, from its beginning, and every n-th of these.
+
+    Raises:
+        UsageError: it is no clip, or too short, or its frames differ in size.
+        OSError: the system cannot read a file.
+    """
+    thinned = slice(None, None, whole // frames)
+    small: dict[int, np.ndarray] = {}
+    with _faults_of(given):
+        if (several := _frames_of(given)) is not None:
+            numbers = [*range(frames if len(several) == frames else whole)]
+            if len(several) < len(numbers):
+                raise PictureError(f"it has {len(several)} frames, a clip needs {len(numbers)}")
+            numbers = numbers if len(numbers) == frames else numbers[thinned]
+            small = {n: read_given(several[n], side, finest, channels) for n in numbers}
+        else:
+            with open_video(_file(given)) as video:
+                exact = video.count == frames
+                numbers = [*range(frames)] if exact else choose(video, data, whole, 0.0)[thinned]
+                for number, image in video.frames(sorted({*numbers})):
+                    scale = max(1, min(*image.size, finest) // side)
+                    small[number] = resized(image, side * scale, 1, channels)
+        if len({frame.shape for frame in small.values()}) > 1:
+            raise PictureError("its frames differ in size")
+    return np.stack([small[number] for number in numbers])
+
+
+def first_frame(given: Given) -> Given:
+    """The image that a clip begins with. Raises as `read_clip`."""
+    if (several := _frames_of(given)) is not None:
+        return several[0]
+    with _faults_of(given), open_video(_file(given)) as video:
+        [(_, image)] = video.frames([0])
+        return np.asarray(image.convert("RGB"))
+
+
+def _frames_of(given: Given) -> list[Given] | None:
+    """Frames that are there one by one; None for a file."""
+    if isinstance(given, np.ndarray):
+        return [*given]
+    if isinstance(given, bytes) or not Path(given).is_dir():
+        return None
+    return [path for path in sorted(Path(given).iterdir()) if path.suffix.lower() in SUFFIXES]
 
 
 def read_mask(
@@ -67,9 +131,20 @@ def size_of(given: Given) -> tuple[int, int]:
 
 
 def _read(given: Given, side: int, channels: int, crop: Crop = "centre") -> Picture:
+    with _faults_of(given):
+        return read_picture(_file(given), side, crop, channels)
+
+
+def _file(given: Given) -> Path | bytes:
+    given = _png(given) if isinstance(given, np.ndarray) else given
+    return Path(given) if isinstance(given, str) else given
+
+
+@contextmanager
+def _faults_of(given: Given) -> Iterator[None]:
+    """Name the picture in the message of a fault that is found in it."""
     try:
-        file = _png(given) if isinstance(given, np.ndarray) else given
-        return read_picture(Path(file) if isinstance(file, str) else file, side, crop, channels)
+        yield
     except PictureError as error:
         name = given if isinstance(given, str | Path) else "a picture"
         raise UsageError(f"{name}: {error}") from error

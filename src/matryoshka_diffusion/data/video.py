@@ -300,6 +300,8 @@ def open_video(file: bytes | Path) -> Iterator[Video]:
             raise PictureError(f"truncated: it has {size:,} of {stated:,} bytes")
         if head[:4] == b"RIFF" and head[8:] == b"WEBP":
             yield Animation(stream, "WEBP", deadline)
+        elif head[:8] == b"\x89PNG\r\n\x1a\n":
+            yield Animation(stream, "PNG", deadline)
         elif head[:3] == b"GIF":
             yield Animation(stream, "GIF", deadline)
         elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
