@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-
-from matryoshka_diffusion.studio import app
-from matryoshka_diffusion.studio.requests import Limits
-from matryoshka_diffusion.studio.served import Served
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
@@ -37,21 +31,6 @@ FLAGS = (
 LONGEST_WAIT = 20.0  # seconds
 
 
-@contextmanager
-def served(models: Sequence[Served]) -> Iterator[str]:
-    """The address of a studio with these models, in a thread."""
-    listening = app.listen("127.0.0.1", 0)
-    config = uvicorn.Config(app.build(models, Limits()), ws="none", log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 class Page:
     """A browser that looks at a studio."""
 
@@ -66,9 +45,9 @@ class Page:
         self.driver.get("about:blank")
         self.requests()  # those of Chromium's own first page
 
-    def open(self) -> None:
+    def open(self, address: str | None = None) -> None:
         """Load the page anew."""
-        self.driver.get(self.address)
+        self.driver.get(address or self.address)
         self.wait(lambda: self.run("return document.body.classList.contains('ready')"))
 
     def close(self) -> None:
@@ -113,6 +92,13 @@ class Page:
     def slide(self, selector: str, value: float) -> None:
         """Move a slider."""
         script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+        self.run(script, self.find(selector), value)
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose from a list."""
+        script = (
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        )
         self.run(script, self.find(selector), value)
 
     def wait(self, condition: Callable[[], Any]) -> Any:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from browsing import Page, served
+from browsing import Page
 from matryoshka_diffusion.studio.served import Served
+from studio_server import running
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 WIDE, PHONE = (1200, 800), (390, 844)
@@ -18,8 +19,8 @@ WIDE, PHONE = (1200, 800), (390, 844)
 
 def main(run: str) -> None:
     models = [Served(name, number) for number, name in enumerate(("openmoji", run))]
-    with served(models) as address, tempfile.TemporaryDirectory() as profile:
-        page = Page(address, Path(profile))
+    with running(models) as port, tempfile.TemporaryDirectory() as profile:
+        page = Page(f"http://127.0.0.1:{port}/", Path(profile))
         try:
             page.resize(*WIDE)
             page.open()
@@ -76,10 +77,7 @@ def _phone(page: Page) -> None:
 
 def _training(page: Page) -> None:
     page.open()
-    page.run(
-        "const select = document.getElementById('model'); select.value = '1';"
-        "select.dispatchEvent(new Event('change'))"
-    )
+    page.choose("#model", "1")
     page.click("#view-training")
     page.wait(lambda: page.run("return document.getElementById('preview').naturalWidth"))
     _save(page, "training")

@@ -48,11 +48,13 @@ def some_models(folder: Path) -> list[Served]:
 
 
 @contextmanager
-def running(served: list[Served], limits: Limits | None = None) -> Iterator[int]:
+def running(
+    served: list[Served], limits: Limits | None = None, token: str | None = None
+) -> Iterator[int]:
     """Serve in a thread; yields the port."""
     listening = listen("127.0.0.1", 18_200)
     config = uvicorn.Config(
-        build(served, limits or Limits()),
+        build(served, limits or Limits(), token),
         ws="none",
         loop="asyncio",
         log_level="critical",

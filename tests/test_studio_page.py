@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -20,9 +21,10 @@ pytest.importorskip("uvicorn")
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from browsing import CHROMIUM, DRIVER, Page, served
+from browsing import CHROMIUM, DRIVER, Page
 from matryoshka_diffusion.studio.served import Served
-from test_pipeline import Words
+from studio_server import exported, running
+from test_pipeline import Words, class_model
 from tiny_run import TinyClips, run, tiny_config, tiny_video
 
 pytestmark = pytest.mark.skipif(
@@ -30,11 +32,12 @@ pytestmark = pytest.mark.skipif(
 )
 BLUE = [59, 125, 216]
 """The colour that the page begins with."""
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A studio with a run of 8 and 16 pixels, and one whose finest level is of clips."""
+    """A studio with a run of 8 and 16 pixels, one whose finest level is of clips, and classes."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "still", tiny_config(dropout=0.0))
     video = tiny_video(dropout=0.0).model_copy(update={"name": "clips"})
@@ -42,12 +45,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     preview = folder / "still" / "previews" / "0000000024.png"
     preview.parent.mkdir(exist_ok=True)
     Image.new("RGB", (40, 20), "red").save(preview)
-    models = [Served(str(folder / name), n, encoder=Words()) for n, name in enumerate(NAMES)]
-    with served(models) as address:
-        yield address
-
-
-NAMES = ("still", "clips")
+    exported(class_model(), folder / "classes", name="classes")
+    names = enumerate(("still", "clips", "classes"))
+    models = [Served(str(folder / name), n, Words()) for n, name in names]
+    with running(models) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +86,7 @@ def titles(page: Page) -> list[str]:
 def ask(page: Page, **request: Any) -> dict[str, Any]:
     """The last line that the server says to a request to draw."""
     body = json.dumps({"model": "0", **request}).encode()
-    headers = {"Content-Type": "application/json"}
-    with urlopen(Request(f"{page.address}api/draw", body, headers)) as answer:
+    with urlopen(Request(f"{page.address}api/draw", body, JSON)) as answer:
         return json.loads(answer.read().splitlines()[-1])
 
 
@@ -104,7 +105,9 @@ def test_every_level_is_seen_to_denoise_and_one_can_go_back_through_time(page: P
     assert seen == {"8": 6, "16": 6}
     assert page.text("#time output") == "step 6 of 6"
     picture = page.pixels(1)
-    page.slide("#time input", 2)
+    page.click("#levels li:nth-child(2) button")
+    page.slide("#time input", 2)  # closes the painting
+    assert not page.find("#tools").is_displayed()
     assert page.text("#time output") == "step 3 of 6"
     assert page.pixels(1) != picture
     page.slide("#time input", 5)
@@ -120,6 +123,17 @@ def test_a_stopped_drawing_leaves_its_states_and_makes_way_for_the_next(page: Pa
     assert page.text("#status").startswith("Stopped after step")
     page.write("#steps", 6)
     draw(page, "green")
+
+
+def test_who_waits_sees_the_place_in_the_queue(page: Page):
+    body = json.dumps({"model": "0", "prompt": "red", "steps": 250, "images": 16}).encode()
+    with urlopen(Request(f"{page.address}api/draw", body, JSON)) as other:
+        while b"state" not in other.readline():
+            pass
+        page.write("#prompt", "green")
+        page.click("#draw")
+        page.wait(lambda: "queue" in page.text("#status"))
+    page.wait(lambda: page.text("#status") == "Drawn.")  # the other one has left
 
 
 def test_a_painted_level_stays_and_the_others_follow(page: Page):
@@ -158,6 +172,47 @@ def test_only_what_is_marked_on_the_picture_is_drawn_anew(page: Page):
     assert not changed[:, 10:].any()
 
 
+def test_a_plan_is_followed_only_where_it_is_marked(page: Page):
+    draw(page, "red", seed=2)
+    before = np.array(page.pixels(1)).reshape(16, 16, 3)
+    page.click("#levels li:nth-child(1) button")
+    for tool in ("brush", "mask"):
+        page.click(f"label:has([value={tool}])")
+        page.stroke(0, (0.05, 0.05), (0.2, 0.05))
+    page.draws(lambda: page.click("#redraw-marked"))
+    assert page.pixels(0)[:2] == [BLUE] * 2
+    changed = (np.array(page.pixels(1)).reshape(16, 16, 3) != before).any(-1)
+    assert changed[:2, :4].all()
+    assert changed.sum() == 8
+
+
+def test_the_picker_takes_a_colour_and_the_eraser_brings_the_level_back(page: Page):
+    draw(page, "red", seed=2)
+    before = page.pixels(0)
+    page.click("#levels li:nth-child(1) button")
+    page.click("#swatches [aria-label=Green]")
+    page.stroke(0, (0.05, 0.05), (0.95, 0.05))
+    page.click("label:has([value=picker])")
+    page.stroke(0, (0.55, 0.55))
+    picked = page.find("#colour").get_property("value")
+    assert picked == "#{:02x}{:02x}{:02x}".format(*before[4 * 8 + 4])
+    assert page.find("[value=brush]").is_selected()
+    page.click("label:has([value=eraser])")
+    page.stroke(0, (0.05, 0.05), (0.95, 0.05))
+    assert page.pixels(0) == before
+
+
+def test_a_picture_of_any_size_is_put_on_a_level(page: Page, tmp_path: Path):
+    Image.new("RGB", (50, 40), (10, 200, 30)).save(tmp_path / "green.png")
+    draw(page, "red", seed=2)
+    page.click("#levels li:nth-child(2) button")
+    page.click("#upload")
+    page.find("#file").send_keys(str(tmp_path / "green.png"))
+    page.wait(lambda: page.pixels(1) == [[10, 200, 30]] * 256)
+    page.draws(lambda: page.click("#redraw-others"))
+    assert page.pixels(0) == [[10, 200, 30]] * 64
+
+
 def test_a_sketch_is_finished_without_a_picture_before_it(page: Page):
     page.run("indexedDB.deleteDatabase('matryoshka-studio')")
     page.open()
@@ -165,7 +220,8 @@ def test_a_sketch_is_finished_without_a_picture_before_it(page: Page):
     page.write("#prompt", "red")
     page.click("#levels li:nth-child(1) button")
     assert page.pixels(0) == [[255, 255, 255]] * 64
-    page.draws(lambda: page.click("#redraw-others"))
+    assert page.text("#draw") == "Draw from 8 × 8"
+    page.draws(lambda: page.click("#draw"))
     assert page.pixels(0) == [[255, 255, 255]] * 64
 
 
@@ -322,10 +378,7 @@ def test_all_can_be_done_with_keys_alone(page: Page):
 
 
 def test_a_clip_plays(page: Page):
-    page.run(
-        "const select = document.getElementById('model'); select.value = '1';"
-        "select.dispatchEvent(new Event('change'))"
-    )
+    page.choose("#model", "1")
     page.write("#steps", 3)
     draw(page, "red")
     page.wait(lambda: page.text("#clip output") == "frame 3 of 4")
@@ -336,6 +389,27 @@ def test_a_clip_plays(page: Page):
         frames.append(page.pixels(1))
     assert frames[0] != frames[3]
     assert page.find("#download").get_attribute("download") == "red-0.webp"
+
+
+def test_a_class_is_chosen_by_its_name(page: Page):
+    page.choose("#model", "2")
+    assert not page.find("#prompt").is_displayed()
+    page.choose("#label", "1")
+    page.draws(lambda: page.click("#draw"))
+    assert titles(page)[0] == "dog"
+
+
+def test_a_token_in_the_address_opens_the_studio(page: Page, tmp_path: Path):
+    model = exported(class_model(), tmp_path, name="secret")
+    with running([Served(str(model), 0, None)], token="a" * 20) as port:
+        address = f"http://127.0.0.1:{port}/"
+        page.driver.get(address)
+        page.wait(lambda: "token" in page.text("#alert"))
+        page.driver.get("about:blank")  # another fragment alone would load nothing
+        page.open(f"{address}#token={'a' * 20}")
+        assert page.find("#label").is_displayed()
+        assert all("401" in error for error in page.errors())
+        page.requests()
 
 
 def test_a_run_in_training_shows_its_losses_and_previews(page: Page):

@@ -106,17 +106,17 @@ export class Stage {
   }
 
   #showLevels() {
-    const all = this.model.levels.map((_, level) => this.levelNow(level));
-    this.levels.show(all);
+    this.levels.show(this.model.levels.map((_, level) => this.levelNow(level)));
   }
 
   #pictureOf(level, image = this.chosen) {
     return this.film.picture(this.time.at, level, image, this.clip.at);
   }
 
-  /** What is on a level: its painting if there is one. */
+  /** What is on a level: at the end of time, its painting if there is one. */
   levelNow(level) {
-    return this.#paintings.get(level)?.image ?? this.#pictureOf(level);
+    const painting = this.time.at >= this.film.last ? this.#paintings.get(level) : null;
+    return painting?.image ?? this.#pictureOf(level);
   }
 
   get finest() {
@@ -130,9 +130,10 @@ export class Stage {
     return this.#paintings.get(this.levels.chosen);
   }
 
-  /** Open a level for painting; null closes it. Before the first picture it is blank. */
+  /** Open a level of the finished image for painting; null closes it. A first sketch is blank. */
   paintOn(level) {
     if (this.locked && level !== null) return;
+    if (level !== null && this.time.at < this.film.last) this.time.go(this.film.last);
     this.easel.close();
     this.levels.mark(level);
     byId("tools").hidden = level === null;

@@ -27,6 +27,8 @@ function settle() {
   const busy = drawing !== null;
   const { result, painting } = stage;
   byId("stage").setAttribute("aria-busy", busy);
+  const opened = model.levels[stage.levels.chosen];
+  byId("draw").textContent = opened ? `Draw from ${opened.side} × ${opened.side}` : "Draw";
   byId("draw").hidden = busy;
   byId("stop").hidden = !busy;
   byId("next").hidden = !stage.hasPicture;
@@ -207,6 +209,9 @@ const kept = async (level) => ({
   [model.levels[level].side]: await pngOf(stage.levelNow(level)),
 });
 
+/** Draw, from the level that is painted on if there is one. */
+const drawNow = () => (stage.levels.chosen === null ? draw() : redrawOthers());
+
 /** Draw the others anew from the level that is painted on. */
 async function redrawOthers() {
   const level = stage.levels.chosen;
@@ -304,7 +309,7 @@ function describe(id, words) {
 }
 
 function onKey(event) {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) shown(draw)();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) shown(drawNow)();
   if (event.key === "Escape" && !byId("entry").open) {
     if (drawing) drawing.abort();
     else stage.paintOn(null);
@@ -315,7 +320,7 @@ function connect() {
   addEventListener("keydown", onKey);
   on("composer", "submit", (event) => {
     event.preventDefault();
-    shown(draw)();
+    shown(drawNow)();
   });
   on("stop", "click", () => drawing?.abort());
   on("dice", "click", form.throwDice);
@@ -331,7 +336,7 @@ function connect() {
   on("begin", "click", shown(beginWithPicture));
   on("variations-draw", "click", shown(drawVariations));
   on("keep", "click", shown(keep));
-  describe("hold", (percent) => (percent === 100 ? "to the end" : `for ${percent} % of the way`));
+  describe("hold", (percent) => (percent === 100 ? "to the end" : `${percent} % of the way, then free`));
   describe("strength", (share) => `${Math.round(share * 100)} %`);
   acceptDrops();
   byId("settings").open = matchMedia("(min-width: 700px)").matches;
