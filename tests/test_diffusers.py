@@ -161,6 +161,24 @@ def test_each_prompt_may_have_its_negative_prompt(model, pipe):
         assert np.abs(part - model.sample(prompt, n=2, seed=7 + 2 * index).pictures).max() > 1
 
 
+def test_a_picture_is_changed_as_the_native_edit_changes_it(model, pipe):
+    """Image-to-image and inpainting, of a picture of another size that Pillow has opened."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8))
+    hole = np.zeros((16, 16), np.uint8)
+    hole[4:12, 4:12] = 255
+    for given, named in (
+        ({"strength": 0.5}, {"strength": 0.5}),
+        ({"mask": hole}, {"mask_image": Image.fromarray(hole)}),
+    ):
+        native = model.edit(PROMPTS, image=picture, n=2, seed=7, **given)
+        settings = {"num_images_per_prompt": 2, "generator": seed(7), "image": picture}
+        assert same(pipe(PROMPTS, **settings, **named), native)
+    small = picture.crop((0, 0, 16, 16))
+    (whole,) = pipe("a", image=small, strength=0.0).images
+    assert np.array_equal(np.asarray(whole), np.asarray(small))
+
+
 @pytest.mark.parametrize("negative", [None, ["jay", "a red"]])
 def test_a_network_that_sees_padding_gets_texts_of_one_length_at_a_time(t5, negative):
     model = text_model(t5, masked=False, learned_null=False)
@@ -409,6 +427,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, package):
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt"),
         ({"prompt": "a", "generator": [seed(0), seed(1)]}, "2 generators"),
         ({"prompt": "a", "smapler": "ddim"}, "smapler"),
+        ({"prompt": "a", "strength": 0.5}, "need a picture"),
         ({"prompt": "a", "steps": 2}, "num_inference_steps"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
         (

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -213,4 +211,4 @@ def given_level(
 
 
 def _several(given: Given | Sequence[Given]) -> list[Given]:
-    return [given] if isinstance(given, str | Path | bytes | np.ndarray) else list(given)
+    return list(given) if isinstance(given, list | tuple) else [cast("Given", given)]

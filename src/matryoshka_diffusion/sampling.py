@@ -272,10 +272,13 @@ class DiffusionModel:
         seeds: Sequence[Seed],
         sampling: SamplingConfig,
         negative: str | list[str] | None = None,
+        edit: Callable[[Tensor], Callable[[Sampler], Sampler]] = lambda rows: (
+            lambda sampler: sampler
+        ),
     ) -> Iterator[State]:
         """Sample all batches in step, for a callback that sees all images at every step.
 
-        Sampling continues from what is written into `z` of a state.
+        Sampling continues from what is written into `z` of a state. `edit` gives the edit of rows.
         """
         several = negative if isinstance(negative, list) else None
         batches = self.batches(cond, len(seeds), self.batch_size)
@@ -286,7 +289,8 @@ class DiffusionModel:
             places = rows.tolist()
             own = [several[row] for row in places] if several is not None else negative
             own_seeds = [seeds[row] for row in places]
-            return self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, own)
+            own_cond = cond.rows(rows).trimmed()
+            return self.stream(own_cond, own_seeds, sampling, own, edit(rows))
 
         def together(parts: Sequence[Pyramid]) -> Pyramid:
             return tuple(torch.cat(level)[order] for level in zip(*parts, strict=True))

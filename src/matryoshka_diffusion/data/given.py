@@ -18,11 +18,12 @@ from matryoshka_diffusion.data.image import MIN_SIDE, SUFFIXES, read_picture, re
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.data.video import choose, open_video
 
-Given: TypeAlias = str | Path | bytes | np.ndarray
-"""A file, its content, or uint8 (height, width, channels); a grey image needs no channels.
+Given: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
+"""A file, its content, an image of Pillow, or uint8 (height, width, channels); grey needs none.
 
 A clip is a file that moves, a folder of pictures, or uint8 (frames, height, width, channels).
 """
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def read_given(
@@ -94,7 +95,7 @@ def _frames_of(given: Given) -> list[Given] | None:
     """Frames that are there one by one; None for a file."""
     if isinstance(given, np.ndarray):
         return [*given]
-    if isinstance(given, bytes) or not Path(given).is_dir():
+    if isinstance(given, bytes | Image.Image) or not Path(given).is_dir():
         return None
     return [path for path in sorted(Path(given).iterdir()) if path.suffix.lower() in SUFFIXES]
 
@@ -136,7 +137,7 @@ def _read(given: Given, side: int, channels: int, crop: Crop = "centre") -> Pict
 
 
 def _file(given: Given) -> Path | bytes:
-    given = _png(given) if isinstance(given, np.ndarray) else given
+    given = _png(given) if isinstance(given, np.ndarray | Image.Image) else given
     return Path(given) if isinstance(given, str) else given
 
 
@@ -150,15 +151,22 @@ def _faults_of(given: Given) -> Iterator[None]:
         raise UsageError(f"{name}: {error}") from error
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    """The array as a file, so that it is read as any other picture."""
-    if pixels.dtype not in (np.uint8, np.bool_) or pixels.ndim not in (2, 3):
-        raise PictureError(
-            f"{pixels.dtype} of shape {pixels.shape}: give uint8 (height, width, channels)"
-        )
+def _png(given: np.ndarray | Image.Image) -> bytes:
+    """The pixels as a file, so that they are read as any other picture."""
     buffer = io.BytesIO()
-    try:
-        Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(buffer, "PNG")
-    except TypeError as error:
-        raise PictureError(f"it has {pixels.shape[-1]} channels: give 1 to 4") from error
+    _image(given).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _image(given: np.ndarray | Image.Image) -> Image.Image:
+    """An array as an image of Pillow, and an image in a mode that PNG knows."""
+    if isinstance(given, Image.Image):
+        return given if given.mode in PNG_MODES else given.convert("RGB")
+    if given.dtype not in (np.uint8, np.bool_) or given.ndim not in (2, 3):
+        raise PictureError(
+            f"{given.dtype} of shape {given.shape}: give uint8 (height, width, channels)"
+        )
+    try:
+        return Image.fromarray(given[..., 0] if given.shape[2:] == (1,) else given)
+    except TypeError as error:
+        raise PictureError(f"it has {given.shape[-1]} channels: give 1 to 4") from error

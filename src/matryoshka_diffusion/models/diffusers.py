@@ -19,16 +19,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from matryoshka_diffusion.changes import edit_of
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import Pixels, UsageError
 from matryoshka_diffusion.configfile import from_dict
+from matryoshka_diffusion.data.given import Given
 from matryoshka_diffusion.files import refuse_full, require, whole_folder
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
-from matryoshka_diffusion.tensorfile import check_folder, open_tensors
+from matryoshka_diffusion.tensorfile import check_folder
+from matryoshka_diffusion.text.components import check_encoder, check_tokenizer
 from matryoshka_diffusion.text.encoder import load_encoder, states_of
 from matryoshka_diffusion.train.weights import load_weights
 
@@ -241,6 +244,9 @@ class MDMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Given | None = None,
+        mask_image: Given | None = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -256,6 +262,9 @@ class MDMPipeline(DiffusionPipeline):
             height, width: the size of the finest images in pixels; the model has no other.
             guidance_scale: one number, or one for each level.
             negative_prompt: what guidance leads away from: one text, or one for each prompt.
+            image: a picture to change, of any size; it needs `mask_image`, `strength` or both.
+            mask_image: white where `image` is drawn anew (inpainting).
+            strength: how much noise `image` begins under (image-to-image): 0 returns it.
             generator: see `seeds_of`. An image depends on its seed, not on its batch.
             output_type: "pil"; "np" (n, h, w, c) or "pt" (n, c, h, w), both 0 to 1; or "latent".
             return_dict: False for a tuple (images, levels).
@@ -293,10 +302,12 @@ class MDMPipeline(DiffusionPipeline):
             if len(negative) != len(captions):
                 raise ValueError("negative_prompt: give one text, or one for each prompt")
         seeds = seeds_of(generator, len(captions))
+        given = {"image": image, "mask": mask_image, "strength": strength}
+        edit = edit_of(model, None, keep={}, until=0.0, **given)
         self._interrupt, self.num_timesteps, state = False, sampling.steps, None
         bar: Any = self.progress_bar(total=sampling.steps)  # pyright: ignore[reportCallIssue]
         with bar:
-            for state in model.lockstep(cond, seeds, sampling, negative):
+            for state in model.lockstep(cond, seeds, sampling, negative, edit.rows):
                 bar.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": state.z, "estimates": state.x}
@@ -381,29 +392,3 @@ def seeds_of(
     if len(generator) != count:
         raise ValueError(f"generator: {len(generator)} generators for {count} images")
     return tuple(map(seed, generator))
-
-
-# --- whole components, where the libraries would only warn -------------------------------------
-
-
-def check_encoder(text_encoder: PreTrainedModel) -> None:
-    """Raise `ValueError` unless the folder holds all weights: transformers fills gaps at random."""
-    folder = Path(str(text_encoder.name_or_path))
-    saved: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with open_tensors(path) as file:
-            saved.update(file.keys())
-    state = text_encoder.state_dict(keep_vars=True)
-    loaded = {id(state[name]) for name in saved & state.keys()}  # tied weights have several names
-    missing = [f"{name} is missing" for name, weight in state.items() if id(weight) not in loaded]
-    surplus = [f"{name} is not in the encoder" for name in sorted(saved - state.keys())]
-    if problems := missing + surplus:
-        raise ValueError(f"{folder}: {problems[0]}, one of {len(problems)} such weights")
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `FileNotFoundError` without a vocabulary: transformers makes one without words."""
-    folder = Path(str(tokenizer.name_or_path))
-    names = list(tokenizer.vocab_files_names.values())
-    if not any((folder / name).is_file() for name in names):
-        raise FileNotFoundError(f"{folder}: there is no {' or '.join(names)}")
