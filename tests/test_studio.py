@@ -14,7 +14,7 @@ from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.studio.app import build
-from matryoshka_diffusion.studio.requests import Limits
+from matryoshka_diffusion.studio.requests import OF_SAMPLER, Limits
 from matryoshka_diffusion.studio.served import Served
 from matryoshka_diffusion.studio.streams import rgb
 from studio_server import b64, exported, file, objects, pixels_of, some_models
@@ -241,7 +241,8 @@ def test_the_page_is_told_what_there_is(client):
     assert (text["free_text"], classes["free_text"]) == (True, False)
     assert classes["classes"] == ["cat", "dog", "eel"]
     assert plain["levels"] == [{"side": 8, "frames": None}, {"side": 16, "frames": None}]
-    assert text["defaults"] == {
+    assert set(text["defaults"]) == {*OF_SAMPLER}
+    assert text["defaults"].items() >= {
         "sampler": "dpmpp-2m",
         "steps": 4,
         "guidance": [2.0],
