@@ -242,11 +242,6 @@ def test_the_page_is_told_what_there_is(client):
     assert classes["classes"] == ["cat", "dog", "eel"]
     assert plain["levels"] == [{"side": 8, "frames": None}, {"side": 16, "frames": None}]
     assert set(text["defaults"]) == {*OF_SAMPLER}
-    assert text["defaults"].items() >= {
-        "sampler": "dpmpp-2m",
-        "steps": 4,
-        "guidance": [2.0],
-        "grid": "trailing",
-    }
+    assert (text["defaults"]["steps"], text["defaults"]["guidance"]) == (4, [2.0])
     assert told["limits"]["prompt_bytes"] == 1_000
     assert (text["edits"], text["training"], text["images"]) == (True, False, 16)
