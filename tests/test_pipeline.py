@@ -428,6 +428,7 @@ def test_a_network_that_sees_padding_samples_texts_of_one_length_together():
             {"smapler": "ddim"},
             r"sampling.smapler: unknown key \(did you mean sampling",
         ),
+        (class_model, {"cfg": 2.0}, r"did you mean sampling\.guidance\?"),
         (class_model, {"steps": 0}, "sampling.steps"),
         (
             class_model,

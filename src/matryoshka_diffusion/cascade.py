@@ -24,13 +24,13 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.models.find import (
-    Progress,
     count_levels,
     find_model,
     read_config,
     with_encoder,
 )
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.progress import Progress, shown
 from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.train.weights import fingerprint
@@ -51,6 +51,9 @@ class Cascade:
         self.resolutions: tuple[Resolution, ...] = (*base.resolutions, *upsampler.resolutions)
         self.picture_side: int = upsampler.picture_side
         self.batch_size: int = upsampler.batch_size
+
+    def __repr__(self) -> str:
+        return f"Cascade({self.base!r}, {self.upsampler!r})"
 
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
         """The upsampler's sampling defaults with some of them replaced."""
@@ -83,7 +86,7 @@ class Cascade:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images as `Matryoshka.sample` does; both models sample with these settings.
@@ -96,9 +99,11 @@ class Cascade:
         options: dict[str, Any] = {"classes": classes, "negative": negative, "n": n, "seed": seed}
         options["batch_size"] = self.batch_size if batch_size is None else batch_size
 
+        whole = shown(progress, "steps")
+
         def part(own: int, before: int) -> Progress | None:
             """The progress of one model as a part of both; they have the same batches."""
-            if (report := progress) is None:
+            if (report := whole) is None:
                 return None
             both = first + second
             return lambda done, total: report(total // own * before + done, total // own * both)

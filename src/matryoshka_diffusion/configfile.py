@@ -26,6 +26,12 @@ from matryoshka_diffusion.config import ConfigError, RunConfig
 Config = TypeVar("Config", RunConfig, CodecRunConfig)
 Changes = Iterable[tuple[str, Any]]
 """Pairs of a path such as "train.stages[0].lr" and its new value, applied in order."""
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "sampling.guidance"),
+    **dict.fromkeys(("num_inference_steps", "num_steps"), "sampling.steps"),
+    "scheduler": "sampling.sampler",
+}
+"""Our keys by their names in other programs, whose spelling is not near."""
 MOST_REPEATED = 100_000
 """Values that the aliases of a file may add, since ten lines of them can stand for billions."""
 
@@ -56,7 +62,7 @@ def from_dict(
     try:
         return kind.model_validate(_tuples(data))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, kind)}") from error
+        raise ConfigError(f"{where}: {explain(error, kind)}") from None
     except RecursionError as error:
         raise ConfigError(f"{where}: values are nested too deeply") from error
 
@@ -205,7 +211,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
 def _nearest(path: str, kind: type[BaseModel]) -> str:
     """' (did you mean X?)': the closest path, by the spelling of its last key and of the whole."""
 
-    path = _dotted(path)
+    path = NAMES_ELSEWHERE.get(path.rpartition(".")[2], _dotted(path))
 
     def closeness(candidate: str) -> float:
         pairs = ((path, candidate), (path.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]))

@@ -21,7 +21,6 @@ from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.edit import UNCHANGED, Edit
 from matryoshka_diffusion.models.find import (
-    Progress,
     caption_features,
     count_levels,
     find_model,
@@ -30,12 +29,13 @@ from matryoshka_diffusion.models.find import (
 from matryoshka_diffusion.models.names import shipped_models
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.progress import Progress, shown
 from matryoshka_diffusion.pyramid import Pyramid, refuse_nan, to_uint8
 from matryoshka_diffusion.samplers import Seed, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
-from matryoshka_diffusion.train.precision import PrecisionSetting, placed
+from matryoshka_diffusion.train.precision import PrecisionSetting, best_device, placed
 from matryoshka_diffusion.train.weights import fingerprint, load_network
 
 if TYPE_CHECKING:
@@ -76,33 +76,39 @@ class Matryoshka(DiffusionModel):
         super().__init__(net, net.config, config, **options)
         self._codec = codec
 
+    def __repr__(self) -> str:
+        sides = ", ".join(level.size for level in self.model.levels[self.model.hidden :])
+        return f"Matryoshka({self.config.name!r}: {sides} on {self.device} in {self.precision})"
+
     @classmethod
     def load(
         cls,
         run: str | Path,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         precision: PrecisionSetting = "auto",
         text_encoder: str | None = None,
         encoder: TextEncoder | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Matryoshka:
         """Load a run folder, a model folder, a released checkpoint, or a shipped model by name.
 
         A path takes precedence over the name of a shipped model.
 
         Args:
+            device: where the network computes; `auto` is a GPU if torch can use one.
             precision: arithmetic of the network, see `DiffusionModel`.
             text_encoder: folder or hub id of a text encoder that replaces the one in the config.
             encoder: a text encoder that is loaded already.
             progress: called with (bytes done, bytes in all) while a released checkpoint is
-                converted into the cache, once.
+                converted into the cache, once. `True` shows a bar.
 
         Raises:
             FileNotFoundError: there is no such model; lists the places that were searched.
             ConfigError, ValueError: the weights do not fit the config.
         """
-        weights, config = find_model(run, progress=progress)
+        device = best_device() if device == "auto" else device
+        weights, config = find_model(run, progress=shown(progress, "bytes"))
         features = caption_features(run) if text_encoder is None else {}
         if text_encoder is not None:
             config = with_encoder(config, text_encoder)
@@ -157,7 +163,7 @@ class Matryoshka(DiffusionModel):
         n: int = 1,
         seed: int | Sequence[Seed] = 0,
         batch_size: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         edit: Edit = UNCHANGED,
         watch: Callable[[State], object] | None = None,
         **settings: Any,
@@ -172,7 +178,7 @@ class Matryoshka(DiffusionModel):
             coarse: for an upsampler, one coarse image for each image of the result
                 (`cascade.Cascade` lets another model draw them).
             batch_size: images or clips at a time; by default at most 64, and 4 million pixels.
-            progress: called with (steps done, steps in all).
+            progress: called with (steps done, steps in all). `True` shows a bar.
             edit: pixels that the images keep, or images to begin with (`edit` makes it of files).
             watch: called with the state of a batch after every step; what it raises ends the call.
             settings: replace sampling defaults of the run: `sampler`, `steps`, `guidance`, `grid`
@@ -194,6 +200,7 @@ class Matryoshka(DiffusionModel):
         edit.check(count)
         cond = self.with_coarse(cond, coarse, seeds, sampling)
         batches = self.batches(cond, len(seeds), batch_size or self.batch_size)
+        report = shown(progress, "steps")
         parts: list[list[UInt8[Tensor, "b ... c"]]] = []
         # Autocast keeps the weights that it has cast until the end of the outermost context.
         with without_autocast(self.device):
@@ -203,9 +210,9 @@ class Matryoshka(DiffusionModel):
                 part = edit.rows(rows)
                 own = part.conditions(cond.rows(rows)).trimmed()
                 for state in self.stream(own, own_seeds, sampling, negative, part):
-                    if progress is not None:
+                    if report is not None:
                         done = number * sampling.steps + state.step
-                        progress(done, len(batches) * sampling.steps)
+                        report(done, len(batches) * sampling.steps)
                     if watch is not None:
                         watch(state)
                 assert state is not None, "a config has at least one step"

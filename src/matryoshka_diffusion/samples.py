@@ -1,9 +1,13 @@
-"""Images or clips that a model has drawn: bytes of every level, and how to draw them again."""
+"""Images or clips that a model has drawn: bytes of every level, and how to draw them again.
+
+A notebook shows them, and they can be saved as `mdm sample` does.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,8 +15,15 @@ from jaxtyping import UInt8
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.samplers import Seed
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-@dataclass(frozen=True)
+    from matryoshka_diffusion.draw.gallery import Gallery
+else:
+    Image = Gallery = Any
+
+
+@dataclass(frozen=True, repr=False)
 class Samples:
     """Images or clips that were sampled together.
 
@@ -53,3 +64,48 @@ class Samples:
         if self.levels[-1].ndim == 5:
             return self.levels[-1]
         raise UsageError("the model draws images, no clips: take `pictures`")
+
+    @property
+    def images(self) -> list[Image]:
+        """`pictures` as images of Pillow."""
+        from matryoshka_diffusion.draw.grid import to_image
+
+        return [to_image(picture) for picture in self.pictures]
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a file (`.png`; of clips also `.mp4`, `.webp`, `.gif`), or a folder; return it.
+
+        Several samples in one file are a grid. A folder gets each sample and all levels.
+
+        Raises:
+            UsageError: `out` has files already, and `overwrite` is not set; or its suffix is none
+                that can be written.
+            OSError: it cannot be written.
+        """
+        from matryoshka_diffusion.draw import gallery
+
+        gallery.refuse_taken(Path(out), overwrite=overwrite, remedy="overwrite=True")
+        gallery.save(self._gallery(), Path(out))
+        return Path(out)
+
+    def __repr__(self) -> str:
+        sides = ", ".join(str(level.shape[-2]) for level in self.levels)
+        kind = "clip" if self.levels[-1].ndim == 5 else "image"
+        kind += "s" * (len(self.captions) != 1)
+        captions = ", ".join(map(repr, dict.fromkeys(filter(None, self.captions[:100]))))
+        of = f" of {captions if len(captions) <= 60 else captions[:60] + ' ...'}" * bool(captions)
+        return f"Samples({len(self.captions)} {kind}{of}, levels of {sides} pixels)"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: a row for each caption; of clips, film strips."""
+        from matryoshka_diffusion.draw import gallery, grid
+
+        drawn = self._gallery()
+        if drawn.moves:
+            return grid.png(grid.strip(self.videos, drawn.texts), self.settings)
+        return grid.png(gallery.grid_of(drawn)[0], self.settings)
+
+    def _gallery(self) -> Gallery:
+        from matryoshka_diffusion.draw.gallery import Gallery
+
+        return Gallery(self.levels, self.captions, self.settings)

@@ -246,7 +246,7 @@ def export(options: argparse.Namespace) -> None:
         from matryoshka_diffusion.pipeline import Matryoshka
 
         refuse_full(options.out)
-        model = Matryoshka.load(options.model, text_encoder=options.text_encoder)
+        model = Matryoshka.load(options.model, text_encoder=options.text_encoder, device="cpu")
         write_diffusers(model, options.out)
         show(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
     elif options.format == "onnx":

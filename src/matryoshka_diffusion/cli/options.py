@@ -197,13 +197,12 @@ def find_device(name: str) -> str:
     import torch
 
     from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.train.precision import best_device
 
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {name}: {one_line(error)}") from error
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        return best_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {one_line(error)}") from error
+    return name

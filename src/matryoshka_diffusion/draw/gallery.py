@@ -107,10 +107,7 @@ def check(
     file = out if _is_file(out) else None
     moves = file is not None and file.suffix.lower() in clips.SUFFIXES
     _refuse_unwritable(out if file is None else out.parent)
-    there = file.exists() if file is not None else out.is_dir() and any(out.iterdir())
-    if there and not overwrite:
-        what = "exists" if file is not None else "is not empty"
-        raise UsageError(f"-o {out} {what}: name another place, or add --overwrite")
+    refuse_taken(out, overwrite=overwrite, remedy="--overwrite")
     if file is not None and form is not None:
         raise UsageError(f"--clips {form} is for a folder, and -o {out} is a file: omit one")
     if model.frames is None:
@@ -137,6 +134,14 @@ def check(
                 f"-o {file}: a grid of {count * n} clips has {size[0]} x {size[1]} pixels, but "
                 f"this form can have {largest} a side: give a folder, or draw fewer (-n)"
             )
+
+
+def refuse_taken(out: Path, *, overwrite: bool, remedy: str) -> None:
+    """Raise `UsageError` for a file that exists or a folder with files, unless `overwrite`."""
+    file = _is_file(out)
+    if (out.exists() if file else out.is_dir() and any(out.iterdir())) and not overwrite:
+        what = "exists" if file else "is not empty"
+        raise UsageError(f"{out} {what}: name another place, or add {remedy}")
 
 
 def _is_file(out: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,13 +15,12 @@ from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.files import BrokenFile, read_json
 from matryoshka_diffusion.models.names import refuse_unknown, shipped_models
 from matryoshka_diffusion.nn.nested import present_name
+from matryoshka_diffusion.progress import Progress
 from matryoshka_diffusion.tensorfile import read_weights
 from matryoshka_diffusion.train import checkpoint
 from matryoshka_diffusion.train.stages import active_model
 from matryoshka_diffusion.train.weights import LORA, MODEL, lora_metadata, merge, weights_file
 
-Progress = Callable[[int, int], None]
-"""Called with (amount done, amount in all)."""
 WEIGHTS = (MODEL, LORA)
 """Names of the weights file of a model folder: a whole model, or adapters."""
 CAPTIONS = "captions.safetensors"

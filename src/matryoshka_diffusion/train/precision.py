@@ -91,6 +91,13 @@ def one_core(wanted: bool = True) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def best_device() -> str:
+    """The device that `auto` stands for: a GPU that torch can use, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
     """Replace `auto` by bf16 where the hardware multiplies bf16 faster, else by fp32.
 
