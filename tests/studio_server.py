@@ -6,8 +6,9 @@ import base64
 import http.client
 import io
 import json
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,16 @@ def running(
 class Posted:
     """A request to a server that was sent, and the lines of its answer as they come."""
 
-    def __init__(self, port: int, wish: Any, path: str = "/api/draw", client: str = "a") -> None:
+    def __init__(
+        self,
+        port: int,
+        wish: dict[str, Any] | bytes,
+        path: str = "/api/draw",
+        client: str = "a",
+    ) -> None:
+        body = wish if isinstance(wish, bytes) else json.dumps(wish)
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        self._connection.request("POST", path, json.dumps(wish), {**JSON, "X-Client": client})
+        self._connection.request("POST", path, body, {**JSON, "X-Client": client})
         self._response = self._connection.getresponse()
         self.status = self._response.status
 
@@ -114,3 +122,27 @@ def pixels_of(text: str) -> np.ndarray:
     """The pixels of a picture in base64."""
     with Image.open(io.BytesIO(base64.b64decode(text))) as image:
         return np.asarray(image)
+
+
+def odd_request(rng: random.Random, wishes: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
+    """A path and a body made of a good wish: values are missing, wrong or odd, bytes damaged."""
+    pixels = np.random.default_rng(rng.randrange(9)).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    picture = bytearray(png(pixels, {"model": "text", "captions": ["red"], "seeds": [1]}))
+    for _ in range(rng.choice([0, 0, 1, 5])):
+        picture[rng.randrange(len(picture))] = rng.randrange(256)
+    path, whole = rng.choice(["draw", "draw", "draw", "picture", "level"]), b64(bytes(picture))
+    odd: list[Any] = [None, -1, 0, 2, 10**30, 1e308, "", "red", "\0\x1b[31m<b>", "0", [], {}, True]
+    odd += [whole, b64(bytes(picture[: rng.randrange(200)])), [1.0, 2.0], {"8": "x"}, ["none"]]
+    odd += [{"8": whole}, {"16": whole}, [[]], "ddim"]
+    wish: dict[str, Any] = {**rng.choice(wishes), "steps": rng.randint(1, 3)}
+    if path != "draw":
+        wish = {"picture": whole, **({"model": "0", "side": 8} if path == "level" else {})}
+    names = [*wish, "label", "negative", "seed", "images", "sampler", "grid", "guidance", "keep"]
+    names += ["image", "mask", "strength", "until", "wake", "eta", "threshold", "zzz", "side"]
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        wish[rng.choice(names)] = rng.choice(odd)
+    body = json.dumps(wish).encode()
+    if rng.random() < 0.1:
+        place = rng.randrange(len(body))
+        body = body[:place] + rng.randbytes(rng.randrange(4)) + body[place + rng.randrange(3) :]
+    return f"/api/{path}", body

@@ -57,6 +57,11 @@ class Process:
             )
         self.send = self._process.send_signal
 
+    def memory(self) -> float:
+        """Resident memory in MB."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize() / 1e6
+
     def errors(self) -> str:
         return self._log.read_text("utf-8", errors="replace")
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from faults import data, disk, kills, nonfinite, ranks, rivals, servers
+from faults import crowd, data, disk, kills, nonfinite, ranks, rivals, servers
 from faults.product import Workshop, prepare
 from faults.report import Result, table
 
@@ -42,6 +42,7 @@ SCENARIOS: dict[str, tuple[int, Scenario]] = {
     "data that changes between two starts": (20, rivals.other_data),
     "folders that cannot be synced": (3, disk.unsynced),
     "a server that fails": (22, servers.failing),
+    "a crowd at the studio": (15, crowd.at_the_studio),
     "kill -9 at random times": (2, kills.at_random),
 }
 """Number of the promise and function. The last takes the rest of the time."""
