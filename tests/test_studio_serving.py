@@ -178,8 +178,8 @@ def test_odd_requests_and_clients_that_leave_cost_nothing(served, port, capfd):
             assert "Traceback" not in response.text
             for line in objects(response.text):
                 assert "error" not in line or set(line["error"]) == {"message", "field"}
-    assert set(answers) == {200, 400, 404}, answers
-    assert 20 < answers[200] < 60
+    assert set(answers) <= {200, 400, 404, 413}, answers
+    assert min(answers[200], answers[400]) > 10
     for _ in range(20):
         response = Posted(port, {**RED, "steps": 250}, client=str(rng.randrange(50)))
         for _ in range(rng.randrange(4) if response.status == 200 else 0):
