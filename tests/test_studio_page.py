@@ -62,6 +62,7 @@ def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture
 def page(browser: Page) -> Iterator[Page]:
     """The page, freshly loaded. Nothing may land in the console or go to another host."""
+    browser.errors(), browser.requests()  # those of a test that failed
     browser.resize(1280, 900)
     browser.open()
     browser.write("#steps", 6)
@@ -226,16 +227,27 @@ def test_a_sketch_is_finished_without_a_picture_before_it(page: Page):
 
 
 def test_a_picture_to_begin_with_is_kept_at_little_strength(page: Page):
-    draw(page, "red", seed=3)
-    before = np.array(page.pixels(1))
     distances = []
-    for strength in (0.05, 1.0):
-        draw(page, "red", seed=3)
-        page.write("#seed", 4)
+    for seed, strength in ((3, 0.05), (4, 1.0)):
+        draw(page, "red", seed)
+        before = np.array(page.pixels(1))
+        page.write("#seed", 5)
         page.slide("#strength", strength)
         page.draws(lambda: page.click("#begin"))
         distances.append(np.abs(np.array(page.pixels(1)) - before).mean())
-    assert distances[0] < distances[1]
+    assert distances[0] < distances[1] / 2
+
+
+def test_the_same_drawn_again_has_another_seed(page: Page):
+    draw(page, "blue thing", seed=6)
+    before = page.pixels(1)
+    assert page.text("#draw") == "Draw another"
+    page.draws(lambda: page.click("#draw"))
+    assert page.pixels(1) != before
+    page.write("#seed", 6)
+    assert page.text("#draw") == "Draw"
+    page.draws(lambda: page.click("#draw"))
+    assert page.pixels(1) == before
 
 
 def test_one_of_several_variations_is_kept(page: Page):

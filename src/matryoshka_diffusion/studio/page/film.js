@@ -2,7 +2,7 @@
 
 import { bytesOf, imageOf, noiseOf } from "./pixels.js";
 
-/** States in order. Each has levels, coarse to fine, with the bytes of all its images and frames. */
+/** States in order. Each has levels, coarse to fine, with the bytes of all images and frames. */
 export class Film {
   states = [];
   #noise;

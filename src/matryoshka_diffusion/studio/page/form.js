@@ -25,7 +25,8 @@ export function show(model, limits) {
   byId("sampler").value = defaults.sampler;
   byId("steps").value = defaults.steps;
   byId("guidance").value = listed(defaults.guidance);
-  const ideas = (prompts ?? []).filter((prompt) => /^[a-z]+( [a-z]+)?$/.test(prompt)).slice(0, IDEAS);
+  const short = (prompts ?? []).filter((prompt) => /^[a-z]+( [a-z]+)?$/.test(prompt));
+  const ideas = short.slice(0, IDEAS);
   byId("prompt").placeholder = ideas[0] ?? "";
   byId("ideas").hidden = condition !== "text" || !ideas.length;
   const any = () => prompts[Math.floor(Math.random() * prompts.length)];
@@ -39,9 +40,11 @@ export function show(model, limits) {
 
 function setExtras(settings) {
   extras = settings;
-  const texts = Object.entries(extras).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+  const words = ([name, value]) => `${name.replaceAll("_", " ")} ${value}`;
+  const texts = Object.entries(extras).map(words);
   byId("extras").hidden = !texts.length;
-  byId("extras").querySelector("span").textContent = `Also as in that picture: ${texts.join("; ")}.`;
+  const shown = byId("extras").querySelector("span");
+  shown.textContent = `Also as in that picture: ${texts.join("; ")}.`;
 }
 
 function idea(name, prompt) {
@@ -82,7 +85,8 @@ function whole(field, least) {
 }
 
 function weights({ levels }) {
-  const numbers = byId("guidance").value.split(",").map((text) => (text.trim() ? Number(text) : NaN));
+  const texts = byId("guidance").value.split(",");
+  const numbers = texts.map((text) => (text.trim() ? Number(text) : NaN));
   if (numbers.every(Number.isFinite) && [1, levels.length].includes(numbers.length)) return numbers;
   const message = `Give one number, or ${levels.length} with commas: one for each level.`;
   throw new StudioError({ message, field: "guidance" });
@@ -95,13 +99,17 @@ export function fill(settings, { defaults }) {
   }
   byId("negative").value = settings.negative ?? "";
   if (settings.guidance != null) byId("guidance").value = listed(settings.guidance);
-  const differs = ([name, value]) =>
-    name in defaults && !FIELDS.includes(name) && JSON.stringify(value) !== JSON.stringify(defaults[name]);
-  setExtras(Object.fromEntries(Object.entries(settings).filter(differs)));
+  const isOwn = (name) => JSON.stringify(settings[name]) === JSON.stringify(defaults[name]);
+  const others = Object.keys(defaults).filter((name) => name in settings && !FIELDS.includes(name));
+  const named = others.filter((name) => !isOwn(name)).map((name) => [name, settings[name]]);
+  setExtras(Object.fromEntries(named));
 }
 
 /** Leave out the settings that have no field. */
 export const forgetExtras = () => setExtras({});
+
+/** What the fields hold: the same text draws the same picture. */
+export const written = () => ["model", ...FIELDS].map((field) => byId(field).value).join("\n");
 
 export function throwDice() {
   byId("seed").value = Math.floor(Math.random() * LARGEST_SEED);

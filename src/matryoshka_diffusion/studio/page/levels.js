@@ -9,7 +9,8 @@ function role(level, levels) {
   return { 0: "the plan", [levels.length - 1]: "the picture" }[level] ?? "in between";
 }
 
-export const sizeOf = ({ side, frames }) => `${side} × ${side}${frames ? ` × ${frames} frames` : ""}`;
+export const sizeOf = ({ side, frames }) =>
+  `${side} × ${side}` + (frames ? ` × ${frames} frames` : "");
 
 /** Put a picture on a canvas of its own size. */
 export function put(canvas, image) {
@@ -120,6 +121,8 @@ export class Sheet {
   }
 
   mark(chosen) {
-    this.buttons.forEach((button, number) => button.setAttribute("aria-pressed", number === chosen));
+    this.buttons.forEach((button, number) => {
+      button.setAttribute("aria-pressed", number === chosen);
+    });
   }
 }

@@ -16,6 +16,7 @@ const on = (id, event, action) => byId(id).addEventListener(event, action);
 let known = { models: [], limits: {} };
 let model = null;
 let drawing = null; // what stops the drawing that is going on
+let drawn = null; // what the form held when it was drawn last
 const stage = new Stage(settle);
 const training = new Training();
 const history = new History({ use: bringBack, again: shown(drawAgain) });
@@ -27,8 +28,7 @@ function settle() {
   const busy = drawing !== null;
   const { result, painting } = stage;
   byId("stage").setAttribute("aria-busy", busy);
-  const opened = model.levels[stage.levels.chosen];
-  byId("draw").textContent = opened ? `Draw from ${opened.side} × ${opened.side}` : "Draw";
+  byId("draw").textContent = nameOfDraw();
   byId("draw").hidden = busy;
   byId("stop").hidden = !busy;
   byId("next").hidden = !stage.hasPicture;
@@ -40,6 +40,13 @@ function settle() {
   byId("keep").textContent = result?.kept ? "Kept" : "Keep this one";
   for (const { button } of stage.levels.items) button.disabled = busy;
   byId("redraw-marked").disabled = !redraws() || !stage.hasPicture || !painting?.marked;
+}
+
+/** What the large button does. */
+function nameOfDraw() {
+  const opened = model.levels[stage.levels.chosen];
+  if (opened) return `Draw from ${opened.side} × ${opened.side}`;
+  return form.written() === drawn ? "Draw another" : "Draw";
 }
 
 /** True if the finest level is a picture that can be sent to be drawn anew in part. */
@@ -103,11 +110,19 @@ function view(name) {
 
 // --- drawing ----------------------------------------------------------------------------------
 
+/** Draw, from the level that is painted on if there is one. The same again has another seed. */
+async function drawNow() {
+  if (stage.levels.chosen !== null) return redrawOthers();
+  if (form.written() === drawn) form.throwDice();
+  return draw();
+}
+
 /** Draw what the form asks for, with changes, and show every state as it comes. */
 async function draw(changes = {}) {
   drawing?.abort();
   form.forgive();
   const request = { ...form.read(model), ...changes };
+  if (!Object.keys(changes).length) drawn = form.written();
   const controller = (drawing = new AbortController());
   const film = new Film(model.levels);
   stage.locked = true;
@@ -157,7 +172,8 @@ async function finish(film, { images }) {
     settings,
   }));
   say(images.length === 1 ? "Drawn." : "Drawn. Look at them below, and keep the one you like.");
-  if (film.frames > 1) stage.clip.play();
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (film.frames > 1 && !isCalm) stage.clip.play();
   if (images.length === 1) await keep();
 }
 
@@ -209,9 +225,6 @@ const kept = async (level) => ({
   [model.levels[level].side]: await pngOf(stage.levelNow(level)),
 });
 
-/** Draw, from the level that is painted on if there is one. */
-const drawNow = () => (stage.levels.chosen === null ? draw() : redrawOthers());
-
 /** Draw the others anew from the level that is painted on. */
 async function redrawOthers() {
   const level = stage.levels.chosen;
@@ -255,9 +268,10 @@ async function openPicture(file) {
   const picture = await base64Of(file);
   const { settings } = await api.picture(picture);
   const isHere = settings && useSettings(settings);
-  const levels = redraws() ? await Promise.all(model.levels.map((level) => brought(picture, level))) : [];
+  const sides = redraws() ? model.levels : [];
+  const levels = await Promise.all(sides.map((level) => brought(picture, level)));
   if (levels.length) stage.show(Film.still(levels));
-  if (!settings) return say("This picture has no settings, but you can paint on it.");
+  if (!settings) return say("This picture has no settings.");
   if (isHere) await history.add({ png: file, title: titleOf(settings), settings, levels });
   say(isHere ? "The settings of the picture are in the form." : unknown(settings));
 }
@@ -318,12 +332,13 @@ function onKey(event) {
 
 function connect() {
   addEventListener("keydown", onKey);
+  on("composer", "input", settle);
   on("composer", "submit", (event) => {
     event.preventDefault();
     shown(drawNow)();
   });
   on("stop", "click", () => drawing?.abort());
-  on("dice", "click", form.throwDice);
+  on("dice", "click", () => (form.throwDice(), settle()));
   on("forget", "click", form.forgetExtras);
   on("model", "change", () => useModel(byId("model").value));
   on("view-draw", "click", () => view("draw"));
@@ -336,7 +351,7 @@ function connect() {
   on("begin", "click", shown(beginWithPicture));
   on("variations-draw", "click", shown(drawVariations));
   on("keep", "click", shown(keep));
-  describe("hold", (percent) => (percent === 100 ? "to the end" : `${percent} % of the way, then free`));
+  describe("hold", (share) => (share < 100 ? `${share} % of the way, then free` : "to the end"));
   describe("strength", (share) => `${Math.round(share * 100)} %`);
   acceptDrops();
   byId("settings").open = matchMedia("(min-width: 700px)").matches;

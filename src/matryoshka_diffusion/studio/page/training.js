@@ -72,7 +72,7 @@ export class Training {
   async #show(name) {
     const { model } = this;
     if (!this.#pictures.has(name)) {
-      this.#pictures.set(name, api.preview(model.id, name).then((blob) => URL.createObjectURL(blob)));
+      this.#pictures.set(name, api.preview(model.id, name).then(URL.createObjectURL));
     }
     const url = await this.#pictures.get(name);
     if (this.#previews[this.player.at] === name) byId("preview").src = url;
@@ -81,9 +81,10 @@ export class Training {
   #draw() {
     if (!this.report || byId("training").hidden) return;
     const { images, of, rate, levels, losses, held_out } = this.report;
+    const speed = rate ? `, ${rate.toPrecision(3)} a second` : "";
     const left = of > images && rate > 0 ? `, about ${duration((of - images) / rate)} left` : "";
     byId("training-status").textContent =
-      `${whole(images)} of ${whole(of)} images` + (rate ? `, ${rate.toPrecision(3)} a second` : "") + left;
+      `${whole(images)} of ${whole(of)} images` + speed + left;
     byId("training-progress").max = of;
     byId("training-progress").value = images;
     chart("losses", losses, levels);
@@ -115,7 +116,8 @@ function chart(id, rows, levels) {
   const last = rows.at(-1)[0];
   const x = (n) => PADDING.left + (n / last) * (width - PADDING.left - PADDING.right);
   const share = (loss) => Math.log(loss / low) / Math.log(high / low);
-  const y = (loss) => height - PADDING.bottom - share(loss) * (height - PADDING.top - PADDING.bottom);
+  const drop = height - PADDING.top - PADDING.bottom;
+  const y = (loss) => height - PADDING.bottom - share(loss) * drop;
 
   pen.font = `12px ${style.fontFamily}`;
   pen.fillStyle = colour("--quiet");
