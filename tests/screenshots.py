@@ -15,6 +15,7 @@ from studio_server import running
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 WIDE, PHONE = (1200, 800), (390, 844)
+LARGEST = 250_000  # bytes; a larger PNG gets a palette
 
 
 def main(run: str) -> None:
@@ -88,7 +89,10 @@ def _save(page: Page, name: str, height: int | None = None) -> None:
     image = Image.open(io.BytesIO(page.picture())).convert("RGB")
     if height is not None:
         image = image.crop((0, 0, image.width, min(2 * height, image.height)))
-    image.save(PICTURES / f"studio-{name}.png", optimize=True)
+    path = PICTURES / f"studio-{name}.png"
+    image.save(path, optimize=True)
+    if path.stat().st_size > LARGEST:
+        image.quantize(dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
