@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion study hero screenshots test pages site chaos check format clean
+.PHONY: help demo fashion study hero screenshots test pages notebooks site chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
@@ -17,6 +17,7 @@ help:
 	@echo "make screenshots  take the pictures of docs/studio.md (Debian's chromium; after make demo)"
 	@echo "make test     run the tests"
 	@echo "make pages    run the commands of every page in docs/"
+	@echo "make notebooks  run examples/*.ipynb, and keep what they show in them"
 	@echo "make site     build the docs site: build/site/html"
 	@echo "make chaos    kill runs and ranks, fill disks, corrupt data (10 minutes): promises under faults"
 	@echo "make check    lint, formatting, types, import layers"
@@ -51,7 +52,10 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 pages: $(VENV)/.dev
-	$(PYTEST) -m pages tests/test_docs.py
+	$(PYTEST) -m pages tests/test_docs.py tests/test_notebooks.py
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python site/notebooks.py
 
 site: $(VENV)/.dev
 	$(BIN)/python site/build.py
