@@ -3,7 +3,6 @@
 const MOST = 200;
 const NAMES = {
   name: "Model",
-  prompt: "Words",
   negative: "Leave out",
   seed: "Seed",
   steps: "Steps",
