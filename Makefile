@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 RECIPE := pyproject.toml constraints.txt
 
-.PHONY: help demo fashion study hero screenshots test pages notebooks site chaos check format clean
+.PHONY: help demo fashion study hero pictures screenshots test pages notebooks site chaos check format clean
 
 help:
 	@echo "make demo     train the openmoji model for a quarter of an hour and look at its samples"
 	@echo "make fashion  train the fashion-mnist model (needs Debian's dataset-fashion-mnist)"
 	@echo "make study    compare MDM with its baselines, small (a quarter of an hour): runs/study"
 	@echo "make hero     draw the picture of the README with the shipped model"
+	@echo "make pictures draw the pictures of docs/editing.md by its own commands"
 	@echo "make screenshots  take the pictures of docs/studio.md (Debian's chromium; after make demo)"
 	@echo "make test     run the tests"
 	@echo "make pages    run the commands of every page in docs/"
@@ -44,6 +45,11 @@ hero: $(VENV)/.user
 
 screenshots: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m screenshots runs/demo
+
+pictures: $(VENV)/.user
+	rm -f docs/pictures/edit-*.png
+	sed -n '/^```sh/,/^```$$/{/^```/d;p}' docs/editing.md \
+		| (cd docs/pictures && PATH=$(abspath $(BIN)):$$PATH sh -e)
 
 # One thread in each process, also in numpy's BLAS and in the commands that tests start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -187,6 +187,8 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return []
         case ["export", model, *_]:
             return ["--text-encoder", "t5"] if model.startswith("mdm-") else []
+        case ["edit", *_]:
+            return ["--steps", "1"]
         case ["compare", *_]:  # two sets of small pictures
             return []
         case ["eval", *_]:
@@ -340,8 +342,15 @@ def with_prompts(path):
     (path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
+def with_inputs(path):
+    """The sketch and the mask that the page links to."""
+    for name in ("sketch.png", "right.png"):
+        shutil.copy(ROOT / "docs" / "pictures" / name, path / name)
+
+
 PREPARED = {
     "data.md": with_forms,
+    "editing.md": with_inputs,
     "evaluation.md": with_measured,
     "fine-tuning.md": with_releases,
     "growing.md": with_shards,

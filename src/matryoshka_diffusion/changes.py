@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 else:
     Given = Any
 
+Kept: TypeAlias = Mapping[int, Given | Sequence[Given]] | Mapping[str, Given | Sequence[Given]]
+"""Pictures by the names of the levels that keep them."""
+
 
 def edit_of(
     model: DiffusionModel,
     codec: Codec | None,
     *,
-    keep: Mapping[int | str, Given | Sequence[Given]],
+    keep: Kept,
     image: Given | None,
     mask: Given | None,
     strength: float | None,
@@ -66,7 +69,7 @@ def edit_of(
 
 
 def _refuse_idle(
-    keep: Mapping[int | str, Given | Sequence[Given]],
+    keep: Kept,
     image: Given | None,
     mask: Given | None,
     strength: float | None,

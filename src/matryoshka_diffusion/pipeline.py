@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from matryoshka_diffusion.changes import blended_seeds, edit_of
+from matryoshka_diffusion.changes import Kept, blended_seeds, edit_of
 from matryoshka_diffusion.codec import Codec, load_autoencoder
 from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.denoiser import active_weights
@@ -234,7 +234,7 @@ class Matryoshka(DiffusionModel):
         self,
         prompts: str | Sequence[str] | None = None,
         *,
-        keep: Mapping[int | str, Given | Sequence[Given]] | None = None,
+        keep: Kept | None = None,
         image: Given | None = None,
         mask: Given | None = None,
         strength: float | None = None,
