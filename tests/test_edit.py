@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +17,7 @@ from torch import Tensor
 from matryoshka_diffusion.cli.main import main
 from matryoshka_diffusion.config import SamplerName, UsageError
 from matryoshka_diffusion.diffusion import diffuse
+from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.edit import UNCHANGED, Edit, Hold, enlarged_exactly
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
 from matryoshka_diffusion.samplers import (
@@ -90,8 +92,9 @@ def test_every_level_agrees_with_a_held_one_and_an_image_held_whole_comes_back(
 ):
     world = make(Cosine())
     held = hold(world, level)
-    for floor, corrections in ((None, 0), (-2.0, 0), (None, 1)):
-        z = drawn(world, Edit((held,), corrections=corrections), name, floor=floor)[-1].z
+    corrected = Edit((held,), corrections=1, passes=2)
+    for floor, edit in ((None, Edit((held,))), (-2.0, Edit((held,))), (-2.0, corrected)):
+        z = drawn(world, edit, name, floor=floor)[-1].z
         for r in range(level + 1):
             resolution = world.resolutions[r]
             torch.testing.assert_close(z[r], down_sample(held.image, resolution).expand_as(z[r]))
@@ -340,8 +343,11 @@ def test_the_command_keeps_a_level_and_names_what_does_not_fit(tmp_path, capsys)
     Image.fromarray(sketch).save(tmp_path / "sketch.png")
     words = ["edit", str(tmp_path / "run"), "--steps", "2", "-o", str(tmp_path / "out.png")]
     words.append("--overwrite")
-    assert main([*words, "--keep", f"8={tmp_path / 'sketch.png'}"]) == 0
+    more = ["--correct", "1", "--resample", "2"]
+    assert main([*words, "--keep", f"8={tmp_path / 'sketch.png'}", *more]) == 0
     with Image.open(tmp_path / "out.png") as drawn:
+        record = json.loads(drawn.info[SETTINGS_KEY])["edit"]
+        assert (record["keep"], record["correct"], record["resample"]) == (["8"], 1, 2)
         pixels = torch.tensor(np.asarray(drawn)).permute(2, 0, 1)[None].float()
     kept = down_sample(pixels, Resolution(8, 8))[0].permute(1, 2, 0).numpy()
     assert np.abs(kept - sketch).mean() < 4

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
+from matryoshka_diffusion.cli.main import main
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.given import Given, read_clip
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.train.weights import export_weights
 from test_pipeline import Words, randomised
 from tiny_run import FRAMES, tiny_video
 
@@ -98,3 +100,16 @@ def test_frames_of_several_sizes_are_refused(tmp_path: Path):
     data = tiny_video().data
     with pytest.raises(UsageError, match="differ in size"):
         read_clip(folder, SIDE, 2 * SIDE, frames=FRAMES, whole=FRAMES, data=data)
+
+
+def test_the_command_keeps_a_clip(tmp_path: Path):
+    config = tiny_video(dropout=0.0)
+    nest = config.model.model_copy(update={"text": None})
+    config = config.model_copy(update={"model": nest, "encoder": None})
+    export_weights(tmp_path / "run" / "model", randomised(config).state_dict(), config)
+    kept = written(clip(), tmp_path / "clip.gif")
+    words = ["edit", str(tmp_path / "run"), "--steps", "2", "-o", str(tmp_path / "out.webp")]
+    assert main([*words, "--keep", f"{LEVEL}={kept}"]) == 0
+    with Image.open(tmp_path / "out.webp") as drawn:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(drawn)]
+    assert np.array_equal(frames, clip())
