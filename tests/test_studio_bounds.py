@@ -70,7 +70,7 @@ ASKED: dict[str, tuple[int, dict[str, Any], str | None, str]] = {
     "guide": (400, {"guide": "/etc"}, "guide", "unknown key"),
     "type": (400, {"steps": "4"}, "steps", "integer"),
     "no base64": (400, {"keep": {"8": "???"}}, "keep", "base64"),
-    "no picture": (400, {"keep": {"8": b64(b"GIF89a")}}, None, "PNG, JPEG or WEBP"),
+    "no picture": (400, {"keep": {"8": b64(b"GIF89a")}}, None, "PNG, JPEG, WEBP"),
     "torn": (400, {"image": FLAT[:80], "strength": 0.5}, None, "corrupt"),
     "level": (400, {"keep": {"9": FLAT}}, "keep", "(8, 16)"),
     "level's name": (400, {"keep": {"16x16": FLAT}}, "keep", "integer"),

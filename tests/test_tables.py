@@ -205,7 +205,7 @@ def test_bad_rows_are_attributed(tmp_path):
     assert source.keys == ["p.parquet:0"]
     found = {path.split(":")[1]: reason for path, reason in reasons(source).items()}
     for row, reason in {
-        "1": "not PNG, JPEG or WEBP",
+        "1": "not PNG, JPEG, WEBP",
         "2": "it has no caption, although others have one",
         "3": "its caption is empty",
         "4": "there is no picture in its row",

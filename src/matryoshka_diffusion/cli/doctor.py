@@ -27,6 +27,7 @@ EXTRAS = {
     "remote": "data on servers (https://...)",
     "studio": "mdm studio, the page in the browser",
     "video": "videos as data, and clips as MP4",
+    "heic": "pictures in HEIC, as telephones make them",
     "tensorboard": "mdm train --log tensorboard",
     "wandb": "mdm train --log wandb",
     "completion": "mdm completion",

@@ -337,7 +337,7 @@ def read_coarse(path: Path, side: int, channels: int) -> UInt8[np.ndarray, "n si
         pictures = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         files = sorted(file for file in pictures if file.name not in SHEETS)
     if not files or not path.exists():
-        raise FileNotFoundError(f"{path}: no picture here to enlarge (PNG, JPEG or WEBP)")
+        raise FileNotFoundError(f"{path}: no picture here to enlarge ({PICTURES.formats})")
     images = []
     for file in files:
         try:

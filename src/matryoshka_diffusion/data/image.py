@@ -1,6 +1,6 @@
 """Image files, decoded safely: RGB bytes of the wanted side, or a reason why not.
 
-The header is judged before any pixel is allocated, only PNG, JPEG and WEBP are decoded, and
+The header is judged before any pixel is allocated, only `FORMATS` and HEIC are decoded, and
 Pillow's limits bound the text and colour profiles in a file. An animation gives its first frame.
 Of what a file holds beside its pixels, orientation and colour profile are used; no fault of it, or
 of the rest, makes an image bad.
@@ -25,10 +25,11 @@ from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.colour import to_srgb
 from matryoshka_diffusion.data.source import Picture
-from matryoshka_diffusion.files import unreadable
+from matryoshka_diffusion.files import MissingExtra, require, unreadable
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp"})
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp"})
+SUFFIXES |= {".tif", ".tiff", ".heic", ".heif"}
 MIN_SIDE = 8
 MAX_SIDE = 20_000
 MAX_PIXELS = 64_000_000
@@ -48,9 +49,9 @@ class Kind(NamedTuple):
 
 PICTURES = Kind(
     "picture",
-    "PNG, JPEG or WEBP",
+    "PNG, JPEG, WEBP, AVIF, HEIC, GIF, TIFF or BMP",
     SUFFIXES,
-    frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"}),
+    frozenset({".jp2", ".jxl"}),
     MAX_BYTES,
 )
 ANIMATIONS = frozenset({".webp", ".gif"})
@@ -73,6 +74,9 @@ _KEPT = (b"tRNS", b"eXIf", b"iCCP")  # ancillary chunks that an image's look dep
 _APPLICATIONS, _COMMENT, _START_OF_SCAN = range(0xE0, 0xF0), 0xFE, 0xDA  # JPEG markers
 _KEPT_SEGMENTS = (b"Exif\0\0", b"ICC_PROFILE\0", b"Adobe")
 _ADOBE_BYTES = 12  # of the segment that tells the kind of colours
+_HEIC = (b"heic", b"heix", b"mif1")  # brands
+_COMMENTS = 2**20
+"""Bytes that a GIF may have before its first frame: Pillow's time grows with their square."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,7 +88,7 @@ _TURNS = {
 }
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError)
-_DAMAGED += (struct.error, zlib.error)  # Pillow parses files with these, and with slices
+_DAMAGED += (struct.error, zlib.error, RuntimeError)  # Pillow parses with these, and with slices
 
 
 @contextmanager
@@ -145,7 +149,7 @@ def read_picture(
 
 
 def _decoded(stream: Any, side: int, crop: Crop, channels: int) -> Picture:
-    image = Image.open(stream, formats=FORMATS)
+    image = open_image(stream)
     size = image.size
     judge(*size)
     image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
@@ -154,6 +158,44 @@ def _decoded(stream: Any, side: int, crop: Crop, channels: int) -> Picture:
         image.info["transparency"] = _as_pixel(clear, image.mode, _depth(stream))
     image.load()
     return Picture(resized(upright(image), side, REACH[crop], channels), size)
+
+
+def open_image(stream: Any) -> Image.Image:
+    """Open an image by its header, of `FORMATS` or HEIC, whose package is loaded for it.
+
+    Raises:
+        PictureError: there is no package for it, or no way to bound its pixels or its time. Other
+            faults are Pillow's errors, which `opened` translates.
+    """
+    head, formats = stream.read(32), FORMATS
+    stream.seek(0)
+    if head[:4] == b"GIF8":
+        _judge_gif(stream)
+    if head[4:8] == b"ftyp" and any(brand in head for brand in _HEIC) and b"avif" not in head:
+        try:
+            require("pillow_heif", "heic", "HEIC").register_heif_opener(thumbnails=False)
+        except MissingExtra as error:
+            raise PictureError(str(error)) from error
+        formats = (*FORMATS, "HEIF")
+    image = Image.open(stream, formats=formats)
+    if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+        raise PictureError("its numbers have 32 bits: save it with 8 or 16")
+    return image
+
+
+def _judge_gif(stream: Any) -> None:
+    """Raise PictureError for a GIF with more than `_COMMENTS` bytes before its first frame."""
+    flags = stream.read(13)[10:11]
+    if flags and flags[0] & 0x80:
+        stream.seek(3 * 2 ** (flags[0] % 8 + 1), io.SEEK_CUR)  # the palette
+    start = stream.tell()
+    while stream.read(1) == b"!":
+        stream.read(1)
+        while (length := stream.read(1)) > b"\0":
+            stream.seek(length[0], io.SEEK_CUR)
+            if stream.tell() - start > _COMMENTS:
+                raise PictureError(f"too large: {_COMMENTS:,} bytes of comments")
+    stream.seek(0)
 
 
 def _depth(stream: Any) -> int:

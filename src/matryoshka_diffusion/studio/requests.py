@@ -9,12 +9,12 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
 from matryoshka_diffusion.config import GridName, SamplerName, Threshold
 from matryoshka_diffusion.configfile import explain
-from matryoshka_diffusion.data.image import FORMATS, PICTURES, judge, opened
+from matryoshka_diffusion.data.image import PICTURES, judge, open_image, opened
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.modelconfig import Count, Natural, Share, Strict
 
@@ -188,7 +188,7 @@ def check_picture(content: bytes, field: str, limits: Limits) -> tuple[int, int]
     if len(content) > limits.picture_bytes:
         most = limits.picture_bytes // 10**6
         raise Refused(413, f"the picture has more than {most} MB: send a smaller one", field)
-    with opened(content, PICTURES) as stream, Image.open(stream, formats=FORMATS) as image:
+    with opened(content, PICTURES) as stream, open_image(stream) as image:
         judge(*image.size, max_pixels=limits.picture_pixels)
         return image.size
 
@@ -202,7 +202,7 @@ def settings_in(content: bytes) -> Settings | None:
     Raises:
         PictureError: it is no picture.
     """
-    with opened(content, PICTURES) as stream, Image.open(stream, formats=FORMATS) as image:
+    with opened(content, PICTURES) as stream, open_image(stream) as image:
         text = image.info.get(SETTINGS_KEY)
         described = image.getexif().get(ExifTags.Base.ImageDescription)
     try:
