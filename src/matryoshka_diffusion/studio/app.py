@@ -284,7 +284,8 @@ def _unusable(_: Request, error: Exception) -> Response:
 
 def _failed(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(error_of(error.detail), error.status_code)
+    message = "there is nothing at this address, or not for this method: see docs/studio.md"
+    return JSONResponse(error_of(message), error.status_code)
 
 
 def _left(_: Request, error: Exception) -> Response:
