@@ -427,7 +427,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, package):
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt"),
         ({"prompt": "a", "generator": [seed(0), seed(1)]}, "2 generators"),
         ({"prompt": "a", "smapler": "ddim"}, "smapler"),
-        ({"prompt": "a", "strength": 0.5}, "need a picture"),
+        ({"prompt": "a", "strength": 0.5}, "strength needs a picture"),
         ({"prompt": "a", "steps": 2}, "num_inference_steps"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
         (
