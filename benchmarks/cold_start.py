@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     packages = {"now": ROOT / "src"}
     if values.before is not None:
         packages = {"before": values.before.resolve(), **packages}
-    sample = ["-m", "matryoshka_diffusion.cli", "sample", "openmoji", "-o", "drawn"]
+    sample = ["-m", "matryoshka_diffusion.cli", "sample", "openmoji"]
     commands = {TORCH: ["-c", TORCH]}
     for prompt in values.prompts:
         commands[prompt] = [*sample, "-p", prompt, "--steps", str(values.steps)]
