@@ -63,8 +63,8 @@ def averaged(pictures: Pictures, side: int) -> Float[np.ndarray, "n t t c"]:
     """D^r of images as numbers from -1 to 1, not rounded."""
     n, fine, _, channels = pictures.shape
     block = fine // side
-    parts = pictures.reshape(n, side, block, side, block, channels).astype(np.float64)
-    return parts.mean(axis=(2, 4)) / 127.5 - 1.0
+    parts = pictures.reshape(n, side, block, side, block, channels)
+    return parts.mean(axis=(2, 4), dtype=np.float64) / 127.5 - 1.0
 
 
 def keep_level(
