@@ -124,6 +124,7 @@ GROWN = (
 TUNED = ("train.stages[0].images=4", "train.stages[0].batch_size=2")
 REPLACED = {
     "{00000..01242}": "{00000..00003}",
+    "--more 50000": "--more 4",
     "--gpus 4": "--gpus 1",
     "--gpus 8": "--gpus 2",
     "--nproc-per-node 8": "--nproc-per-node 1",

@@ -71,7 +71,7 @@ def add_commands(commands: Any) -> None:
 
 def list_presets() -> str:
     """Format the presets as a table: levels, condition, data, images and time of the training."""
-    from matryoshka_diffusion.presets import CODECS, PRESETS, WORK, preset
+    from matryoshka_diffusion.presets import CODECS, PRESETS, preset
 
     rows = [("preset", "levels", "condition", "data", "images seen", "trains for about")]
     for name in PRESETS:
@@ -84,7 +84,7 @@ def list_presets() -> str:
         data = "yours" if own else config.data.source
         levels = " ".join(level.size for level in config.model.levels)
         images = f"{config.train.images:,}"
-        rows.append((name, levels, condition, data, images, _duration(WORK[name] * 1e15)))
+        rows.append((name, levels, condition, data, images, duration(name)))
     return "\n".join(
         [
             *_columns(rows, 4),
@@ -94,7 +94,11 @@ def list_presets() -> str:
     )
 
 
-def _duration(flops: float) -> str:
+def duration(name: str) -> str:
+    """About how long the training of a preset takes."""
+    from matryoshka_diffusion.presets import WORK
+
+    flops = WORK[name] * 1e15
     minutes = flops / CPU_RATE / 60
     if minutes < 100:
         return f"{minutes:.0f} minutes on 2 CPU cores"
@@ -290,20 +294,12 @@ def describe_plan(
         gpus: number of GPUs to state the memory for, besides one.
         shards: whether each GPU holds a share of the weights (FSDP2).
     """
-    from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops, training_bytes
-    from matryoshka_diffusion.nn.layers import shapes_only
-    from matryoshka_diffusion.nn.lora import attach
-    from matryoshka_diffusion.nn.nested import NestedUNet
+    from matryoshka_diffusion.nn.costs import forward_flops
 
     train, half = config.train, config.train.precision != "fp32"
     lines = [describe(config)]
     for place, stage in enumerate(train.stages, start=1):
-        with shapes_only():
-            net = NestedUNet(config.model.first(stage.levels))
-            if train.lora is not None:
-                attach(net, train.lora)
-        fixed = training_bytes(net, len(train.ema_power), half=half)
-        each = activation_bytes(config.model, stage.levels, train.recompute, half=half)
+        fixed, each = _memory(config, stage)
         sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
         work, awake = (
             f"{_rounded(3 * flops * stage.batch_size / 1e12)} TFLOP a step"
@@ -331,6 +327,31 @@ def describe_plan(
         f"{seen:,} are seen{epochs}"
     )
     return "\n".join(lines)
+
+
+def memory(config: RunConfig) -> str:
+    """The memory that the largest stage of a training takes on one device, about."""
+    needs = []
+    for stage in config.train.stages:
+        fixed, each = _memory(config, stage)
+        needs.append(fixed + -(-stage.batch_size // config.train.accumulate) * each)
+    return _gigabytes(max(needs))
+
+
+def _memory(config: RunConfig, stage: StageConfig) -> tuple[int, int]:
+    """Bytes that a stage takes for its network, and for each sample of a micro-batch."""
+    from matryoshka_diffusion.nn.costs import activation_bytes, training_bytes
+    from matryoshka_diffusion.nn.layers import shapes_only
+    from matryoshka_diffusion.nn.lora import attach
+    from matryoshka_diffusion.nn.nested import NestedUNet
+
+    train, half = config.train, config.train.precision != "fp32"
+    with shapes_only():
+        net = NestedUNet(config.model.first(stage.levels))
+        if train.lora is not None:
+            attach(net, train.lora)
+    fixed = training_bytes(net, len(train.ema_power), half=half)
+    return fixed, activation_bytes(config.model, stage.levels, train.recompute, half=half)
 
 
 def _awake_flops(config: RunConfig, stage: StageConfig) -> float:

@@ -40,7 +40,7 @@ GROUPS = {
 FIRST = (
     ('mdm sample openmoji -p "red apple"', "draw with the model in the package"),
     ("mdm data check photos", "see how a folder of your images is understood"),
-    ("mdm train folder-64 --data photos --out runs/mine", "train on it, or continue"),
+    ("mdm train --data photos --out runs/mine", "train on it, or continue"),
     ("mdm presets", "list the trainings that have a name"),
     ("mdm doctor", "see what is installed, and what is missing"),
 )

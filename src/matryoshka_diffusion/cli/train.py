@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matryoshka_diffusion.cli.begin import lengthened, proposed
 from matryoshka_diffusion.cli.models import sampling_command
 from matryoshka_diffusion.cli.options import (
     DATA,
@@ -25,10 +26,25 @@ from matryoshka_diffusion.cli.terminal import Bar, show
 
 PARALLEL = ("ddp", "fsdp")
 LOGS = ("tensorboard", "wandb")
-_DIFFUSION_OPTIONS = ("as_", "init", "base", "lora", "codec", "dry_run", "log", "gpus", "parallel")
+_DIFFUSION_OPTIONS = (
+    "as_",
+    "init",
+    "base",
+    "lora",
+    "codec",
+    "dry_run",
+    "log",
+    "gpus",
+    "parallel",
+    "more",
+)
 
 
 def train(options: argparse.Namespace) -> None:
+    if options.preset is None:
+        if (preset := proposed(options)) is None:
+            return None
+        options.preset, options.arguments = preset, ["train", preset, *options.arguments[1:]]
     refuse_unknown_names(options)
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.runs import prepare
@@ -45,6 +61,8 @@ def train(options: argparse.Namespace) -> None:
         base=options.base,
         codec=options.codec,
     )
+    if options.more is not None:
+        config = lengthened(config, options)
     if options.dry_run:
         return _plan(config, options.gpus, options.parallel)
     begun = Path(options.preset)
@@ -277,8 +295,11 @@ def add_commands(commands: Any) -> None:
     """Add the commands of this module to the parser."""
     command = add_command(commands, "train", train, "train a preset, or continue a run")
     add = command.add_argument
-    add("preset", metavar="PRESET", help="preset, YAML file, run folder, or model to tune")
+    text = "preset, YAML file, run folder, or model to tune (proposed for --data)"
+    add("preset", metavar="PRESET", nargs="?", help=text)
     add_shared(command, "--as", "--data")
+    text = "train the finished run PRESET on for so many images"
+    add("--more", type=positive, metavar="IMAGES", help=text)
     add("--out", type=Path, metavar="RUN", help="the run's folder")
     add("--init", metavar="MODEL", help="start from the weights of this model")
     add_shared(command, "--base")

@@ -29,11 +29,11 @@ PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **PAPER}
 
 WORK = {
     "openmoji": 0.1686,
-    "openmoji-256": 1.587,
+    "openmoji-256": 0.737,
     "emoji-styles": 0.5059,
     "fashion-mnist": 0.08661,
     "folder-64": 0.1432,
-    "folder-256": 1.412,
+    "folder-256": 0.6878,
     "emoji-still": 0.07522,
     "emoji-video": 0.1515,
     "cc12m-64": 1.131e6,

@@ -158,8 +158,8 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
     config = _with(config, **{key: getattr(written.train, key) for key in auto})
     if changes := differences(written, config):
         raise ConfigError(
-            f"{folder} holds a run of another config: {changes}; give another --out, or drop the "
-            "override to continue that run"
+            f"{folder} holds a run of another config: {changes}; give another --out, or go on "
+            f"with that run (mdm train {folder}; --more IMAGES lengthens it)"
         )
     return written
 

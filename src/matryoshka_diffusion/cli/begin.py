@@ -1,0 +1,94 @@
+"""How `mdm train` begins: a preset proposed for images, or a finished run made longer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from matryoshka_diffusion.cli.terminal import show
+
+SMALLEST, LOOKED_AT = "folder-64", 64
+"""Preset for images of any size, and images to look at before one is proposed."""
+
+
+def proposed(options: argparse.Namespace) -> str | None:
+    """The preset for the images of `--data`, or the run in `--out` that goes on.
+
+    Prints what was chosen, and why; without `--out` the command that begins it, and returns None.
+    """
+    from statistics import median
+
+    from matryoshka_diffusion.cli.info import duration, memory
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.data.source import kind_of
+    from matryoshka_diffusion.presets import PRESETS, preset
+    from matryoshka_diffusion.runs import prepare
+    from matryoshka_diffusion.train.precision import best_device
+
+    if options.out is not None and (options.out / "config.yaml").is_file():
+        return str(options.out)
+    if options.data is None:
+        raise UsageError(
+            "mdm train: name a preset (mdm presets lists them), a run to go on with, or a folder "
+            "of your images with --data"
+        )
+    if kind_of(options.data) == "clips":
+        raise UsageError(f"--data {options.data}: it has videos: name a preset, as webvid-16x64")
+    source = prepare.open_data(prepare.find_config(SMALLEST, options.data))
+    some = range(0, len(source), -(-len(source) // LOOKED_AT))
+    side = median(example.original_side for example in source.many(some))
+    show(summary(source))
+    presets = [name for name in PRESETS if name.startswith("folder-")]
+    fitting = [name for name in presets if preset(name).data_side <= max(side, 64)]
+    for name in fitting:
+        config = prepare.complete(prepare.find_config(name, options.data), source)
+        times, every = config.train.images // len(source), config.train.preview_every_images
+        show(
+            f"{name}: {config.data_side} pixels, about {duration(name)}, {memory(config)} of "
+            f"memory; sees each image {times:,} times, a preview every {every:,} images"
+        )
+    chosen = fitting[0] if best_device() == "cpu" else fitting[-1]
+    if options.out is None and not options.dry_run:
+        name = Path(options.data.rpartition(":")[2]).stem
+        place = name if re.fullmatch(r"[\w.-]+", name) else "mine"
+        show(f"to begin: mdm train {chosen} --data {shlex.quote(options.data)} --out runs/{place}")
+        return None
+    show(f"takes {chosen}; name another preset for another side")
+    return chosen
+
+
+def lengthened(config: Any, options: argparse.Namespace) -> Any:
+    """The config of a finished run with a longer last stage, which is written to the run's folder.
+
+    A run that has not finished goes on as it is, so the same line again adds nothing.
+    """
+    run = Path(options.preset)
+    from matryoshka_diffusion.config import UsageError
+    from matryoshka_diffusion.configfile import changed, load_config, to_yaml
+    from matryoshka_diffusion.files import write_atomically
+    from matryoshka_diffusion.train import checkpoint
+    from matryoshka_diffusion.train.run_folder import owned
+
+    if not (run / "config.yaml").is_file() or options.out not in (None, run):
+        raise UsageError(f"--more: {run} is no run; name the folder of one, and omit --out")
+    newest, images = checkpoint.newest(run / "checkpoints"), config.train.images
+    if newest is None or int(newest.name) < images:
+        if "RANK" not in os.environ:
+            show(f"{run} has not seen its {images:,} images: it goes on, and --more adds nothing")
+        return config
+    if "RANK" in os.environ:
+        raise UsageError("--more: with torchrun, set train.stages in the run's config.yaml instead")
+    last = config.train.stages[-1].images + options.more
+    more = [(f"train.stages.{len(config.train.stages) - 1}.images", last)]
+    longer = changed(config, more, where="--more")
+    show(f"{run}: {longer.train.images:,} images in all; learning rates follow this length")
+    if not options.dry_run:
+        with owned(run):
+            text = to_yaml(changed(load_config(run / "config.yaml"), more)).encode()
+            write_atomically(run / "config.yaml", lambda file: file.write(text))
+    return longer
