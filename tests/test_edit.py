@@ -327,6 +327,10 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "no change": ({"image": picture(16)}, "--mask.*--strength"),
     "nothing kept": ({"correct": 1}, "--keep or --mask"),
     "bytes": ({"keep": {8: np.zeros((8, 8, 3))}}, "float64"),
+    "no bytes": ({"keep": {8: np.zeros((0, 8, 3), np.uint8)}}, r"\(0, 8, 3\)"),
+    "no pictures": ({"keep": {8: []}}, "level 8 is empty"),
+    "correct": ({"keep": {8: picture(8)}, "correct": -1}, "correct is -1.*from 0"),
+    "resample": ({"keep": {8: picture(8)}, "resample": 0}, "resample is 0.*from 1"),
     "channels": ({"keep": {8: picture(8, shape=(5,))}}, "5 channels"),
 }
 

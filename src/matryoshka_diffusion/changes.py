@@ -45,11 +45,11 @@ def edit_of(
         UsageError: a level, picture, mask or number does not fit.
         OSError: a file cannot be read.
     """
-    _refuse_idle(keep, image, mask, strength, until, corrects=correct > 0 or resample > 1)
+    _refuse_idle(keep, image, mask, strength, until, correct=correct, resample=resample)
     if model.model.hidden:
         raise UsageError(f"{model.config.name} plans in features, not pixels: take another model")
     holds, start, last = [], None, len(model.resolutions) - 1
-    kept = {level_of(model, name): _several(pictures) for name, pictures in keep.items()}
+    kept = {level_of(model, name): _several(name, pictures) for name, pictures in keep.items()}
     subject = _subject(model, kept if image is None else {last: [image]})
     white = None if mask is None else _weight(model, mask, subject) >= 0.5
     for level, pictures in sorted(kept.items()):
@@ -75,19 +75,23 @@ def _refuse_idle(
     strength: float | None,
     until: float,
     *,
-    corrects: bool,
+    correct: int,
+    resample: int,
 ) -> None:
     """Raise UsageError for a number out of range, or for what changes nothing or has no picture."""
     for name, value in (("strength", strength), ("until", until)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise UsageError(f"{name} is {value}: give a number from 0 to 1")
+    for name, number, least in (("correct", correct, 0), ("resample", resample, 1)):
+        if not isinstance(number, int) or number < least:
+            raise UsageError(f"{name} is {number!r}: give a whole number from {least} on")
     if image is None and strength is not None:
         raise UsageError("strength needs a picture to change: add it (--image)")
     if image is None and not keep and mask is not None:
         raise UsageError("mask needs a picture: one to change (--image) or to keep (--keep)")
     if image is not None and mask is None and strength is None:
         raise UsageError("image: add a mask (--mask) or a strength (--strength)")
-    if corrects and not keep and mask is None:
+    if (correct or resample > 1) and not keep and mask is None:
         raise UsageError("--correct and --resample need something to keep: add --keep or --mask")
 
 
@@ -213,5 +217,7 @@ def given_level(
     return torch.cat([down_sample(one, resolution) for one in x]).to(model.device)
 
 
-def _several(given: Given | Sequence[Given]) -> list[Given]:
+def _several(level: int | str, given: Given | Sequence[Given]) -> list[Given]:
+    if isinstance(given, list | tuple) and not given:
+        raise UsageError(f"keep: the list for level {level} is empty: add a picture")
     return list(given) if isinstance(given, list | tuple) else [cast("Given", given)]

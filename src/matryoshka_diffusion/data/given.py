@@ -162,7 +162,7 @@ def _image(given: np.ndarray | Image.Image) -> Image.Image:
     """An array as an image of Pillow, and an image in a mode that PNG knows."""
     if isinstance(given, Image.Image):
         return given if given.mode in PNG_MODES else given.convert("RGB")
-    if given.dtype not in (np.uint8, np.bool_) or given.ndim not in (2, 3):
+    if given.dtype not in (np.uint8, np.bool_) or given.ndim not in (2, 3) or not given.size:
         raise PictureError(
             f"{given.dtype} of shape {given.shape}: give uint8 (height, width, channels)"
         )
