@@ -18,7 +18,7 @@ import uvicorn
 from PIL import Image
 
 from matryoshka_diffusion.draw.grid import png
-from matryoshka_diffusion.studio.app import build, listen
+from matryoshka_diffusion.studio.app import listen, server_config
 from matryoshka_diffusion.studio.requests import Limits
 from matryoshka_diffusion.studio.served import Served
 from matryoshka_diffusion.train.weights import export_weights
@@ -54,15 +54,7 @@ def running(
 ) -> Iterator[int]:
     """Serve in a thread; yields the port."""
     listening = listen("127.0.0.1", 18_200)
-    config = uvicorn.Config(
-        build(served, limits or Limits(), token),
-        ws="none",
-        loop="asyncio",
-        log_level="critical",
-        limit_concurrency=256,
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(served, limits or Limits(), token))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:

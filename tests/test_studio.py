@@ -175,6 +175,7 @@ def test_pictures_of_the_command_bring_their_settings_too(client, served, tmp_pa
         {"model": "text", "captions": ["a"], "seeds": [1], "steps": "many"},
         {"model": ["text"], "captions": "a", "seeds": [-1]},
         {"model": "classes", "captions": ["cow"], "seeds": [1]},
+        {"model": "text", "captions": ["a"], "seeds": [1], "version": "\ud800"},
     ],
 )
 def test_settings_that_are_none_of_a_drawing_are_left_alone(client, settings):

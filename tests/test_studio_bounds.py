@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from matryoshka_diffusion.studio import worker as worker_module
-from matryoshka_diffusion.studio.app import Lines, build
+from matryoshka_diffusion.studio.app import Lines, Studio, build
 from matryoshka_diffusion.studio.requests import Limits, Refused
 from matryoshka_diffusion.studio.served import Served
 from matryoshka_diffusion.studio.streams import interval
@@ -321,6 +323,39 @@ def test_an_error_ends_its_stream_only():
         [_ async for _ in worker.submit("a", gate.work("next")).lines()]
 
     assert in_loop(Limits(), scene).done == ["next"]
+
+
+def test_the_end_stops_the_drawing_in_work_and_its_thread():
+    async def scene(worker: Worker, gate: Gate) -> None:
+        first = worker.submit("a", gate.work("a"))
+        await until(lambda: places(first)[-1:] == [0])
+        worker.submit("a", gate.work("b"))
+        worker.close()
+        assert not worker._thread.is_alive()
+
+    assert in_loop(Limits(), scene).done == []
+
+
+def test_pictures_that_are_sent_are_not_held_while_a_drawing_waits(served, monkeypatch):
+    works: list[Any] = []
+
+    def submit(self: Worker, client: str, work: Any) -> Job:
+        works.append(work)
+        raise Refused(503, "later")
+
+    monkeypatch.setattr(Worker, "submit", submit)
+    studio = Studio(served, Limits())
+    large = noise(1_000)
+    request = {"model": TEXT, "prompt": "red", "keep": {"8": large}, "image": large, "strength": 1}
+    body = json.dumps(request).encode()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    head = {"type": "http", "method": "POST", "headers": [], "client": ("127.0.0.1", 1)}
+    with pytest.raises(Refused, match="later"):
+        asyncio.run(studio.draw(Request(head, receive)))
+    assert len(pickle.dumps(works[0].args)) < len(large) / 10
 
 
 def test_a_client_that_reads_slowly_misses_states_and_gets_the_result(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -146,6 +147,17 @@ def test_a_body_that_never_comes_is_given_up(served):
         lines += ["Content-Type: application/json", "", "{"]
         connection.sendall("\r\n".join(lines).encode())
         assert b" 408 " in connection.recv(1_000)
+
+
+def test_connections_without_a_request_make_room(served, monkeypatch):
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(app, "MOST_CONNECTIONS", 4)
+    with running(served) as port, contextlib.ExitStack() as open_ones:
+        for part in (b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n", b"P"):
+            connection = open_ones.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(part)
+        time.sleep(1.0)
+        assert "done" in Posted(port, {**RED, "steps": 3}).rest()[-1]
 
 
 def test_bodies_on_their_way_are_bounded_together(served):

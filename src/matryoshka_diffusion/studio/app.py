@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.bad import PictureError
@@ -46,7 +48,7 @@ from matryoshka_diffusion.studio.requests import (
     settings_in,
 )
 from matryoshka_diffusion.studio.served import Served, pixels_of_level
-from matryoshka_diffusion.studio.worker import Job, Worker
+from matryoshka_diffusion.studio.worker import CLOSING_SECONDS, Job, Worker
 
 Result = TypeVar("Result")
 
@@ -62,6 +64,7 @@ TYPES = {
 """Kinds of files of the page and of previews."""
 LONGEST_CLIENT = 64  # letters of the id that a page gives itself
 MOST_CONNECTIONS = 256
+HEAD_SECONDS = 20.0  # for the head of a request
 NEXT_PORTS = 20  # that are tried if a port is busy
 
 
@@ -144,10 +147,12 @@ class Studio:
                 one.open_encoder()
 
         first = self.worker.submit("", warm_up)
-        threading.Thread(target=open_encoders, name="encoder", daemon=True).start()
+        opening = threading.Thread(target=open_encoders, name="encoder", daemon=True)
+        opening.start()
         yield
         self.worker.leave(first)
         self.worker.close()
+        opening.join(CLOSING_SECONDS)
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
     async def _aside(self, call: Callable[[], Result]) -> Result:
@@ -209,6 +214,8 @@ class Studio:
             served = self._find(wish.model)
             served.check(wish, self.limits)
             pictures = served.prepared(wish, self.limits) if wish.edits else None
+            # The files would be held for as long as the drawing waits.
+            wish = wish.model_copy(update={"keep": {}, "image": None, "mask": None})
             return partial(served.draw, wish, pictures)
 
         async with self._body(request) as body:
@@ -322,13 +329,43 @@ def listen(host: str, port: int) -> socket.socket:
     raise error
 
 
-def serve(
-    served: Sequence[Served], listening: socket.socket, token: str | None, limits: Limits
-) -> None:
-    """Serve until Ctrl-C."""
-    config = uvicorn.Config(
+class PunctualProtocol(H11Protocol):
+    """HTTP whose connections are closed if the head of a request takes too long.
+
+    uvicorn waits for a head without end, and answers `MOST_CONNECTIONS` at one time.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._note_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._note_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _note_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def server_config(served: Sequence[Served], limits: Limits, token: str | None) -> uvicorn.Config:
+    """The settings of the server."""
+    return uvicorn.Config(
         build(served, limits, token),
-        http="h11",
+        http=PunctualProtocol,
         ws="none",
         loop="asyncio",
         log_level="critical",
@@ -338,4 +375,10 @@ def serve(
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
-    uvicorn.Server(config).run([listening])
+
+
+def serve(
+    served: Sequence[Served], listening: socket.socket, token: str | None, limits: Limits
+) -> None:
+    """Serve until Ctrl-C."""
+    uvicorn.Server(server_config(served, limits, token)).run([listening])

@@ -210,6 +210,7 @@ def settings_in(content: bytes) -> Settings | None:
             found = json.loads(text)
         else:
             found = json.loads(described)[SETTINGS_KEY] if isinstance(described, str) else None
+        json.dumps(found, ensure_ascii=False).encode()  # half a letter cannot be sent
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -17,6 +17,10 @@ MOST_PENDING = 8_000_000
 """Bytes of lines that wait to be sent. A client that reads more slowly misses states."""
 
 
+CLOSING_SECONDS = 20.0
+"""Generous: a step ends long before. A thread that computes when Python ends aborts the process."""
+
+
 class Stopped(Exception):
     """The client of a drawing has left."""
 
@@ -111,6 +115,7 @@ class Worker:
         """`report` notes an unexpected error and returns the sentence for the client."""
         self._limits, self._report = limits, report
         self._waiting: dict[str, deque[Job]] = {}  # in the order of turns
+        self._drawn: Job | None = None  # the one in work
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
@@ -141,10 +146,13 @@ class Worker:
             self._remove(job)
 
     def close(self) -> None:
-        """End the thread after the drawing in work."""
+        """Stop the drawing in work at its next step, and wait for the end of the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+            if self._drawn is not None:
+                self._drawn.stop()
+        self._thread.join(CLOSING_SECONDS)
 
     def _expire(self, job: Job) -> None:
         with self._changed:
@@ -184,6 +192,7 @@ class Worker:
                 self._waiting[client] = jobs
             job.move(0)
             self._tell_places()
+            self._drawn = job
             return job
 
     def _run(self) -> None:
@@ -199,4 +208,5 @@ class Worker:
             except Exception as error:  # noqa: BLE001, the thread serves the next job
                 job.put(error_line(self._report(error)))
             job.end()
+            self._drawn = None
             del job  # with its pictures
