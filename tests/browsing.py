@@ -50,6 +50,11 @@ class Page:
         self.driver.get(address or self.address)
         self.wait(lambda: self.run("return document.body.classList.contains('ready')"))
 
+    def forget(self) -> None:
+        """Delete the history; the page has to be opened anew."""
+        data = {"origin": self.address.rstrip("/"), "storageTypes": "indexeddb"}
+        self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", data)
+
     def close(self) -> None:
         self.driver.quit()
 

@@ -64,6 +64,7 @@ def page(browser: Page) -> Iterator[Page]:
     """The page, freshly loaded. Nothing may land in the console or go to another host."""
     browser.errors(), browser.requests()  # those of a test that failed
     browser.resize(1280, 900)
+    browser.forget()
     browser.open()
     browser.write("#steps", 6)
     yield browser
@@ -299,7 +300,11 @@ def test_the_history_survives_a_reload_and_gives_its_settings_back(page: Page):
     assert titles(page) == before
     assert before[0] == "a green square"
     assert page.pixels(1) == picture  # the newest is on the levels
-    assert page.find("#prompt").get_property("value") == ""
+    said = ["prompt", "seed"]  # of the picture that is shown
+    form = [page.find(f"#{name}").get_property("value") for name in said]
+    assert form == ["a green square", "5"]
+    assert page.text("#draw") == "Draw another"
+    page.write("#prompt", "red")
     page.click("#entries li:first-child button")
     page.click("#entry-use")
     assert page.find("#prompt").get_property("value") == "a green square"
@@ -334,6 +339,7 @@ def test_errors_are_beside_their_field(page: Page):
     page.draws(lambda: page.click("#draw"))
     assert page.find("#steps").get_attribute("aria-invalid") == "true"
     assert page.text("#steps-error")
+    assert page.text("#draw") == "Draw"  # nothing has been drawn, so the seed stays
     (error,) = page.errors()  # Chromium notes every answer of 400 by itself
     assert "400" in error
 

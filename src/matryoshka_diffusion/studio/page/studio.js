@@ -122,7 +122,7 @@ async function draw(changes = {}) {
   drawing?.abort();
   form.forgive();
   const request = { ...form.read(model), ...changes };
-  if (!Object.keys(changes).length) drawn = form.written();
+  const written = form.written();
   const controller = (drawing = new AbortController());
   const film = new Film(model.levels);
   stage.locked = true;
@@ -136,6 +136,7 @@ async function draw(changes = {}) {
       if (line.queued > 0) say(waiting(line.queued));
       if (line.queued === 0) say("Drawing …");
       if (line.state) follow(film, line.state);
+      if (done && !Object.keys(changes).length) drawn = written;
       if (done) await finish(film, line.done);
     }
     if (!done) throw new api.StudioError({ message: "The drawing ended early: draw it again." });
@@ -365,7 +366,11 @@ async function start() {
   say("Write what to draw, or paint a sketch on a level and have it finished.");
   await history.open();
   const newest = history.entries.at(-1);
-  if (newest) showStored(newest);
+  if (newest?.settings.name === model.name) {
+    form.fill(newest.settings, model);
+    drawn = form.written();
+    showStored(newest);
+  }
   document.body.classList.add("ready");
 }
 
