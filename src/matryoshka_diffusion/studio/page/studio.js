@@ -160,8 +160,9 @@ function waiting(place) {
   return `Number ${place} in the queue …`;
 }
 
-function follow(film, state) {
-  stage.follow(film, state);
+function follow(film, { levels, ...state }) {
+  levels = levels.map((level) => ({ ...level, pixels: bytesOf(level.pixels) }));
+  stage.follow(film, { ...state, levels });
   byId("progress").max = state.steps;
   byId("progress").value = state.step;
 }
