@@ -17,8 +17,8 @@ MOST_PENDING = 8_000_000
 """Bytes of lines that wait to be sent. A client that reads more slowly misses states."""
 
 
-CLOSING_SECONDS = 20.0
-"""Generous: a step ends long before. A thread that computes when Python ends aborts the process."""
+CLOSING_SECONDS = 5.0
+"""Ctrl-C waits so long for threads: one that computes when Python ends aborts the process."""
 
 
 class Stopped(Exception):
