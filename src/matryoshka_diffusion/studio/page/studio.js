@@ -26,7 +26,7 @@ const history = new History({ use: bringBack, again: shown(drawAgain) });
 /** Let buttons say what can be done now. */
 function settle() {
   const busy = drawing !== null;
-  const { result, painting } = stage;
+  const { result } = stage;
   byId("stage").setAttribute("aria-busy", busy);
   byId("draw").textContent = nameOfDraw();
   byId("draw").hidden = busy;
@@ -39,18 +39,22 @@ function settle() {
   byId("keep").disabled = busy || !result || result.kept;
   byId("keep").textContent = result?.kept ? "Kept" : "Keep this one";
   for (const { button } of stage.levels.items) button.disabled = busy;
-  byId("redraw-marked").disabled = !redraws() || !stage.hasPicture || !painting?.marked;
+  byId("redraw-marked").disabled = !isMarked();
 }
 
 /** What the large button does. */
 function nameOfDraw() {
   const opened = model.levels[stage.levels.chosen];
+  if (isMarked()) return "Redraw the marks";
   if (opened) return `Draw from ${opened.side} × ${opened.side}`;
   return form.written() === drawn ? "Draw another" : "Draw";
 }
 
 /** True if the finest level is a picture that can be sent to be drawn anew in part. */
 const redraws = () => model.edits && !model.levels.at(-1).frames;
+
+/** True if a part of a picture is marked to be drawn anew. */
+const isMarked = () => redraws() && stage.hasPicture && stage.painting?.marked === true;
 
 function say(text) {
   byId("status").textContent = text;
@@ -110,8 +114,9 @@ function view(name) {
 
 // --- drawing ----------------------------------------------------------------------------------
 
-/** Draw, from the level that is painted on if there is one. The same again has another seed. */
+/** Draw: what is marked, or from the level that is painted on. The same again has another seed. */
 async function drawNow() {
+  if (isMarked()) return redrawMarked();
   if (stage.levels.chosen !== null) return redrawOthers();
   if (form.written() === drawn) form.throwDice();
   return draw();
@@ -251,7 +256,8 @@ async function beginWithPicture() {
 async function drawVariations() {
   const plan = byId("vary").value;
   const keep = plan === "" ? {} : await kept(Number(plan));
-  const seed = form.read(model).seed + 1;
+  const seeds = stage.results.map(({ settings }) => settings.seed);
+  const seed = Math.max(form.read(model).seed, ...seeds) + 1;
   await draw({ images: Number(byId("count").value), seed, keep });
 }
 
@@ -356,6 +362,7 @@ function connect() {
   describe("hold", (share) => (share < 100 ? `${share} % of the way, then free` : "to the end"));
   describe("strength", (share) => `${Math.round(share * 100)} %`);
   acceptDrops();
+  byId("composer").inert = byId("history").inert = false;
   byId("settings").open = matchMedia("(min-width: 700px)").matches;
 }
 
