@@ -43,8 +43,9 @@ def test_it_is_small_and_halved():
 def test_it_says_where_it_comes_from(model):
     """It is a model of the preset's data, and no folder of another computer is in it."""
     shipped, source_preset = model.config, preset(model.config.name)
-    for part in ("process", "data", "encoder"):
+    for part in ("process", "data", "encoder", "sampling"):
         assert getattr(shipped, part) == getattr(source_preset, part)
+    assert [level.side for level in shipped.model.levels] == [16, 64, 256]
     assert shipped.train.init is None
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     command = f"mdm train {shipped.name} "
@@ -85,7 +86,7 @@ def test_an_encoder_is_loaded_except_for_a_single_caption_with_stored_features(
 
     monkeypatch.setattr(sampling, "load_encoder", load)
     model = Matryoshka.load("openmoji")
-    model.sample("red apple", negative="", n=2, steps=2)
+    model.sample("red apple", negative="", guidance=2.0, n=2, steps=2)
     for prompts in ("a blue zebra", ["red apple", "sailboat"]):
         with pytest.raises(FileNotFoundError, match="the usual one"):
             model.sample(prompts, steps=2)

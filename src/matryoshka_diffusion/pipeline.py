@@ -53,7 +53,7 @@ class Matryoshka(DiffusionModel):
     Examples:
         >>> model = Matryoshka.load("openmoji")  # doctest: +SKIP
         >>> model.sample("red apple", n=4).pictures.shape  # doctest: +SKIP
-        (4, 64, 64, 3)
+        (4, 256, 256, 3)
     """
 
     net: NestedUNet  # pyright: ignore[reportIncompatibleVariableOverride]
