@@ -126,7 +126,7 @@ def test_no_step_of_a_sampler_waits_for_the_gpu_or_copies_from_memory_that_moves
 
 
 def test_models_have_their_features_in_the_order_that_convolutions_take(results):
-    assert results["copies of layout"] == [3, 3], "of the noisy image of each level"
+    assert results["copies of layout"] == [4, 4], "of the noisy image of each level that is awake"
 
 
 def test_the_noise_of_all_levels_is_drawn_by_one_series_of_kernels(results):

@@ -53,6 +53,7 @@ PICTURES = Kind(
     SUFFIXES,
     frozenset({".jp2", ".jxl"}),
     MAX_BYTES,
+    previews=frozenset({".gif"}),  # a clip, if it lies beside a picture
 )
 ANIMATIONS = frozenset({".webp", ".gif"})
 CONTAINERS = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv"})

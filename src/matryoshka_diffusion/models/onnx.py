@@ -25,6 +25,7 @@ from matryoshka_diffusion.config import SamplingConfig, UsageError
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.files import refuse_full, require
 from matryoshka_diffusion.models import onnx_sampler
+from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import shapes_of
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
@@ -121,6 +122,8 @@ class _Flat(nn.Module):
     def __init__(self, model: DiffusionModel) -> None:
         super().__init__()
         self.net, self.names = model.net, [*_conditions(model)]
+        text = model.net.conditioner.text if isinstance(model.net, NestedUNet) else None
+        self.null: Any = None if text is None else text.null
         side = float(model.picture_side)
         usual = model.model.usual_micro.items()
         self.micro = {name: side if value is None else value for name, value in usual}
@@ -129,9 +132,22 @@ class _Flat(nn.Module):
         self, z: Sequence[Tensor], t: Tensor, conditions: Sequence[Tensor] = ()
     ) -> tuple[Tensor, ...]:
         named: dict[str, Any] = dict(zip(self.names, conditions, strict=True))
+        if "tokens" in named and "dropped" in named:
+            named["tokens"], named["mask"] = self._hidden(**named)
+            del named["dropped"]
         micro = {name: torch.full_like(t, value) for name, value in self.micro.items()}
         augment = t.new_zeros(1, AUGMENT_NUMBERS).expand(t.shape[0], -1)
         return self.net(tuple(z), t, Conditioning(**named, micro=micro, augment=augment))
+
+    def _hidden(self, tokens: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and mask with the null caption in dropped rows, as the conditioner puts it there.
+
+        The conditioner chooses between bools, which onnxruntime cannot.
+        """
+        dropped = dropped[:, None]
+        first = torch.arange(tokens.shape[1]) == 0
+        tokens = torch.where(dropped[:, :, None], self.null, tokens)
+        return tokens, (mask & ~dropped) | (first & dropped)
 
 
 def _conditions(model: DiffusionModel) -> dict[str, Tensor]:

@@ -147,4 +147,4 @@ class TextTower(nn.Module):
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         dropped = cond.dropped[:, None]
         tokens = torch.where(dropped[:, :, None], self.null.to(tokens.dtype), tokens)
-        return tokens, (mask & ~dropped) | (first & dropped)  # ONNX has no choice between bools
+        return tokens, torch.where(dropped, first, mask)
