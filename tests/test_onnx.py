@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.models import onnx_sampler
 from matryoshka_diffusion.models.onnx import export_onnx
@@ -105,3 +106,18 @@ def test_what_a_folder_cannot_draw_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         export_onnx(plain_model(), tmp_path)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dtype fp16", "--dtype fp16: mdm takes fp32, bf16"),
+        ("--format onnx --dtype bf16", "--dtype bf16: onnx takes fp32, fp16"),
+        ("--format diffusers --steps 4", "--steps is for --format onnx"),
+        ("--cfg 2", "--cfg is for --format onnx"),
+    ],
+)
+def test_an_option_of_another_format_is_refused(words, message, tmp_path, capsys):
+    assert cli.main(["export", "openmoji", "-o", str(tmp_path / "out"), *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -69,7 +69,7 @@ class Hold:
         return x + enlarged_exactly(missing, x)
 
     def gap(self, x: Tensor) -> Tensor:
-        """What an estimate of the level lacks to have the pixels; 0 where none is kept."""
+        """The kept pixels minus an estimate of the level; 0 where none is kept."""
         return torch.where(self.mask, self.image - x, 0.0)
 
     def rows(self, rows: Int[Tensor, " n"]) -> Hold:

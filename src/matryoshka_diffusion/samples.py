@@ -97,7 +97,7 @@ class Samples:
         return f"Samples({len(self.captions)} {kind}{of}, levels of {sides} pixels)"
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows: a row for each caption; of clips, film strips."""
+        """The picture that a notebook shows: a row for each caption; of clips, film strips."""
         from matryoshka_diffusion.draw import gallery, grid
 
         drawn = self._gallery()

@@ -272,9 +272,7 @@ class DiffusionModel:
         seeds: Sequence[Seed],
         sampling: SamplingConfig,
         negative: str | list[str] | None = None,
-        edit: Callable[[Tensor], Callable[[Sampler], Sampler]] = lambda rows: (
-            lambda sampler: sampler
-        ),
+        edit: Callable[[Tensor], Callable[[Sampler], Sampler]] | None = None,
     ) -> Iterator[State]:
         """Sample all batches in step, for a callback that sees all images at every step.
 
@@ -289,8 +287,8 @@ class DiffusionModel:
             places = rows.tolist()
             own = [several[row] for row in places] if several is not None else negative
             own_seeds = [seeds[row] for row in places]
-            own_cond = cond.rows(rows).trimmed()
-            return self.stream(own_cond, own_seeds, sampling, own, edit(rows))
+            edited = {} if edit is None else {"edit": edit(rows)}
+            return self.stream(cond.rows(rows).trimmed(), own_seeds, sampling, own, **edited)
 
         def together(parts: Sequence[Pyramid]) -> Pyramid:
             return tuple(torch.cat(level)[order] for level in zip(*parts, strict=True))
@@ -340,9 +338,8 @@ class DiffusionModel:
             conditions = {"tokens": tokens, "mask": mask}
         elif self.model.classes:
             names = self.config.data.classes
-            labels = torch.tensor(labels_of(classes, names, self.model.classes)).repeat_interleave(
-                n
-            )
+            numbers = labels_of(classes, names, self.model.classes)
+            labels = torch.tensor(numbers).repeat_interleave(n)
             captions = tuple(names[label] if names else str(label) for label in labels.tolist())
             conditions = {"labels": labels}
         # Ask for images that were at least as large as the finest level before resizing.

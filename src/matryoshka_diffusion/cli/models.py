@@ -25,7 +25,8 @@ from matryoshka_diffusion.cli.options import (
 from matryoshka_diffusion.cli.terminal import Bar, show
 from matryoshka_diffusion.models.names import refuse_unknown
 
-FORMATS = ("mdm", "diffusers", "onnx")
+STORED = {"mdm": DTYPES, "diffusers": ("fp32",), "onnx": ("fp32", "fp16")}
+"""Formats of an export, and the types of weights that each stores."""
 CLIPS = ("webp", "mp4", "gif", "png")
 _MATCHED = 0.05  # error of an average's profile, at most
 
@@ -238,6 +239,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     refuse_unknown(options.model)
+    _refuse_other_formats(options)
     from matryoshka_diffusion.models.save import export_model
 
     if options.format == "diffusers":
@@ -256,12 +258,25 @@ def export(options: argparse.Namespace) -> None:
         show(f"{options.out}: {sampling_command(options.out, config)} draws with it")
 
 
+def _refuse_other_formats(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option that the format of an export has no use for."""
+    from matryoshka_diffusion.config import UsageError
+
+    form = options.format
+    if options.dtype not in STORED[form]:
+        raise UsageError(f"--dtype {options.dtype}: {form} takes {', '.join(STORED[form])}")
+    for name, option in (("captions", "captions"), ("steps", "steps"), ("guidance", "cfg")):
+        if form != "onnx" and getattr(options, name) is not None:
+            raise UsageError(f"--{option} is for --format onnx: omit it")
+
+
 def _export_onnx(options: argparse.Namespace) -> None:
     """Write graphs, weights, stored captions and a sampler in numpy."""
     from matryoshka_diffusion.models.onnx import export_onnx
     from matryoshka_diffusion.pipeline import Matryoshka
 
-    model = Matryoshka.load(options.model, text_encoder=options.text_encoder, precision="fp32")
+    place: Any = {"device": "cpu", "precision": "fp32"}
+    model = Matryoshka.load(options.model, text_encoder=options.text_encoder, **place)
     captions = options.captions.read_text("utf-8").splitlines() if options.captions else ()
     settings = sampling(options)
     export_onnx(model, options.out, captions=captions, dtype=options.dtype, **settings)
@@ -350,19 +365,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("-o", "--out", **MODEL_FOLDER)
     add_shared(command, "--text-encoder")
 
-    text = "write a model for sharing, for diffusers or as ONNX"
-    command = add_command(commands, "export", export, text)
-    command.add_argument("model", metavar="RUN", help=MODEL)
-    command.add_argument("-o", "--out", **MODEL_FOLDER)
-    add = command.add_argument
-    add("--format", choices=FORMATS, default="mdm", help="for mdm (the default) or others")
-    text = "of stored weights (fp32); bf16 is for mdm, fp16 for onnx"
-    add("--dtype", choices=(*DTYPES, "fp16"), default="fp32", help=text)
-    add("--captions", type=Path, metavar="FILE", help="onnx: prompts whose features are stored")
-    add("--steps", type=positive, metavar="N", help="onnx: sampler steps (the model's own)")
-    text = "onnx: guidance weight for all levels, or one for each level, coarse to fine"
-    add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
-    add_shared(command, "--text-encoder")
+    _add_export(commands)
 
     command = add_command(commands, "ema", ema, "average the weights of a run over another length")
     add = command.add_argument
@@ -372,6 +375,23 @@ def add_commands(commands: Any) -> None:
     text = "average the training until so many images were seen: a weaker model for --guide"
     add("--until", type=positive, metavar="IMAGES", help=text)
     command.add_argument("-o", "--out", **MODEL_FOLDER)
+
+
+def _add_export(commands: Any) -> None:
+    """Add `mdm export`."""
+    text = "write a model for sharing, for diffusers or as ONNX"
+    command = add_command(commands, "export", export, text)
+    command.add_argument("model", metavar="RUN", help=MODEL)
+    command.add_argument("-o", "--out", **MODEL_FOLDER)
+    add = command.add_argument
+    add("--format", choices=[*STORED], default="mdm", help="for mdm (the default) or others")
+    text = "of stored weights (fp32); bf16 is for mdm, fp16 for onnx"
+    add("--dtype", choices=(*DTYPES, "fp16"), default="fp32", help=text)
+    add("--captions", type=Path, metavar="FILE", help="onnx: prompts whose features are stored")
+    add("--steps", type=positive, metavar="N", help="onnx: sampler steps (the model's own)")
+    text = "onnx: guidance weight for all levels, or one for each level, coarse to fine"
+    add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
+    add_shared(command, "--text-encoder")
 
 
 def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:

@@ -6,7 +6,7 @@ image in both. Importing this file needs the extra `diffusers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,23 +304,35 @@ class MDMPipeline(DiffusionPipeline):
         seeds = seeds_of(generator, len(captions))
         given = {"image": image, "mask": mask_image, "strength": strength}
         edit = edit_of(model, None, keep={}, until=0.0, **given)
-        self._interrupt, self.num_timesteps, state = False, sampling.steps, None
-        bar: Any = self.progress_bar(total=sampling.steps)  # pyright: ignore[reportCallIssue]
+        states = model.lockstep(cond, seeds, sampling, negative, edit.rows)
+        names = callback_on_step_end_tensor_inputs
+        z = self._last(states, sampling.steps, callback_on_step_end, names)
+        levels = tuple(in_form(z_r, model.config.data.pixels, output_type) for z_r in z)
+        self.maybe_free_model_hooks()
+        return MDMPipelineOutput(levels[-1], levels) if return_dict else (levels[-1], levels)
+
+    def _last(
+        self,
+        states: Iterator[State],
+        steps: int,
+        callback: StepCallback | None,
+        names: Sequence[str],
+    ) -> Pyramid:
+        """The latents after the last step, or after that in which the callback interrupts."""
+        self._interrupt, self.num_timesteps, state = False, steps, None
+        bar: Any = self.progress_bar(total=steps)  # pyright: ignore[reportCallIssue]
         with bar:
-            for state in model.lockstep(cond, seeds, sampling, negative, edit.rows):
+            for state in states:
                 bar.update()
-                if callback_on_step_end is not None:
+                if callback is not None:
                     tensors = {"latents": state.z, "estimates": state.x}
-                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changes = callback_on_step_end(self, state.step - 1, state.t, chosen) or {}
+                    chosen = {name: tensors[name] for name in names}
+                    changes = callback(self, state.step - 1, state.t, chosen) or {}
                     replace_latents(state, changes.get("latents", state.z))
                 if self._interrupt:  # set by the callback
                     break
         assert state is not None, "a config has at least one step"
-        pixels = model.config.data.pixels
-        levels = tuple(in_form(z, pixels, output_type) for z in state.z)
-        self.maybe_free_model_hooks()
-        return MDMPipelineOutput(levels[-1], levels) if return_dict else (levels[-1], levels)
+        return state.z
 
     def _refuse_unknown(self, settings: Mapping[str, Any], tensors: Sequence[str]) -> None:
         """Raise if a setting has another name in a pipeline, or a callback's tensor none."""

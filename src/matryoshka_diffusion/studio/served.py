@@ -168,7 +168,7 @@ class Served:
         return min(limits.images, batch_of(finest.width, finest.frames))
 
     def described(self, limits: Limits) -> Settings:
-        """What the page needs to know of the model."""
+        """The model as the page offers it: conditions, levels, samplers, defaults."""
         model, sampling = self.config.model, self.config.sampling
         grids = self.resolutions
         condition = "text" if model.text else "classes" if model.classes else "none"
