@@ -22,6 +22,7 @@ def shown(progress: Progress | bool | None, unit: str) -> Progress | None:
         bar.total = total
         bar.update(done - bar.n)
         if done >= total:
+            bar.refresh()  # a quick one too is seen at its end
             bar.close()
 
     return report
