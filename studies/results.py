@@ -20,7 +20,8 @@ Results: TypeAlias = dict[tuple[str, str], dict[str, Result]]
 TITLES = {
     "fashion": "Fashion-MNIST 32",
     "emoji": "OpenMoji 64",
-    "recipes": "OpenMoji 64, the preset's 160,000 images",
+    "fashion-long": "Fashion-MNIST 32, longer trials",
+    "emoji-long": "OpenMoji 64, longer trials",
 }
 OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
 """Variants whose losses are not comparable: another number of levels, other noise, untrained
@@ -41,7 +42,7 @@ class Group(NamedTuple):
         return {value: "joint" if name == own else name for value, name in self.names.items()}
 
 
-OWN_LEVELS = {"fashion": 2, "emoji": 3, "recipes": 3}
+OWN_LEVELS = {"fashion": 2, "emoji": 3, "fashion-long": 2, "emoji-long": 3}
 FAMILIES = {
     "MDM": "mdm",
     "MDM, no progressive training": "joint",
@@ -58,11 +59,11 @@ WEIGHTS = {f"{weight:g}": f"mdm/guidance-{weight:g}" for weight in GUIDANCE}
 SOLVED = {name: f"mdm/{name}" for name in SOLVERS}
 CHOSEN = {"x0-v_clipped": "mdm", **{name: name for name in CHOICES}}
 RECIPES = {
-    "the preset": "now",
-    "as it was": "before",
-    "one rate for all levels": "one-rate",
-    "captions not whitened": "plain-captions",
-    "half of the shift ratios": "half-shift",
+    "MDM: the paper's recipe": "paper",
+    "the same, 250 steps of DDPM": "paper/ddpm-250",
+    "MDM-plus, a third of the compute": "plus",
+    "with a perceptual loss": "perceptual",
+    "with a semantic coarsest level": "semantic",
 }
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"
@@ -76,7 +77,7 @@ GROUPS = {
     "d-guidance": Group("(d) Guidance (Fig. 8c)", "guidance weight", WEIGHTS),
     "e-solvers": Group("(e) Solver and steps", "solver and steps", SOLVED),
     "f-choices": Group("(f) What the paper leaves open", "choice", CHOSEN),
-    "g-recipes": Group("(g) The recipe of openmoji", "recipe", RECIPES, base="now"),
+    "g-recipes": Group("(g) The paper's recipe and the presets'", "recipe", RECIPES, base="paper"),
 }
 
 
@@ -95,9 +96,14 @@ def read_results(folder: Path, trials: Sequence[Trial]) -> tuple[Results, list[s
     return dict(results), outdated
 
 
+def ending(result: Result) -> Result:
+    """What was measured on the samples of a trial at its end, or of a drawing."""
+    return result["points"][-1] if "points" in result else result
+
+
 def final(result: Result) -> float:
     """The distance of a trial at its end, or of a drawing."""
-    return result["points"][-1][NAME] if "points" in result else result[NAME]
+    return ending(result)[NAME]
 
 
 def prompt_shares(results: Sequence[Result], key: str = "prompts_found") -> list[float]:
@@ -159,6 +165,8 @@ def _row(results: Results, group: Group, pictures: str, value: str, variant: str
         NAME: spread([final(x) for x in done], _number),
         "against the base": "the base" if variant == group.base else against,
         "seeds": str(len(done)),
+        "in its class": spread(_values(done, "class_accuracy"), _number),
+        "FD-Classifier": spread(_values(done, "fd_classes"), _number),
         "prompts found": spread(prompt_shares(done), _number),
         "in one step": spread(prompt_shares(done, "prompts_found_in_one_step"), _number),
         "held-out loss": ", ".join(f"{side}: {mean:.3g}" for side, mean in means.items()),
@@ -166,6 +174,11 @@ def _row(results: Results, group: Group, pictures: str, value: str, variant: str
         "wall seconds": _mean(done, "seconds"),
         "evaluations a sample": _mean(done, "evaluations"),
     }
+
+
+def _values(results: Sequence[Result], key: str) -> list[float]:
+    """The values of a number that only samples with classes have."""
+    return [end[key] for end in map(ending, results) if key in end]
 
 
 def _number(value: float) -> str:

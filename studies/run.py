@@ -23,7 +23,6 @@ from matryoshka_diffusion.cascade import Model, open_model
 from matryoshka_diffusion.codec import codec_folder
 from matryoshka_diffusion.config import ProcessConfig, RunConfig
 from matryoshka_diffusion.eval.evaluate import evaluate
-from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.nn.costs import count_parameters
@@ -37,7 +36,6 @@ from matryoshka_diffusion.train.weights import export_weights
 from studies.trials import (
     COMMON_WEIGHT,
     NEW,
-    PRECISION,
     Trial,
     agrees,
     changed,
@@ -119,7 +117,8 @@ class Trained(NamedTuple):
 
     def open(self, name: str) -> Model:
         """The model in this folder of the run, together with the base."""
-        return open_model(self.folder / name, precision=PRECISION, base=self.base)
+        precision = self.job.config.train.precision
+        return open_model(self.folder / name, precision=precision, base=self.base)
 
 
 def _train(trial: Trial, work: Path) -> Trained:
@@ -154,7 +153,8 @@ def _train(trial: Trial, work: Path) -> Trained:
             config = changed(config, sampling__base={"path": str(base)})
             seconds = _seconds(base, job.config)
         job = prepare(config)
-        learnt = {"encode": job.encode, "captions": job.captions, "hooks": [(1, keep)]}
+        learnt = {"encode": job.encode, "captions": job.captions, "distance": job.distance}
+        learnt |= {"hooks": [(1, keep)]}
         train(job.config, job.loader, place / "run", **learnt)
     seconds += _seconds(place / "run", job.config)
     return Trained(place / "run", base, job, seconds)
@@ -188,10 +188,14 @@ def _seconds(folder: Path, config: RunConfig) -> float:
 def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
     """Measurements of a trial at its points and at its end."""
     job, points = trained.job, measured_at(trial)
-    distances = {
-        share: _distance(trained.open(f"points/{share:g}"), trial, job, guidance=[1.0])
-        for share in points
-    }
+    measured = [
+        {
+            "share": share,
+            "images": images,
+            **_distances(trained.open(f"points/{share:g}"), trial, job, guidance=[1.0]),
+        }
+        for share, images in points.items()
+    ]
     with torch.device("meta"):
         parameters = [count_parameters(NestedUNet(part.model)) for part in trial.parts]
     return {
@@ -201,11 +205,8 @@ def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
         "flops": sum(map(total_flops, trial.parts)),
         "seconds": trained.seconds,
         "codec_flops": 0.0 if trial.codec is None else codec_flops(trial.codec),
-        "metric": distances[1.0].metric,
-        "points": [
-            {"share": share, "images": images, NAME: distances[share].value}
-            for share, images in points.items()
-        ],
+        "metric": measured[-1]["metric"],
+        "points": measured,
         "prompts_found": _prompts_found(trained.open("model"), job),
         "prompts_found_in_one_step": None  # of an upsampler, whose base decides
         if trial.base is not None
@@ -217,23 +218,25 @@ def _measured(trial: Trial, trained: Trained) -> dict[str, Any]:
 def _sampled(trial: Trial, trained: Trained) -> dict[str, Any]:
     """Measurements of a trained network under the trial's settings."""
     model, settings = trained.open("model"), trial.settings or {}
-    distance = _distance(model, trial, trained.job, **settings)
     return {
         "settings": model.sampling(settings).model_dump(mode="json"),
-        "metric": distance.metric,
-        NAME: distance.value,
+        **_distances(model, trial, trained.job, **settings),
         "evaluations": model.evaluations(settings),
         "prompts_found": _prompts_found(model, trained.job, **settings),
     }
 
 
-def _distance(model: Model, trial: Trial, job: Job, **settings: Any) -> Result:
-    """Fréchet distance to the whole set, with its held-out images, of the same number of samples.
+def _distances(model: Model, trial: Trial, job: Job, **settings: Any) -> dict[str, Any]:
+    """Fréchet distance of samples to the whole set, with its held-out images, and its name.
 
-    It falls with that number.
+    It falls with the number of samples. With classes, also the share of samples that a classifier
+    finds in theirs, and the distance of its features.
     """
-    whole = open_data(job.config)
-    return evaluate(model, "fd", source=whole, n=trial.samples, **settings)[0]
+    whole, has_classes = open_data(job.config), model.config.model.classes is not None
+    names = ("fd", "class-accuracy", "fd-classes") if has_classes else ("fd",)
+    results = evaluate(model, names, source=whole, n=trial.samples, **settings)
+    others = {x.key.replace("-", "_"): x.value for x in results[1:]}
+    return {"metric": results[0].metric, NAME: results[0].value, **others}
 
 
 def _prompts_found(

@@ -1,8 +1,8 @@
 """The trials: for each data set one base, and variants that differ from it in one thing.
 
 The bases are the presets' networks and rates with the plainest progressive training: half of the
-compute on the coarsest level, half on all levels, every row with all of them. Some trials
-train a preset at its whole length. Further trials sample a trained one in other ways.
+compute on the coarsest level, half on all levels, every row with all of them. Longer trials compare
+the paper's recipe with the presets. Further trials sample a trained one in other ways.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from matryoshka_diffusion.nn.costs import forward_flops
 from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs.train_autoencoder import build
 
-BATCH_SIZE = 32
 SAMPLES = 1024  # of a distance
-PRECISION = "bf16"  # of the network that draws them
 DECAY = 0.3  # share of the last stage in which the rate decays (see presets.small.DECAY)
 CURVE = (0.25, 0.7, 1.0)  # shares of the compute at which a compared trial is measured
 NEW = 0.1  # share of its last stage that a network has behind it before it is measured
@@ -52,12 +50,18 @@ class PictureSet(NamedTuple):
     held_out: float  # share of the images without training
     ablation_seeds: int
     seeds: int = 3  # of the comparison with the baselines
+    batch_size: int = 32
 
 
 SETS = {
     "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3),
     "emoji": PictureSet("emoji", "openmoji", 5.0e13, 0.05, 1),
 }
+LONG = {
+    "fashion-long": PictureSet("fashion-long", "fashion-mnist", 7.2e13, 0.02, 0, batch_size=16),
+    "emoji-long": PictureSet("emoji-long", "openmoji", 1.7e14, 0.05, 0),
+}
+"""Longer trials; the paper's recipe has its finest level in 2,800 and 3,500 steps of them."""
 
 
 def earlier(name: str, kind: str | None = None) -> RunConfig:
@@ -112,7 +116,8 @@ class Trial:
     def form(self) -> dict[str, Any]:
         """All that its result depends on; stored with the result, to know an outdated one."""
         weights = [weight.model_dump(mode="json") for weight in COMMON_WEIGHT]
-        measured = {"samples": self.samples, "precision": PRECISION, "new": NEW}
+        precision = self.config.train.precision  # of the network that draws, too
+        measured = {"samples": self.samples, "precision": precision, "new": NEW}
         measured["held_out_loss"] = weights
         form = {"trained": self.trained, "measured": measured}
         if self.settings is None:
@@ -168,9 +173,10 @@ def _trained(
     sized = []
     for stage, share in zip(config.train.stages, shares, strict=True):
         rows = mix if stage is config.train.stages[-1] else ()
-        stage = stage.model_copy(update={"batch_size": BATCH_SIZE, "mix": rows})
-        batches = round(share * pictures.flops / image_flops(config, stage) / BATCH_SIZE)
-        sized += [stage.model_copy(update={"images": batches * BATCH_SIZE})] * (batches > 0)
+        stage = stage.model_copy(update={"batch_size": pictures.batch_size, "mix": rows})
+        flops = pictures.batch_size * image_flops(config, stage)
+        images = pictures.batch_size * round(share * pictures.flops / flops)
+        sized += [stage.model_copy(update={"images": images})] * (images > 0)
     return changed(
         config,
         data__held_out=pictures.held_out,
@@ -318,32 +324,55 @@ def _runs(scale: float, samples: int) -> Iterator[Trial]:
                     )
 
 
-def _recipes(scale: float, samples: int) -> Iterator[Trial]:
-    """The preset `openmoji` at its whole length, as it was, and without each of its new choices.
+def _in_proportion(config: RunConfig, flops: float) -> list[dict[str, Any]]:
+    """The stages of a run, all as much shorter as leaves so many FLOPs."""
+    scale = flops / total_flops(config)
+    return [
+        {
+            **stage.model_dump(),
+            "images": round(scale * stage.images / stage.batch_size) * stage.batch_size,
+        }
+        for stage in config.train.stages
+    ]
 
-    First one seed of all, then the others of the two that are compared.
-    """
-    now, before = preset("openmoji"), earlier("openmoji")
-    shifts = [level.model_dump() for level in before.model.levels]
-    one_rate = {"lr_per_level": False, "decay_share": before.train.decay_share}
-    recipes = {
-        "now": now,
-        "before": before,
-        "one-rate": changed(now, **{f"train__{name}": value for name, value in one_rate.items()}),
-        "plain-captions": changed(now, train__whiten_captions=False),
-        "half-shift": changed(now, model__levels=shifts),
-    }
+
+def _paper(pictures: PictureSet) -> RunConfig:
+    """The paper's recipe: v and its own error, all rows with all levels, a constant rate."""
+    return changed(
+        _base(pictures, 0.25),
+        process={"prediction": "v", "weighting": [{"name": "v"}]},
+        train__decay_share=0.0,
+        train__ema_decay=0.998,
+    )
+
+
+def _plus(pictures: PictureSet) -> RunConfig:
+    """The preset with a third of the paper's compute, and on Fashion-MNIST what `openmoji` has."""
+    config = preset(pictures.preset)
+    third = pictures._replace(flops=pictures.flops / 3)
+    if config.encoder is not None:
+        return changed(config, train__stages=_in_proportion(config, third.flops))
+    own = {"train__lr_per_level": True, "train__decay_share": 1.0}
+    return changed(_trained(config, third, (0.25, 0.75), (0.5, 0.5)), **own)
+
+
+def _long(scale: float, samples: int) -> Iterator[Trial]:
+    """The paper's recipe, and what this project makes of it in a third of the compute."""
     for seed in range(3):
-        for name in ("now", "before") if seed else recipes:
-            stages = [
-                {**stage.model_dump(), "images": round(scale * stage.images)}
-                for stage in recipes[name].train.stages
-            ]
-            own: dict[str, Any] = {"name": f"recipes-{name}", "train__seed": seed}
-            own |= {"train__stages": stages, "train__preview_every_images": 0}
-            own["data__held_out"] = SETS["emoji"].held_out
-            trained = changed(recipes[name], **own, train__keep_checkpoints=1)
-            yield Trial(f"recipes/{name}/{seed}", trained, samples=samples)
+        for each in LONG.values():
+            each = each._replace(flops=scale * each.flops)
+            plus = _plus(each)
+            variants = {"plus": plus, "paper": _paper(each)}
+            if plus.encoder is not None:
+                semantic = preset(each.preset, "semantic")
+                stages = _in_proportion(semantic, each.flops / 3)
+                variants["perceptual"] = changed(plus, train__perceptual={})
+                variants["semantic"] = changed(semantic, train__stages=stages)
+            for name, config in variants.items():
+                own: dict[str, Any] = {"name": f"{each.name}-{name}", "train__seed": seed}
+                own |= {"train__preview_every_images": 0, "train__precision": "fp32"}
+                own |= {"train__keep_checkpoints": 1, "data__held_out": each.held_out}
+                yield Trial(f"{each.name}/{name}/{seed}", changed(config, **own), samples=samples)
 
 
 UNGUIDED = {"guidance": [1.0]}
@@ -359,6 +388,8 @@ SOLVERS = {
 def _settings(run: Trial) -> dict[str, dict[str, Any]]:
     """Other sampling: solvers, noise between a cascade's networks, guidance (Fig. 8c)."""
     pictures, variant, seed = run.name.split("/")
+    if variant == "paper":
+        return {"ddpm-250": {**SOLVERS["ddpm-250"], "grid": "trailing"}}
     if variant == "cascade":
         return {f"noise-{x:g}": {"coarse_noise": x, **UNGUIDED} for x in COARSE_NOISES}
     if variant != "mdm":
@@ -369,7 +400,7 @@ def _settings(run: Trial) -> dict[str, dict[str, Any]]:
 
 def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
     """Every run, with a share of its compute, then the samples of each under other settings."""
-    runs = [*_runs(scale, samples), *_recipes(scale, samples)]
+    runs = [*_runs(scale, samples), *_long(scale, samples)]
     other = [(run, name, how) for run in runs for name, how in _settings(run).items()]
     sampled = [replace(run, name=f"{run.name}/{name}", settings=how) for run, name, how in other]
     return [*runs, *sampled]

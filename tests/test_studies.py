@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
-from studies.results import GROUPS, PLACE, RECIPES, filled, read_results, table, tables
+from studies.results import GROUPS, PLACE, filled, read_results, table, tables
 from studies.run import claimed, is_done, measured_at, result_path, run, work
-from studies.trials import DECAY, SETS, Trial, all_trials, changed, images_at, total_flops
+from studies.trials import DECAY, LONG, SETS, Trial, all_trials, changed, images_at, total_flops
 
 from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
@@ -39,11 +39,11 @@ def trainings() -> list[Trial]:
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(trials()) == 209
+    assert len(trials()) == 224
     for trial in trainings():
-        if trial.name.startswith("recipes/"):  # at the preset's length
-            continue
         pictures, _, seed = trial.name.split("/")
+        if pictures in LONG:
+            continue
         assert sum(map(total_flops, trial.parts)) == pytest.approx(SETS[pictures].flops, rel=0.01)
         assert {part.train.seed for part in trial.parts} == {int(seed)}
 
@@ -71,20 +71,26 @@ def test_the_rate_decays_in_the_last_stage_alone(name):
         assert learning_rates(train, halfway, batch)[0] == pytest.approx(rate / 2, rel=0.02)
 
 
-def test_a_recipe_differs_from_the_preset_in_what_its_name_says():
-    tried = {name: trials()[f"recipes/{name}/0"].config for name in RECIPES.values()}
-    now, own = tried.pop("now"), preset("openmoji")
-    assert (now.train.stages, now.model) == (own.train.stages, own.model)
-    different = {name: differences(now, config) for name, config in tried.items()}
-    named = {"one-rate": "lr_per_level", "plain-captions": "whiten", "half-shift": "shift_ratio"}
-    assert all(part in different[name] for name, part in named.items())
-    assert tried["plain-captions"].model == tried["one-rate"].model == now.model
-    assert tried["half-shift"].train == now.train
-    before = tried["before"]
-    assert before.model == tried["half-shift"].model
-    assert not before.train.lr_per_level
-    assert not before.train.whiten_captions
-    assert before.train.decay_share == tried["one-rate"].train.decay_share == 0.105
+def test_the_recipes_of_longer_trials_are_what_they_are_called():
+    for name, pictures in LONG.items():
+        plus, paper = (trials()[f"{name}/{recipe}/1"].config for recipe in ("plus", "paper"))
+        assert total_flops(paper) == pytest.approx(pictures.flops, rel=0.01)
+        assert total_flops(plus) == pytest.approx(pictures.flops / 3, rel=0.01)
+        assert (paper.process.prediction, paper.process.weighting[0].name) == ("v", "v")
+        assert (paper.train.decay_share, paper.train.lr_per_level) == (0.0, False)
+        assert not any(stage.mix for stage in paper.train.stages)
+        assert plus.train.lr_per_level
+        assert plus.train.stages[-1].mix[-1] == 0.5
+        last = paper.train.stages[-1]
+        assert last.images / last.batch_size > 2_800
+    plus = trials()["emoji-long/plus/1"].config
+    assert (plus.model, plus.sampling) == (preset("openmoji").model, preset("openmoji").sampling)
+    perceptual = trials()["emoji-long/perceptual/1"].config
+    assert perceptual.train.perceptual is not None
+    assert "perceptual" in differences(plus, perceptual)
+    semantic = trials()["emoji-long/semantic/1"].config
+    assert semantic.model.levels[0].features == 12
+    assert total_flops(semantic) == pytest.approx(total_flops(plus), rel=0.01)
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():
@@ -192,7 +198,7 @@ def test_the_page_has_the_tables_of_the_kept_results(tmp_path, monkeypatch, caps
     assert filled(text, results) == text
     places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(text)}
     shared = GROUPS.keys() - {"g-recipes"}
-    assert places == {(x, y) for x in shared for y in SETS} | {("g-recipes", "recipes")}
+    assert places == {(x, y) for x in shared for y in SETS} | {("g-recipes", x) for x in LONG}
     page = tmp_path / "results.md"
     page.write_text("<!-- table a-families emoji -->\nold\n<!-- /table -->\nrest\n", "utf-8")
     monkeypatch.setattr("studies.__main__.PAGE", page)
@@ -242,6 +248,8 @@ def test_a_trial_is_trained_once_measured_and_sampled(small_trial, tmp_path, mon
     assert (point["share"], point["images"]) == (1.0, small_trial.config.train.images)
     assert trial["seconds"] > 0
     assert point[NAME] > 0
+    assert 0 <= point["class_accuracy"] <= 1
+    assert drawn["fd_classes"] > 0
     assert trial["held_out_loss"].keys() == trial["seen_loss"].keys() == {"8", "16"}
     assert trial["prompts_found"] is trial["prompts_found_in_one_step"] is None
     assert (drawn["settings"]["sampler"], drawn["evaluations"]) == ("ddim", 2)
@@ -268,9 +276,10 @@ def _stub_evaluation(monkeypatch) -> list:
     """Collects the models that would be measured."""
     models: list = []
 
-    def evaluate(model, _, **__):
+    def evaluate(model, metrics, **__):
         models.append(model)
-        return [SimpleNamespace(metric=NAME, value=1.0)]
+        names = [metrics] if isinstance(metrics, str) else metrics
+        return [SimpleNamespace(key=name, metric=NAME, value=1.0) for name in names]
 
     monkeypatch.setattr("studies.run.evaluate", evaluate)
     return models
