@@ -14,12 +14,12 @@ from typing import NamedTuple
 from matryoshka_diffusion.cli.terminal import output
 from matryoshka_diffusion.files import write_atomically
 from studies.figures import draw_all
-from studies.results import filled, read_results, tables
+from studies.results import HEAD, read_results, tables
 from studies.run import is_done, work
 from studies.trials import SAMPLES, Trial, all_trials
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results-tables.md"
 
 
 class Study(NamedTuple):
@@ -76,7 +76,7 @@ def run_all(study: Study, trials: Sequence[Trial], workers: int) -> int:
 
 
 def _show(command: str, study: Study, trials: Sequence[Trial]) -> None:
-    """Draw or print what is there, or put its tables into the page of the study."""
+    """Draw or print what is there, or write its tables to their page."""
     results, outdated = read_results(study.results, trials)
     for name in outdated:
         print(f"left out: {name} is of another form of the study", file=sys.stderr)
@@ -85,7 +85,7 @@ def _show(command: str, study: Study, trials: Sequence[Trial]) -> None:
     elif command == "table":
         print(tables(results))
     else:
-        page = filled(PAGE.read_text("utf-8"), results)
+        page = f"{HEAD}{tables(results)}\n"
         write_atomically(PAGE, lambda file: file.write(page.encode()))
         print(PAGE)
 

@@ -1,7 +1,7 @@
 """The paper's figures again, drawn from the results that are there.
 
 Lines go through means over the seeds that all results of a panel have. Bars reach from the lowest
-to the highest of them.
+to the highest of them. One more figure has every trial by its steps with the finest level.
 """
 
 from __future__ import annotations
@@ -10,13 +10,34 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks import NAME
-from studies.results import GROUPS, TITLES, Group, Result, Results, final, prompt_shares
+from studies.results import (
+    FAMILIES,
+    GROUPS,
+    LEVELS,
+    SHARES,
+    TITLES,
+    Group,
+    Result,
+    Results,
+    final,
+    fine_steps,
+    prompt_shares,
+)
 from studies.trials import SETS
 
 CHANCE = 0.2
 """The share by which two trials of one seed each may well differ."""
+ALIKE = {
+    **{name: FAMILIES[name] for name in list(FAMILIES)[:4]},
+    **{f"{share} of the compute on the coarsest": SHARES[share] for share in ("0.25", "0.75")},
+    **{f"{count} levels, jointly": LEVELS[count] for count in ("2", "3", "4")},
+    "half of the rows stay coarse": "mixed",
+}
+"""Trials of one loss in pixels that differ in how long which levels are trained."""
 PANEL = (4.6, 4.1)  # inches
 DPI = 150
 
@@ -30,12 +51,57 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """Draw the figures that there are results for, with a panel for each set that has some."""
     paths = []
     for name, group in GROUPS.items():
-        measured = {pictures: _measured(results, group, pictures) for pictures in SETS}
+        measured = {pictures: _measured(results, group, pictures) for pictures in TITLES}
         if there := {pictures: x for pictures, x in measured.items() if x}:
             figure, path = _figure(group, there), folder / f"{name}.png"
             write_atomically(path, lambda file, figure=figure: figure.savefig(file, dpi=DPI))
             paths.append(path)
+    compared = {pictures: _by_steps(results, pictures) for pictures in SETS}
+    if there := {name: x for name, x in compared.items() if len({n for n, _ in x.values()}) > 2}:
+        figure, path = _steps_figure(there), folder / "fine-steps.png"
+        write_atomically(path, lambda file: figure.savefig(file, dpi=DPI))
+        paths.append(path)
     return paths
+
+
+def _by_steps(results: Results, pictures: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """Steps with the finest level, and the distance, by variant and seed."""
+    return {
+        (variant, seed): (fine_steps(x), final(x))
+        for (name, variant), by_seed in results.items()
+        if name == pictures and variant in ALIKE.values()
+        for seed, x in by_seed.items()
+    }
+
+
+def _steps_figure(sets: dict[str, dict[tuple[str, str], tuple[float, float]]]) -> Any:
+    """All trials of a set, and the power of the number of steps that fits them best."""
+    from matplotlib.figure import Figure
+
+    width, height = PANEL
+    figure = Figure(figsize=(width * len(sets), 1.3 * height), layout="constrained")
+    figure.suptitle("Equal compute: distance against the finest level's steps", fontsize=11)
+    axes = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axis, (pictures, points) in zip(axes, sets.items(), strict=True):
+        steps, distances = np.log(np.array([*points.values()]).T)
+        slope, offset = np.polyfit(steps, distances, 1)
+        explained = np.corrcoef(steps, distances)[0, 1] ** 2
+        ends = np.array([steps.min(), steps.max()])
+        label = f"steps to the power of {slope:.2f}: {100 * explained:.0f} % of the variance"
+        axis.plot(np.exp(ends), np.exp(offset + slope * ends), "--", color="0.5", label=label)
+        for n, (name, variant) in enumerate(ALIKE.items()):
+            if own := [x for (other, _), x in points.items() if other == variant]:
+                style = {"color": f"C{n}", "marker": "os^vDPXh<>"[n], "linestyle": "none"}
+                axis.plot(*zip(*own, strict=True), label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="steps with the finest level")
+        axis.set_ylabel(f"{NAME} ↓")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter("{x:g}")
+        axis.set_title(TITLES[pictures], fontsize=10)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+        axis.grid(alpha=0.25, which="both")
+    return figure
 
 
 def _measured(results: Results, group: Group, pictures: str) -> Measured:

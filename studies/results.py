@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,28 +105,34 @@ def final(result: Result) -> float:
     return ending(result)[NAME]
 
 
+def fine_steps(result: Result) -> float:
+    """Steps of a training that have the finest level in some or all rows."""
+    config = result["config"]
+    stages, levels = config["train"]["stages"], len(config["model"]["levels"])
+    return sum(x["images"] / x["batch_size"] for x in stages if x["levels"] == levels)
+
+
 def prompt_shares(results: Sequence[Result], key: str = "prompts_found") -> list[float]:
     """The shares of prompts whose image is the nearest, without models that have no prompts."""
     return [x[key] for x in results if x.get(key) is not None]
 
 
-PLACE = re.compile(r"(?s)(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)")
-"""The place of a table on a page, by the names of its group and of its data set."""
+HEAD = """# Tables of the study
 
+Written by `python -m studies page` from `studies/results`. [The claims](results.md) says how the
+trials were made and what follows from them. Numbers are means over seeds, with the lowest and the
+highest where there are several.
 
-def filled(page: str, results: Results) -> str:
-    """The page with each of its tables replaced by that of the results."""
-    return PLACE.sub(
-        lambda place: f"{place[1]}{table(results, GROUPS[place[2]], place[3])}\n{place[4]}", page
-    )
+"""
 
 
 def tables(results: Results) -> str:
-    """A section for each group, in it a table for each data set that has results of it."""
+    """A section for each group: its figure, and a table for each data set with results of it."""
     sections = []
-    for group in GROUPS.values():
+    for name, group in GROUPS.items():
         parts = [part for pictures in TITLES if (part := table(results, group, pictures))]
-        sections += ["\n\n".join([f"### {group.title}", *parts])] if parts else []
+        figure = f"![{group.title}](pictures/study/{name}.png)"
+        sections += ["\n\n".join([f"## {group.title}", figure, *parts])] if parts else []
     return "\n\n".join(sections)
 
 

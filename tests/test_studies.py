@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
-from studies.results import GROUPS, PLACE, filled, read_results, table, tables
+from studies.results import GROUPS, HEAD, read_results, table, tables
 from studies.run import claimed, is_done, measured_at, result_path, run, work
 from studies.trials import DECAY, LONG, SETS, Trial, all_trials, changed, images_at, total_flops
 
@@ -193,21 +193,16 @@ def test_workers_are_processes_and_a_failure_is_their_status(tmp_path, capfd):
 
 def test_the_page_has_the_tables_of_the_kept_results(tmp_path, monkeypatch, capsys):
     results, outdated = read_results(FULL.results, [*trials().values()])
-    text = PAGE.read_text("utf-8")
     assert not outdated
-    assert filled(text, results) == text
-    places = {(name, pictures) for _, name, pictures, _ in PLACE.findall(text)}
-    shared = GROUPS.keys() - {"g-recipes"}
-    assert places == {(x, y) for x in shared for y in SETS} | {("g-recipes", x) for x in LONG}
+    assert PAGE.read_text("utf-8") == f"{HEAD}{tables(results)}\n"
     page = tmp_path / "results.md"
-    page.write_text("<!-- table a-families emoji -->\nold\n<!-- /table -->\nrest\n", "utf-8")
     monkeypatch.setattr("studies.__main__.PAGE", page)
     monkeypatch.setattr("studies.__main__.FULL", FULL._replace(results=tmp_path))
     (tmp_path / "emoji").mkdir()
     old = {"task": "emoji/mdm/0", "asked": {"trained": None}}
     (tmp_path / "emoji" / "mdm-0.json").write_text(json.dumps(old), "utf-8")
     assert main(["page"]) == 0
-    assert page.read_text("utf-8") == "<!-- table a-families emoji -->\n\n<!-- /table -->\nrest\n"
+    assert page.read_text("utf-8") == f"{HEAD}\n", "there is nothing of today's form"
     assert "left out: emoji/mdm/0" in capsys.readouterr().err
 
 
@@ -323,10 +318,14 @@ def test_a_model_of_codes_gets_its_codec_first(small_trial, tmp_path, monkeypatc
 # --- tables and figures --------------------------------------------------------------------------
 
 
+STAGE = {"levels": 1, "images": 640, "batch_size": 32}
+
+
 def finished(*finals: float, losses: dict[str, float] | None = None) -> dict[str, dict]:
     """The results of a trial by seed, with these final distances."""
     return {
         str(seed): {
+            "config": {"model": {"levels": [{}]}, "train": {"stages": [STAGE]}},
             "parameters": [7_200_000],
             "flops": 2e12,
             "codec_flops": 5e11,
@@ -365,7 +364,7 @@ def test_tables_leave_out_groups_sets_and_columns_without_results():
     results = {("fashion", "mdm"): finished(3.0), ("emoji", "mdm"): finished(3.0)}
     assert tables(results) == "", "there is nothing to compare the base with"
     text = tables(results | {("fashion", "finest"): finished(4.0)})
-    assert text.startswith("### (a) Families")
+    assert text.startswith("## (a) Families")
     assert "Fashion-MNIST" in text
     assert "OpenMoji" not in text
     assert "held-out loss" not in text
@@ -405,6 +404,24 @@ def test_every_figure_has_a_panel_for_each_set_and_its_legend_below(figures):
                 assert box.x1 <= figure.bbox.width
     curve = one[0].axes[0].lines[0]
     assert list(curve.get_xdata()) == [1.5, 2.5], "TFLOPs, with the codec's before"
+
+
+def test_steps_with_the_finest_level_are_counted_and_their_power_is_fitted(figures):
+    def trial(images: int, distance: float) -> dict:
+        result = finished(distance)["0"]
+        coarse, fine = {**STAGE, "images": 3_200}, {**STAGE, "levels": 2, "images": images}
+        config = {"model": {"levels": [{}, {}]}, "train": {"stages": [coarse, fine]}}
+        return {"0": {**result, "config": config}}
+
+    power = {
+        ("fashion", name): trial(images, 500.0 * images**-0.5)
+        for name, images in (("mdm", 320), ("joint", 640), ("mixed", 3_200))
+    }
+    *_, drawn = figures(power | {("fashion", "eps-eps"): trial(320, 1e4)})
+    (axis,) = drawn.axes
+    fit, *points = axis.lines
+    assert "-0.50: 100 %" in fit.get_label()
+    assert sorted(x for point in points for x in point.get_xdata()) == [10, 20, 100]
 
 
 def test_a_panel_has_common_seeds_and_shows_no_small_difference_large(figures):
