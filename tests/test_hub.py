@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.configfile import changed
-from matryoshka_diffusion.models.save import export_model
+from matryoshka_diffusion.models.save import export_adapters, export_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs import prepare
 from matryoshka_diffusion.train.weights import export_weights
+from test_adapters import BASE, write_run
 from test_codec import on_codes
 from test_pipeline import class_model, moving, plain_model, text_model
 
@@ -135,6 +140,55 @@ def test_what_the_hub_does_not_give_is_one_clear_error(site):
             Matryoshka.from_pretrained(name, revision=revision)
     with pytest.raises(FileNotFoundError, match="no shipped model of that name"):
         Matryoshka.from_pretrained("nothing")
+
+
+def test_every_command_takes_a_hub_id_where_it_takes_a_model(site, tmp_path, monkeypatch, capsys):
+    class_model().push_to_hub("me/dolls")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # not where the stand-in has a folder me/dolls
+    draw = ["--class", "cat", "--steps", "2", "--device", "cpu"]
+    assert cli.main(["sample", "me/dolls", *draw, "-o", "cat.png"]) == 0
+    assert cli.main(["sample", "me/dolls", *draw]) == 0
+    assert [path.suffix for path in Path("samples").iterdir()] == [".png"]
+    assert cli.main(["info", "me/dolls"]) == 0
+    assert "2 levels" in capsys.readouterr().out
+    assert cli.main(["export", "me/dolls", "-o", "own"]) == 0
+    assert cli.main(["sample", "own", *draw, "-o", "own.png"]) == 0
+    assert Image.open("own.png").tobytes() == Image.open("cat.png").tobytes()
+    assert cli.main(["grow", "me/dolls", "--to", "32", "--out", "grown"]) == 0
+    tuned = prepare.find_config("me/dolls", "pets")
+    assert (tuned.name, tuned.train.init) == ("tiny-tuned", "me/dolls")
+    from_it = prepare.find_config("folder-64", "pets", init="me/dolls")
+    assert (from_it.train.init, from_it.data.classes) == ("me/dolls", ("cat", "dog", "eel"))
+    assert cli.main(["train", "me/dolls", "--data", "nowhere", "--out", "run"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    # A folder of the name takes precedence, and a folder of the owner is no owner on the hub.
+    shutil.copytree(site / "me" / "dolls", Path("me") / "dolls")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    assert cli.main(["sample", "me/dolls", *draw, "-o", "cat2.png"]) == 0
+    assert cli.main(["sample", "me/dols", *draw]) == 1
+    assert "me/dols: no such folder" in capsys.readouterr().err
+
+
+def test_adapters_come_from_the_hub_too(site, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    export_weights(base, BASE.net.state_dict(), BASE.config)
+    export_adapters(str(write_run(base, tmp_path / "run")), site / "me" / "pets")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    here, there = (
+        Matryoshka.load(base, adapters={name: 1.0}) for name in (str(tmp_path / "run"), "me/pets")
+    )
+    assert there.adapters == ("pets=1",)
+    assert there.weights_hash == here.weights_hash
+
+
+@pytest.mark.parametrize(
+    "name", ["me/dolls/x", "../dolls", "me/", "/dolls", "me/do lls", "-me/dolls"]
+)
+def test_other_names_are_no_hub_ids(name, site):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Matryoshka.load(name)
 
 
 def test_a_codec_goes_with_its_model(site, tiny_codec):

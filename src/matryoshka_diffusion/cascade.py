@@ -7,7 +7,7 @@ in its training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,11 +149,13 @@ def open_model(
     *,
     text_encoder: str | None = None,
     base: str | Path | None = None,
+    adapters: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Model:
     """Load what `Matryoshka.load` loads and, for an upsampler, its base.
 
-    `base` replaces the base that the upsampler's config names; `options` are those of `load`.
+    `base` replaces the base that the upsampler's config names; `adapters` belong to the model, not
+    to its base; `options` are those of `load`.
 
     Raises:
         ConfigError: the base is missing, has changed since the training, or does not fit; or a
@@ -161,7 +163,7 @@ def open_model(
         FileNotFoundError, ValueError: as `Matryoshka.load`.
     """
     options["text_encoder"] = text_encoder
-    model = Matryoshka.load(run, **options)
+    model = Matryoshka.load(run, adapters=adapters, **options)
     named = model.config.sampling.base
     if model.config.model.coarse is None and base is None:
         return model

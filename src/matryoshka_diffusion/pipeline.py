@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,13 +20,15 @@ from matryoshka_diffusion.config import RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.denoiser import active_weights
 from matryoshka_diffusion.diffusion import per_level
 from matryoshka_diffusion.edit import UNCHANGED, Edit
+from matryoshka_diffusion.models.adapters import add_adapters
 from matryoshka_diffusion.models.find import (
     caption_features,
     count_levels,
     find_model,
     with_encoder,
 )
-from matryoshka_diffusion.models.names import shipped_models
+from matryoshka_diffusion.models.hub import download, push
+from matryoshka_diffusion.models.names import is_hub_id
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.progress import Progress, shown
@@ -57,6 +59,7 @@ class Matryoshka(DiffusionModel):
     """
 
     net: NestedUNet  # pyright: ignore[reportIncompatibleVariableOverride]
+    adapters: tuple[str, ...] = ()  # what is merged into the network, each with its share
 
     def __init__(
         self,
@@ -89,22 +92,26 @@ class Matryoshka(DiffusionModel):
         precision: PrecisionSetting = "auto",
         text_encoder: str | None = None,
         encoder: TextEncoder | None = None,
+        adapters: Mapping[str, float] | None = None,
         progress: Progress | bool | None = None,
     ) -> Matryoshka:
-        """Load a run folder, a model folder, a released checkpoint, or a shipped model by name.
+        """Load a run folder, a model folder, a released checkpoint, a shipped model, or a hub id.
 
-        A path takes precedence over the name of a shipped model.
+        A path takes precedence over the name of a shipped model, and over one on the hub.
 
         Args:
             device: where the network computes; `auto` is a GPU if torch can use one.
             precision: arithmetic of the network, see `DiffusionModel`.
             text_encoder: folder or hub id of a text encoder that replaces the one in the config.
             encoder: a text encoder that is loaded already.
+            adapters: adapters (LoRA) to merge into the weights, by their run or folder, and the
+                share of each: 1 as trained, 0 none. Their form is ours or peft's.
             progress: called with (bytes done, bytes in all) while a released checkpoint is
                 converted into the cache, once. `True` shows a bar.
 
         Raises:
             FileNotFoundError: there is no such model; lists the places that were searched.
+            OSError: the hub does not have the model, or cannot be reached.
             ConfigError, ValueError: the weights do not fit the config.
         """
         device = best_device() if device == "auto" else device
@@ -112,29 +119,28 @@ class Matryoshka(DiffusionModel):
         features = caption_features(run) if text_encoder is None else {}
         if text_encoder is not None:
             config = with_encoder(config, text_encoder)
+        if adapters:
+            weights = add_adapters(weights, adapters, where=str(run))
         model = config.model.first(count_levels(weights))
         net = load_network(model, weights, where=str(run))
-        return cls(
-            net, config, encoder=encoder, features=features, device=device, precision=precision
-        )
+        options: dict[str, Any] = {"device": device, "precision": precision}
+        options |= {"encoder": encoder, "features": features}
+        loaded = cls(net, config, **options)
+        shares = (adapters or {}).items()
+        loaded.adapters = tuple(f"{Path(path).name}={share:g}" for path, share in shares)
+        return loaded
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, revision: str | None = None, **options: Any
     ) -> Matryoshka:
-        """Load what `load` loads, or a model of the Hugging Face hub by its id.
+        """Load what `load` loads, with its `options`; `revision` is a branch or commit on the hub.
 
-        `revision` is a branch, tag or commit on the hub; `options` are those of `load`.
-
-        Raises:
-            OSError: the hub does not have the model, or cannot be reached.
+        Raises OSError if the hub does not have the model, or cannot be reached.
         """
-        name = str(source)
-        if Path(source).exists() or name in shipped_models() or name.count("/") != 1:
-            return cls.load(source, **options)
-        from matryoshka_diffusion.models.hub import download
-
-        return cls.load(download(name, revision), **options)
+        if revision is not None and is_hub_id(source):
+            source = download(str(source), revision)
+        return cls.load(source, **options)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model with a card that says how to use it; return its address.
@@ -142,8 +148,6 @@ class Matryoshka(DiffusionModel):
         Paths of this computer are left out. `options` are those of `models.hub.push`: dtype,
         license, private, and a token instead of that of `hf auth login`.
         """
-        from matryoshka_diffusion.models.hub import push
-
         return push(self.net.state_dict(), self.config, repository, **options)
 
     @property
@@ -221,6 +225,7 @@ class Matryoshka(DiffusionModel):
         levels = tuple(torch.cat(level)[order].numpy() for level in zip(*parts, strict=True))
         record = {
             "model": self.config.name,
+            **({"adapters": self.adapters} if self.adapters else {}),
             "captions": captions,
             "seeds": seeds,
             **({} if negative is None else {"negative": negative}),

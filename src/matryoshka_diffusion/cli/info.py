@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from matryoshka_diffusion.cli.options import MODEL, add_command, add_shared
 from matryoshka_diffusion.cli.terminal import show
+from matryoshka_diffusion.models.names import is_hub_id
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.config import LevelConfig, RunConfig, SamplingConfig, StageConfig
@@ -38,7 +39,7 @@ def info(options: argparse.Namespace) -> None:
     from matryoshka_diffusion.presets import preset
 
     path = Path(options.name)
-    if options.as_ is not None or not path.exists():
+    if options.as_ is not None or not (path.exists() or is_hub_id(options.name)):
         show(describe(override(preset(options.name, options.as_), options.set)))
     elif path.is_file():
         show(describe_released(path, options.set))

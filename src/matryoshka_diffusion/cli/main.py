@@ -30,7 +30,8 @@ from matryoshka_diffusion.hints import did_you_mean
 
 GROUPS = {
     "train": ("train", "embed", "data", "demo"),
-    "models": ("sample", "edit", "grow", "convert", "export", "ema"),
+    "models": ("sample", "edit", "grow", "convert", "ema"),
+    "export": ("export",),
     "info": ("presets", "info", "plot"),
     "doctor": ("doctor", "completion"),
     "eval": ("eval", "compare", "sweep"),

@@ -1,4 +1,4 @@
-"""Commands on trained models: sample, edit, grow, convert, export, ema."""
+"""Commands on trained models: sample, edit, grow, convert, ema."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.cli.options import (
-    DTYPES,
     MODEL,
     MODEL_FOLDER,
+    adapters,
     add_command,
     add_sampling,
     add_shared,
     find_device,
-    guidance_weights,
     natural,
     positive,
     refuse_idle,
@@ -25,8 +24,6 @@ from matryoshka_diffusion.cli.options import (
 from matryoshka_diffusion.cli.terminal import Bar, show
 from matryoshka_diffusion.models.names import refuse_unknown
 
-STORED = {"mdm": DTYPES, "diffusers": ("fp32",), "onnx": ("fp32", "fp16")}
-"""Formats of an export, and the types of weights that each stores."""
 CLIPS = ("webp", "mp4", "gif", "png")
 _MATCHED = 0.05  # error of an average's profile, at most
 
@@ -45,6 +42,7 @@ def sample(options: argparse.Namespace) -> None:
             device=find_device(options.device),
             precision=options.precision,
             text_encoder=options.text_encoder,
+            adapters=adapters(options),
             progress=bar,
         )
     settings, finest = sampling(options), model.resolutions[-1]
@@ -155,6 +153,7 @@ def edit(options: argparse.Namespace) -> None:
         device=find_device(options.device),
         precision=options.precision,
         text_encoder=options.text_encoder,
+        adapters=adapters(options),
     )
     settings = sampling(options)
     refuse_idle(model, settings)
@@ -235,52 +234,6 @@ def convert(options: argparse.Namespace) -> None:
             options.file, options.out, text_encoder=options.text_encoder, progress=bar
         )
     show(f"{options.out}: {config.name}; mdm sample {options.out} -p TEXT draws with it")
-
-
-def export(options: argparse.Namespace) -> None:
-    refuse_unknown(options.model)
-    _refuse_other_formats(options)
-    from matryoshka_diffusion.models.save import export_model
-
-    if options.format == "diffusers":
-        from matryoshka_diffusion.files import refuse_full
-        from matryoshka_diffusion.models.diffusers import write_diffusers
-        from matryoshka_diffusion.pipeline import Matryoshka
-
-        refuse_full(options.out)
-        model = Matryoshka.load(options.model, text_encoder=options.text_encoder, device="cpu")
-        write_diffusers(model, options.out)
-        show(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
-    elif options.format == "onnx":
-        _export_onnx(options)
-    else:
-        config = export_model(options.model, options.out, options.dtype, options.text_encoder)
-        show(f"{options.out}: {sampling_command(options.out, config)} draws with it")
-
-
-def _refuse_other_formats(options: argparse.Namespace) -> None:
-    """Raise UsageError for an option that the format of an export has no use for."""
-    from matryoshka_diffusion.config import UsageError
-
-    form = options.format
-    if options.dtype not in STORED[form]:
-        raise UsageError(f"--dtype {options.dtype}: {form} takes {', '.join(STORED[form])}")
-    for name, option in (("captions", "captions"), ("steps", "steps"), ("guidance", "cfg")):
-        if form != "onnx" and getattr(options, name) is not None:
-            raise UsageError(f"--{option} is for --format onnx: omit it")
-
-
-def _export_onnx(options: argparse.Namespace) -> None:
-    """Write graphs, weights, stored captions and a sampler in numpy."""
-    from matryoshka_diffusion.models.onnx import export_onnx
-    from matryoshka_diffusion.pipeline import Matryoshka
-
-    place: Any = {"device": "cpu", "precision": "fp32"}
-    model = Matryoshka.load(options.model, text_encoder=options.text_encoder, **place)
-    captions = options.captions.read_text("utf-8").splitlines() if options.captions else ()
-    settings = sampling(options)
-    export_onnx(model, options.out, captions=captions, dtype=options.dtype, **settings)
-    show(f"{options.out}: python {options.out / 'sample.py'} draws with numpy and onnxruntime")
 
 
 def ema(options: argparse.Namespace) -> None:
@@ -365,8 +318,6 @@ def add_commands(commands: Any) -> None:
     command.add_argument("-o", "--out", **MODEL_FOLDER)
     add_shared(command, "--text-encoder")
 
-    _add_export(commands)
-
     command = add_command(commands, "ema", ema, "average the weights of a run over another length")
     add = command.add_argument
     add("run_folder", type=Path, metavar="RUN", help="trained with ema_power")
@@ -375,23 +326,6 @@ def add_commands(commands: Any) -> None:
     text = "average the training until so many images were seen: a weaker model for --guide"
     add("--until", type=positive, metavar="IMAGES", help=text)
     command.add_argument("-o", "--out", **MODEL_FOLDER)
-
-
-def _add_export(commands: Any) -> None:
-    """Add `mdm export`."""
-    text = "write a model for sharing, for diffusers or as ONNX"
-    command = add_command(commands, "export", export, text)
-    command.add_argument("model", metavar="RUN", help=MODEL)
-    command.add_argument("-o", "--out", **MODEL_FOLDER)
-    add = command.add_argument
-    add("--format", choices=[*STORED], default="mdm", help="for mdm (the default) or others")
-    text = "of stored weights (fp32); bf16 is for mdm, fp16 for onnx"
-    add("--dtype", choices=(*DTYPES, "fp16"), default="fp32", help=text)
-    add("--captions", type=Path, metavar="FILE", help="onnx: prompts whose features are stored")
-    add("--steps", type=positive, metavar="N", help="onnx: sampler steps (the model's own)")
-    text = "onnx: guidance weight for all levels, or one for each level, coarse to fine"
-    add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
-    add_shared(command, "--text-encoder")
 
 
 def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:
@@ -410,5 +344,5 @@ def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:
     text = "a folder for all, or one file: .png, for clips also .mp4, .webp, .gif"
     add("-o", "--out", type=Path, metavar="PATH", help=text)
     add("--overwrite", action="store_true", help="replace files of the same names in -o")
-    add_shared(command, "--text-encoder")
+    add_shared(command, "--lora", "--text-encoder")
     add_sampling(command)

@@ -21,7 +21,7 @@ THRESHOLDS = ("none", "clip", "dynamic")
 DTYPES = ("fp32", "bf16")
 RANK_TIMEOUT = 60  # seconds
 PRECISION = "auto"
-MODEL = "run folder, model folder, released .pth or shipped model"
+MODEL = "run folder, model folder, released .pth, shipped model or hub id (owner/name)"
 DATA = "folder, tar shards, parquet or hf:NAME"
 MODEL_FOLDER: dict[str, Any] = {
     "type": Path,
@@ -52,6 +52,15 @@ def add_command(
     return command
 
 
+def path_and_share(text: str) -> tuple[str, float]:
+    """Parse PATH or PATH=SHARE."""
+    path, _, share = text.rpartition("=")
+    try:
+        return (path, float(share)) if path else (text, 1.0)
+    except ValueError:  # a path with = in it
+        return text, 1.0
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, mps"},
     "--base": {"metavar": "RUN", "help": "model that draws the small images for an upsampler"},
@@ -66,6 +75,13 @@ SHARED: dict[str, dict[str, Any]] = {
         "default": [],
         "metavar": "KEY=VALUE",
         "help": "change path.to.key=value",
+    },
+    "--lora": {
+        "action": "append",
+        "type": path_and_share,
+        "default": [],
+        "metavar": "RUN[=SHARE]",
+        "help": "add these adapters, of a run or by peft, by this share (1); repeated",
     },
     "--text-encoder": {"metavar": "PATH", "help": "folder or hub id of another text encoder"},
 }
@@ -132,10 +148,13 @@ def refuse_unknown_names(options: argparse.Namespace) -> None:
     What needs files, or other options to be valid, is left to `runs.prepare`.
     """
     from matryoshka_diffusion.configfile import override
+    from matryoshka_diffusion.models.names import is_hub_id
     from matryoshka_diffusion.presets import CODECS, preset
 
     name = Path(options.preset)
     if name.exists() or name.suffix in (".yaml", ".yml") or options.preset in CODECS:
+        return
+    if is_hub_id(options.preset):
         return
     config = preset(options.preset, getattr(options, "as_", None))
     if not any(getattr(options, other, None) for other in ("lora", "codec", "init", "base")):
@@ -180,6 +199,18 @@ def _whole(text: str, least: int, range_name: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {range_name}")
     return value
+
+
+def adapters(options: argparse.Namespace) -> dict[str, float]:
+    """The adapters of --lora, each with its share."""
+    from matryoshka_diffusion.config import UsageError
+
+    shares = dict(options.lora)
+    if len(shares) < len(options.lora):
+        names = [name for name, _ in options.lora]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"--lora {twice}: named twice; add the shares up")
+    return shares
 
 
 def guidance_weights(text: str) -> float | tuple[float, ...]:

@@ -1,10 +1,11 @@
-"""Loading of every model: a run, a model folder, a released checkpoint, or a shipped model."""
+"""Loading of every model: a run, a model folder, a released checkpoint, shipped, or on the hub."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict, load_config
 from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.files import BrokenFile, read_json
-from matryoshka_diffusion.models.names import refuse_unknown, shipped_models
+from matryoshka_diffusion.models.names import is_hub_id, refuse_unknown, shipped_models
+from matryoshka_diffusion.models.peft import folder_of
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.progress import Progress
 from matryoshka_diffusion.tensorfile import read_weights
@@ -27,29 +29,54 @@ CAPTIONS = "captions.safetensors"
 """Features of some captions beside the weights of a shipped model, by caption."""
 
 
+class Found(NamedTuple):
+    """Weights as they are stored, of a whole model or of adapters, with the config of their run."""
+
+    weights: Mapping[str, Tensor]
+    config: RunConfig
+    where: str  # the file or folder, for errors
+
+
 def find_model(
     run: str | Path, *, progress: Progress | None = None
 ) -> tuple[dict[str, Tensor], RunConfig]:
     """Weights and config of a run, a model folder, a released checkpoint or a shipped model.
 
+    `owner/name` is a model on the hub, which is downloaded once, unless there is such a folder.
     Adapters are merged into the model that they belong to, and the config then names no adapters.
     `progress` is called while a released checkpoint is converted into the cache, once.
 
     Raises:
         FileNotFoundError: there is no such model; lists the places that were searched.
+        OSError: the hub does not have the model, or cannot be reached.
         ConfigError, ValueError: the weights do not fit the config.
     """
-    path = _model_folder(Path(run))
+    weights, config, where = find_unmerged(run, progress=progress)
+    return merge_adapters(weights, config, where=where)
+
+
+def find_unmerged(run: str | Path, *, progress: Progress | None = None) -> Found:
+    """Weights and config of what `find_model` finds, before adapters are merged.
+
+    Raises FileNotFoundError, ConfigError or ValueError as `find_model` does.
+    """
+    path = place_of(run)
     if path.is_file():
         from matryoshka_diffusion.models.released import convert_once
 
-        return _read_model(convert_once(path, progress=progress))
+        return _read_folder(convert_once(path, progress=progress))
     for folder in (path / "model", path):
         if any((folder / name).is_file() for name in WEIGHTS):
-            weights, config = _read_model(folder)
-            return weights, with_own_frozen(moved_frozen(config, path), folder)
+            found = _read_folder(folder)
+            config = with_own_frozen(moved_frozen(found.config, path), folder)
+            return found._replace(config=config)
     if path.is_dir():
         refuse_codec(path)
+        if folder_of(path) is not None:
+            raise UsageError(
+                f"{path} holds adapters in peft's form, no model: mdm sample MODEL --lora {path} "
+                "adds them to the model that they are for"
+            )
         newest = checkpoint.newest(path / "checkpoints")
         if newest is None:
             raise FileNotFoundError(
@@ -58,20 +85,20 @@ def find_model(
             )
         snapshot = checkpoint.read(newest)
         config = from_dict(snapshot.state["config"], where=str(newest))
-        return merge_adapters(snapshot.ema, moved_frozen(config, path), where=str(newest))
+        return Found(snapshot.ema, moved_frozen(config, path), str(newest))
     refuse_unknown(run)
-    return _read_model(shipped_models()[str(run)])
+    return _read_folder(shipped_models()[str(run)])
 
 
 def read_config(run: str | Path) -> RunConfig:
     """The config of what `find_model` finds, also of a run that has no checkpoint yet."""
-    path = _model_folder(Path(run))
+    path = place_of(run)
     if path.is_file():
         from matryoshka_diffusion.models.released import read_released
 
         return read_released(path).config
     written = path / "config.yaml"
-    return load_config(written) if written.is_file() else find_model(run)[1]
+    return load_config(written) if written.is_file() else find_model(path)[1]
 
 
 def caption_features(run: str | Path) -> dict[str, Tensor]:
@@ -157,13 +184,22 @@ def merge_adapters(
     return whole, config.model_copy(update={"train": train})
 
 
-def _model_folder(path: Path) -> Path:
-    """The folder of a model folder's weights file; any other path as it is."""
+def place_of(run: str | Path) -> Path:
+    """The path of a model: the folder of a weights file, or of a download from the hub.
+
+    Raises:
+        OSError: the hub does not have the model, or cannot be reached.
+    """
+    if is_hub_id(run):
+        from matryoshka_diffusion.models.hub import download
+
+        return download(str(run))
+    path = Path(run)
     has_config = path.name in WEIGHTS and path.with_name("config.json").is_file()
     return path.parent if has_config else path
 
 
-def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
+def _read_folder(folder: Path) -> Found:
     path = folder / "config.json"
     try:
         config = from_dict(read_json(path), where=str(path))
@@ -183,4 +219,4 @@ def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunConfig]:
         other = metadata.get(name) if isinstance(metadata, dict) else None
         if other != value and name != "base_model":  # which may have moved
             raise ConfigError(f"{file}: {name} is {other} in it, {value} in config.json")
-    return merge_adapters(weights, with_own_frozen(config, folder), where=str(file))
+    return Found(weights, with_own_frozen(config, folder), str(file))

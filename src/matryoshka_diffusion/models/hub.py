@@ -13,11 +13,15 @@ from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.features import FILE
+from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.save import carry_frozen, shared_config
-from matryoshka_diffusion.train.weights import MODEL, export_weights
+from matryoshka_diffusion.train.weights import LORA, MODEL, export_weights
 
-FILES = (MODEL, "config.json", FILE, *(f"{codecs.OWN}/{name}" for name in codecs.FILES))
-"""Files of a repository that a model needs; no other file is downloaded."""
+FILES = (
+    *(MODEL, LORA, "config.json", FILE, *(f"{codecs.OWN}/{name}" for name in codecs.FILES)),
+    *(peft.SETTINGS, peft.WEIGHTS),
+)
+"""Files of a repository that a model or adapters need; no other file is downloaded."""
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -33,7 +37,8 @@ def download(repository: str, revision: str | None = None) -> Path:
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
             f"{repository}: no folder here, no shipped model, and the hub does not give it "
-            f"({' '.join(str(error).split())})"
+            f"({' '.join(str(error).split())}): correct the name, or download it elsewhere (hf "
+            "download) and name its folder"
         ) from error
     return Path(folder)
 

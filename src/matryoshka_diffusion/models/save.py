@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from matryoshka_diffusion.config import UNIFORM, RunConfig, UsageError
 from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.features import carry_features
 from matryoshka_diffusion.files import refuse_full
-from matryoshka_diffusion.models.find import Progress, find_model, with_encoder, with_own_frozen
+from matryoshka_diffusion.models import peft
+from matryoshka_diffusion.models.adapters import adapters_of, add_adapters
+from matryoshka_diffusion.models.find import (
+    Progress,
+    find_model,
+    find_unmerged,
+    with_encoder,
+    with_own_frozen,
+)
 from matryoshka_diffusion.models.released import convert, read_released
 from matryoshka_diffusion.train.averages import average_of, synthesise
 from matryoshka_diffusion.train.weights import export_weights
@@ -23,9 +32,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_model(
-    run: str, out: Path, dtype: str = "fp32", text_encoder: str | None = None
+    run: str,
+    out: Path,
+    dtype: str = "fp32",
+    text_encoder: str | None = None,
+    adapters: Mapping[str, float] | None = None,
 ) -> RunConfig:
     """Write the weights of a model with its config, codec and projection of features into `out`.
+
+    `adapters` are merged into the weights, as `Matryoshka.load` does.
 
     Nothing else of its run goes there. A text encoder in a folder of this computer is named only
     if it is given here.
@@ -39,6 +54,8 @@ def export_model(
     """
     refuse_full(out)
     weights, config = find_model(run)
+    if adapters:
+        weights = add_adapters(weights, adapters, where=run)
     if text_encoder is not None:
         config = with_encoder(config, text_encoder)
     shared = shared_config(config) if text_encoder is None else without_paths(config)
@@ -46,6 +63,22 @@ def export_model(
     carry_frozen(config, out)
     export_weights(out, weights, shared, dtype=DTYPES[dtype])
     return shared
+
+
+def export_adapters(
+    run: str, out: Path, dtype: str = "fp32"
+) -> None:
+    """Write the adapters of a run into a folder that peft loads, without paths of this computer.
+
+    Raises:
+        ConfigError: `out` is not empty.
+        UsageError: `run` is a whole model, or adapters in this form already.
+        FileNotFoundError, ValueError: `run` is no trained model.
+    """
+    refuse_full(out)
+    found = find_unmerged(run)
+    shared = without_paths(found.config)
+    peft.write(out, adapters_of(found), shared, DTYPES[dtype])
 
 
 def convert_released(

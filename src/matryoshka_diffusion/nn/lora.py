@@ -7,6 +7,7 @@ are trained.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,20 @@ from matryoshka_diffusion.nn.layers import Attention, zero
 from matryoshka_diffusion.nn.nested import NestedUNet, level_of
 from matryoshka_diffusion.nn.temporal import FrameAttention
 from matryoshka_diffusion.rng import stream
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of a layer's weight by an adapter: scale · up · down."""
+
+    down: Float[Tensor, "rank inputs ..."]
+    up: Float[Tensor, "outputs rank ..."]
+    scale: float
+
+    def added_to(self, weight: Float[Tensor, "outputs inputs ..."], share: float = 1.0) -> Tensor:
+        """The weight of a single layer that computes what both do, with `share` of the change."""
+        product = self.up.to(weight).flatten(1) @ self.down.to(weight).flatten(1)
+        return weight + share * self.scale * product.view_as(weight)
 
 
 class Adapted(nn.Module):
@@ -41,8 +56,8 @@ class Adapted(nn.Module):
 
     def merged_weight(self) -> Float[Tensor, "..."]:
         """The weight of a single layer that computes the sum."""
-        up, down = (part.get_parameter("weight").flatten(1) for part in (self.up, self.down))
-        return self.base.weight + self.scale * (up @ down).view_as(self.base.weight)
+        down, up = (part.get_parameter("weight") for part in (self.down, self.up))
+        return LowRank(down, up, self.scale).added_to(self.base.weight)
 
 
 def attach(net: NestedUNet, lora: LoraConfig, seed: int = 0) -> NestedUNet:

@@ -57,6 +57,7 @@ from matryoshka_diffusion.models.find import (
     with_encoder,
     with_own_frozen,
 )
+from matryoshka_diffusion.models.names import is_hub_id
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -140,8 +141,8 @@ def _named_config(name: str, as_: str | None, lr: float) -> RunConfig:
         config = with_own_frozen(load_config(path / "config.yaml"), path)
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
-    elif path.is_file() or (path / "config.json").is_file():
-        config = _tuning(path, lr)
+    elif path.is_file() or (path / "config.json").is_file() or is_hub_id(name):
+        config = _tuning(name, lr)
     else:
         return preset(name, as_)
     if as_ is not None:
@@ -149,7 +150,7 @@ def _named_config(name: str, as_: str | None, lr: float) -> RunConfig:
     return config
 
 
-def _tuning(model: Path, lr: float) -> RunConfig:
+def _tuning(model: str, lr: float) -> RunConfig:
     """A model's config with a short training of all its levels that starts from its weights.
 
     Batch size, rate and length are conventions for a few thousand images; nothing was measured.
@@ -159,7 +160,7 @@ def _tuning(model: Path, lr: float) -> RunConfig:
     stage = StageConfig(levels=len(config.model.levels), images=64_000, batch_size=16, lr=lr)
     train = TrainConfig(
         stages=(stage,),
-        init=str(model.expanduser().resolve()),
+        init=absolute_if_here(model),
         warmup_images=2_000,
         ema_decay=0.999,
         condition_dropout=config.train.condition_dropout,
