@@ -129,6 +129,7 @@ def test_models_without_text_are_exported_without_an_encoder(make, native, call,
     assert same(output, make().sample(**native, steps=2, seed=7))
     assert pipe.text_encoder is pipe.tokenizer is None
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "README.md",
         "model_index.json",
         "network",
     ]

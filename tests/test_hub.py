@@ -130,7 +130,7 @@ def test_an_export_names_no_path_of_this_computer_unasked(tmp_path):
     named = json.loads((tmp_path / "named" / "config.json").read_text())
     assert named["encoder"]["path"] == encoder, "it was asked for"
     files = [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 6
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
 
 

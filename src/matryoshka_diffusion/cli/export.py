@@ -42,17 +42,18 @@ def export(options: argparse.Namespace) -> None:
             adapters=adapters(options),
             device="cpu",
         )
-        write_diffusers(model, options.out)
+        write_diffusers(model, options.out, license=options.license)
         show(f"{options.out}: matryoshka_diffusion.MDMPipeline.from_pretrained loads it")
     elif options.format == "onnx":
         _export_onnx(options)
     elif options.format == "peft":
-        export_adapters(options.model, options.out, options.dtype)
+        export_adapters(options.model, options.out, options.dtype, license=options.license)
         show(f"{options.out}: mdm sample MODEL --lora {options.out} and peft load it")
     else:
         config = export_model(
             *(options.model, options.out, options.dtype, options.text_encoder),
             adapters=adapters(options),
+            license=options.license,
         )
         show(f"{options.out}: {sampling_command(options.out, config)} draws with it")
 
@@ -67,6 +68,8 @@ def _refuse_other_formats(options: argparse.Namespace) -> None:
     for name, option in (("captions", "captions"), ("steps", "steps"), ("guidance", "cfg")):
         if form != "onnx" and getattr(options, name) is not None:
             raise UsageError(f"--{option} is for --format onnx: omit it")
+    if form == "onnx" and options.license is not None:
+        raise UsageError("--license is for the card, which --format onnx does not write: omit it")
     for name, option in (("lora", "lora"), ("text_encoder", "text-encoder")):
         if form == "peft" and getattr(options, name):
             raise UsageError(f"--{option} is not for --format peft, which writes adapters: omit it")
@@ -99,4 +102,6 @@ def add_commands(commands: Any) -> None:
     add("--steps", type=positive, metavar="N", help="onnx: sampler steps (the model's own)")
     text = "onnx: guidance weight for all levels, or one for each level, coarse to fine"
     add("--cfg", type=guidance_weights, dest="guidance", metavar="W[,W...]", help=text)
+    text = "licence on the card (README.md), as the Hugging Face hub spells it: cc-by-4.0, ..."
+    add("--license", metavar="ID", help=text)
     add_shared(command, "--lora", "--text-encoder")

@@ -25,6 +25,7 @@ from matryoshka_diffusion.config import Pixels, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.given import Given
 from matryoshka_diffusion.files import refuse_full, require, whole_folder
+from matryoshka_diffusion.models.card import model_card, write_card
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet, present_name
 from matryoshka_diffusion.pyramid import Pyramid, to_uint8
@@ -53,8 +54,10 @@ StepCallback: TypeAlias = Callable[
 FORMS = ("pil", "np", "pt", "latent")
 
 
-def write_diffusers(model: DiffusionModel, folder: Path) -> None:
+def write_diffusers(model: DiffusionModel, folder: Path, *, license: str | None = None) -> None:
     """Write a folder that `MDMPipeline.from_pretrained` loads; it appears whole or not at all.
+
+    A card for the hub lies beside the components.
 
     Raises:
         ConfigError: the folder holds something already.
@@ -66,6 +69,8 @@ def write_diffusers(model: DiffusionModel, folder: Path) -> None:
     try:
         with whole_folder(folder) as unfinished:
             pipe.save_pretrained(unfinished)
+            card = model_card(pipe.network.run_config, form="diffusers", license=license)
+            write_card(unfinished, card)
     except SafetensorError as error:  # raised on a full disk
         raise OSError(f"cannot write {folder}: {error}") from error
 

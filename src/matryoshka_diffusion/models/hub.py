@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from matryoshka_diffusion import codec as codecs
 from matryoshka_diffusion.config import RunConfig
-from matryoshka_diffusion.configfile import dump
 from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.models import peft
+from matryoshka_diffusion.models.card import model_card, write_card
 from matryoshka_diffusion.models.save import carry_frozen, shared_config
 from matryoshka_diffusion.train.weights import LORA, MODEL, export_weights
 
@@ -24,16 +25,21 @@ FILES = (
 """Files of a repository that a model or adapters need; no other file is downloaded."""
 
 
-def download(repository: str, revision: str | None = None) -> Path:
+def download(
+    repository: str, revision: str | None = None, *, files: Sequence[str] = FILES, **options: Any
+) -> Path:
     """Fetch a model once into the hub's own cache; return its folder.
+
+    `options` are those of `huggingface_hub.snapshot_download`.
 
     Raises:
         OSError: the download fails; names the repository and the reason.
     """
     import huggingface_hub as hub  # slow to import, and seldom needed
 
+    options |= {"revision": revision, "allow_patterns": [*files]}
     try:
-        folder = hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+        folder = hub.snapshot_download(repository, **options)
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
             f"{repository}: no folder here, no shipped model, and the hub does not give it "
@@ -65,70 +71,10 @@ def push(
         folder = Path(name)
         carry_frozen(config, folder)
         export_weights(folder, weights, shared, dtype=dtype)
-        card = model_card(shared, repository, license=license)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, model_card(shared, repository=repository, license=license))
         api = hub.HfApi(token=token)
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message=f"Upload {config.name}"
         )
     return str(address)
-
-
-CARD = """---
-{header}
----
-
-# {name}
-
-A [Matryoshka diffusion model](https://arxiv.org/abs/2310.15111): one network
-denoises every {one} at the sides {sides} at once. It is conditioned on {condition}.
-
-```python
-from matryoshka_diffusion import Matryoshka
-
-model = Matryoshka.from_pretrained("{repository}")
-samples = model.sample({call}n=4)
-samples.{result}; samples.levels holds all sides
-```
-
-{origin} What the {one}s show, whom they belong to and what the model must not be used for, only
-the person who trained it can say: please do, here.
-"""
-
-
-def model_card(config: RunConfig, repository: str, *, license: str | None = None) -> str:
-    """Text of a repository's `README.md`: what the model is and how it is called."""
-    model = config.model
-    task, condition, call = None, "nothing", ""
-    one, many = "image", "images"
-    result = "pictures  # uint8, (images, height, width, channels)"
-    clips = model.levels[-1].frames is not None
-    if clips:
-        one, many = "clip", "clips"
-        result = "videos  # uint8, (clips, frames, height, width, channels)"
-    if model.text:
-        task, condition, call = f"text-to-{'video' if clips else 'image'}", "a text", '"a prompt", '
-    elif model.classes:
-        condition, call = "a class", "classes=0, "
-    if task is None and not clips:  # the hub has no task for other clips
-        task = "unconditional-image-generation"
-    origin = "Converted from the checkpoint of the paper's release."
-    if not config.name.startswith("released-"):
-        origin = (
-            f"Trained on {config.train.images:,} {many} of the source `{config.data.source}` as "
-            "`config.json`\nsays."
-        )
-    header = {"library_name": "matryoshka-diffusion", "pipeline_tag": task}
-    header |= {"tags": ["matryoshka-diffusion", "diffusion"], "license": license}
-    return CARD.format(
-        header=dump({name: value for name, value in header.items() if value}).strip(),
-        name=config.name,
-        one=one,
-        sides=", ".join(level.size for level in model.levels[model.hidden :]),
-        condition=condition,
-        repository=repository,
-        call=call,
-        result=result,
-        origin=origin,
-    )

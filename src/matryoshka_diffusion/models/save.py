@@ -17,10 +17,12 @@ from matryoshka_diffusion.features import carry_features
 from matryoshka_diffusion.files import refuse_full
 from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.adapters import adapters_of, add_adapters
+from matryoshka_diffusion.models.card import model_card, read_figures, write_card
 from matryoshka_diffusion.models.find import (
     Progress,
     find_model,
     find_unmerged,
+    place_of,
     with_encoder,
     with_own_frozen,
 )
@@ -37,10 +39,12 @@ def export_model(
     dtype: str = "fp32",
     text_encoder: str | None = None,
     adapters: Mapping[str, float] | None = None,
+    license: str | None = None,
 ) -> RunConfig:
     """Write the weights of a model with its config, codec and projection of features into `out`.
 
-    `adapters` are merged into the weights, as `Matryoshka.load` does.
+    `adapters` are merged into the weights, as `Matryoshka.load` does. A card for the hub has the
+    `license` and the figures that were measured in the run.
 
     Nothing else of its run goes there. A text encoder in a folder of this computer is named only
     if it is given here.
@@ -62,11 +66,13 @@ def export_model(
     shared = shared if text_encoder is None else with_encoder(shared, text_encoder)
     carry_frozen(config, out)
     export_weights(out, weights, shared, dtype=DTYPES[dtype])
+    figures = read_figures(place_of(run), weights)
+    write_card(out, model_card(shared, license=license, figures=figures))
     return shared
 
 
 def export_adapters(
-    run: str, out: Path, dtype: str = "fp32"
+    run: str, out: Path, dtype: str = "fp32", *, license: str | None = None
 ) -> None:
     """Write the adapters of a run into a folder that peft loads, without paths of this computer.
 
@@ -79,6 +85,7 @@ def export_adapters(
     found = find_unmerged(run)
     shared = without_paths(found.config)
     peft.write(out, adapters_of(found), shared, DTYPES[dtype])
+    write_card(out, model_card(shared, form="peft", license=license))
 
 
 def convert_released(
