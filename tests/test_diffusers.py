@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,8 @@ from matryoshka_diffusion.config import ConfigError, EncoderConfig, RunConfig, U
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.models import diffusers as export
-from matryoshka_diffusion.models.diffusers import MDMNetwork, MDMPipeline, seeds_of, write_diffusers
+from matryoshka_diffusion.models.diffusers import MDMNetwork, MDMPipeline, write_diffusers
+from matryoshka_diffusion.models.pipeline_forms import seeds_of
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.pipeline import Matryoshka
 from test_pipeline import class_model, moving, plain_model, randomised
@@ -160,6 +162,91 @@ def test_each_prompt_may_have_its_negative_prompt(model, pipe):
         part = arrays(together.images)[2 * index :][:2].astype(int)
         assert np.abs(part - alone).max() <= 1, "another batch"
         assert np.abs(part - model.sample(prompt, n=2, seed=7 + 2 * index).pictures).max() > 1
+
+
+def test_features_of_prompts_stand_for_the_prompts(model, pipe, folder):
+    """Also without a text encoder, and as the padded rows of other libraries' encoders."""
+    both, away = pipe.encode_prompt(PROMPTS), pipe.encode_prompt("jay")
+    named = {"prompt_embeds": both[0], "prompt_attention_mask": both[1]}
+    negative = {"negative_prompt_embeds": away[0], "negative_prompt_attention_mask": away[1]}
+    words = {"num_images_per_prompt": 2, "generator": seed(7)}
+    native = model.sample(PROMPTS, n=2, seed=7, negative="jay")
+    assert same(pipe(**named, **negative, num_images_per_prompt=2, generator=seed(7)), native)
+    words["generator"] = seed(7)
+    assert same(pipe(PROMPTS, **negative, **words), native)
+    bare = quiet(MDMPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None))
+    words["generator"] = seed(7)
+    assert same(bare(**named, **negative, **words), native)
+    words["generator"] = seed(7)
+    padded = torch.nn.functional.pad(both[0].half(), (0, 0, 0, 3), value=7.0)
+    longer = torch.nn.functional.pad(both[1].long(), (0, 3))
+    named = {"prompt_embeds": padded, "prompt_attention_mask": longer}
+    drawn = bare(**named, **negative, **words).images
+    assert np.abs(arrays(drawn).astype(int) - native.pictures).max() <= 2, "in half precision"
+    alone = bare(prompt_embeds=both[0][:1, : both[1][0].sum()], **negative, generator=seed(7))
+    assert same(alone, model.sample(PROMPTS[0], seed=7, negative="jay"))
+    with pytest.raises(ValueError, match=r"no text encoder: give prompt_embeds"):
+        bare(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 24)}, "prompt: give either"),
+        ({"prompt": "a", "prompt_attention_mask": torch.ones(1, 2)}, "prompt: give either"),
+        ({"prompt_embeds": torch.zeros(1, 2, 8)}, r"prompt_embeds are \(1, 2, 8\).*24"),
+        ({"prompt_embeds": torch.zeros(0, 2, 24)}, r"prompt_embeds are \(0, 2, 24\)"),
+        (
+            {"prompt_embeds": torch.zeros(1, 2, 24), "prompt_attention_mask": torch.ones(1, 3)},
+            r"prompt_attention_mask is \(1, 3\)",
+        ),
+        (
+            {"prompt_embeds": torch.zeros(1, 2, 24), "prompt_attention_mask": torch.zeros(1, 2)},
+            "at least one token",
+        ),
+        (
+            {"prompt": PROMPTS, "negative_prompt_embeds": torch.zeros(3, 2, 24)},
+            "negative_prompt: give one",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_a_network_without_text_takes_no_features(class_pipe):
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        with pytest.raises(ValueError, match=f"no text: omit {name}"):
+            class_pipe(**{name: torch.zeros(1, 2, 24)})
+    with pytest.raises(ValueError, match="no text"):
+        class_pipe.encode_prompt("a")
+
+
+def test_a_pipeline_comes_from_the_hub_without_pickles_and_code(
+    model, folder, tmp_path, monkeypatch
+):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update({"name": name, **options})
+        if name != "me/pipe":
+            raise OSError("404")
+        there = tmp_path / "cache"
+        for path in folder.rglob("*"):
+            own = path.relative_to(folder)
+            if path.is_file() and any(own.match(form) for form in options["allow_patterns"]):
+                (there / own).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, there / own)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pipe = quiet(MDMPipeline.from_pretrained("me/pipe", revision="v1", token="mine"))
+    assert same(pipe("red", generator=seed(7)), model.sample("red", seed=7))
+    assert (asked["name"], asked["revision"], asked["token"]) == ("me/pipe", "v1", "mine")
+    assert not any(form.endswith((".py", ".bin", ".pkl")) for form in asked["allow_patterns"])
+    with pytest.raises(OSError, match=r"me/other.*404"):
+        MDMPipeline.from_pretrained("me/other")
 
 
 def test_a_picture_is_changed_as_the_native_edit_changes_it(model, pipe):
@@ -398,8 +485,8 @@ def test_pickles_are_not_read(copy, component, monkeypatch):
 def test_components_that_do_not_belong_together_are_refused(pipe, class_pipe):
     with pytest.raises(ValueError, match="takes no text: omit"):
         MDMPipeline(class_pipe.network, pipe.text_encoder, pipe.tokenizer)
-    with pytest.raises(ValueError, match="takes text: add"):
-        MDMPipeline(pipe.network)
+    with pytest.raises(ValueError, match="add both text_encoder and its tokenizer"):
+        MDMPipeline(pipe.network, pipe.text_encoder)
     wide = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1)
     with pytest.raises(ValueError, match="gives 8 numbers, the network takes 24"):
         MDMPipeline(pipe.network, transformers.T5EncoderModel(wide), pipe.tokenizer)

@@ -9,31 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, TypeAlias
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Bool, Float, Shaped
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from matryoshka_diffusion.changes import edit_of
-from matryoshka_diffusion.conditioning import Conditioning
-from matryoshka_diffusion.config import Pixels, UsageError
+from matryoshka_diffusion.conditioning import Conditioning, pad
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.data.given import Given
 from matryoshka_diffusion.files import refuse_full, require, whole_folder
 from matryoshka_diffusion.models.card import model_card, write_card
+from matryoshka_diffusion.models.hub import download
+from matryoshka_diffusion.models.names import is_hub_id
+from matryoshka_diffusion.models.pipeline_forms import FORMS, Images, in_form, seeds_of
+from matryoshka_diffusion.models.prompt_embeds import (
+    PromptEncoder,
+    one_each,
+    pipeline_encoder,
+    texts_of,
+)
 from matryoshka_diffusion.models.save import without_paths
 from matryoshka_diffusion.nn.nested import NestedUNet, present_name
-from matryoshka_diffusion.pyramid import Pyramid, to_uint8
+from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.samplers import State
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.tensorfile import check_folder
 from matryoshka_diffusion.text.components import check_encoder, check_tokenizer
-from matryoshka_diffusion.text.encoder import load_encoder, states_of
+from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.train.weights import load_weights
 
 for _package in ("diffusers", "transformers"):
@@ -46,12 +52,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # noqa: E402
 from diffusers.utils.outputs import BaseOutput  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
-Images: TypeAlias = list[Image.Image] | Float[np.ndarray, "n _ _ c"] | Float[Tensor, "n c _ _"]
-"""All images of one level."""
 StepCallback: TypeAlias = Callable[
     ["MDMPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
 ]
-FORMS = ("pil", "np", "pt", "latent")
+FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+"""Files of a pipeline on the hub: settings, weights and tokenizers, no pickles and no code."""
+OF_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+"""Options of diffusers that decide what is downloaded."""
 
 
 def write_diffusers(model: DiffusionModel, folder: Path, *, license: str | None = None) -> None:
@@ -113,22 +120,6 @@ class MDMNetwork(ModelMixin, ConfigMixin):
             return self.net(z, t, cond)
 
 
-class _PlacedEncoder(nn.Module):
-    """A text encoder where its pipeline runs it; its tokens and features are on the CPU.
-
-    It is in a tuple, or `HiddenStates` would move it and undo what the pipeline's user set.
-    """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        super().__init__()
-        self.config, self._model, self._device = model.config, (model,), device
-
-    def forward(self, **tokens: Tensor) -> SimpleNamespace:
-        placed = {name: value.to(self._device) for name, value in tokens.items()}
-        states = self._model[0](**placed).last_hidden_state
-        return SimpleNamespace(last_hidden_state=states.float().cpu())
-
-
 @dataclass
 class MDMPipelineOutput(BaseOutput):
     """Images of the finest level, and of all `levels`, coarse to fine."""
@@ -156,15 +147,18 @@ class MDMPipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Raises `ValueError` if a text encoder is missing, superfluous or of another width."""
+        """Without text encoder and tokenizer, prompts are features (`prompt_embeds`).
+
+        Raises `ValueError` if an encoder is superfluous, of another width or without tokenizer.
+        """
         super().__init__()
         text, parts = network.net.config.text, (text_encoder, tokenizer)
         if text is None and any(part is not None for part in parts):
             raise UsageError("this network takes no text: omit text_encoder and tokenizer")
-        if text is not None and any(part is None for part in parts):
-            raise UsageError("this network takes text: add a text_encoder and its tokenizer")
+        if len([part for part in parts if part is None]) == 1:
+            raise UsageError("add both text_encoder and its tokenizer, or None for both")
         width = text_encoder and text_encoder.config.hidden_size
-        if text is not None and width != text.features:
+        if text is not None and width not in (None, text.features):
             raise UsageError(
                 f"text_encoder gives {width} numbers, the network takes {text.features}"
             )
@@ -204,16 +198,19 @@ class MDMPipeline(DiffusionPipeline):
     ) -> MDMPipeline:
         """Load a folder that `write_diffusers` or `save_pretrained` wrote; only safetensors.
 
+        `owner/name` is such a folder on the hub, which is downloaded once, unless it is one here.
+        `options` are those of diffusers, among them `revision` and `token` for the hub.
+
         Raises:
             ValueError: weights or components do not fit each other or are missing.
-            OSError: a file is missing or damaged.
+            OSError: a file is missing or damaged, or the hub does not give the model.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():  # from the hub, diffusers takes no class of another library
-            raise FileNotFoundError(
-                f"{folder}: no such folder; a model on the hub has to be fetched first, as "
-                "huggingface_hub.snapshot_download does"
-            )
+        if is_hub_id(pretrained_model_name_or_path):
+            where = {name: options.pop(name) for name in OF_HUB if name in options}
+            folder = download(str(folder), files=FILES, **where)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder, and no id of the hub (owner/name)")
         try:
             for part in folder.iterdir():
                 check_folder(part)
@@ -249,6 +246,10 @@ class MDMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Float[Tensor, "_ _ d"] | None = None,
+        prompt_attention_mask: Shaped[Tensor, "_ _"] | None = None,
+        negative_prompt_embeds: Float[Tensor, "_ _ d"] | None = None,
+        negative_prompt_attention_mask: Shaped[Tensor, "_ _"] | None = None,
         image: Given | None = None,
         mask_image: Given | None = None,
         strength: float | None = None,
@@ -267,6 +268,8 @@ class MDMPipeline(DiffusionPipeline):
             height, width: the size of the finest images in pixels; the model has no other.
             guidance_scale: one number, or one for each level.
             negative_prompt: what guidance leads away from: one text, or one for each prompt.
+            prompt_embeds, negative_prompt_embeds: features in place of the texts, as
+                `encode_prompt` returns them, with masks that are true for tokens and not padding.
             image: a picture to change, of any size; it needs `mask_image`, `strength` or both.
             mask_image: white where `image` is drawn anew (inpainting).
             strength: how much noise `image` begins under (image-to-image): 0 returns it.
@@ -293,22 +296,19 @@ class MDMPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: set at least 1")
 
-        model = self._model()
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels not in (None, model.picture_side):
-                raise ValueError(
-                    f"{name} is {pixels}: the model draws {model.picture_side} pixels: omit it"
-                )
+        encoder = self._encoder()
+        given = (prompt_embeds, prompt_attention_mask)
+        away = (negative_prompt_embeds, negative_prompt_attention_mask)
+        texts = {"prompt": (prompt, *given), "negative_prompt": (negative_prompt, *away)}
+        prompt, negative_prompt = texts_of(encoder, texts)
+        model = self._model(encoder)
+        _refuse_other_sizes(model.picture_side, height=height, width=width)
         sampling = model.sampling(settings)
         captions, cond = model.condition(prompt, class_labels, num_images_per_prompt)
-        negative = negative_prompt
-        if not isinstance(negative, str | None):
-            negative = [text for text in negative for _ in range(num_images_per_prompt)]
-            if len(negative) != len(captions):
-                raise ValueError("negative_prompt: give one text, or one for each prompt")
+        negative = one_each(negative_prompt, len(captions), num_images_per_prompt)
         seeds = seeds_of(generator, len(captions))
-        given = {"image": image, "mask": mask_image, "strength": strength}
-        edit = edit_of(model, None, keep={}, until=0.0, **given)
+        picture = {"image": image, "mask": mask_image, "strength": strength}
+        edit = edit_of(model, None, keep={}, until=0.0, **picture)
         states = model.lockstep(cond, seeds, sampling, negative, edit.rows)
         names = callback_on_step_end_tensor_inputs
         z = self._last(states, sampling.steps, callback_on_step_end, names)
@@ -350,14 +350,38 @@ class MDMPipeline(DiffusionPipeline):
             if name in settings:
                 raise TypeError(f"{name} is no argument of the pipeline: use {new}")
 
-    def _model(self) -> DiffusionModel:
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str]
+    ) -> tuple[Float[Tensor, "n t d"], Bool[Tensor, "n t"]]:
+        """Features of prompts, and a mask that is true for tokens and false for padding."""
+        encoder = self._encoder()
+        if encoder is None:
+            raise UsageError("this network takes no text")
+        embeds = pad(encoder([prompt] if isinstance(prompt, str) else [*prompt]))
+        self.maybe_free_model_hooks()
+        return embeds
+
+    def _encoder(self) -> PromptEncoder | None:
+        """The text encoder of the components as they are now; None for a network without text."""
+        config, text = self.network.run_config.encoder, self.network.net.config.text
+        if config is None or text is None:
+            return None
+        parts = (self.text_encoder, self.tokenizer, self._execution_device)
+        return pipeline_encoder(config, text.features, *parts)
+
+    def _model(self, encoder: PromptEncoder | None) -> DiffusionModel:
         """The model of the components as they are now."""
-        network, device, encoder = self.network.eval(), self._execution_device, None
-        config, named = network.run_config, network.run_config.encoder
-        if named is not None:
-            placed = _PlacedEncoder(self.text_encoder, device)
-            encoder = states_of(named)(named.name, placed, self.tokenizer, named.max_tokens)
-        return DiffusionModel(network, network.net.config, config, encoder=encoder, device=device)
+        network = self.network.eval()
+        parts = (network, network.net.config, network.run_config)
+        return DiffusionModel(*parts, encoder=encoder, device=self._execution_device)
+
+
+def _refuse_other_sizes(side: int, **sizes: int | None) -> None:
+    """Raise `ValueError` for a size that the model does not draw."""
+    for name, pixels in sizes.items():
+        if pixels not in (None, side):
+            raise ValueError(f"{name} is {pixels}: the model draws {side} pixels: omit it")
 
 
 def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
@@ -369,43 +393,3 @@ def replace_latents(state: State, latents: Sequence[Tensor]) -> None:
         )
     for own, new in zip(state.z, latents, strict=True):
         own.copy_(new)
-
-
-def in_form(z: Float[Tensor, "n c h w"], pixels: Pixels, form: str) -> Images:
-    """Latents of one level in the form `output_type`; all forms but `latent` hold equal bytes."""
-    if form == "latent":
-        return z
-    data = to_uint8(z, pixels)
-    if form == "pt":
-        return data.float() / 255.0
-    rows = data.permute(0, 2, 3, 1).cpu()
-    if form == "np":
-        return (rows.float() / 255.0).numpy()
-    return [Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in rows.numpy()]
-
-
-def seeds_of(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> tuple[int, ...]:
-    """Seeds of `count` images; every generator is advanced by one draw.
-
-    One generator, by default torch's global one, gives consecutive seeds; several give one each.
-    A fresh generator stands for the seed it was made with, so `torch.Generator().manual_seed(7)`
-    gives the images 7, 8, ...; a used one, and the global one, give a seed that they draw.
-
-    Raises:
-        ValueError: there are several generators, but not one for each image.
-    """
-
-    def seed(one: torch.Generator) -> int:
-        first, state = one.initial_seed(), one.get_state()
-        draw = int(torch.randint(2**63 - 1, (), generator=one, device=one.device))
-        fresh = torch.Generator(one.device).manual_seed(first).get_state()
-        return first if generator is not None and torch.equal(state, fresh) else draw
-
-    if generator is None or isinstance(generator, torch.Generator):
-        first = seed(generator or torch.default_generator)
-        return tuple(range(first, first + count))
-    if len(generator) != count:
-        raise ValueError(f"generator: {len(generator)} generators for {count} images")
-    return tuple(map(seed, generator))
