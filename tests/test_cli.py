@@ -26,9 +26,11 @@ from matryoshka_diffusion.denoiser import THRESHOLDS
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from matryoshka_diffusion.eval.evaluate import PROTOCOLS
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.weights import export_weights
+from test_pipeline import text_model
 from tiny_run import tiny_config
 
 
@@ -77,6 +79,14 @@ def test_sample_writes_images_a_grid_and_all_levels_with_their_settings(model, t
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
     assert run("sample", model, *words) == 0  # without -o: inside the run's folder
     assert (model / "samples" / "dog-seed5" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(("prompt", "noted"), [("", True), (" ", True), ("a blue thing", False)])
+def test_an_empty_prompt_is_not_drawn_silently(prompt, noted, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Matryoshka, "load", lambda *_, **__: text_model())
+    words = ["-p", prompt, "--steps", "2", "--device", "cpu", "-o", tmp_path / "a.png"]
+    assert run("sample", "openmoji", *words) == 0
+    assert ("empty prompt" in capsys.readouterr().out) == noted
 
 
 def test_info_shows_presets_and_runs(model, capsys):
@@ -179,6 +189,7 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
         ("train folder-64 --out x --data empty", 1, "empty"),
         ("train folder-64 --out full --data images", 2, "full"),
         ("train no.yaml --out x", 2, "no.yaml"),
+        ("train folder-64 --out x --data images --gpus 99", 2, "--gpus 99"),
         ("ema empty --length 0.1 -o x", 2, "empty"),
         ("ema empty --length 0.3 -o x", 2, "--length 0.3"),
         ("sample nowhere -p a", 1, "nowhere"),

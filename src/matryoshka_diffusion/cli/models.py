@@ -93,7 +93,9 @@ def _save(samples: Any, options: argparse.Namespace, name: str) -> None:
     suffix = gallery.suffix_of(options.clips, moves=drawn.moves) if alone else ""
     out = options.out or gallery.default_place(options.model, name, options.seed, suffix)
     hint = "; -o FOLDER writes all levels" if suffix and len(drawn.levels) > 1 else ""
-    show(gallery.save(drawn, out, options.clips) + hint * (options.out is None))
+    blank = not all(map(str.strip, options.prompt or ("-",)))
+    note = "; an empty prompt asks for nothing in particular (add words to -p)" if blank else ""
+    show(gallery.save(drawn, out, options.clips) + hint * (options.out is None) + note)
 
 
 def _subject(model: Any, settings: dict[str, Any]) -> Any:

@@ -51,6 +51,7 @@ def train(options: argparse.Namespace) -> None:
 
     if (codec := prepare.find_codec_run(options.preset, options.data, options.set)) is not None:
         return _train_codec(codec, options)
+    _refuse_missing_gpus(options)
     config = prepare.find_config(
         options.preset,
         options.data,
@@ -84,6 +85,22 @@ def train(options: argparse.Namespace) -> None:
         data_changed=options.data_changed,
     )
     return None
+
+
+def _refuse_missing_gpus(options: argparse.Namespace) -> None:
+    """Raise UsageError if --gpus is more than torch finds on this machine, unless for a plan."""
+    gpus = options.gpus or 1
+    if gpus == 1 or options.dry_run or options.device == "cpu":
+        return
+    import torch
+
+    from matryoshka_diffusion.config import UsageError
+
+    if gpus > (there := torch.cuda.device_count()):
+        raise UsageError(
+            f"--gpus {gpus}: torch finds {there} on this machine: give --gpus {max(there, 1)}, or "
+            "--device cpu for processes without a GPU"
+        )
 
 
 def _train_codec(config: Any, options: argparse.Namespace) -> None:
