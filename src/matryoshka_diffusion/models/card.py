@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -53,9 +53,17 @@ def _figure(line: str, weights: str) -> Figure | None:
         entry = json.loads(line)
         if entry["weights"] != weights or not math.isfinite(entry["value"]):
             return None
-        return Figure(**{name: entry[name] for name in Figure.__dataclass_fields__})
+        fields: dict[str, Any] = {name: entry[name] for name in Figure.__dataclass_fields__}
+        fields |= {name: _shareable(str(entry[name])) for name in ("metric", "reference")}
+        return Figure(**fields)
     except (ValueError, TypeError, LookupError, RecursionError):  # cut by a crash
         return None
+
+
+def _shareable(text: str) -> str:
+    """Text of a table's cell without folders of this computer: of a path the last part stays."""
+    words = [Path(w).name if w.startswith(("/", "~", ".")) else w for w in text.split()]
+    return " ".join(words).replace("|", "\\|")
 
 
 def write_card(folder: Path, card: str) -> None:
@@ -110,7 +118,7 @@ def model_card(
     text = (
         f"# {config.name}\n\n{_about(config, form)}\n\n## Use\n\n{_use(config, form, repository)}"
     )
-    text += f"\n\n## Training\n\n{_training(config, base, license)}\n"
+    text += f"\n\n## Training\n\n{_training(config, license)}\n"
     if figures:
         rows = [
             f"| {one.metric} | {_value(one)} | {one.n:,} | {one.reference} |" for one in figures
@@ -176,15 +184,17 @@ def _use(config: RunConfig, form: Form, repository: str | None) -> str:
     )
 
 
-def _training(config: RunConfig, base: str | None, license: str | None) -> str:
+def _training(config: RunConfig, license: str | None) -> str:
     """The data, its owners, and what only the person who trained the model can add."""
     _, many = _nouns(config)
     origin = "Converted from the checkpoint of the paper's release."
     if not config.name.startswith("released-"):
+        base = f", from the weights of `{config.train.init}`" if config.train.init else ""
+        if config.train.lora is not None:
+            base += f", around the weights with the hash `{config.train.lora.base[:16]}`"
         origin = (
             f"Trained on {config.train.images:,} {many} of the source `{config.data.source}`, each "
-            "counted as\noften as it was seen"
-            + (f", from the weights of `{base}`." if base else ".")
+            f"counted as\noften as it was seen{base}."
         )
     if config.attribution is not None:
         origin += f"\n\n{config.attribution}"
