@@ -142,6 +142,17 @@ def test_what_the_hub_does_not_give_is_one_clear_error(site):
         Matryoshka.from_pretrained("nothing")
 
 
+def test_a_proxy_that_refuses_is_one_clear_error(monkeypatch):
+    """Its error is of the HTTP library's common type, and none of the hub's own."""
+
+    def refused(*_, **__):
+        raise vars(huggingface_hub.errors)["HTTPError"]("403 Forbidden")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(OSError, match=r"^me/dolls: no folder here.*403"):
+        Matryoshka.load("me/dolls")
+
+
 def test_every_command_takes_a_hub_id_where_it_takes_a_model(site, tmp_path, monkeypatch, capsys):
     class_model().push_to_hub("me/dolls")
     (tmp_path / "here").mkdir()
