@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,34 @@ def test_damaged_or_incomplete_files_are_refused_with_their_path(places, tmp_pat
     (folder / peft.WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{folder / peft.WEIGHTS}: missing"):
         read_adapters(folder)
+
+
+def test_a_file_with_some_other_bytes_is_read_or_refused_with_its_path(places, tmp_path):
+    folder, chance, refusals = copied(places, tmp_path / "fuzzed"), random.Random(0), []
+    weights, _ = find_model(places["base"])
+    for name, size in ((peft.WEIGHTS, 1_500), (peft.SETTINGS, 600)):
+        original = (folder / name).read_bytes()
+        for _ in range(60):
+            data = bytearray(original)
+            for _ in range(chance.randint(1, 3)):
+                data[chance.randrange(min(size, len(data)))] = chance.randrange(256)
+            (folder / name).write_bytes(data)
+            try:
+                add_adapters(weights, {str(folder): 1.0}, where="base")
+            except (ValueError, OSError) as error:
+                refusals.append(str(error))
+        (folder / name).write_bytes(original)
+    assert len(refusals) > 60
+    assert all(str(folder) in message for message in refusals)
+
+
+def test_a_layer_of_a_very_long_name_is_refused_at_once(places, tmp_path):
+    folder = copied(places, tmp_path / "long")
+    maps = {"A": torch.zeros(2, 4), "B": torch.zeros(4, 2)}
+    long = {f"base_model.model.{'x' * 2**20}.lora_{part}.weight": maps[part] for part in maps}
+    save_file(long, folder / peft.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"mine has no layer x{200};"):
+        add_adapters(find_model(places["base"])[0], {str(folder): 1.0}, where="mine")
 
 
 def test_a_pickle_is_refused_unopened(places, tmp_path):

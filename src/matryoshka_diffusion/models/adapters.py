@@ -47,6 +47,7 @@ def add_adapters(
             weight = merged.get(f"{name}.weight")
             if weight is None:
                 layers = [known.removesuffix(".weight") for known in merged]
+                name = name[:200]  # comparing a very long one with all layers would take for ever
                 raise CheckpointError(
                     f"{adapters.where}: {where} has no layer {name}{did_you_mean(name, layers)}; "
                     "the adapters belong to another model"
