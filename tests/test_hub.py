@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub import errors
 from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
@@ -146,7 +147,7 @@ def test_a_proxy_that_refuses_is_one_clear_error(monkeypatch):
     """Its error is of the HTTP library's common type, and none of the hub's own."""
 
     def refused(*_, **__):
-        raise vars(huggingface_hub.errors)["HTTPError"]("403 Forbidden")
+        raise vars(errors)["HTTPError"]("403 Forbidden")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
     with pytest.raises(OSError, match=r"^me/dolls: no folder here.*403"):

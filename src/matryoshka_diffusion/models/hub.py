@@ -37,12 +37,13 @@ def download(
     """
     import huggingface_hub as hub  # slow to import, and seldom needed
 
+    # A proxy's error is of the HTTP library's type, from which the hub's own are derived.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
     options |= {"revision": revision, "allow_patterns": [*files]}
-    # The hub's own errors are of this type, and so are a proxy's, which it passes on.
-    failures = (hub.errors.HTTPError, OSError, ValueError)  # pyright: ignore[reportPrivateImportUsage]
     try:
         folder = hub.snapshot_download(repository, **options)
-    except failures as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise OSError(
             f"{repository}: no folder here, no shipped model, and the hub does not give it "
             f"({' '.join(str(error).split())}): correct the name, or download it elsewhere (hf "
