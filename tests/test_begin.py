@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from filming import film
+from matryoshka_diffusion.cli import begin, info
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import train as cli_train
 from matryoshka_diffusion.configfile import load_config
@@ -42,18 +44,32 @@ def test_presets_that_fit_the_images_are_proposed(begun, capsys):
     assert "folder-64: 64 pixels" in output
     assert "minutes" in output
     assert "GB of memory" in output
-    assert "folder-256" not in output
+    assert "folder-128" not in output
     assert "mdm train folder-64 --data small --out runs/small" in output
     assert run("--data", "large pictures") == 0
     output = capsys.readouterr().out
-    assert "folder-256: 256 pixels" in output
+    assert re.search(r"^folder-256: 256 pixels, .* hours on a GPU at .* TFLOP/s", output, re.M)
     assert "mdm train folder-64 --data 'large pictures' --out runs/mine" in output
     assert not begun, "nothing is trained unasked"
 
 
-@pytest.mark.parametrize(("device", "taken"), [("cpu", "folder-64"), ("cuda", "folder-256")])
-def test_with_a_folder_one_is_taken(begun, device, taken, monkeypatch):
-    monkeypatch.setattr("matryoshka_diffusion.train.precision.best_device", lambda: device)
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "times", "taken"),
+    [
+        ("cpu", 200, 10**9, "folder-64"),
+        ("cuda", 24, 10**9, "folder-256"),
+        ("cuda", 12, 10**9, "folder-128"),
+        ("cuda", 24, 500_000, "folder-256-cpu"),
+        ("cuda", 24, 10, "folder-64"),
+    ],
+)
+def test_with_a_folder_one_is_taken(begun, device, gigabytes, times, taken, monkeypatch):
+    """The largest for which a GPU's memory and the number of images suffice."""
+    precision = "matryoshka_diffusion.train.precision"
+    monkeypatch.setattr(f"{precision}.best_device", lambda: device)
+    monkeypatch.setattr(f"{precision}.device_memory", lambda device: gigabytes * 1e9)
+    monkeypatch.setattr(begin, "MOST_TIMES", times)
+    monkeypatch.setattr(info, "memory", lambda config: int(20e9 * config.data_side / 256))
     save_noise(Path("photos"), 2, 300, 280)
     assert run("--data", "photos", "--out", "runs/a", "--set", "train.seed=7") == 0
     [(config, out)] = begun

@@ -114,17 +114,17 @@ def test_every_preset_is_listed_with_its_levels(capsys):
     assert re.search(
         r"16 32 +10 classes +fashion-mnist +150,000 +\d+ minutes", lines["fashion-mnist"]
     )
+    assert re.search(r"32 64 128 +what is there +yours .* hours on a GPU", lines["folder-128"])
     assert re.search(r"64 16x64 +text \(T5\) +yours .* days", lines["webvid-16x64"])
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist", "emoji-video", "folder-256", "cc12m-64"])
+@pytest.mark.parametrize(
+    "name", ["fashion-mnist", "emoji-video", "folder-256-cpu", "folder-256", "cc12m-64"]
+)
 def test_the_work_of_a_preset_is_what_its_network_takes(name):
     assert WORK.keys() == PRESETS.keys()
     config = preset(name)
-    flops = sum(
-        3 * info._awake_flops(config, stage) * stage.images for stage in config.train.stages
-    )
-    assert WORK[name] == pytest.approx(flops / 1e15, rel=0.01)
+    assert WORK[name] == pytest.approx(info.work_of(config) / 1e15, rel=0.01)
 
 
 def test_doctor_names_the_extra_that_has_what_is_missing(monkeypatch, capsys):

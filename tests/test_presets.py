@@ -17,13 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from matryoshka_diffusion.cli import info
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
     CodecConfig,
     ConfigError,
+    EncoderConfig,
     LevelConfig,
     ModelConfig,
     RunConfig,
+    TextConfig,
 )
 from matryoshka_diffusion.configfile import from_yaml, to_yaml
 from matryoshka_diffusion.data.loader import Batch
@@ -53,7 +56,7 @@ RUNS = {
     **{f"{name}-{kind}": (name, kind) for name, kinds in COMPARED.items() for kind in kinds},
 }
 TRAINED = (
-    *("openmoji", "openmoji-256", "fashion-mnist", "emoji-video", "cc12m-256"),
+    *("openmoji", "openmoji-256", "folder-256", "fashion-mnist", "emoji-video", "cc12m-256"),
     *("imagenet-256-nest3", "released-1024", "openmoji-finest", "openmoji-upsampler"),
     *("openmoji-codes", "imagenet-256-latent", "cc12m-256-latent", "openmoji-semantic"),
 )
@@ -263,6 +266,21 @@ def test_log_snr_half_way(name: str, base: float, levels: Sequence[float]):
     half = torch.tensor([0.5], dtype=torch.float64)
     half_way = [float(schedule.log_snr(half)) for schedule in build_schedules(run_of(name).model)]
     assert half_way == pytest.approx([base + shift for shift in levels], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["folder-128", "folder-256"])
+def test_a_run_for_one_gpu_has_the_papers_proportions_and_fits_its_memory(name: str):
+    run, paper = run_of(name), run_of("imagenet-1024-nest5")
+    for level, whole in zip(run.model.levels, paper.model.levels, strict=False):
+        assert 2 * level.side == whole.side
+        assert level.widths == tuple(max(width // 2, 32) for width in whole.widths)
+        assert (level.blocks, level.attention) == (whole.blocks, whole.attention)
+    text = TextConfig(features=384, width=run.model.embedding)
+    model = run.model.model_copy(update={"text": text})
+    captioned = run.model_copy(update={"model": model, "encoder": EncoderConfig(name="minilm")})
+    assert 60e6 < parameters(model) < 150e6
+    assert info.memory(captioned) < 20e9  # of 24: the rest is for kernels and the text encoder
+    assert info.work_of(captioned) / info.GPU_RATES[0] < 36 * 3600
 
 
 def test_the_model_of_256_pixels_is_small_and_mostly_coarse():

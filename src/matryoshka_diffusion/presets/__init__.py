@@ -20,11 +20,12 @@ from matryoshka_diffusion.config import (
     RunConfig,
     StageConfig,
 )
+from matryoshka_diffusion.presets.one_gpu import ONE_GPU
 from matryoshka_diffusion.presets.paper import PAPER
 from matryoshka_diffusion.presets.small import CODECS as CODECS
 from matryoshka_diffusion.presets.small import SMALL, in_stages
 
-PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **PAPER}
+PRESETS: dict[str, Callable[[str], RunConfig]] = {**SMALL, **ONE_GPU, **PAPER}
 """Functions from a preset's name to its config."""
 
 WORK = {
@@ -33,9 +34,11 @@ WORK = {
     "emoji-styles": 0.5059,
     "fashion-mnist": 0.08661,
     "folder-64": 0.1432,
-    "folder-256": 0.6878,
+    "folder-256-cpu": 0.6878,
     "emoji-still": 0.07522,
     "emoji-video": 0.1515,
+    "folder-128": 2612,
+    "folder-256": 3158,
     "cc12m-64": 1.131e6,
     "cc12m-256": 1.87e6,
     "cc12m-256-nest3": 1.961e6,

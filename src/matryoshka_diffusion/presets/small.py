@@ -202,7 +202,7 @@ SMALL: dict[str, Callable[[str], RunConfig]] = {
     "emoji-styles": emoji_styles,
     "fashion-mnist": fashion_mnist,
     "folder-64": partial(folder, like=openmoji),
-    "folder-256": partial(folder, like=openmoji_256),
+    "folder-256-cpu": partial(folder, like=openmoji_256),
     "emoji-still": emoji_still,
     "emoji-video": emoji_video,
 }

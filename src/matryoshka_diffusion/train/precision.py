@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from matryoshka_diffusion.config import ConfigError, TrainConfig
+from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.conditioner import Context
 from matryoshka_diffusion.nn.level import Block, Level
 from matryoshka_diffusion.nn.norms import RECOMPILE_LIMIT, library
@@ -96,6 +97,13 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_memory(device: str) -> int:
+    """Bytes of a device's memory; those of the machine where the device has none of its own."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes()
 
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precision:
