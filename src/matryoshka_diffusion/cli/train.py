@@ -22,7 +22,7 @@ from matryoshka_diffusion.cli.options import (
     positive,
     refuse_unknown_names,
 )
-from matryoshka_diffusion.cli.terminal import Bar, show
+from matryoshka_diffusion.cli.terminal import Bar, leads, show
 
 PARALLEL = ("ddp", "fsdp")
 LOGS = ("tensorboard", "wandb")
@@ -157,66 +157,26 @@ def _train(
     data_changed: bool = False,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
-    from contextlib import ExitStack
+    from matryoshka_diffusion.runs.training import run_training
 
-    import torch
-
-    from matryoshka_diffusion.data.check import summary
-    from matryoshka_diffusion.runs import prepare
-    from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
-    from matryoshka_diffusion.train.distributed import compare_data, joined, rank_device
-    from matryoshka_diffusion.train.log import find_sink
-    from matryoshka_diffusion.train.run_folder import owned
-    from matryoshka_diffusion.train.trainer import train as run
-
-    sinks = [find_sink(name) for name in dict.fromkeys(logs)]
-    device = rank_device(find_device(device))
-    with ExitStack() as ownership, joined(torch.device(device), parallel, rank_timeout) as world:
-        world.once(lambda: ownership.enter_context(owned(out)))
-        # Other ranks find in the cache what rank 0 downloads, decodes and encodes.
-        with (
-            world.first("data", each_machine=True),
-            Bar("encoding", " captions") as captions,
-            Bar("encoding") as codes,
-        ):
-            if config.sampling.base is not None:
-                from matryoshka_diffusion.cascade import keep_base
-
-                config = keep_base(config, out)
-            ready = prepare.prepare(config, device, out, progress=captions, coding=codes)
-        compare_data(world, ready.source.keys)
-        if ready.config.train.init is not None:
-            from matryoshka_diffusion.runs.grow import warm_start
-
-            world.once(lambda: warm_start(ready.config, out))
-        every = ready.config.train.preview_every_images
-        prompts = preview_arguments(ready.source, ready.config)
-        hooks: list[Any] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
-        if ready.held_out is not None:
-            watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.frozen)
-            hooks.append((every, watch))
-        if world.leads:
-            show("\n".join(filter(None, (summary(ready.source), ready.notes))))
-        finished = run(
-            ready.config,
-            ready.loader,
+    with Bar("encoding", " captions") as captions, Bar("encoding") as codes:
+        finished = run_training(
+            config,
             out,
-            encode=ready.encode,
-            base=ready.base,
-            captions=ready.captions,
-            distance=ready.distance,
-            quarantine=ready.source.quarantine,
-            hooks=hooks,
-            sinks=sinks,
-            device=device,
-            world=world,
+            find_device(device),
+            logs,
+            parallel,
+            rank_timeout,
             data_changed=data_changed,
+            captions=captions,
+            codes=codes,
+            tell=show,
         )
-        if world.leads:
-            previews = out / "previews"
-            with_previews = f", with previews in {previews}" if previews.is_dir() else ""
-            command = sampling_command(out, ready.config)
-            show(f"trained: {finished}{with_previews}; draw with {command}")
+    if leads():
+        previews = out / "previews"
+        with_previews = f", with previews in {previews}" if previews.is_dir() else ""
+        command = sampling_command(out, config)
+        show(f"trained: {finished}{with_previews}; draw with {command}")
     return finished
 
 

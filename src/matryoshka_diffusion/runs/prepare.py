@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,9 +79,9 @@ SMALL_BYTES = 2**30
 
 
 def find_config(
-    name: str,
+    name: str | RunConfig,
     data: str | None = None,
-    assignments: Iterable[str] = (),
+    assignments: Sequence[str | tuple[str, Any]] = (),
     init: str | None = None,
     lora: int | None = None,
     *,
@@ -89,11 +89,11 @@ def find_config(
     base: str | None = None,
     codec: str | None = None,
 ) -> RunConfig:
-    """The config of a preset, a YAML file, a run folder or a model to tune, with changes.
+    """The config of a preset, a YAML file, a run folder, a model to tune or a config, with changes.
 
     Args:
         data: replaces `data.path`.
-        assignments: `path.to.key=value` texts of `--set`.
+        assignments: `path.to.key=value` of `--set`, or pairs of path and value.
         init: model to start from.
         lora: rank of adapters to train around that model.
         as_: a baseline in place of the preset's nest, one of `presets.BASELINES`.
@@ -104,24 +104,23 @@ def find_config(
         ConfigError: there is no such config, or the changes do not fit it.
         UsageError: `as_` without a preset, or `train.averaged` is set.
     """
-    config = _named_config(name, as_, lr=2e-5 if lora is None else 2e-4)
-    before, after = {}, {}
+    before, after, where = {}, {}, name if isinstance(name, str) else name.name
+    config = _named_config(name, as_, lora) if isinstance(name, str) else name
     if codec is not None:
         folder = codec_folder(codec)
         factor = read_code_shape(folder).factor if config.codec is None else config.codec.factor
         before["codec"] = {"path": str(folder), "factor": factor}
-    before |= _named_data(data)
-    if lora is not None:
-        before["train.lora"] = {"rank": lora}
+    before |= _named_data(data) | ({} if lora is None else {"train.lora": {"rank": lora}})
     if init is not None:
         after["train.init"] = absolute_if_here(init)
     if base is not None:
         after["sampling.base"] = {"path": absolute_if_here(base)}
-    assigned = [assignment(text) for text in assignments]
+    assigned = [assignment(each) if isinstance(each, str) else each for each in assignments]
     changes = [*before.items(), *assigned, *after.items()]
-    config = changed(config, changes, where="--set" if assigned else name)
+    text = assignments and isinstance(assignments[0], str)
+    config = changed(config, changes, where="--set" if text else where)
     if guide := config.sampling.guide:
-        config = changed(config, [("sampling.guide", absolute_if_here(guide))], where=name)
+        config = changed(config, [("sampling.guide", absolute_if_here(guide))], where=where)
     if config.train.init and not config.data.classes and "data.classes" not in dict(assigned):
         names = _classes_of(config.train.init)
         config = changed(config, [("data.classes", names)], where="train.init")
@@ -135,14 +134,14 @@ def _named_data(data: str | None) -> dict[str, Any]:
     return {} if data is None else {"data.path": absolute(data), "data.mix": []}
 
 
-def _named_config(name: str, as_: str | None, lr: float) -> RunConfig:
+def _named_config(name: str, as_: str | None, lora: int | None) -> RunConfig:
     path = Path(name)
     if (path / "config.yaml").is_file():
         config = with_own_frozen(load_config(path / "config.yaml"), path)
     elif path.suffix in (".yaml", ".yml"):
         config = load_config(path)
     elif path.is_file() or (path / "config.json").is_file() or is_hub_id(name):
-        config = _tuning(name, lr)
+        config = _tuning(name, lr=2e-5 if lora is None else 2e-4)
     else:
         return preset(name, as_)
     if as_ is not None:

@@ -23,6 +23,7 @@ from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.config import RunConfig, TrainConfig
 from matryoshka_diffusion.draw.clips import FASTEST, gif
 from matryoshka_diffusion.files import require, write_atomically
+from matryoshka_diffusion.progress import Progress
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import Outcome, Recipe, Skipped, Stepped
 
@@ -30,6 +31,8 @@ PLAIN_SECONDS = 10.0
 """Least time between two lines where there is no terminal."""
 PLAIN_LINE = "{n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfix}\n"
 
+ShownProgress: TypeAlias = Progress | bool
+"""Called with (images seen, images in all); `True` stands for a bar, `False` for none."""
 Report: TypeAlias = Callable[[int, Mapping[str, float | Path]], None]
 """Takes the images seen, and the points of curves and paths of pictures by their names."""
 OpenSink: TypeAlias = Callable[
@@ -96,7 +99,9 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Log:
-    """Metrics, progress bar and sinks of a run; on other ranks than 0, `leads` false, nothing.
+    """Metrics, progress and sinks of a run; on other ranks than 0, `leads` false, nothing.
+
+    `progress` is called after every step; `True` shows a bar.
 
     Lines of `metrics.jsonl` beyond `images_seen` are cut, because a resumed run writes them again.
     """
@@ -108,17 +113,21 @@ class Log:
         images_seen: int,
         sinks: Sequence[OpenSink],
         leads: bool,
+        progress: ShownProgress = True,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._leads, self._entries, self._recent = leads, list[Entry](), deque[Entry](maxlen=50)
         self._stages, self._level_names = len(recipe.train.stages), recipe.level_names
+        self._images = recipe.train.images
         self._open = ExitStack()
         if leads:
             cut_metrics(self.path, images_seen)
             arguments = folder, recipe.config, images_seen
             opened = [spared(open_sink, *arguments) for open_sink in sinks]
             self._reports = [self._open.enter_context(sink) for sink in opened]
-            self._bar = self._open.enter_context(closing(progress_bar(recipe.train, images_seen)))
+            bar = progress_bar(recipe.train, images_seen, shown=progress is True)
+            self._bar = self._open.enter_context(closing(bar))
+        self._progress = None if isinstance(progress, bool) else progress
         self.close = self._open.close
 
     def add(self, entry: Entry) -> None:
@@ -137,6 +146,8 @@ class Log:
         text = f"{recent['stage'] + 1}/{self._stages} {losses}{waiting}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(entry.step.count)
+        if self._progress is not None:
+            self._progress(entry.step.end, self._images)
         if isinstance(entry.outcome, Skipped):
             at = f"step skipped at {entry.step.first:,} images"
             warnings.warn(f"{at}: {entry.outcome}", stacklevel=2)
@@ -184,12 +195,13 @@ def cut_metrics(path: Path, images_seen: int) -> None:
         warnings.warn(f"{path}: {damaged} damaged lines were removed", stacklevel=2)
 
 
-def progress_bar(train: TrainConfig, images_seen: int) -> Any:
+def progress_bar(train: TrainConfig, images_seen: int, *, shown: bool = True) -> Any:
     """Open a bar on stderr; where that is no terminal (a log file, CI), a line now and then."""
     from tqdm import tqdm  # here, because only training needs it
 
     plain = not sys.stderr.isatty()
     return tqdm(
+        disable=not shown,
         total=train.images,
         initial=images_seen,
         unit=" images",

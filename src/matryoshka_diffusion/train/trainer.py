@@ -45,7 +45,7 @@ from matryoshka_diffusion.train.inputs import (
     compare_ranks,
     fetched,
 )
-from matryoshka_diffusion.train.log import Entry, Log, OpenSink, peak_memory_bytes
+from matryoshka_diffusion.train.log import Entry, Log, OpenSink, ShownProgress, peak_memory_bytes
 from matryoshka_diffusion.train.memory import keep_freed_memory
 from matryoshka_diffusion.train.precision import (
     LossScale,
@@ -111,13 +111,14 @@ def train(
     device: torch.device | str = "cpu",
     world: World = ALONE,
     data_changed: bool = False,
+    progress: ShownProgress = True,
 ) -> Path:
     """Train in a run folder, or continue the run there; return the folder of the finished model.
 
     All ranks of `world` call it. `encode` is for models with text, `captions` for
     `train.whiten_captions`, `base` for adapters (`train.lora`), `distance` for `train.perceptual`;
     `quarantine` lists the source's bad samples and is saved with the run. With `data_changed` the
-    run goes on although its data is another one now.
+    run goes on although its data is another one now. `True` as `progress` shows a bar.
 
     Raises RunInUse if another process trains there, ConfigError if `folder` holds something else,
     and the errors of `Trainer.resume` and `fit`.
@@ -129,7 +130,8 @@ def train(
         config = world.once(begin)
         recipe = diffusion(config, base, distance, captions)
         trainer = Trainer.resume(recipe, folder, device, world, quarantine)
-        trainer.fit(Feed(config, loader, encode, device, world), folder, hooks=hooks, sinks=sinks)
+        feed = Feed(config, loader, encode, device, world)
+        trainer.fit(feed, folder, hooks=hooks, sinks=sinks, progress=progress)
         weights = trainer.averaged()
         world.once(lambda: export_weights(folder / "model", weights, config))
     return folder / "model"
@@ -191,6 +193,7 @@ class Trainer(Generic[Net]):
         *,
         hooks: Sequence[Hook] = (),
         sinks: Sequence[OpenSink] = (),
+        progress: ShownProgress = True,
     ) -> None:
         """Take all steps that are left, and save, log and call hooks on the way.
 
@@ -206,7 +209,7 @@ class Trainer(Generic[Net]):
         make, stop = Beside(inputs_of, self.device), lambda: interrupts.received
         ahead = look_ahead(make, todo, workers=1, depth=2, stop=stop)
         with (
-            self._reporting(folder, sinks) as log,
+            self._reporting(folder, sinks, progress) as log,
             handled(interrupts.note),
             closing(ahead),
             one_core(self.gradient.threads > 1),
@@ -396,10 +399,12 @@ class Trainer(Generic[Net]):
             raise error or RuntimeError("a hook failed on rank 0")
 
     @contextmanager
-    def _reporting(self, folder: Path, sinks: Sequence[OpenSink]) -> Iterator[Log]:
+    def _reporting(
+        self, folder: Path, sinks: Sequence[OpenSink], progress: ShownProgress
+    ) -> Iterator[Log]:
         """Open the log of a run on rank 0; at the end write bad samples, and the failed step."""
         images_seen, leads = self.progress.images_seen, self.world.leads
-        log = Log(folder, self.recipe, images_seen, sinks, leads)
+        log = Log(folder, self.recipe, images_seen, sinks, leads, progress)
         try:
             yield log
         except NotFinite as error:  # on all ranks
