@@ -184,7 +184,7 @@ def shrinking(arguments: Sequence[str]) -> list[str]:
             return ["--steps", "2", "--text-encoder", "t5"]
         case ["embed", name, *_] if name in SHRUNK and name.startswith("cc12m"):
             return settings(SHRUNK[name])
-        case ["data" | "info" | "sample" | "convert" | "plot" | "embed" | "ema", *_]:
+        case ["data" | "info" | "sample" | "convert" | "plot" | "embed" | "ema" | "timelapse", *_]:
             return []
         case ["export", model, *_]:
             return ["--text-encoder", "t5"] if model.startswith("mdm-") else []

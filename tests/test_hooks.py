@@ -11,15 +11,17 @@ import torch
 from PIL import Image
 
 from matryoshka_diffusion.config import ConfigError
+from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.data.source import Source, array_source, split
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import hooks as watch
 from matryoshka_diffusion.runs import prepare as job
-from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
+from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, Quality, preview_arguments
 from matryoshka_diffusion.train.trainer import View
 from picturing import save_noise
-from test_pipeline import Words, text_model
+from test_pipeline import Words, class_model, plain_model, text_model
 from tiny_run import encode, there, tiny_config, with_frames
 
 
@@ -175,3 +177,59 @@ def test_the_prompts_of_previews_are_the_same_every_time(count):
     assert prompts == preview_arguments(source, config)["prompts"]
     assert len(set(prompts)) == min(count, 8)
     assert all(prompt.startswith("caption") for prompt in prompts)
+
+
+# --- quality of a few samples --------------------------------------------------------------------
+
+
+def colours(images):
+    """A network of three features."""
+    return images.mean(axis=(1, 2))
+
+
+def quality(model, source, folder, levels=2):
+    net = NestedUNet(model.config.model.first(levels)).eval()
+    hook = Quality(source, Words(), "cpu", colours)
+    return hook(View(model.config, folder, 0, lambda: net))
+
+
+@pytest.mark.parametrize(("shift", "found"), [(0, 1.0), (1, 0.0)])
+def test_samples_are_compared_with_their_images(shift, found, tmp_path, monkeypatch):
+    source = pictures(40)
+
+    def sample(prompts, **_):
+        places = [(int(prompt.split()[1]) + shift) % 40 for prompt in prompts]
+        return SimpleNamespace(pictures=np.stack([source[place].picture for place in places]))
+
+    monkeypatch.setattr(watch, "Matryoshka", lambda *_, **__: SimpleNamespace(sample=sample))
+    numbers = quality(text_model(), source, tmp_path)
+    assert numbers == {"fd_40": pytest.approx(0.0, abs=1e-6), "retrieval_40": found}
+
+
+def test_coarse_samples_are_compared_with_images_as_small(tmp_path, monkeypatch):
+    source = pictures(40)
+    small = np.stack([shrink(source[n].picture, Resolution(8, 8)) for n in range(40)])
+    model = SimpleNamespace(sample=lambda **_: SimpleNamespace(pictures=small))
+    monkeypatch.setattr(watch, "Matryoshka", lambda *_, **__: model)
+    numbers = quality(text_model(), source, tmp_path, levels=1)
+    assert numbers == {"fd_40": pytest.approx(0.0, abs=1e-6)}, "8 pixels are too few for retrieval"
+
+
+@pytest.mark.parametrize("model", [class_model(), plain_model()])
+def test_a_few_are_drawn_with_the_same_seeds_of_any_model(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "MEASURED_SAMPLES", 6)
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    names = model.config.data.classes
+    labels = [n % 3 for n in range(9)] if names else None
+    source = array_source("toy", images, [*map(str, range(9))], labels=labels, classes=names)
+    first, again = (quality(model, source, tmp_path) for _ in range(2))
+    assert first.keys() == {"fd_6"}
+    assert first == again
+    assert first["fd_6"] > 0
+
+
+def test_what_the_network_cannot_look_at_is_refused():
+    plain = plain_model().config
+    for path, value in (("model.channels", 4), ("model.levels.1.frames", 4)):
+        with pytest.raises(ConfigError, match=r"train\.eval_every_images"):
+            changed(plain, [(path, value), ("train.eval_every_images", 8)])

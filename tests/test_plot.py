@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import to_yaml
+from matryoshka_diffusion.draw import timelapse
 from matryoshka_diffusion.draw.curves import plot, read_curves
+from matryoshka_diffusion.draw.grid import PAGE, save_png
 from tiny_run import tiny_config
 
 
@@ -77,3 +79,45 @@ def test_a_folder_without_curves_is_refused(run, metrics, message, tmp_path):
 def test_a_form_that_matplotlib_cannot_write_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match=r"x\.doc.*\.png"):
         plot([run], tmp_path / "x.doc")
+
+
+# --- time lapse ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def previews(tmp_path):
+    """Two previews, of which the second is larger."""
+    folder = tmp_path / "run" / "previews"
+    for number, (side, colour) in enumerate(((40, (200, 0, 0)), (60, (0, 200, 0)))):
+        save_png(np.full((side, side, 3), colour, np.uint8), folder / f"{number:010d}.png", None)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_previews_follow_each_other_and_the_last_one_stays(previews, suffix, tmp_path, capsys):
+    out = tmp_path / f"out{suffix}"
+    assert cli.main(["timelapse", str(previews.parent), "-o", str(out), "--fps", "3"]) == 0
+    assert "2 previews" in capsys.readouterr().out
+    with Image.open(out) as clip:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(clip)]
+    assert [frame.shape for frame in frames] == [(60, 60, 3)] * 4
+    assert tuple(frames[0][0, 0]) == (200, 0, 0)
+    assert tuple(frames[0][-1, -1]) == PAGE
+    assert all((frame == (0, 200, 0)).all() for frame in frames[1:])
+
+
+def test_of_many_previews_some_are_shown_and_the_last_one(previews, tmp_path, monkeypatch):
+    monkeypatch.setattr(timelapse, "MOST_FRAMES", 2)
+    for number in range(2, 5):
+        save_png(np.zeros((40, 40, 3), np.uint8), previews / f"{number:010d}.png", None)
+    assert timelapse.timelapse(previews.parent, tmp_path / "out.webp", 1.0) == 3
+
+
+def test_without_previews_there_is_no_clip(previews, tmp_path, capsys):
+    assert cli.main(["timelapse", str(tmp_path)]) == 2
+    assert "no previews" in capsys.readouterr().err
+    assert cli.main(["timelapse", str(previews.parent), "-o", "x.bmp"]) == 2
+    assert ".webp" in capsys.readouterr().err
+    (previews / "0000000001.png").write_bytes(b"no image")
+    assert cli.main(["timelapse", str(previews.parent), "-o", str(tmp_path / "x.gif")]) == 1
+    assert "0000000001.png" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ import matryoshka_diffusion as mdm
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.configfile import load_config
+from matryoshka_diffusion.draw.curves import plot
+from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.runs import training
 from picturing import noise, save
 from tiny_run import digests
 
@@ -68,6 +73,26 @@ def test_a_config_can_be_trained_and_changed(pets):
     assert (written.name, written.train.seed) == ("mine", 7)
     with pytest.raises(UsageError, match="as_='simple'"):
         mdm.train(config, pets, "runs/d", as_="simple")
+
+
+def test_the_quality_of_samples_is_logged_and_drawn(pets, monkeypatch):
+    network = lambda *_: lambda images: images.mean(axis=(1, 2))  # noqa: E731
+    monkeypatch.setattr(training, "EffNetLite0", network)
+    settings = {**SMALL, "train__eval_every_images": 4, "train__preview_every_images": 0}
+    run = mdm.train("folder-64", pets, "runs/q", device="cpu", progress=False, **settings)
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    measured = [line["images_seen"] for line in lines if "fd_8" in line]
+    assert measured == [4, 8]
+    plot([run.folder], Path("curves.svg"))
+    assert "FD, 8 samples" in Path("curves.svg").read_text("utf-8")
+
+
+def test_the_network_that_measures_is_needed_before_the_first_step(pets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    settings = {**SMALL, "train__eval_every_images": 4}
+    with pytest.raises(MissingExtra, match=r"train\.eval_every_images.*\[eval\]"):
+        mdm.train("folder-64", pets, "runs/q", device="cpu", progress=False, **settings)
+    assert not Path("runs/q/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ class TrainConfig(Strict):
     wake: Floors = None  # log-SNR from which samples have a level; None: always
     log_every_images: Count = 2_000
     preview_every_images: Natural = 20_000
+    eval_every_images: Natural = 0  # FD and prompt retrieval of 256 samples; 0: never
     checkpoint_every_images: Count = 10_000
     keep_checkpoints: Count = 2
 
@@ -365,6 +366,9 @@ class RunConfig(Strict):
         if self.train.perceptual is not None and not pictures:
             seen = "images with 1 or 3 channels, not latents, clips or opacity"
             yield f"train.perceptual: its network looks at {seen}; omit it"
+        measured = not self.data_frames and self.data_channels in (1, 3)
+        if self.train.eval_every_images and not measured:
+            yield "train.eval_every_images: its network looks at images in grey or colour; omit it"
         if self.data_frames and (self.codec is not None or data.augment):
             name = "data.augment" if self.codec is None else "codec"
             yield f"{name} is for images, but model.levels[-1] has frames: omit it"

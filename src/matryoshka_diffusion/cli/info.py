@@ -60,6 +60,13 @@ def plot(options: argparse.Namespace) -> None:
     show(f"{options.out}: the curves of {', '.join(run.name for run in options.runs)}")
 
 
+def timelapse(options: argparse.Namespace) -> None:
+    from matryoshka_diffusion.draw.timelapse import timelapse
+
+    count = timelapse(options.run_folder, options.out, options.fps)
+    show(f"{options.out}: {count} previews of {options.run_folder}")
+
+
 def add_commands(commands: Any) -> None:
     """Add the commands of this module to the parser."""
     add_command(commands, "presets", presets, "list the trainings that have a name")
@@ -71,6 +78,13 @@ def add_commands(commands: Any) -> None:
     add = command.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     add("-o", "--out", type=Path, default=Path("plot.png"), metavar="FILE", help="(plot.png)")
+    text = "join the previews of a run to a clip (.webp, .gif, .mp4)"
+    command = add_command(commands, "timelapse", timelapse, text)
+    add = command.add_argument
+    add("run_folder", metavar="RUN", type=Path, help="run folder")
+    out = Path("timelapse.webp")
+    add("-o", "--out", type=Path, default=out, metavar="FILE", help=f"({out})")
+    add("--fps", type=float, default=4.0, help="previews a second (4)")
 
 
 # --- presets as a table ------------------------------------------------------------------------

@@ -32,7 +32,7 @@ GROUPS = {
     "train": ("train", "embed", "data", "demo"),
     "models": ("sample", "edit", "grow", "convert", "ema"),
     "export": ("export",),
-    "info": ("presets", "info", "plot"),
+    "info": ("presets", "info", "plot", "timelapse"),
     "doctor": ("doctor", "completion"),
     "eval": ("eval", "compare", "sweep"),
     "studio": ("studio",),

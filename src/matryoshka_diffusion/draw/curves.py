@@ -72,7 +72,8 @@ def plot(runs: Sequence[Path], path: Path) -> None:
 
     curves = [read_curves(run) for run in runs]
     sizes = sorted({size for run in curves for size in run.sizes}, key=_pixels)
-    panels = len(sizes) + len(_OTHER_PANELS)
+    others = {**_measured(curves), **_OTHER_PANELS}
+    panels = len(sizes) + len(others)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * panels), layout="constrained")
     form = path.suffix.removeprefix(".").lower() or "png"
     if form not in figure.canvas.get_supported_filetypes():
@@ -86,7 +87,7 @@ def plot(runs: Sequence[Path], path: Path) -> None:
                 label = f"{run.name}{', ' if kind else ''}{kind[:-1].replace('_', ' ')}"
                 _draw(axis, points, f"C{color}", style, label)
         axis.legend()
-    for axis, (title, (key, scale)) in zip(axes[len(sizes) :], _OTHER_PANELS.items(), strict=True):
+    for axis, (title, (key, scale)) in zip(axes[len(sizes) :], others.items(), strict=True):
         axis.set(ylabel=title, yscale=scale)
         for color, run in enumerate(curves):
             for level in range(len(run.sizes)) if key.endswith("_per_level") else (None,):
@@ -94,6 +95,18 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     axes[-1].set_xlabel("images seen")
     axes[-1].legend()
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))
+
+
+def _measured(curves: Sequence[Curves]) -> dict[str, tuple[str, str]]:
+    """Panels for what `train.eval_every_images` measured, such as "FD, 256 samples"."""
+    names = {"fd": "FD", "retrieval": "prompt retrieval"}
+    keys = {key for run in curves for line in run.lines for key in line}
+    found = [(key, *key.rpartition("_")[::2]) for key in sorted(keys)]
+    return {
+        f"{names[name]}, {count} samples": (key, "linear")
+        for key, name, count in found
+        if name in names
+    }
 
 
 def _pixels(size: str) -> tuple[int, ...]:

@@ -16,10 +16,11 @@ import torch
 
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.check import summary
+from matryoshka_diffusion.metrics.networks import EffNetLite0
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.progress import Progress, shown
 from matryoshka_diffusion.runs import prepare
-from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
+from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, Quality, preview_arguments
 from matryoshka_diffusion.train import trainer
 from matryoshka_diffusion.train.distributed import Parallel, compare_data, joined, rank_device
 from matryoshka_diffusion.train.log import find_sink
@@ -179,11 +180,18 @@ def run_training(
 
 
 def _hooks(ready: prepare.Job, device: str) -> list[trainer.Hook]:
-    """The hooks of a run: previews, and the loss on held-out images."""
+    """The hooks of a run: previews, the loss on held-out images, and the quality of samples.
+
+    Raises MissingExtra, before a step is taken, if the network that measures it is not installed.
+    """
     every = ready.config.train.preview_every_images
     prompts = preview_arguments(ready.source, ready.config)
     hooks: list[trainer.Hook] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
     if ready.held_out is not None:
         watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.frozen)
         hooks.append((every, watch))
+    if measured := ready.config.train.eval_every_images:
+        network = EffNetLite0(device, "train.eval_every_images")
+        watch = Quality(ready.source, ready.encode, device, network, ready.codec)
+        hooks.append((measured, watch))
     return hooks
