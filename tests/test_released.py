@@ -496,6 +496,19 @@ def test_records_are_data_and_too_many_values_are_refused():
         plain(read_pickle(pickle.dumps(bomb)))
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numbers_of_numpy_are_numbers(protocol):
+    told = {"loss": np.float64(0.019), "step": np.int64(-7), "scale": np.float32(0.5)}
+    content = pickle.dumps(told, protocol)
+    for calls in (True, False):
+        assert plain(read_pickle(content), calls=calls) == {"loss": 0.019, "step": -7, "scale": 0.5}
+
+
+@pytest.mark.parametrize("args", [(), (1, 2), ("f8", b"x"), (Record("d", ("f8",)), b"short")])
+def test_other_calls_of_that_name_stay_calls(args):
+    assert "scalar" in plain(Record("numpy.core.multiarray.scalar", args), calls=True)
+
+
 # --- converting, and the command line ------------------------------------------------------------
 
 

@@ -27,6 +27,10 @@ MOST_SHOWN = 100_000
 """Values and letters of what is converted for people or for a configuration."""
 
 
+_NUMBERS = {"f4": "<f", "f8": "<d", "i4": "<i", "i8": "<q"}
+"""Formats of numbers, by the names of numpy's types."""
+
+
 class Symbol(NamedTuple):
     """The name of a class or function, which is never looked up."""
 
@@ -200,6 +204,20 @@ def short(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def _number_of(record: Record) -> float | int | None:
+    """The number in a scalar of numpy, as the losses of a training are; None of other records."""
+    if not record.name.endswith("multiarray.scalar") or len(record.args) != 2:
+        return None
+    kind, content = (part.args[:1] if isinstance(part, Record) else part for part in record.args)
+    if isinstance(content, tuple) and content and isinstance(content[0], str):
+        content = content[0].encode("latin1", "replace")  # as bytes are written before protocol 3
+    named = isinstance(kind, tuple) and bool(kind) and isinstance(kind[0], str)
+    form = _NUMBERS.get(kind[0]) if named else None
+    if form is None or not isinstance(content, bytes) or len(content) != struct.calcsize(form):
+        return None
+    return struct.unpack(form, content)[0]
+
+
 def plain(value: Any, *, calls: bool = False) -> Any:
     """Convert what `read_pickle` returns to mappings, lists, numbers and texts.
 
@@ -217,6 +235,8 @@ def plain(value: Any, *, calls: bool = False) -> Any:
         if budget < 0 or not depth:
             raise BrokenFile("its run configuration is too large or too deep to be one")
         inside = depth - 1
+        if isinstance(value, Record) and (number := _number_of(value)) is not None:
+            return number
         if isinstance(value, Record):
             states = value.state if isinstance(value.state, tuple) else (value.state,)
             fields: dict[Any, Any] = {}
