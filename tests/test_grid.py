@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matryoshka_diffusion.draw import clips, grid
+from matryoshka_diffusion.draw import clips, fonts, grid
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY, save_png
 from test_clips_written import decode
 
@@ -81,6 +81,42 @@ def test_captions_stay_in_their_column_and_their_row():
 @pytest.mark.parametrize("caption", ["", "   ", "naïve café", "苹果 🍎", "tab\tand\nnew line"])
 def test_any_caption_can_be_drawn(caption):
     grid.grid([[plain(RED)]], captions=[caption], title=caption, columns_titles=[caption])
+
+
+@pytest.fixture
+def no_fonts(monkeypatch):
+    """A system without fonts and without matplotlib."""
+    monkeypatch.setattr(fonts, "FONTS", ())
+    monkeypatch.setattr(fonts, "find_spec", lambda name: None)
+    fonts._installed.cache_clear()
+    yield
+    fonts._installed.cache_clear()
+
+
+def captioned(caption):
+    return np.asarray(grid.grid([[plain(RED)]], captions=[caption], cell=256))
+
+
+@pytest.mark.parametrize("caption", ["Größe", "りんご x", "Пр", "a 🍎", "\ud83c"])
+def test_a_letter_that_no_font_has_is_an_escape_and_no_box(caption, no_fonts):
+    escaped = "".join(
+        each if each.isascii() else each.encode("unicode_escape").decode() for each in caption
+    )
+    np.testing.assert_array_equal(captioned(caption), captioned(escaped))
+
+
+@pytest.mark.parametrize("caption", ["Größe", "Привет", "Ελληνικά", "€ ®"])
+def test_letters_of_other_fonts_are_drawn(caption):
+    """By matplotlib's font, where the system has none."""
+    escaped = caption.encode("unicode_escape").decode()
+    assert (captioned(caption) != captioned(escaped)).any()
+    box = captioned(fonts.NOWHERE)
+    assert (captioned(caption[0]) != box).any()
+    assert fonts.width_of(caption, 13) > fonts.width_of(caption[0], 13) > 0
+
+
+def test_letters_that_are_written_in_two_ways_are_drawn_in_one():
+    np.testing.assert_array_equal(captioned("e\u0301\ufe0f\u200d"), captioned("\xe9"))
 
 
 def test_marks_highlight_rows_and_titles_stand_above():

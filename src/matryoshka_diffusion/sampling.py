@@ -16,6 +16,7 @@ from torch import Tensor
 from matryoshka_diffusion.conditioning import Conditioning, entries_of, equally_long, labels_of, pad
 from matryoshka_diffusion.config import ModelConfig, RunConfig, SamplingConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
+from matryoshka_diffusion.data.emoji_names import named
 from matryoshka_diffusion.denoiser import (
     ConditionPair,
     Denoiser,
@@ -324,14 +325,13 @@ class DiffusionModel:
             raise self._takes("no prompts")
         if classes is not None and not self.model.classes:
             raise self._takes("no classes")
-        conditions: dict[str, Any] = {}
-        captions = ("",) * n
+        conditions, captions = dict[str, Any](), ("",) * n
         if self.model.text is not None:
             if prompts is None:
                 raise UsageError(f"{self.config.name} needs a prompt: add one (-p)")
             if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
                 raise UsageError("a prompt is not UTF-8")
-            captions = tuple(prompt for prompt in prompts for _ in range(n))
+            captions = tuple(name for p in prompts for name in (named(p, self.config.data),) * n)
             different = list(dict.fromkeys(captions))
             features = dict(zip(different, self._encode(different), strict=True))
             tokens, mask = pad([features[caption] for caption in captions])

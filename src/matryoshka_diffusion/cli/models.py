@@ -20,6 +20,7 @@ from matryoshka_diffusion.cli.options import (
     positive,
     refuse_idle,
     sampling,
+    tell_names,
 )
 from matryoshka_diffusion.cli.terminal import Bar, show
 from matryoshka_diffusion.models.names import refuse_unknown
@@ -47,6 +48,7 @@ def sample(options: argparse.Namespace) -> None:
         )
     settings, finest = sampling(options), model.resolutions[-1]
     refuse_idle(model, settings)
+    tell_names(options.prompt or (), model)
     if options.fps is not None and finest.frames is None:
         raise UsageError(f"--fps {options.fps:g}: {model.config.name} draws images: omit --fps")
     # Without a prompt or class, every class is drawn.
@@ -159,6 +161,7 @@ def edit(options: argparse.Namespace) -> None:
     )
     settings = sampling(options)
     refuse_idle(model, settings)
+    tell_names(options.prompt or (), model)
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
     _check_place(options, _subject(model, settings), count)
     with Bar("sampling", " steps") as bar:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka_diffusion.cli.terminal import one_line
+from matryoshka_diffusion.cli.terminal import one_line, show
 from matryoshka_diffusion.hints import did_you_mean
 
 if TYPE_CHECKING:
@@ -179,6 +179,15 @@ def refuse_idle(model: Model, *cases: dict[str, Any]) -> None:
 
     for name in sorted(set.intersection(*map(model.idle, cases))):
         raise UsageError(IDLE[name])
+
+
+def tell_names(prompts: Sequence[str], model: Model) -> None:
+    """Say which prompts are emoji and are replaced by their names."""
+    from matryoshka_diffusion.data.emoji_names import named
+
+    for prompt in dict.fromkeys(prompts):
+        if (name := named(prompt, model.config.data)) != prompt:
+            show(f"{prompt} is drawn as {name!r}")
 
 
 def positive(text: str) -> int:

@@ -10,13 +10,13 @@ All emojis designed by OpenMoji - the open-source emoji and icon project. Licens
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue
+from matryoshka_diffusion.data.emoji_names import captions_of_emoji, code_points
 from matryoshka_diffusion.data.folder import state_of
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.data.video import TooShortError, choose, open_video
@@ -29,10 +29,6 @@ _REMEDY = (
     f"give the folder of the unpacked npm package {FLUENT_EMOJI}, or name videos of your own with "
     "--set data.source=clips"
 )
-_STYLE_SELECTOR = 0xFE0F  # which names and files use differently
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
-_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
-_BLACK_FLAG, _END_OF_TAG = 0x1F3F4, 0xE007F
 _NAME = re.compile(r"[0-9a-fA-F]+([-_][0-9a-fA-F]+)*")
 
 
@@ -95,31 +91,3 @@ def find(folder: Path, pattern: str, purpose: str) -> list[tuple[Path, tuple[str
     files = [path for path in folder.glob(pattern) if _NAME.fullmatch(path.stem)]
     known = sorted((code_points(path.stem), path) for path in files)
     return [(path, captions[points]) for points, path in known if points in captions]
-
-
-def captions_of_emoji(purpose: str) -> dict[tuple[int, ...], tuple[str, ...]]:
-    """Captions of each emoji by its code points. Raises `MissingExtra`."""
-    package = require("emoji", "openmoji", purpose)
-    names = {_points(map(ord, text)): data["en"] for text, data in package.EMOJI_DATA.items()}
-    return {
-        points: _captions(name, points)
-        for points, name in names.items()
-        if points[0] > 0xFF and not any(c in _SKIN_TONES for c in points)
-    }
-
-
-def code_points(name: str) -> tuple[int, ...]:
-    """Code points in the name of a file such as 1F3F3-FE0F-200D-1F308, without style selectors."""
-    return _points(int(part, 16) for part in re.split("[-_]", name))
-
-
-def _points(characters: Iterable[int]) -> tuple[int, ...]:
-    return tuple(c for c in characters if c != _STYLE_SELECTOR)
-
-
-def _captions(name: str, points: tuple[int, ...]) -> tuple[str, ...]:
-    """`:red_apple:` is "red apple"; the flag of a place has two captions."""
-    words = name.strip(":").replace("_", " ").replace("’", "'")
-    regional = points[0] in _REGIONAL_INDICATORS
-    subdivision = points[0] == _BLACK_FLAG and points[-1] == _END_OF_TAG
-    return (f"flag: {words}", f"flag of {words}") if regional or subdivision else (words,)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_diffusion.data.decoded import Catalogue
-from matryoshka_diffusion.data.emoji import assets, captions_of_emoji, code_points, find, openmoji
+from matryoshka_diffusion.data.emoji import assets, find, openmoji
+from matryoshka_diffusion.data.emoji_names import captions_of_emoji, code_points
 from matryoshka_diffusion.data.folder import state_of
 from matryoshka_diffusion.data.source import Sample
 from matryoshka_diffusion.files import require

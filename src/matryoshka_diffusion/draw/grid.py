@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from matryoshka_diffusion.draw.fonts import draw_text, width_of
 from matryoshka_diffusion.files import write_atomically
 
 SETTINGS_KEY = "matryoshka-diffusion"
@@ -77,13 +78,13 @@ def grid(
     page = Image.new("RGB", _page_size(block_count, block_width, height, cell, top), PAGE)
     draw = ImageDraw.Draw(page)
     if title is not None:
-        text = _wrap(title, _font(TITLE_SIZE), page.width - 2 * MARGIN, 1)[0]
-        draw.text((MARGIN, MARGIN), text, INK, _font(TITLE_SIZE))
+        text = _wrap(title, TITLE_SIZE, page.width - 2 * MARGIN, 1)[0]
+        draw_text(draw, (MARGIN, MARGIN), text, INK, TITLE_SIZE)
     for block in range(block_count):
         for column, text in enumerate(columns_titles or ()):
             left = MARGIN + block * (block_width + 2 * MARGIN) + indent + column * (cell + GAP)
-            font = _font(TEXT_SIZE)
-            draw.text((left, heads_top), _wrap(text, font, cell, 1)[0], INK, font)
+            line = _wrap(text, TEXT_SIZE, cell, 1)[0]
+            draw_text(draw, (left, heads_top), line, INK, TEXT_SIZE)
     for index, row in enumerate(rows):
         block, place = divmod(index, height)
         left, upper = MARGIN + block * (block_width + 2 * MARGIN), top + place * (cell + GAP)
@@ -135,34 +136,31 @@ def _draw_caption(
     cell: int,
     width: int,
 ) -> None:
-    font, room = _font(TEXT_SIZE), max(1, int(cell / (TEXT_SIZE * LINE)))
-    notes = _wrap(mark, font, width, max(1, room // 2)) if mark else []
-    lines = _wrap(caption, font, width, max(1, room - len(notes)))
+    room = max(1, int(cell / (TEXT_SIZE * LINE)))
+    notes = _wrap(mark, TEXT_SIZE, width, max(1, room // 2)) if mark else []
+    lines = _wrap(caption, TEXT_SIZE, width, max(1, room - len(notes)))
     for place, line in enumerate(lines + notes):
         colour = INK if place < len(lines) else ACCENT
-        draw.text((corner[0], corner[1] + place * TEXT_SIZE * LINE), line, colour, font)
+        place_of_line = (corner[0], corner[1] + place * TEXT_SIZE * LINE)
+        draw_text(draw, place_of_line, line, colour, TEXT_SIZE)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)  # pyright: ignore[reportReturnType]
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+def _wrap(text: str, size: int, width: int, most: int) -> list[str]:
     """Break text into lines of `width` pixels; text beyond `most` lines ends in dots."""
     lines = [""]
     for word in text[: width * most].split():  # no letter is narrower than a pixel
         joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
+        if width_of(joined, size) <= width:
             lines[-1] = joined
             continue
         lines += [""] if lines[-1] else []
         for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+            if lines[-1] and width_of(lines[-1] + letter, size) > width:
                 lines.append("")
             lines[-1] += letter
     if len(lines) > most:
         last = lines[most - 1]
-        while last and font.getlength(f"{last}...") > width:
+        while last and width_of(f"{last}...", size) > width:
             last = last[:-1]
         lines = [*lines[: most - 1], f"{last}..."]
     return lines

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from matryoshka_diffusion import __version__
 from matryoshka_diffusion.config import RunConfig, UsageError
-from matryoshka_diffusion.data.emoji import captions_of_emoji
+from matryoshka_diffusion.data.emoji_names import captions_of_emoji
 from matryoshka_diffusion.data.given import read_given, read_mask, size_of
 from matryoshka_diffusion.draw.curves import read_curves
 from matryoshka_diffusion.draw.grid import png
