@@ -15,6 +15,7 @@ from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.data.source import Source, array_source, split
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.nn.nested import NestedUNet
+from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import hooks as watch
 from matryoshka_diffusion.runs import prepare as job
@@ -229,7 +230,7 @@ def test_a_few_are_drawn_with_the_same_seeds_of_any_model(model, tmp_path, monke
 
 
 def test_what_the_network_cannot_look_at_is_refused():
-    plain = plain_model().config
-    for path, value in (("model.channels", 4), ("model.levels.1.frames", 4)):
+    opaque = changed(plain_model().config, [("model.channels", 4)])
+    for config in (opaque, preset("emoji-video")):
         with pytest.raises(ConfigError, match=r"train\.eval_every_images"):
-            changed(plain, [(path, value), ("train.eval_every_images", 8)])
+            changed(config, [("train.eval_every_images", 8)])

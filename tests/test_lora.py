@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, RunConfig, StageConfig
+from matryoshka_diffusion.configfile import changed, load_config
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.save import average_model, export_model
 from matryoshka_diffusion.nn.lora import Adapted, attach, merged_state
@@ -27,6 +28,7 @@ from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import grow_run, next_level, warm_start
 from matryoshka_diffusion.train.checkpoint import CheckpointError, newest, read
 from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.run_folder import open_run
 from matryoshka_diffusion.train.signals import Stopped
 from matryoshka_diffusion.train.stages import steps
 from matryoshka_diffusion.train.step import diffusion
@@ -245,6 +247,18 @@ def test_adapters_of_another_model_are_refused(tuned, model, tmp_path):
         find_model(tmp_path / "adapters")
     shutil.copytree(model, tmp_path / "nowhere")  # it had moved
     find_model(tmp_path / "adapters")
+
+
+def test_a_run_goes_on_with_its_model_at_another_place(tuned, model, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(tuned, run)
+    shutil.copytree(model, moved)
+    config = changed(load_config(run / "config.yaml"), [("train.init", str(moved))])
+    assert open_run(run, config, torch.device("cpu")).train.init == str(moved)
+    assert load_config(run / "config.yaml").train.init == str(moved)
+    other = changed(config, [("train.init", "elsewhere"), ("train.lora.base", "another hash")])
+    with pytest.raises(ConfigError, match=r"train\.init is .*moved there, elsewhere now"):
+        open_run(run, other, torch.device("cpu"))
 
 
 def test_a_file_of_adapters_that_does_not_fit_is_refused_with_what_differs(tuned, tmp_path):

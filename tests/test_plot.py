@@ -57,6 +57,19 @@ def test_runs_are_drawn_into_one_image(run, tmp_path, capsys):
     assert b"<svg" in (tmp_path / "plot.svg").read_bytes()[:500]
 
 
+def test_a_first_line_of_metrics_is_a_dot_and_later_levels_have_no_panel(run, tmp_path):
+    whole, first = tmp_path / "whole.png", tmp_path / "first.png"
+    plot([run], whole)
+    line = {"images_seen": 8, "loss_per_level": [1.0], "grad_norm": None}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    plot([run], first)
+    with Image.open(whole) as both, Image.open(first) as alone:
+        assert alone.height < both.height
+        pixels = np.asarray(alone.convert("RGB")).astype(int)
+    coloured = np.ptp(pixels[:, alone.width // 5 :], axis=2) > 80
+    assert coloured.any()
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [

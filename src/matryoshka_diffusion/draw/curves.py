@@ -28,6 +28,11 @@ class Curves(NamedTuple):
     sizes: tuple[str, ...]
     lines: list[dict[str, Any]]
 
+    @property
+    def trained(self) -> list[str]:
+        """Sizes of the levels that have losses so far."""
+        return [s for n, s in enumerate(self.sizes) if self.points("loss_per_level", n)]
+
     def points(self, key: str, level: int | None = None) -> list[tuple[int, float]]:
         """(images seen, value) for each line that has a value; `level` picks from a list."""
         values = [(line["images_seen"], line.get(key)) for line in self.lines]
@@ -71,7 +76,7 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = [read_curves(run) for run in runs]
-    sizes = sorted({size for run in curves for size in run.sizes}, key=_pixels)
+    sizes = sorted({size for run in curves for size in run.trained}, key=_pixels)
     others = {**_measured(curves), **_OTHER_PANELS}
     panels = len(sizes) + len(others)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * panels), layout="constrained")
@@ -93,7 +98,8 @@ def plot(runs: Sequence[Path], path: Path) -> None:
             for level in range(len(run.sizes)) if key.endswith("_per_level") else (None,):
                 _draw(axis, run.points(key, level), f"C{color}", "-", run.name)
     axes[-1].set_xlabel("images seen")
-    axes[-1].legend()
+    if axes[-1].get_lines():  # else the legend is an empty box, with a warning
+        axes[-1].legend()
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))
 
 
@@ -119,4 +125,6 @@ def _draw(
     axis: Any, points: Sequence[tuple[int, float]], color: str, style: str, label: str
 ) -> None:
     if points:
-        axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
+        dot = "." if len(points) == 1 else None  # which has no line
+        options = {"color": color, "label": label, "linewidth": 1.2, "marker": dot}
+        axis.plot(*zip(*points, strict=True), style, **options)

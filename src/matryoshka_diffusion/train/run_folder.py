@@ -152,6 +152,9 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
         old, new = getattr(written, part), getattr(config, part)
         if old and new and old.weights and old.weights == new.weights:  # it may have moved
             written = written.model_copy(update={part: new})
+    adapters, theirs = written.train.lora, config.train.lora
+    if adapters and theirs and adapters.base and adapters.base == theirs.base:  # it may have moved
+        written = _with(written, init=config.train.init)
     auto = [
         key for key in ("precision", "layout", "threads") if getattr(config.train, key) == "auto"
     ]
