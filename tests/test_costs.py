@@ -140,6 +140,7 @@ def test_a_dry_run_prints_the_stages_looks_at_the_data_and_begins_nothing(
     printed = capsys.readouterr().out
     assert "stage 1: " in printed
     assert "84 times each of 1,904" in printed
+    assert "minutes on 2 CPU cores, by arithmetic; a preview every 12,000 images" in printed
     assert "openmoji: 1,904 pictures of 64 px, captions" in printed
     assert os.listdir() == []
 
@@ -149,10 +150,8 @@ def test_a_dry_run_counts_for_gpus_precision_and_recomputing():
 
     def memory(*settings: str, **machine: Any) -> float:
         """GB on each of several devices in the second stage."""
-        line = describe_plan(override(run, list(settings)), gpus=4, **machine).splitlines()[-2]
-        match = re.search(r"([\d.]+) GB on each of 4", line)
-        assert match, line
-        return float(match[1])
+        text = describe_plan(override(run, list(settings)), gpus=4, **machine)
+        return float(re.findall(r"([\d.]+) GB on each of 4", text)[-1])
 
     whole = memory()
     assert memory("train.recompute=[1]") < whole < memory("train.precision=fp32")
