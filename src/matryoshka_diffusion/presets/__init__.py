@@ -64,7 +64,7 @@ WORK = {
 IMAGES = {
     "openmoji": {"simple": 100_000, "finest": 108_000, "upsampler": 55_000},
     "openmoji-256": {"simple": 92_500, "finest": 79_200, "upsampler": 67_100},
-    "emoji-styles": {"simple": 300_000, "finest": 324_000, "upsampler": 164_000},
+    "emoji-styles": {"simple": 200_000, "finest": 216_000, "upsampler": 110_000},
     "fashion-mnist": {"simple": 98_000, "finest": 90_000, "upsampler": 65_000},
     "imagenet-256": {"latent": 512 * 300_000},
     "cc12m-256": {"latent": 2048 * 500_000},

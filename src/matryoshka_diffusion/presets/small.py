@@ -101,13 +101,13 @@ def openmoji_256(name: str) -> RunConfig:
 def emoji_styles(name: str) -> RunConfig:
     """Text-to-image on emoji in three styles, 10 % of the pairs of emoji and style held out.
 
-    Three times the images of `openmoji` have three times its training, so 45 minutes on 2 CPU
+    Three times the images of `openmoji` have twice its training: half an hour to an hour on 2 CPU
     cores. `mdm eval --metrics unseen` measures whether it draws the pairs that it has not seen. The
     data is the unpacked npm package `@lobehub/fluent-emoji-3d`, beside OpenMoji and Debian's
     `fonts-noto-color-emoji`.
     """
     run = openmoji(name)
-    longer = [stage.model_copy(update={"images": 3 * stage.images}) for stage in run.train.stages]
+    longer = [stage.model_copy(update={"images": 2 * stage.images}) for stage in run.train.stages]
     # Beside each preview the loss of held-out images is computed.
     rare = run.train.model_copy(update={"preview_every_images": 40_000})
     data = DataConfig(source="emoji-styles", held_out=0.1)
