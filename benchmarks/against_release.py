@@ -130,7 +130,7 @@ def training(task: Task, side: str) -> Callable[[], object]:
         repeated = trainer(config, rows, CPU, **resolved(config, rows, CPU, precision))
         enliven(repeated.trainer.net)
         feed = Feed(config, Ready(config, rows), features(config), CPU)
-        return lambda: Repeated(repeated.trainer, feed(repeated.inputs.step)).step()
+        return lambda: Repeated(repeated.trainer, feed(repeated.inputs.step)[0]).step()
     net = lively(config)
     pictures, cond = Noise(config).batch(range(rows)).numbers(), conditions(config, "one", rows)
     return release.training(net, pictures, cond, config.train, precision)

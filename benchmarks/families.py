@@ -77,7 +77,7 @@ def try_family(config: RunConfig, device: torch.device, precision: Precision) ->
         config = config.model_copy(update={"train": config.train.model_copy(update={"lora": lora})})
     layout = resolve_layout("auto", device, precision)
     repeated = trainer(config, ROWS, device, base, precision=precision, layout=layout)
-    while not isinstance(repeated.trainer.step(repeated.inputs), Stepped):
+    while not isinstance(repeated.trainer.step([repeated.inputs]), Stepped):
         pass
     text = config.model.text
     model = Matryoshka(

@@ -243,7 +243,7 @@ def agreement(bench: Bench) -> Numbers:
 
 
 def _gradients(repeated: Repeated) -> list[Tensor]:
-    repeated.trainer.gradient(repeated.inputs, 1.0)
+    repeated.trainer.gradient([repeated.inputs], 1.0)
     return [p.grad.clone() for p in repeated.trainer.net.parameters() if p.grad is not None]
 
 

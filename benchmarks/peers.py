@@ -36,7 +36,7 @@ from matryoshka_diffusion.nn import costs
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.inputs import Batches, Feed
 from matryoshka_diffusion.train.precision import Precision, autocast
 
 OURS = "nest"
@@ -73,7 +73,7 @@ class Images(NamedTuple):
     sampling: int
 
 
-class Ready:
+class Ready(Batches):
     """A loader whose images are there already."""
 
     def __init__(self, config: RunConfig, batch: int) -> None:
@@ -99,7 +99,7 @@ def nest(config: RunConfig, task: Task, images: Images, precision: Precision) ->
     )
 
     def step() -> None:
-        Repeated(repeated.trainer, feed(repeated.inputs.step)).step()
+        Repeated(repeated.trainer, feed(repeated.inputs.step)[0]).step()
 
     def sample() -> None:
         steps = task.evaluations

@@ -15,7 +15,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
 from matryoshka_diffusion.train.gradient import resolve_threads
-from matryoshka_diffusion.train.inputs import Feed, Inputs
+from matryoshka_diffusion.train.inputs import Batches, Feed, Inputs
 from matryoshka_diffusion.train.precision import Precision, autocast, one_core, resolve_layout
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import Stepped, diffusion
@@ -24,7 +24,7 @@ from matryoshka_diffusion.train.trainer import Trainer
 WORDS = 8
 
 
-class Noise:
+class Noise(Batches):
     """A loader of pictures or clips of noise, for any model."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,7 +54,7 @@ class Repeated(NamedTuple):
     def step(self) -> None:
         """One whole step: forward, loss, backward, clipping, optimizer, average."""
         with one_core(self.trainer.gradient.threads > 1):  # as `Trainer.fit` does
-            outcome = self.trainer.step(self.inputs)
+            outcome = self.trainer.step([self.inputs])
         assert isinstance(outcome, Stepped), "a skipped step is no measure"
 
     def activation_bytes(self) -> int:
@@ -86,7 +86,7 @@ def trainer(
     trainer = Trainer(diffusion(config, base), device, images_seen=config.train.images)
     rows, lr = (batch,) * trainer.levels, (1e-4,) * trainer.levels
     step = Step(len(config.train.stages) - 1, 0, rows, lr, False)
-    return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step))
+    return Repeated(trainer, Feed(config, Noise(config), features(config), device)(step)[0])
 
 
 def resolved(

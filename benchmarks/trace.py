@@ -60,7 +60,7 @@ class Kept(NamedTuple):
 def inputs(config: RunConfig, rows: Sequence[int], tokens: int = TEXT_TOKENS) -> Inputs:
     """Inputs of a step of the last stage on the fake GPU."""
     step = Step(len(config.train.stages) - 1, 0, tuple(rows), (1e-4,) * len(rows), False)
-    return Feed(config, Noise(config), features(config, tokens), GPU)(step)
+    return Feed(config, Noise(config), features(config, tokens), GPU)(step)[0]
 
 
 def trainer(config: RunConfig, *, grow: bool = False) -> Trainer[Any]:
@@ -134,7 +134,7 @@ def trace(config: RunConfig, values: argparse.Namespace) -> Path:
     whole = inputs(config, (WHOLE,) * levels)
     memory = kept(learner.net, config.train.precision, whole)
     with Tracer() as tracer:
-        learner.step(made)
+        learner.step([made])
     kernels = tracer.kernels
     seconds = sum(kernel.seconds for kernel in kernels)
     table = []

@@ -73,7 +73,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         inputs = trace.inputs(config, ROWS[: trainer.levels])
     kept = trace.kept(trainer.net, config.train.precision, inputs)
     with Tracer() as tracer, algorithms(config.train):
-        trainer.step(inputs)
+        trainer.step([inputs])
     return {
         "family": name,
         "settings": settings,
@@ -99,14 +99,13 @@ def beside() -> dict[str, Any]:
     """How inputs come from another stream to that of the network."""
     config, streams = CONFIGS["text"], []
 
-    def make(step: Step) -> Inputs:
+    def make(step: Step) -> tuple[Inputs]:
         streams.append(fake_gpu.STREAMS[-1])
-        return trace.inputs(config, step.rows)
+        return (trace.inputs(config, step.rows),)
 
     made = Beside(make, trace.GPU)(Step(0, 0, (2, 1), (), False))
     recorded = list(fake_gpu.ORDER)
-    inputs, _, _ = fetched(iter([made]))
-    assert inputs is not None
+    (inputs,), _, _ = fetched(iter([made]))
     tensors = [*inputs.x, *inputs.noise, inputs.t]
     inputs.cond.map(lambda x: tensors.append(x) or x)
     order = fake_gpu.ORDER[len(recorded) :]

@@ -23,7 +23,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import down_sample, resolution_of
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.sampling import BATCH
+from matryoshka_diffusion.sizes import BATCH
 from matryoshka_diffusion.train.averages import PowerEma, write_snapshot
 from matryoshka_diffusion.train.weights import export_weights
 from tiny_run import encode, tiny_config

@@ -230,7 +230,7 @@ def test_the_feed_passes_the_augmentation_on_and_zeros_without_any():
         (config, TinyPictures(), torch.zeros(4, 7)),
         (tiny_config(), Augmented(), None),
     ):
-        condition = Feed(settings, loader, encode)(step).cond.augment
+        condition = Feed(settings, loader, encode)(step)[0].cond.augment
         if numbers is None:
             assert condition is None
         else:

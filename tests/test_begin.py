@@ -46,8 +46,10 @@ def test_presets_that_fit_the_images_are_proposed(begun, capsys):
     assert "GB of memory" in output
     assert "folder-128" not in output
     assert "mdm train folder-64 --data small --out runs/small" in output
+    assert "up to 12% of an image: --set data.shapes=own" in output
     assert run("--data", "large pictures") == 0
     output = capsys.readouterr().out
+    assert "data.shapes" not in output, "squares keep 14 of 15 parts"
     assert re.search(r"^folder-256: 256 pixels, .* hours on a GPU at .* TFLOP/s", output, re.M)
     assert "mdm train folder-64 --data 'large pictures' --out runs/mine" in output
     assert not begun, "nothing is trained unasked"

@@ -163,7 +163,7 @@ def test_a_dry_run_counts_the_arithmetic_of_awake_levels():
     stage = StageConfig(levels=2, images=640, batch_size=64, lr=1e-3, mix=(0.2, 0.8))
     run = tiny_config(dropout=0.0, wake=(0.0,), stages=(stage,))
     feed = Feed(run, TinyPictures(), encode)
-    rows = [feed(step).step.rows for step in steps(run.train)]
+    rows = [feed(step)[0].step.rows for step in steps(run.train)]
     shares = [sum(level) / stage.images for level in zip(*rows, strict=True)]
     first, both = (forward_flops(run.model, levels) for levels in (1, 2))
     flops = first + shares[1] * (both - first)

@@ -360,7 +360,7 @@ def test_ranks_see_the_features_that_one_process_sees(vit, photos, tmp_path):
     step = Step(stage=1, first=3, rows=(6, 4, 3), lr=(), ends_stage=False)
 
     def inputs(rank: int = 0, size: int = 1) -> Any:
-        return Feed(ready.config, ready.loader, world=World(rank, size))(step)
+        return Feed(ready.config, ready.loader, world=World(rank, size))(step)[0]
 
     alone, ranks = inputs(), [inputs(rank, 2) for rank in range(2)]
     assert alone.x[0].shape == (6, CHANNELS, 4, 4)

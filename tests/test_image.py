@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-from matryoshka_diffusion.data.augment import cut_square
+from matryoshka_diffusion.data.augment import cut_out
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.pyramid import Resolution
 from picturing import ADOBE, COLOURS, SIDE, chunk, icc_profile, noise, png_bytes, save
 
 RED, WHITE = COLOURS[0], (255, 255, 255)
@@ -76,8 +77,9 @@ def test_a_square_is_cut_at_its_place_and_inside_the_same_of_all_frames(shape, p
     side, spare = min(shape), abs(shape[0] - shape[1])
     spot = min(int(place * (spare + 1)), spare)
     along = clip[:, spot:] if shape[0] > shape[1] else clip[:, :, spot:]
-    assert (cut_square(clip, place) == along[:, :side, :side]).all()
-    assert (cut_square(clip[1], place) == along[1, :side, :side]).all()
+    square = Resolution(side, side)
+    assert (cut_out(clip, square, place) == along[:, :side, :side]).all()
+    assert (cut_out(clip[1], square, place) == along[1, :side, :side]).all()
 
 
 def test_a_large_jpeg_is_shrunk_as_well_as_a_png(tmp_path):

@@ -452,7 +452,7 @@ def test_what_is_no_text_is_named_with_its_place(value):
 def test_an_exported_model_loads_and_a_damaged_one_is_refused(exported):
     model = Matryoshka.load(exported)
     assert model.precision == resolve_precision("auto", torch.device("cpu"))
-    model._encoder = Words()
+    model._frozen["encoder"] = Words()
     assert model.sample("red", steps=2).pictures.shape == (1, 16, 16, 3)
     weights = exported / "model" / "model.safetensors"
     data = weights.read_bytes()

@@ -372,7 +372,7 @@ def test_features_of_a_large_set_are_made_in_the_feed(tmp_path, own_cache, tiny_
 
     def conditions() -> tuple[Conditioning, str]:
         ready = job.prepare(config)
-        return Feed(ready.config, ready.loader, ready.encode)(step).cond, ready.notes
+        return Feed(ready.config, ready.loader, ready.encode)(step)[0].cond, ready.notes
 
     monkeypatch.setattr(job, "SMALL_BYTES", 0)
     fly, notes = conditions()

@@ -38,6 +38,7 @@ from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of, shapes_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
+from matryoshka_diffusion.train.inputs import Batches
 from matryoshka_diffusion.train.stages import learning_rates
 from matryoshka_diffusion.train.trainer import train
 from matryoshka_diffusion.train.weights import load_network
@@ -162,7 +163,7 @@ def short(run: RunConfig) -> RunConfig:
     return from_yaml(to_yaml(run))
 
 
-class Smooth:
+class Smooth(Batches):
     """Images of smooth colours, or such latents, with all conditions of any preset."""
 
     def __init__(self, config: RunConfig) -> None:

@@ -92,7 +92,7 @@ def test_two_ranks_have_the_losses_of_one(alone, together, form, name):
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_end_with_the_network_of_one(alone, together, form):
     """Weights themselves may differ where they do not matter: biases before a norm."""
-    inputs = Feed(tiny_config(**SETTINGS), TinyPictures(), encode)(step_at(TRAIN, 16))
+    (inputs,) = Feed(tiny_config(**SETTINGS), TinyPictures(), encode)(step_at(TRAIN, 16))
     predictions = []
     for folder in (alone / "plain", together / f"{form}-plain"):
         weights = load_file(folder / "model" / "model.safetensors")
@@ -138,7 +138,8 @@ def compare_shards(path: str) -> None:
     gradients: list[dict[str, Any]] = []
     types = []
     with joined(device, "fsdp", 20) as world:
-        inputs = Feed(config, TinyPictures(), encode, world=world)(Step(0, 0, (4, 2), (), False))
+        feed = Feed(config, TinyPictures(), encode, world=world)
+        (inputs,) = feed(Step(0, 0, (4, 2), (), False))
         for dtype in (None, torch.bfloat16):
             net: Any = wake(recipe.build(2))
             level = net.levels[1]

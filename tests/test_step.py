@@ -72,7 +72,7 @@ HALVES = ("bf16", "fp16")
 HALF = tiny_config(precision="fp16", dropout=0.0)
 
 
-def inputs(first: int = 0, config: RunConfig | None = None) -> Inputs:
+def inputs(first: int = 0, config: RunConfig | None = None) -> tuple[Inputs, ...]:
     """Inputs of the step of a run that begins after so many images."""
     config = config or tiny_config()
     return Feed(config, TinyPictures(), encode)(step_at(config.train, first))
@@ -106,10 +106,10 @@ def test_threads_see_every_change_of_the_weights_and_repeat_their_bits():
     one, again = Trainer(diffusion(config)), Trainer(diffusion(config))
     alone = Trainer(diffusion(tiny_config(dropout=0.0)))
     for first in (12, 16, 20, 24):
-        batch = inputs(first, config)
+        (batch,) = inputs(first, config)
         for trainer in (one, again, alone):
             trainer.grow(len(batch.step.rows))
-        losses = [trainer.step(batch).loss for trainer in (one, again, alone)]
+        losses = [trainer.step([batch]).loss for trainer in (one, again, alone)]
         assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-3)
     for name, weight in one.net.state_dict().items():
         assert torch.equal(weight, again.net.state_dict()[name])
@@ -157,7 +157,7 @@ def test_dropout_inside_the_network_depends_on_the_step_and_not_on_torchs_genera
 
 def test_growing_in_training_keeps_coarse_outputs_bit_equal():
     trainer = trainer_after(24)
-    batch = Feed(tiny_config(), TinyPictures(), encode)(Step(1, 24, (4, 4), (), False))
+    (batch,) = Feed(tiny_config(), TinyPictures(), encode)(Step(1, 24, (4, 4), (), False))
 
     def coarse(net: NestedUNet) -> Tensor:
         with torch.no_grad():
@@ -235,16 +235,16 @@ def test_a_ramp_lessens_the_new_level_in_the_loss():
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_sample_named():
     trainer = trainer_after(8, tiny_config(ema_power=(0.1,)))
-    before, batch = state(trainer), inputs(8)
+    before, (batch,) = state(trainer), inputs(8)
     broken = [level.clone() for level in batch.x]
     broken[0][2] = float("nan")
-    outcome = trainer.step(replace(batch, x=tuple(broken)))
+    outcome = trainer.step([replace(batch, x=tuple(broken))])
     assert_same(state(trainer), before)
     assert isinstance(outcome, Skipped)
     assert [sample[:2] for sample in outcome.culprits] == [(10, "picture-10")]
     progress = trainer.progress
     assert (progress.images_seen, progress.steps, progress.skipped) == (12, 2, 1)
-    assert isinstance(trainer.step(batch), Stepped)
+    assert isinstance(trainer.step([batch]), Stepped)
     assert trainer.progress.skipped_in_a_row == 0
 
 
@@ -512,14 +512,14 @@ def test_patience_ends_only_where_the_scale_cannot_fall():
     trainer = Trainer(diffusion(HALF))
     scaled(trainer, 2.0**3)
     next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-    batch = inputs(0, HALF)
+    (batch,) = inputs(0, HALF)
     for _ in range(3):
-        trainer.step(batch)
+        trainer.step([batch])
     assert trainer.progress.skipped_in_a_row == 0
     for _ in range(PATIENCE - 1):
-        trainer.step(batch)
+        trainer.step([batch])
     with pytest.raises(NotFinite, match=r"train\.precision=fp32"):
-        trainer.step(batch)
+        trainer.step([batch])
     assert trainer.progress.skipped == 3 + PATIENCE
 
 
@@ -627,7 +627,7 @@ def count_graphs(path: str) -> None:
         net, feed = recipe.build(2), Feed(config, loader(), encode)
         compile_network(net, CPU, counter)
         for rows in range(2, 12):
-            inputs = feed(Step(0, 0, (rows, max(rows // 2, 2)), (), False))
+            (inputs,) = feed(Step(0, 0, (rows, max(rows // 2, 2)), (), False))
             recipe.loss(net, inputs).total.backward()
         blocks = sum(isinstance(module, Block) for module in net.modules())
         breaks = torch._dynamo.utils.counters["graph_break"]

@@ -100,10 +100,11 @@ def test_every_option_of_training_resumes_bit_for_bit(tmp_path, monkeypatch, set
     """Also in the middle of an epoch: each sample is used once, with the same time and noise."""
     config, step, used = tiny_config(**settings), Trainer.step, []
 
-    def recorded(self: Any, inputs: Inputs) -> Any:
+    def recorded(self: Any, parts: Sequence[Inputs]) -> Any:
+        (inputs,) = parts
         noise = hashlib.sha256(b"".join(level.numpy().tobytes() for level in inputs.noise))
         used.append((inputs.ids, inputs.keys, inputs.t.tolist(), noise.hexdigest()))
-        return step(self, inputs)
+        return step(self, parts)
 
     def go(name: str, **options: Any) -> dict[str, Any]:
         loader = Loader(epoch_of_ten(), config.train.seed, flip=True)
@@ -340,7 +341,7 @@ def test_a_folder_of_something_else_is_not_trained_in(tmp_path):
 
 
 def inputs(step: Step, config: RunConfig | None = None) -> Inputs:
-    return Feed(config or tiny_config(), TinyPictures(), encode)(step)
+    return Feed(config or tiny_config(), TinyPictures(), encode)(step)[0]
 
 
 def test_a_sample_is_given_the_same_in_any_batch():
@@ -361,7 +362,7 @@ def test_a_sample_is_given_the_same_in_any_batch():
 
 def ranked(step: Step, config: RunConfig, size: int) -> list[Inputs]:
     worlds = (World(rank, size) for rank in range(size))
-    return [Feed(config, TinyPictures(), encode, world=world)(step) for world in worlds]
+    return [Feed(config, TinyPictures(), encode, world=world)(step)[0] for world in worlds]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -440,8 +441,8 @@ def labelled(classes: int, labels: list[int] | None) -> Feed:
 
 def test_conditions_are_passed_on_or_refused_where_the_data_has_none():
     step = Step(0, 0, (3,), (), False)
-    assert there(labelled(3, [0, 2, 1])(step).cond.labels).tolist() == [0, 2, 1]
-    assert labelled(0, [0, 2, 1])(step).cond.labels is None
+    assert there(labelled(3, [0, 2, 1])(step)[0].cond.labels).tolist() == [0, 2, 1]
+    assert labelled(0, [0, 2, 1])(step)[0].cond.labels is None
     for labels, number in (([0, 2, 1], "at least 3"), (None, "none")):
         with pytest.raises(ValueError, match=f"model.classes is 2.*{number}"):
             labelled(2, labels)(step)

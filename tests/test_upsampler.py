@@ -39,7 +39,7 @@ def upsampler_config(levels: int = 1, **coarse) -> RunConfig:
 def inputs_of(first: int, count: int, config: RunConfig | None = None, **feed) -> Inputs:
     config = config or upsampler_config()
     rows = (count,) * len(config.model.levels)
-    return Feed(config, TinyPictures(), encode, **feed)(Step(0, first, rows, (), False))
+    return Feed(config, TinyPictures(), encode, **feed)(Step(0, first, rows, (), False))[0]
 
 
 def coarse_of(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def video_run(image_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def inputs(config: RunConfig, rows: tuple[int, ...]):
-    return Feed(config, TinyClips())(Step(0, 0, rows, (), False))
+    return Feed(config, TinyClips())(Step(0, 0, rows, (), False))[0]
 
 
 def test_the_levels_of_a_clip_are_its_first_frame_and_all_of_it(video_run: Path):

@@ -32,7 +32,7 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
 from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.inputs import Feed
+from matryoshka_diffusion.train.inputs import Batches, Feed
 from matryoshka_diffusion.train.stages import steps
 from matryoshka_diffusion.train.step import diffusion
 from matryoshka_diffusion.train.trainer import Hook, Trainer, View, train
@@ -91,7 +91,7 @@ def with_frames(config: RunConfig, frames: int | None = 4) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-class TinyPictures:
+class TinyPictures(Batches):
     """A loader of smooth random pictures, a pure function of the sample number.
 
     The system cannot read the sample `unreadable_at`.

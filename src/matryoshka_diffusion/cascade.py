@@ -55,6 +55,10 @@ class Cascade:
     def __repr__(self) -> str:
         return f"Cascade({self.base!r}, {self.upsampler!r})"
 
+    def sized(self, height: int | None = None, width: int | None = None) -> Cascade:
+        """Raises `UsageError`: an upsampler enlarges squares."""
+        return Cascade(self.base, self.upsampler.sized(height, width))
+
     def sampling(self, settings: dict[str, Any]) -> SamplingConfig:
         """The upsampler's sampling defaults with some of them replaced."""
         return self.upsampler.sampling(self._split(settings)[1])

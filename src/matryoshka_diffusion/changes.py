@@ -140,8 +140,8 @@ def _weight(
     """A mask on the finest level, 1 where it is white, cut as `subject` is if there is one."""
     from matryoshka_diffusion.data.given import read_mask, size_of  # they load Pillow
 
-    sides = tuple(resolution.width for resolution in model.resolutions)
-    pixels = read_mask(mask, size_of(mask if subject is None else subject), sides)
+    size = size_of(mask if subject is None else subject)
+    pixels = read_mask(mask, size, model.resolutions)
     white = torch.tensor(pixels).permute(2, 0, 1)[None].to(model.device) / 255.0
     return up_sample(white, model.resolutions[-1], "nearest")
 
@@ -205,9 +205,9 @@ def given_level(
 
     resolution, whole = model.resolutions[level], model.resolutions[-1].frames
     # Latents are averages of those of whole images.
-    side = resolution.width if codec is None else model.picture_side
+    cut = resolution if codec is None else model.picture
     channels = model.model.channels if codec is None else 3
-    size = {"side": side, "finest": model.picture_side, "channels": channels}
+    size = {"level": cut, "finest": model.picture, "channels": channels}
     read = partial(read_given, **size)
     if (frames := resolution.frames) is not None:
         assert whole is not None, "the finest level has frames if any has"

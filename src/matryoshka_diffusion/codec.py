@@ -30,7 +30,7 @@ from matryoshka_diffusion.config import (
     DataConfig,
     RunConfig,
 )
-from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
+from matryoshka_diffusion.data.loader import Batch, LoaderWrapper, look_ahead
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import (
     FOREIGN_ERRORS,
@@ -302,10 +302,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LatentLoader:
+class LatentLoader(LoaderWrapper):
     """The batches of a loader, with codes for images."""
 
-    loader: Loader
     codec: Codec | CodeCache
 
     def batch(self, ids: Sequence[int]) -> Batch:

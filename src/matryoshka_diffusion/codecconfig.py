@@ -42,6 +42,6 @@ class CodecRunConfig(Strict):
             yield f"side {self.side} cannot be halved {len(self.widths) - 1} times"
         if odd := [width for width in self.widths if width % self.norm_groups]:
             yield f"widths: {odd[0]} is not a multiple of norm_groups {self.norm_groups}"
-        for name in ("side", "classes"):
-            if getattr(self.data, name):
-                yield f"data.{name}: a codec has its own side and no classes; omit it"
+        for name in ("side", "classes", "shapes"):
+            if getattr(self.data, name) != DataConfig.model_fields[name].default:
+                yield f"data.{name}: a codec has its own side, squares and no classes; omit it"

@@ -127,7 +127,8 @@ class DataConfig(DataPlace):
     side: Count | None = None  # of the images that D^r makes the levels of; None: the finest side
     classes: tuple[str, ...] = ()  # class names in order; empty: the data's, which a run fills in
     identity: DataIdentity | None = None  # of the data; a run fills it in
-    crop: Crop = "centre"  # of the square; random: another place each time
+    shapes: Literal["square", "own"] = "square"  # own: images lose no more than the grid demands
+    crop: Crop = "centre"  # what the shape leaves of an image; random: another place each time
     flip: bool = False
     augment: Share = 0.0  # probability of each geometric transformation
     pixels: Pixels = "symmetric"  # x / 127.5 - 1; released: (x - 127) / 128
@@ -372,6 +373,7 @@ class RunConfig(Strict):
         if self.data_frames and (self.codec is not None or data.augment):
             name = "data.augment" if self.codec is None else "codec"
             yield f"{name} is for images, but model.levels[-1] has frames: omit it"
+        yield from self._bound_to_squares()
         if self.codec is not None and {*sampling.threshold} != {"none"}:
             yield "sampling.threshold is for pixels: with a codec, --set sampling.threshold=[none]"
         if model.coarse is None:
@@ -384,6 +386,15 @@ class RunConfig(Strict):
             yield "model.coarse needs sampling.coarse_noise: set a time"
         elif sampling.coarse_noise > (limit := model.coarse.max_noise):
             yield f"sampling.coarse_noise is above model.coarse.max_noise = {limit:g}; set it lower"
+
+    def _bound_to_squares(self) -> Iterator[str]:
+        """Yield what takes squares only."""
+        others = {"codec": self.codec, "features": self.features, "model.coarse": self.model.coarse}
+        others["clips"] = self.data.source in VIDEO_SOURCES or self.data_frames
+        others["data.augment, which turns images"] = self.data.augment
+        others |= {f"train.{x}": getattr(self.train, x) for x in ("compile", "eval_every_images")}
+        for name in filter(others.get, others if self.data.shapes == "own" else ()):
+            yield f"data.shapes=own is not for {name}: omit one of them"
 
     def _untrained_levels(self) -> Iterator[str]:
         """Samples are what the finest level predicts, so no stage may leave it untrained.

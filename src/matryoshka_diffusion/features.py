@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from matryoshka_diffusion.codec import CodeCache, with_path
 from matryoshka_diffusion.config import ConfigError, RunConfig
 from matryoshka_diffusion.configfile import to_yaml
-from matryoshka_diffusion.data.loader import Batch, Loader, look_ahead
+from matryoshka_diffusion.data.loader import Batch, LoaderWrapper, look_ahead
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.files import (
     FOREIGN_ERRORS,
@@ -256,10 +256,9 @@ class FeatureEncoder:
 
 
 @dataclass(frozen=True)
-class FeatureLoader:
+class FeatureLoader(LoaderWrapper):
     """The batches of a loader, with features beside the images."""
 
-    loader: Loader
     features: CodeCache
 
     def batch(self, ids: Sequence[int]) -> Batch:

@@ -77,7 +77,7 @@ class Matryoshka(DiffusionModel):
         net = placed(net, device, layout).eval()
         options = {"device": device, "open_guide": open_guide, **options}
         super().__init__(net, net.config, config, **options)
-        self._codec = codec
+        self._frozen["codec"] = codec
 
     def __repr__(self) -> str:
         sides = ", ".join(level.size for level in self.model.levels[self.model.hidden :])
@@ -153,9 +153,9 @@ class Matryoshka(DiffusionModel):
     @property
     def codec(self) -> Codec | None:
         """The codec that decodes levels, if any; loaded at the first use. Raises `ConfigError`."""
-        if self._codec is None and self.config.codec is not None:
-            self._codec = load_autoencoder(self.config, self.device)
-        return self._codec
+        if self._frozen["codec"] is None and self.config.codec is not None:
+            self._frozen["codec"] = load_autoencoder(self.config, self.device)
+        return self._frozen["codec"]
 
     def sample(
         self,
@@ -175,7 +175,7 @@ class Matryoshka(DiffusionModel):
         """Draw `n` images for each prompt or class (`n` in all if there is neither).
 
         Image i of the result has the seed `seed + i`, or `seed[i]` if each has its own. `n` seeds
-        are those of each prompt.
+        are those of each prompt. Images are squares; `sized` gives the model for other shapes.
 
         Args:
             negative: a prompt to guide away from; by default the null or the empty prompt.
@@ -347,6 +347,8 @@ class Matryoshka(DiffusionModel):
     def _drawn_with(self, sampling: SamplingConfig) -> dict[str, Any]:
         """The settings as JSON. A guide in use is named with its weights' hash, not by its path."""
         record = sampling.model_dump(mode="json", exclude={"guide"})
+        if self.picture != self._square:
+            record |= {"height": self.picture.height, "width": self.picture.width}
         if sampling.guide is not None and "guide" not in sampling.idle:
             guide = self.guide(sampling.guide)
             assert isinstance(guide, Matryoshka), "open_guide loads one"

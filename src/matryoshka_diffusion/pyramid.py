@@ -33,6 +33,10 @@ class Resolution(NamedTuple):
     width: int
     frames: int | None = None
 
+    def __str__(self) -> str:
+        """Width and height, as sizes of images are usually written: 640x480."""
+        return f"{self.width}x{self.height}"
+
     def shape(self, channels: int) -> tuple[int, ...]:
         """The shape of an image (c, h, w) or of a clip (c, f, h, w)."""
         frames = () if self.frames is None else (self.frames,)
@@ -45,14 +49,32 @@ def resolution_of(x: Float[Tensor, "b c *grid"]) -> Resolution:
     return Resolution(height, width, *frames)
 
 
-def resolutions_of(model: ModelConfig) -> tuple[Resolution, ...]:
-    """The resolution of every level of a model, coarse to fine."""
-    return tuple(Resolution(level.side, level.side, level.frames) for level in model.levels)
+def resolutions_of(
+    model: ModelConfig, image: Resolution | None = None, side: int = 1
+) -> tuple[Resolution, ...]:
+    """The resolution of every level of a model, coarse to fine: squares, unless of an `image`.
+
+    `side` is that of the square in the place of the image.
+
+    Examples:
+        >>> from matryoshka_diffusion.presets import preset
+        >>> [str(level) for level in resolutions_of(preset("openmoji").model)]
+        ['16x16', '32x32', '64x64']
+        >>> [str(x) for x in resolutions_of(preset("openmoji").model, Resolution(48, 80), 64)]
+        ['20x12', '40x24', '80x48']
+    """
+    height, width, _ = image or Resolution(side, side)
+    return tuple(
+        Resolution(height * level.side // side, width * level.side // side, level.frames)
+        for level in model.levels
+    )
 
 
-def shapes_of(model: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """The shape of one row of every level of a model, coarse to fine."""
-    grids = zip(model.levels, resolutions_of(model), strict=True)
+def shapes_of(
+    model: ModelConfig, resolutions: Sequence[Resolution] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """The shape of one row of every level of a model, coarse to fine; by default of squares."""
+    grids = zip(model.levels, resolutions or resolutions_of(model), strict=True)
     return tuple(grid.shape(model.channels_of(level)) for level, grid in grids)
 
 

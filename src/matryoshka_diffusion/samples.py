@@ -89,7 +89,9 @@ class Samples:
         return Path(out)
 
     def __repr__(self) -> str:
-        sides = ", ".join(str(level.shape[-2]) for level in self.levels)
+        from matryoshka_diffusion.draw.grid import size_of
+
+        sides = ", ".join(map(size_of, self.levels))
         kind = "clip" if self.levels[-1].ndim == 5 else "image"
         kind += "s" * (len(self.captions) != 1)
         captions = ", ".join(map(repr, dict.fromkeys(filter(None, self.captions[:100]))))

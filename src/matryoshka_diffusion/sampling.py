@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from matryoshka_diffusion.denoiser import (
     TwoModelPair,
 )
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
-from matryoshka_diffusion.files import memory_bytes
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, shapes_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, Seed, SeededNoise, State, waking
 from matryoshka_diffusion.schedule import Instant, instants
+from matryoshka_diffusion.sizes import batch_of, on_grid, refuse_more_than_fit
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
 from matryoshka_diffusion.train.precision import (
     Precision,
@@ -41,20 +41,10 @@ from matryoshka_diffusion.train.precision import (
     resolve_precision,
 )
 
+Sized = TypeVar("Sized", bound="DiffusionModel")
+
 UNBOUNDED = (-float("inf"), float("inf"))
-BATCH, PIXELS = 64, 2**22
-"""Samples of a batch, and pixels of their finest level, at most: unless a batch size is set."""
 _CLASS = (str, Integral)
-
-
-def batch_of(side: int, frames: int | None = None) -> int:
-    """The number of images or clips in a batch, by their pixels: as memory and time go with those.
-
-    Examples:
-        >>> [batch_of(side) for side in (64, 256, 512, 1024)], batch_of(256, frames=16)
-        ([64, 64, 16, 4], 4)
-    """
-    return max(1, min(BATCH, PIXELS // (side**2 * (frames or 1))))
 
 
 class DiffusionModel:
@@ -86,7 +76,10 @@ class DiffusionModel:
         self.device = torch.device(device)
         self.precision: Precision = resolve_precision(precision, self.device)
         self.process = Process.from_config(config.process, model)
-        self._encoder = encoder
+        side = model.levels[-1].side * config.pixels_per_side
+        self.picture_side = side  # of the finest squares, in pixels
+        self._square = self.picture = Resolution(side, side, model.levels[-1].frames)
+        self._frozen: dict[str, Any] = {"encoder": encoder}  # loaded once, for all sizes
         self._features = features or {}
         self._features_alone: dict[str, Tensor] = {}
         self._open_guide = open_guide
@@ -97,25 +90,41 @@ class DiffusionModel:
         """The grid of every level of pixels, coarse to fine. UsageError: there is none yet."""
         if len(self.model.levels) == self.model.hidden:
             raise UsageError(f"{self.config.name} has only a level of features yet: train it on")
-        return resolutions_of(self.model)[self.model.hidden :]
+        return self._resolutions[self.model.hidden :]
 
     @property
-    def picture_side(self) -> int:
-        """Side in pixels of the finest images."""
-        return self.resolutions[-1].height * self.config.pixels_per_side
+    def _resolutions(self) -> tuple[Resolution, ...]:
+        return resolutions_of(self.model, self.picture, self.picture_side)
 
     @property
     def batch_size(self) -> int:
         """Samples in a batch unless a batch size is set."""
-        return batch_of(self.picture_side, self.resolutions[-1].frames)
+        return batch_of(self.picture)
+
+    def sized(self: Sized, height: int | None = None, width: int | None = None) -> Sized:
+        """The same model for images of this size in pixels; None is that of its squares.
+
+        Each level has the shape of the finest one. Weights, encoder and codec are shared.
+
+        Raises:
+            UsageError: the size is not on the model's grid, or it draws clips, or from features or
+                coarse images.
+        """
+        other = copy.copy(self)
+        other.picture = on_grid(self.config, self._square, height, width)
+        return other
+
+    @property
+    def _encoder(self) -> TextEncoder | None:
+        return self._frozen["encoder"]
 
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded at the first call."""
         if self._encoder is None:
             assert self.config.encoder is not None, "a model of text has an encoder"
             half = self.precision == "bf16"
-            self._encoder = load_encoder(self.config.encoder, self.device, half=half)
-        return self._encoder
+            self._frozen["encoder"] = load_encoder(self.config.encoder, self.device, half=half)
+        return self._frozen["encoder"]
 
     def _encode(self, captions: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
         """Features of each caption: of a single one, stored features unless an encoder is there.
@@ -185,7 +194,8 @@ class DiffusionModel:
     def noise(self, seeds: Sequence[Seed], device: torch.device | str) -> SeededNoise:
         """Noise for each seed. An upsampler has its own stream, so it never repeats its base's."""
         family = "sample" if self.model.coarse is None else "upsample"
-        return SeededNoise(seeds, shapes_of(self.model), device, family=family)
+        shapes = shapes_of(self.model, self._resolutions)
+        return SeededNoise(seeds, shapes, device, family=family)
 
     def guide(self, path: str) -> DiffusionModel:
         """The weaker model at a path, opened at the first call.
@@ -320,7 +330,8 @@ class DiffusionModel:
             raise UsageError(f"n is {n!r}: give a whole number from 1 on (-n)")
         prompts = entries_of("prompts", prompts, str)
         classes = entries_of("classes", classes, _CLASS)
-        self._refuse_more_than_fit(n * len(prompts or classes or range(self.model.classes or 1)))
+        number = n * len(prompts or classes or range(self.model.classes or 1))
+        refuse_more_than_fit(self.config, self._resolutions, number)
         if prompts is not None and self.model.text is None:
             raise self._takes("no prompts")
         if classes is not None and not self.model.classes:
@@ -348,18 +359,6 @@ class DiffusionModel:
             for name, usual in self.model.usual_micro.items()
         }
         return captions, Conditioning(**conditions, micro=micro)
-
-    def _refuse_more_than_fit(self, count: int) -> None:
-        """Raise UsageError if the bytes of `count` samples and of their text exceed the memory."""
-        each = sum(map(math.prod, shapes_of(self.model))) * self.config.pixels_per_side**2
-        each += 0 if self.model.text is None else 4 * self.model.text.features  # of one token
-        needed, memory = count * each, memory_bytes()
-        if needed > memory:
-            raise UsageError(
-                f"{count:,} samples take {needed / 1e9:,.1f} GB or more, and this machine has "
-                f"{memory / 1e9:,.1f} GB: draw fewer at a time (-n), the next ones with another "
-                "seed (--seed)"
-            )
 
     def with_coarse(
         self,

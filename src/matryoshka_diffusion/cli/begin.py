@@ -27,6 +27,7 @@ def proposed(options: argparse.Namespace) -> str | None:
     from matryoshka_diffusion.cli.info import duration, gigabytes, memory
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.data.check import summary
+    from matryoshka_diffusion.data.shapes import MOST_LOST
     from matryoshka_diffusion.data.source import kind_of
     from matryoshka_diffusion.presets import PRESETS, preset
     from matryoshka_diffusion.runs import prepare
@@ -44,6 +45,8 @@ def proposed(options: argparse.Namespace) -> str | None:
     some = range(0, len(source), -(-len(source) // LOOKED_AT))
     side = median(example.original_side for example in source.many(some))
     show(summary(source))
+    if (lost := max(1.0 - sample.kept for sample in source.samples)) > MOST_LOST:
+        show(f"squares cut off up to {lost:.0%} of an image: --set data.shapes=own keeps its shape")
     presets = [name for name in PRESETS if name.startswith("folder-")]
     takes: dict[str, tuple[int, int]] = {}  # bytes, and times that an image is seen
     for name in presets:

@@ -350,10 +350,11 @@ def describe_plan(
     )
     epochs = "" if images is None else f", {_rounded(seen / images)} times each of {images:,}"
     kind = "images" if frames is None else f"clips of {frames} frames"
+    own = ", each in a shape of its own" * (config.data.shapes == "own")
     every = train.preview_every_images
     previews = f"; a preview every {every:,} images" * (every > 0)
     lines += [
-        f"data: {kind} of {config.data_side} pixels or more, with {condition} beside them; "
+        f"data: {kind} of {config.data_side} pixels or more{own}, with {condition} beside them; "
         f"{seen:,} are seen{epochs}",
         f"time: about {_time(work_of(config, flops))}, by arithmetic{previews}",
     ]

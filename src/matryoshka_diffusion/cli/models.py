@@ -15,11 +15,13 @@ from matryoshka_diffusion.cli.options import (
     add_command,
     add_sampling,
     add_shared,
+    add_size,
     find_device,
     natural,
     positive,
     refuse_idle,
     sampling,
+    sized,
     tell_names,
 )
 from matryoshka_diffusion.cli.terminal import Bar, show
@@ -46,6 +48,7 @@ def sample(options: argparse.Namespace) -> None:
             adapters=adapters(options),
             progress=bar,
         )
+    model = sized(model, options)
     settings, finest = sampling(options), model.resolutions[-1]
     refuse_idle(model, settings)
     tell_names(options.prompt or (), model)
@@ -159,7 +162,7 @@ def edit(options: argparse.Namespace) -> None:
         text_encoder=options.text_encoder,
         adapters=adapters(options),
     )
-    settings = sampling(options)
+    model, settings = sized(model, options), sampling(options)
     refuse_idle(model, settings)
     tell_names(options.prompt or (), model)
     count = len(options.prompt or options.classes or ()) or max(model.config.model.classes, 1)
@@ -350,4 +353,5 @@ def _add_drawing(command: argparse.ArgumentParser, *count: str) -> None:
     add("-o", "--out", type=Path, metavar="PATH", help=text)
     add("--overwrite", action="store_true", help="replace files of the same names in -o")
     add_shared(command, "--lora", "--text-encoder")
+    add_size(command)
     add_sampling(command)

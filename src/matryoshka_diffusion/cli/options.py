@@ -122,6 +122,13 @@ def add_sampling(command: argparse.ArgumentParser, *, swept: bool = False) -> No
     add("--precision", choices=(PRECISION, *DTYPES), default=PRECISION, help=text)
 
 
+def add_size(command: argparse.ArgumentParser) -> None:
+    """Add the size of images that are drawn."""
+    for axis in ("height", "width"):
+        text = f"{axis} of the images in pixels (that of the model's squares)"
+        command.add_argument(f"--{axis}", type=positive, metavar="PIXELS", help=text)
+
+
 # --- mistyped words ----------------------------------------------------------------------------
 
 
@@ -171,6 +178,12 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
         *("guidance", "guide", "guidance_interval", "rescale", "coarse_noise", "fps"),
     )
     return {n: value for n in names if (value := getattr(options, n, None)) is not None}
+
+
+def sized(model: Any, options: argparse.Namespace) -> Any:
+    """The model for images of the size on the command line, or as it is without one."""
+    size = options.height, options.width
+    return model if size == (None, None) else model.sized(*size)
 
 
 def refuse_idle(model: Model, *cases: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch.nn import functional as F
 
 from matryoshka_diffusion.conditioning import AUGMENT_NUMBERS
+from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.rng import stream
 
 CENTRE = 0.5
@@ -28,7 +29,8 @@ class Cut(NamedTuple):
     """Part of a file to show. Uniform numbers in [0, 1) make all parts equally likely.
 
     Attributes:
-        place: of the square along the longer side: 0 is its beginning, towards 1 its end.
+        place: of what is cut out along the side that is longer: 0 is its beginning, towards 1 its
+            end.
         start: of the clip among all that fit into the video; None for the source's usual place.
     """
 
@@ -36,14 +38,14 @@ class Cut(NamedTuple):
     start: float | None = None
 
 
-def cut_square(
-    picture: UInt8[np.ndarray, "*frames h w c"], place: float = CENTRE
-) -> UInt8[np.ndarray, "*frames side side c"]:
-    """Largest square at `place` along the longer side, the same one of all frames."""
-    height, width, _ = picture.shape[-3:]
-    side = min(height, width)
-    top, left = (int(place * (length - side + 1)) for length in (height, width))
-    return picture[..., top : top + side, left : left + side, :]
+def cut_out(
+    picture: UInt8[np.ndarray, "*frames h w c"], shape: Resolution, place: float = CENTRE
+) -> UInt8[np.ndarray, "*frames y x c"]:
+    """Part of this shape at `place` along the longer side, the same one of all frames."""
+    height, width, _ = shape
+    top = int(place * (picture.shape[-3] - height + 1))
+    left = int(place * (picture.shape[-2] - width + 1))
+    return picture[..., top : top + height, left : left + width, :]
 
 
 class Augmentation(NamedTuple):

@@ -28,7 +28,7 @@ def summary(source: Source) -> str:
     bad = f"; {len(source.bad)} bad files, which mdm data check lists" if source.bad else ""
     side = f"{source.side} px{_colours(source)}"
     line = f"{source.name}: {len(source):,} {_noun(source)} of {side}, {conditions}{bad}"
-    return "\n".join([line, *describe_unused(source)])
+    return "\n".join([line, *describe_shapes(source), *describe_unused(source)])
 
 
 def describe(source: Source) -> str:
@@ -46,6 +46,7 @@ def describe(source: Source) -> str:
         f"  side      {source.side} px, {source.channels} channel{'s' * (source.channels > 1)}"
         f"{_colours(source)}",
         f"  originals {min(sides):,} to {max(sides):,} px on the shorter side{remark}",
+        *describe_shapes(source),
     ]
     if source.classes:
         counts = [f"{name} ({labels[label]:,})" for label, name in enumerate(source.classes)]
@@ -58,6 +59,19 @@ def describe(source: Source) -> str:
     some = f"{len(captions):,} ({len(distinct):,} distinct), such as {first}"
     lines.append(f"  captions  {some if captions else 'none'}")
     return "\n".join([*lines, *describe_unused(source), describe_bad(source.bad)])
+
+
+def describe_shapes(source: Source) -> list[str]:
+    """Report of the shapes of images and of what they cut off; no line for images of one shape."""
+    if len(source.shapes) == 1:
+        return []
+    found = Counter(sample.shape for sample in source.samples).most_common()
+    counts = [f"{source.shapes[shape]} ({count:,})" for shape, count in found]
+    lost = [1.0 - sample.kept for sample in source.samples]
+    return [
+        f"  shapes    {len(found)}: {', '.join(listed(counts, 8))}",
+        f"  cut off   {max(lost):.1%} of an image at most, {sum(lost) / len(lost):.1%} on average",
+    ]
 
 
 def describe_unused(source: Source) -> list[str]:

@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from matryoshka_diffusion.config import Crop, DataConfig
-from matryoshka_diffusion.data.augment import Cut, cut_square
+from matryoshka_diffusion.data.augment import Cut, cut_out
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
-from matryoshka_diffusion.data.image import read_picture
+from matryoshka_diffusion.data.image import read_picture, read_size
 from matryoshka_diffusion.data.loader import look_ahead
+from matryoshka_diffusion.data.shapes import kept, nearest
 from matryoshka_diffusion.data.source import Picture, Sample, Source
 from matryoshka_diffusion.data.spellings import Unused, sorted_classes
 from matryoshka_diffusion.files import (
@@ -36,6 +37,7 @@ from matryoshka_diffusion.files import (
     unsealed,
     write_atomically,
 )
+from matryoshka_diffusion.pyramid import Resolution
 
 CACHED_PICTURES = 20_000
 """Largest set of images that is decoded into the cache; at 256 pixels a side it takes 4 GB."""
@@ -62,21 +64,22 @@ class Decoder:
     """Way from (file, key, start) to an image or a clip, uncut; a clip begins at `start`."""
 
     decode: Callable[[bytes | Path, str, float | None], Picture]  # may raise PictureError
-    side: int  # the shorter one of the result
+    shapes: tuple[Resolution, ...]  # the square first; a result covers the nearest
     frames: int | None  # of a clip; None for images
     options: str  # everything that the result depends on, for the names of caches
     cached: int  # samples of the largest set that is decoded into the cache
     channels: int = 3
 
 
-def picture_decoder(side: int, crop: Crop, channels: int = 3) -> Decoder:
+def picture_decoder(shapes: tuple[Resolution, ...], crop: Crop, channels: int = 3) -> Decoder:
     """Decoder of images."""
 
     def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
-        return read_picture(file, side, crop, channels)
+        return read_picture(file, shapes, crop, channels)
 
-    options = f"{side}, {crop}" + (f", {channels} channels" if channels != 3 else "")
-    return Decoder(decode, side, None, options, CACHED_PICTURES, channels)
+    options = f"{shapes[0].height}, {crop}" + (f", {channels} channels" if channels != 3 else "")
+    options += "".join(f", {shape}" for shape in shapes[1:])
+    return Decoder(decode, shapes, None, options, CACHED_PICTURES, channels)
 
 
 def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> Source:
@@ -108,30 +111,40 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     def decode(n: int, start: float | None = None) -> Picture:
         return decoder.decode(load(rows[n]), usable[n].key, start)
 
+    def cut_to_shape(picture: Picture, place: float) -> Picture:
+        shape = decoder.shapes[nearest(picture.size, decoder.shapes)]
+        return picture._replace(pixels=cut_out(picture.pixels, shape, place))
+
     def read(n: int, cut: Cut) -> Picture:
-        pixels, size = decode(n, cut.start)
-        return Picture(cut_square(pixels, cut.place), size)
+        return cut_to_shape(decode(n, cut.start), cut.place)
 
     source = Source(
         name,
         usable,
         read,
         quarantine,
-        decoder.side,
+        decoder.shapes,
         frames=decoder.frames,
         channels=decoder.channels,
         classes=(classes or numbers) if labels else (),
         threads=THREADS,
         unused=tuple(unused),
     )
-    if len(usable) > decoder.cached:
+    small = len(usable) <= decoder.cached
+    if not small and len(decoder.shapes) == 1:
         return source
-    cache = cache_folder("decoded", digest(f"{name} at {decoder.options}"))
+
+    def measure(n: int) -> Picture:
+        return Picture(np.empty(0, np.uint8), read_size(load(rows[n])))
+
+    whole = f"{name} at {decoder.options}" if small else f"{name}, sizes"
+    cache = cache_folder("decoded", digest(whole))
     state = "\n".join([str(_VERSION), catalogue.state, *source.keys])
     path = cache / digest(state)
     stored = _stored(path, len(source))
     if stored is None:
-        _decode_all(path, source, decode)
+        title = f"decoding at {source.side} px" if small else "measuring"
+        _decode_all(path, source, decode if small else measure, title)
         stored = _stored(path, len(source))
     if stored is None:
         raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
@@ -149,14 +162,27 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         note = notes[n]
         stored = pixels[offsets[n] : offsets[n + 1]]
         if zlib.crc32(stored.data) == note.checksum:
-            picture = stored.reshape(note.shape)
+            picture = Picture(stored.reshape(note.shape), note.size)
         else:
-            picture = decode(n).pixels
-            _mend(path.with_suffix(".bin"), int(offsets[n]), picture.tobytes(), note.checksum)
-        return Picture(np.array(cut_square(picture, cut.place)), note.size)
+            picture = Picture(decode(n).pixels, note.size)
+            content = picture.pixels.tobytes()
+            _mend(path.with_suffix(".bin"), int(offsets[n]), content, note.checksum)
+        picture = cut_to_shape(picture, cut.place)
+        return picture._replace(pixels=np.array(picture.pixels))
 
     good = [n for n, note in enumerate(notes) if not note.reason]
-    return replace(source, read=read_decoded, quarantine=quarantine, threads=1).part(good)
+    shaped = [_shaped(one, note.size, decoder.shapes) for one, note in pairs]
+    source = replace(source, samples=shaped, quarantine=quarantine)
+    source = replace(source, read=read_decoded, threads=1) if small else source
+    return source.part(good)
+
+
+def _shaped(sample: Sample, size: tuple[int, int], shapes: tuple[Resolution, ...]) -> Sample:
+    """The sample with the shape of its picture, and the share of the picture that this keeps."""
+    if 0 in size:  # of a bad one
+        return sample
+    shape = nearest(size, shapes)
+    return sample._replace(shape=shape, kept=kept(size, shapes[shape]))
 
 
 def _numbered(
@@ -249,7 +275,7 @@ def _mend(binary: Path, start: int, data: bytes, checksum: int) -> None:
             file.write(data)
 
 
-def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) -> None:
+def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture], title: str) -> None:
     """Decode all samples. The notes are written first, so they exist wherever the bytes do."""
     from tqdm import tqdm
 
@@ -264,7 +290,7 @@ def _decode_all(path: Path, source: Source, decode: Callable[[int], Picture]) ->
     def write(file: BinaryIO) -> None:
         notes = []
         results = look_ahead(one, range(len(source)), workers=THREADS, depth=4 * THREADS)
-        title, unit = f"decoding at {source.side} px", " clips" if source.frames else " pictures"
+        unit = " clips" if source.frames else " pictures"
         for data, note in tqdm(results, desc=title, total=len(source), unit=unit, disable=None):
             file.write(data)
             notes.append(note)

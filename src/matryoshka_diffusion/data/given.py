@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from matryoshka_diffusion.config import Crop, DataConfig, UsageError
+from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.bad import PictureError
-from matryoshka_diffusion.data.image import MIN_SIDE, SUFFIXES, read_picture, resized
+from matryoshka_diffusion.data.image import SUFFIXES, read_picture, read_size, resized
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.data.video import choose, open_video
+from matryoshka_diffusion.pyramid import Resolution
 
 Given: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
 """A file, its content, an image of Pillow, or uint8 (height, width, channels); grey needs none.
@@ -27,31 +28,37 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def read_given(
-    given: Given, side: int, finest: int, channels: int = 3
-) -> UInt8[np.ndarray, "fine fine {channels}"]:
-    """Middle square of a picture, of a side that D^r averages to `side`.
+    given: Given, level: Resolution, finest: Resolution, channels: int = 3
+) -> UInt8[np.ndarray, "y x {channels}"]:
+    """Middle of a picture in the shape of `level`, of a size that D^r averages to that.
 
-    Training averages pictures of the side `finest`. A smaller picture is enlarged no more than it
-    must be, so a sketch of `side` pixels keeps each of them.
+    Training averages pictures of the size `finest`. A smaller picture is enlarged no more than it
+    must be, so a sketch of the level's size keeps each of its pixels.
 
     Raises:
         UsageError: the file or the array is no picture.
         OSError: the system cannot read the file.
     """
-    shorter = min(size_of(given))
-    return _read(given, side * max(1, min(shorter, finest) // side), channels).pixels
+    return _read(given, _times(level, size_of(given), finest), channels).pixels
+
+
+def _times(level: Resolution, size: tuple[int, int], finest: Resolution) -> Resolution:
+    """The largest multiple of a level that a picture of a width and height has, up to `finest`."""
+    width, height = size
+    times = min(width // level.width, height // level.height, finest.width // level.width)
+    return Resolution(level.height * max(1, times), level.width * max(1, times))
 
 
 def read_clip(
     given: Given,
-    side: int,
-    finest: int,
+    level: Resolution,
+    finest: Resolution,
     channels: int = 3,
     *,
     frames: int,
     whole: int,
     data: DataConfig,
-) -> UInt8[np.ndarray, "frames fine fine {channels}"]:
+) -> UInt8[np.ndarray, "frames y x {channels}"]:
     """Frames of a clip, cut and sized as by `read_given`.
 
     A clip of just so many `frames` keeps each of them. Of a longer one, the first `whole` are
@@ -69,14 +76,13 @@ def read_clip(
             if len(several) < len(numbers):
                 raise PictureError(f"it has {len(several)} frames, a clip needs {len(numbers)}")
             numbers = numbers if len(numbers) == frames else numbers[thinned]
-            small = {n: read_given(several[n], side, finest, channels) for n in numbers}
+            small = {n: read_given(several[n], level, finest, channels) for n in numbers}
         else:
             with open_video(_file(given)) as video:
                 exact = video.count == frames
                 numbers = [*range(frames)] if exact else choose(video, data, whole, 0.0)[thinned]
                 for number, image in video.frames(sorted({*numbers})):
-                    scale = max(1, min(*image.size, finest) // side)
-                    small[number] = resized(image, side * scale, 1, channels)
+                    small[number] = resized(image, _times(level, image.size, finest), 1, channels)
         if len({frame.shape for frame in small.values()}) > 1:
             raise PictureError("its frames differ in size")
     return np.stack([small[number] for number in numbers])
@@ -101,39 +107,35 @@ def _frames_of(given: Given) -> list[Given] | None:
 
 
 def read_mask(
-    mask: Given, size: tuple[int, int], sides: tuple[int, ...]
-) -> UInt8[np.ndarray, "side side 1"]:
+    mask: Given, size: tuple[int, int], levels: Sequence[Resolution]
+) -> UInt8[np.ndarray, "y x 1"]:
     """The mask of a picture of `size`, cut as that picture is: white where it is drawn anew.
 
-    A mask of one of `sides` keeps its size. One as large as the picture gets the last of them.
+    A mask as large as one of `levels` keeps its size. One as large as the picture gets the last.
 
     Raises:
         UsageError: the mask is no picture, or has another size.
         OSError: the system cannot read the file.
     """
     own = size_of(mask)
-    at_level = own[0] == own[1] and own[0] in sides
-    if own != size and not at_level:
-        levels = ", ".join(f"{side}x{side}" for side in sides)
+    same = [level for level in levels if (level.width, level.height) == own]
+    if own != size and not same:
         raise UsageError(
             f"mask: it has {own[0]}x{own[1]} pixels, and the image has {size[0]}x{size[1]}: give a "
-            f"mask as large as the image, or as a level ({levels})"
+            f"mask as large as the image, or as a level ({', '.join(map(str, levels))})"
         )
-    return _read(mask, own[0] if at_level else sides[-1], 1).pixels
+    return _read(mask, (same or levels)[-1], 1).pixels
 
 
 def size_of(given: Given) -> tuple[int, int]:
     """Width and height of a picture that stands upright. Raises as `read_given`."""
-    # The crop "random" keeps the longer side, which tells how the picture lies.
-    whole, (width, height) = _read(given, MIN_SIDE, 1, "random")
-    tall, wide = whole.shape[0] > whole.shape[1], whole.shape[0] < whole.shape[1]
-    turned = (tall and width > height) or (wide and height > width)
-    return (height, width) if turned else (width, height)
-
-
-def _read(given: Given, side: int, channels: int, crop: Crop = "centre") -> Picture:
     with _faults_of(given):
-        return read_picture(_file(given), side, crop, channels)
+        return read_size(_file(given))
+
+
+def _read(given: Given, size: Resolution, channels: int) -> Picture:
+    with _faults_of(given):
+        return read_picture(_file(given), (size,), channels=channels)
 
 
 def _file(given: Given) -> Path | bytes:

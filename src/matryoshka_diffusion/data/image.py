@@ -12,10 +12,10 @@ import errno
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,8 +24,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 from matryoshka_diffusion.config import Crop
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.colour import to_srgb
+from matryoshka_diffusion.data.shapes import nearest, square
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import MissingExtra, require, unreadable
+from matryoshka_diffusion.pyramid import Resolution
+
+Result = TypeVar("Result")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp"})
@@ -68,7 +72,7 @@ VIDEOS = Kind(
 CHANNELS = (1, 2, 3, 4)
 """Numbers of channels of decoded images: grey, grey and opacity, colour, colour and opacity."""
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
-"""Longest side that is kept around the middle, in units of the shorter one; bounds panoramas."""
+"""Parts that are kept around the middle, in lengths of the cropped part; bounds panoramas."""
 
 _PNG, _ANCILLARY = b"\x89PNG\r\n\x1a\n", 0x20
 _KEPT = (b"tRNS", b"eXIf", b"iCCP")  # ancillary chunks that an image's look depends on
@@ -78,6 +82,7 @@ _ADOBE_BYTES = 12  # of the segment that tells the kind of colours
 _HEIC = (b"heic", b"heix", b"mif1")  # brands
 _COMMENTS = 2**20
 """Bytes that a GIF may have before its first frame: Pillow's time grows with their square."""
+_SIDEWAYS = 5  # orientations from this one on
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -129,36 +134,65 @@ def unknown(kind: Kind) -> PictureError:
 
 
 def read_picture(
-    file: Path | bytes, side: int, crop: Crop = "centre", channels: int = 3
+    file: Path | bytes,
+    shapes: int | tuple[Resolution, ...],
+    crop: Crop = "centre",
+    channels: int = 3,
 ) -> Picture:
-    """Decode a file or its bytes, turn it upright, and resize its shorter side to `side`.
+    """Decode a file or its bytes, turn it upright, and resize it to cover the nearest of `shapes`.
 
-    The image has the number of `channels` (one of `CHANNELS`), whatever the file has. The crop
-    "centre" keeps the middle square; "random" keeps the longer side, up to `REACH`.
+    A number is the side of a square. The image has the number of `channels` (one of `CHANNELS`),
+    whatever the file has. The crop "centre" keeps the middle; "random" keeps what the shape leaves
+    out along the other side, up to `REACH`.
     Raises as `opened` does.
     """
+    known = square(shapes) if isinstance(shapes, int) else shapes
+    return _read(file, lambda stream: _decoded(stream, known, crop, channels))
+
+
+def read_size(file: Path | bytes) -> tuple[int, int]:
+    """Width and height of an upright image, from its header where its format allows that.
+
+    Raises as `opened` does.
+    """
+
+    def size_of(stream: Any) -> tuple[int, int]:
+        image = open_image(stream)
+        judge(*image.size)
+        width, height = image.size
+        return (height, width) if _orientation(image) >= _SIDEWAYS else (width, height)
+
+    return _read(file, size_of)
+
+
+def _read(file: Path | bytes, read: Callable[[Any], Result]) -> Result:
+    """Read from a file, and once more without its metadata where these are damaged."""
     with opened(file, PICTURES) as stream:
         try:
-            return _decoded(stream, side, crop, channels)
+            return read(stream)
         except PictureError:
             raise
         except _DAMAGED:
             plain = _without_metadata(stream)
             if plain is None:
                 raise
-            return _decoded(plain, side, crop, channels)
+            return read(plain)
 
 
-def _decoded(stream: Any, side: int, crop: Crop, channels: int) -> Picture:
+def _decoded(stream: Any, shapes: tuple[Resolution, ...], crop: Crop, channels: int) -> Picture:
     image = open_image(stream)
     size = image.size
     judge(*size)
-    image.draft(None, (4 * side, 4 * side))  # a JPEG may decode at 1/2 .. 1/8: much faster
+    longest = 4 * max(shapes[nearest(size, shapes)][:2])
+    image.draft(None, (longest, longest))  # a JPEG may decode at 1/2 .. 1/8: much faster
     clear = image.info.get("transparency")
     if image.format == "PNG" and clear is not None:
         image.info["transparency"] = _as_pixel(clear, image.mode, _depth(stream))
     image.load()
-    return Picture(resized(upright(image), side, REACH[crop], channels), size)
+    if _orientation(image) >= _SIDEWAYS:
+        size = (size[1], size[0])
+    shape = shapes[nearest(size, shapes)]
+    return Picture(resized(upright(image), shape, REACH[crop], channels), size)
 
 
 def open_image(stream: Any) -> Image.Image:
@@ -274,13 +308,18 @@ def _is_small_profile(data: bytes, kind: bytes, checksum: bytes) -> bool:
 
 def upright(image: Image.Image) -> Image.Image:
     """Image turned as its EXIF or XMP data says. Nothing else of these is used: it may be bad."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Number of the way in which an image lies, one of `_TURNS`, or 1 for upright."""
     orientation = None
     with suppress(*_DAMAGED):
         image.getexif()
     with suppress(*_DAMAGED):  # the part that was read before a fault
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -295,16 +334,21 @@ def judge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def resized(
-    image: Image.Image, side: int, reach: int, channels: int = 3
+    image: Image.Image, shape: Resolution, reach: int, channels: int = 3
 ) -> UInt8[np.ndarray, "h w {channels}"]:
-    """Middle of an image: the shorter side is `side`, the longer one at most `reach` sides.
+    """Middle of an image that covers `shape`: one side exactly, the other up to `reach` times.
 
     Resized with Lanczos, which averages over the whole area of a new pixel at any ratio; a box
     filter weighs source pixels unevenly unless the ratio is whole. 16 bits are scaled to 8 (not
     clipped). Transparency becomes white unless `channels` has it; colours become sRGB.
     """
-    edge, mode = min(image.size), image.mode
-    width, height = (min(length, reach * edge) for length in image.size)
+    mode, wanted = image.mode, (shape.width, shape.height)
+    # The side that is filled exactly, in pixels of the image and of the shape.
+    edge, side = min(zip(image.size, wanted, strict=True), key=lambda both: both[0] / both[1])
+    width, height = (
+        min(length, reach * pixels * edge / side)
+        for length, pixels in zip(image.size, wanted, strict=True)
+    )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     box = (left, top, left + width, top + height)
     profile, clear = image.info.get("icc_profile"), image.info.get("transparency")

@@ -31,11 +31,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _ORDERS_KEPT = 4  # for each part: threads that look ahead may be in several epochs
+_RUN = 32
+"""Samples of one shape in a row, so that a batch has few shapes, and enough rows of each."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples of a run."""
+    """Some samples of a run, whose images have one shape."""
 
     picture: UInt8[Tensor, "b c *frames h w"] | Float[Tensor, "b c *frames h w"]  # bytes, or codes
     captions: tuple[str, ...]  # one a row, "" where the source has none
@@ -57,7 +59,8 @@ class Batch:
 class Loader:
     """Batches of `source` in an order fixed by `seed`: every epoch is a new permutation.
 
-    The data sets of a mix take turns by their shares, and each has epochs of its own.
+    In it, samples of one shape are gathered (`gathered`). The data sets of a mix take turns by
+    their shares, and each has epochs of its own.
     """
 
     source: Source
@@ -73,8 +76,12 @@ class Loader:
         """Loader of a training run on this data."""
         return cls(source, seed, data.crop, data.clip, data.flip, data.augment, data.pixels)
 
+    def shape_of(self, n: int) -> int:
+        """Index of the shape that sample n has among those of the source."""
+        return self.source.samples[self._index(n)].shape
+
     def batch(self, ids: Sequence[int]) -> Batch:
-        """Samples with these global numbers n."""
+        """Samples with these global numbers n, all of one shape."""
         indices = [self._index(n) for n in ids]
         examples = self.source.many(indices, [self._cut(n) for n in ids])
         pictures = list(map(self._flipped, examples, ids))
@@ -114,7 +121,10 @@ class Loader:
 
         @lru_cache(_ORDERS_KEPT * len(self.source.shares))
         def order(epoch: int, part: int) -> np.ndarray:
-            return stream(self.seed, "order", epoch, part).permutation(len(self._parts[part]))
+            rows = self._parts[part]
+            permutation = stream(self.seed, "order", epoch, part).permutation(len(rows))
+            shapes = np.array([self.source.samples[row].shape for row in rows])
+            return permutation[gathered(shapes[permutation])]
 
         return order
 
@@ -131,6 +141,30 @@ class Loader:
     def _flipped(self, example: Example, n: int) -> np.ndarray:
         mirrored = self.flip and stream(self.seed, "flip", n).random() < 0.5
         return example.picture[..., ::-1, :] if mirrored else example.picture
+
+
+@dataclass(frozen=True)
+class LoaderWrapper:
+    """Base of loaders whose batches are those of another loader, changed."""
+
+    loader: Loader
+
+    def shape_of(self, n: int) -> int:
+        """Index of the shape that sample n has."""
+        return self.loader.shape_of(n)
+
+
+def gathered(shapes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """An order of samples of these shapes in which `_RUN` of a shape follow each other.
+
+    Every run lies where its middle one was, so samples of one shape stay as they are.
+    """
+    places = np.empty(len(shapes))
+    for shape in np.unique(shapes):
+        of_shape = np.flatnonzero(shapes == shape)
+        for run in np.split(of_shape, range(_RUN, len(of_shape), _RUN)):
+            places[run] = run[len(run) // 2]
+    return places.argsort(kind="stable")
 
 
 STOP_SECONDS = 2.0

@@ -84,7 +84,7 @@ def mixed(parts: Sequence[Source], data: DataConfig) -> Source:
         samples,
         read,
         Quarantine(name, bad, sum(part.total for part in parts), data.max_bad_fraction),
-        parts[0].side,
+        parts[0].shapes,
         frames=parts[0].frames,
         channels=parts[0].channels,
         classes=names,

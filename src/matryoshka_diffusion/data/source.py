@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
+from matryoshka_diffusion.data.shapes import shapes_of_data, square
 from matryoshka_diffusion.data.spellings import Unused
 from matryoshka_diffusion.files import fraction
+from matryoshka_diffusion.pyramid import Resolution
 
 HUGGING_FACE = "hf:"
 PACKAGED: tuple[SourceName, ...] = ("openmoji", "fashion-mnist")  # they need no path
@@ -50,20 +53,22 @@ class Sample(NamedTuple):
     flaw: str = ""  # the reason why it cannot be used
     offset: int | None = None  # its place in the shard, in bytes
     part: int = 0  # number of its data set where there are several
+    shape: int = 0  # index of its shape among those of the source
+    kept: float = 1.0  # share of the picture that the shape leaves of it, where that is known
     concept: str = ""  # what it shows, where the set shows one thing in several styles
 
 
 class Picture(NamedTuple):
-    """A decoded image or clip, and its width and height before cutting and resizing."""
+    """A decoded image or clip, and its upright width and height before cutting and resizing."""
 
     pixels: UInt8[np.ndarray, "*frames h w c"]
     size: tuple[int, int]
 
 
 class Example(NamedTuple):
-    """One square image, or as many squares as a clip has frames, with the facts of its `Sample`."""
+    """One image, or as many as a clip has frames, with the facts of its `Sample`."""
 
-    picture: UInt8[np.ndarray, "*frames side side c"]
+    picture: UInt8[np.ndarray, "*frames h w c"]
     captions: tuple[str, ...]
     label: int | None
     key: str
@@ -73,24 +78,34 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Square images, or clips of square frames, in a fixed order.
+    """Images, or clips of square frames, in a fixed order; all are squares, or each has a shape.
 
-    A sample that turns out bad on reading is replaced by the next good one, in a mix by one of the
-    same part. So the example at an index depends on the data alone: not on earlier reads, nor on
-    the number of threads.
+    A sample that turns out bad on reading is replaced by the next good one of the same shape, in a
+    mix by one of the same part. So the example at an index depends on the data alone: not on
+    earlier reads, nor on the number of threads.
     """
 
     name: str  # for messages, such as "openmoji"
     samples: Sequence[Sample]  # the usable ones
-    read: Callable[[int, Cut], Picture]  # the square; raises PictureError; any thread may call
+    read: Callable[[int, Cut], Picture]  # in its shape; raises PictureError; any thread may call
     quarantine: Quarantine  # samples that are left out, also those found bad on reading
-    side: int  # height and width in pixels
+    shapes: tuple[Resolution, ...]  # in pixels, the square first; samples have their indices
     frames: int | None = None  # of each clip; None for images
     channels: int = 3  # as in `image.CHANNELS`
     classes: tuple[str, ...] = ()  # names; empty without labels
     threads: int = 1  # samples that are read at the same time
     unused: tuple[Unused, ...] = ()  # other things in the data set
     shares: tuple[float, ...] = (1.0,)  # of the parts of a mix, as a run draws from them
+
+    @property
+    def side(self) -> int:
+        """Height and width of squares in pixels."""
+        return self.shapes[0].height
+
+    @property
+    def usual_shape(self) -> Resolution:
+        """The shape that most samples have."""
+        return self.shapes[Counter(sample.shape for sample in self.samples).most_common(1)[0][0]]
 
     @cached_property
     def keys(self) -> list[str]:
@@ -133,11 +148,11 @@ class Source:
         return replace(self, samples=samples, read=lambda n, cut: self.read(rows[n], cut))
 
     def _example(self, index: int, cut: Cut) -> Example:
-        part = self.samples[index].part
+        part, shape = self.samples[index].part, self.samples[index].shape
         for step in range(len(self)):
             n = (index + step) % len(self)
             sample = self.samples[n]
-            if sample.part != part or sample.key in self.quarantine:
+            if (sample.part, sample.shape) != (part, shape) or sample.key in self.quarantine:
                 continue
             try:
                 picture = self.read(n, cut)
@@ -148,9 +163,10 @@ class Source:
             label = None if sample.label is None else int(sample.label)
             facts = (sample.captions, label, sample.key, side, picture.size)
             return Example(picture.pixels, *facts)
-        count = sum(sample.part == part for sample in self.samples)
+        count = sum((one.part, one.shape) == (part, shape) for one in self.samples)
         place = f"data.mix[{part}]: " if len(self.shares) > 1 else ""
-        raise ValueError(f"{place}{self.name}: not one of {count:,} samples can be read")
+        like = f" of {self.shapes[shape]}" if len(self.shapes) > 1 else ""
+        raise ValueError(f"{place}{self.name}: not one of {count:,} samples{like} can be read")
 
 
 def array_source(
@@ -172,7 +188,7 @@ def array_source(
         [Sample(*row) for row in zip(keys, *columns, strict=True)],
         lambda index, _: Picture(np.array(array[index]), (side, side)),
         Quarantine(name, total=count),
-        side,
+        square(side),
         frames=frames[0] if frames else None,
         channels=channels,
         classes=classes,
@@ -234,9 +250,15 @@ def identity(source: Source) -> DataIdentity:
 
 
 def open_source(
-    config: DataConfig, side: int, frames: int | None = None, channels: int = 3
+    config: DataConfig,
+    side: int,
+    frames: int | None = None,
+    channels: int = 3,
+    shapes: tuple[Resolution, ...] = (),
 ) -> Source:
     """Open the data that `config` names, at the finest level's `side`; videos as clips of `frames`.
+
+    Images are cut to squares, or with `shapes` of this area each to the nearest of these.
 
     Images and videos get the number of `channels`, whatever their files have: grey, colour, or
     either with opacity (`image.CHANNELS`). Fashion-MNIST is always grey.
@@ -253,13 +275,14 @@ def open_source(
     from matryoshka_diffusion.data import emoji_styles as styles
     from matryoshka_diffusion.data.decoded import open_catalogue, picture_decoder
 
+    shapes = shapes or square(side)
     if config.mix:
         from matryoshka_diffusion.data.mix import mixed
 
         names, alone = DataPlace.model_fields, {"mix": (), "classes": ()}
         places = [{name: getattr(part, name) for name in names} for part in config.mix]
         parts = [config.model_copy(update={**place, **alone}) for place in places]
-        return mixed([open_source(part, side, frames, channels) for part in parts], config)
+        return mixed([open_source(part, side, frames, channels, shapes) for part in parts], config)
     path, source = config.path, config.source
     if channels not in image.CHANNELS:
         forms = "1 (grey), 2 (grey and opacity), 3 (colour) or 4 (colour and opacity)"
@@ -268,7 +291,7 @@ def open_source(
         if path is not None:
             raise ConfigError("data.path: OpenMoji comes from its package, omit --data")
         return open_catalogue(
-            emoji.openmoji(side), picture_decoder(side, "centre", channels), config
+            emoji.openmoji(side), picture_decoder(shapes, "centre", channels), config
         )
     if source == "fashion-mnist":
         return fashion_mnist.fashion_mnist(side, None if path is None else _expanded(path))
@@ -292,7 +315,7 @@ def open_source(
     if source in VIDEO_SOURCES:
         decoder = video.clip_decoder(config, side, frames, channels)
     else:
-        decoder = picture_decoder(side, config.crop, channels)
+        decoder = picture_decoder(shapes, config.crop, channels)
     try:
         return open_catalogue(catalogues[source](), decoder, config)
     except NoneUsable as error:
@@ -304,7 +327,8 @@ def open_source(
 
 def open_data(config: RunConfig) -> Source:
     """Open the data of a run, as its levels are made of it. See `open_source`."""
-    return open_source(config.data, config.data_side, config.data_frames, config.data_channels)
+    data, frames, channels = config.data, config.data_frames, config.data_channels
+    return open_source(data, config.data_side, frames, channels, shapes_of_data(config))
 
 
 # --- from a path to a kind of source ---------------------------------------------------------

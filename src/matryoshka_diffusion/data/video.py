@@ -32,6 +32,7 @@ from matryoshka_diffusion.data.image import (
     unknown,
     upright,
 )
+from matryoshka_diffusion.data.shapes import square
 from matryoshka_diffusion.data.shards import shards
 from matryoshka_diffusion.data.source import Picture
 from matryoshka_diffusion.files import fraction, require
@@ -364,7 +365,7 @@ def resampled(times: Times, fps: float) -> Sequence[int]:
 
 def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int = 3) -> Decoder:
     """Decoder of clips of `frames`, or of their first frames as images without `frames`."""
-    length = frames or data.clip_frames
+    length, (shape,) = frames or data.clip_frames, square(side)
 
     def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
         if start is None:  # "random" too has a usual place, for readers without a sample number
@@ -374,7 +375,7 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int 
             small, size = {}, (0, 0)
             for number, image in video.frames(sorted(set(numbers))):
                 size = image.size
-                small[number] = resized(image, side, REACH[data.crop], channels)
+                small[number] = resized(image, shape, REACH[data.crop], channels)
         if len({pixels.shape for pixels in small.values()}) > 1:
             raise PictureError("its frames change their shape")
         clip = np.stack([small[number] for number in numbers])
@@ -385,4 +386,4 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int 
     options = (side, data.crop, frames, length, data.frame_stride, data.fps, data.clip)
     name = f"{', '.join(map(str, options))}, version {_VERSION}"
     name += f", {channels} channels" if channels != 3 else ""
-    return Decoder(decode, side, frames, name, cached if data.clip != "random" else 0, channels)
+    return Decoder(decode, (shape,), frames, name, cached if data.clip != "random" else 0, channels)

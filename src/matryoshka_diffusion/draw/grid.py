@@ -104,7 +104,7 @@ def grid(
 
 def cell_of(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]], smallest: int = 128) -> int:
     """Side of cells in which no pixel of the finest level is averaged away, within limits."""
-    return max(smallest, min(levels[-1].shape[-2], LARGEST_CELL))
+    return max(smallest, min(max(levels[-1].shape[-3:-1]), LARGEST_CELL))
 
 
 def grid_size(rows: int, columns: int, *, cell: int, captioned: bool) -> tuple[int, int]:
@@ -213,9 +213,19 @@ def pages(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]], **options: Any) ->
 
 
 def titles_of_levels(levels: Sequence[UInt8[np.ndarray, "b ... _ _ c"]]) -> list[str]:
-    """Titles of columns for levels: "64 px" for images, "16x64 px" for clips of 16 frames."""
+    """Titles of columns for levels: "64 px" for images, "16x64 px" for clips of 16 frames.
+
+    Images that are no squares have width and height: "80 x 48 px".
+    """
     counts = [f"{level.shape[1]}x" if level.ndim == 5 else "" for level in levels]
-    return [f"{count}{level.shape[-2]} px" for count, level in zip(counts, levels, strict=True)]
+    sizes = [size_of(level) for level in levels]
+    return [f"{count}{size} px" for count, size in zip(counts, sizes, strict=True)]
+
+
+def size_of(level: UInt8[np.ndarray, "b ... _ _ c"]) -> str:
+    """The side of square images in pixels as text, or the width and height of others."""
+    height, width = level.shape[-3:-1]
+    return f"{width}" if width == height else f"{width} x {height}"
 
 
 def strip(

@@ -30,7 +30,8 @@ from matryoshka_diffusion.eval.prompts import Conditions, evenly_spread
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.sampling import batch_of
+from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.sizes import batch_of
 from matryoshka_diffusion.train.distributed import ALONE, World
 
 FORMAT = 2
@@ -264,7 +265,7 @@ def samples_of(
 
 def pictures_of(source: Source, root: Path) -> PictureSet:
     """All images or clips of a source."""
-    batch_size = batch_of(source.side, source.frames)
+    batch_size = batch_of(Resolution(source.side, source.side, source.frames))
 
     def describe() -> dict[str, Any]:
         some = read_all(source, evenly_spread(len(source)))

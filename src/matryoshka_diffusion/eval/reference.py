@@ -22,6 +22,7 @@ from PIL import Image
 from matryoshka_diffusion.config import DataConfig, UsageError
 from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.image import SUFFIXES
+from matryoshka_diffusion.data.shapes import square
 from matryoshka_diffusion.data.source import (
     Picture,
     Source,
@@ -43,7 +44,7 @@ from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.metrics.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
-from matryoshka_diffusion.sampling import batch_of
+from matryoshka_diffusion.sizes import batch_of
 from matryoshka_diffusion.train.distributed import ALONE, World
 
 MAX_ENLARGED = 0.05
@@ -104,9 +105,10 @@ class Reference:
 def reference_of(source: Source, data: DataConfig, *, prefix: str = "") -> Reference:
     """All images of a model's own source as a reference.
 
-    Of videos the name says how clips are cut from them. `prefix` precedes it.
+    The name says how clips are cut from videos, and that images are squares where training keeps
+    their shapes. `prefix` precedes it.
     """
-    name = prefix + source.name
+    name = prefix + source.name + ", cut to squares" * (data.shapes == "own")
     if source.frames is not None:
         rate = "" if data.fps is None else f" at {data.fps:g} fps"
         begin = "the start" if data.clip == "start" else "a fixed place"
@@ -122,7 +124,7 @@ def shrunk(source: Source, side: int, frames: int | None) -> Source:
         picture = source.read(index, cut)
         return picture._replace(pixels=shrink(picture.pixels, grid))
 
-    return replace(source, read=read, side=side, frames=frames)
+    return replace(source, read=read, shapes=square(side), frames=frames)
 
 
 def open_reference(name: str, side: int, frames: int | None = None, **fields: Any) -> Reference:
@@ -243,12 +245,13 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
     if dtype != np.uint8 or in_columns or not squares:
         raise ValueError(f"arr_0 is {dtype} of {shape}, not bytes of square images (n, s, s, c)")
     count, side, _, channels = shape
+    batch_size = batch_of(Resolution(side, side))
     about = {
         "format": FORMAT,
         "file": path.name,
         "shape": list(shape),
         "crc32": archive.getinfo("arr_0.npy").CRC,
-        "batch_size": batch_of(side),
+        "batch_size": batch_size,
     }
 
     def make(rows: range, progress: Progress) -> PictureBatch:
@@ -261,4 +264,4 @@ def _pictures(path: Path, archive: zipfile.ZipFile) -> PictureSet:
         return PictureBatch([data.reshape(len(rows), *shape[1:])], [(side, side)] * len(rows))
 
     root = cache_folder("references")
-    return PictureSet(path.name, count, side, None, root, lambda: about, make, batch_of(side))
+    return PictureSet(path.name, count, side, None, root, lambda: about, make, batch_size)

@@ -265,7 +265,7 @@ class MDMPipeline(DiffusionPipeline):
 
         Args (None is as in the exported run):
             class_labels: names or numbers, for a model of classes; by default all classes.
-            height, width: the size of the finest images in pixels; the model has no other.
+            height, width: the size of the finest images in pixels; by default a square.
             guidance_scale: one number, or one for each level.
             negative_prompt: what guidance leads away from: one text, or one for each prompt.
             prompt_embeds, negative_prompt_embeds: features in place of the texts, as
@@ -301,8 +301,7 @@ class MDMPipeline(DiffusionPipeline):
         away = (negative_prompt_embeds, negative_prompt_attention_mask)
         texts = {"prompt": (prompt, *given), "negative_prompt": (negative_prompt, *away)}
         prompt, negative_prompt = texts_of(encoder, texts)
-        model = self._model(encoder)
-        _refuse_other_sizes(model.picture_side, height=height, width=width)
+        model = self._model(encoder).sized(height, width)
         sampling = model.sampling(settings)
         captions, cond = model.condition(prompt, class_labels, num_images_per_prompt)
         negative = one_each(negative_prompt, len(captions), num_images_per_prompt)
@@ -375,13 +374,6 @@ class MDMPipeline(DiffusionPipeline):
         network = self.network.eval()
         parts = (network, network.net.config, network.run_config)
         return DiffusionModel(*parts, encoder=encoder, device=self._execution_device)
-
-
-def _refuse_other_sizes(side: int, **sizes: int | None) -> None:
-    """Raise `ValueError` for a size that the model does not draw."""
-    for name, pixels in sizes.items():
-        if pixels not in (None, side):
-            raise ValueError(f"{name} is {pixels}: the model draws {side} pixels: omit it")
 
 
 def replace_latents(state: State, latents: Sequence[Tensor]) -> None:

@@ -118,6 +118,8 @@ class Level(nn.Module):
         for block in self.middle:
             h = self._run(block, h, embedding, context)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            # Halving an odd side rounds up, so the way back has a row too many.
+            h = h[..., : skip.shape[2], : skip.shape[3]]
             h = self._run(block, h, embedding, context, skip)
         # A GPU's half precision becomes float32 here, in more bytes than several blocks keep.
         widened = h.device.type != "cpu" and h.dtype != self.head.weight.dtype

@@ -86,6 +86,7 @@ class Preview:
     encoder: TextEncoder | None
     device: torch.device | str
     codec: Codec | None = None
+    shape: Resolution | None = None  # that of a training image; None: squares
 
     def __call__(self, view: View) -> Path | None:
         net = view.averaged()
@@ -99,6 +100,9 @@ class Preview:
             device=self.device,
             precision=view.config.train.precision,
         )
+        if self.shape is not None:
+            side, whole = model.picture_side, view.config.data_side
+            model = model.sized(*(pixels * side // whole for pixels in self.shape[:2]))
         samples = model.sample(**self.arguments, **unguided(view.config))
         coarse = (self.arguments["coarse"],) if "coarse" in self.arguments else ()
         pages = grid.pages(
@@ -150,13 +154,13 @@ class HeldOutLoss:
         sums, counts = torch.zeros(2, len(net.levels), dtype=torch.float64)
         for first in range(0, count, batch):
             rows = (min(batch, count - first),) * len(net.levels)
-            inputs = feed(Step(stage=0, first=first, rows=rows, lr=(), ends_stage=False))
-            x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
-            with autocast(config.train.precision, device):
-                loss = matryoshka_loss(net, x, cond, t, noise, process=process)
-            awake = torch.tensor([len(level) for level in x])  # by train.wake not all rows
-            sums += loss.per_level.double().cpu() * awake
-            counts += awake
+            for inputs in feed(Step(stage=0, first=first, rows=rows, lr=(), ends_stage=False)):
+                x, cond, t, noise = inputs.x, inputs.cond, inputs.t, inputs.noise
+                with autocast(config.train.precision, device):
+                    loss = matryoshka_loss(net, x, cond, t, noise, process=process)
+                awake = torch.tensor([len(level) for level in x])  # by train.wake not all rows
+                sums += loss.per_level.double().cpu() * awake
+                counts += awake
         return (sums / counts.clamp(min=1)).tolist()
 
 

@@ -165,7 +165,7 @@ def _tuning(model: str, lr: float) -> RunConfig:
         condition_dropout=config.train.condition_dropout,
     )
     # Kept is what the model depends on; the user names the new data.
-    kept = {"side", "pixels", "frame_stride", "fps", "clip", "clip_frames"}
+    kept = {"side", "shapes", "pixels", "frame_stride", "fps", "clip", "clip_frames"}
     kept |= {"classes"} if config.model.classes else set()
     data = DataConfig(source="folder", **config.data.model_dump(include=kept))
     return config.model_copy(update={"name": f"{config.name}-tuned", "train": train, "data": data})

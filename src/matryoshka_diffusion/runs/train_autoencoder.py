@@ -8,7 +8,6 @@ losses: enough for small, plain images. The loop is the one of every training (`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import require, whole_folder, write_atomically
 from matryoshka_diffusion.pyramid import to_float, to_uint8
 from matryoshka_diffusion.rng import normal, stream
-from matryoshka_diffusion.train.inputs import Inputs
+from matryoshka_diffusion.train.inputs import Inputs, MakeInputs
 from matryoshka_diffusion.train.run_folder import continued_data, differences, owned
 from matryoshka_diffusion.train.stages import Step
 from matryoshka_diffusion.train.step import NotFinite, Recipe
@@ -116,18 +115,16 @@ def reconstruction(config: CodecRunConfig, colours: int) -> Recipe[AutoencoderKL
     return Recipe(config, train, lambda _: build(config, colours), loss)
 
 
-def inputs_from(
-    loader: Loader, config: CodecRunConfig, device: torch.device | str
-) -> Callable[[Step], Inputs]:
+def inputs_from(loader: Loader, config: CodecRunConfig, device: torch.device | str) -> MakeInputs:
     """Map a step to its images and the noise of their posteriors."""
     side = config.side // config.factor
     shape = (config.channels, side, side)
 
-    def inputs_of(step: Step) -> Inputs:
+    def inputs_of(step: Step) -> tuple[Inputs]:
         ids = range(step.first, step.end)
         batch = loader.batch(ids)
         noise = normal("codec", [(config.seed, n) for n in ids], shape, device)
-        return Inputs(
+        inputs = Inputs(
             step=step,
             x=(batch.numbers(device),),
             noise=(noise,),
@@ -135,7 +132,9 @@ def inputs_from(
             cond=Conditioning(),
             ids=tuple(ids),
             keys=batch.keys,
+            count=len(ids),
         )
+        return (inputs,)
 
     return inputs_of
 

@@ -186,7 +186,9 @@ def _hooks(ready: prepare.Job, device: str) -> list[trainer.Hook]:
     """
     every = ready.config.train.preview_every_images
     prompts = preview_arguments(ready.source, ready.config)
-    hooks: list[trainer.Hook] = [(every, Preview(prompts, ready.encode, device, ready.codec))]
+    usual = ready.source.usual_shape
+    preview = Preview(prompts, ready.encode, device, ready.codec, usual)
+    hooks: list[trainer.Hook] = [(every, preview)]
     if ready.held_out is not None:
         watch = HeldOutLoss(ready.source, ready.held_out, ready.encode, device, ready.frozen)
         hooks.append((every, watch))

@@ -30,7 +30,7 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, State
 from matryoshka_diffusion.samples import Samples
-from matryoshka_diffusion.sampling import batch_of
+from matryoshka_diffusion.sizes import batch_of
 from matryoshka_diffusion.studio.requests import (
     OF_SAMPLER,
     Draw,
@@ -165,7 +165,7 @@ class Served:
     def most_images(self, limits: Limits) -> int:
         """Samples of one request."""
         finest = self.resolutions[-1]
-        return min(limits.images, batch_of(finest.width, finest.frames))
+        return min(limits.images, batch_of(finest))
 
     def described(self, limits: Limits) -> Settings:
         """The model as the page offers it: conditions, levels, samplers, defaults."""
@@ -242,7 +242,7 @@ class Served:
         if request.image is not None:
             image = self._read(request.image, sides[-1])
             if request.mask is not None:
-                own = tuple(side // scale for side in sides)
+                own = [Resolution(side // scale, side // scale) for side in sides]
                 mask = read_mask(request.mask, size_of(request.image), own)
         edit = {"image": image, "mask": mask}
         both = {"until": request.until, "strength": request.strength}
@@ -272,8 +272,9 @@ class Served:
         model = self.config.model
         channels = model.channels if self.config.codec is None else 3
         # Latents are averages of those of whole images.
-        finest = self.resolutions[-1].width
-        return read_given(content, side if self.config.codec is None else finest, finest, channels)
+        finest = self.resolutions[-1]
+        level = Resolution(side, side) if self.config.codec is None else finest
+        return read_given(content, level, finest, channels)
 
     # --- drawing ---
 

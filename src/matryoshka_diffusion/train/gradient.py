@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -64,37 +65,45 @@ class Gradient(Generic[Net]):
         """Number of parts that are computed at a time."""
         return len(self.networks)
 
-    def __call__(self, inputs: Inputs, scale: float) -> Loss:
+    def __call__(self, shapes: Sequence[Inputs], scale: float) -> Loss:
         """Compute the gradient of the loss; return this rank's share of the loss.
 
-        The share goes through in `accumulate` parts on each thread, divided by the counts of the
-        whole batch, so that the parts of all ranks add up to it. `scale` multiplies the loss for
-        the backward pass.
+        The images of each of the `shapes` in the step go through in parts, all together in
+        `accumulate` parts on each thread, or a few more. Each is divided by the counts of the whole
+        batch, so that the parts of all ranks add up to it. `scale` multiplies the loss for the
+        backward pass.
         """
         for network in self.networks:
             network.train()
             network.zero_grad(set_to_none=True)
         threads = self.threads
-        num_parts = min(self.recipe.train.accumulate * threads, inputs.step.count)
-        parts: list[Loss] = [None] * num_parts  # pyright: ignore[reportAssignmentType]
+        rows = [one.rows(part) for one in shapes for part in self._parts(one)]
+        parts: list[Loss] = [None] * len(rows)  # pyright: ignore[reportAssignmentType]
 
         def work(thread: int) -> None:
-            offsets = range(thread, num_parts, threads)
+            offsets = range(thread, len(rows), threads)
             for offset in offsets:
-                rows = inputs.rows(slice(offset, None, num_parts))
-                last = offset == offsets[-1]
-                parts[offset] = self._part(self.networks[thread], rows, offset, scale, last=last)
+                part, last = rows[offset], offset == offsets[-1]
+                parts[offset] = self._part(self.networks[thread], part, offset, scale, last=last)
 
         if threads == 1:
             work(0)
         else:
             list(self._pool.map(work, range(threads)))
         self._add_up(scale)
-        per_example = torch.zeros_like(inputs.t)
-        for offset, part in enumerate(parts):
-            per_example[offset::num_parts] = part.per_example
+        done, per_example = iter(parts), []
+        for one in shapes:
+            per_example.append(torch.zeros_like(one.t))
+            for part in self._parts(one):
+                per_example[-1][part] = next(done).per_example
         totals, per_level = (torch.stack([part[n] for part in parts]).sum(0) for n in (0, 1))
-        return Loss(totals, per_level, per_example)
+        return Loss(totals, per_level, torch.cat(per_example))
+
+    def _parts(self, inputs: Inputs) -> list[slice]:
+        """The rows of each part that images of one shape go through in, the same on all ranks."""
+        whole = min(self.recipe.train.accumulate * self.threads, inputs.step.count)
+        count = -(-whole * inputs.count // inputs.step.count)
+        return [slice(offset, None, count) for offset in range(count)]
 
     def _part(
         self, network: nn.Module, part: Inputs, offset: int, scale: float, *, last: bool

@@ -25,6 +25,7 @@ from matryoshka_diffusion.pyramid import (
     build_pyramid,
     down_sample,
     ragged,
+    resolution_of,
     resolutions_of,
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
@@ -38,17 +39,25 @@ Encode = Callable[[Sequence[str]], list[Tensor]]
 
 @runtime_checkable
 class Batches(Protocol):
-    """Source of the samples with given global numbers, such as `data.loader.Loader`."""
+    """Source of the samples with given global numbers, such as `data.loader.Loader`.
+
+    The images of a batch have one shape, of which `shape_of` is the number, known without reading
+    them. A subclass inherits that of images that are all alike.
+    """
 
     def batch(self, ids: Sequence[int]) -> Batch: ...
+
+    def shape_of(self, n: int) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the loss for a rank's part of one step.
+    """Arguments of the loss for a rank's images of one shape in one step.
 
     `x` and `noise` may be ragged; everything else has a row for each sample. `ids` are global
-    sample numbers and `keys` the source's names, for error reports.
+    sample numbers and `keys` the source's names, for error reports. `count` is the number of these
+    images on all ranks.
     """
 
     step: Step
@@ -58,12 +67,13 @@ class Inputs:
     cond: Conditioning
     ids: tuple[int, ...]
     keys: tuple[str, ...]
+    count: int
 
     def rows(self, rows: slice) -> Inputs:
         """Take some of the rows, with their share of the finer levels."""
         x, noise = (tuple(level[rows] for level in levels) for levels in (self.x, self.noise))
         ids, keys, t, cond = self.ids[rows], self.keys[rows], self.t[rows], self.cond.rows(rows)
-        return Inputs(self.step, x, noise, t, cond, ids, keys)
+        return Inputs(self.step, x, noise, t, cond, ids, keys, self.count)
 
     def awaited(self, event: torch.cuda.Event | None) -> Inputs:
         """Let the current stream of a GPU wait for the event, and keep memory until its end."""
@@ -76,15 +86,18 @@ class Inputs:
         return self
 
 
-def compare_ranks(world: World, config: RunConfig | CodecRunConfig, inputs: Inputs) -> None:
+def compare_ranks(
+    world: World, config: RunConfig | CodecRunConfig, parts: Sequence[Inputs]
+) -> None:
     """Raise RanksDiffer unless config and step are equal, samples and noise different.
 
     Two ranks with the same sample would count its gradient twice.
     """
-    run = hashlib.sha256(f"{to_yaml(config)}{inputs.step}".encode()).hexdigest()
-    digests = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in inputs.noise[0]]
+    run = hashlib.sha256(f"{to_yaml(config)}{parts[0].step}".encode()).hexdigest()
+    noise, ids = (z for part in parts for z in part.noise[0]), [n for x in parts for n in x.ids]
+    digests = [hashlib.sha256(z.cpu().numpy().tobytes()).hexdigest() for z in noise]
     owner: dict[object, int] = {}
-    for rank, (its_run, its_ids, its_noise) in enumerate(world.gather((run, inputs.ids, digests))):
+    for rank, (its_run, its_ids, its_noise) in enumerate(world.gather((run, ids, digests))):
         if rank == 0:
             run = its_run
         if its_run != run:
@@ -98,6 +111,10 @@ def compare_ranks(world: World, config: RunConfig | CodecRunConfig, inputs: Inpu
                     f"ranks {owner[item]} and {rank} were given the same sample or noise ({item}): "
                     "every rank needs a number of its own (RANK)"
                 )
+
+
+MakeInputs = Callable[[Step], Sequence[Inputs]]
+"""A step -> its inputs, for each shape of images."""
 
 
 class Feed:
@@ -130,22 +147,33 @@ class Feed:
         if config.model.text is not None and encode is None:
             raise ValueError("model.text is set, but training was given no text encoder")
 
-    def __call__(self, step: Step) -> Inputs:
-        """Return the inputs of `step` for this rank, on the device.
+    def __call__(self, step: Step) -> tuple[Inputs, ...]:
+        """Return the inputs of `step` for this rank, on the device, for each shape of images.
 
         Samples with more levels come first. A rank may have no row of the finer levels, or none at
         all. It still walks through the network with its zero rows, so that every rank is at the
         same collective.
         """
         numbers, times, step = self._finest_first(step)
-        mine = self._world.mine(range(step.count))
-        places = mine or range(1)
+        alike: dict[int, list[int]] = {}
+        for place, n in enumerate(numbers):
+            alike.setdefault(self._loader.shape_of(n), []).append(place)
+        return tuple(self._of_shape(places, numbers, times, step) for places in alike.values())
+
+    def _of_shape(
+        self, places: Sequence[int], numbers: Sequence[int], times: Tensor, step: Step
+    ) -> Inputs:
+        """The inputs of this rank among samples of one shape, at their places in the step."""
+        mine = [place for place in places if place in self._world.mine(range(step.count))]
+        count, places = len(places), mine or places[:1]
         ids = [numbers[place] for place in places]
         batch = self._loader.batch(ids)
-        resolutions = resolutions_of(self._config.model.first(len(step.rows)))
+        config, model = self._config, self._config.model.first(len(step.rows))
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(place < count for place in places) for count in step.rows]
         picture = batch.numbers(self._device)
+        side = config.data_side // config.pixels_per_side  # of a square in the picture's place
+        resolutions = resolutions_of(model, resolution_of(picture), side)
         features = None if batch.features is None else send(batch.features, self._device)
         x = ragged(build_pyramid(picture, resolutions, features), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
@@ -153,10 +181,11 @@ class Feed:
             step=step,
             x=x,
             noise=tuple(noise),
-            t=send(times[list(places)].float(), self._device),
+            t=send(times[places].float(), self._device),
             cond=self._conditions(batch, picture).to(self._device),
             ids=tuple(batch.ids.tolist()),
             keys=batch.keys,
+            count=count,
         )
         return inputs if mine else inputs.rows(slice(0))
 
@@ -240,11 +269,11 @@ class Feed:
 class Beside:
     """Makes inputs in a thread of their own, and on a GPU in a stream beside the network's."""
 
-    def __init__(self, inputs_of: Callable[[Step], Inputs], device: torch.device) -> None:
+    def __init__(self, inputs_of: MakeInputs, device: torch.device) -> None:
         self._inputs_of = inputs_of
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, step: Step) -> tuple[Inputs, torch.cuda.Event | None]:
+    def __call__(self, step: Step) -> tuple[Sequence[Inputs], torch.cuda.Event | None]:
         """Return the inputs of a step, and the event of their being made on a GPU."""
         torch.set_num_threads(1)  # of this thread, so that the network keeps its own
         if self._stream is None:
@@ -257,13 +286,13 @@ class Beside:
 
 
 def fetched(
-    ahead: Iterator[tuple[Inputs, torch.cuda.Event | None]],
-) -> tuple[Inputs | None, float, OSError | None]:
+    ahead: Iterator[tuple[Sequence[Inputs], torch.cuda.Event | None]],
+) -> tuple[Sequence[Inputs], float, OSError | None]:
     """Next inputs, the seconds until they came, and the system's error in their place."""
     began = time.perf_counter()
     try:
-        inputs, event = next(ahead, (None, None))
+        parts, event = next(ahead, ((), None))
         seconds = time.perf_counter() - began
-        return inputs and inputs.awaited(event), seconds, None
+        return [part.awaited(event) for part in parts], seconds, None
     except OSError as error:
-        return None, 0.0, error
+        return (), 0.0, error

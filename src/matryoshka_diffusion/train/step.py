@@ -49,8 +49,9 @@ class Recipe(Generic[Net]):
         trainer.fit(inputs, folder)  # raises `Stopped` after a signal
         trainer.net  # has learnt; export it as you like
 
-    `inputs` maps a `Step` to its `Inputs`, as `Feed` does. Draw everything random by the numbers of
-    the samples, `range(step.first, step.end)`, so that a resumed run has the same bits.
+    `inputs` maps a `Step` to its `Inputs`, one for each shape of images, as `Feed` does. Draw
+    everything random by the numbers of the samples, `range(step.first, step.end)`, so that a
+    resumed run has the same bits.
 
     Attributes:
         config: content of checkpoints and logs, compared between ranks.

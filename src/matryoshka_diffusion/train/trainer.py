@@ -42,6 +42,7 @@ from matryoshka_diffusion.train.inputs import (
     Encode,
     Feed,
     Inputs,
+    MakeInputs,
     compare_ranks,
     fetched,
 )
@@ -188,7 +189,7 @@ class Trainer(Generic[Net]):
 
     def fit(
         self,
-        inputs_of: Callable[[Step], Inputs],
+        inputs_of: MakeInputs,
         folder: Path,
         *,
         hooks: Sequence[Hook] = (),
@@ -216,13 +217,12 @@ class Trainer(Generic[Net]):
             algorithms(train),
         ):
             inputs, wait, error = fetched(ahead)
-            cut_off = inputs is None and error is None
-            if signal := self.world.highest(interrupts.received if cut_off else 0):
+            if signal := self.world.highest(0 if inputs or error else interrupts.received):
                 raise Stopped("stopped before the first step; the same command starts it", signal)
-            if inputs is not None:
+            if inputs:
                 compare_ranks(self.world, self.recipe.config, inputs)
-            while inputs is not None:
-                step, began = inputs.step, time.perf_counter()
+            while inputs:
+                step, began = inputs[0].step, time.perf_counter()
                 self.grow(len(step.rows))
                 outcome = self.step(inputs)
                 log.add(Entry(step, outcome, wait, time.perf_counter() - began))
@@ -245,12 +245,12 @@ class Trainer(Generic[Net]):
 
     # --- one step --------------------------------------------------------------------------
 
-    def step(self, inputs: Inputs) -> Outcome:
+    def step(self, inputs: Sequence[Inputs]) -> Outcome:
         """Take one step, or skip it on all ranks if its loss or gradient is not finite.
 
         Raises NotFinite after `PATIENCE` skipped steps in a row.
         """
-        step, progress = inputs.step, self.progress
+        step, progress = inputs[0].step, self.progress
         loss = self.gradient(inputs, progress.scale.factor)
         frozen = drop_gradients(self.net, lambda name: self.recipe.level_of(name) < step.frozen)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.train.clip_norm)
@@ -270,7 +270,9 @@ class Trainer(Generic[Net]):
             return Stepped(total, tuple(per_level), grad_norm)
         overflow = progress.scale.can_fall and math.isfinite(total)
         scale = self.progress.scale.factor if overflow else None
-        mine = [*map(SampleLoss, inputs.ids, inputs.keys, loss.per_example.tolist())]
+        named = [one for part in inputs for one in zip(part.ids, part.keys, strict=True)]
+        losses = zip(named, loss.per_example.tolist(), strict=True)
+        mine = [SampleLoss(*name, value) for name, value in losses]
         samples = sorted(sample for rank in self.world.gather(mine) for sample in rank)
         skipped = Skipped(total, tuple(per_level), grad_norm, tuple(samples), scale)
         if self.progress.skipped_in_a_row >= PATIENCE:
