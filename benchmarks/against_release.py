@@ -40,8 +40,8 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import Pyramid, resolutions_of, to_uint8
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.precision import Precision
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.precision import Precision
 
 CPU = torch.device("cpu")
 OURS, RELEASE, JOINED = "nest", "release", "release, joined"

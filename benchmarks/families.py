@@ -31,9 +31,9 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.samplers import SAMPLERS
-from matryoshka_diffusion.train.precision import Precision, resolve_layout
-from matryoshka_diffusion.train.step import Stepped
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.precision import Precision, resolve_layout
+from matryoshka_diffusion.training.step import Stepped
+from matryoshka_diffusion.training.weights import fingerprint
 
 ROWS = 3
 

@@ -36,9 +36,9 @@ from matryoshka_diffusion.nn.costs import activation_bytes, forward_flops
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.precision import Precision, algorithms, compile_network
-from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.precision import Precision, algorithms, compile_network
+from matryoshka_diffusion.training.stages import Step
 
 
 class Sizes(NamedTuple):

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
 from matryoshka_diffusion.nn import layers, temporal
-from matryoshka_diffusion.train.precision import resolve_layout
+from matryoshka_diffusion.training.precision import resolve_layout
 
 Numbers = dict[str, Any]
 

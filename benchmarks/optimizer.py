@@ -17,8 +17,8 @@ from benchmarks.harness import parse, parser, report, speed, take_turns
 from matryoshka_diffusion.nn.costs import count_parameters, training_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet, level_of
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.averages import Ema
-from matryoshka_diffusion.train.step import build_optimizer
+from matryoshka_diffusion.training.averages import Ema
+from matryoshka_diffusion.training.step import build_optimizer
 
 DECAY = 0.999
 

@@ -36,8 +36,8 @@ from matryoshka_diffusion.nn import costs
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train.inputs import Batches, Feed
-from matryoshka_diffusion.train.precision import Precision, autocast
+from matryoshka_diffusion.training.inputs import Batches, Feed
+from matryoshka_diffusion.training.precision import Precision, autocast
 
 OURS = "nest"
 

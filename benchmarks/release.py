@@ -26,7 +26,7 @@ from matryoshka_diffusion.nn.level import Block
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Pyramid, pad_rows
 from matryoshka_diffusion.schedule import STEPS, build_schedules
-from matryoshka_diffusion.train.precision import PrecisionSetting, autocast
+from matryoshka_diffusion.training.precision import PrecisionSetting, autocast
 
 CPU = torch.device("cpu")
 Tables = Sequence[Float[Tensor, " n"]]

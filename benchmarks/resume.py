@@ -22,9 +22,9 @@ import torch
 from benchmarks.harness import ROOT, parse, parser, report
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer
 
 
 def run_config(name: str) -> RunConfig:

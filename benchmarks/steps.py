@@ -14,12 +14,12 @@ from matryoshka_diffusion.nn.costs import kept_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
-from matryoshka_diffusion.train.gradient import resolve_threads
-from matryoshka_diffusion.train.inputs import Batches, Feed, Inputs
-from matryoshka_diffusion.train.precision import Precision, autocast, one_core, resolve_layout
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Stepped, diffusion
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.gradient import resolve_threads
+from matryoshka_diffusion.training.inputs import Batches, Feed, Inputs
+from matryoshka_diffusion.training.precision import Precision, autocast, one_core, resolve_layout
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import Stepped, diffusion
+from matryoshka_diffusion.training.trainer import Trainer
 
 WORDS = 8
 

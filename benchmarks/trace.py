@@ -32,11 +32,11 @@ from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.nn.costs import TEXT_TOKENS, kept_tensors
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import rows_of_mix
-from matryoshka_diffusion.train import step as steps
-from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.precision import PrecisionSetting, autocast
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training import step as steps
+from matryoshka_diffusion.training.inputs import Feed, Inputs
+from matryoshka_diffusion.training.precision import PrecisionSetting, autocast
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.trainer import Trainer
 
 GPU = torch.device("cuda")
 WHOLE = 2

@@ -31,8 +31,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_data, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
-from matryoshka_diffusion.train.trainer import View, train
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.trainer import View, train
+from matryoshka_diffusion.training.weights import export_weights
 from studies.trials import (
     COMMON_WEIGHT,
     NEW,

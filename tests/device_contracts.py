@@ -32,10 +32,10 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.nn.norms import normalise
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train import step as steps
-from matryoshka_diffusion.train.inputs import Beside, Inputs, fetched
-from matryoshka_diffusion.train.precision import algorithms
-from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.training import step as steps
+from matryoshka_diffusion.training.inputs import Beside, Inputs, fetched
+from matryoshka_diffusion.training.precision import algorithms
+from matryoshka_diffusion.training.stages import Step
 
 ROWS = (4, 3, 2)
 

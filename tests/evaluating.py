@@ -24,8 +24,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import down_sample, resolution_of
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.sizes import BATCH
-from matryoshka_diffusion.train.averages import PowerEma, write_snapshot
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.averages import PowerEma, write_snapshot
+from matryoshka_diffusion.training.weights import export_weights
 from tiny_run import encode, tiny_config
 
 SAMPLES, BATCHED, FRAMES = 22, 4, 2
@@ -288,7 +288,7 @@ def measured_clips(folder: Path, **options: Any) -> Any:
 
 def main(folder: str, kill_at: str = "") -> None:
     """Measure as one of the ranks; with `kill_at`, die in the middle of that many samples."""
-    from matryoshka_diffusion.train.distributed import joined
+    from matryoshka_diffusion.training.distributed import joined
 
     def report(what: str, done: int, total: int) -> None:
         if what == "tiny" and kill_at and done >= int(kill_at):

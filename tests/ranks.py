@@ -27,11 +27,11 @@ from matryoshka_diffusion.config import DataConfig, LoraConfig, MixedData, RunCo
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.mix import mixed
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train.distributed import World, joined, local
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.step import Skipped
-from matryoshka_diffusion.train.trainer import Trainer, train
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.distributed import World, joined, local
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.step import Skipped
+from matryoshka_diffusion.training.trainer import Trainer, train
+from matryoshka_diffusion.training.weights import fingerprint
 from picturing import toy
 from tiny_run import CAPTIONS, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {"stages": STAGES, "lr_per_level": True, "ema_power":
 SHARES = (0.7, 0.3)
 """Shares of the data sets of a mix."""
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["matryoshka_diffusion.train.trainer"])
+FORKS.set_forkserver_preload(["matryoshka_diffusion.training.trainer"])
 
 
 class Process(NamedTuple):

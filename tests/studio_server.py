@@ -21,7 +21,7 @@ from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.studio.app import listen, server_config
 from matryoshka_diffusion.studio.requests import Limits
 from matryoshka_diffusion.studio.served import Served
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import Words, class_model, plain_model, text_model
 
 JSON = {"Content-Type": "application/json"}

@@ -24,8 +24,8 @@ from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
-from matryoshka_diffusion.train.checkpoint import CheckpointError
-from matryoshka_diffusion.train.weights import export_weights, fingerprint
+from matryoshka_diffusion.training.checkpoint import CheckpointError
+from matryoshka_diffusion.training.weights import export_weights, fingerprint
 from test_pipeline import class_model
 
 BASE = class_model()

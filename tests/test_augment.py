@@ -30,9 +30,9 @@ from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.rng import normal
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import warm_start
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.stages import steps
+from matryoshka_diffusion.training.trainer import train
 from test_pipeline import Words
 from tiny_run import TinyPictures, encode, tiny_config
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from matryoshka_diffusion.config import UNIFORM
-from matryoshka_diffusion.train.averages import (
+from matryoshka_diffusion.training.averages import (
     Ema,
     PowerEma,
     Profile,

@@ -12,8 +12,8 @@ from matryoshka_diffusion.cli import begin, info
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import train as cli_train
 from matryoshka_diffusion.configfile import load_config
-from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.training.checkpoint import newest
+from matryoshka_diffusion.training.trainer import train
 from picturing import noise, save, save_noise
 from tiny_run import TinyPictures, encode, tiny_config
 
@@ -67,7 +67,7 @@ def test_presets_that_fit_the_images_are_proposed(begun, capsys):
 )
 def test_with_a_folder_one_is_taken(begun, device, gigabytes, times, taken, monkeypatch):
     """The largest for which a GPU's memory and the number of images suffice."""
-    precision = "matryoshka_diffusion.train.precision"
+    precision = "matryoshka_diffusion.training.precision"
     monkeypatch.setattr(f"{precision}.best_device", lambda: device)
     monkeypatch.setattr(f"{precision}.device_memory", lambda device: gigabytes * 1e9)
     monkeypatch.setattr(begin, "MOST_TIMES", times)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.eval.result import FILE, Result, append, folder_of
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_adapters import BASE, write_run
 
 

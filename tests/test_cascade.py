@@ -36,7 +36,7 @@ from matryoshka_diffusion.pyramid import Pyramid, Resolution
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.samplers import ddim, last, trailing_grid
 from matryoshka_diffusion.schedule import Cosine, Instant, Shifted, alpha_sigma
-from matryoshka_diffusion.train.weights import export_weights, fingerprint
+from matryoshka_diffusion.training.weights import export_weights, fingerprint
 from oracle import moments, no_noise, small_world
 from test_pipeline import Words, randomised
 from test_upsampler import upsampler_config

@@ -20,7 +20,7 @@ from torch import nn
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import BrokenFile
 from matryoshka_diffusion.tensorfile import read_weights
-from matryoshka_diffusion.train.checkpoint import (
+from matryoshka_diffusion.training.checkpoint import (
     FILES,
     MANIFEST,
     CheckpointError,
@@ -30,7 +30,7 @@ from matryoshka_diffusion.train.checkpoint import (
     read,
     save,
 )
-from matryoshka_diffusion.train.weights import check_same, export_weights, load_weights
+from matryoshka_diffusion.training.weights import check_same, export_weights, load_weights
 from tiny_run import there, tiny_config
 
 

@@ -20,7 +20,7 @@ from matryoshka_diffusion.metrics.classifier import Classifier
 from matryoshka_diffusion.metrics.errors import share_error
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import down_sample, resolution_of
-from matryoshka_diffusion.train.distributed import ALONE
+from matryoshka_diffusion.training.distributed import ALONE
 
 COUNT, SIDE = 120, 16
 

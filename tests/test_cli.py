@@ -28,8 +28,8 @@ from matryoshka_diffusion.eval.evaluate import PROTOCOLS
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import text_model
 from tiny_run import tiny_config
 

@@ -48,8 +48,8 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import to_uint8
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.samplers import last
-from matryoshka_diffusion.train.trainer import train
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.trainer import train
+from matryoshka_diffusion.training.weights import export_weights
 from picturing import save_noise
 
 SIDES = (4, 8)

@@ -26,8 +26,8 @@ from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs import train_autoencoder as codec_training
 from matryoshka_diffusion.runs.prepare import find_codec_run
 from matryoshka_diffusion.runs.train_autoencoder import build, codec_loss, psnr, train_codec
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.trainer import Trainer
 from test_codec import on_codes
 from tiny_run import metrics, there
 

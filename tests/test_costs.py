@@ -25,10 +25,10 @@ from matryoshka_diffusion.nn.lora import attach
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.pyramid import resolutions_of
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.stages import Step, steps
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.stages import Step, steps
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer
 from nests import wake
 from tiny_run import TinyPictures, encode, tiny_config
 

@@ -17,7 +17,7 @@ from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.draw_prompts import draw_requests, read_requests
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from tiny_run import tiny_config
 
 

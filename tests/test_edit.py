@@ -30,7 +30,7 @@ from matryoshka_diffusion.samplers import (
     waking,
 )
 from matryoshka_diffusion.schedule import Cosine, instants
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from oracle import GaussianImages, UnitNoise, moments, small_clips, small_world
 from test_pipeline import plain_model, text_model
 

@@ -13,7 +13,8 @@ from matryoshka_diffusion.cli.main import main
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.data.given import Given, read_clip
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.pyramid import Resolution
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import Words, randomised
 from tiny_run import FRAMES, tiny_video
 
@@ -98,8 +99,9 @@ def test_frames_of_several_sizes_are_refused(tmp_path: Path):
     folder = written(clip(), tmp_path / "folder")
     Image.fromarray(clip(1, 64)[0]).save(folder / "001.png")
     data = tiny_video().data
+    level, finest = Resolution(SIDE, SIDE), Resolution(2 * SIDE, 2 * SIDE)
     with pytest.raises(UsageError, match="differ in size"):
-        read_clip(folder, SIDE, 2 * SIDE, frames=FRAMES, whole=FRAMES, data=data)
+        read_clip(folder, level, finest, frames=FRAMES, whole=FRAMES, data=data)
 
 
 def test_the_command_keeps_a_clip(tmp_path: Path):

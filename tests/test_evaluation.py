@@ -55,7 +55,7 @@ from matryoshka_diffusion.metrics.formulas import (
 )
 from matryoshka_diffusion.metrics.networks import VideoNet
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train.averages import average_of
+from matryoshka_diffusion.training.averages import average_of
 from ranks import end_ranks, start, start_ranks
 
 COUNT, FRAMES, SIDE = 10, 3, 16

@@ -21,7 +21,7 @@ from faults.report import Result, table
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.source import open_source
 from matryoshka_diffusion.files import write_atomically
-from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.training import checkpoint
 from test_checkpoint import snapshot, truncate
 
 

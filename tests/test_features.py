@@ -50,10 +50,10 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import grow_run, next_level, warm_start
 from matryoshka_diffusion.schedule import Cosine, instants
-from matryoshka_diffusion.train.distributed import World
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.training.distributed import World
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.trainer import train
 from nests import equal, noisy, run, wake
 from picturing import save_noise
 from tiny_models import make_vit

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.nn.nested import old_name
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.averages import synthesise
-from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.trainer import train
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.averages import synthesise
+from matryoshka_diffusion.training.checkpoint import newest
+from matryoshka_diffusion.training.trainer import train
+from matryoshka_diffusion.training.weights import fingerprint
 from test_upsampler import upsampler_config
 from tiny_run import TinyPictures, encode
 

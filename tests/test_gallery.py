@@ -18,8 +18,8 @@ from matryoshka_diffusion.config import ConfigError
 from matryoshka_diffusion.draw import clips, gallery, grid
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs.hooks import Preview
-from matryoshka_diffusion.train.trainer import View
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.trainer import View
+from matryoshka_diffusion.training.weights import export_weights
 from test_clips_written import decode
 
 FRAMES = evaluating.FRAMES

@@ -25,8 +25,8 @@ from matryoshka_diffusion.runs.hooks import Preview
 from matryoshka_diffusion.runs.prepare import complete, find_config
 from matryoshka_diffusion.samplers import ddim, dpmpp_2m, last, trailing_grid, waking
 from matryoshka_diffusion.schedule import Cosine, instants
-from matryoshka_diffusion.train.trainer import View
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.trainer import View
+from matryoshka_diffusion.training.weights import export_weights
 from oracle import UnitNoise, no_noise, small_world, stacked
 from tiny_run import there
 

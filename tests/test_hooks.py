@@ -20,7 +20,7 @@ from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.runs import hooks as watch
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, Quality, preview_arguments
-from matryoshka_diffusion.train.trainer import View
+from matryoshka_diffusion.training.trainer import View
 from picturing import save_noise
 from test_pipeline import Words, class_model, plain_model, text_model
 from tiny_run import encode, there, tiny_config, with_frames

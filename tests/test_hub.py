@@ -20,7 +20,7 @@ from matryoshka_diffusion.models.save import export_adapters, export_model
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.runs import prepare
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_adapters import BASE, write_run
 from test_codec import on_codes
 from test_pipeline import class_model, moving, plain_model, text_model

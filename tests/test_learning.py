@@ -18,7 +18,7 @@ from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import array_source
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.training.trainer import train
 
 
 def eight_pictures():

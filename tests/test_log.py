@@ -21,8 +21,8 @@ from matryoshka_diffusion.cli import train as cli_train
 from matryoshka_diffusion.draw.clips import save_clip
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.files import MissingExtra
-from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.log import (
+from matryoshka_diffusion.training.checkpoint import newest
+from matryoshka_diffusion.training.log import (
     SINKS,
     Entry,
     Log,
@@ -33,8 +33,8 @@ from matryoshka_diffusion.train.log import (
     scalars,
     summary,
 )
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import SampleLoss, Skipped, Stepped, diffusion
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import SampleLoss, Skipped, Stepped, diffusion
 from tiny_run import OF_THE_MACHINE, run, there, tiny_config
 
 # --- lines and the bar -------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_and_a_log_file_gets_lines(tmp_path, monkeypatch, kind, of):
     stderr = kind()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr("matryoshka_diffusion.train.log.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("matryoshka_diffusion.training.log.PLAIN_SECONDS", 0.0)
     display = log(tmp_path, 24)
     display.add(entry((4, 3), (0.25, 0.5)))
     display.close()

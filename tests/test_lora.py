@@ -26,14 +26,14 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import grow_run, next_level, warm_start
-from matryoshka_diffusion.train.checkpoint import CheckpointError, newest, read
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.run_folder import open_run
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer, train
-from matryoshka_diffusion.train.weights import export_weights, fingerprint
+from matryoshka_diffusion.training.checkpoint import CheckpointError, newest, read
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.run_folder import open_run
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.stages import steps
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer, train
+from matryoshka_diffusion.training.weights import export_weights, fingerprint
 from tiny_run import TinyPictures, encode, stop_at, there, tiny_config
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka_diffusion.train import memory
+from matryoshka_diffusion.training import memory
 
 # In a process of its own, because the setting holds for the whole process.
 FREED = """
 import resource
 import torch
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer
 from tiny_run import tiny_config
 
 def touch():

@@ -22,7 +22,7 @@ from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.runs import perceptual, prepare
 from matryoshka_diffusion.runs.perceptual import feature_distance, open_perceptual
 from matryoshka_diffusion.schedule import Cosine, Shifted
-from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.training.signals import Stopped
 from tiny_run import metrics, run, stop_at, tiny_config
 
 COUNTS, WEIGHT, FLOOR = (5, 4), 0.7, 0.5

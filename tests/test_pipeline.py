@@ -27,10 +27,10 @@ from matryoshka_diffusion.pyramid import resolution_of, up_sample
 from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.schedule import instants
 from matryoshka_diffusion.text.encoder import HiddenStates
-from matryoshka_diffusion.train.precision import resolve_precision
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.precision import resolve_precision
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer
+from matryoshka_diffusion.training.weights import export_weights
 from ranks import start
 from tiny_run import encode, tiny_config, tiny_video, with_frames
 

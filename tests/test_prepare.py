@@ -26,13 +26,13 @@ from matryoshka_diffusion.presets.paper import nest
 from matryoshka_diffusion.runs import grow
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.text.feature_cache import FeatureCache
-from matryoshka_diffusion.train.checkpoint import newest, read
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import train
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.checkpoint import newest, read
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import train
+from matryoshka_diffusion.training.weights import export_weights
 from tiny_run import TinyPictures, encode, stop_at, there, tiny_config
 
 

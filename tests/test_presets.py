@@ -38,10 +38,10 @@ from matryoshka_diffusion.presets import BASELINES, PRESETS, preset
 from matryoshka_diffusion.pyramid import Pyramid, build_pyramid, resolutions_of, shapes_of
 from matryoshka_diffusion.rng import normal, uniform
 from matryoshka_diffusion.schedule import build_schedules
-from matryoshka_diffusion.train.inputs import Batches
-from matryoshka_diffusion.train.stages import learning_rates
-from matryoshka_diffusion.train.trainer import train
-from matryoshka_diffusion.train.weights import load_network
+from matryoshka_diffusion.training.inputs import Batches
+from matryoshka_diffusion.training.stages import learning_rates
+from matryoshka_diffusion.training.trainer import train
+from matryoshka_diffusion.training.weights import load_network
 from nests import wake
 
 COMPARED = {

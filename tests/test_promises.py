@@ -33,8 +33,8 @@ from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.models.released import load_released
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.text.encoder import load_encoder
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.weights import export_weights
 from picturing import chunk, noise, png_bytes, save
 from ranks import fork
 from test_pipeline import text_model

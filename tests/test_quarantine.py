@@ -16,8 +16,8 @@ from matryoshka_diffusion.data import decoded
 from matryoshka_diffusion.data.bad import BadFile, Quarantine
 from matryoshka_diffusion.data.loader import Batch, Loader
 from matryoshka_diffusion.data.source import Source, split
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.trainer import train
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.trainer import train
 from picturing import encode as encode_image
 from picturing import opened as opened_kind
 from picturing import save, write_tar

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka_diffusion.config import ConfigError, UsageError
-from matryoshka_diffusion.train import distributed
-from matryoshka_diffusion.train.checkpoint import PARTS, newest, read
-from matryoshka_diffusion.train.distributed import (
+from matryoshka_diffusion.training import distributed
+from matryoshka_diffusion.training.checkpoint import PARTS, newest, read
+from matryoshka_diffusion.training.distributed import (
     RanksDiffer,
     World,
     compare_data,
@@ -25,11 +25,11 @@ from matryoshka_diffusion.train.distributed import (
     shared,
     whole,
 )
-from matryoshka_diffusion.train.inputs import Feed, compare_ranks
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import Step, step_at
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.weights import load_network
+from matryoshka_diffusion.training.inputs import Feed, compare_ranks
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.stages import Step, step_at
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.weights import load_network
 from nests import wake
 from ranks import SETTINGS, SHARES, Process, end_ranks, seen, start_ranks, train_jobs, train_tiny
 from tiny_run import TinyPictures, digests, encode, metrics, there, tiny_config

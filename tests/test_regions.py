@@ -14,7 +14,7 @@ from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.denoiser import Regional
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.schedule import Cosine, Instant, instants
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import class_model, text_model
 
 RIGHT = np.zeros((16, 16), np.uint8)

@@ -17,7 +17,7 @@ from matryoshka_diffusion.draw import gallery, grid
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.progress import shown
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import class_model, plain_model, text_model
 
 

@@ -35,12 +35,12 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, resolution_of, resolutions_of
 from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview
-from matryoshka_diffusion.train.distributed import World
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Skipped, Stepped, diffusion
-from matryoshka_diffusion.train.trainer import Trainer, View
+from matryoshka_diffusion.training.distributed import World
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import Skipped, Stepped, diffusion
+from matryoshka_diffusion.training.trainer import Trainer, View
 from picturing import noise, save
 from test_pipeline import Words, moving, text_model
 from test_upsampler import upsampler_config

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_diffusion.config import StageConfig, TrainConfig
-from matryoshka_diffusion.train.stages import active_model, joined_after, step_at, steps
+from matryoshka_diffusion.training.stages import active_model, joined_after, step_at, steps
 from tiny_run import tiny_config
 
 

@@ -24,12 +24,12 @@ from matryoshka_diffusion.config import ConfigError, RunConfig, StageConfig
 from matryoshka_diffusion.nn.layers import attend, norm
 from matryoshka_diffusion.nn.level import Block, Up
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.train import precision as precision_module
-from matryoshka_diffusion.train import trainer as trainer_module
-from matryoshka_diffusion.train.checkpoint import read, save
-from matryoshka_diffusion.train.gradient import resolve_threads
-from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.precision import (
+from matryoshka_diffusion.training import precision as precision_module
+from matryoshka_diffusion.training import trainer as trainer_module
+from matryoshka_diffusion.training.checkpoint import read, save
+from matryoshka_diffusion.training.gradient import resolve_threads
+from matryoshka_diffusion.training.inputs import Feed, Inputs
+from matryoshka_diffusion.training.precision import (
     DTYPES,
     GROWTH_INTERVAL,
     LossScale,
@@ -39,8 +39,8 @@ from matryoshka_diffusion.train.precision import (
     resolve_layout,
     resolve_precision,
 )
-from matryoshka_diffusion.train.stages import Step, step_at, steps
-from matryoshka_diffusion.train.step import (
+from matryoshka_diffusion.training.stages import Step, step_at, steps
+from matryoshka_diffusion.training.step import (
     PATIENCE,
     NotFinite,
     Outcome,
@@ -53,7 +53,7 @@ from matryoshka_diffusion.train.step import (
     moments,
     set_learning_rates,
 )
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.trainer import Trainer
 from ranks import start
 from tiny_run import (
     TinyClips,
@@ -640,6 +640,6 @@ def test_without_a_compiler_the_error_comes_at_the_start(monkeypatch):
     with pytest.raises(ConfigError, match=r"no-such-compiler: install it.*train\.compile=false"):
         Trainer(diffusion(tiny_config(compile=True)))
     monkeypatch.setenv("CXX", sys.executable)
-    monkeypatch.setattr("matryoshka_diffusion.train.precision.find_spec", lambda name: None)
+    monkeypatch.setattr("matryoshka_diffusion.training.precision.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"triton.*train\.compile=false"):
         compile_network(nn.Linear(1, 1), GPU)

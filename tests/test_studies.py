@@ -22,9 +22,9 @@ from studies.trials import DECAY, LONG, SETS, Trial, all_trials, changed, images
 from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.run_folder import differences
-from matryoshka_diffusion.train.stages import learning_rates
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.run_folder import differences
+from matryoshka_diffusion.training.stages import learning_rates
 from tiny_run import tiny_config
 
 

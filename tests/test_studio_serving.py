@@ -25,7 +25,7 @@ from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.studio import app
 from matryoshka_diffusion.studio.requests import Limits
 from matryoshka_diffusion.studio.served import Served
-from matryoshka_diffusion.train.signals import Stopped
+from matryoshka_diffusion.training.signals import Stopped
 from studio_server import JSON, Posted, file, objects, odd_request, running, some_models
 from test_pipeline import Words
 from tiny_run import run, stop_at

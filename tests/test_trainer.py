@@ -27,15 +27,15 @@ from matryoshka_diffusion.data.source import Source, array_source
 from matryoshka_diffusion.diffusion import Process
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.schedule import wakes_at
-from matryoshka_diffusion.train import checkpoint, precision
-from matryoshka_diffusion.train.checkpoint import CheckpointError, newest
-from matryoshka_diffusion.train.distributed import World
-from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.run_folder import RunInUse, open_run
-from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
-from matryoshka_diffusion.train.stages import Step, step_at
-from matryoshka_diffusion.train.step import NotFinite
-from matryoshka_diffusion.train.trainer import Trainer, View
+from matryoshka_diffusion.training import checkpoint, precision
+from matryoshka_diffusion.training.checkpoint import CheckpointError, newest
+from matryoshka_diffusion.training.distributed import World
+from matryoshka_diffusion.training.inputs import Feed, Inputs
+from matryoshka_diffusion.training.run_folder import RunInUse, open_run
+from matryoshka_diffusion.training.signals import Interrupts, Stopped, handled
+from matryoshka_diffusion.training.stages import Step, step_at
+from matryoshka_diffusion.training.step import NotFinite
+from matryoshka_diffusion.training.trainer import Trainer, View
 from ranks import fork, start
 from tiny_run import TinyPictures, digests, encode, metrics, run, stop_at, there, tiny_config
 

@@ -14,11 +14,11 @@ from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pyramid import Resolution, down_sample, up_sample
 from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, preview_arguments
 from matryoshka_diffusion.schedule import alpha_sigma, build_schedules
-from matryoshka_diffusion.train.distributed import World
-from matryoshka_diffusion.train.inputs import Feed, Inputs
-from matryoshka_diffusion.train.signals import Stopped
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.trainer import View, train
+from matryoshka_diffusion.training.distributed import World
+from matryoshka_diffusion.training.inputs import Feed, Inputs
+from matryoshka_diffusion.training.signals import Stopped
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.trainer import View, train
 from test_pipeline import Words, randomised
 from tiny_run import TinyPictures, encode, there, tiny_config
 

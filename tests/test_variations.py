@@ -15,7 +15,7 @@ from matryoshka_diffusion.cli.main import main
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.draw.grid import SETTINGS_KEY
 from matryoshka_diffusion.samplers import Blend, SeededNoise
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.weights import export_weights
 from test_pipeline import plain_model, text_model
 
 SHAPES = ((3, 8, 8), (3, 16, 16))

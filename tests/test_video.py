@@ -30,11 +30,11 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.runs.grow import grow_run, next_frames, next_level
-from matryoshka_diffusion.train.inputs import Feed
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Trainer, train
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Trainer, train
+from matryoshka_diffusion.training.weights import export_weights
 from tiny_run import FRAMES, TinyClips, TinyPictures, encode, tiny_config, tiny_video
 
 

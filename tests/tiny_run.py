@@ -31,11 +31,11 @@ from matryoshka_diffusion.modelconfig import MicroConfig
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.rng import stream
 from matryoshka_diffusion.runs.grow import next_frames
-from matryoshka_diffusion.train.checkpoint import newest
-from matryoshka_diffusion.train.inputs import Batches, Feed
-from matryoshka_diffusion.train.stages import steps
-from matryoshka_diffusion.train.step import diffusion
-from matryoshka_diffusion.train.trainer import Hook, Trainer, View, train
+from matryoshka_diffusion.training.checkpoint import newest
+from matryoshka_diffusion.training.inputs import Batches, Feed
+from matryoshka_diffusion.training.stages import steps
+from matryoshka_diffusion.training.step import diffusion
+from matryoshka_diffusion.training.trainer import Hook, Trainer, View, train
 
 T = TypeVar("T")
 FRAMES = 4

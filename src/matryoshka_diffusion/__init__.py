@@ -31,11 +31,11 @@ _HOMES = {
     "ddpm": "samplers",
     "dpmpp_2m": "samplers",
     "build_schedules": "schedule",
+    "train": "runs.train",
 }
-_CALLABLE = "train"  # a package that can be called
 # Needs an extra, so `from matryoshka_diffusion import *` leaves it alone.
 _OF_EXTRAS = {"MDMPipeline": "models.diffusers"}
-__all__ = ["__version__", *_HOMES, _CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.conditioning import Conditioning as Conditioning
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.pyramid import Pyramid as Pyramid
     from matryoshka_diffusion.pyramid import Resolution as Resolution
     from matryoshka_diffusion.pyramid import build_pyramid as build_pyramid
-    from matryoshka_diffusion.runs.training import train as train
+    from matryoshka_diffusion.runs.train import train as train
     from matryoshka_diffusion.samplers import ddim as ddim
     from matryoshka_diffusion.samplers import ddpm as ddpm
     from matryoshka_diffusion.samplers import dpmpp_2m as dpmpp_2m
@@ -63,8 +63,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == _CALLABLE:
-        return importlib.import_module(f"{__name__}.{name}")
     home = _HOMES.get(name) or _OF_EXTRAS.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

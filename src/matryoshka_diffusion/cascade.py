@@ -33,7 +33,7 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.progress import Progress, shown
 from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.samples import Samples
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.weights import fingerprint
 
 
 class Cascade:

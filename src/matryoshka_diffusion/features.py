@@ -38,7 +38,7 @@ from matryoshka_diffusion.metrics.networks import EffNetLite0, reason_of, weight
 from matryoshka_diffusion.pyramid import to_float
 from matryoshka_diffusion.rng import choose
 from matryoshka_diffusion.tensorfile import check_folder, read_weights
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.weights import fingerprint
 
 FILE = "features.safetensors"
 """Name of the projection's file in the folder of a run or model."""

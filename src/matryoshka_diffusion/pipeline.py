@@ -37,8 +37,8 @@ from matryoshka_diffusion.samplers import Seed, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sampling import UNBOUNDED, DiffusionModel
 from matryoshka_diffusion.text.encoder import TextEncoder, making_room
-from matryoshka_diffusion.train.precision import PrecisionSetting, best_device, placed
-from matryoshka_diffusion.train.weights import fingerprint, load_network
+from matryoshka_diffusion.training.precision import PrecisionSetting, best_device, placed
+from matryoshka_diffusion.training.weights import fingerprint, load_network
 
 if TYPE_CHECKING:
     from matryoshka_diffusion.data.given import Given

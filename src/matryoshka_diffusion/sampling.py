@@ -34,7 +34,7 @@ from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, Seed, Seeded
 from matryoshka_diffusion.schedule import Instant, instants
 from matryoshka_diffusion.sizes import batch_of, on_grid, refuse_more_than_fit
 from matryoshka_diffusion.text.encoder import TextEncoder, load_encoder, making_room
-from matryoshka_diffusion.train.precision import (
+from matryoshka_diffusion.training.precision import (
     Precision,
     PrecisionSetting,
     autocast,

@@ -185,7 +185,7 @@ def poison(samples: Collection[int]) -> None:
 
 def overflow(step: int) -> None:
     """Put an infinite number into one gradient of a step, counted from 1 in a process."""
-    from matryoshka_diffusion.train.distributed import local
+    from matryoshka_diffusion.training.distributed import local
 
     def strike(gradients: list[Any]) -> None:
         tell(f"Inf in a gradient of step {step}")
@@ -247,14 +247,14 @@ def pids(folder: str) -> None:
 
 def same_rows(_: None) -> None:
     """Every rank takes the samples of rank 0."""
-    from matryoshka_diffusion.train.distributed import World
+    from matryoshka_diffusion.training.distributed import World
 
     World.mine = lambda self, numbers: numbers[:: self.size]
 
 
 def learnt(path: str) -> None:
     """Log number and key of each sample that was learnt from, in one file for each rank."""
-    from matryoshka_diffusion.train.trainer import Trainer
+    from matryoshka_diffusion.training.trainer import Trainer
 
     real: Callable[..., Any] = Trainer.step
 
@@ -305,7 +305,7 @@ def bring(plan: Mapping[str, Any]) -> None:
 
 def main() -> int:
     from matryoshka_diffusion.cli import main as cli
-    from matryoshka_diffusion.train import trainer  # noqa: F401  importing is spared the faults
+    from matryoshka_diffusion.training import trainer  # noqa: F401  importing is spared the faults
 
     bring(json.loads(sys.argv[1]))
     return cli.main(sys.argv[2:])

@@ -6,7 +6,7 @@ import re
 
 from faults.product import BATCH, IMAGES, Ended, Run, Workshop
 from faults.report import Result
-from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.training import checkpoint
 
 EVERY_STEP = (f"train.checkpoint_every_images={BATCH}", "train.keep_checkpoints=1000")
 PATIENCE = 20

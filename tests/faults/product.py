@@ -20,7 +20,7 @@ from typing import Any
 
 from faults import shards
 from faults.report import Result
-from matryoshka_diffusion.train import checkpoint
+from matryoshka_diffusion.training import checkpoint
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "chaos.yaml"

@@ -75,7 +75,7 @@ def _chosen(takes: dict[str, tuple[int, int]]) -> str:
     Args:
         takes: bytes that a training takes, and how often it sees each image, by preset.
     """
-    from matryoshka_diffusion.train.precision import best_device, device_memory
+    from matryoshka_diffusion.training.precision import best_device, device_memory
 
     first, device = next(iter(takes)), best_device()
     if device == "cpu":
@@ -94,8 +94,8 @@ def lengthened(config: Any, options: argparse.Namespace) -> Any:
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.configfile import changed, load_config, to_yaml
     from matryoshka_diffusion.files import write_atomically
-    from matryoshka_diffusion.train import checkpoint
-    from matryoshka_diffusion.train.run_folder import owned
+    from matryoshka_diffusion.training import checkpoint
+    from matryoshka_diffusion.training.run_folder import owned
 
     if not (run / "config.yaml").is_file() or options.out not in (None, run):
         raise UsageError(f"--more: {run} is no run; name the folder of one, and omit --out")

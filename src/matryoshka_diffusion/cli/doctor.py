@@ -80,7 +80,7 @@ def _system(device_name: str) -> list[str]:
 
     from matryoshka_diffusion.files import cache_folder, memory_bytes
     from matryoshka_diffusion.models.names import shipped_models
-    from matryoshka_diffusion.train.precision import resolve_precision
+    from matryoshka_diffusion.training.precision import resolve_precision
 
     device = torch.device(find_device(device_name))
     name = f"{torch.get_num_threads()} threads"

@@ -32,7 +32,7 @@ def _ranks(options: argparse.Namespace) -> Iterator[None]:
     """Join the ranks; `options` then has `world`, `bars`, and the device of this rank."""
     import torch
 
-    from matryoshka_diffusion.train.distributed import joined, rank_device
+    from matryoshka_diffusion.training.distributed import joined, rank_device
 
     options.device = rank_device(find_device(options.device))
     device = torch.device(options.device)

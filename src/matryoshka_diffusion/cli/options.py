@@ -250,7 +250,7 @@ def find_device(name: str) -> str:
     import torch
 
     from matryoshka_diffusion.config import UsageError
-    from matryoshka_diffusion.train.precision import best_device
+    from matryoshka_diffusion.training.precision import best_device
 
     if name == "auto":
         return best_device()

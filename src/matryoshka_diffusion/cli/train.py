@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> None:
     if out is None:
         raise UsageError("mdm train: give the run's folder with --out")
     if (options.gpus or 1) > 1 and "RANK" not in os.environ:
-        from matryoshka_diffusion.train.distributed import launch
+        from matryoshka_diffusion.training.distributed import launch
 
         raise SystemExit(launch(options.gpus, options.arguments))
     timeout = options.rank_timeout or RANK_TIMEOUT
@@ -157,7 +157,7 @@ def _train(
     data_changed: bool = False,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
-    from matryoshka_diffusion.runs.training import run_training
+    from matryoshka_diffusion.runs.train import run_training
 
     with Bar("encoding", " captions") as captions, Bar("encoding") as codes:
         finished = run_training(

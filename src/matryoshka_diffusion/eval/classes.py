@@ -19,7 +19,7 @@ from matryoshka_diffusion.metrics import classifier
 from matryoshka_diffusion.metrics.classifier import Classifier
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.rng import choose
-from matryoshka_diffusion.train.distributed import World
+from matryoshka_diffusion.training.distributed import World
 
 MOST_IMAGES = 60_000  # of a larger set, the same in every run
 TESTED = 0.1

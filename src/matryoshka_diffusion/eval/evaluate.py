@@ -25,7 +25,7 @@ from matryoshka_diffusion.eval.reference import Reference, open_reference, refer
 from matryoshka_diffusion.eval.result import Result
 from matryoshka_diffusion.files import cache_folder
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.train.distributed import ALONE, World
+from matryoshka_diffusion.training.distributed import ALONE, World
 
 SEED = 1_000_000
 """Seed of sample 0: far from the seeds that people try, so that nobody tunes on them."""

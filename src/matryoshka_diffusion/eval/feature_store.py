@@ -32,7 +32,7 @@ from matryoshka_diffusion.metrics.formulas import Moments
 from matryoshka_diffusion.models.find import Progress
 from matryoshka_diffusion.pyramid import Resolution
 from matryoshka_diffusion.sizes import batch_of
-from matryoshka_diffusion.train.distributed import ALONE, World
+from matryoshka_diffusion.training.distributed import ALONE, World
 
 FORMAT = 2
 """Version of the columns: raise it when they or their files hold other numbers of an image."""

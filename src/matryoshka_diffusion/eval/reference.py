@@ -45,7 +45,7 @@ from matryoshka_diffusion.metrics.inception import WIDTH
 from matryoshka_diffusion.models.find import WEIGHTS, Progress
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.sizes import batch_of
-from matryoshka_diffusion.train.distributed import ALONE, World
+from matryoshka_diffusion.training.distributed import ALONE, World
 
 MAX_ENLARGED = 0.05
 """Largest share of images below the compared side in a reference."""

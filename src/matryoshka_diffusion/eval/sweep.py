@@ -26,7 +26,7 @@ from matryoshka_diffusion.eval.result import Result, plain, with_error
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.models.save import average_model
 from matryoshka_diffusion.pipeline import Matryoshka
-from matryoshka_diffusion.train.precision import PrecisionSetting
+from matryoshka_diffusion.training.precision import PrecisionSetting
 
 EMA = "ema"  # the axis whose values are other weights, not sampling settings
 MAX_PROFILE_ERROR = 0.05  # of an average without a warning, as in `mdm ema`

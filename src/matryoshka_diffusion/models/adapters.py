@@ -14,8 +14,8 @@ from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.find import Found, find_unmerged, place_of
 from matryoshka_diffusion.models.peft import Adapters
 from matryoshka_diffusion.nn.lora import LowRank
-from matryoshka_diffusion.train.checkpoint import CheckpointError
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.checkpoint import CheckpointError
+from matryoshka_diffusion.training.weights import fingerprint
 
 
 def add_adapters(

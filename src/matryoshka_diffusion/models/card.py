@@ -14,7 +14,7 @@ from torch import Tensor
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.models.names import is_hub_id
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.weights import fingerprint
 
 CARD, RESULTS = "README.md", Path("eval", "results.jsonl")
 """The card in a shared folder, and the figures in a run's."""

@@ -40,7 +40,7 @@ from matryoshka_diffusion.sampling import DiffusionModel
 from matryoshka_diffusion.tensorfile import check_folder
 from matryoshka_diffusion.text.components import check_encoder, check_tokenizer
 from matryoshka_diffusion.text.encoder import load_encoder
-from matryoshka_diffusion.train.weights import load_weights
+from matryoshka_diffusion.training.weights import load_weights
 
 for _package in ("diffusers", "transformers"):
     require(_package, "diffusers", "MDMPipeline")

@@ -19,9 +19,9 @@ from matryoshka_diffusion.models.peft import folder_of
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.progress import Progress
 from matryoshka_diffusion.tensorfile import read_weights
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.stages import active_model
-from matryoshka_diffusion.train.weights import LORA, MODEL, lora_metadata, merge, weights_file
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.stages import active_model
+from matryoshka_diffusion.training.weights import LORA, MODEL, lora_metadata, merge, weights_file
 
 WEIGHTS = (MODEL, LORA)
 """Names of the weights file of a model folder: a whole model, or adapters."""

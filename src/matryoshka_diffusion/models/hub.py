@@ -16,7 +16,7 @@ from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.card import model_card, write_card
 from matryoshka_diffusion.models.save import carry_frozen, shared_config
-from matryoshka_diffusion.train.weights import LORA, MODEL, export_weights
+from matryoshka_diffusion.training.weights import LORA, MODEL, export_weights
 
 FILES = (
     *(MODEL, LORA, "config.json", FILE, *(f"{codecs.OWN}/{name}" for name in codecs.FILES)),

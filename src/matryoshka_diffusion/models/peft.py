@@ -23,8 +23,8 @@ from matryoshka_diffusion.files import BrokenFile, read_json, write_atomically
 from matryoshka_diffusion.modelconfig import Count, Positive, Strict
 from matryoshka_diffusion.nn.lora import LowRank
 from matryoshka_diffusion.tensorfile import read_weights
-from matryoshka_diffusion.train.checkpoint import CheckpointError, to_bytes
-from matryoshka_diffusion.train.weights import lora_metadata
+from matryoshka_diffusion.training.checkpoint import CheckpointError, to_bytes
+from matryoshka_diffusion.training.weights import lora_metadata
 
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

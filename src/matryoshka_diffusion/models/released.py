@@ -36,7 +36,7 @@ from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.tensorfile import FLOATS, LARGEST_HEADER, check_header, not_floats
-from matryoshka_diffusion.train.weights import MODEL, check_same, load_network
+from matryoshka_diffusion.training.weights import MODEL, check_same, load_network
 
 MOST_ENTRIES = 20_000
 FORM = 1

@@ -27,8 +27,8 @@ from matryoshka_diffusion.models.find import (
     with_own_frozen,
 )
 from matryoshka_diffusion.models.released import convert, read_released
-from matryoshka_diffusion.train.averages import average_of, synthesise
-from matryoshka_diffusion.train.weights import export_weights
+from matryoshka_diffusion.training.averages import average_of, synthesise
+from matryoshka_diffusion.training.weights import export_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -111,7 +111,7 @@ def average_model(run: Path, length: float, out: Path, until: int | None = None)
     With `until` it is an early average: that of the training until so many images were seen.
 
     Returns:
-        The error of the average's profile, as `train.averages.Fit.error`.
+        The error of the average's profile, as `training.averages.Fit.error`.
 
     Raises:
         UsageError: `out` is not empty, `run` is no run, there is no average of this length, or the

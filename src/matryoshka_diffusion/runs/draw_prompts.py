@@ -13,7 +13,7 @@ from matryoshka_diffusion.config import ConfigError, UsageError
 from matryoshka_diffusion.draw import gallery
 from matryoshka_diffusion.files import digest, write_atomically
 from matryoshka_diffusion.models.find import Progress
-from matryoshka_diffusion.train.run_folder import owned
+from matryoshka_diffusion.training.run_folder import owned
 
 SETTINGS = "settings.json"
 """File beside the images that says what they were drawn with."""

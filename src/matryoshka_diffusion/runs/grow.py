@@ -20,10 +20,10 @@ from matryoshka_diffusion.data.source import absolute, with_source
 from matryoshka_diffusion.files import refuse_full, write_atomically
 from matryoshka_diffusion.models.find import count_levels, find_model
 from matryoshka_diffusion.nn.nested import NestedUNet, grow
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.averages import PowerEma
-from matryoshka_diffusion.train.stages import active_model
-from matryoshka_diffusion.train.weights import load_network
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.averages import PowerEma
+from matryoshka_diffusion.training.stages import active_model
+from matryoshka_diffusion.training.weights import load_network
 
 
 def grow_run(

@@ -29,10 +29,10 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, shrink
 from matryoshka_diffusion.rng import choose
 from matryoshka_diffusion.text.encoder import TextEncoder
-from matryoshka_diffusion.train.inputs import Batches, Encode, Feed
-from matryoshka_diffusion.train.precision import autocast
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.trainer import View
+from matryoshka_diffusion.training.inputs import Batches, Encode, Feed
+from matryoshka_diffusion.training.precision import autocast
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.trainer import View
 
 PREVIEW_IMAGES = 8
 HELD_OUT_IMAGES = 512

@@ -65,10 +65,10 @@ from matryoshka_diffusion.presets import CODECS, preset
 from matryoshka_diffusion.runs.perceptual import open_perceptual
 from matryoshka_diffusion.text.encoder import load_encoder
 from matryoshka_diffusion.text.feature_cache import FeatureCache
-from matryoshka_diffusion.train.inputs import Batches
-from matryoshka_diffusion.train.precision import PrecisionSetting, resolve_precision
-from matryoshka_diffusion.train.stages import active_model
-from matryoshka_diffusion.train.weights import fingerprint
+from matryoshka_diffusion.training.inputs import Batches
+from matryoshka_diffusion.training.precision import PrecisionSetting, resolve_precision
+from matryoshka_diffusion.training.stages import active_model
+from matryoshka_diffusion.training.weights import fingerprint
 
 MINILM_WIDTH = 384
 SMALL_BYTES = 2**30
@@ -256,7 +256,7 @@ def _mismatch(key: str, wanted: int, name: str, there: int) -> str:
 
 
 class Job(NamedTuple):
-    """A run that can start, as `train.trainer.train` takes it."""
+    """A run that can start, as `training.trainer.train` takes it."""
 
     config: RunConfig
     source: Source  # to train on

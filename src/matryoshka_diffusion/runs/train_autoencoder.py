@@ -2,7 +2,7 @@
 
 It is an `AutoencoderKL` of diffusers, trained on the error of its images and on a little of the
 divergence of its codes from N(0, 1) (Rombach et al. 2022), without their perceptual and adversarial
-losses: enough for small, plain images. The loop is the one of every training (`train.trainer`).
+losses: enough for small, plain images. The loop is the one of every training (`training.trainer`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from matryoshka_diffusion.draw import grid
 from matryoshka_diffusion.files import require, whole_folder, write_atomically
 from matryoshka_diffusion.pyramid import to_float, to_uint8
 from matryoshka_diffusion.rng import normal, stream
-from matryoshka_diffusion.train.inputs import Inputs, MakeInputs
-from matryoshka_diffusion.train.run_folder import continued_data, differences, owned
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import NotFinite, Recipe
-from matryoshka_diffusion.train.trainer import Trainer
+from matryoshka_diffusion.training.inputs import Inputs, MakeInputs
+from matryoshka_diffusion.training.run_folder import continued_data, differences, owned
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import NotFinite, Recipe
+from matryoshka_diffusion.training.trainer import Trainer
 
 MEASURED_IMAGES = 512
 """Images, evenly spread, that the scale of the codes and the error are measured on."""

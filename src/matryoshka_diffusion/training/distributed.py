@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.nn.level import Block
-from matryoshka_diffusion.train.signals import DeadRank, Pulse, handled, open_store
+from matryoshka_diffusion.training.signals import DeadRank, Pulse, handled, open_store
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]

@@ -30,10 +30,10 @@ from matryoshka_diffusion.config import (
 )
 from matryoshka_diffusion.configfile import Config, load_config, to_yaml
 from matryoshka_diffusion.files import BrokenFile, read_json, write_atomically
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.checkpoint import CheckpointError
-from matryoshka_diffusion.train.gradient import resolve_threads
-from matryoshka_diffusion.train.precision import resolve_layout, resolve_precision
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.checkpoint import CheckpointError
+from matryoshka_diffusion.training.gradient import resolve_threads
+from matryoshka_diffusion.training.precision import resolve_layout, resolve_precision
 
 LOCK, OWNER = ".lock", ".owner.json"
 

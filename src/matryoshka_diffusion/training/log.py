@@ -24,8 +24,8 @@ from matryoshka_diffusion.config import RunConfig, TrainConfig
 from matryoshka_diffusion.draw.clips import FASTEST, gif
 from matryoshka_diffusion.files import require, write_atomically
 from matryoshka_diffusion.progress import Progress
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.step import Outcome, Recipe, Skipped, Stepped
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.step import Outcome, Recipe, Skipped, Stepped
 
 PLAIN_SECONDS = 10.0
 """Least time between two lines where there is no terminal."""

@@ -21,11 +21,11 @@ from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.progress import Progress, shown
 from matryoshka_diffusion.runs import prepare
 from matryoshka_diffusion.runs.hooks import HeldOutLoss, Preview, Quality, preview_arguments
-from matryoshka_diffusion.train import trainer
-from matryoshka_diffusion.train.distributed import Parallel, compare_data, joined, rank_device
-from matryoshka_diffusion.train.log import find_sink
-from matryoshka_diffusion.train.precision import best_device
-from matryoshka_diffusion.train.run_folder import owned
+from matryoshka_diffusion.training import trainer
+from matryoshka_diffusion.training.distributed import Parallel, compare_data, joined, rank_device
+from matryoshka_diffusion.training.log import find_sink
+from matryoshka_diffusion.training.precision import best_device
+from matryoshka_diffusion.training.run_folder import owned
 
 
 @dataclass(frozen=True)

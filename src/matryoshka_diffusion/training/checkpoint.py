@@ -34,7 +34,7 @@ from matryoshka_diffusion.files import BrokenFile, read_json, sync_folder, write
 from matryoshka_diffusion.modelconfig import Natural, Strict
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.tensorfile import FLOATS, Place, places
-from matryoshka_diffusion.train.distributed import ALONE, World, is_sharded, local
+from matryoshka_diffusion.training.distributed import ALONE, World, is_sharded, local
 
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSORS = ("weights", "ema", "optimizer")

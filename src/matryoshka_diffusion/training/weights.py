@@ -16,7 +16,7 @@ from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.lora import attach, merged_state
 from matryoshka_diffusion.nn.nested import NestedUNet, learnt_parameters, old_name
 from matryoshka_diffusion.tensorfile import FLOATS, not_floats
-from matryoshka_diffusion.train.checkpoint import CheckpointError, Stored, to_bytes
+from matryoshka_diffusion.training.checkpoint import CheckpointError, Stored, to_bytes
 
 MODEL, LORA = "model.safetensors", "lora.safetensors"
 _FLOATS = {*FLOATS, *FLOATS.values()}

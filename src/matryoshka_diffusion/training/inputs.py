@@ -30,8 +30,8 @@ from matryoshka_diffusion.pyramid import (
 )
 from matryoshka_diffusion.rng import normal, stratified, uniform
 from matryoshka_diffusion.schedule import build_schedules, wakes_at
-from matryoshka_diffusion.train.distributed import ALONE, RanksDiffer, World
-from matryoshka_diffusion.train.stages import Step
+from matryoshka_diffusion.training.distributed import ALONE, RanksDiffer, World
+from matryoshka_diffusion.training.stages import Step
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
 """Captions -> the features of each caption's tokens, (n, d)."""

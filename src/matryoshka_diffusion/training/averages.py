@@ -23,8 +23,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from matryoshka_diffusion.config import UNIFORM, RunConfig
 from matryoshka_diffusion.files import BrokenFile, write_atomically
 from matryoshka_diffusion.nn.nested import learnt_parameters
-from matryoshka_diffusion.train.checkpoint import Stored
-from matryoshka_diffusion.train.distributed import fill, local
+from matryoshka_diffusion.training.checkpoint import Stored
+from matryoshka_diffusion.training.distributed import fill, local
 
 
 def _extended(known: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:

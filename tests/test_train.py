@@ -15,7 +15,6 @@ from matryoshka_diffusion.configfile import load_config
 from matryoshka_diffusion.draw.curves import plot
 from matryoshka_diffusion.files import MissingExtra
 from matryoshka_diffusion.presets import preset
-from matryoshka_diffusion.runs import training
 from picturing import noise, save
 from tiny_run import digests
 
@@ -77,7 +76,7 @@ def test_a_config_can_be_trained_and_changed(pets):
 
 def test_the_quality_of_samples_is_logged_and_drawn(pets, monkeypatch):
     network = lambda *_: lambda images: images.mean(axis=(1, 2))  # noqa: E731
-    monkeypatch.setattr(training, "EffNetLite0", network)
+    monkeypatch.setattr("matryoshka_diffusion.runs.train.EffNetLite0", network)
     settings = {**SMALL, "train__eval_every_images": 4, "train__preview_every_images": 0}
     run = mdm.train("folder-64", pets, "runs/q", device="cpu", progress=False, **settings)
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text("utf-8").splitlines())
@@ -114,10 +113,3 @@ def test_a_folder_is_needed(pets):
         mdm.train("folder-64", pets)
     with pytest.raises(ConfigError, match="folder-64"):
         mdm.train("folder-63", pets, "runs/x")
-
-
-def test_the_package_of_the_same_name_can_be_imported():
-    import matryoshka_diffusion.train.stages as stages
-
-    assert callable(mdm.train)
-    assert stages.steps

@@ -30,11 +30,11 @@ from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.nn.nested import NestedUNet, in_walk_order, learnt_parameters, level_of
 from matryoshka_diffusion.pyramid import Pyramid
 from matryoshka_diffusion.rng import stream
-from matryoshka_diffusion.train.distributed import is_sharded, sharded_like
-from matryoshka_diffusion.train.inputs import Inputs
-from matryoshka_diffusion.train.precision import LossScale, autocast
-from matryoshka_diffusion.train.stages import Step
-from matryoshka_diffusion.train.weights import build_network, load_network, merge
+from matryoshka_diffusion.training.distributed import is_sharded, sharded_like
+from matryoshka_diffusion.training.inputs import Inputs
+from matryoshka_diffusion.training.precision import LossScale, autocast
+from matryoshka_diffusion.training.stages import Step
+from matryoshka_diffusion.training.weights import build_network, load_network, merge
 
 Net = TypeVar("Net", bound=nn.Module)
 

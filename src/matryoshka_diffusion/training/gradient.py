@@ -14,9 +14,9 @@ from torch import nn
 
 from matryoshka_diffusion.config import ModelConfig, TrainConfig
 from matryoshka_diffusion.diffusion import Loss
-from matryoshka_diffusion.train.distributed import World, micro_batch, shared
-from matryoshka_diffusion.train.inputs import Inputs
-from matryoshka_diffusion.train.step import Net, Recipe, torch_seeded
+from matryoshka_diffusion.training.distributed import World, micro_batch, shared
+from matryoshka_diffusion.training.inputs import Inputs
+from matryoshka_diffusion.training.step import Net, Recipe, torch_seeded
 
 ROWS_OF_A_PART = 8
 """Fewer rows make a thread's convolutions too small to be fast."""

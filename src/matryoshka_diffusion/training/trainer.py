@@ -25,18 +25,18 @@ from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.diffusion import Distance
 from matryoshka_diffusion.files import UnreadableError
 from matryoshka_diffusion.nn.nested import learnt_parameters
-from matryoshka_diffusion.train import checkpoint
-from matryoshka_diffusion.train.averages import Ema, PowerEma, write_snapshot
-from matryoshka_diffusion.train.checkpoint import Snapshot
-from matryoshka_diffusion.train.distributed import (
+from matryoshka_diffusion.training import checkpoint
+from matryoshka_diffusion.training.averages import Ema, PowerEma, write_snapshot
+from matryoshka_diffusion.training.checkpoint import Snapshot
+from matryoshka_diffusion.training.distributed import (
     ALONE,
     World,
     fill,
     gathered,
     whole,
 )
-from matryoshka_diffusion.train.gradient import Gradient
-from matryoshka_diffusion.train.inputs import (
+from matryoshka_diffusion.training.gradient import Gradient
+from matryoshka_diffusion.training.inputs import (
     Batches,
     Beside,
     Encode,
@@ -46,19 +46,19 @@ from matryoshka_diffusion.train.inputs import (
     compare_ranks,
     fetched,
 )
-from matryoshka_diffusion.train.log import Entry, Log, OpenSink, ShownProgress, peak_memory_bytes
-from matryoshka_diffusion.train.memory import keep_freed_memory
-from matryoshka_diffusion.train.precision import (
+from matryoshka_diffusion.training.log import Entry, Log, OpenSink, ShownProgress, peak_memory_bytes
+from matryoshka_diffusion.training.memory import keep_freed_memory
+from matryoshka_diffusion.training.precision import (
     LossScale,
     algorithms,
     compile_network,
     one_core,
     placed,
 )
-from matryoshka_diffusion.train.run_folder import open_run, owned, refuse_lost_weights
-from matryoshka_diffusion.train.signals import Interrupts, Stopped, handled
-from matryoshka_diffusion.train.stages import Step, active_levels, joined_after, steps
-from matryoshka_diffusion.train.step import (
+from matryoshka_diffusion.training.run_folder import open_run, owned, refuse_lost_weights
+from matryoshka_diffusion.training.signals import Interrupts, Stopped, handled
+from matryoshka_diffusion.training.stages import Step, active_levels, joined_after, steps
+from matryoshka_diffusion.training.step import (
     PATIENCE,
     Net,
     NotFinite,
@@ -76,7 +76,7 @@ from matryoshka_diffusion.train.step import (
     moments,
     set_learning_rates,
 )
-from matryoshka_diffusion.train.weights import check_same, export_weights
+from matryoshka_diffusion.training.weights import check_same, export_weights
 
 
 @dataclass(frozen=True)
