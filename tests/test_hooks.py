@@ -101,6 +101,21 @@ def test_the_loss_of_a_level_that_sleeps_is_the_mean_of_the_samples_that_have_it
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_the_loss_of_a_run_that_still_grows_is_that_of_its_coarse_images(tmp_path, monkeypatch):
+    config, sizes = tiny_config(dropout=0.0), set()
+
+    def no_loss(net, x, *_, **__) -> SimpleNamespace:
+        sizes.add(tuple(tuple(level.shape[-2:]) for level in x))
+        return SimpleNamespace(per_level=torch.zeros(len(x)))
+
+    monkeypatch.setattr(watch, "matryoshka_loss", no_loss)
+    loss = HeldOutLoss(pictures(4), pictures(4), encode, "cpu")
+    for levels, expected in ((1, ((8, 8),)), (2, ((8, 8), (16, 16)))):
+        loss(view(NestedUNet(config.model.first(levels)).eval(), tmp_path))
+        assert sizes == {expected}
+        sizes.clear()
+
+
 def test_as_many_frames_are_watched_at_once_as_pictures(tmp_path, monkeypatch):
     batches = []
 

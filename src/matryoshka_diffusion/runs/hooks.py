@@ -144,7 +144,9 @@ class HeldOutLoss:
     def _losses(self, net: NestedUNet, config: RunConfig, source: Source) -> list[float]:
         stages = tuple(stage.model_copy(update={"mix": ()}) for stage in config.train.stages)
         train = config.train.model_copy(update={"condition_dropout": 0.0, "stages": stages})
-        plain = config.model_copy(update={"train": train, "model": net.config})
+        # The side of the images is that of the finest level, also before it has joined.
+        data = config.data.model_copy(update={"side": config.data_side})
+        plain = config.model_copy(update={"train": train, "model": net.config, "data": data})
         loader = self.frozen(Loader(source, config.train.seed, pixels=config.data.pixels))
         device = torch.device(self.device)
         feed = Feed(plain, loader, self.encode, device)
