@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.eval.result import FILE, Result, append, folder_of
+from matryoshka_diffusion.models.card import read_figures
 from matryoshka_diffusion.training.weights import export_weights
 from test_adapters import BASE, write_run
 
@@ -114,6 +115,24 @@ def test_figures_of_these_weights_are_on_the_card_and_no_others(run):
     assert str(run.parent) not in card.content
     assert "KID" not in card.text
     assert "nan" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("folder {}/faces, cut to squares", "folder faces, cut to squares"),
+        ("datasets hf:{}/faces@test", "datasets hf:faces@test"),
+        ("FID [reference ({}/a/*.tar)]", "FID [reference (*.tar)]"),
+        ("datasets hf:you/faces@test", "datasets hf:you/faces@test"),
+        ("shards https://host.org/a/{{0..9}}.tar", "shards https://host.org/a/{{0..9}}.tar"),
+    ],
+)
+def test_names_of_references_lose_the_folders_of_this_computer(run, name, shared):
+    mine: Any = {"of": "tiny", "weights": BASE.describe({})["weights"], "n": 2_000}
+    one = Result(key="fid", metric="FID", value=1.0, reference=name.format(run.parent), **mine)
+    append([one], folder_of(str(run), "eval") / FILE)
+    [figure] = read_figures(run, BASE.net.state_dict())
+    assert figure.reference == shared.format()
 
 
 def test_a_licence_is_refused_where_no_card_is_written(run, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from matryoshka_diffusion.training.weights import fingerprint
 CARD, RESULTS = "README.md", Path("eval", "results.jsonl")
 """The card in a shared folder, and the figures in a run's."""
 Form = Literal["mdm", "diffusers", "peft"]
+_FOLDERS = re.compile(r"(?<![\w:/])(hf:)?[~.]*/(?:\S*/)?")
+"""Folders before the last part of a path; addresses and ids of the hub have no such begin."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ def _figure(line: str, weights: str) -> Figure | None:
 
 def _shareable(text: str) -> str:
     """Text of a table's cell without folders of this computer: of a path the last part stays."""
-    words = [Path(w).name if w.startswith(("/", "~", ".")) else w for w in text.split()]
-    return " ".join(words).replace("|", "\\|")
+    return _FOLDERS.sub(r"\1", " ".join(text.split())).replace("|", "\\|")
 
 
 def write_card(folder: Path, card: str) -> None:
