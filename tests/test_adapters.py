@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.cli.options import path_and_share
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, StageConfig, UsageError
 from matryoshka_diffusion.models import peft
@@ -326,6 +327,20 @@ def test_the_commands_draw_with_several_adapters_and_export_them_merged(places, 
     twice = ["--lora", "a=0.5", "--lora", "a=2"]
     assert cli.main(["sample", base, *twice, *draw, str(tmp_path / "c.png")]) == 2
     assert "--lora a" in capsys.readouterr().err
+
+
+def test_a_share_follows_the_last_equals_sign_unless_a_folder_has_the_whole_name(tmp_path):
+    (tmp_path / "lr=0.1").mkdir()
+    for text, expected in (
+        ("pets", ("pets", 1.0)),
+        ("pets=0.7", ("pets", 0.7)),
+        ("pets=-1", ("pets", -1.0)),
+        ("size=big", ("size=big", 1.0)),
+        (f"{tmp_path}/lr=0.1", (f"{tmp_path}/lr=0.1", 1.0)),
+        (f"{tmp_path}/lr=0.1=0.5", (f"{tmp_path}/lr=0.1", 0.5)),
+        (f"{tmp_path}/lr=0.2", (f"{tmp_path}/lr", 0.2)),
+    ):
+        assert path_and_share(text) == expected
 
 
 def test_an_export_for_peft_names_no_path_of_this_computer(places, tmp_path, capsys):

@@ -53,10 +53,10 @@ def add_command(
 
 
 def path_and_share(text: str) -> tuple[str, float]:
-    """Parse PATH or PATH=SHARE."""
+    """Parse PATH or PATH=SHARE. A folder of the whole name takes precedence, such as `lr=0.1`."""
     path, _, share = text.rpartition("=")
     try:
-        return (path, float(share)) if path else (text, 1.0)
+        return (path, float(share)) if path and not Path(text).exists() else (text, 1.0)
     except ValueError:  # a path with = in it
         return text, 1.0
 
