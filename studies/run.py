@@ -232,7 +232,7 @@ def _distances(model: Model, trial: Trial, job: Job, **settings: Any) -> dict[st
     It falls with the number of samples. With classes, also the share of samples that a classifier
     finds in theirs, and the distance of its features.
     """
-    whole, has_classes = open_data(job.config), model.config.model.classes is not None
+    whole, has_classes = open_data(job.config), model.config.model.classes > 0
     names = ("fd", "class-accuracy", "fd-classes") if has_classes else ("fd",)
     results = evaluate(model, names, source=whole, n=trial.samples, **settings)
     others = {x.key.replace("-", "_"): x.value for x in results[1:]}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
 from studies.results import GROUPS, HEAD, read_results, table, tables
-from studies.run import claimed, is_done, measured_at, result_path, run, work
+from studies.run import _distances, claimed, is_done, measured_at, result_path, run, work
 from studies.trials import DECAY, LONG, SETS, Trial, all_trials, changed, images_at, total_flops
 
 from matryoshka_diffusion.codecconfig import CodecRunConfig
@@ -229,6 +230,22 @@ def small_trial(tmp_path_factory) -> Trial:
         train__checkpoint_every_images=16,
     )
     return Trial("emoji/mdm/0", config, points=(0.1, 1.0), samples=4)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(0, 1), (2, 3)])
+def test_samples_without_classes_are_measured_by_their_distance_alone(
+    small_trial, monkeypatch, classes, count
+):
+    def evaluate(model: Any, names: tuple[str, ...], **_: Any) -> list[SimpleNamespace]:
+        return [SimpleNamespace(key=name, metric=name, value=1.0) for name in names]
+
+    monkeypatch.setattr("studies.run.evaluate", evaluate)
+    config = changed(small_trial.config, model__classes=classes)
+    model: Any = SimpleNamespace(config=config)
+    job: Any = SimpleNamespace(config=config)
+    found = _distances(model, small_trial, job)
+    assert len(found) == 1 + count  # and the name of the metric
+    assert ("class_accuracy" in found) == (classes > 0)
 
 
 def test_a_trial_is_trained_once_measured_and_sampled(small_trial, tmp_path, monkeypatch):
