@@ -277,9 +277,23 @@ def test_ranks_of_different_runs_or_data_are_refused():
     inputs = Feed(config, TinyPictures(), encode)(step_at(TRAIN, 0))
     with pytest.raises(RanksDiffer, match=r"rank 1 .*another config"):
         compare_ranks(world_of(("other", (99,), ["-"])), config, inputs)
-    compare_data(world_of(), ["a", "b"])
+    compare_data(world_of(), ["a", "b"], [0, 0])
     with pytest.raises(RanksDiffer, match=r"rank 1 .*other data.*3 images and 2"):
-        compare_data(world_of((3, "-")), ["a", "b"])
+        compare_data(world_of((3, "-")), ["a", "b"], [0, 0])
+
+
+def test_ranks_whose_images_have_other_shapes_are_refused():
+    given: list[Any] = []
+
+    class Noting(World):
+        def gather(self, value: Any) -> list[Any]:
+            given.append(value)
+            return [value]
+
+    compare_data(Noting(1, 2), ["a", "b"], [0, 3])
+    compare_data(world_of(*given), ["a", "b"], [0, 3])
+    with pytest.raises(RanksDiffer, match=r"rank 1 .*other data"):
+        compare_data(world_of(*given), ["a", "b"], [0, 2])
 
 
 def test_an_error_that_cannot_be_pickled_is_sent_as_text():

@@ -154,7 +154,7 @@ def run_training(
 
                 config = keep_base(config, folder)
             ready = prepare.prepare(config, device, folder, progress=captions, coding=codes)
-        compare_data(world, ready.source.keys)
+        compare_data(world, ready.source.keys, [one.shape for one in ready.source.samples])
         if ready.config.train.init is not None:
             from matryoshka_diffusion.runs.grow import warm_start
 

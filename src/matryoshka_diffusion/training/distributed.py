@@ -323,11 +323,14 @@ class RanksDiffer(RuntimeError):
     """The ranks do not work on the same run, or two of them work on the same samples."""
 
 
-def compare_data(world: World, keys: Sequence[str]) -> None:
-    """Raise RanksDiffer if a rank has other images than rank 0, or in another order."""
+def compare_data(world: World, keys: Sequence[str], shapes: Sequence[int]) -> None:
+    """Raise RanksDiffer if a rank has other images than rank 0, in another order or other shapes.
+
+    A step has a part for each shape, so ranks that disagree on them would wait for each other.
+    """
     digest = hashlib.sha256()
-    for key in keys if world.size > 1 else ():
-        digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
+    for key, shape in zip(keys, shapes, strict=True) if world.size > 1 else ():
+        digest.update(key.encode("utf-8", "surrogatepass") + f"\0{shape}\0".encode())
     first, *others = world.gather((len(keys), digest.hexdigest()))
     for rank, other in enumerate(others, start=1):
         if other != first:
