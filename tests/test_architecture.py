@@ -33,7 +33,7 @@ assert not loaded(), ("help loads", loaded())
 
 import matryoshka_diffusion as mdm
 assert [getattr(mdm, name) for name in mdm.__all__]
-assert loaded() == {{"torch"}}, ("the public names load", loaded())
+assert loaded() == {{"torch", "PIL"}}, ("the public names load", loaded())
 
 for name in {OPTIONAL}:
     sys.modules[name] = None  # importing it now fails as if it were not installed

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from matryoshka_diffusion import sampling
 from matryoshka_diffusion.cascade import Cascade, check_pair, open_model
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import (
@@ -149,7 +148,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(cascade):
 
 
 def test_both_models_have_the_batches_of_the_finer_one(cascade, monkeypatch):
-    monkeypatch.setattr(sampling, "PIXELS", 2 * 16**2)
+    monkeypatch.setattr("matryoshka_diffusion.sizes.PIXELS", 2 * 16**2)
     finer = Cascade(cascade.base, cascade.upsampler)
     sizes = {}
     for name in ("base", "upsampler"):

@@ -125,10 +125,10 @@ def test_the_error_is_that_of_held_out_pictures_where_there_are_any(smooth, tmp_
 def test_a_stopped_training_goes_on_to_the_bit(trained, smooth, tmp_path, monkeypatch):
     config, take = small(smooth), Trainer.step
 
-    def stopping(trainer, inputs):
-        if inputs.step.first == 16:
+    def stopping(trainer, parts):
+        if parts[0].step.first == 16:
             signal.raise_signal(signal.SIGTERM)
-        return take(trainer, inputs)
+        return take(trainer, parts)
 
     monkeypatch.setattr(Trainer, "step", stopping)
     with pytest.raises(Stopped, match="stopped at 24 of 160 images and saved") as stopped:

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from matryoshka_diffusion import sampling
 from matryoshka_diffusion.config import ConfigError, EncoderConfig, RunConfig, UsageError
 from matryoshka_diffusion.configfile import from_dict
 from matryoshka_diffusion.files import MissingExtra
@@ -347,7 +346,7 @@ def test_a_callback_sees_every_step_and_may_return_nothing(pipe):
 @pytest.mark.parametrize("batch_size", [64, 1])
 def test_latents_that_a_callback_replaces_are_gone_on_from(pipe, monkeypatch, in_place, batch_size):
     """Sampling that is given another seed's latents half-way ends at the other seed's picture."""
-    monkeypatch.setattr(sampling, "BATCH", batch_size)
+    monkeypatch.setattr("matryoshka_diffusion.sizes.BATCH", batch_size)
     call = {"prompt": ["red", "jay"], "num_inference_steps": 4, "sampler": "ddim"}
     copies = {}
 
@@ -469,9 +468,8 @@ def test_a_model_of_clips_is_refused(tmp_path):
 
 
 def test_what_is_no_folder_is_said(tmp_path):
-    for path in (tmp_path / "none", "somebody/model"):
-        with pytest.raises(FileNotFoundError, match=r"no such folder; .*snapshot_download"):
-            MDMPipeline.from_pretrained(path)
+    with pytest.raises(FileNotFoundError, match="no such folder, and no id of the hub"):
+        MDMPipeline.from_pretrained(tmp_path / "none")
 
 
 @pytest.mark.parametrize("component", ["network", "text_encoder"])

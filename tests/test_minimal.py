@@ -136,7 +136,7 @@ def test_the_same_weights_and_noise_give_the_library_s_images(example, library_n
     theirs = example.sample(example_net, labels, noise.start(), 8, guidance)
     for a, b in zip(ours, theirs, strict=True):
         assert a.std() > 0.1
-        assert (a - b).abs().max() <= 1e-5  # the library guides with one call, the example with two
+        assert (a - b).abs().max() <= 2e-5  # the library guides with one call, the example with two
 
 
 def test_growing_changes_nothing_inside_and_fits_the_library(example, model):

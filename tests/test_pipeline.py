@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka_diffusion import sampling
 from matryoshka_diffusion.codec import Codec
 from matryoshka_diffusion.conditioning import entries_of, equally_long
 from matryoshka_diffusion.config import UsageError
@@ -122,9 +121,9 @@ def test_a_batch_has_so_many_pixels_at_most(name, size, monkeypatch):
     latent = preset("openmoji", "latent")
     model = DiffusionModel(lambda z, t, cond: z, latent.model, latent)
     assert model.batch_size == 64
-    monkeypatch.setattr(sampling, "PIXELS", 3 * 64**2)
+    monkeypatch.setattr("matryoshka_diffusion.sizes.PIXELS", 3 * 64**2)
     assert model.batch_size == 3
-    monkeypatch.setattr(sampling, "PIXELS", 1)
+    monkeypatch.setattr("matryoshka_diffusion.sizes.PIXELS", 1)
     assert model.batch_size == 1
 
 

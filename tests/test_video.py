@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from filming import animate, steps
-from matryoshka_diffusion import sampling
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.config import (
     ConfigError,
@@ -72,7 +71,7 @@ def inputs(config: RunConfig, rows: tuple[int, ...]):
 
 
 def test_the_levels_of_a_clip_are_its_first_frame_and_all_of_it(video_run: Path):
-    config = job.find_config(str(video_run), None, [])
+    config = job.find_config(str(video_run), None, ["data.side=16"])
     assert [level.size for level in config.model.levels] == ["8", "4x8"]
     picture, clip = inputs(config, (4, 2)).x
     assert (picture.shape, clip.shape) == ((4, 3, 8, 8), (2, 3, 4, 8, 8))
@@ -143,7 +142,7 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(video_run: Path, sample
 
 def test_few_clips_are_drawn_together(video_run: Path, monkeypatch: pytest.MonkeyPatch):
     """All frames count, unless somebody says."""
-    monkeypatch.setattr(sampling, "PIXELS", 2 * FRAMES * 8**2)
+    monkeypatch.setattr("matryoshka_diffusion.sizes.PIXELS", 2 * FRAMES * 8**2)
     model, sizes = Matryoshka.load(video_run), []
     stream = model.stream
     monkeypatch.setattr(

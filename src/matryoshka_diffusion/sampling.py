@@ -76,8 +76,7 @@ class DiffusionModel:
         self.device = torch.device(device)
         self.precision: Precision = resolve_precision(precision, self.device)
         self.process = Process.from_config(config.process, model)
-        side = model.levels[-1].side * config.pixels_per_side
-        self.picture_side = side  # of the finest squares, in pixels
+        self.picture_side = side = model.levels[-1].side * config.pixels_per_side
         self._square = self.picture = Resolution(side, side, model.levels[-1].frames)
         self._frozen: dict[str, Any] = {"encoder": encoder}  # loaded once, for all sizes
         self._features = features or {}
@@ -88,9 +87,12 @@ class DiffusionModel:
     @property
     def resolutions(self) -> tuple[Resolution, ...]:
         """The grid of every level of pixels, coarse to fine. UsageError: there is none yet."""
+        self._refuse_features_alone()
+        return self._resolutions[self.model.hidden :]
+
+    def _refuse_features_alone(self) -> None:
         if len(self.model.levels) == self.model.hidden:
             raise UsageError(f"{self.config.name} has only a level of features yet: train it on")
-        return self._resolutions[self.model.hidden :]
 
     @property
     def _resolutions(self) -> tuple[Resolution, ...]:
@@ -98,7 +100,8 @@ class DiffusionModel:
 
     @property
     def batch_size(self) -> int:
-        """Samples in a batch unless a batch size is set."""
+        """Samples in a batch unless one is set. UsageError: there is no level of pixels yet."""
+        self._refuse_features_alone()
         return batch_of(self.picture)
 
     def sized(self: Sized, height: int | None = None, width: int | None = None) -> Sized:
@@ -106,9 +109,7 @@ class DiffusionModel:
 
         Each level has the shape of the finest one. Weights, encoder and codec are shared.
 
-        Raises:
-            UsageError: the size is not on the model's grid, or it draws clips, or from features or
-                coarse images.
+        Raises UsageError: it is not on the grid, or the model draws clips, features, upsampled.
         """
         other = copy.copy(self)
         other.picture = on_grid(self.config, self._square, height, width)
