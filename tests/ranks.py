@@ -185,29 +185,29 @@ def train_tiny(
         local(listed[0].grad).fill_(float("inf"))
         return clip(listed, *args)
 
-    def recorded(self: Any, parts: Any) -> Any:
-        (inputs,) = parts  # all images have one shape
-        for row, n in enumerate(inputs.ids):
-            noise = [level[row].numpy().tobytes() for level in inputs.noise if row < len(level)]
+    def recorded(self: Any, inputs: Any) -> Any:
+        (only,) = inputs  # all images have one shape
+        for row, n in enumerate(only.ids):
+            noise = [level[row].numpy().tobytes() for level in only.noise if row < len(level)]
             digest = hashlib.sha256(b"".join(noise)).hexdigest()
-            record.write(json.dumps([n, inputs.keys[row], inputs.t[row].item(), digest]) + "\n")
+            record.write(json.dumps([n, only.keys[row], only.t[row].item(), digest]) + "\n")
         record.flush()
         time.sleep(pace)
-        if fail_at in inputs.ids:
+        if fail_at in only.ids:
             raise ValueError(f"sample {fail_at} is bad")
-        overflows = inputs.step.first == overflow_at
-        skips = overflows or break_at in range(inputs.step.first, inputs.step.end)
-        if break_at in inputs.ids:
-            inputs.x[0][inputs.ids.index(break_at)] = float("nan")
+        overflows = only.step.first == overflow_at
+        skips = overflows or break_at in range(only.step.first, only.step.end)
+        if break_at in only.ids:
+            only.x[0][only.ids.index(break_at)] = float("nan")
         if overflows and world.rank == world.size - 1:
             nn.utils.clip_grad_norm_ = overflowing
         before = learnt(self) if skips else ""
-        outcome = learn(self, parts)
+        outcome = learn(self, inputs)
         nn.utils.clip_grad_norm_ = clip
         if skips:
             assert isinstance(outcome, Skipped)
             assert learnt(self) == before, "a skipped step changes no bit"
-        if inputs.step.end == stop_at and world.rank == stop_rank:
+        if only.step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
