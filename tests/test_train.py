@@ -76,7 +76,7 @@ def test_a_config_can_be_trained_and_changed(pets):
 
 def test_the_quality_of_samples_is_logged_and_drawn(pets, monkeypatch):
     network = lambda *_: lambda images: images.mean(axis=(1, 2))  # noqa: E731
-    monkeypatch.setattr("matryoshka_diffusion.runs.train.EffNetLite0", network)
+    monkeypatch.setattr("matryoshka_diffusion.runs.run.EffNetLite0", network)
     settings = {**SMALL, "train__eval_every_images": 4, "train__preview_every_images": 0}
     run = mdm.train("folder-64", pets, "runs/q", device="cpu", progress=False, **settings)
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text("utf-8").splitlines())

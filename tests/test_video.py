@@ -71,7 +71,7 @@ def inputs(config: RunConfig, rows: tuple[int, ...]):
 
 
 def test_the_levels_of_a_clip_are_its_first_frame_and_all_of_it(video_run: Path):
-    config = job.find_config(str(video_run), None, ["data.side=16"])
+    config = job.find_config(str(video_run), None, [])
     assert [level.size for level in config.model.levels] == ["8", "4x8"]
     picture, clip = inputs(config, (4, 2)).x
     assert (picture.shape, clip.shape) == ((4, 3, 8, 8), (2, 3, 4, 8, 8))

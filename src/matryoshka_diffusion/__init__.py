@@ -31,7 +31,7 @@ _HOMES = {
     "ddpm": "samplers",
     "dpmpp_2m": "samplers",
     "build_schedules": "schedule",
-    "train": "runs.train",
+    "train": "runs.run",
 }
 # Needs an extra, so `from matryoshka_diffusion import *` leaves it alone.
 _OF_EXTRAS = {"MDMPipeline": "models.diffusers"}
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from matryoshka_diffusion.pyramid import Pyramid as Pyramid
     from matryoshka_diffusion.pyramid import Resolution as Resolution
     from matryoshka_diffusion.pyramid import build_pyramid as build_pyramid
-    from matryoshka_diffusion.runs.train import train as train
+    from matryoshka_diffusion.runs.run import train as train
     from matryoshka_diffusion.samplers import ddim as ddim
     from matryoshka_diffusion.samplers import ddpm as ddpm
     from matryoshka_diffusion.samplers import dpmpp_2m as dpmpp_2m

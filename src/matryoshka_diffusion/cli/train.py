@@ -157,7 +157,7 @@ def _train(
     data_changed: bool = False,
 ) -> Path:
     """Train with previews, as one of the ranks; returns the finished model's folder."""
-    from matryoshka_diffusion.runs.train import run_training
+    from matryoshka_diffusion.runs.run import run_training
 
     with Bar("encoding", " captions") as captions, Bar("encoding") as codes:
         finished = run_training(

@@ -92,9 +92,6 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         unused = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
         message = f"{name} holds no sample: name other data (--data, data.path){unused}"
         raise NoneUsable(message, ())
-    ignored = {"caption"} if data.captions == "none" or data.columns.caption == "" else set()
-    ignored |= {"label"} if data.columns.label == "" else set()
-    unused = [x._replace(role="") if x.role in ignored else x for x in catalogue.unused]
     samples, classes = _numbered(catalogue, data.classes)
     samples = _with_flaws(samples, len(classes) or MAX_CLASSES)
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
@@ -103,10 +100,6 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     # A set may have millions of samples, so what is kept of each is small, and kept once.
     rows = array("q", (n for n, sample in enumerate(samples) if not sample.flaw))
     usable, load = [samples[row] for row in rows], catalogue.load
-    labels = [int(sample.label) for sample in usable if sample.label is not None]
-    numbers = tuple(map(str, range(max(labels, default=-1) + 1)))
-    if len(data.classes) == len(numbers):
-        numbers = data.classes
 
     def decode(n: int, start: float | None = None) -> Picture:
         return decoder.decode(load(rows[n]), usable[n].key, start)
@@ -126,9 +119,9 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         decoder.shapes,
         frames=decoder.frames,
         channels=decoder.channels,
-        classes=(classes or numbers) if labels else (),
+        classes=_class_names(usable, classes, data.classes),
         threads=THREADS,
-        unused=tuple(unused),
+        unused=_unused(catalogue, data),
     )
     small = len(usable) <= decoder.cached
     if not small and len(decoder.shapes) == 1:
@@ -138,20 +131,11 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         return Picture(np.empty(0, np.uint8), read_size(load(rows[n])))
 
     whole = f"{name} at {decoder.options}" if small else f"{name}, sizes"
-    cache = cache_folder("decoded", digest(whole))
-    state = "\n".join([str(_VERSION), catalogue.state, *source.keys])
-    path = cache / digest(state)
-    stored = _stored(path, len(source))
-    if stored is None:
-        title = f"decoding at {source.side} px" if small else "measuring"
-        _decode_all(path, source, decode if small else measure, title)
-        stored = _stored(path, len(source))
-    if stored is None:
-        raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
-    for old in cache.iterdir():  # of other states, unless another process is about to open them
-        if old.stem != path.name:
-            remove_stale(old)
-    notes, pixels = stored
+    title = f"decoding at {source.side} px" if small else "measuring"
+    path = cache_folder("decoded", digest(whole)) / digest(
+        "\n".join([str(_VERSION), catalogue.state, *source.keys])
+    )
+    notes, pixels = _stored_or_made(path, source, decode if small else measure, title)
     offsets = np.cumsum([0, *(math.prod(note.shape) for note in notes)])
     pairs = list(zip(usable, notes, strict=True))
     bad += [BadFile(one.key, note.reason, one.offset) for one, note in pairs if note.reason]
@@ -175,6 +159,39 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     source = replace(source, samples=shaped, quarantine=quarantine)
     source = replace(source, read=read_decoded, threads=1) if small else source
     return source.part(good)
+
+
+def _unused(catalogue: Catalogue, data: DataConfig) -> tuple[Unused, ...]:
+    """What the catalogue leaves unused; not as missing what the config leaves out on purpose."""
+    ignored = {"caption"} if data.captions == "none" or data.columns.caption == "" else set()
+    ignored |= {"label"} if data.columns.label == "" else set()
+    return tuple(x._replace(role="") if x.role in ignored else x for x in catalogue.unused)
+
+
+def _class_names(
+    usable: Sequence[Sample], found: tuple[str, ...], given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Names of the classes of labels: found in the data, given, or their numbers."""
+    labels = [int(sample.label) for sample in usable if sample.label is not None]
+    numbers = tuple(map(str, range(max(labels, default=-1) + 1)))
+    names = found or (given if len(given) == len(numbers) else numbers)
+    return names if labels else ()
+
+
+def _stored_or_made(
+    path: Path, source: Source, decode: Callable[[int], Picture], title: str
+) -> _Stored:
+    """The cache at `path`, made if it is missing; caches of other states beside it go."""
+    stored = _stored(path, len(source))
+    if stored is None:
+        _decode_all(path, source, decode, title)
+        stored = _stored(path, len(source))
+    if stored is None:
+        raise OSError(f"{path}.bin vanished or changed as soon as it was written: try again")
+    for old in path.parent.iterdir():  # unless another process is about to open them
+        if old.stem != path.name:
+            remove_stale(old)
+    return stored
 
 
 def _shaped(sample: Sample, size: tuple[int, int], shapes: tuple[Resolution, ...]) -> Sample:

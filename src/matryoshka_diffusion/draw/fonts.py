@@ -93,7 +93,7 @@ def _has(name: str, letter: str) -> bool:
 
 @cache
 def _installed() -> tuple[str, ...]:
-    """Those of `FONTS` that are there, and matplotlib's."""
+    """The fonts of `FONTS` that the system has, and matplotlib's."""
     spec = find_spec("matplotlib")
     inside = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
     found = [str(folder / "mpl-data" / "fonts" / "ttf" / FONTS[0]) for folder in inside]

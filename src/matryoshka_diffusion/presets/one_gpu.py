@@ -18,6 +18,7 @@ from matryoshka_diffusion.config import (
     StageConfig,
     TrainConfig,
 )
+from matryoshka_diffusion.presets.paper import outer, s64
 
 WIDTHS = {64: (64, 128), 128: (32, 64), 256: (32, 32)}
 """Widths of the levels around the base: those of MDM-S64S128S256S512S1024, halved."""
@@ -31,14 +32,8 @@ def folder(name: str, sides: tuple[int, ...]) -> RunConfig:
     A quarter of the weights and an eighth of the memory for each image make batches of 256 possible
     on one GPU. The command adds the class folders or captions that it finds as conditions.
     """
-    base = LevelConfig(
-        side=32,
-        widths=(128, 256, 384),
-        blocks=(2, 2, 2),
-        attention=(0, 1, 5),
-        attention_mlp=True,
-        middle=True,
-    )
+    halved = {"side": 32, "widths": (128, 256, 384)}
+    base = s64(text=False).model_copy(update=halved)
     return RunConfig(
         name=name,
         model=ModelConfig(levels=(base, *map(_outer, sides)), embedding=512),
@@ -50,17 +45,17 @@ def folder(name: str, sides: tuple[int, ...]) -> RunConfig:
 
 def _outer(side: int) -> LevelConfig:
     """A level around the base: convolutions only, and a schedule shifted by its side over 32."""
-    level = LevelConfig(side=side, widths=WIDTHS[side], blocks=(2, 1), attention=(0, 0))
-    return level.model_copy(update={"shift_ratio": side / 32, "shift_power": 2.0})
+    level = outer(side, WIDTHS[side], power=2.0, text=False)
+    return level.model_copy(update={"shift_ratio": side / 32})
 
 
-def _training(outer: int) -> TrainConfig:
+def _training(added: int) -> TrainConfig:
     """The base alone, then the levels of 64 and 128 pixels together, then each finer one.
 
     Half of the rows of a stage have its finest level, and the rest is spread evenly.
     """
     stages = [StageConfig(levels=1, images=SEEN, batch_size=256, lr=2e-4)]
-    for levels in range(3, outer + 2):
+    for levels in range(3, added + 2):
         images, batch = (SEEN, 128) if levels == 3 else (SEEN // 4, 64)
         mix = (*[0.5 / (levels - 1)] * (levels - 1), 0.5)
         stage = StageConfig(levels=levels, images=images, batch_size=batch, lr=2e-4, mix=mix)

@@ -172,8 +172,10 @@ class Feed:
         # Finer levels hold the first rows of the step, hence the first of each rank's.
         rows = [sum(place < count for place in places) for count in step.rows]
         picture = batch.numbers(self._device)
-        side = config.data_side // config.pixels_per_side  # of a square in the picture's place
-        resolutions = resolutions_of(model, resolution_of(picture), side)
+        resolutions = resolutions_of(model)  # of squares, also of larger ones
+        if config.data.shapes == "own":
+            side = config.data_side // config.pixels_per_side  # of a square in the picture's place
+            resolutions = resolutions_of(model, resolution_of(picture), side)
         features = None if batch.features is None else send(batch.features, self._device)
         x = ragged(build_pyramid(picture, resolutions, features), rows)
         noise = [self._noise("noise", ids[: len(level)], level, r) for r, level in enumerate(x)]
