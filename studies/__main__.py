@@ -14,9 +14,10 @@ from typing import NamedTuple
 from matryoshka_diffusion.cli.terminal import output
 from matryoshka_diffusion.files import write_atomically
 from studies.figures import draw_all
+from studies.queue import all_trials
 from studies.results import HEAD, read_results, tables
 from studies.run import is_done, work
-from studies.trials import SAMPLES, Trial, all_trials
+from studies.trials import SAMPLES, Trial
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results-tables.md"

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
 from matryoshka_diffusion.metrics.networks import NAME
-from studies.trials import CHOICES, COARSE_NOISES, GUIDANCE, SOLVERS, Trial, agrees
+from studies.queue import COARSE_NOISES, GUIDANCE, SOLVERS
+from studies.trials import CHOICES, Trial, agrees
 
 Result: TypeAlias = dict[str, Any]
 Results: TypeAlias = dict[tuple[str, str], dict[str, Result]]
@@ -21,6 +22,7 @@ TITLES = {
     "emoji": "OpenMoji 64",
     "fashion-long": "Fashion-MNIST 32, longer trials",
     "emoji-long": "OpenMoji 64, longer trials",
+    "late": "OpenMoji 256",
 }
 OTHER_LOSSES = ("levels-", "shift-power-", "finest", "eps-")
 """Variants whose losses are not comparable: another number of levels, other noise, untrained
@@ -41,7 +43,7 @@ class Group(NamedTuple):
         return {value: "joint" if name == own else name for value, name in self.names.items()}
 
 
-OWN_LEVELS = {"fashion": 2, "emoji": 3, "fashion-long": 2, "emoji-long": 3}
+OWN_LEVELS = {"fashion": 2, "emoji": 3, "fashion-long": 2, "emoji-long": 3, "late": 3}
 FAMILIES = {
     "MDM": "mdm",
     "MDM, no progressive training": "joint",
@@ -64,6 +66,7 @@ RECIPES = {
     "with a perceptual loss": "perceptual",
     "with a semantic coarsest level": "semantic",
 }
+WOKEN = {"always awake": "awake", "waking late": "late"}
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"
 _SHARE = "share of compute on the coarsest level alone"
@@ -77,6 +80,7 @@ GROUPS = {
     "e-solvers": Group("(e) Solver and steps", "solver and steps", SOLVED),
     "f-choices": Group("(f) What the paper leaves open", "choice", CHOSEN),
     "g-recipes": Group("(g) The paper's recipe and the presets'", "recipe", RECIPES, base="paper"),
+    "h-waking": Group("(h) Levels that wake late", "levels", WOKEN, base="awake"),
 }
 
 

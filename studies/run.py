@@ -25,9 +25,11 @@ from matryoshka_diffusion.config import ProcessConfig, RunConfig
 from matryoshka_diffusion.eval.evaluate import evaluate
 from matryoshka_diffusion.files import write_atomically
 from matryoshka_diffusion.metrics.networks import NAME
+from matryoshka_diffusion.models.find import find_model
 from matryoshka_diffusion.nn.costs import count_parameters
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
+from matryoshka_diffusion.runs.grow import warm_start
 from matryoshka_diffusion.runs.hooks import HeldOutLoss
 from matryoshka_diffusion.runs.prepare import Job, open_data, prepare
 from matryoshka_diffusion.runs.train_autoencoder import train_codec
@@ -130,6 +132,9 @@ def _train(trial: Trial, work: Path) -> Trained:
     form = sha256(json.dumps(trial.trained, sort_keys=True).encode()).hexdigest()[:8]
     work, config, points = work.resolve(), trial.config, measured_at(trial)
     place, base, seconds = work / "runs" / f"{name}-{form}", None, 0.0
+    if config.train.init is not None:
+        first = first_levels(config.train.init, config.train.init_levels, place / "init")
+        config = changed(config, train__init=str(first))
     if trial.codec is not None:
         codec = work / "codecs" / trial.name.split("/")[0]
         with claimed(work / "locks" / f"{codec.name}-codec.lock", wait=True):
@@ -153,11 +158,26 @@ def _train(trial: Trial, work: Path) -> Trained:
             config = changed(config, sampling__base={"path": str(base)})
             seconds = _seconds(base, job.config)
         job = prepare(config)
+        if config.train.init is not None:
+            warm_start(job.config, place / "run")
         learnt = {"encode": job.encode, "captions": job.captions, "distance": job.distance}
         learnt |= {"hooks": [(1, keep)]}
         train(job.config, job.loader, place / "run", **learnt)
     seconds += _seconds(place / "run", job.config)
     return Trained(place / "run", base, job, seconds)
+
+
+def first_levels(model: str, levels: int, folder: Path) -> Path:
+    """A model of the first levels of another one, in this folder."""
+    weights, config = find_model(model)
+    inner = config.model.first(levels)
+    with torch.device("meta"):
+        names = NestedUNet(inner).state_dict()
+    stage = config.train.stages[0].model_copy(update={"levels": levels, "mix": ()})
+    kept = {"model": inner.model_dump(), "train__stages": [stage.model_dump()]}
+    kept |= {"train__wake": None, "sampling__wake": None}
+    export_weights(folder, {name: weights[name] for name in names}, changed(config, **kept))
+    return folder
 
 
 def measured_at(trial: Trial) -> dict[float, int]:

@@ -1,14 +1,13 @@
 """The trials: for each data set one base, and variants that differ from it in one thing.
 
 The bases are the presets' networks and rates with the plainest progressive training: half of the
-compute on the coarsest level, half on all levels, every row with all of them. Longer trials compare
-the paper's recipe with the presets. Further trials sample a trained one in other ways.
+compute on the coarsest level, half on all levels, every row with all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,11 +56,6 @@ SETS = {
     "fashion": PictureSet("fashion", "fashion-mnist", 2.4e13, 0.02, 3),
     "emoji": PictureSet("emoji", "openmoji", 5.0e13, 0.05, 1),
 }
-LONG = {
-    "fashion-long": PictureSet("fashion-long", "fashion-mnist", 7.2e13, 0.02, 0, batch_size=16),
-    "emoji-long": PictureSet("emoji-long", "openmoji", 1.7e14, 0.05, 0),
-}
-"""Longer trials; the paper's recipe has its finest level in 2,800 and 3,500 steps of them."""
 
 
 def earlier(name: str, kind: str | None = None) -> RunConfig:
@@ -162,7 +156,7 @@ def images_at(run: RunConfig, flops: float) -> int:
     return images
 
 
-def _trained(
+def sized(
     config: RunConfig, pictures: PictureSet, shares: Sequence[float], mix: tuple[float, ...] = ()
 ) -> RunConfig:
     """The run with shares of the compute for its stages, and with what all trials have in common.
@@ -193,18 +187,18 @@ def _trained(
     )
 
 
-def _base(pictures: PictureSet, coarse: float = 0.5) -> RunConfig:
+def base_run(pictures: PictureSet, coarse: float = 0.5) -> RunConfig:
     """The run that every variant is compared with; `coarse` is the coarsest level's compute."""
     config = earlier(pictures.preset)
     between = [0.0] * (len(config.train.stages) - 2)
-    return _trained(config, pictures, (coarse, *between, 1.0 - coarse))
+    return sized(config, pictures, (coarse, *between, 1.0 - coarse))
 
 
 def _baseline(pictures: PictureSet, kind: str, compute: float = 1.0) -> RunConfig:
     """A baseline of the paper with a share of the compute, the same for each of its stages."""
     config = earlier(pictures.preset, kind)
     count = len(config.train.stages)
-    return _trained(config, pictures, (compute / count,) * count)
+    return sized(config, pictures, (compute / count,) * count)
 
 
 # Levels as (side, widths, blocks, attention), coarse to fine, under another number of them. A level
@@ -245,7 +239,7 @@ def _nest(pictures: PictureSet, nest: Nest) -> RunConfig:
     ]
     stage = config.train.stages[-1].model_copy(update={"levels": len(levels), "mix": ()})
     nested = changed(config, model__levels=levels, train__stages=[stage.model_dump()])
-    return _trained(nested, pictures, (1.0,))
+    return sized(nested, pictures, (1.0,))
 
 
 PAIRS = ("x0-v", "x0-min_snr", "x0-sigmoid", "v-v", "v-v_clipped", "v-sigmoid", "eps-eps")
@@ -256,7 +250,7 @@ CHOICES = (*PAIRS, *SCALINGS, "dropout-0.1", "time-log-snr", "mixed")
 
 def _choices(pictures: PictureSet) -> dict[str, RunConfig]:
     """The base with other choices where the paper leaves one open."""
-    base = _base(pictures)
+    base = base_run(pictures)
     levels, coarser = base.model.levels, len(base.model.levels) - 1
 
     def each(**update: Any) -> list[dict[str, Any]]:
@@ -279,7 +273,7 @@ def _choices(pictures: PictureSet) -> dict[str, RunConfig]:
         "dropout-0.1": changed(base, model__levels=each(dropout=0.1)),
         "time-log-snr": changed(base, model__time_input="log-snr"),
         # Half of the rows of the last stage have all levels, at its compute.
-        "mixed": _trained(base, pictures, (0.5, 0.5), (*[0.5 / coarser] * coarser, 0.5)),
+        "mixed": sized(base, pictures, (0.5, 0.5), (*[0.5 / coarser] * coarser, 0.5)),
     }
 
 
@@ -291,19 +285,19 @@ def _variants(pictures: PictureSet) -> dict[str, RunConfig]:
     """Every variant by its name; that of the cascade is its upsampler."""
     latents = ("latent", "codes") if pictures.name == "emoji" else ("latent",)
     return {
-        "mdm": _base(pictures),
-        "joint": _base(pictures, 0.0),
+        "mdm": base_run(pictures),
+        "joint": base_run(pictures, 0.0),
         "levels-1": _baseline(pictures, "simple"),
         "finest": _baseline(pictures, "finest"),
         "cascade": _baseline(pictures, "upsampler", 0.5),
         **{kind: _baseline(pictures, kind) for kind in latents},
-        **{f"coarse-{share}": _base(pictures, share) for share in (0.25, 0.75)},
+        **{f"coarse-{share}": base_run(pictures, share) for share in (0.25, 0.75)},
         **{name: _nest(pictures, levels) for name, levels in NESTS[pictures.name].items()},
         **_choices(pictures),
     }
 
 
-def _runs(scale: float, samples: int) -> Iterator[Trial]:
+def short_trials(scale: float, samples: int) -> Iterator[Trial]:
     """Every run; first one seed of everything, then the others."""
     sets = [each._replace(flops=scale * each.flops) for each in SETS.values()]
     variants = {each: _variants(each) for each in sets}
@@ -322,85 +316,3 @@ def _runs(scale: float, samples: int) -> Iterator[Trial]:
                         codec if config.codec is not None else None,
                         samples,
                     )
-
-
-def _in_proportion(config: RunConfig, flops: float) -> list[dict[str, Any]]:
-    """The stages of a run, all as much shorter as leaves so many FLOPs."""
-    scale = flops / total_flops(config)
-    return [
-        {
-            **stage.model_dump(),
-            "images": round(scale * stage.images / stage.batch_size) * stage.batch_size,
-        }
-        for stage in config.train.stages
-    ]
-
-
-def _paper(pictures: PictureSet) -> RunConfig:
-    """The paper's recipe: v and its own error, all rows with all levels, a constant rate."""
-    return changed(
-        _base(pictures, 0.25),
-        process={"prediction": "v", "weighting": [{"name": "v"}]},
-        train__decay_share=0.0,
-        train__ema_decay=0.998,
-    )
-
-
-def _plus(pictures: PictureSet) -> RunConfig:
-    """The preset with a third of the paper's compute, and on Fashion-MNIST what `openmoji` has."""
-    config = preset(pictures.preset)
-    third = pictures._replace(flops=pictures.flops / 3)
-    if config.encoder is not None:
-        return changed(config, train__stages=_in_proportion(config, third.flops))
-    own = {"train__lr_per_level": True, "train__decay_share": 1.0}
-    return changed(_trained(config, third, (0.25, 0.75), (0.5, 0.5)), **own)
-
-
-def _long(scale: float, samples: int) -> Iterator[Trial]:
-    """The paper's recipe, and what this project makes of it in a third of the compute."""
-    for seed in range(3):
-        for each in LONG.values():
-            each = each._replace(flops=scale * each.flops)
-            plus = _plus(each)
-            variants = {"plus": plus, "paper": _paper(each)}
-            if plus.encoder is not None:
-                semantic = preset(each.preset, "semantic")
-                stages = _in_proportion(semantic, each.flops / 3)
-                variants["perceptual"] = changed(plus, train__perceptual={})
-                variants["semantic"] = changed(semantic, train__stages=stages)
-            for name, config in variants.items():
-                own: dict[str, Any] = {"name": f"{each.name}-{name}", "train__seed": seed}
-                own |= {"train__preview_every_images": 0, "train__precision": "fp32"}
-                own |= {"train__keep_checkpoints": 1, "data__held_out": each.held_out}
-                yield Trial(f"{each.name}/{name}/{seed}", changed(config, **own), samples=samples)
-
-
-UNGUIDED = {"guidance": [1.0]}
-COARSE_NOISES = (0.0, 0.1, 0.3, 0.5, 0.7)
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SOLVERS = {
-    f"{name}-{steps}": {"sampler": name, "steps": steps, **UNGUIDED}
-    for name, counts in {"ddpm": (250,), "ddim": (10, 25, 50), "dpmpp-2m": (10, 25, 50)}.items()
-    for steps in counts
-}
-
-
-def _settings(run: Trial) -> dict[str, dict[str, Any]]:
-    """Other sampling: solvers, noise between a cascade's networks, guidance (Fig. 8c)."""
-    pictures, variant, seed = run.name.split("/")
-    if variant == "paper":
-        return {"ddpm-250": {**SOLVERS["ddpm-250"], "grid": "trailing"}}
-    if variant == "cascade":
-        return {f"noise-{x:g}": {"coarse_noise": x, **UNGUIDED} for x in COARSE_NOISES}
-    if variant != "mdm":
-        return {}
-    guided = {f"guidance-{weight:g}": {"guidance": [weight]} for weight in GUIDANCE}
-    return SOLVERS | guided if int(seed) < SETS[pictures].ablation_seeds else SOLVERS
-
-
-def all_trials(scale: float = 1.0, samples: int = SAMPLES) -> list[Trial]:
-    """Every run, with a share of its compute, then the samples of each under other settings."""
-    runs = [*_runs(scale, samples), *_long(scale, samples)]
-    other = [(run, name, how) for run in runs for name, how in _settings(run).items()]
-    sampled = [replace(run, name=f"{run.name}/{name}", settings=how) for run, name, how in other]
-    return [*runs, *sampled]

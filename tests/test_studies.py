@@ -12,16 +12,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
+from studies.longer import LATE, LONG, SAVED
+from studies.queue import all_trials
 from studies.results import GROUPS, HEAD, read_results, table, tables
-from studies.run import _distances, claimed, is_done, measured_at, result_path, run, work
-from studies.trials import DECAY, LONG, SETS, Trial, all_trials, changed, images_at, total_flops
+from studies.run import (
+    _distances,
+    claimed,
+    first_levels,
+    is_done,
+    measured_at,
+    result_path,
+    run,
+    work,
+)
+from studies.trials import DECAY, SETS, Trial, changed, images_at, total_flops
 
 from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.metrics.networks import NAME
+from matryoshka_diffusion.models.find import find_model
+from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.presets import preset
 from matryoshka_diffusion.training import checkpoint
 from matryoshka_diffusion.training.run_folder import differences
@@ -40,10 +54,10 @@ def trainings() -> list[Trial]:
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(trials()) == 224
+    assert len(trials()) == 230
     for trial in trainings():
         pictures, _, seed = trial.name.split("/")
-        if pictures in LONG:
+        if pictures in (*LONG, LATE):
             continue
         assert sum(map(total_flops, trial.parts)) == pytest.approx(SETS[pictures].flops, rel=0.01)
         assert {part.train.seed for part in trial.parts} == {int(seed)}
@@ -92,6 +106,23 @@ def test_the_recipes_of_longer_trials_are_what_they_are_called():
     semantic = trials()["emoji-long/semantic/1"].config
     assert semantic.model.levels[0].features == 12
     assert total_flops(semantic) == pytest.approx(total_flops(plus), rel=0.01)
+
+
+def test_levels_that_wake_late_have_the_share_of_compute_that_is_claimed_for_them():
+    late, awake = (trials()[f"{LATE}/{name}/2"].config for name in ("late", "awake"))
+    assert total_flops(late) / total_flops(awake) == pytest.approx(SAVED, rel=0.01)
+    assert (late.train.wake, awake.train.wake) == ((-3.0,), None)
+    assert (late.sampling.wake, awake.sampling.wake) == ((-3.0,), None)
+    assert late.model == awake.model == preset("openmoji-256").model
+
+
+def test_a_trial_around_the_first_levels_of_a_model_starts_from_their_weights(tmp_path):
+    folder = first_levels("openmoji", 1, tmp_path / "first")
+    (weights, config), (shipped, _) = find_model(folder), find_model("openmoji")
+    assert len(config.model.levels) == 1
+    assert len(weights) < len(shipped)
+    assert all(torch.equal(value, shipped[name].float()) for name, value in weights.items())
+    Matryoshka.load(folder).sample(["red apple"], n=1, steps=1)
 
 
 def test_points_lie_at_their_compute_in_the_last_stage():

@@ -1,0 +1,123 @@
+"""Longer trials: the paper's recipe against the presets', and levels that wake late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from matryoshka_diffusion.config import RunConfig, StageConfig
+from matryoshka_diffusion.presets import preset
+from studies.trials import PictureSet, Trial, base_run, changed, sized, total_flops
+
+LONG = {
+    "fashion-long": PictureSet("fashion-long", "fashion-mnist", 7.2e13, 0.02, 0, batch_size=16),
+    "emoji-long": PictureSet("emoji-long", "openmoji", 1.7e14, 0.05, 0),
+}
+"""Longer trials; the paper's recipe has its finest level in 2,800 and 3,500 steps of them."""
+
+
+def _in_proportion(config: RunConfig, flops: float) -> list[dict[str, Any]]:
+    """The stages of a run, all as much shorter as leaves so many FLOPs."""
+    scale = flops / total_flops(config)
+    return [
+        {
+            **stage.model_dump(),
+            "images": round(scale * stage.images / stage.batch_size) * stage.batch_size,
+        }
+        for stage in config.train.stages
+    ]
+
+
+def _paper(pictures: PictureSet) -> RunConfig:
+    """The paper's recipe: v and its own error, all rows with all levels, a constant rate."""
+    return changed(
+        base_run(pictures, 0.25),
+        process={"prediction": "v", "weighting": [{"name": "v"}]},
+        train__decay_share=0.0,
+        train__ema_decay=0.998,
+    )
+
+
+def _plus(pictures: PictureSet) -> RunConfig:
+    """The preset with a third of the paper's compute, and on Fashion-MNIST what `openmoji` has."""
+    config = preset(pictures.preset)
+    third = pictures._replace(flops=pictures.flops / 3)
+    if config.encoder is not None:
+        return changed(config, train__stages=_in_proportion(config, third.flops))
+    own = {"train__lr_per_level": True, "train__decay_share": 1.0}
+    return changed(sized(config, third, (0.25, 0.75), (0.5, 0.5)), **own)
+
+
+def longer_trials(scale: float, samples: int) -> Iterator[Trial]:
+    """The paper's recipe, and what this project makes of it in a third of the compute."""
+    for seed in range(3):
+        for each in LONG.values():
+            each = each._replace(flops=scale * each.flops)
+            plus = _plus(each)
+            variants = {"plus": plus, "paper": _paper(each)}
+            if plus.encoder is not None:
+                semantic = preset(each.preset, "semantic")
+                stages = _in_proportion(semantic, each.flops / 3)
+                variants["perceptual"] = changed(plus, train__perceptual={})
+                variants["semantic"] = changed(semantic, train__stages=stages)
+            for name, config in variants.items():
+                own: dict[str, Any] = {"name": f"{each.name}-{name}", "train__seed": seed}
+                own |= {"train__preview_every_images": 0, "train__precision": "fp32"}
+                own |= {"train__keep_checkpoints": 1, "data__held_out": each.held_out}
+                yield Trial(f"{each.name}/{name}/{seed}", changed(config, **own), samples=samples)
+
+
+LATE = "late"
+"""Trials of 256 pixels, around the coarsest level of the shipped model."""
+SHIPPED = "openmoji"
+AROUND = {2: 3_200, 3: 6_400}
+"""Images of the stages with so many levels, all awake."""
+SAVED = 0.6
+"""Share of that training's compute that levels which wake late are given."""
+
+
+def _around_shipped(wakes: bool) -> RunConfig:
+    """Two levels around the shipped model's coarsest one, which wake late or are always awake.
+
+    Levels that are always awake are in all rows, as in the paper.
+    """
+    config = preset("openmoji-256")
+    stages = [
+        StageConfig(levels=levels, images=images, batch_size=16, lr=1e-3)
+        for levels, images in AROUND.items()
+    ]
+    awake = changed(
+        config,
+        train__init=SHIPPED,
+        train__init_levels=1,
+        train__stages=[stage.model_dump() for stage in stages],
+        train__wake=None,
+        train__warmup_images=800,
+        train__ema_decay=0.99,
+        sampling__wake=None,
+        sampling__steps=12,
+    )
+    if not wakes:
+        return awake
+    mixes = [{"mix": stage.mix} for stage in config.train.stages[1:]]
+    late = [{**stage.model_dump(), **mix} for stage, mix in zip(stages, mixes, strict=True)]
+    floors = {"train__wake": config.train.wake, "sampling__wake": config.sampling.wake}
+    late = changed(awake, train__stages=late, **floors)
+    return changed(late, train__stages=_in_proportion(late, SAVED * total_flops(awake)))
+
+
+def late_trials(samples: int) -> Iterator[Trial]:
+    """Levels that are always awake, and levels that wake late with less compute."""
+    for seed in range(3):
+        for name, wakes in (("late", True), ("awake", False)):
+            config = changed(
+                _around_shipped(wakes),
+                name=f"{LATE}-{name}",
+                data__held_out=0.05,
+                train__seed=seed,
+                train__precision="fp32",
+                train__preview_every_images=0,
+                train__keep_checkpoints=1,
+                train__log_every_images=320,
+            )
+            yield Trial(f"{LATE}/{name}/{seed}", config, samples=min(samples, 512))
