@@ -11,27 +11,33 @@ from studies.trials import PictureSet, Trial, base_run, changed, sized, total_fl
 
 LONG = {
     "fashion-long": PictureSet("fashion-long", "fashion-mnist", 7.2e13, 0.02, 0, batch_size=16),
-    "emoji-long": PictureSet("emoji-long", "openmoji", 1.7e14, 0.05, 0),
+    "emoji-long": PictureSet("emoji-long", "openmoji", 1.0e14, 0.05, 0, batch_size=16),
 }
-"""Longer trials; the paper's recipe has its finest level in 2,800 and 3,500 steps of them."""
+"""Longer trials; the paper's recipe has its finest level in 3,300 and 3,500 steps of them."""
+RATE = 1e-3
+"""Of all longer trials: half of that of `openmoji`, whose batches are four times theirs."""
+SHORT = {"train__warmup_images": 1_600, "train__ema_decay": 0.99}
+"""Of trials that have a preset's stages, as `sized` has it."""
 
 
-def _in_proportion(config: RunConfig, flops: float) -> list[dict[str, Any]]:
-    """The stages of a run, all as much shorter as leaves so many FLOPs."""
-    scale = flops / total_flops(config)
-    return [
-        {
-            **stage.model_dump(),
-            "images": round(scale * stage.images / stage.batch_size) * stage.batch_size,
-        }
+def _in_proportion(config: RunConfig, flops: float, batch_size: int) -> RunConfig:
+    """The run with all stages as much shorter as leaves so many FLOPs, in batches of one size."""
+    scale = flops / total_flops(config) / batch_size
+    update = {"batch_size": batch_size, "lr": RATE}
+    stages = [
+        {**stage.model_dump(), **update, "images": round(scale * stage.images) * batch_size}
         for stage in config.train.stages
     ]
+    return changed(config, train__stages=stages)
 
 
 def _paper(pictures: PictureSet) -> RunConfig:
     """The paper's recipe: v and its own error, all rows with all levels, a constant rate."""
+    config = base_run(pictures, 0.25)
+    stages = [{**stage.model_dump(), "lr": RATE} for stage in config.train.stages]
     return changed(
-        base_run(pictures, 0.25),
+        config,
+        train__stages=stages,
         process={"prediction": "v", "weighting": [{"name": "v"}]},
         train__decay_share=0.0,
         train__ema_decay=0.998,
@@ -43,7 +49,7 @@ def _plus(pictures: PictureSet) -> RunConfig:
     config = preset(pictures.preset)
     third = pictures._replace(flops=pictures.flops / 3)
     if config.encoder is not None:
-        return changed(config, train__stages=_in_proportion(config, third.flops))
+        return changed(_in_proportion(config, third.flops, pictures.batch_size), **SHORT)
     own = {"train__lr_per_level": True, "train__decay_share": 1.0}
     return changed(sized(config, third, (0.25, 0.75), (0.5, 0.5)), **own)
 
@@ -56,10 +62,9 @@ def longer_trials(scale: float, samples: int) -> Iterator[Trial]:
             plus = _plus(each)
             variants = {"plus": plus, "paper": _paper(each)}
             if plus.encoder is not None:
-                semantic = preset(each.preset, "semantic")
-                stages = _in_proportion(semantic, each.flops / 3)
                 variants["perceptual"] = changed(plus, train__perceptual={})
-                variants["semantic"] = changed(semantic, train__stages=stages)
+                semantic = changed(preset(each.preset, "semantic"), **SHORT)
+                variants["semantic"] = _in_proportion(semantic, each.flops / 3, each.batch_size)
             for name, config in variants.items():
                 own: dict[str, Any] = {"name": f"{each.name}-{name}", "train__seed": seed}
                 own |= {"train__preview_every_images": 0, "train__precision": "fp32"}
@@ -72,6 +77,7 @@ LATE = "late"
 SHIPPED = "openmoji"
 AROUND = {2: 3_200, 3: 6_400}
 """Images of the stages with so many levels, all awake."""
+BATCH = 16
 SAVED = 0.6
 """Share of that training's compute that levels which wake late are given."""
 
@@ -83,7 +89,7 @@ def _around_shipped(wakes: bool) -> RunConfig:
     """
     config = preset("openmoji-256")
     stages = [
-        StageConfig(levels=levels, images=images, batch_size=16, lr=1e-3)
+        StageConfig(levels=levels, images=images, batch_size=BATCH, lr=RATE)
         for levels, images in AROUND.items()
     ]
     awake = changed(
@@ -103,7 +109,7 @@ def _around_shipped(wakes: bool) -> RunConfig:
     late = [{**stage.model_dump(), **mix} for stage, mix in zip(stages, mixes, strict=True)]
     floors = {"train__wake": config.train.wake, "sampling__wake": config.sampling.wake}
     late = changed(awake, train__stages=late, **floors)
-    return changed(late, train__stages=_in_proportion(late, SAVED * total_flops(awake)))
+    return _in_proportion(late, SAVED * total_flops(awake), BATCH)
 
 
 def late_trials(samples: int) -> Iterator[Trial]:

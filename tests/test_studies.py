@@ -95,6 +95,8 @@ def test_the_recipes_of_longer_trials_are_what_they_are_called():
         assert (paper.train.decay_share, paper.train.lr_per_level) == (0.0, False)
         assert not any(stage.mix for stage in paper.train.stages)
         assert plus.train.lr_per_level
+        rates = {(x.lr, x.batch_size) for run in (plus, paper) for x in run.train.stages}
+        assert rates == {(1e-3, 16)}, "both recipes have the same steps"
         assert plus.train.stages[-1].mix[-1] == 0.5
         last = paper.train.stages[-1]
         assert last.images / last.batch_size > 2_800
