@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from matryoshka_diffusion.config import DataConfig, LoraConfig, MixedData, RunConfig, StageConfig
+from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.mix import mixed
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -33,7 +34,7 @@ from matryoshka_diffusion.training.step import Skipped
 from matryoshka_diffusion.training.trainer import Trainer, train
 from matryoshka_diffusion.training.weights import fingerprint
 from picturing import toy
-from tiny_run import CAPTIONS, TinyClips, TinyPictures, encode, tiny_config, tiny_video
+from tiny_run import CAPTIONS, TinyClips, TinyPictures, TinyShapes, encode, tiny_config, tiny_video
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
@@ -173,7 +174,7 @@ def train_tiny(
         same_rows: True if every rank takes rank 0's samples.
         pace: seconds that a step takes at least.
         kind: `adapters` trains only these, around a network of both levels; `clips` has clips in
-            the finer level; `mix` has two data sets.
+            the finer level; `mix` has two data sets; `shapes` has images of three shapes.
         settings: of `train` in the config.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -186,19 +187,20 @@ def train_tiny(
         return clip(listed, *args)
 
     def recorded(self: Any, inputs: Any) -> Any:
-        (only,) = inputs  # all images have one shape
-        for row, n in enumerate(only.ids):
-            noise = [level[row].numpy().tobytes() for level in only.noise if row < len(level)]
-            digest = hashlib.sha256(b"".join(noise)).hexdigest()
-            record.write(json.dumps([n, only.keys[row], only.t[row].item(), digest]) + "\n")
+        step, ids = inputs[0].step, [n for part in inputs for n in part.ids]
+        for part in inputs:
+            for row, n in enumerate(part.ids):
+                noise = [level[row].numpy().tobytes() for level in part.noise if row < len(level)]
+                digest = hashlib.sha256(b"".join(noise)).hexdigest()
+                record.write(json.dumps([n, part.keys[row], part.t[row].item(), digest]) + "\n")
+            if break_at in part.ids:
+                part.x[0][part.ids.index(break_at)] = float("nan")
         record.flush()
         time.sleep(pace)
-        if fail_at in only.ids:
+        if fail_at in ids:
             raise ValueError(f"sample {fail_at} is bad")
-        overflows = only.step.first == overflow_at
-        skips = overflows or break_at in range(only.step.first, only.step.end)
-        if break_at in only.ids:
-            only.x[0][only.ids.index(break_at)] = float("nan")
+        overflows = step.first == overflow_at
+        skips = overflows or break_at in range(step.first, step.end)
         if overflows and world.rank == world.size - 1:
             nn.utils.clip_grad_norm_ = overflowing
         before = learnt(self) if skips else ""
@@ -207,7 +209,7 @@ def train_tiny(
         if skips:
             assert isinstance(outcome, Skipped)
             assert learnt(self) == before, "a skipped step changes no bit"
-        if only.step.end == stop_at and world.rank == stop_rank:
+        if step.end == stop_at and world.rank == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
@@ -220,10 +222,12 @@ def train_tiny(
         lora = LoraConfig(rank=4, base=fingerprint(base))
         plain = STAGES[1].model_copy(update={"freeze_coarse_images": 0, "ramp_images": 0})
         settings |= {"stages": (plain,), "init": "base", "lora": lora}
-    loader = TinyClips() if kind == "clips" else TinyPictures()
+    loader = {"clips": TinyClips, "shapes": TinyShapes}.get(kind, TinyPictures)()
     loader.unreadable_at = unreadable_at
     make = tiny_video if kind == "clips" else tiny_config
     config = make(dropout=0.0, **(SETTINGS | settings))
+    if kind == "shapes":
+        config = override(config, ["data.shapes=own"])
     if kind == "mix":
         config, loader = with_mix(config)
     try:

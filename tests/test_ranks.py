@@ -42,6 +42,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "broken": {"break_at": 13, "overflow_at": 16},
     "adapters": {"kind": "adapters"},
     "clips": {"kind": "clips"},  # in most steps one rank has no clip
+    "shapes": {"kind": "shapes"},  # in all steps one rank has no image of some shape
 }
 
 
@@ -80,7 +81,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "adapters", "clips"])
+@pytest.mark.parametrize("name", ["plain", "adapters", "clips", "shapes"])
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_have_the_losses_of_one(alone, together, form, name):
     one, two = losses(alone / name), losses(together / f"{form}-{name}")

@@ -135,6 +135,18 @@ class TinyClips(TinyPictures):
         return replace(batch, picture=torch.stack(frames, dim=2))
 
 
+class TinyShapes(TinyPictures):
+    """Pictures of `TinyPictures` of three shapes: squares, wide ones and tall ones."""
+
+    def shape_of(self, n: int) -> int:
+        return n % 3
+
+    def batch(self, ids: Sequence[int]) -> Batch:
+        batch = super().batch(ids)
+        size = ((16, 16), (12, 20), (20, 12))[self.shape_of(ids[0])]
+        return replace(batch, picture=torch.nn.functional.interpolate(batch.picture, size=size))
+
+
 def encode(captions: Sequence[str]) -> list[Tensor]:
     """Features of a caption: a fixed random vector for each word, and one for its end."""
     return [
