@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from filming import film
-from matryoshka_diffusion.cli import begin, info
+from matryoshka_diffusion.cli import begin, plan
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli import train as cli_train
 from matryoshka_diffusion.configfile import load_config
@@ -71,7 +71,7 @@ def test_with_a_folder_one_is_taken(begun, device, gigabytes, times, taken, monk
     monkeypatch.setattr(f"{precision}.best_device", lambda: device)
     monkeypatch.setattr(f"{precision}.device_memory", lambda device: gigabytes * 1e9)
     monkeypatch.setattr(begin, "MOST_TIMES", times)
-    monkeypatch.setattr(info, "memory", lambda config: int(20e9 * config.data_side / 256))
+    monkeypatch.setattr(plan, "memory", lambda config: int(20e9 * config.data_side / 256))
     save_noise(Path("photos"), 2, 300, 280)
     assert run("--data", "photos", "--out", "runs/a", "--set", "train.seed=7") == 0
     [(config, out)] = begun

@@ -11,7 +11,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from matryoshka_diffusion.cli import main as cli
-from matryoshka_diffusion.cli.info import describe, describe_plan
+from matryoshka_diffusion.cli.info import describe
+from matryoshka_diffusion.cli.plan import describe_plan
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, StageConfig
 from matryoshka_diffusion.configfile import override

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka_diffusion import __version__
-from matryoshka_diffusion.cli import doctor, info
+from matryoshka_diffusion.cli import doctor, plan
 from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.config import RunConfig
 from matryoshka_diffusion.configfile import paths
@@ -124,7 +124,7 @@ def test_every_preset_is_listed_with_its_levels(capsys):
 def test_the_work_of_a_preset_is_what_its_network_takes(name):
     assert WORK.keys() == PRESETS.keys()
     config = preset(name)
-    assert WORK[name] == pytest.approx(info.work_of(config) / 1e15, rel=0.01)
+    assert WORK[name] == pytest.approx(plan.work_of(config) / 1e15, rel=0.01)
 
 
 def test_doctor_names_the_extra_that_has_what_is_missing(monkeypatch, capsys):

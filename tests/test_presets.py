@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_diffusion.cli import info
+from matryoshka_diffusion.cli import plan
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import (
     CodecConfig,
@@ -280,8 +280,8 @@ def test_a_run_for_one_gpu_has_the_papers_proportions_and_fits_its_memory(name: 
     model = run.model.model_copy(update={"text": text})
     captioned = run.model_copy(update={"model": model, "encoder": EncoderConfig(name="minilm")})
     assert 60e6 < parameters(model) < 150e6
-    assert info.memory(captioned) < 20e9  # of 24: the rest is for kernels and the text encoder
-    assert info.work_of(captioned) / info.GPU_RATES[0] < 36 * 3600
+    assert plan.memory(captioned) < 20e9  # of 24: the rest is for kernels and the text encoder
+    assert plan.work_of(captioned) / plan.GPU_RATES[0] < 36 * 3600
 
 
 def test_the_model_of_256_pixels_is_small_and_mostly_coarse():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from matryoshka_diffusion.cli.info import describe_plan
+from matryoshka_diffusion.cli import plan
 from matryoshka_diffusion.cli.main import main
+from matryoshka_diffusion.cli.plan import describe_plan
 from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, UsageError
@@ -31,6 +33,7 @@ from matryoshka_diffusion.data.loader import Loader, gathered
 from matryoshka_diffusion.data.shapes import MOST_AREA, MOST_LOST, kept, nearest, own_shapes, square
 from matryoshka_diffusion.data.source import open_data, open_source, split
 from matryoshka_diffusion.eval.reference import reference_of
+from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import Resolution, resolution_of, resolutions_of
@@ -428,6 +431,28 @@ def test_an_autoencoder_is_trained_on_squares():
 def test_a_plan_says_that_images_keep_their_shapes(photos):
     assert "shape of its own" in describe_plan(own_config(photos))
     assert "shape of its own" not in describe_plan(own_config(photos, "data.shapes=square"))
+
+
+def test_a_plan_counts_memory_for_the_largest_shape_and_arithmetic_for_all(photos):
+    config = own_config(photos, "train.stages[1].mix=[]")
+    square, source = override(config, ["data.shapes=square"]), open_data(config)
+
+    def work(*arguments: Any) -> tuple[float, ...]:
+        """TFLOP of a step of the last stage at most, and on average if that is less."""
+        text = describe_plan(*arguments).partition("stage 2: ")[2]
+        most, *mean = map(float, re.findall(r"([\d.e-]+) TFLOP a step", text))
+        return most, *mean
+
+    areas = [math.prod(source.shapes[one.shape][:2]) / 16**2 for one in source.samples]
+    (flops,), (most, mean) = work(square), work(config, source)
+    assert most / flops == pytest.approx(max(areas), rel=0.01)
+    assert mean / flops == pytest.approx(sum(areas) / len(areas), rel=0.01)
+    assert plan.memory(config, source.part([0])) == plan.memory(square)
+    assert plan.memory(config, source) == plan.memory(config)
+    shape = max(source.shapes, key=lambda shape: math.prod(shape[:2]))
+    sizes = resolutions_of(config.model, shape, 16)
+    more = [activation_bytes(config.model, 2, sizes=each) for each in (sizes, None)]
+    assert plan.memory(config) - plan.memory(square) == 4 * (more[0] - more[1])
 
 
 def test_the_command_trains_on_several_shapes_and_draws_two(photos, tmp_path, capsys):

@@ -24,7 +24,7 @@ def proposed(options: argparse.Namespace) -> str | None:
     """
     from statistics import median
 
-    from matryoshka_diffusion.cli.info import duration, gigabytes, memory
+    from matryoshka_diffusion.cli.plan import duration, gigabytes, memory
     from matryoshka_diffusion.config import UsageError
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.data.shapes import MOST_LOST

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_diffusion.cli.options import MODEL, add_command, add_shared
+from matryoshka_diffusion.cli.plan import duration, flops_of, rounded
 from matryoshka_diffusion.cli.terminal import show
 from matryoshka_diffusion.models.names import is_hub_id
 
@@ -21,18 +22,6 @@ else:
 IMAGE_COLUMNS = ("level", "size", "widths", "blocks", "attention")
 CLIP_COLUMNS = ("frames", "attention over them")
 NUMBERS = ("parameters", "GFLOP", "log-SNR(0.5)")
-
-
-CPU_RATE = 0.176e12
-"""FLOP a second of `openmoji` in bf16 on 2 CPU cores, measured: 16 minutes for all of it."""
-GPU_RATES = (30e12, 300e12)
-"""FLOP a second of a GPU with 24 GB and of a large one, conventions: no GPU was measured.
-
-The first is three quarters of what `folder-128` would reach on an RTX 3090 if every kernel kept the
-share of its peak that benchmarks/trace.py assumes; the second is 30 to 40 % of an H100's peak.
-"""
-CPU_SECONDS, GPU_SECONDS = 48 * 3600, 10 * 86_400
-"""Times from which a training is said to be for a GPU, and for a large one."""
 
 
 def presets(options: argparse.Namespace) -> None:
@@ -115,34 +104,11 @@ def list_presets() -> str:
     )
 
 
-def duration(name: str) -> str:
-    """About how long the training of a preset takes."""
-    from matryoshka_diffusion.presets import WORK
-
-    return _time(WORK[name] * 1e15)
-
-
-def _time(flops: float) -> str:
-    """About how long so much arithmetic takes, and on what."""
-    minutes = flops / CPU_RATE / 60
-    if minutes < 100:
-        return f"{minutes:.0f} minutes on 2 CPU cores"
-    if 60 * minutes < CPU_SECONDS:
-        return f"{minutes / 60:.1f} hours on 2 CPU cores"
-    rate = next((rate for rate in GPU_RATES if flops / rate < GPU_SECONDS), GPU_RATES[-1])
-    hours = flops / rate / 3600
-    length = f"{hours:.0f} hours" if hours < 100 else f"{hours / 24:,.0f} days"
-    return f"{length} on a GPU at {rate / 1e12:.0f} TFLOP/s"
-
-
 # --- a nest as a table -------------------------------------------------------------------------
 
 
-def describe(config: RunConfig, flops: Sequence[int] = ()) -> str:
-    """Format the nest as a table, then its process and the stages of its training.
-
-    `flops` are those of `_flops_of`, if they are known.
-    """
+def describe(config: RunConfig) -> str:
+    """Format the nest as a table, then its process and the stages of its training."""
     import torch
 
     from matryoshka_diffusion.nn.costs import count_parameters
@@ -159,7 +125,7 @@ def describe(config: RunConfig, flops: Sequence[int] = ()) -> str:
         parameters[level_of(name)] += parameter.numel()
     words = IMAGE_COLUMNS + CLIP_COLUMNS * any(level.frames for level in model.levels)
     rows: list[Sequence[str]] = [words + NUMBERS]
-    half, flops = torch.tensor([0.5], dtype=torch.float64), flops or _flops_of(config)
+    half, flops = torch.tensor([0.5], dtype=torch.float64), flops_of(config)
     for place, schedule in enumerate(build_schedules(model)):
         level = model.levels[place]
         cells = [str(place + 1), _size(level), _widths(level)]
@@ -210,7 +176,7 @@ def _drawing(net: NestedUNet, config: RunConfig, flops: Sequence[int]) -> str:
     sampling = config.sampling
     own, plain = work(sampling), work(sampling.model_copy(update={"wake": None}))
     sample = "a clip" if config.data_frames else "an image"
-    line = f"draws {sample} in {sampling.steps} steps of {sampling.sampler}: {_rounded(own)} GFLOP"
+    line = f"draws {sample} in {sampling.steps} steps of {sampling.sampler}: {rounded(own)} GFLOP"
     saved = f"; sampling.wake {_list(sampling.wake or ())} saves {1 - own / plain:.0%}"
     guided = sampling.guide is not None and "guide" not in sampling.idle
     guide = f"; {sampling.guide} is counted as if it were as large as this network"
@@ -306,115 +272,3 @@ def describe_released(path: Path, changes: Sequence[str] = ()) -> str:
         return about
     text = dump(others, compact=True)
     return f"{about}\n\nwhat else is in {path.name}:\n{text}".rstrip()
-
-
-# --- costs of training (mdm train --dry-run) -----------------------------------------------------
-
-
-def describe_plan(
-    config: RunConfig, images: int | None = None, *, gpus: int = 8, shards: bool = False
-) -> str:
-    """Describe the nest and the costs of each stage: steps, arithmetic, memory and data.
-
-    Memory is estimated: weights, gradients, moments and averages exactly, activations as
-    `costs.activation_bytes` counts them under `train.recompute`.
-
-    Args:
-        images: number of training images, if known.
-        gpus: number of GPUs to state the memory for, besides one.
-        shards: whether each GPU holds a share of the weights (FSDP2).
-    """
-    train, half, flops = config.train, config.train.precision != "fp32", _flops_of(config)
-    lines = [describe(config, flops)]
-    for place, stage in enumerate(train.stages, start=1):
-        fixed, each = _memory(config, stage)
-        sample = "a clip" if config.model.levels[stage.levels - 1].frames else "an image"
-        work, awake = (
-            f"{_rounded(3 * each_flops * stage.batch_size / 1e12)} TFLOP a step"
-            for each_flops in (flops[stage.levels], _awake_flops(config, stage, flops))
-        )
-        mean = f", {awake} on average with train.wake" * (train.wake is not None)
-        rows = -(-stage.batch_size // train.accumulate)
-        share = fixed // (gpus if shards else 1) + -(-rows // gpus) * each
-        lines += [
-            f"stage {place}: {-(-stage.images // stage.batch_size):,} steps of "
-            f"{stage.batch_size:,}, {work} at most{mean}",
-            f"  memory in {'bf16' if half else 'fp32'}, about: "
-            f"{gigabytes(fixed)} + {gigabytes(each)} {sample}; "
-            f"{gigabytes(fixed + rows * each)} on one device, {gigabytes(share)} "
-            f"on each of {gpus}{' with shards' if shards else ''}",
-        ]
-    frames, seen = config.data_frames, train.images
-    condition = (
-        "captions" if config.model.text else "classes" if config.model.classes else "nothing"
-    )
-    epochs = "" if images is None else f", {_rounded(seen / images)} times each of {images:,}"
-    kind = "images" if frames is None else f"clips of {frames} frames"
-    own = ", each in a shape of its own" * (config.data.shapes == "own")
-    every = train.preview_every_images
-    previews = f"; a preview every {every:,} images" * (every > 0)
-    lines += [
-        f"data: {kind} of {config.data_side} pixels or more{own}, with {condition} beside them; "
-        f"{seen:,} are seen{epochs}",
-        f"time: about {_time(work_of(config, flops))}, by arithmetic{previews}",
-    ]
-    return "\n".join(lines)
-
-
-def work_of(config: RunConfig, flops: Sequence[int] = ()) -> float:
-    """FLOPs of a whole training, three forward passes for each image."""
-    flops, stages = flops or _flops_of(config), config.train.stages
-    return sum(3 * _awake_flops(config, stage, flops) * stage.images for stage in stages)
-
-
-def _flops_of(config: RunConfig) -> list[int]:
-    """FLOPs of a forward pass of the first 0, 1, ... levels."""
-    from matryoshka_diffusion.nn.costs import forward_flops
-
-    return [0, *(forward_flops(config.model, n) for n in range(1, len(config.model.levels) + 1))]
-
-
-def memory(config: RunConfig) -> int:
-    """Bytes that the largest stage of a training takes on one device, about."""
-    needs = []
-    for stage in config.train.stages:
-        fixed, each = _memory(config, stage)
-        needs.append(fixed + -(-stage.batch_size // config.train.accumulate) * each)
-    return max(needs)
-
-
-def _memory(config: RunConfig, stage: StageConfig) -> tuple[int, int]:
-    """Bytes that a stage takes for its network, and for each sample of a micro-batch."""
-    from matryoshka_diffusion.nn.costs import activation_bytes, training_bytes
-    from matryoshka_diffusion.nn.layers import shapes_only
-    from matryoshka_diffusion.nn.lora import attach
-    from matryoshka_diffusion.nn.nested import NestedUNet
-
-    train, half = config.train, config.train.precision != "fp32"
-    with shapes_only():
-        net = NestedUNet(config.model.first(stage.levels))
-        if train.lora is not None:
-            attach(net, train.lora)
-    fixed = training_bytes(net, len(train.ema_power), half=half)
-    return fixed, activation_bytes(config.model, stage.levels, train.recompute, half=half)
-
-
-def _awake_flops(config: RunConfig, stage: StageConfig, flops: Sequence[int]) -> float:
-    """FLOPs of an image in a forward pass, on average over the stage's `mix` and `train.wake`."""
-    from matryoshka_diffusion.schedule import build_schedules, wakes_at
-
-    floors = config.model.floors(config.train.wake)
-    mean = float(flops[1])
-    for level, schedule in [*enumerate(build_schedules(config.model))][1 : stage.levels]:
-        # Without a mix t is even in [0, 1]: the time of the floor is the share with the level.
-        share = sum(stage.mix[level:]) if stage.mix else wakes_at(schedule, floors[level])
-        mean += share * (flops[level + 1] - flops[level])
-    return mean
-
-
-def _rounded(number: float) -> str:
-    return f"{number:,.0f}" if number > 100 else f"{number:.3g}"
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"

@@ -130,7 +130,8 @@ def _train_codec(config: Any, options: argparse.Namespace) -> None:
 
 def _plan(config: Any, gpus: int | None, parallel: str | None) -> None:
     """Print what a run would take, and a summary of its data if the config names any."""
-    from matryoshka_diffusion.cli.info import describe_plan
+    from matryoshka_diffusion.cli.info import describe
+    from matryoshka_diffusion.cli.plan import describe_plan
     from matryoshka_diffusion.data.check import summary
     from matryoshka_diffusion.data.source import PACKAGED
     from matryoshka_diffusion.runs import prepare
@@ -139,9 +140,9 @@ def _plan(config: Any, gpus: int | None, parallel: str | None) -> None:
     if config.data.path is not None or config.data.mix or config.data.source in PACKAGED:
         source = prepare.open_data(config)
         config = prepare.complete(config, source)
-    images = None if source is None else len(source)
     gpus = gpus if gpus and gpus > 1 else 8  # as many as most machines for this have
-    show(describe_plan(config, images, gpus=gpus, shards=parallel == "fsdp"))
+    show(describe(config))
+    show(describe_plan(config, source, gpus=gpus, shards=parallel == "fsdp"))
     if source is not None:
         show(summary(source))
 

@@ -15,7 +15,7 @@ from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ModelConfig
 from matryoshka_diffusion.nn.layers import shapes_only
 from matryoshka_diffusion.nn.nested import NestedUNet
-from matryoshka_diffusion.pyramid import Pyramid, shapes_of
+from matryoshka_diffusion.pyramid import Pyramid, Resolution, shapes_of
 
 ATTENTION = "scaled_dot_product_attention"
 IN_HALF = ("conv2d", "linear", ATTENTION)
@@ -48,15 +48,20 @@ def forward_flops(model: ModelConfig, levels: int, tokens: int = TEXT_TOKENS) ->
 
 
 def activation_bytes(
-    model: ModelConfig, levels: int, recompute: Collection[int] = (), *, half: bool = False
+    model: ModelConfig,
+    levels: int,
+    recompute: Collection[int] = (),
+    *,
+    half: bool = False,
+    sizes: Sequence[Resolution] | None = None,
 ) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass.
+    """Bytes that the forward pass of an image keeps for the backward pass.
 
-    They are those of float32 everywhere, or with `half` those under a GPU's autocast. Temporary
-    memory of kernels is not counted, nor are half-precision copies of weights, nor is the block
-    that a recomputed level computes again.
+    It is a square, or its levels have these `sizes`. The bytes are those of float32 everywhere, or
+    with `half` those under a GPU's autocast. Temporary memory of kernels is not counted, nor are
+    half-precision copies of weights, nor is the block that a recomputed level computes again.
     """
-    net, z, t, cond = _one_image(model.first(levels))
+    net, z, t, cond = _one_image(model.first(levels), sizes=sizes)
     net.recompute(recompute)
     if not half:
         return kept_bytes(net, lambda: net(z, t, cond))
@@ -129,11 +134,13 @@ def kept_tensors(
 
 
 def _one_image(
-    model: ModelConfig, tokens: int = TEXT_TOKENS
+    model: ModelConfig,
+    tokens: int = TEXT_TOKENS,
+    sizes: Sequence[Resolution] | None = None,
 ) -> tuple[NestedUNet, Pyramid, Tensor, Conditioning]:
     with shapes_only():
         net = NestedUNet(model)
-        z = tuple(torch.empty(1, *shape) for shape in shapes_of(model))
+        z = tuple(torch.empty(1, *shape) for shape in shapes_of(model, sizes))
         first = z[0] if model.coarse else None
         cond = Conditioning(
             labels=torch.zeros(1, dtype=torch.long) if model.classes else None,
