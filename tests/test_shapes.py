@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +27,13 @@ from matryoshka_diffusion.codecconfig import CodecRunConfig
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig, UsageError
 from matryoshka_diffusion.configfile import override
-from matryoshka_diffusion.data import decoded, loader
+from matryoshka_diffusion.data import decoded, loader, shards
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.check import describe, summary
-from matryoshka_diffusion.data.image import read_picture, read_size
+from matryoshka_diffusion.data.image import HEAD, read_picture, read_size
 from matryoshka_diffusion.data.loader import Loader, gathered
 from matryoshka_diffusion.data.shapes import MOST_AREA, MOST_LOST, kept, nearest, own_shapes, square
-from matryoshka_diffusion.data.source import open_data, open_source, split
+from matryoshka_diffusion.data.source import identity, open_data, open_source, split
 from matryoshka_diffusion.eval.reference import reference_of
 from matryoshka_diffusion.nn.costs import activation_bytes
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -44,7 +46,7 @@ from matryoshka_diffusion.training.signals import Stopped
 from matryoshka_diffusion.training.stages import Step
 from matryoshka_diffusion.training.step import Skipped, Stepped, diffusion
 from matryoshka_diffusion.training.trainer import Trainer, View
-from picturing import noise, save
+from picturing import encode, noise, save, write_tar
 from test_pipeline import Words, moving, text_model
 from test_upsampler import upsampler_config
 from tiny_run import digests, metrics, run, stop_at, tiny_config
@@ -140,7 +142,7 @@ def test_a_large_set_is_measured_and_gives_the_same_pictures(photos, monkeypatch
     assert open_data(config).samples == source.samples
 
 
-def test_a_bad_picture_is_replaced_by_one_of_its_shape(photos):
+def test_a_bad_picture_is_replaced_by_one_of_its_shape_or_one_that_is_cut_to_it(photos):
     source = open_data(own_config(photos, "data.max_bad_fraction=0.9"))
     bad = {"01.png", *(f"{n:02}.png" for n in range(0, 40, 6))}
 
@@ -154,11 +156,58 @@ def test_a_bad_picture_is_replaced_by_one_of_its_shape(photos):
         other = spoilt[1]
     assert other.picture.shape == source[1].picture.shape
     assert other.key == "07.png"
+    with pytest.warns(UserWarning, match="damaged"):
+        other = spoilt[0]
+    assert other.key == "02.png"
+    middle = read_picture(photos / other.key, (Resolution(16, 16),))
+    assert (other.picture == middle.pixels).all()
+    bad |= {*source.keys}
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="not one of 7 samples of 16x16 can be read"),
+        pytest.raises(ValueError, match="cannot be used"),
     ):
         spoilt[0]
+
+
+def test_the_identity_of_data_has_the_shapes_of_its_images(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    squares = override(own_config(folder), ["data.shapes=square"])
+    known, plain = identity(open_data(own_config(folder))), identity(open_data(squares))
+    save(folder / "00.png", noise(30, 60))
+    changed = identity(open_data(own_config(folder)))
+    assert changed.model_copy(update={"shapes": known.shapes}) == known != changed
+    assert identity(open_data(squares)) == plain
+    assert plain.shapes is None
+
+
+def test_images_in_shards_are_measured_by_their_heads(tmp_path, monkeypatch):
+    """Sizes are those of a folder, also where the head does not tell: a long one, or a PNG."""
+    images = {"a.jpg": encode(size=(300, 200), form="JPEG")}
+    turned = Image.Exif()
+    turned[274] = 6
+    large = Image.fromarray(noise(400, 500))
+    for name, options in {
+        "b.jpg": {"exif": turned, "quality": 95},
+        "c.jpg": {"icc_profile": bytes(HEAD)},
+        "d.png": {"exif": turned},
+    }.items():
+        with io.BytesIO() as file:
+            large.save(file, "PNG" if name.endswith("png") else "JPEG", **options)
+            images[name] = file.getvalue()
+    (tmp_path / "files").mkdir()
+    for name, data in images.items():
+        (tmp_path / "files" / name).write_bytes(data)
+    path, lengths, read = write_tar(tmp_path / "s.tar", images.items()), [], shards.read_range
+    monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
+    monkeypatch.setattr(shards, "read_range", lambda *a: lengths.append(a[2]) or read(*a))
+    measured = open_data(own_config(path, "data.source=shards"))
+    wholes = [len(images[name]) for name in ("c.jpg", "d.png")]
+    assert sorted(lengths) == sorted([len(images["a.jpg"]), *[HEAD] * 3, *wholes])
+    monkeypatch.undo()
+    folder = open_data(own_config(tmp_path / "files"))
+    assert [one.shape for one in measured.samples] == [one.shape for one in folder.samples]
+    assert len({one.shape for one in measured.samples}) == 3
 
 
 def test_the_size_of_a_file_is_that_of_the_upright_image(tmp_path):

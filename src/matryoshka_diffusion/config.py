@@ -93,6 +93,7 @@ class DataIdentity(Strict):
     images: Count
     keys: str  # hash of the names of all images, in order
     conditions: str  # hash of their captions and labels
+    shapes: str | None = None  # hash of their shapes; None: all are squares
 
 
 class ColumnsConfig(Strict):
@@ -411,8 +412,7 @@ class RunConfig(Strict):
                 level = f"level {stage.levels - 1}, the finest of train.stages[{index}]"
                 yield f"process.level_weights is 0 for {level}: set a weight or add finer levels"
             if self.train.wake and not all(stage.mix):
-                level = stage.mix.index(0.0)
-                place = f"train.stages[{index}].mix[{level}]"
+                place = f"train.stages[{index}].mix[{stage.mix.index(0.0)}]"
                 yield f"{place} is 0, but with train.wake some times are its own: set a share"
             for level, share in enumerate(stage.mix):
                 if share and not any(weights[: level + 1]):

@@ -32,10 +32,12 @@ class Cut(NamedTuple):
         place: of what is cut out along the side that is longer: 0 is its beginning, towards 1 its
             end.
         start: of the clip among all that fit into the video; None for the source's usual place.
+        shape: of the part, for an image that stands in for one of another shape; None for its own.
     """
 
     place: float = CENTRE
     start: float | None = None
+    shape: Resolution | None = None
 
 
 def cut_out(

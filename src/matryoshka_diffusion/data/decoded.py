@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from matryoshka_diffusion.config import Crop, DataConfig
 from matryoshka_diffusion.data.augment import Cut, cut_out
 from matryoshka_diffusion.data.bad import BadFile, NoneUsable, PictureError, Quarantine
-from matryoshka_diffusion.data.image import read_picture, read_size
+from matryoshka_diffusion.data.image import read_picture, read_size, size_in_head
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.shapes import kept, nearest
 from matryoshka_diffusion.data.source import Picture, Sample, Source
@@ -44,6 +44,7 @@ CACHED_PICTURES = 20_000
 THREADS = min(os.cpu_count() or 1, 8)
 MAX_CLASSES = 100_000
 
+_WHOLE = Cut()
 _VERSION = 6  # raise it when the same file decodes to other bytes, or is stored in another way
 
 
@@ -57,14 +58,15 @@ class Catalogue:
     load: Callable[[int], bytes | Path]  # the file of sample n; any thread may call it
     classes: tuple[str, ...] = ()  # names of numbers; empty if the samples have names, or none
     unused: tuple[Unused, ...] = ()  # other things in the data set
+    head: Callable[[int], bytes] | None = None  # its first `image.HEAD` bytes, where that is less
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Way from (file, key, start) to an image or a clip, uncut; a clip begins at `start`."""
+    """Way from (file, key, cut) to an image or a clip of which the cut can be made."""
 
-    decode: Callable[[bytes | Path, str, float | None], Picture]  # may raise PictureError
-    shapes: tuple[Resolution, ...]  # the square first; a result covers the nearest
+    decode: Callable[[bytes | Path, str, Cut], Picture]  # may raise PictureError
+    shapes: tuple[Resolution, ...]  # square first; a result covers the cut's, or else the nearest
     frames: int | None  # of a clip; None for images
     options: str  # everything that the result depends on, for the names of caches
     cached: int  # samples of the largest set that is decoded into the cache
@@ -74,8 +76,8 @@ class Decoder:
 def picture_decoder(shapes: tuple[Resolution, ...], crop: Crop, channels: int = 3) -> Decoder:
     """Decoder of images."""
 
-    def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
-        return read_picture(file, shapes, crop, channels)
+    def decode(file: bytes | Path, key: str, cut: Cut) -> Picture:
+        return read_picture(file, (cut.shape,) if cut.shape else shapes, crop, channels)
 
     options = f"{shapes[0].height}, {crop}" + (f", {channels} channels" if channels != 3 else "")
     options += "".join(f", {shape}" for shape in shapes[1:])
@@ -101,15 +103,15 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     rows = array("q", (n for n, sample in enumerate(samples) if not sample.flaw))
     usable, load = [samples[row] for row in rows], catalogue.load
 
-    def decode(n: int, start: float | None = None) -> Picture:
-        return decoder.decode(load(rows[n]), usable[n].key, start)
+    def decode(n: int, cut: Cut = _WHOLE) -> Picture:
+        return decoder.decode(load(rows[n]), usable[n].key, cut)
 
-    def cut_to_shape(picture: Picture, place: float) -> Picture:
-        shape = decoder.shapes[nearest(picture.size, decoder.shapes)]
-        return picture._replace(pixels=cut_out(picture.pixels, shape, place))
+    def cut_to_shape(picture: Picture, cut: Cut) -> Picture:
+        shape = cut.shape or decoder.shapes[nearest(picture.size, decoder.shapes)]
+        return picture._replace(pixels=cut_out(picture.pixels, shape, cut.place))
 
     def read(n: int, cut: Cut) -> Picture:
-        return cut_to_shape(decode(n, cut.start), cut.place)
+        return cut_to_shape(decode(n, cut), cut)
 
     source = Source(
         name,
@@ -128,7 +130,9 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         return source
 
     def measure(n: int) -> Picture:
-        return Picture(np.empty(0, np.uint8), read_size(load(rows[n])))
+        head = catalogue.head(rows[n]) if catalogue.head else b""
+        size = size_in_head(head) or read_size(load(rows[n]))
+        return Picture(np.empty(0, np.uint8), size)
 
     whole = f"{name} at {decoder.options}" if small else f"{name}, sizes"
     title = f"decoding at {source.side} px" if small else "measuring"
@@ -143,6 +147,8 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     quarantine.check()
 
     def read_decoded(n: int, cut: Cut) -> Picture:
+        if cut.shape is not None:  # it stands in for another
+            return read(n, cut)
         note = notes[n]
         stored = pixels[offsets[n] : offsets[n + 1]]
         if zlib.crc32(stored.data) == note.checksum:
@@ -151,7 +157,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
             picture = Picture(decode(n).pixels, note.size)
             content = picture.pixels.tobytes()
             _mend(path.with_suffix(".bin"), int(offsets[n]), content, note.checksum)
-        picture = cut_to_shape(picture, cut.place)
+        picture = cut_to_shape(picture, cut)
         return picture._replace(pixels=np.array(picture.pixels))
 
     good = [n for n, note in enumerate(notes) if not note.reason]

@@ -74,7 +74,10 @@ CHANNELS = (1, 2, 3, 4)
 REACH: dict[Crop, int] = {"centre": 1, "random": 4}
 """Parts that are kept around the middle, in lengths of the cropped part; bounds panoramas."""
 
-_PNG, _ANCILLARY = b"\x89PNG\r\n\x1a\n", 0x20
+HEAD = 2**16
+"""First bytes of a file in which most JPEGs have their size and orientation."""
+
+_JPEG, _PNG, _ANCILLARY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", 0x20
 _KEPT = (b"tRNS", b"eXIf", b"iCCP")  # ancillary chunks that an image's look depends on
 _APPLICATIONS, _COMMENT, _START_OF_SCAN = range(0xE0, 0xF0), 0xFE, 0xDA  # JPEG markers
 _KEPT_SEGMENTS = (b"Exif\0\0", b"ICC_PROFILE\0", b"Adobe")
@@ -163,6 +166,19 @@ def read_size(file: Path | bytes) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= _SIDEWAYS else (width, height)
 
     return _read(file, size_of)
+
+
+def size_in_head(head: bytes) -> tuple[int, int] | None:
+    """Size as `read_size` tells it from the first bytes of a JPEG; None where they do not suffice.
+
+    Other formats may have their orientation behind the pixels.
+    """
+    if not head.startswith(_JPEG):
+        return None
+    try:
+        return read_size(head)
+    except PictureError:  # of what follows the head, or of the file
+        return None
 
 
 def _read(file: Path | bytes, read: Callable[[Any], Result]) -> Result:
@@ -254,7 +270,7 @@ def _without_metadata(stream: Any) -> io.BytesIO | None:
     stream.seek(0)
     if (signature := stream.read(8)) == _PNG:
         return _plain_png(stream)
-    return _plain_jpeg(stream) if signature[:3] == b"\xff\xd8\xff" else None
+    return _plain_jpeg(stream) if signature.startswith(_JPEG) else None
 
 
 def _plain_jpeg(stream: Any) -> io.BytesIO:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import THREADS, Catalogue
-from matryoshka_diffusion.data.image import PICTURES, Kind
+from matryoshka_diffusion.data.image import HEAD, PICTURES, Kind
 from matryoshka_diffusion.data.loader import look_ahead
 from matryoshka_diffusion.data.patterns import count_others, expand, of_split, short_names
 from matryoshka_diffusion.data.remote import opened, read_range, state_of
@@ -101,9 +101,14 @@ def shards(pattern: str, data: DataConfig, kind: Kind = PICTURES) -> Catalogue:
     def load(n: int) -> bytes:
         return read_range(paths[shard_of[n]], starts[n], sizes[n])
 
+    def head(n: int) -> bytes:
+        return read_range(paths[shard_of[n]], starts[n], min(sizes[n], HEAD))
+
     count_others(pattern, used, tally)
     unused = tally.unused("keys of .json")
-    return Catalogue(f"shards {pattern}", "\n".join(states), samples, load, unused=unused)
+    return Catalogue(
+        f"shards {pattern}", "\n".join(states), samples, load, unused=unused, head=head
+    )
 
 
 # --- lists of captions -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,14 +81,14 @@ class Example(NamedTuple):
 class Source:
     """Images, or clips of square frames, in a fixed order; all are squares, or each has a shape.
 
-    A sample that turns out bad on reading is replaced by the next good one of the same shape, in a
-    mix by one of the same part. So the example at an index depends on the data alone: not on
-    earlier reads, nor on the number of threads.
+    A sample that turns out bad on reading is replaced by the next good one of the same shape, or
+    else of any shape, which is cut to it; in a mix by one of the same part. So the example at an
+    index depends on the data alone: not on earlier reads, nor on the number of threads.
     """
 
     name: str  # for messages, such as "openmoji"
     samples: Sequence[Sample]  # the usable ones
-    read: Callable[[int, Cut], Picture]  # in its shape; raises PictureError; any thread may call
+    read: Callable[[int, Cut], Picture]  # in the cut's shape or its own; raises PictureError
     quarantine: Quarantine  # samples that are left out, also those found bad on reading
     shapes: tuple[Resolution, ...]  # in pixels, the square first; samples have their indices
     frames: int | None = None  # of each clip; None for images
@@ -149,13 +150,13 @@ class Source:
 
     def _example(self, index: int, cut: Cut) -> Example:
         part, shape = self.samples[index].part, self.samples[index].shape
-        for step in range(len(self)):
-            n = (index + step) % len(self)
+        for n in chain(self._after(index, of_shape=True), self._after(index, of_shape=False)):
             sample = self.samples[n]
-            if (sample.part, sample.shape) != (part, shape) or sample.key in self.quarantine:
+            if sample.key in self.quarantine:
                 continue
+            forced = None if sample.shape == shape else self.shapes[shape]
             try:
-                picture = self.read(n, cut)
+                picture = self.read(n, cut._replace(shape=forced))
             except PictureError as error:
                 self.quarantine.add(BadFile(sample.key, str(error), sample.offset))
                 continue
@@ -163,10 +164,18 @@ class Source:
             label = None if sample.label is None else int(sample.label)
             facts = (sample.captions, label, sample.key, side, picture.size)
             return Example(picture.pixels, *facts)
-        count = sum((one.part, one.shape) == (part, shape) for one in self.samples)
+        count = sum(one.part == part for one in self.samples)
         place = f"data.mix[{part}]: " if len(self.shares) > 1 else ""
-        like = f" of {self.shapes[shape]}" if len(self.shapes) > 1 else ""
-        raise ValueError(f"{place}{self.name}: not one of {count:,} samples{like} can be read")
+        raise ValueError(f"{place}{self.name}: not one of {count:,} samples can be read")
+
+    def _after(self, index: int, *, of_shape: bool) -> Iterator[int]:
+        """Samples of the same part from `index` on and around: those of its shape, or others."""
+        first = self.samples[index]
+        for step in range(len(self)):
+            n = (index + step) % len(self)
+            same = self.samples[n].shape == first.shape
+            if self.samples[n].part == first.part and same == of_shape:
+                yield n
 
 
 def array_source(
@@ -237,13 +246,18 @@ def joined(first: Source, second: Source) -> Source:
 
 
 def identity(source: Source) -> DataIdentity:
-    """Hash what a run depends on: the keys of the usable samples, their captions and labels."""
-    keys, conditions = (hashlib.blake2b(digest_size=8) for _ in range(2))
+    """Hash what a run depends on: the keys of the usable samples, their conditions and shapes."""
+    keys, conditions, shapes = (hashlib.blake2b(digest_size=8) for _ in range(3))
     for sample in source.samples:
         keys.update(repr(sample.key).encode())
         conditions.update(repr((sample.captions, sample.label)).encode())
-    images = len(source)
-    return DataIdentity(images=images, keys=keys.hexdigest(), conditions=conditions.hexdigest())
+        shapes.update(f"{source.shapes[sample.shape]} ".encode())
+    return DataIdentity(
+        images=len(source),
+        keys=keys.hexdigest(),
+        conditions=conditions.hexdigest(),
+        shapes=shapes.hexdigest() if len(source.shapes) > 1 else None,
+    )
 
 
 # --- from a config to a source ---------------------------------------------------------------

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from PIL import Image
 
 from matryoshka_diffusion.config import DataConfig
+from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.decoded import Catalogue, Decoder
 from matryoshka_diffusion.data.folder import folder, holds
@@ -367,7 +368,8 @@ def clip_decoder(data: DataConfig, side: int, frames: int | None, channels: int 
     """Decoder of clips of `frames`, or of their first frames as images without `frames`."""
     length, (shape,) = frames or data.clip_frames, square(side)
 
-    def decode(file: bytes | Path, key: str, start: float | None) -> Picture:
+    def decode(file: bytes | Path, key: str, cut: Cut) -> Picture:
+        start = cut.start
         if start is None:  # "random" too has a usual place, for readers without a sample number
             start = 0.0 if data.clip == "start" else fraction(f"clip {key}")
         with open_video(file) as video:
