@@ -17,6 +17,7 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.options import path_and_share
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, LoraConfig, StageConfig, UsageError
+from matryoshka_diffusion.models import adapters as added_to
 from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.adapters import add_adapters, read_adapters
 from matryoshka_diffusion.models.find import find_model
@@ -188,7 +189,22 @@ def test_adapters_of_a_pipelines_network_are_read_too(places, tmp_path):
     tensors = load_file(folder / peft.WEIGHTS)
     inside = {name.replace("model.levels", "model.net.levels"): tensors[name] for name in tensors}
     save_file(inside, folder / peft.WEIGHTS)
-    assert read_adapters(folder).changes.keys() == read_adapters(places["form"]).changes.keys()
+    changes = read_adapters(folder).changes
+    assert changes.keys() == read_adapters(places["form"]).changes.keys()
+    qkv = next(name for name in changes if name.endswith("qkv"))
+    settings = json.loads((folder / peft.SETTINGS).read_text())
+    for pattern, scale in ((f"^net.{qkv}", 4.0), (f"net.{qkv}", 4.0), (f"^{qkv}", 1.5)):
+        settings["alpha_pattern"] = {pattern: 8.0}
+        (folder / peft.SETTINGS).write_text(json.dumps(settings))
+        assert read_adapters(folder).changes[qkv].scale == scale
+
+
+def test_the_model_is_hashed_once_for_all_adapters(places, monkeypatch):
+    weights, _ = find_model(places["base"])
+    hashed: list[int] = []
+    monkeypatch.setattr(added_to, "fingerprint", lambda x: hashed.append(1) or fingerprint(x))
+    add_adapters(weights, {str(places[name]): 1.0 for name in ("pets", "snow")}, where="base")
+    assert len(hashed) == 1
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from huggingface_hub import errors
 from PIL import Image
 
 from matryoshka_diffusion.cli import main as cli
+from matryoshka_diffusion.config import UsageError
 from matryoshka_diffusion.configfile import changed
 from matryoshka_diffusion.models.save import export_adapters, export_model
 from matryoshka_diffusion.nn.nested import NestedUNet
@@ -135,7 +136,10 @@ def test_an_export_names_no_path_of_this_computer_unasked(tmp_path):
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
 
 
-def test_what_the_hub_does_not_give_is_one_clear_error(site):
+def test_what_the_hub_does_not_give_is_one_clear_error(site, tmp_path):
+    for name in ("openmoji", tmp_path):
+        with pytest.raises(UsageError, match="omit revision"):
+            Matryoshka.from_pretrained(name, revision="main")
     for name, revision in (("me/lost", None), ("me/dolls", "lost")):
         with pytest.raises(OSError, match=rf"^{name}: no folder here.*404"):
             Matryoshka.from_pretrained(name, revision=revision)

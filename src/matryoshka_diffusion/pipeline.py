@@ -28,7 +28,6 @@ from matryoshka_diffusion.models.find import (
     with_encoder,
 )
 from matryoshka_diffusion.models.hub import download, push
-from matryoshka_diffusion.models.names import is_hub_id
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.progress import Progress, shown
@@ -136,9 +135,10 @@ class Matryoshka(DiffusionModel):
     ) -> Matryoshka:
         """Load what `load` loads, with its `options`; `revision` is a branch or commit on the hub.
 
-        Raises OSError if the hub does not have the model, or cannot be reached.
+        Raises OSError if the hub does not have the model, or cannot be reached, and UsageError for
+        a revision of what is not on the hub.
         """
-        if revision is not None and is_hub_id(source):
+        if revision is not None:
             source = download(str(source), revision)
         return cls.load(source, **options)
 

@@ -32,12 +32,13 @@ def add_adapters(
         CheckpointError: adapters are for other weights, other layers or other shapes.
         FileNotFoundError, ConfigError, ValueError: adapters are missing or damaged.
     """
-    merged = {name: value.float() for name, value in weights.items()}
+    merged, own = {name: value.float() for name, value in weights.items()}, ""
     for path, share in shares.items():
         if not math.isfinite(share):
             raise UsageError(f"{path}: the weight of adapters is {share}: give a finite number")
         adapters = read_adapters(path)
-        if adapters.base and adapters.base != (own := fingerprint(weights)):
+        own = own or (adapters.base and fingerprint(weights))
+        if adapters.base not in ("", own):
             raise CheckpointError(
                 f"{adapters.where} is for another model than {where}: its weights have the hash "
                 f"{own[:12]}..., not {adapters.base[:12]}...; name the model that the adapters "

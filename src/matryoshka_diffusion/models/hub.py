@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from matryoshka_diffusion import codec as codecs
-from matryoshka_diffusion.config import RunConfig
+from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.features import FILE
 from matryoshka_diffusion.models import peft
 from matryoshka_diffusion.models.card import model_card, write_card
+from matryoshka_diffusion.models.names import is_hub_id
 from matryoshka_diffusion.models.save import carry_frozen, shared_config
 from matryoshka_diffusion.training.weights import LORA, MODEL, export_weights
 
@@ -33,8 +34,11 @@ def download(
     `options` are those of `huggingface_hub.snapshot_download`.
 
     Raises:
+        UsageError: the name is not one of the hub.
         OSError: the download fails; names the repository and the reason.
     """
+    if not is_hub_id(repository):
+        raise UsageError(f"{repository} is no model on the hub (owner/name): omit revision")
     import huggingface_hub as hub  # slow to import, and seldom needed
 
     # A proxy's error is of the HTTP library's type, from which the hub's own are derived.

@@ -102,8 +102,6 @@ def read(folder: Path) -> Adapters:
             raise FileNotFoundError(f"{path}: missing; adapters are {SETTINGS} and {WEIGHTS}")
     settings = _read_settings(folder / SETTINGS)
     weights, about = read_weights(file)
-    # Adapters of `MDMPipeline.network` have the network's own name in theirs.
-    weights = {re.sub(rf"^{PREFIX}net\.", PREFIX, key): value for key, value in weights.items()}
     maps = pairs(weights, rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<part>[AB])\.weight", file)
     for layer, (down, _) in maps.items():
         if down.shape[0] != settings.rank(layer):
@@ -111,7 +109,11 @@ def read(folder: Path) -> Adapters:
                 f"{file}: {layer} has rank {down.shape[0]}, but {SETTINGS} says "
                 f"{settings.rank(layer)}: copy both files again"
             )
-    changes = {layer: LowRank(*both, settings.scale(layer)) for layer, both in maps.items()}
+    # Adapters of `MDMPipeline.network` have the network's own name in theirs, as patterns do.
+    changes = {
+        layer.removeprefix("net."): LowRank(*both, settings.scale(layer))
+        for layer, both in maps.items()
+    }
     try:
         base = json.loads(about.get("lora", "{}"))["base"]
     except (ValueError, RecursionError, LookupError, TypeError):  # peft notes no hash
