@@ -120,6 +120,14 @@ def test_tuning_matches_classes_by_name(tmp_path, named):
     assert labels == {"owl": 0, "cat": 1}
     with pytest.raises(ConfigError, match=r"is owl, cat, .* apple, pear: .*data\.classes=\[\]"):
         tuned("apple", "pear")
+    config, source = tuned("cat")
+    assert config.data.classes == source.classes == ("owl", "cat")
+    assert source[0].label == 1
+    for classes in (("cat", "dog", "owl"), ("apple", "dog", "pear")):
+        with pytest.raises(
+            ConfigError, match=r"classes is 2.* 3: .*knows owl, cat .*dog.* train a new"
+        ):
+            tuned(*classes)
 
 
 def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):

@@ -198,7 +198,7 @@ def test_images_in_shards_are_measured_by_their_heads(tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     for name, data in images.items():
         (tmp_path / "files" / name).write_bytes(data)
-    path, lengths, read = write_tar(tmp_path / "s.tar", images.items()), [], shards.read_range
+    path, lengths, read = write_tar(tmp_path / "s.tar", [*images.items()]), [], shards.read_range
     monkeypatch.setattr(decoded, "CACHED_PICTURES", 0)
     monkeypatch.setattr(shards, "read_range", lambda *a: lengths.append(a[2]) or read(*a))
     measured = open_data(own_config(path, "data.source=shards"))

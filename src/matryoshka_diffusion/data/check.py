@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from matryoshka_diffusion.config import ConfigError, DataConfig
+from matryoshka_diffusion.config import ConfigError, DataConfig, RunConfig
 from matryoshka_diffusion.data.bad import BadFile, listed
 from matryoshka_diffusion.data.mix import key_of
 from matryoshka_diffusion.data.source import PACKAGED, Source, read_all
@@ -115,6 +115,54 @@ def refuse_lost(source: Source, data: DataConfig) -> None:
                 f"{source.name} may have {option} that are not used, and nothing else gives them: "
                 f"{items}; {' '.join(options)} goes on without"
             )
+
+
+def refuse_unfit(source: Source, config: RunConfig) -> None:
+    """Raise ConfigError if model and data disagree on channels, frames, captions or classes."""
+    model, classes = config.model, len(source.classes)
+    counts = {"channels": (model.channels, source.channels), "classes": (model.classes, classes)}
+    for key, (wanted, there) in counts.items():
+        if wanted != there and (model.classes if key == "classes" else config.codec is None):
+            remedy = _remedy_of_tuning(source, config) if config.train.init else ""
+            remedy = remedy or f"add --set model.{key}={there}"
+            seen = _seen(source) if key == "classes" else ""
+            raise ConfigError(
+                f"model.{key} is {wanted}, but {source.name} has {there}: {remedy}{seen}"
+            )
+    if source.frames != config.data_frames:
+        frames = (config.data_frames, source.frames)
+        kinds = ["images" if n is None else f"clips of {n} frames" for n in frames]
+        remedy = ": name videos with --set data.source=clips" if source.frames is None else ""
+        raise ConfigError(f"the model draws {kinds[0]}, but {source.name} has {kinds[1]}{remedy}")
+    if model.text is not None and not source.captions:
+        raise ConfigError(
+            f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
+            f"file NAME.* or a metadata.jsonl{_seen(source)}"
+        )
+    if config.data.classes and config.data.classes != source.classes:
+        names = (", ".join(listed(names, 5)) for names in (config.data.classes, source.classes))
+        raise ConfigError(
+            f"data.classes is {next(names)}, and the classes of {source.name} are "
+            f"{next(names) or 'none'}: name the same ones, or set data.classes=[] for a new run"
+        )
+
+
+def _remedy_of_tuning(source: Source, config: RunConfig) -> str:
+    """What to do about data that a model cannot be tuned on, as it keeps channels and classes."""
+    known, new = config.data.classes, "train a new model (mdm train PRESET --data ... --out RUN)"
+    unknown = [name for name in source.classes if name not in known]
+    if not unknown or not known:
+        return f"{config.train.init} keeps its own: name other data, or {new}"
+    knows, others = (", ".join(listed(names, 5)) for names in (known, unknown))
+    return (
+        f"{config.train.init} knows {knows} and learns no more classes: leave out or rename "
+        f"{others}, or {new}"
+    )
+
+
+def _seen(source: Source) -> str:
+    """Text such as ' (not used: ...)' for errors about captions or classes that are missing."""
+    return f" (not used: {'; '.join(map(str, source.unused))})" if source.unused else ""
 
 
 def describe_bad(bad: Sequence[BadFile]) -> str:

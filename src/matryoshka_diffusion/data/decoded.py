@@ -213,7 +213,8 @@ def _numbered(
 ) -> tuple[Sequence[Sample], tuple[str, ...]]:
     """Samples with numbers for classes, and the names of these in order; () without any names.
 
-    The order is `wanted` if these are the same names, that of the catalogue, or the sorted one.
+    The names are all `wanted` ones if they have those of the catalogue among them. A model of more
+    classes can so be tuned on some. Else their order is that of the catalogue, or the sorted one.
     """
     labels = {sample.label for sample in catalogue.samples} - {None}
     words = {label for label in labels if isinstance(label, str)}
@@ -223,7 +224,7 @@ def _numbered(
         )
     if not (there := sorted_classes(words) or catalogue.classes if labels else ()):
         return catalogue.samples, ()
-    order = wanted if {*wanted} == {*there} else there
+    order = wanted if {*there} <= {*wanted} else there
     places: dict[Any, Any] = {name: place for place, name in enumerate(order)}
     if not words:
         places = {number: places[name] for number, name in enumerate(catalogue.classes)}

@@ -56,7 +56,7 @@ def mixed(parts: Sequence[Source], data: DataConfig) -> Source:
                 f"every part some, or ignore them ({' '.join(ignored)})"
             )
     names = sorted_classes({name for part in parts for name in part.classes})
-    names = data.classes if {*data.classes} == {*names} else names
+    names = data.classes if {*names} <= {*data.classes} else names
     samples = [
         sample._replace(
             key=f"{number}:{sample.key}",

@@ -34,8 +34,7 @@ from matryoshka_diffusion.config import (
     UsageError,
 )
 from matryoshka_diffusion.configfile import assignment, changed, load_config
-from matryoshka_diffusion.data.bad import listed
-from matryoshka_diffusion.data.check import refuse_lost
+from matryoshka_diffusion.data.check import refuse_lost, refuse_unfit
 from matryoshka_diffusion.data.loader import Loader
 from matryoshka_diffusion.data.source import (
     Source,
@@ -206,28 +205,8 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
         UsageError: `sampling.guide` is set, and no level is guided.
     """
     refuse_lost(source, config.data)
+    refuse_unfit(source, config)
     model, classes = config.model, len(source.classes)
-    counts = {"channels": (model.channels, source.channels), "classes": (model.classes, classes)}
-    for key, (wanted, there) in counts.items():
-        if wanted != there and (model.classes if key == "classes" else config.codec is None):
-            seen = _seen(source) if key == "classes" else ""
-            raise ConfigError(f"{_mismatch(f'model.{key}', wanted, source.name, there)}{seen}")
-    if source.frames != config.data_frames:
-        frames = (config.data_frames, source.frames)
-        kinds = ["images" if n is None else f"clips of {n} frames" for n in frames]
-        remedy = ": name videos with --set data.source=clips" if source.frames is None else ""
-        raise ConfigError(f"the model draws {kinds[0]}, but {source.name} has {kinds[1]}{remedy}")
-    if model.text is not None and not source.captions:
-        raise ConfigError(
-            f"model.text is set, but {source.name} has no captions: add NAME.txt beside each "
-            f"file NAME.* or a metadata.jsonl{_seen(source)}"
-        )
-    if config.data.classes and config.data.classes != source.classes:
-        names = (", ".join(listed(names, 5)) for names in (config.data.classes, source.classes))
-        raise ConfigError(
-            f"data.classes is {next(names)}, and the classes of {source.name} are "
-            f"{next(names) or 'none'}: name the same ones, or set data.classes=[] for a new run"
-        )
     changes: dict[str, Any] = {"data.classes": source.classes, "data.identity": identity(source)}
     if model.text is None and not model.classes and (source.captions or classes):
         if config.sampling.guidance == SamplingConfig().guidance:  # else the user chose it
@@ -241,15 +220,6 @@ def complete(config: RunConfig, source: Source) -> RunConfig:
     if config.sampling.guide is not None and "guide" in config.sampling.idle:
         raise UsageError("sampling.guide needs guidance: set sampling.guidance or omit the guide")
     return config
-
-
-def _seen(source: Source) -> str:
-    """Text such as ' (not used: ...)' for errors about captions or classes that are missing."""
-    return f" (not used: {'; '.join(map(str, source.unused))})" if source.unused else ""
-
-
-def _mismatch(key: str, wanted: int, name: str, there: int) -> str:
-    return f"{key} is {wanted}, but {name} has {there}: add --set {key}={there}"
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -372,7 +342,10 @@ def _open_features(
     half = resolve_precision(precision or config.train.precision, torch.device(device)) == "bf16"
     cache = FeatureCache(load_encoder(config.encoder, device, half=half))
     if config.model.text is not None and (width := config.model.text.features) != cache.width:
-        raise ConfigError(_mismatch("model.text.features", width, "the encoder", cache.width))
+        raise ConfigError(
+            f"model.text.features is {width}, but the encoder has {cache.width}: add --set "
+            f"model.text.features={cache.width}"
+        )
     return cache
 
 
