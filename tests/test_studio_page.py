@@ -42,6 +42,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run(folder / "still", tiny_config(dropout=0.0))
     video = tiny_video(dropout=0.0).model_copy(update={"name": "clips"})
     run(folder / "clips", video, loader=TinyClips())
+    with (folder / "still" / "metrics.jsonl").open("a") as metrics:
+        for images, fd, share in ((24, 250.0, 0.0), (48, 125.0, 0.5)):
+            line = {"images_seen": images, "fd_256": fd, "retrieval_256": share}
+            metrics.write(json.dumps(line) + "\n")
     preview = folder / "still" / "previews" / "0000000024.png"
     preview.parent.mkdir(exist_ok=True)
     Image.new("RGB", (40, 20), "red").save(preview)
@@ -439,8 +443,26 @@ def test_a_run_in_training_shows_its_losses_and_previews(page: Page):
     page.wait(lambda: page.run("return document.getElementById('preview').naturalWidth") == 40)
     assert page.text("#training-status").startswith("48 of 48 images")
     assert page.text("#losses-legend").count("px") == 2
-    ink = page.run(
-        "const c = document.getElementById('losses');"
-        "return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean)"
+    drawn = page.run(
+        "return [...document.querySelectorAll('#charts figure:not([hidden])')].map((figure) => {"
+        "  const c = figure.querySelector('canvas');"
+        "  const ink = c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean);"
+        "  return [figure.innerText, ink];"
+        "})"
     )
-    assert ink
+    assert all(ink for _, ink in drawn)
+    assert [text.split(", ")[0].split("\n")[0] for text, _ in drawn] == [
+        "Loss in training",
+        "FD ↓",
+        "prompt retrieval ↑",
+    ]
+    assert "125" in drawn[1][0]
+    assert "0.5" in drawn[2][0]
+
+
+def test_curves_of_one_run_are_gone_with_the_next(page: Page):
+    page.click("#view-training")
+    page.wait(lambda: "FD" in page.text("#charts"))
+    page.choose("#model", "1")
+    page.click("#view-training")
+    page.wait(lambda: "px" in page.text("#losses-legend") and "FD" not in page.text("#charts"))

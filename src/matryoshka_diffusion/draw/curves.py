@@ -65,6 +65,14 @@ def read_curves(run: Path) -> Curves:
     return Curves(run.name, tuple(level.size for level in levels), lines)
 
 
+def measured(curves: Sequence[Curves]) -> dict[str, str]:
+    """Titles and keys of what `train.eval_every_images` measured, such as "FD ↓, 256 samples"."""
+    names = {"fd": "FD ↓", "retrieval": "prompt retrieval ↑"}
+    keys = {key for run in curves for line in run.lines for key in line}
+    found = [(key, *key.rpartition("_")[::2]) for key in sorted(keys)]
+    return {f"{names[name]}, {count} samples": key for key, name, count in found if name in names}
+
+
 def plot(runs: Sequence[Path], path: Path) -> None:
     """Draw the loss of every level (dashed: held out) and a run's other numbers over images seen.
 
@@ -77,7 +85,7 @@ def plot(runs: Sequence[Path], path: Path) -> None:
 
     curves = [read_curves(run) for run in runs]
     sizes = sorted({size for run in curves for size in run.trained}, key=_pixels)
-    others = {**_measured(curves), **_OTHER_PANELS}
+    others = {title: (key, "linear") for title, key in measured(curves).items()} | _OTHER_PANELS
     panels = len(sizes) + len(others)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * panels), layout="constrained")
     form = path.suffix.removeprefix(".").lower() or "png"
@@ -101,18 +109,6 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     if axes[-1].get_lines():  # else the legend is an empty box, with a warning
         axes[-1].legend()
     write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=100))
-
-
-def _measured(curves: Sequence[Curves]) -> dict[str, tuple[str, str]]:
-    """Panels for what `train.eval_every_images` measured, such as "FD, 256 samples"."""
-    names = {"fd": "FD", "retrieval": "prompt retrieval"}
-    keys = {key for run in curves for line in run.lines for key in line}
-    found = [(key, *key.rpartition("_")[::2]) for key in sorted(keys)]
-    return {
-        f"{names[name]}, {count} samples": (key, "linear")
-        for key, name, count in found
-        if name in names
-    }
 
 
 def _pixels(size: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from matryoshka_diffusion import __version__
 from matryoshka_diffusion.config import RunConfig, UsageError
 from matryoshka_diffusion.data.emoji_names import captions_of_emoji
 from matryoshka_diffusion.data.given import read_given, read_mask, size_of
-from matryoshka_diffusion.draw.curves import read_curves
+from matryoshka_diffusion.draw.curves import measured, read_curves
 from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.files import MissingExtra, package_folder
 from matryoshka_diffusion.models.find import caption_features, read_config
@@ -331,7 +331,7 @@ class Served:
     # --- training ---
 
     def curves(self) -> Settings:
-        """The losses of a run in training, its previews, and how far it is.
+        """The losses of a run in training, its measured quality, its previews, and how far it is.
 
         Raises:
             Refused: it is no run folder.
@@ -339,7 +339,8 @@ class Served:
         """
         if not self.trains:
             raise Refused(404, f"{self.config.name} is no run in training: it has no curves")
-        lines = read_curves(Path(self.run)).lines
+        curves = read_curves(Path(self.run))
+        lines = curves.lines
         levels = self.config.model.levels
 
         def rows(key: str) -> list[list[Any]]:
@@ -356,6 +357,9 @@ class Served:
             "levels": [level.side for level in levels],
             "losses": rows("loss_per_level"),
             "held_out": rows("held_out_loss_per_level"),
+            "measured": {
+                title: thinned(curves.points(key)) for title, key in measured([curves]).items()
+            },
             "previews": [path.name for path in self._previews()],
         }
 

@@ -1,4 +1,4 @@
-/** A run in training: how far it is, its losses, and its previews, asked for every few seconds. */
+/** A run in training: how far it is, its curves, and its previews, asked for every few seconds. */
 
 import * as api from "./api.js";
 import { Player } from "./player.js";
@@ -31,6 +31,7 @@ export class Training {
     Object.assign(this, { model, report: null });
     this.#previews = [];
     this.#pictures.clear();
+    for (const figure of document.querySelectorAll("#charts [data-title]")) figure.remove();
     this.#watch();
   }
 
@@ -80,15 +81,32 @@ export class Training {
 
   #draw() {
     if (!this.report || byId("training").hidden) return;
-    const { images, of, rate, levels, losses, held_out } = this.report;
+    const { images, of, rate, levels, losses, held_out, measured } = this.report;
     const speed = rate ? `, ${rate.toPrecision(3)} a second` : "";
     const left = of > images && rate > 0 ? `, about ${duration((of - images) / rate)} left` : "";
     byId("training-status").textContent =
       `${whole(images)} of ${whole(of)} images` + speed + left;
     byId("training-progress").max = of;
     byId("training-progress").value = images;
-    chart("losses", losses, levels);
-    chart("held-out", held_out, levels);
+    const names = levels.map((side) => `${side} px`);
+    chart(byId("losses").closest("figure"), losses, names);
+    chart(byId("held-out").closest("figure"), held_out, names);
+    for (const [title, rows] of Object.entries(measured)) {
+      chart(this.#figure(title), rows, ["averaged weights"], "linear");
+    }
+  }
+
+  /** The figure of something measured, which is made when it first occurs. */
+  #figure(title) {
+    const charts = byId("charts");
+    const known = [...charts.children].find(({ dataset }) => dataset.title === title);
+    if (known) return known;
+    const figure = charts.lastElementChild.cloneNode(true);
+    figure.dataset.title = title;
+    figure.querySelector("figcaption").textContent = title;
+    for (const part of figure.querySelectorAll("[id]")) part.removeAttribute("id");
+    charts.append(figure);
+    return figure;
   }
 }
 
@@ -98,11 +116,11 @@ function duration(seconds) {
   return `${(seconds / 3600).toFixed(1)} hours`;
 }
 
-/** Draw curves of [images, loss of level 1, loss of level 2, ...] on a logarithmic scale. */
-function chart(id, rows, levels) {
-  const canvas = byId(id);
-  canvas.closest("figure").hidden = !rows.length;
+/** Draw curves of [images, value of curve 1, value of curve 2, ...] over the images. */
+function chart(figure, rows, names, scale = "logarithmic") {
+  figure.hidden = !rows.length;
   if (!rows.length) return;
+  const canvas = figure.querySelector("canvas");
   const style = getComputedStyle(canvas);
   const colour = (name) => style.getPropertyValue(name).trim();
   const { width, height } = canvas.getBoundingClientRect();
@@ -111,44 +129,49 @@ function chart(id, rows, levels) {
   canvas.height = height * devicePixelRatio;
   pen.scale(devicePixelRatio, devicePixelRatio);
 
-  const values = rows.flatMap(([, ...losses]) => losses).filter((loss) => loss > 0);
-  const [low, high] = [Math.min(...values) / 1.1, Math.max(...values) * 1.1];
+  const isLogarithmic = scale === "logarithmic";
+  const isDrawn = (value) => typeof value === "number" && (value > 0 || !isLogarithmic);
+  const values = rows.flatMap(([, ...each]) => each).filter(isDrawn);
+  const high = Math.max(...values) * 1.1 || 1;
+  const low = isLogarithmic ? Math.min(...values) / 1.1 : 0;
   const last = rows.at(-1)[0];
   const x = (n) => PADDING.left + (n / last) * (width - PADDING.left - PADDING.right);
-  const share = (loss) => Math.log(loss / low) / Math.log(high / low);
+  const share = (value) => isLogarithmic ? Math.log(value / low) / Math.log(high / low) : value / high;
   const drop = height - PADDING.top - PADDING.bottom;
-  const y = (loss) => height - PADDING.bottom - share(loss) * drop;
+  const y = (value) => height - PADDING.bottom - share(value) * drop;
 
   pen.font = `12px ${style.fontFamily}`;
   pen.fillStyle = colour("--quiet");
   pen.strokeStyle = colour("--line");
-  for (const loss of ticks(low, high)) {
-    line(pen, [[PADDING.left, y(loss)], [width - PADDING.right, y(loss)]]);
+  for (const value of isLogarithmic ? ticks(low, high) : even(high)) {
+    line(pen, [[PADDING.left, y(value)], [width - PADDING.right, y(value)]]);
     pen.textAlign = "right";
-    pen.fillText(Number(loss.toPrecision(2)), PADDING.left - 8, y(loss) + 4);
+    pen.fillText(Number(value.toPrecision(2)), PADDING.left - 8, y(value) + 4);
   }
   pen.fillText(`${whole(last)} images`, width - PADDING.right, height - 6);
   pen.textAlign = "left";
   pen.fillText("0", PADDING.left, height - 6);
 
-  levels.forEach((_, level) => {
-    pen.strokeStyle = colour(`--curve-${level % 4}`);
-    pen.setLineDash(DASHES[level % DASHES.length]);
+  names.forEach((_, curve) => {
+    pen.strokeStyle = pen.fillStyle = colour(`--curve-${curve % 4}`);
+    pen.setLineDash(DASHES[curve % DASHES.length]);
     pen.lineWidth = 2;
-    const points = rows.filter((row) => row[level + 1] > 0);
-    line(pen, points.map((row) => [x(row[0]), y(row[level + 1])]));
+    const points = rows.filter((row) => isDrawn(row[curve + 1]));
+    line(pen, points.map((row) => [x(row[0]), y(row[curve + 1])]));
+    if (points.length === 1) pen.fillRect(x(points[0][0]) - 3, y(points[0][curve + 1]) - 3, 6, 6);
   });
 
-  const newest = (level) => rows.findLast((row) => row[level + 1] > 0)?.[level + 1];
-  const texts = levels.map((level, number) => {
-    const loss = newest(number);
-    return `${level} px${loss ? `: ${loss.toPrecision(3)}` : ": not yet"}`;
+  const newest = (curve) => rows.findLast((row) => isDrawn(row[curve + 1]))?.[curve + 1];
+  const texts = names.map((name, curve) => {
+    const value = newest(curve);
+    return `${name}: ${value === undefined ? "not yet" : Number(value.toPrecision(3))}`;
   });
-  canvas.setAttribute("aria-label", `Newest losses: ${texts.join(", ")}`);
-  byId(`${id}-legend`).replaceChildren(
-    ...texts.map((text, level) => {
+  const title = figure.querySelector("figcaption").textContent;
+  canvas.setAttribute("aria-label", `${title}, newest: ${texts.join(", ")}`);
+  figure.querySelector(".legend").replaceChildren(
+    ...texts.map((text, curve) => {
       const item = document.createElement("li");
-      item.className = `curve-${level % 4}`;
+      item.className = `curve-${curve % 4}`;
       item.textContent = text;
       return item;
     }),
@@ -171,4 +194,11 @@ function ticks(low, high) {
     }
   }
   return found.length > 6 ? found.filter((_, index) => index % 3 === 0) : found;
+}
+
+/** A few round numbers from 0 on, for an even scale. */
+function even(high) {
+  const power = 10 ** Math.floor(Math.log10(high));
+  const step = [0.2, 0.5, 1, 2].find((digit) => high / (digit * power) <= 6) * power;
+  return Array.from({ length: Math.floor(high / step) + 1 }, (_, index) => index * step);
 }
