@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,9 +90,14 @@ def no_fonts(monkeypatch):
     """A system without fonts and without matplotlib."""
     monkeypatch.setattr(fonts, "FONTS", ())
     monkeypatch.setattr(fonts, "find_spec", lambda name: None)
-    fonts._installed.cache_clear()
+    monkeypatch.setattr(fonts, "_MISSING", set())
+    monkeypatch.setenv("PATH", "")
+    caches = (fonts._installed, fonts._known_to_fontconfig)
+    for each in caches:
+        each.cache_clear()
     yield
-    fonts._installed.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 def captioned(caption):
@@ -103,6 +110,34 @@ def test_a_letter_that_no_font_has_is_an_escape_and_no_box(caption, no_fonts):
         each if each.isascii() else each.encode("unicode_escape").decode() for each in caption
     )
     np.testing.assert_array_equal(captioned(caption), captioned(escaped))
+
+
+@pytest.mark.parametrize(
+    ("caption", "package"),
+    [
+        ("赤い", "fonts-noto-cjk"),
+        ("리", "fonts-noto-cjk"),
+        ("Пр", "fonts-noto-core"),
+        ("a 🍎", "fonts-symbola"),
+    ],
+)
+def test_a_font_to_install_is_named_once(caption, package, no_fonts):
+    with pytest.warns(UserWarning, match=package) as found:
+        grid.grid([[plain(RED)], [plain(RED)]], captions=[caption, caption])
+    assert len(found) == 1
+
+
+def test_a_font_that_fontconfig_knows_is_used(no_fonts, tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="fonts-noto-core"):
+        escaped = captioned("ж")
+    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    program = tmp_path / "fc-list"
+    program.write_text(f"#!/bin/sh\n[ $3 = :charset=436 ] && echo '{font}' && echo /no/font.pfb\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fonts._known_to_fontconfig.cache_clear()
+    assert (captioned("ж") != escaped).any()
+    assert (captioned("ж") != captioned(fonts.NOWHERE)).any()
 
 
 @pytest.mark.parametrize("caption", ["Größe", "Привет", "Ελληνικά", "€ ®"])
@@ -129,6 +164,16 @@ def test_marks_highlight_rows_and_titles_stand_above():
     assert boxes(titled, RED)[1] > boxes(grid.grid(rows), RED)[1] + grid.TITLE_SIZE
     above = titled.crop((0, 0, titled.width, boxes(titled, RED)[1]))
     assert count(above, grid.INK) > 0
+
+
+def test_captions_grow_with_the_cells():
+    def height(cell):
+        sheet = grid.grid([[plain(RED)]], captions=["H"], cell=cell)
+        _, top, _, low = boxes(sheet, grid.INK)
+        return low - top
+
+    assert height(64) == height(128)
+    assert height(256) > 1.6 * height(128)
 
 
 def test_blocks_stand_side_by_side_and_empty_cells_stay_empty():

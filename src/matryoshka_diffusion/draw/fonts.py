@@ -1,13 +1,17 @@
 """Text in any script on sheets: each letter in a font that has it, or as an escape.
 
 Pillow's own font has Western letters. Others are looked for among the fonts of the system, and in
-matplotlib if that is installed. A letter that no font has is written as its escape, never as a box.
+matplotlib if that is installed. A letter that no font has is written as its escape, never as a box,
+and a warning names a font to install.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 import unicodedata
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +24,9 @@ FONTS = (
     "NotoSansCJK-Regular.ttc",  # Chinese, Japanese, Korean
     "NotoSansDevanagari-Regular.ttf",
     "wqy-zenhei.ttc",
-    "Arial Unicode.ttf",  # of macOS
+    "Arial Unicode.ttf",  # these of macOS
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
     "arial.ttf",  # these of Windows
     "msyh.ttc",
     "malgun.ttf",
@@ -30,8 +36,12 @@ FONTS = (
 """Names of fonts, by which Pillow finds them where systems keep fonts."""
 NOWHERE = "\U0010ffff"
 """A code point that no font has, drawn as the box of a missing letter."""
+EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "IDEOGRAPHIC")
+"""How Unicode's names of letters begin that a Chinese, Japanese or Korean font has."""
 SELECTORS = range(0xFE00, 0xFE10)
 """Code points that choose a style of the one before, such as an emoji's."""
+
+_MISSING: set[str] = set()  # packages that a warning has named
 
 
 def width_of(text: str, size: int) -> float:
@@ -74,10 +84,32 @@ def _is_invisible(letter: str) -> bool:
 
 def _letter(letter: str) -> tuple[str, str]:
     """The first font that has a letter, and the letter; an escape if none has it."""
-    for name in ("", *_installed()):
+    for name in itertools.chain(("", *_installed()), _known_to_fontconfig(letter)):
         if _has(name, letter):
             return name, letter
-    return "", letter.encode("unicode_escape").decode()
+    escape = letter.encode("unicode_escape").decode()
+    if unicodedata.category(letter) not in ("Cs", "Cn", "Co"):  # else it is no letter
+        _warn(_package_with(letter), letter, escape)
+    return "", escape
+
+
+def _package_with(letter: str) -> str:
+    """Debian's package of a font that has a letter."""
+    if unicodedata.name(letter, "").startswith(EAST_ASIAN):
+        return "fonts-noto-cjk"
+    return "fonts-symbola" if unicodedata.category(letter) == "So" else "fonts-noto-core"
+
+
+def _warn(package: str, letter: str, escape: str) -> None:
+    """Name a font to install, once for each in a process."""
+    if package in _MISSING:
+        return
+    _MISSING.add(package)
+    warnings.warn(
+        f"no font here has {letter}, so sheets show {escape}: install one, for instance by "
+        f"`apt install {package}` on Debian and Ubuntu",
+        stacklevel=2,
+    )
 
 
 @cache
@@ -98,6 +130,20 @@ def _installed() -> tuple[str, ...]:
     inside = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
     found = [str(folder / "mpl-data" / "fonts" / "ttf" / FONTS[0]) for folder in inside]
     return tuple(name for name in (*FONTS, *found) if _opens(name))
+
+
+@cache
+def _known_to_fontconfig(letter: str) -> tuple[str, ...]:
+    """Files of fonts that have a letter as fontconfig says, where it is installed."""
+    program = shutil.which("fc-list")
+    if program is None:
+        return ()
+    command = [program, "-f", "%{file}\\n", f":charset={ord(letter):x}"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(name for name in sorted(listing.stdout.splitlines()) if _opens(name))
 
 
 def _opens(name: str) -> bool:

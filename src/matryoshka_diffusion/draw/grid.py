@@ -70,7 +70,8 @@ def grid(
     _check_lengths(len(rows), captions=captions, marks=marks)
     _check_lengths(columns, columns_titles=columns_titles)
     heads_top = MARGIN + (int(TITLE_SIZE * LINE) + GAP if title is not None else 0)
-    top = heads_top + (int(TEXT_SIZE * LINE) + GAP if columns_titles is not None else 0)
+    size = _text_size(cell)
+    top = heads_top + (int(size * LINE) + GAP if columns_titles is not None else 0)
     indent = _caption_width(cell) + GAP if captions or marks else 0
     block_width = indent + columns * (cell + GAP) - GAP
     height = -(-len(rows) // min(blocks, len(rows)))  # in rows
@@ -83,8 +84,8 @@ def grid(
     for block in range(block_count):
         for column, text in enumerate(columns_titles or ()):
             left = MARGIN + block * (block_width + 2 * MARGIN) + indent + column * (cell + GAP)
-            line = _wrap(text, TEXT_SIZE, cell, 1)[0]
-            draw_text(draw, (left, heads_top), line, INK, TEXT_SIZE)
+            line = _wrap(text, size, cell, 1)[0]
+            draw_text(draw, (left, heads_top), line, INK, size)
     for index, row in enumerate(rows):
         block, place = divmod(index, height)
         left, upper = MARGIN + block * (block_width + 2 * MARGIN), top + place * (cell + GAP)
@@ -125,7 +126,12 @@ def _check_lengths(expected: int, **lists: Sequence[Any] | None) -> None:
 
 def _caption_width(cell: int) -> int:
     """Width in pixels that fits a word of ten letters, however small the cells are."""
-    return max(cell, 8 * TEXT_SIZE)
+    return max(cell, 8 * _text_size(cell))
+
+
+def _text_size(cell: int) -> int:
+    """Height in pixels of captions; it grows with the cells, as a large sheet is shown smaller."""
+    return max(TEXT_SIZE, cell // 10)
 
 
 def _draw_caption(
@@ -136,13 +142,14 @@ def _draw_caption(
     cell: int,
     width: int,
 ) -> None:
-    room = max(1, int(cell / (TEXT_SIZE * LINE)))
-    notes = _wrap(mark, TEXT_SIZE, width, max(1, room // 2)) if mark else []
-    lines = _wrap(caption, TEXT_SIZE, width, max(1, room - len(notes)))
+    size = _text_size(cell)
+    room = max(1, int(cell / (size * LINE)))
+    notes = _wrap(mark, size, width, max(1, room // 2)) if mark else []
+    lines = _wrap(caption, size, width, max(1, room - len(notes)))
     for place, line in enumerate(lines + notes):
         colour = INK if place < len(lines) else ACCENT
-        place_of_line = (corner[0], corner[1] + place * TEXT_SIZE * LINE)
-        draw_text(draw, place_of_line, line, colour, TEXT_SIZE)
+        place_of_line = (corner[0], corner[1] + place * size * LINE)
+        draw_text(draw, place_of_line, line, colour, size)
 
 
 def _wrap(text: str, size: int, width: int, most: int) -> list[str]:
