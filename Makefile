@@ -58,7 +58,7 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 pages: $(VENV)/.dev
-	$(PYTEST) -m pages tests/test_docs.py tests/test_notebooks.py tests/test_draw_page.py
+	$(PYTEST) -m pages tests/test_docs.py tests/test_notebooks.py tests/test_draw_page.py tests/test_site.py
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python site/notebooks.py

@@ -8,6 +8,7 @@ A command that is not known here fails its test: teach `smaller` to shrink it, d
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -34,6 +35,7 @@ from matryoshka_diffusion.configfile import override
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.nn.nested import NestedUNet
 from matryoshka_diffusion.presets import preset
+from matryoshka_diffusion.runs.run import train
 from test_presets import shrunk
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +143,8 @@ def commands(text: str, *, python: bool = False) -> list[list[str]]:
     With `python`, a ```python block is a command, too: the words `python`, `-c` and its text.
     """
     result = []
-    for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    fences = r"^ *```(sh|python)\n(.*?)^ *```"
+    for kind, block in re.findall(fences, text, re.MULTILINE | re.DOTALL):
         if kind == "sh":
             lines = block.replace("\\\n", " ").splitlines()
             split = [shlex.split(line, comments=True) for line in lines]
@@ -382,6 +385,7 @@ def all_commands():
             "README.md",
             "evaluation.md",
             "growing.md",
+            "python.md",
             "sampling.md",
             "video.md",
         )
@@ -420,6 +424,7 @@ def run(words, folder):
         patch.chdir(folder)
         evaluating.narrow(patch)
         if words[0] == "python":
+            patch.setattr("matryoshka_diffusion.runs.run.train", train_smaller)
             exec(words[-1], {})  # a document's own text
             return
         try:
@@ -427,6 +432,13 @@ def run(words, folder):
         except SystemExit as leaving:  # --help
             status = leaving.code
     assert not status
+
+
+def train_smaller(name, data, out, **settings):
+    """What `matryoshka_diffusion.train` does with these settings, for a few steps."""
+    given = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    config = override(override(preset(name), given), SHRUNK[name])
+    return train(config, data, out, progress=False)
 
 
 def run_on_two_machines(words, folder):
@@ -515,6 +527,20 @@ def test_make_goals_in_the_documents_exist():
         assert named <= goals, name
 
 
+def definitions(path):
+    """Names that a module defines, and those of its classes as `Class.name`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    named = [node for node in tree.body if isinstance(node, kinds)]
+    inner = [(node, part) for node in named for part in node.body if isinstance(part, kinds)]
+    values = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return {
+        *(node.name for node in named),
+        *(f"{node.name}.{part.name}" for node, part in inner),
+        *(target.id for target in values if isinstance(target, ast.Name)),
+    }
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_the_files_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)", path.read_text(encoding="utf-8"))
@@ -523,7 +549,8 @@ def test_links_between_the_files_lead_somewhere(path):
             continue
         there = (path.parent / target) if target else path
         assert there.exists(), target
-        assert not anchor or anchor in headings(there), f"{target}#{anchor}"
+        known = definitions if there.suffix == ".py" else headings
+        assert not anchor or anchor in known(there), f"{target}#{anchor}"
 
 
 def headings(path: Path) -> set[str]:

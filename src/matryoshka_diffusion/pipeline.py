@@ -122,9 +122,8 @@ class Matryoshka(DiffusionModel):
             weights = add_adapters(weights, adapters, where=str(run))
         model = config.model.first(count_levels(weights))
         net = load_network(model, weights, where=str(run))
-        options: dict[str, Any] = {"device": device, "precision": precision}
-        options |= {"encoder": encoder, "features": features}
-        loaded = cls(net, config, **options)
+        placing: dict[str, Any] = {"device": device, "precision": precision}
+        loaded = cls(net, config, encoder=encoder, features=features, **placing)
         shares = (adapters or {}).items()
         loaded.adapters = tuple(f"{Path(path).name}={share:g}" for path, share in shares)
         return loaded
@@ -185,8 +184,10 @@ class Matryoshka(DiffusionModel):
             progress: called with (steps done, steps in all). `True` shows a bar.
             edit: pixels that the images keep, or images to begin with (`edit` makes it of files).
             watch: called with the state of a batch after every step; what it raises ends the call.
-            settings: replace sampling defaults of the run: `sampler`, `steps`, `guidance`, `grid`
-                and the other keys of `SamplingConfig`.
+            settings: sampling defaults to replace: `steps`, `guidance`, ... (`SamplingConfig`).
+
+        Returns:
+            Samples of the first prompt, then of the next, with `pictures`, `levels` and `save`.
 
         Raises:
             UsageError: a prompt for a model without text, an unknown class or setting, and so on.
@@ -304,8 +305,7 @@ class Matryoshka(DiffusionModel):
     def pixels(self, z: Pyramid, seeds: Sequence[Seed]) -> list[UInt8[Tensor, "b ... c"]]:
         """Bytes of every level, so that no floats of earlier batches are kept.
 
-        Raises `ValueError` naming a seed whose sample has NaN, for which the copies are searched:
-        on a GPU every search would be one more wait.
+        Raises `ValueError` naming a seed whose sample has NaN; a search on a GPU would be a wait.
         """
         decode = self.codec.decode if self.codec is not None else lambda level: level
         pixels = z[self.model.hidden :]
@@ -316,9 +316,9 @@ class Matryoshka(DiffusionModel):
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that samples depend on besides seeds and conditions, as JSON.
 
-        Settings without effect have their defaults, so that they name the same samples.
-        `averaged` says whether the weights are averages over the training. The text encoder is
-        loaded for its key, a hash of its weights, which may change at the same path. So is a guide.
+        Settings without effect have their defaults, so that they name the same samples. `averaged`
+        tells averages over the training from other weights. A text encoder and a guide are loaded
+        for the hash of their weights, which may change at the same path.
         """
         sampling = self.sampling(settings)
         plain = {name: SamplingConfig.model_fields[name].default for name in sampling.idle}
