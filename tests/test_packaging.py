@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -50,6 +51,45 @@ def test_files_for_citing_and_reporting_are_whole():
     for form in forms:
         for part in yaml.safe_load(form.read_text("utf-8")).get("body", ()):
             assert part["attributes"]["label"]
+
+
+# --- the container -------------------------------------------------------------------------------
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+INSTALL = re.compile(r"-c constraints\.txt (?:-e )?'\.\[([a-z,]+)\]'")
+
+
+def instructions(word):
+    return re.findall(rf"^{word} (.*)$", DOCKERFILE, re.M)
+
+
+def test_the_container_copies_what_its_install_reads():
+    copied = {name for line in instructions("COPY") for name in line.split()[:-1]}
+    assert not [name for name in copied if not (ROOT / name).exists()]
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    (licences,) = re.findall(r"^license-files = (.*)$", project, re.M)
+    read = {"pyproject.toml", "setup.py", "README.md", "constraints.txt", "src"}
+    assert copied == read | {name.partition("/")[0] for name in json.loads(licences)}
+    (program,) = json.loads(*instructions("ENTRYPOINT"))
+    assert f"[project.scripts]\n{program} = " in project
+
+
+def test_the_container_has_the_extras_of_the_first_install():
+    first, container = (
+        set(found[1].split(",")) for text in (README, DOCKERFILE) if (found := INSTALL.search(text))
+    )
+    assert container == first | {"studio"}
+
+
+def test_a_container_without_an_index_for_the_cpu_names_its_argument(tmp_path):
+    (guard,) = (line for line in instructions("RUN") if line.startswith(":"))
+    (name,) = instructions("ARG")
+    done = subprocess.run(["sh", "-c", guard], env={}, capture_output=True, text=True)
+    assert done.returncode
+    assert f"--build-arg {name}=" in done.stderr
+    subprocess.run(["sh", "-c", guard], env={name: "https://host"}, check=True)
+    page = (ROOT / "docs" / "start.md").read_text("utf-8")
+    assert f"docker build --build-arg {name}=" in page
 
 
 # --- completion --------------------------------------------------------------------------------
