@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from matryoshka_diffusion.cli import main as cli
 from matryoshka_diffusion.cli.info import describe
 from matryoshka_diffusion.conditioning import Conditioning
 from matryoshka_diffusion.config import ConfigError, RunConfig, UsageError
-from matryoshka_diffusion.configfile import override, to_yaml
+from matryoshka_diffusion.configfile import load_config, override, to_yaml
 from matryoshka_diffusion.data.source import Source
 from matryoshka_diffusion.draw.grid import save_png
 from matryoshka_diffusion.models.find import find_model
@@ -28,6 +29,7 @@ from matryoshka_diffusion.runs import prepare as job
 from matryoshka_diffusion.text.feature_cache import FeatureCache
 from matryoshka_diffusion.training.checkpoint import newest, read
 from matryoshka_diffusion.training.inputs import Feed
+from matryoshka_diffusion.training.run_folder import open_run
 from matryoshka_diffusion.training.signals import Stopped
 from matryoshka_diffusion.training.stages import Step
 from matryoshka_diffusion.training.step import diffusion
@@ -130,6 +132,17 @@ def test_tuning_matches_classes_by_name(tmp_path, named):
             tuned(*classes)
 
 
+def test_a_new_run_like_another_takes_more_classes_as_its_error_says(tmp_path):
+    folder = str(photos(tmp_path, classes=("cat", "dog", "owl")))
+    named = ["model.classes=2", "data.classes=[cat, dog]"]
+    config = job.find_config("folder-64", folder, named)
+    with pytest.raises(ConfigError, match="has 3") as refused:
+        job.complete(config, job.open_data(config))
+    advice = re.findall(r"--set (\S+)", str(refused.value))
+    config = job.find_config("folder-64", folder, [*named, *advice])
+    assert job.complete(config, job.open_data(config)).data.classes == ("cat", "dog", "owl")
+
+
 def test_a_model_that_its_data_does_not_fit_is_refused(tmp_path):
     folder = str(photos(tmp_path, classes=("cat", "dog")))
     chosen = job.find_config("folder-64", folder, ["sampling.guidance=[4.0]"])
@@ -182,6 +195,25 @@ class Larger(TinyPictures):
         batch = super().batch(ids)
         picture = torch.nn.functional.interpolate(batch.picture, size=(32, 32))
         return type(batch)(**{**vars(batch), "picture": picture})
+
+
+def test_a_grown_run_that_has_seen_no_image_takes_another_training(trained, tmp_path):
+    out, start = tmp_path / "grown", find_model(trained)[0]
+    grow.grow_run(str(trained), TO_32, out)
+    changes = ["train.stages.0.images=8", "train.stages.0.batch_size=4", "train.ema_decay=0.5"]
+    for other, key in (("model.embedding=64", "model.embedding"), ("train.init_levels=1", "init_")):
+        with pytest.raises(ConfigError, match=key):
+            open_run(out, job.find_config(str(out), None, [*changes, other]), torch.device("cpu"))
+    config = job.find_config(str(out), None, changes)
+    opened = open_run(out, config, torch.device("cpu"))
+    assert opened.train.stages == config.train.stages
+    assert load_config(out / "config.yaml") == opened
+    begun = find_model(out)[0]
+    assert all(torch.equal(begun[name], value) for name, value in start.items())
+    train(config, Larger(), out, encode=encode)
+    longer = job.find_config(str(out), None, ["train.stages.0.images=12"])
+    with pytest.raises(ConfigError, match=r"train\.stages\[0\]\.images is 8 there, 12 now"):
+        open_run(out, longer, torch.device("cpu"))
 
 
 def test_a_grown_run_may_begin_gently(trained, tmp_path):

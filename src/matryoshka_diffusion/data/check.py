@@ -124,7 +124,8 @@ def refuse_unfit(source: Source, config: RunConfig) -> None:
     for key, (wanted, there) in counts.items():
         if wanted != there and (model.classes if key == "classes" else config.codec is None):
             remedy = _remedy_of_tuning(source, config) if config.train.init else ""
-            remedy = remedy or f"add --set model.{key}={there}"
+            anew = " --set data.classes=[]" if key == "classes" and config.data.classes else ""
+            remedy = remedy or f"add --set model.{key}={there}{anew}"
             seen = _seen(source) if key == "classes" else ""
             raise ConfigError(
                 f"model.{key} is {wanted}, but {source.name} has {there}: {remedy}{seen}"

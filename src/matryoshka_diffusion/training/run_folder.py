@@ -36,6 +36,8 @@ from matryoshka_diffusion.training.gradient import resolve_threads
 from matryoshka_diffusion.training.precision import resolve_layout, resolve_precision
 
 LOCK, OWNER = ".lock", ".owner.json"
+SETTLED = ("init", "init_levels", "lora", "ema_power")
+"""Settings of a training that its first checkpoint depends on."""
 
 
 class RunInUse(UsageError):
@@ -159,12 +161,34 @@ def _continued(folder: Path, written: RunConfig, config: RunConfig) -> RunConfig
         key for key in ("precision", "layout", "threads") if getattr(config.train, key) == "auto"
     ]
     config = _with(config, **{key: getattr(written.train, key) for key in auto})
+    if _is_unseen(folder):
+        written = _planned_anew(written, config)
     if changes := differences(written, config):
         raise ConfigError(
             f"{folder} holds a run of another config: {changes}; give another --out, or go on "
             f"with that run (mdm train {folder}; --more IMAGES lengthens it)"
         )
     return written
+
+
+def _is_unseen(folder: Path) -> bool:
+    """True for a run that has weights, and has seen no image: that of `mdm grow`."""
+    path = checkpoint.newest(folder / "checkpoints")
+    return path is not None and not checkpoint.read(path).state["images_seen"]
+
+
+def _planned_anew(written: RunConfig, config: RunConfig) -> RunConfig:
+    """The run `written` with the training and sampling of `config`, as far as its weights go."""
+    if written.train.stages[0].levels != config.train.stages[0].levels:
+        return written
+    train = {name: getattr(written.train, name) for name in SETTLED}
+    return _with(config, **train).model_copy(
+        update={
+            part: getattr(written, part)
+            for part in RunConfig.model_fields
+            if part not in ("train", "sampling")
+        }
+    )
 
 
 def continued_data(folder: Path, run: Config, config: Config, *, changed: bool) -> DataConfig:
