@@ -454,7 +454,7 @@ def test_a_run_in_training_shows_its_losses_and_previews(page: Page):
     assert [text.split(", ")[0].split("\n")[0] for text, _ in drawn] == [
         "Loss in training",
         "FD ↓",
-        "prompt retrieval ↑",
+        "Retrieval ↑",
     ]
     assert "125" in drawn[1][0]
     assert "0.5" in drawn[2][0]

@@ -67,7 +67,7 @@ def read_curves(run: Path) -> Curves:
 
 def measured(curves: Sequence[Curves]) -> dict[str, str]:
     """Titles and keys of what `train.eval_every_images` measured, such as "FD ↓, 256 samples"."""
-    names = {"fd": "FD ↓", "retrieval": "prompt retrieval ↑"}
+    names = {"fd": "FD ↓", "retrieval": "Retrieval ↑"}
     keys = {key for run in curves for line in run.lines for key in line}
     found = [(key, *key.rpartition("_")[::2]) for key in sorted(keys)]
     return {f"{names[name]}, {count} samples": key for key, name, count in found if name in names}

@@ -193,6 +193,7 @@ function ticks(low, high) {
       if (low <= value && value <= high) found.push(value);
     }
   }
+  if (found.length < 2) return even(high).filter((value) => value >= low);
   return found.length > 6 ? found.filter((_, index) => index % 3 === 0) : found;
 }
 
