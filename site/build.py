@@ -27,7 +27,9 @@ STAGE = ROOT / "build" / "site"
 PACKAGE = "src/matryoshka_diffusion/"
 DRAWING = "draw/index.html"
 API = "Python API"
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,:;)]*)', re.DOTALL
+)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -66,12 +68,12 @@ def main() -> None:
 
 
 def drawn(formula: re.Match[str]) -> str:
-    """A formula of LaTeX as MathML."""
+    """A formula of LaTeX as MathML, in one line with a full stop or comma after it."""
     kind = "block" if formula[1] == "div" else "inline"
     result = convert(html.unescape(formula[2]), display=kind)
     if "\\" in result:
         sys.exit(f"unknown command in the formula {formula[2]}")
-    return result
+    return f'<span class="formula">{result}{formula[3]}</span>' if formula[3] else result
 
 
 def is_code(path: str) -> bool:

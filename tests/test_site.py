@@ -107,6 +107,12 @@ def test_formulas_become_mathml(build, formula, parts):
     assert not [part for part in parts if part not in html.replace("&#x0003C;", "&lt;")]
 
 
+def test_no_line_is_broken_between_a_formula_and_its_comma(build):
+    html = build.FORMULA.sub(build.drawn, r'<span class="arithmatex">\(t\)</span>, and')
+    assert html.startswith("<span")
+    assert html.endswith("</math>,</span> and")
+
+
 def test_a_formula_with_an_unknown_command_is_refused(build):
     with pytest.raises(SystemExit, match="nonesuch"):
         build.FORMULA.sub(build.drawn, r'<span class="arithmatex">\(\nonesuch x\)</span>')
