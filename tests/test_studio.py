@@ -122,6 +122,8 @@ EDITS: dict[str, dict[str, Any]] = {
         "mask": np.kron(WHITE_ABOVE, np.ones((7, 7), np.uint8))[:50, :50],
     },
     "all": {"image": picture(16), "mask": WHITE_ABOVE, "strength": 0.7, "keep": {8: picture(8)}},
+    "correct": {"keep": {8: picture(8)}, "correct": 2},
+    "resample": {"image": picture(16), "mask": WHITE_ABOVE, "resample": 2},
 }
 
 
@@ -130,7 +132,7 @@ def test_edits_are_those_of_the_library_and_their_files_bring_them_back(client, 
     model = Matryoshka.load(served[0].run, encoder=Words(), precision="fp32")
     truth = model.edit("red", n=2, seed=4, **edit)
     files: dict[str, Any] = {
-        name: value if isinstance(value, float) else file(value)
+        name: value if isinstance(value, int | float) else file(value)
         for name, value in edit.items()
         if name != "keep"
     }

@@ -163,6 +163,22 @@ def test_a_painted_level_stays_and_the_others_follow(page: Page):
     assert page.pixels(0) == painted
 
 
+def test_a_drawing_tries_harder_to_fit_what_is_kept(page: Page):
+    draw(page, "red", seed=1)
+    page.click("#levels li:nth-child(1) button")
+    page.stroke(0, (0.1, 0.1), (0.9, 0.1))
+    page.draws(lambda: page.click("#redraw-others"))
+    plain = page.pixels(1)
+    page.click("#harder summary")
+    for name, number in (("correct", 1), ("resample", 2)):
+        page.find(f"#{name}").send_keys(str(number))
+    page.draws(lambda: page.click("#redraw-others"))
+    page.click("#entries li:first-child button")
+    assert "Corrections1" in page.text("#entry-settings").replace("\n", "")
+    assert "Passes2" in page.text("#entry-settings").replace("\n", "")
+    assert page.pixels(1) != plain
+
+
 def test_only_what_is_marked_on_the_picture_is_drawn_anew(page: Page):
     draw(page, "red", seed=2)
     before = np.array(page.pixels(1)).reshape(16, 16, 3)
@@ -218,6 +234,21 @@ def test_a_picture_of_any_size_is_put_on_a_level(page: Page, tmp_path: Path):
     page.wait(lambda: page.pixels(1) == [[10, 200, 30]] * 256)
     page.draws(lambda: page.click("#redraw-others"))
     assert page.pixels(0) == [[10, 200, 30]] * 64
+
+
+def test_a_photo_that_is_too_large_is_made_smaller_in_the_browser(page: Page, tmp_path: Path):
+    """Upright, though its camera lay on its side: it is green above and red below."""
+    photo = Image.new("RGB", (5000, 4000), (200, 20, 30))
+    photo.paste((10, 200, 30), (0, 0, 2500, 4000))
+    turned = Image.Exif()
+    turned[274] = 6
+    photo.save(tmp_path / "photo.jpg", exif=turned)
+    draw(page, "red", seed=2)
+    page.click("#levels li:nth-child(1) button")
+    page.click("#upload")
+    page.find("#file").send_keys(str(tmp_path / "photo.jpg"))
+    page.wait(lambda: np.abs(np.array(page.pixels(0)[:24]) - (10, 200, 30)).max() < 6)
+    assert np.abs(np.array(page.pixels(0)[-24:]) - (200, 20, 30)).max() < 6
 
 
 def test_a_sketch_is_finished_without_a_picture_before_it(page: Page):

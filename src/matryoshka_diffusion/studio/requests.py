@@ -20,6 +20,7 @@ from matryoshka_diffusion.modelconfig import Count, Natural, Share, Strict
 
 LARGEST_SEED = 2**53 - 1
 """The last whole number that JavaScript's numbers hold exactly."""
+MOST_REPEATS = 8  # corrections of a step, and times that steps are taken
 STRONGEST = 100.0  # weight of guidance, in either direction
 
 _OPTION = re.compile(r" \(-[^)]*\)")  # such as " (--image)"
@@ -97,6 +98,8 @@ Body = TypeVar("Body", bound=Strict)
 OF_SAMPLER = ("sampler", "steps", "grid", "guidance", "eta", "rescale")
 OF_SAMPLER += ("guidance_interval", "threshold", "wake")
 """Settings of a drawing that `SamplingConfig` has, too; None is the model's own."""
+OF_EDIT = ("until", "strength", "correct", "resample")
+"""Numbers of an edit, as `Matryoshka.edit` takes them."""
 
 
 class Draw(Strict):
@@ -125,6 +128,8 @@ class Draw(Strict):
     image: File | None = None
     mask: File | None = None
     strength: Share | None = None
+    correct: Annotated[int, Field(ge=0, le=MOST_REPEATS)] = 0
+    resample: Annotated[int, Field(ge=1, le=MOST_REPEATS)] = 1
 
     @property
     def settings(self) -> Settings:
@@ -176,6 +181,10 @@ def check_bounds(request: Draw, limits: Limits) -> None:
         raise Refused(400, "a mask or a strength needs a picture to change: add one", "image")
     if request.image is not None and request.mask is None and request.strength is None:
         raise Refused(400, "a picture to change needs a mask or a strength: add one", "strength")
+    if not request.keep and request.mask is None:
+        for name, idle in (("correct", 0), ("resample", 1)):
+            if getattr(request, name) != idle:
+                raise Refused(400, f"{name} needs something to keep: a level or a mask", name)
 
 
 def check_picture(content: bytes, field: str, limits: Limits) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from matryoshka_diffusion.data.given import read_given, read_mask, size_of
 from matryoshka_diffusion.draw.curves import measured, read_curves
 from matryoshka_diffusion.draw.grid import png
 from matryoshka_diffusion.files import MissingExtra, package_folder
+from matryoshka_diffusion.hints import did_you_mean
 from matryoshka_diffusion.models.find import caption_features, read_config
 from matryoshka_diffusion.pipeline import Matryoshka
 from matryoshka_diffusion.pyramid import (
@@ -32,6 +33,7 @@ from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, State
 from matryoshka_diffusion.samples import Samples
 from matryoshka_diffusion.sizes import batch_of
 from matryoshka_diffusion.studio.requests import (
+    OF_EDIT,
     OF_SAMPLER,
     Draw,
     Limits,
@@ -200,10 +202,10 @@ class Served:
             raise Refused(400, f"{name} needs a prompt: add one", "prompt")
         if not self.takes_any_text and self.prompts:
             for field in ("prompt", "negative"):
-                if (getattr(request, field) or "") not in ("", *self.prompts):
-                    known = ", ".join(self.prompts)
-                    message = f"no text encoder is installed here: choose one of {known}"
-                    raise Refused(400, message, field)
+                if (asked := getattr(request, field) or "") not in ("", *self.prompts):
+                    near = did_you_mean(asked, self.prompts)
+                    message = "no text encoder is installed here: choose one of the known prompts"
+                    raise Refused(400, f"{message}{near}", field)
         count = len(self.labels or ())
         if (request.label is None) != (count == 0) or (request.label or 0) >= max(count, 1):
             one = f"give a number from 0 to {count - 1}" if count else "omit it"
@@ -245,13 +247,13 @@ class Served:
                 own = [Resolution(side // scale, side // scale) for side in sides]
                 mask = read_mask(request.mask, size_of(request.image), own)
         edit = {"image": image, "mask": mask}
-        both = {"until": request.until, "strength": request.strength}
+        numbers = {name: getattr(request, name) for name in OF_EDIT}
         return Pictures(
-            {"keep": {side // scale: kept for side, kept in keep.items()}, **edit, **both},
+            {"keep": {side // scale: kept for side, kept in keep.items()}, **edit, **numbers},
             {
                 "keep": {str(side): encoded(png(kept, None)) for side, kept in keep.items()},
                 **{n: None if one is None else encoded(png(one, None)) for n, one in edit.items()},
-                **both,
+                **numbers,
             },
         )
 

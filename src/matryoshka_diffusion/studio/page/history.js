@@ -137,6 +137,8 @@ function described({ settings, at }) {
   const until = settings.until ? ` (let go at time ${settings.until})` : "";
   if (sides.length) words["Held level"] = sides.join(", ") + until;
   if (settings.mask) words["Drawn anew"] = "what was marked";
+  if (settings.correct) words.Corrections = settings.correct;
+  if (settings.resample > 1) words.Passes = settings.resample;
   words["Made"] = new Date(at).toLocaleString();
   return words;
 }

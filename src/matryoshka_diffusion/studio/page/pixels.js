@@ -34,6 +34,21 @@ export async function pngOf(image) {
   return base64Of(await canvas.convertToBlob({ type: "image/png" }));
 }
 
+const SMALLER = 2048; // pixels along the longer side: more than any level has
+
+/** A picture that the studio takes: a photo beyond its limits is made smaller, as a JPEG. */
+export async function sendable(file, limits) {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return file; // the studio knows more kinds of files, and says what is wrong
+  const { width, height } = bitmap;
+  const fits = file.size <= limits.picture_bytes && width * height <= limits.picture_pixels;
+  const scale = Math.min(1, SMALLER / Math.max(width, height));
+  const canvas = new OffscreenCanvas(Math.ceil(width * scale), Math.ceil(height * scale));
+  if (!fits) canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  return fits ? file : canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
+}
+
 /** A blob's bytes as base64. */
 export function base64Of(blob) {
   return new Promise((resolve, reject) => {

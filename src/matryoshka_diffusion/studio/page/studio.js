@@ -5,7 +5,7 @@ import { Film } from "./film.js";
 import * as form from "./form.js";
 import { History, offer } from "./history.js";
 import { sizeOf } from "./levels.js";
-import { base64Of, bytesOf, fileOf, imageOf, pngOf } from "./pixels.js";
+import { base64Of, bytesOf, fileOf, imageOf, pngOf, sendable } from "./pixels.js";
 import { Stage } from "./stage.js";
 import { Training } from "./training.js";
 
@@ -232,10 +232,17 @@ const kept = async (level) => ({
   [model.levels[level].side]: await pngOf(stage.levelNow(level)),
 });
 
+/** How hard a drawing tries to fit what is kept. */
+const effort = () => ({
+  correct: Number(byId("correct").value),
+  resample: Number(byId("resample").value),
+});
+
 /** Draw the others anew from the level that is painted on. */
 async function redrawOthers() {
   const level = stage.levels.chosen;
-  await draw({ keep: await kept(level), until: 1 - Number(byId("hold").value) / 100 });
+  const until = 1 - Number(byId("hold").value) / 100;
+  await draw({ keep: await kept(level), until, ...effort() });
 }
 
 /** Draw what is marked anew. What was painted on a coarser level is the plan of it. */
@@ -244,7 +251,7 @@ async function redrawMarked() {
   form.throwDice(); // the same noise would draw the same
   const mask = await pngOf(stage.painting.maskImage);
   const keep = level === stage.finest ? {} : await kept(level);
-  await draw({ image: await pngOf(stage.levelNow(stage.finest)), mask, keep });
+  await draw({ image: await pngOf(stage.levelNow(stage.finest)), mask, keep, ...effort() });
 }
 
 async function beginWithPicture() {
@@ -263,7 +270,7 @@ async function drawVariations() {
 
 async function putPicture(file) {
   const { side } = stage.painting;
-  const { pixels } = await brought(await base64Of(file), { side });
+  const { pixels } = await brought(await base64Of(await sendable(file, known.limits)), { side });
   stage.painting.replace(imageOf(pixels, side));
   stage.easel.redraw();
 }
@@ -273,7 +280,7 @@ async function putPicture(file) {
 /** Open a picture: its settings come back, and the picture lies on the levels. */
 async function openPicture(file) {
   say("Opening the picture …");
-  const picture = await base64Of(file);
+  const picture = await base64Of(await sendable(file, known.limits));
   const { settings } = await api.picture(picture);
   const isHere = settings && useSettings(settings);
   const sides = redraws() ? model.levels : [];
