@@ -115,7 +115,7 @@ class Matryoshka(DiffusionModel):
         """
         device = best_device() if device == "auto" else device
         weights, config = find_model(run, progress=shown(progress, "bytes"))
-        features = caption_features(run) if text_encoder is None else {}
+        features = {} if text_encoder or encoder else caption_features(run)
         if text_encoder is not None:
             config = with_encoder(config, text_encoder)
         if adapters:
@@ -308,8 +308,8 @@ class Matryoshka(DiffusionModel):
         Raises `ValueError` naming a seed whose sample has NaN; a search on a GPU would be a wait.
         """
         decode = self.codec.decode if self.codec is not None else lambda level: level
-        pixels = z[self.model.hidden :]
-        images = tuple(making_room(self._encoder, partial(decode, level)).cpu() for level in pixels)
+        pixels, encoder = z[self.model.hidden :], self._frozen["encoder"]
+        images = tuple(making_room(encoder, partial(decode, level)).cpu() for level in pixels)
         refuse_nan(images, seeds)
         return [to_uint8(level, self.config.data.pixels).movedim(1, -1) for level in images]
 
@@ -323,14 +323,14 @@ class Matryoshka(DiffusionModel):
         sampling = self.sampling(settings)
         plain = {name: SamplingConfig.model_fields[name].default for name in sampling.idle}
         sampling = sampling.model_copy(update=plain)
-        drawn_with = self._drawn_with(sampling)
+        drawn_with, stored = self._drawn_with(sampling), bool(self._features)
         del drawn_with["fps"]  # how fast clips are shown changes no sample
         return {
             "name": self.config.name,
             "weights": fingerprint(self.net.state_dict()),
             "averaged": self.config.train.gives_averages,
             "process": self.config.process.model_dump(mode="json"),
-            "encoder": None if self.model.text is None else self.text_encoder().key,
+            "encoder": self.model.text and f"{self.text_encoder().key}{', stored' * stored}",
             "codec": self.config.codec and self.config.codec.weights,
             "model": self.model.model_dump(mode="json"),
             "pixels": self.config.data.pixels,

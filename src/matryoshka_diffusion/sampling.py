@@ -28,6 +28,8 @@ from matryoshka_diffusion.denoiser import (
     TwoModelPair,
 )
 from matryoshka_diffusion.diffusion import Network, Process, augment_coarse, per_level
+from matryoshka_diffusion.files import MissingExtra
+from matryoshka_diffusion.hints import did_you_mean
 from matryoshka_diffusion.nn.layers import without_autocast
 from matryoshka_diffusion.pyramid import Pyramid, Resolution, resolutions_of, shapes_of, to_float
 from matryoshka_diffusion.samplers import GRIDS, SAMPLERS, Sampler, Seed, SeededNoise, State, waking
@@ -54,7 +56,7 @@ class DiffusionModel:
         model: the config of `net`; a run that still grows has fewer levels than `config.model`.
         config: the config of the run, with the sampling defaults.
         encoder: the text encoder; without one, `config.encoder` is loaded when it is needed.
-        features: features of captions by that encoder, which need not be loaded for one of these.
+        features: features of captions by that encoder, which is not asked for these.
         precision: arithmetic of the network; `auto` is bf16 where the hardware multiplies it. Under
             bf16 an image depends slightly on its batch.
         open_guide: opens the weaker model at a path (`SamplingConfig.guide`) that guides this one.
@@ -115,27 +117,23 @@ class DiffusionModel:
         other.picture = on_grid(self.config, self._square, height, width)
         return other
 
-    @property
-    def _encoder(self) -> TextEncoder | None:
-        return self._frozen["encoder"]
-
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded at the first call."""
-        if self._encoder is None:
+        if self._frozen["encoder"] is None:
             assert self.config.encoder is not None, "a model of text has an encoder"
             half = self.precision == "bf16"
             self._frozen["encoder"] = load_encoder(self.config.encoder, self.device, half=half)
         return self._frozen["encoder"]
 
     def _encode(self, captions: Sequence[str]) -> list[Float[Tensor, "_ d"]]:
-        """Features of each caption: of a single one, stored features unless an encoder is there.
-
-        Several captions are always encoded, because padding moves the last bits of the shorter
-        ones, and stored features have no padding.
-        """
-        if self._encoder is None and len(captions) == 1 and captions[0] in self._features:
-            return [self._features[captions[0]]]
-        return self.text_encoder()(captions)
+        """Features of each caption: the stored ones, and the encoder's of all others."""
+        others = [caption for caption in captions if caption not in self._features]
+        try:
+            encoded = dict(zip(others, self.text_encoder()(others) if others else [], strict=True))
+        except MissingExtra as error:
+            near = did_you_mean(others[0][:200], self._features)
+            raise MissingExtra(f"{others[0][:200]!r}{near}: {error}") from error
+        return [encoded[one] if one in encoded else self._features[one] for one in captions]
 
     def sampling(self, settings: Mapping[str, Any]) -> SamplingConfig:
         """The sampling defaults of the run with some of them replaced.
@@ -258,7 +256,7 @@ class DiffusionModel:
 
     def _predict(self, z: Pyramid, t: Tensor, cond: Conditioning) -> Pyramid:
         with autocast(self.precision, self.device):
-            return making_room(self._encoder, lambda: self.net(z, t, cond))
+            return making_room(self._frozen["encoder"], lambda: self.net(z, t, cond))
 
     def batches(
         self, cond: Conditioning, count: int, batch_size: int

@@ -18,7 +18,7 @@ from matryoshka_diffusion.models.names import is_hub_id, refuse_unknown, shipped
 from matryoshka_diffusion.models.peft import folder_of
 from matryoshka_diffusion.nn.nested import present_name
 from matryoshka_diffusion.progress import Progress
-from matryoshka_diffusion.tensorfile import read_weights
+from matryoshka_diffusion.tensorfile import open_tensors, read_weights
 from matryoshka_diffusion.training import checkpoint
 from matryoshka_diffusion.training.stages import active_model
 from matryoshka_diffusion.training.weights import LORA, MODEL, lora_metadata, merge, weights_file
@@ -26,7 +26,7 @@ from matryoshka_diffusion.training.weights import LORA, MODEL, lora_metadata, me
 WEIGHTS = (MODEL, LORA)
 """Names of the weights file of a model folder: a whole model, or adapters."""
 CAPTIONS = "captions.safetensors"
-"""Features of some captions beside the weights of a shipped model, by caption."""
+"""Features of captions beside the weights of a shipped model: 8 bits a number, a scale a token."""
 
 
 class Found(NamedTuple):
@@ -106,7 +106,10 @@ def caption_features(run: str | Path) -> dict[str, Tensor]:
     shipped = shipped_models().get(str(run))
     if shipped is None or Path(run).exists() or not (shipped / CAPTIONS).is_file():
         return {}
-    return read_weights(shipped / CAPTIONS)[0]
+    with open_tensors(shipped / CAPTIONS) as file:
+        features = file.get_tensor("features") * file.get_tensor("scales")[:, None]
+        counts: dict[str, int] = json.loads(file.metadata()["captions"])
+    return dict(zip(counts, features.split([*counts.values()]), strict=True))
 
 
 def with_encoder(config: RunConfig, path: str) -> RunConfig:
