@@ -79,6 +79,8 @@ def test_sample_writes_images_a_grid_and_all_levels_with_their_settings(model, t
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
     assert run("sample", model, *words) == 0  # without -o: inside the run's folder
     assert (model / "samples" / "dog-seed5" / "grid.png").is_file()
+    assert run("sample", model, "--steps", 1, "--seed", 5) == 0  # every class
+    assert (model / "samples" / "cat-and-1-more-seed5" / "grid.png").is_file()
 
 
 @pytest.mark.parametrize(("prompt", "noted"), [("", True), (" ", True), ("a blue thing", False)])

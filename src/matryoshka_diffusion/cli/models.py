@@ -76,7 +76,8 @@ def sample(options: argparse.Namespace) -> None:
             **coarse,
             **settings,
         )
-    _save(samples, options, samples.captions[0])
+    first, *others = dict.fromkeys(samples.captions)
+    _save(samples, options, first + f" and {len(others)} more" * bool(others))
 
 
 def _check_place(options: argparse.Namespace, subject: Any, count: int) -> None:
