@@ -583,7 +583,7 @@ def test_a_number_says_where_it_is_from(whole):
     assert "reference" not in agreement.provenance()
     assert agreement.sentence().startswith("level disagreement of 22 samples: 0.")
     both = Result(of="up", weights=f"{'ab' * 32} after {'cd' * 32}").provenance()
-    assert both.startswith(f"up (weights {'ab' * 8} after {'cd' * 8}); ")
+    assert both.startswith(f"up (weights {'ab' * 8} after {'cd' * 8})\n")
 
 
 def test_the_commit_is_that_of_the_code_or_unknown(monkeypatch):

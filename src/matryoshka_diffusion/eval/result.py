@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
 from matryoshka_diffusion import __version__
@@ -66,7 +67,7 @@ class Result:
         return f"{self.metric}{counts}: {value}{others}{sheet}"
 
     def provenance(self) -> str:
-        """One line that says where the number is from."""
+        """Lines that say where the number is from."""
         weights = " ".join(word[:16] for word in self.weights.split())
         network = f"{self.extractor} (weights {self.extractor_weights}), {self.resize}"
         parts = [
@@ -80,7 +81,7 @@ class Result:
             f"matryoshka-diffusion {__version__}",
             f"commit {revision[:12]}" if (revision := commit()) else "",
         ]
-        return "; ".join(filter(None, parts))
+        return "\n".join(filter(None, parts))
 
     def record(self) -> dict[str, Any]:
         """The number as JSON."""
@@ -118,7 +119,7 @@ def _settings(sampling: Mapping[str, Any]) -> str:
 def report(results: Sequence[Result]) -> str:
     """Every number, and below the numbers that share it, their provenance."""
     groups = itertools.groupby(results, Result.provenance)
-    lines = [[*(one.sentence() for one in group), f"  {origin}"] for origin, group in groups]
+    lines = [[*(one.sentence() for one in group), indent(origin, "  ")] for origin, group in groups]
     return "\n".join(itertools.chain(*lines))
 
 
