@@ -213,7 +213,7 @@ class TrainConfig(Strict):
     compile: bool = False
     deterministic: bool = False  # on a GPU: the same bits in every run
     ema_decay: Share = 0.9999
-    ema_power: tuple[AverageLength, ...] = ()  # further averages (docs/training.md)
+    ema_power: tuple[AverageLength, ...] = ()  # further averages (docs/training-settings.md)
     ema_snapshot_every_images: Count | None = None  # None: 32 snapshots in a run
     averaged: AverageLength | None = None  # length that a model's average has; of `mdm ema`
     condition_dropout: Share = 0.1

@@ -28,7 +28,7 @@ trained at the full rate: on Fashion-MNIST, in two stages of equal compute, the 
 
 
 OWN_RATES = {"lr_per_level": True, "decay_share": 1.0}
-"""The rate of each level falls over its own life (docs/training.md, The learning rate)."""
+"""The rate of each level falls over its own life (docs/training-settings.md)."""
 
 
 def openmoji(name: str) -> RunConfig:
