@@ -134,6 +134,8 @@ def test_models_without_text_are_exported_without_an_encoder(make, native, call,
         "model_index.json",
         "network",
     ]
+    files = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1, "who reads one may read all"
 
 
 def test_every_setting_of_sampling_arrives(model, pipe):

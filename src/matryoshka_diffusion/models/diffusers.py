@@ -76,6 +76,9 @@ def write_diffusers(model: DiffusionModel, folder: Path, *, license: str | None 
     try:
         with whole_folder(folder) as unfinished:
             pipe.save_pretrained(unfinished)
+            mode = (unfinished / "model_index.json").stat().st_mode
+            for weights in unfinished.rglob("*.safetensors"):
+                weights.chmod(mode)  # safetensors lets only the owner read
             card = model_card(pipe.network.run_config, form="diffusers", license=license)
             write_card(unfinished, card)
     except SafetensorError as error:  # raised on a full disk
