@@ -78,15 +78,18 @@ SHIPPED = "openmoji"
 AROUND = {2: 3_200, 3: 6_400}
 """Images of the stages with so many levels, all awake."""
 BATCH = 16
+MIXES = {
+    "awake": ((), ()),  # all levels in all rows, as in the paper
+    "late": tuple(stage.mix for stage in preset("openmoji-256").train.stages[1:]),
+    "late-middle": ((0.1, 0.9), (0.05, 0.6, 0.35)),  # most rows end at 64 pixels
+}
+"""Shares of the rows of both stages that end at each level."""
 SAVED = 0.6
-"""Share of that training's compute that levels which wake late are given."""
+"""Share of the compute of levels that are always awake that the others are given."""
 
 
-def _around_shipped(wakes: bool) -> RunConfig:
-    """Two levels around the shipped model's coarsest one, which wake late or are always awake.
-
-    Levels that are always awake are in all rows, as in the paper.
-    """
+def _around_shipped(mixes: tuple[tuple[float, ...], ...]) -> RunConfig:
+    """Two levels around the shipped model's coarsest one, which wake late if there are mixes."""
     config = preset("openmoji-256")
     stages = [
         StageConfig(levels=levels, images=images, batch_size=BATCH, lr=RATE)
@@ -103,21 +106,20 @@ def _around_shipped(wakes: bool) -> RunConfig:
         sampling__wake=None,
         sampling__steps=12,
     )
-    if not wakes:
+    if not any(mixes):
         return awake
-    mixes = [{"mix": stage.mix} for stage in config.train.stages[1:]]
-    late = [{**stage.model_dump(), **mix} for stage, mix in zip(stages, mixes, strict=True)]
+    mixed = [{**stage.model_dump(), "mix": mix} for stage, mix in zip(stages, mixes, strict=True)]
     floors = {"train__wake": config.train.wake, "sampling__wake": config.sampling.wake}
-    late = changed(awake, train__stages=late, **floors)
+    late = changed(awake, train__stages=mixed, **floors)
     return _in_proportion(late, SAVED * total_flops(awake), BATCH)
 
 
 def late_trials(samples: int) -> Iterator[Trial]:
     """Levels that are always awake, and levels that wake late with less compute."""
     for seed in range(3):
-        for name, wakes in (("late", True), ("awake", False)):
+        for name, mixes in MIXES.items():
             config = changed(
-                _around_shipped(wakes),
+                _around_shipped(mixes),
                 name=f"{LATE}-{name}",
                 data__held_out=0.05,
                 train__seed=seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from matryoshka_diffusion.presets.small import WAKE
 from studies.longer import late_trials, longer_trials
 from studies.trials import SAMPLES, SETS, Trial, short_trials
 
@@ -19,10 +20,12 @@ SOLVERS = {
 
 
 def _settings(run: Trial) -> dict[str, dict[str, Any]]:
-    """Other sampling: solvers, noise between a cascade's networks, guidance (Fig. 8c)."""
+    """Other sampling: solvers, waking, noise between a cascade's networks, guidance (Fig. 8c)."""
     pictures, variant, seed = run.name.split("/")
     if variant == "paper":
         return {"ddpm-250": {**SOLVERS["ddpm-250"], "grid": "trailing"}}
+    if variant == "awake":
+        return {"late": {"wake": list(WAKE)}}
     if variant == "cascade":
         return {f"noise-{x:g}": {"coarse_noise": x, **UNGUIDED} for x in COARSE_NOISES}
     if variant != "mdm":

@@ -66,7 +66,12 @@ RECIPES = {
     "with a perceptual loss": "perceptual",
     "with a semantic coarsest level": "semantic",
 }
-WOKEN = {"always awake": "awake", "waking late": "late"}
+WOKEN = {
+    "always awake": "awake",
+    "the same, waking late in sampling": "awake/late",
+    "waking late": "late",
+    "waking late, more rows of 64 pixels": "late-middle",
+}
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"
 _SHARE = "share of compute on the coarsest level alone"
