@@ -66,7 +66,7 @@ def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture
 def page(browser: Page) -> Iterator[Page]:
     """The page, freshly loaded. Nothing may land in the console or go to another host."""
-    browser.errors(), browser.requests()  # those of a test that failed
+    _ = browser.errors(), browser.requests()  # those of a test that failed
     browser.resize(1280, 900)
     browser.forget()
     browser.open()
