@@ -21,6 +21,7 @@ from filming import animate, film, noise, numbers, shoot, steps
 from matryoshka_diffusion.config import DataConfig
 from matryoshka_diffusion.data import image
 from matryoshka_diffusion.data import video as module
+from matryoshka_diffusion.data.augment import Cut
 from matryoshka_diffusion.data.bad import PictureError
 from matryoshka_diffusion.data.image import read_picture
 from matryoshka_diffusion.data.source import Picture
@@ -42,9 +43,12 @@ def config(stride: int = 2, **options) -> DataConfig:
     return DataConfig(source="clips", **{"frame_stride": stride, "clip": "start", **options})
 
 
-def decoder(count: int | None = 4, stride: int = 2, **options) -> Callable[..., Picture]:
+def decoder(
+    count: int | None = 4, stride: int = 2, **options
+) -> Callable[[Path | bytes, str, float | None], Picture]:
     data = config(stride, clip_frames=count or 4, **options)
-    return clip_decoder(data, 16, count).decode
+    decode = clip_decoder(data, 16, count).decode
+    return lambda file, key, start: decode(file, key, Cut(start=start))
 
 
 def shown(file: Path | bytes, start: float = 0.0, **options) -> list[int]:
