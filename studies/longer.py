@@ -78,18 +78,20 @@ SHIPPED = "openmoji"
 AROUND = {2: 3_200, 3: 6_400}
 """Images of the stages with so many levels, all awake."""
 BATCH = 16
-MIXES = {
-    "awake": ((), ()),  # all levels in all rows, as in the paper
-    "late": tuple(stage.mix for stage in preset("openmoji-256").train.stages[1:]),
-    "late-middle": ((0.1, 0.9), (0.05, 0.6, 0.35)),  # most rows end at 64 pixels
+PRESETS_MIX = tuple(stage.mix for stage in preset("openmoji-256").train.stages[1:])
+WAKING: dict[str, tuple[tuple[tuple[float, ...], ...], bool]] = {
+    "awake": (((), ()), False),  # all levels in all rows, as in the paper
+    "awake-mixed": (PRESETS_MIX, False),
+    "late": (PRESETS_MIX, True),
+    "late-middle": (((0.1, 0.9), (0.05, 0.6, 0.35)), True),  # most rows end at 64 pixels
 }
-"""Shares of the rows of both stages that end at each level."""
+"""Shares of the rows of both stages that end at each level, and whether levels wake late."""
 SAVED = 0.6
 """Share of the compute of levels that are always awake that the others are given."""
 
 
-def _around_shipped(mixes: tuple[tuple[float, ...], ...]) -> RunConfig:
-    """Two levels around the shipped model's coarsest one, which wake late if there are mixes."""
+def _around_shipped(mixes: tuple[tuple[float, ...], ...], wakes: bool) -> RunConfig:
+    """Levels around the shipped model's coarsest one, with less compute where rows are mixed."""
     config = preset("openmoji-256")
     stages = [
         StageConfig(levels=levels, images=images, batch_size=BATCH, lr=RATE)
@@ -110,16 +112,16 @@ def _around_shipped(mixes: tuple[tuple[float, ...], ...]) -> RunConfig:
         return awake
     mixed = [{**stage.model_dump(), "mix": mix} for stage, mix in zip(stages, mixes, strict=True)]
     floors = {"train__wake": config.train.wake, "sampling__wake": config.sampling.wake}
-    late = changed(awake, train__stages=mixed, **floors)
-    return _in_proportion(late, SAVED * total_flops(awake), BATCH)
+    less = changed(awake, train__stages=mixed, **(floors if wakes else {}))
+    return _in_proportion(less, SAVED * total_flops(awake), BATCH)
 
 
 def late_trials(samples: int) -> Iterator[Trial]:
     """Levels that are always awake, and levels that wake late with less compute."""
     for seed in range(3):
-        for name, mixes in MIXES.items():
+        for name, (mixes, wakes) in WAKING.items():
             config = changed(
-                _around_shipped(mixes),
+                _around_shipped(mixes, wakes),
                 name=f"{LATE}-{name}",
                 data__held_out=0.05,
                 train__seed=seed,

@@ -67,10 +67,11 @@ RECIPES = {
     "with a semantic coarsest level": "semantic",
 }
 WOKEN = {
-    "always awake": "awake",
-    "the same, waking late in sampling": "awake/late",
-    "waking late": "late",
-    "waking late, more rows of 64 pixels": "late-middle",
+    "awake": "awake",
+    "sampled late": "awake/late",
+    "mixed, awake": "awake-mixed",
+    "mixed, late": "late",
+    "late, more of 64": "late-middle",
 }
 _CASCADE = "(a) Noise between a cascade's networks (Appendix D.1)"
 _NOISE = "time of the noise on the coarse picture"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from studies.__main__ import FULL, PAGE, main, run_all
 from studies.figures import draw_all
-from studies.longer import LATE, LONG, MIXES, SAVED
+from studies.longer import LATE, LONG, SAVED, WAKING
 from studies.queue import all_trials
 from studies.results import GROUPS, HEAD, read_results, table, tables
 from studies.run import (
@@ -54,7 +54,7 @@ def trainings() -> list[Trial]:
 
 
 def test_trials_have_their_own_names_and_equal_compute():
-    assert len(trials()) == 236
+    assert len(trials()) == 239
     for trial in trainings():
         pictures, _, seed = trial.name.split("/")
         if pictures in (*LONG, LATE):
@@ -111,13 +111,18 @@ def test_the_recipes_of_longer_trials_are_what_they_are_called():
 
 
 def test_levels_that_wake_late_have_the_share_of_compute_that_is_claimed_for_them():
-    awake, late, middle = (trials()[f"{LATE}/{name}/2"].config for name in MIXES)
-    assert (awake.train.wake, awake.sampling.wake) == (None, None)
-    for config in (late, middle):
+    awake, *others = (trials()[f"{LATE}/{name}/2"].config for name in WAKING)
+    for config in others:
         assert total_flops(config) / total_flops(awake) == pytest.approx(SAVED, rel=0.01)
-        assert config.train.wake == config.sampling.wake == (-3.0,)
         assert config.model == awake.model == preset("openmoji-256").model
-    assert late.train.stages[1].mix == preset("openmoji-256").train.stages[2].mix
+    mixed, late, middle = others
+    for config, floors in ((awake, None), (mixed, None), (late, (-3.0,)), (middle, (-3.0,))):
+        assert config.train.wake == config.sampling.wake == floors
+    assert (
+        mixed.train.stages[1].mix
+        == late.train.stages[1].mix
+        == preset("openmoji-256").train.stages[2].mix
+    )
 
 
 def test_a_trial_around_the_first_levels_of_a_model_starts_from_their_weights(tmp_path):
