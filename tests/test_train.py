@@ -83,7 +83,7 @@ def test_the_quality_of_samples_is_logged_and_drawn(pets, monkeypatch):
     measured = [line["images_seen"] for line in lines if "fd_8" in line]
     assert measured == [4, 8]
     plot([run.folder], Path("curves.svg"))
-    assert "FD, 8 samples" in Path("curves.svg").read_text("utf-8")
+    assert "FD ↓, 8 samples" in Path("curves.svg").read_text("utf-8")
 
 
 def test_the_network_that_measures_is_needed_before_the_first_step(pets, monkeypatch):
