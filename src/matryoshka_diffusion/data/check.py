@@ -149,7 +149,7 @@ def refuse_unfit(source: Source, config: RunConfig) -> None:
 
 
 def _remedy_of_tuning(source: Source, config: RunConfig) -> str:
-    """What to do about data that a model cannot be tuned on, as it keeps channels and classes."""
+    """Advice on data that a model cannot be tuned on, as it keeps channels and classes."""
     known, new = config.data.classes, "train a new model (mdm train PRESET --data ... --out RUN)"
     unknown = [name for name in source.classes if name not in known]
     if not unknown or not known:

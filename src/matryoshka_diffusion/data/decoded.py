@@ -89,11 +89,8 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
 
     Too many bad ones are a ValueError: now, or for a set that is decoded on demand while reading.
     """
+    _refuse_empty(catalogue)
     name, max_bad_fraction = catalogue.name, data.max_bad_fraction
-    if not catalogue.samples:
-        unused = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
-        message = f"{name} holds no sample: name other data (--data, data.path){unused}"
-        raise NoneUsable(message, ())
     samples, classes = _numbered(catalogue, data.classes)
     samples = _with_flaws(samples, len(classes) or MAX_CLASSES)
     bad = [BadFile(sample.key, sample.flaw, sample.offset) for sample in samples if sample.flaw]
@@ -130,9 +127,7 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
         return source
 
     def measure(n: int) -> Picture:
-        head = catalogue.head(rows[n]) if catalogue.head else b""
-        size = size_in_head(head) or read_size(load(rows[n]))
-        return Picture(np.empty(0, np.uint8), size)
+        return Picture(np.empty(0, np.uint8), _size_of(catalogue, rows[n]))
 
     whole = f"{name} at {decoder.options}" if small else f"{name}, sizes"
     title = f"decoding at {source.side} px" if small else "measuring"
@@ -167,8 +162,21 @@ def open_catalogue(catalogue: Catalogue, decoder: Decoder, data: DataConfig) -> 
     return source.part(good)
 
 
+def _refuse_empty(catalogue: Catalogue) -> None:
+    if not catalogue.samples:
+        unused = f"; not used: {'; '.join(map(str, catalogue.unused))}" if catalogue.unused else ""
+        message = f"{catalogue.name} holds no sample: name other data (--data, data.path){unused}"
+        raise NoneUsable(message, ())
+
+
+def _size_of(catalogue: Catalogue, row: int) -> tuple[int, int]:
+    """The size of an image, from the first bytes of its file where these have it."""
+    head = catalogue.head(row) if catalogue.head else b""
+    return size_in_head(head) or read_size(catalogue.load(row))
+
+
 def _unused(catalogue: Catalogue, data: DataConfig) -> tuple[Unused, ...]:
-    """What the catalogue leaves unused; not as missing what the config leaves out on purpose."""
+    """Parts that the catalogue leaves unused; those left out by the config are not missing."""
     ignored = {"caption"} if data.captions == "none" or data.columns.caption == "" else set()
     ignored |= {"label"} if data.columns.label == "" else set()
     return tuple(x._replace(role="") if x.role in ignored else x for x in catalogue.unused)
